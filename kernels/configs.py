@@ -1,0 +1,116 @@
+"""Tile choice by shape and architecture: tables and one rule, nothing is tuned or measured at run time.
+
+A GEMM launcher asks ``gemm_tile(kind, rows, cols, depth, dtype, device)`` for the output shape [rows, cols] and
+the reduction length it has. The rule: of the candidates of its kind and dtype, largest tile first, take the first
+that gives every multiprocessor at least one program; where none does (small batches, which are bound by latency,
+not by arithmetic) take the smallest. ``fit`` then lowers the number of pipeline stages until the tile's shared
+memory fits the target. ``all_tiles`` lists every tile that the rule can return, so that the tests can compile
+each of them for each target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from .device import Device
+
+__all__ = ["GEMM_KINDS", "Tile", "all_tiles", "cdiv", "gemm_tile", "splits"]
+
+#: fwd: A [M, N] over K.  dgrad: dX [M, K] over N.  wgrad: dW [N, K] over M.
+GEMM_KINDS = ("fwd", "dgrad", "wgrad")
+
+
+class Tile(NamedTuple):
+    """One program's share of a GEMM: an output block of ``rows`` x ``cols``, reduced ``depth`` at a time."""
+
+    rows: int
+    cols: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def compile_options(self) -> dict[str, int]:
+        """The launch options that are not tile sizes."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# Largest first. 16-bit tiles are 64 deep (one 128-byte line of a row); float32 tiles half as many elements.
+# tf32x3 keeps the operands' high and low parts in registers, so float32 tiles stay smaller than 16-bit ones.
+_TILES_16BIT = (
+    Tile(128, 256, 64, 8, 3),
+    Tile(128, 128, 64, 8, 3),
+    Tile(64, 128, 64, 4, 3),
+    Tile(64, 64, 64, 4, 4),
+    Tile(32, 64, 64, 4, 4),
+    Tile(32, 32, 64, 4, 4),
+    Tile(16, 32, 64, 2, 4),
+)
+_TILES_32BIT = (
+    Tile(128, 128, 32, 8, 3),
+    Tile(64, 128, 32, 8, 3),
+    Tile(64, 64, 32, 4, 3),
+    Tile(32, 64, 32, 4, 3),
+    Tile(32, 32, 32, 4, 4),
+    Tile(16, 32, 32, 2, 4),
+)
+# Interpreter: programs run one after the other in Python, so few and large; still ragged against test shapes.
+_TILES_INTERPRETER = (Tile(32, 32, 32, 1, 1),)
+
+# A program's pipeline holds one block of each operand a stage.
+_MIN_DEPTH_PER_SPLIT = 256
+
+
+def cdiv(a: int, b: int) -> int:
+    """Integer ceil(a / b)."""
+    return -(-a // b)
+
+
+def _candidates(dtype: torch.dtype, device: Device) -> tuple[Tile, ...]:
+    if device.backend == "interpreter":
+        return _TILES_INTERPRETER
+    return _TILES_32BIT if dtype == torch.float32 else _TILES_16BIT
+
+
+def fit(tile: Tile, itemsize: int, device: Device) -> Tile | None:
+    """``tile`` with as many of its stages as fit the device's shared memory, or None if not even one does."""
+    stage = (tile.rows + tile.cols) * tile.depth * itemsize
+    stages = min(tile.num_stages, device.shared_limit // stage)
+    return tile._replace(num_stages=stages) if stages >= 1 else None
+
+
+@lru_cache(maxsize=4096)
+def gemm_tile(kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device) -> Tile:
+    """The tile for an output of [rows, cols] reduced over ``depth``; see the module docstring for the rule.
+
+    wgrad's parallelism comes from splitting the reduction too (``splits``), so its tile is chosen as if the
+    output were as many times larger as there are splits of the least worthwhile depth.
+    """
+    tiles = [t for t in (fit(t, dtype.itemsize, device) for t in _candidates(dtype, device)) if t is not None]
+    copies = max(1, depth // _MIN_DEPTH_PER_SPLIT) if kind == "wgrad" else 1
+    for tile in tiles:
+        if tile.rows > max(16, 2 * rows) or tile.cols > max(16, 2 * cols):
+            continue
+        if cdiv(rows, tile.rows) * cdiv(cols, tile.cols) * copies >= device.multiprocessors:
+            return tile
+    return tiles[-1]
+
+
+def splits(tile: Tile, rows: int, cols: int, depth: int, device: Device) -> int:
+    """How many programs share the reduction of one output tile, so that all multiprocessors have work."""
+    programs = cdiv(rows, tile.rows) * cdiv(cols, tile.cols)
+    wanted = cdiv(device.multiprocessors, programs)
+    most = max(1, depth // _MIN_DEPTH_PER_SPLIT) if device.backend != "interpreter" else cdiv(depth, tile.depth)
+    return max(1, min(wanted, most))
+
+
+def all_tiles(kind: str, dtype: torch.dtype, device: Device) -> Iterator[Tile]:
+    """Every tile that ``gemm_tile`` can return for this kind, dtype and device."""
+    for tile in _candidates(dtype, device):
+        fitted = fit(tile, dtype.itemsize, device)
+        if fitted is not None:
+            yield fitted

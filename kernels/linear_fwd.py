@@ -1,0 +1,116 @@
+"""A = f(X W^T + b): linear layer, bias and activation in one pass.
+
+Shapes: X [M, K], W [N, K], b [N], A and Z [M, N]; any strides for X and W, A and Z contiguous.
+Dtypes: X, W, b float32, float16 or bfloat16, all alike, accumulated in float32; or X uint8 pixels, which count as
+X / 255: the integers are exact in every dtype, so they go through the product as they are and the accumulator
+is scaled once.
+Optional: ``rows`` int64 [M] gathers the rows of X inside the kernel (row m of the product is X[rows[m]]);
+``save_z`` also writes Z = X W^T + b, for activations whose derivative needs it.
+Bytes: reads X once a column of tiles, W once a row of tiles (neighbours share them in the L2 cache: grouped
+order), b; writes A (and Z) once. Least: (M K + N K + N + M N) items.
+Source: the layer equations of all four source documents, in row-vector form with torch's [out, in] weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate
+from .configs import cdiv, gemm_tile
+from .device import current_device, input_precision
+from .tiling import dot, grouped_tile
+
+__all__ = ["linear_fwd"]
+
+GROUP_M = 8
+
+
+@triton.jit
+def _linear_fwd_kernel(
+    x_ptr, w_ptr, b_ptr, a_ptr, z_ptr, rows_ptr,
+    M, N, K,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE_Z: tl.constexpr, GATHER: tl.constexpr, PIXELS: tl.constexpr,
+    EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+
+    # Row offsets are int64: M * stride_xm passes 2^31 for large data sets.
+    if GATHER:
+        row_m = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    else:
+        row_m = offs_m.to(tl.int64)
+    x_ptrs = x_ptr + row_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_k[None, :] * stride_wk
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_n[:, None], other=0.0)
+        else:
+            mask_k = offs_k < K - k
+            x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        # W is loaded along its rows, [BLOCK_N, BLOCK_K], and transposed in the dot: fewer instructions than
+        # loading columns, by the count of the compiled code.
+        if PIXELS:
+            x = x.to(tl.float32).to(w.dtype)
+        acc = dot(x, tl.trans(w), acc, INPUT_PRECISION)
+        x_ptrs += BLOCK_K * stride_xk
+        w_ptrs += BLOCK_K * stride_wk
+
+    if PIXELS:
+        acc = acc * (1.0 / 255.0)
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + offs_n * stride_b, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+
+    offs_a = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    mask_a = mask_m[:, None] & mask_n[None, :]
+    if SAVE_Z:
+        tl.store(z_ptr + offs_a, acc.to(z_ptr.dtype.element_ty), mask=mask_a)
+    tl.store(a_ptr + offs_a, activate(acc, ACTIVATION).to(a_ptr.dtype.element_ty), mask=mask_a)
+
+
+def linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    *,
+    save_z: bool = False,
+    rows: Tensor | None = None,
+    a: Tensor | None = None,
+    z: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch A = f(X W^T + b); returns (A, Z or None). ``a`` and ``z`` are outputs to reuse, contiguous [M, N]."""
+    M = x.shape[0] if rows is None else rows.shape[0]
+    N, K = weight.shape
+    if a is None:
+        a = torch.empty((M, N), dtype=weight.dtype, device=x.device)
+    if save_z and z is None:
+        z = torch.empty_like(a)
+    if M == 0 or N == 0:
+        return a, z
+    device = current_device()
+    tile = gemm_tile("fwd", M, N, K, weight.dtype, device)
+    _linear_fwd_kernel[(cdiv(M, tile.rows) * cdiv(N, tile.cols),)](
+        x, weight, bias, a, z, rows,
+        M, N, K,
+        x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None, SAVE_Z=save_z, GATHER=rows is not None, PIXELS=x.dtype == torch.uint8,
+        EVEN_K=K % tile.depth == 0, INPUT_PRECISION=input_precision(device),
+        BLOCK_M=tile.rows, BLOCK_N=tile.cols, BLOCK_K=tile.depth, GROUP_M=GROUP_M, **tile.compile_options,
+    )  # fmt: skip
+    return a, z

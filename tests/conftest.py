@@ -1,0 +1,49 @@
+"""The lanes: how a kernel test reaches the kernel on this machine. tests/README.md describes them.
+
+The same kernel tests run on a real GPU where there is one; without one they run in Triton's interpreter when
+TRITON_INTERPRET=1 (which must be set before triton is imported: a process of its own), and otherwise on the
+simulated GPU, which executes the compiled PTX.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrize every test that asks for ``lane`` by what this process can do."""
+    if "lane" not in metafunc.fixturenames:
+        return
+    if HAS_GPU and not INTERPRETING:
+        lanes = [pytest.param("gpu", marks=pytest.mark.gpu)]
+    elif INTERPRETING:
+        lanes = [pytest.param("interpret", marks=pytest.mark.interpret)]
+    else:
+        lanes = [pytest.param(f"sm_{arch}", marks=pytest.mark.execute) for arch in (75, 80, 120)]
+    metafunc.parametrize("lane", lanes, indirect=True)
+
+
+@pytest.fixture
+def lane(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Makes Triton launches on tensors of the yielded device work: GPU, interpreter or simulated GPU."""
+    name = request.param
+    if name == "gpu":
+        yield torch.device("cuda")
+    elif name == "interpret":
+        yield torch.device("cpu")
+    else:
+        from tests.ptxsim import SimulatedGPU
+
+        with SimulatedGPU(int(name.removeprefix("sm_"))):
+            yield torch.device("cpu")

@@ -1,0 +1,77 @@
+"""What every kernel test shares: poisoned memory and the error budget.
+
+Poison: inputs live inside larger NaN-filled storage, outputs start as NaN; a read outside the input or an element
+that was never written shows as NaN in the result.
+
+Budget: an error against float64 is measured beside torch's own error in the same dtype. It passes when it is no
+more than twice torch's, plus a floor that grows with the square root of the reduction length (rounding errors of a
+sum in float32, and one rounding to the output's dtype), all relative to the largest magnitude of the result.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+EPS32 = 2.0**-23
+
+
+def poisoned(values: Tensor, *, pad: int = 5, layout: str = "rows") -> Tensor:
+    """A view equal to ``values``, embedded in larger storage that holds NaN (255 for integers) everywhere else.
+
+    ``layout``: "rows" keeps the last dimension contiguous but rows apart by an odd stride; "columns" makes the
+    first dimension the contiguous one; "spread" leaves gaps in both; "dense" is contiguous with poison only before
+    and after.
+    """
+    fill = math.nan if values.is_floating_point() else torch.iinfo(values.dtype).max
+    shape = values.shape
+    if values.ndim == 1 or layout == "dense":
+        storage = torch.full((values.numel() + 2 * pad * 16,), fill, dtype=values.dtype)
+        view = storage[pad * 16 : pad * 16 + values.numel()].view(shape)
+    elif layout == "rows":
+        view = torch.full((shape[0] + 2, shape[1] + 2 * pad), fill, dtype=values.dtype)[1:-1, pad : pad + shape[1]]
+    elif layout == "columns":
+        view = torch.full((shape[1] + 2, shape[0] + 2 * pad), fill, dtype=values.dtype)[1:-1, pad : pad + shape[0]].t()
+    elif layout == "spread":
+        view = torch.full((shape[0] * 2 + 2, shape[1] * 3 + 2 * pad), fill, dtype=values.dtype)
+        view = view[1:-1:2, pad : pad + 3 * shape[1] : 3]
+    else:
+        raise ValueError(layout)
+    view.copy_(values)
+    return view
+
+
+def nan_like(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An output full of NaN."""
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def budget(expected: Tensor, torch_result: Tensor, reduction: int, dtype: torch.dtype) -> float:
+    """The largest absolute error allowed: 2x torch's own, plus the floor; see the module docstring."""
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    own = (torch_result.double() - expected).abs().max().item() if expected.numel() else 0.0
+    floor = (torch.finfo(dtype).eps + EPS32 * math.sqrt(max(1, reduction))) * scale
+    return 2 * own + floor
+
+
+def assert_within_budget(
+    actual: Tensor, expected: Tensor, torch_result: Tensor, *, reduction: int, what: str = "result"
+) -> None:
+    """``actual`` (any float dtype) against ``expected`` (float64) and torch's result in the same dtype."""
+    assert expected.dtype == torch.float64, "the oracle computes in float64"
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if actual.numel() == 0:
+        return
+    error = (actual.double() - expected).abs()
+    assert not error.isnan().any(), f"{what}: NaN at {error.isnan().nonzero()[0].tolist()}"
+    allowed = budget(expected, torch_result, reduction, actual.dtype)
+    worst = error.max().item()
+    if worst > allowed:
+        where = (error == error.max()).nonzero()[0].tolist()
+        got, want = actual[tuple(where)].item(), expected[tuple(where)].item()
+        raise AssertionError(
+            f"{what}: error {worst:.3e} at {where} (got {got:.9g}, expected {want:.9g}) is over the budget "
+            f"{allowed:.3e}; torch's own error is {(torch_result.double() - expected).abs().max().item():.3e}"
+        )
