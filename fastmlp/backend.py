@@ -1,0 +1,114 @@
+"""Which code runs a fused operation: the Triton kernels or plain torch.
+
+``"auto"`` (the default) takes the kernels for float32, float16 and bfloat16 tensors on a GPU (CUDA or HIP) and
+plain torch for everything else; ``resolve`` says which it is for a given tensor. ``"torch"`` never launches a
+kernel. ``"triton"`` always does, or raises an error that says what is missing: it takes CPU tensors only in
+Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported) and under a driver whose device is the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKENDS", "Backend", "Resolved", "get_backend", "resolve", "set_backend", "triton_available", "use_backend"]
+
+Backend = Literal["auto", "triton", "torch"]
+Resolved = Literal["triton", "torch"]
+BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_default: Backend = "auto"
+_override: ContextVar[Backend | None] = ContextVar("fastmlp_backend", default=None)
+_triton_installed = importlib.util.find_spec("triton") is not None
+
+
+def _known(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
+    if name == "triton" and not _triton_installed:
+        raise RuntimeError(
+            "backend 'triton' was asked for, but the package triton is not installed (it exists for Linux only); "
+            "install it with `pip install triton`, or use backend 'torch'"
+        )
+    return cast(Backend, name)
+
+
+def set_backend(name: Backend) -> None:
+    """Choose the backend of every following operation in this process: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: "triton" where the package triton is not installed.
+    """
+    global _default
+    _default = _known(name)
+
+
+@contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Choose the backend inside a ``with`` block of the current thread or task; errors as ``set_backend``.
+
+    The backward pass runs on the backend that its forward pass ran on, also outside the block.
+    """
+    token = _override.set(_known(name))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def get_backend() -> Backend:
+    """The backend in force here, as it was chosen: "auto", "triton" or "torch"."""
+    return _override.get() or _default
+
+
+def triton_available() -> bool:
+    """True when the package triton is installed."""
+    return _triton_installed
+
+
+def resolve(x: Tensor, dtype: torch.dtype | None = None) -> Resolved:
+    """The code that runs an operation on ``x`` computing in ``dtype`` (default: x's): "triton" or "torch".
+
+    Raises:
+        RuntimeError: backend "triton" on a device that no kernel can run on.
+        TypeError: backend "triton" with a dtype that the kernels do not compute in.
+    """
+    name = _override.get() or _default
+    if name == "torch":
+        return "torch"
+    dtype = x.dtype if dtype is None else dtype
+    if name == "auto":
+        return "triton" if x.is_cuda and _triton_installed and dtype in KERNEL_DTYPES else "torch"
+    if dtype not in KERNEL_DTYPES:
+        raise TypeError(
+            f"backend 'triton' computes in float32, float16 and bfloat16, got {dtype}; "
+            "convert the tensors, or use backend 'auto' or 'torch'"
+        )
+    if not x.is_cuda and not (x.device.type == "cpu" and _kernels_take_cpu()):
+        raise RuntimeError(
+            f"backend 'triton' needs tensors on a GPU, got one on {x.device}; move the tensors, use backend 'auto' or "
+            "'torch', or run the kernels in Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"
+        )
+    return "triton"
+
+
+def _kernels_take_cpu() -> bool:
+    from triton.runtime import driver
+
+    from .kernels.device import interpreting
+
+    if interpreting():
+        return True
+    try:
+        return bool(driver.active.get_active_torch_device().type == "cpu")
+    except RuntimeError:  # no driver: neither CUDA nor HIP is usable on this machine
+        return False
