@@ -1,0 +1,107 @@
+"""The idx file format: reading files whose content is known in advance, and writing.
+
+An idx file is two zero bytes, a type code (8: unsigned byte), the number of axes, each axis' length as a
+big-endian 32-bit integer, then the values in row-major order. Every file read here has one known content, so its
+SHA-256 says whether it is whole; the sum is taken over the uncompressed content and is the same for ``name`` and
+``name.gz``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+UNSIGNED_BYTE = 8
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class DataIntegrityError(RuntimeError):
+    """A data file is truncated, altered, or not the file its name says."""
+
+
+@dataclass(frozen=True)
+class IdxFile:
+    """One unsigned-byte idx file: its name without ``.gz``, its shape, and the SHA-256 of its content."""
+
+    name: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    @property
+    def header(self) -> bytes:
+        """The bytes before the first value."""
+        return struct.pack(f">HBB{len(self.shape)}I", 0, UNSIGNED_BYTE, len(self.shape), *self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the uncompressed file in bytes."""
+        return len(self.header) + math.prod(self.shape)
+
+    def values(self, content: Bytes) -> Bytes:
+        """The values of a verified file as a view of ``self.shape``."""
+        return content[len(self.header) :].reshape(self.shape)
+
+
+def read_verified(path: Path, file: IdxFile) -> Bytes:
+    """The whole uncompressed content of ``path``, a plain or gzip copy of ``file``, as uint8 [file.nbytes].
+
+    Raises:
+        DataIntegrityError: the content is not ``file``'s; the message has the path, what was expected and found.
+        OSError: the file cannot be read.
+    """
+    try:
+        # One byte more than expected is enough to know that a file is too long.
+        if path.suffix == ".gz":
+            with gzip.open(path) as stream:
+                content = stream.read(file.nbytes + 1)
+        else:
+            with path.open("rb") as stream:
+                content = stream.read(file.nbytes + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        found = f"a damaged or truncated gzip file of {path.stat().st_size} bytes ({error})"
+        raise _integrity_error(path, file, found) from error
+    if content[: len(file.header)] != file.header:
+        found = f"a file that starts with {content[: len(file.header)].hex(' ') or 'nothing: it is empty'}"
+        raise _integrity_error(path, file, found)
+    if len(content) < file.nbytes:
+        raise _integrity_error(path, file, f"{len(content)} bytes: the file is truncated")
+    if len(content) > file.nbytes:
+        raise _integrity_error(path, file, f"more than {file.nbytes} bytes")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != file.sha256:
+        raise _integrity_error(path, file, f"{file.nbytes} bytes with SHA-256 {digest}: the file is altered")
+    return np.frombuffer(content, dtype=np.uint8)
+
+
+def _integrity_error(path: Path, file: IdxFile, found: str) -> DataIntegrityError:
+    shape = "x".join(map(str, file.shape))
+    return DataIntegrityError(
+        f"{path} is not the expected file. Expected: {file.name}, idx of {shape} unsigned bytes, {file.nbytes} bytes "
+        f"uncompressed, starting with {file.header.hex(' ')}, SHA-256 {file.sha256}. Found: {found}."
+    )
+
+
+def encode(values: npt.NDArray[Any]) -> bytes:
+    """The idx file that holds ``values`` (uint8, any shape)."""
+    if values.dtype != np.uint8:
+        raise TypeError(f"an idx file of unsigned bytes needs uint8 values, got {values.dtype}")
+    return IdxFile("", values.shape, "").header + values.tobytes()
+
+
+def compress(content: bytes) -> bytes:
+    """``content`` as gzip with no name and no time, so that equal content gives equal bytes (for one zlib)."""
+    buffer = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=buffer, mtime=0) as stream:
+        stream.write(content)
+    return buffer.getvalue()

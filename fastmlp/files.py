@@ -1,0 +1,30 @@
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def atomic_write(path: str | os.PathLike[str], content: bytes | bytearray | memoryview) -> None:
+    """Write ``content`` to ``path``: afterwards the file is either the old one or the whole new one.
+
+    The bytes go to a new file in the same folder, which then takes the place of ``path``. Missing parent folders
+    are made, and the file gets the permissions that ``open`` would give it.
+
+    Raises:
+        OSError: the folder cannot be made or written to; ``path`` is then as it was.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile.mkstemp: its files are readable by their owner only, and would stay so after the rename.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
