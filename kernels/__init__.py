@@ -4,6 +4,9 @@ Launchers take tensors that were validated (``fastmlp.checks``), allocate the ou
 nothing of autograd. Import them from here (or through ``fastmlp.functional``, which is the public way).
 """
 
+from .activation_bwd import activation_bwd
+from .linear_dgrad import linear_dgrad
 from .linear_fwd import linear_fwd
+from .linear_wgrad import linear_wgrad
 
-__all__ = ["linear_fwd"]
+__all__ = ["activation_bwd", "linear_dgrad", "linear_fwd", "linear_wgrad"]

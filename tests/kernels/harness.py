@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 EPS32 = 2.0**-23
 
 

@@ -1,0 +1,96 @@
+"""dX = (dZ W) * f'(X): gradient of a linear layer's input, times the derivative of the activation below.
+
+X is the layer's input, which is the output A_{l-1} of the layer below, so with that layer's f the result is its
+dZ_{l-1} and the chain needs no elementwise pass between layers. With f = identity the result is plain dX.
+
+Shapes: dZ [M, N], W [N, K], dX and ``saved`` [M, K]; any strides for dZ and W, dX and saved contiguous.
+``saved`` is A_{l-1}, or Z_{l-1} for gelu and silu, or None for identity and step (see ``activations``).
+Dtypes: float32, float16 or bfloat16, all alike, accumulated in float32.
+Bytes: reads dZ once a column of tiles, W once a row of tiles, saved once; writes dX. Least: (M N + N K + 2 M K) items.
+Source: dL/dA_{l-1} = dL/dZ_l W_l and dL/dZ = f'(Z) * dL/dA (lecture notes 7.5; the notebook's g1, g2).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activation_grad
+from .configs import cdiv, gemm_tile
+from .device import current_device, input_precision
+from .tiling import dot, grouped_tile
+
+__all__ = ["linear_dgrad"]
+
+GROUP_M = 8
+
+
+@triton.jit
+def _linear_dgrad_kernel(
+    dz_ptr, w_ptr, saved_ptr, dx_ptr,
+    M, N, K,
+    stride_zm, stride_zn, stride_wn, stride_wk,
+    ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr,
+    EVEN_N: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_k = offs_k < K
+
+    dz_ptrs = dz_ptr + offs_m.to(tl.int64)[:, None] * stride_zm + offs_n[None, :] * stride_zn
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_k[None, :] * stride_wk
+
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for n in range(0, N, BLOCK_N):
+        if EVEN_N:
+            dz = tl.load(dz_ptrs, mask=mask_m[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k[None, :], other=0.0)
+        else:
+            mask_n = offs_n < N - n
+            dz = tl.load(dz_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        acc = dot(dz, w, acc, INPUT_PRECISION)
+        dz_ptrs += BLOCK_N * stride_zn
+        w_ptrs += BLOCK_N * stride_wn
+
+    offs_x = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
+    mask_x = mask_m[:, None] & mask_k[None, :]
+    saved = acc
+    if HAS_SAVED:
+        saved = tl.load(saved_ptr + offs_x, mask=mask_x, other=0.0).to(tl.float32)
+    dx = activation_grad(acc, saved, ACTIVATION)
+    tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
+
+
+def linear_dgrad(
+    dz: Tensor,
+    weight: Tensor,
+    saved: Tensor | None = None,
+    activation: str = "identity",
+    *,
+    dx: Tensor | None = None,
+) -> Tensor:
+    """Launch dX = (dZ W) * f'; ``activation`` is that of the layer below. ``dx``: output to reuse, contiguous."""
+    M = dz.shape[0]
+    N, K = weight.shape
+    if dx is None:
+        dx = torch.empty((M, K), dtype=weight.dtype, device=dz.device)
+    if M == 0 or K == 0:
+        return dx
+    device = current_device()
+    tile = gemm_tile("dgrad", M, K, N, weight.dtype, device)
+    _linear_dgrad_kernel[(cdiv(M, tile.rows) * cdiv(K, tile.cols),)](
+        dz, weight, saved, dx,
+        M, N, K,
+        dz.stride(0), dz.stride(1), weight.stride(0), weight.stride(1),
+        ACTIVATION=activation, HAS_SAVED=saved is not None,
+        EVEN_N=N % tile.depth == 0, INPUT_PRECISION=input_precision(device),
+        BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.cols, GROUP_M=GROUP_M, **tile.compile_options,
+    )  # fmt: skip
+    return dx

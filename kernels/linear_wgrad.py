@@ -1,0 +1,177 @@
+"""dW = dZ^T X and db = sum over the batch of dZ: the outer-product gradients of a linear layer, in one pass.
+
+Shapes: dZ [M, N], X [M, K], dW [N, K], db [N]; any strides for dZ and X, dW and db contiguous.
+Dtypes: dZ and X float32, float16 or bfloat16, alike, accumulated in float32; or X uint8 pixels, which count as
+X / 255 (the accumulator is scaled once). ``rows`` int64 [M] gathers the rows of X inside the kernel.
+
+The batch is the reduction. When the output has fewer tiles than the GPU has multiprocessors, each tile's batch is
+split over S programs: they write float32 partial sums to a workspace [S, N K + N], and a second kernel adds the
+S slices in their order. No atomics, so two runs agree bit by bit.
+Bytes: reads dZ once a column of tiles, X once a row of tiles; writes dW, db; split, also 2 S (N K + N) floats.
+Source: dL/dW = (dL/dZ)^T A_{l-1}, dL/db = dL/dZ, summed over the batch (np.outer in the first document).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import cdiv, gemm_tile, splits
+from .device import current_device, input_precision
+from .tiling import dot, grouped_tile
+
+__all__ = ["linear_wgrad"]
+
+GROUP_N = 8
+REDUCE_BLOCK = 1024
+
+
+@triton.jit
+def wgrad_tile(
+    dz_ptr, x_ptr, rows_ptr,
+    N, K, m_begin, m_end, pid_n, pid_k,
+    stride_zm, stride_zn, stride_xm, stride_xk,
+    HAS_BIAS: tl.constexpr, GATHER: tl.constexpr, PIXELS: tl.constexpr,
+    EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Float32 (dW block [BLOCK_N, BLOCK_K], db block [BLOCK_N]) of the samples m_begin <= m < m_end.
+
+    db is complete only in the programs of the first column of tiles (pid_k == 0); elsewhere it is zero.
+    """
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_n = offs_n < N
+    mask_k = offs_k < K
+    cols_n = offs_n.to(tl.int64)[None, :] * stride_zn
+    cols_k = offs_k.to(tl.int64)[None, :] * stride_xk
+
+    dw = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    db = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for m in range(m_begin, m_end, BLOCK_M):
+        row_z = (m + offs_m).to(tl.int64)
+        if EVEN_M:
+            mask_m = tl.full((BLOCK_M,), True, tl.int1)
+        else:
+            mask_m = offs_m < m_end - m
+        row_x = row_z
+        if GATHER:
+            row_x = tl.load(rows_ptr + row_z, mask=mask_m, other=0).to(tl.int64)
+        dz_ptrs = dz_ptr + row_z[:, None] * stride_zm + cols_n
+        x_ptrs = x_ptr + row_x[:, None] * stride_xm + cols_k
+        if EVEN_M:
+            dz = tl.load(dz_ptrs, mask=mask_n[None, :], other=0.0)
+            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+        else:
+            dz = tl.load(dz_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+            x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        if PIXELS:
+            x = x.to(tl.float32).to(dz.dtype)
+        dw = dot(tl.trans(dz), x, dw, INPUT_PRECISION)
+        if HAS_BIAS:
+            if pid_k == 0:
+                db += tl.sum(dz.to(tl.float32), axis=0)
+    if PIXELS:
+        dw = dw * (1.0 / 255.0)
+    return dw, db
+
+
+@triton.jit
+def _linear_wgrad_kernel(
+    dz_ptr, x_ptr, rows_ptr, dw_ptr, db_ptr,
+    M, N, K, m_per_split, stride_split,
+    stride_zm, stride_zn, stride_xm, stride_xk,
+    HAS_BIAS: tl.constexpr, GATHER: tl.constexpr, PIXELS: tl.constexpr,
+    EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
+):  # fmt: skip
+    pid_n, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP_N)
+    split = tl.program_id(1)
+    m_begin = split * m_per_split
+    m_end = tl.minimum(m_begin + m_per_split, M)
+    dw, db = wgrad_tile(
+        dz_ptr, x_ptr, rows_ptr,
+        N, K, m_begin, m_end, pid_n, pid_k,
+        stride_zm, stride_zn, stride_xm, stride_xk,
+        HAS_BIAS, GATHER, PIXELS, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    # With one split the outputs are dW and db themselves (stride_split is 0), else this split's workspace slice.
+    slice_start = split.to(tl.int64) * stride_split
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_n = offs_n < N
+    dw_ptrs = dw_ptr + slice_start + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    tl.store(dw_ptrs, dw.to(dw_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_k < K)[None, :])
+    if HAS_BIAS:
+        if pid_k == 0:
+            tl.store(db_ptr + slice_start + offs_n, db.to(db_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def sum_slices(partial_ptr, offs, mask, n_splits, stride_split):
+    """Sum over s of partial[s * stride_split + offs], in the order of s: the same result in every run."""
+    slice_ptrs = partial_ptr + offs
+    total = tl.load(slice_ptrs, mask=mask, other=0.0)
+    for _ in range(1, n_splits):
+        slice_ptrs += stride_split
+        total += tl.load(slice_ptrs, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def _wgrad_reduce_kernel(
+    partial_ptr, dw_ptr, db_ptr, weights, total, n_splits, stride_split,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    grad = sum_slices(partial_ptr, offs, offs < total, n_splits, stride_split)
+    tl.store(dw_ptr + offs, grad.to(dw_ptr.dtype.element_ty), mask=offs < weights)
+    if HAS_BIAS:
+        tl.store(db_ptr + (offs - weights), grad.to(db_ptr.dtype.element_ty), mask=(offs >= weights) & (offs < total))
+
+
+def linear_wgrad(
+    dz: Tensor,
+    x: Tensor,
+    *,
+    bias: bool = True,
+    rows: Tensor | None = None,
+    dw: Tensor | None = None,
+    db: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch dW = dZ^T X and, with ``bias``, db; returns (dW, db or None). ``dw``, ``db``: outputs to reuse."""
+    M, N = dz.shape
+    K = x.shape[1]
+    if dw is None:
+        dw = torch.empty((N, K), dtype=dz.dtype, device=dz.device)
+    if bias and db is None:
+        db = torch.empty((N,), dtype=dz.dtype, device=dz.device)
+    if N == 0 or K == 0:
+        return dw, db if db is None else torch.sum(dz, 0, out=db)
+    device = current_device()
+    tile = gemm_tile("wgrad", N, K, M, dz.dtype, device)
+    n_splits = splits(tile, N, K, M, device)
+    m_per_split = cdiv(cdiv(M, tile.depth), n_splits) * tile.depth
+    n_splits = max(1, cdiv(M, m_per_split)) if M else 1
+    total = N * K + (N if bias else 0)
+    stride_split = cdiv(total, 32) * 32
+    out_w, out_b = dw, db
+    if n_splits > 1:
+        partial = torch.empty((n_splits, stride_split), dtype=torch.float32, device=dz.device)
+        out_w, out_b = partial, partial[0, N * K :] if bias else None
+    _linear_wgrad_kernel[(cdiv(N, tile.rows) * cdiv(K, tile.cols), n_splits)](
+        dz, x, rows, out_w, out_b,
+        M, N, K, m_per_split, stride_split if n_splits > 1 else 0,
+        dz.stride(0), dz.stride(1), x.stride(0), x.stride(1),
+        HAS_BIAS=bias, GATHER=rows is not None, PIXELS=x.dtype == torch.uint8,
+        EVEN_M=M % tile.depth == 0, INPUT_PRECISION=input_precision(device),
+        BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, **tile.compile_options,
+    )  # fmt: skip
+    if n_splits > 1:
+        _wgrad_reduce_kernel[(cdiv(total, REDUCE_BLOCK),)](
+            partial, dw, db, N * K, total, n_splits, stride_split, HAS_BIAS=bias, BLOCK=REDUCE_BLOCK
+        )
+    return dw, db
