@@ -17,7 +17,16 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "Backend", "Resolved", "get_backend", "resolve", "set_backend", "triton_available", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Resolved",
+    "get_backend",
+    "resolve",
+    "set_backend",
+    "triton_available",
+    "use_backend",
+]
 
 Backend = Literal["auto", "triton", "torch"]
 Resolved = Literal["triton", "torch"]

@@ -19,6 +19,7 @@ from .activations import ACTIVATIONS, LEAKY_SLOPE
 __all__ = [
     "activate",
     "activation_grad",
+    "activation_grad_from_output",
     "linear_act",
     "linear_act_backward",
     "linear_dgrad",
@@ -79,6 +80,20 @@ def activation_grad(z: Tensor, activation: str) -> Tensor:
             s = torch.sigmoid(z)
             return s * (1 + z * (1 - s))
     raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+
+
+def activation_grad_from_output(a: Tensor, activation: str) -> Tensor:
+    """f'(Z) from the output A, for the activations whose output determines it."""
+    match activation:
+        case "sigmoid":
+            return a * (1 - a)
+        case "tanh":
+            return 1 - a**2
+        case "relu":
+            return (a > 0).to(a.dtype)
+        case "leaky_relu":
+            return torch.where(a > 0, 1.0, LEAKY_SLOPE).to(a.dtype)
+    raise ValueError(f"the derivative of {activation!r} is not a function of its output")
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity") -> Tensor:

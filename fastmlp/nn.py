@@ -1,0 +1,228 @@
+"""Modules: Linear with its activation, MLP, and conversion from and to plain torch modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .activations import LEAKY_SLOPE
+from .checks import check_activation
+
+__all__ = ["MLP", "Linear"]
+
+_TORCH_MODULES: dict[str, type[nn.Module]] = {
+    "identity": nn.Identity,
+    "sigmoid": nn.Sigmoid,
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear followed by an activation, in one kernel: A = f(x W^T + b).
+
+    Args:
+        in_features, out_features, bias, device, dtype: as torch.nn.Linear, and initialized like it.
+        activation: "identity" (default), sigmoid, relu, tanh, step, leaky_relu, gelu or silu.
+
+    Input [*, in_features] (uint8 pixels count as x / 255), output [*, out_features]; ``functional.linear_act`` says
+    the rest.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "identity",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_activation(activation)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[*, in_features] to [*, out_features]."""
+        return functional.linear_act(input, self.weight, self.bias, self.activation)
+
+    def extra_repr(self) -> str:
+        """What torch prints, and the activation."""
+        return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+class MLP(nn.Module):
+    """Multilayer perceptron: Linear layers with an activation after each but the last.
+
+    Args:
+        sizes: number of features of the input, of every hidden layer and of the output: at least two positive ints,
+            e.g. ``(784, 512, 512, 10)``.
+        activation: one name for all hidden layers, or a sequence of names, one for each hidden layer, or one for
+            every layer including the last. Default "sigmoid".
+        bias: whether the layers have biases.
+        device, dtype: of the parameters; default torch's.
+
+    ``layers`` is an nn.ModuleList of ``Linear``, so state_dict has ``layers.{i}.weight`` [out, in] and
+    ``layers.{i}.bias`` [out]. Input is [B, sizes[0]] or [B, ...] flattened from dimension 1, of the parameters' dtype
+    or uint8 (pixels, scaled by 1/255 in the first kernel); output [B, sizes[-1]].
+
+    The forward pass is one node of the tape, so the hidden layers' gradients never leave the backward kernels. If a
+    hook is registered on one of ``layers``, the layers run one by one instead (each still fused) and the hook is
+    called.
+
+    Raises:
+        ValueError: sizes that are not at least two positive ints, unknown activations, a wrong number of them.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: str | Sequence[str] = "sigmoid",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = tuple(sizes)
+        if len(sizes) < 2 or not all(isinstance(n, int) and n > 0 for n in sizes):
+            raise ValueError(
+                f"expected sizes to be at least two positive ints such as (784, 512, 512, 10), got {sizes!r}"
+            )
+        self.sizes = sizes
+        activations = _per_layer(activation, len(sizes) - 1)
+        self.layers = nn.ModuleList(
+            Linear(n_in, n_out, bias, f, device, dtype)
+            for n_in, n_out, f in zip(sizes[:-1], sizes[1:], activations, strict=True)
+        )
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """The activation of each layer, the last one included."""
+        return tuple(layer.activation for layer in self._linears())
+
+    def _linears(self) -> list[Linear]:
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, sizes[0]] (or [B, ...]) to [B, sizes[-1]]."""
+        layers = self._linears()
+        if any(_has_hooks(layer) for layer in layers):
+            x = x.flatten(1) if x.dim() > 2 else x
+            for layer in layers:
+                x = layer(x)
+            return x
+        return functional.mlp(
+            x, [layer.weight for layer in layers], [layer.bias for layer in layers], [f.activation for f in layers]
+        )
+
+    def extra_repr(self) -> str:
+        """The sizes; the layers print themselves."""
+        return f"sizes={self.sizes}"
+
+    @classmethod
+    def from_torch(cls, module: nn.Module) -> MLP:
+        """The MLP that a torch module of nn.Linear layers and activations computes; it shares the parameters.
+
+        Accepts an nn.Sequential (nested ones too) or a module whose children, in order, form one: an optional
+        nn.Flatten, then nn.Linear layers, each followed by at most one of nn.Sigmoid, ReLU, Tanh, LeakyReLU(0.01),
+        GELU(), SiLU or Identity. Sharing means that an optimizer made for the module goes on working.
+
+        Raises:
+            TypeError: a child that an MLP has no place for.
+            ValueError: children in an order that is not an MLP's.
+        """
+        linears: list[nn.Linear] = []
+        activations: list[str] = []
+        for child in _leaves(module):
+            if isinstance(child, nn.Flatten):
+                if linears or child.start_dim != 1:
+                    raise ValueError("nn.Flatten is accepted only before the first layer, with start_dim=1")
+            elif isinstance(child, nn.Linear):
+                linears.append(child)
+                activations.append(child.activation if isinstance(child, Linear) else "identity")
+            else:
+                name = _activation_name(child)
+                if not linears or activations[-1] != "identity":
+                    raise ValueError(f"{child} does not follow a linear layer; fuse or remove it first")
+                activations[-1] = name
+        if not linears:
+            raise ValueError(f"found no nn.Linear in {type(module).__name__}")
+        sizes = [linears[0].in_features]
+        for layer in linears:
+            if layer.in_features != sizes[-1]:
+                raise ValueError(f"{layer} follows a layer with {sizes[-1]} outputs")
+            sizes.append(layer.out_features)
+        model = cls(sizes, activations, device="meta")
+        for ours, theirs in zip(model._linears(), linears, strict=True):
+            ours.weight, ours.bias = theirs.weight, theirs.bias
+        return model
+
+    def to_torch(self) -> nn.Sequential:
+        """An nn.Sequential of nn.Flatten, nn.Linear and activation modules; it shares the parameters.
+
+        Raises:
+            ValueError: the activation "step", for which torch has no module.
+        """
+        modules: list[nn.Module] = [nn.Flatten()]
+        for layer in self._linears():
+            plain = nn.Linear(
+                layer.in_features,
+                layer.out_features,
+                bias=layer.bias is not None,
+                device="meta",
+                dtype=layer.weight.dtype,
+            )
+            plain.weight, plain.bias = layer.weight, layer.bias
+            modules.append(plain)
+            if layer.activation not in _TORCH_MODULES:
+                raise ValueError(f"torch has no module for the activation {layer.activation!r}")
+            if layer.activation != "identity":
+                modules.append(_TORCH_MODULES[layer.activation]())
+        return nn.Sequential(*modules)
+
+
+def _per_layer(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
+    """One activation a layer; a single name, or one name a hidden layer, leaves the last layer without."""
+    if isinstance(activation, str):
+        check_activation(activation)
+        return (*[activation] * (layers - 1), "identity")
+    names = tuple(activation)
+    for name in names:
+        check_activation(name)
+    if len(names) == layers:
+        return names
+    if len(names) == layers - 1:
+        return (*names, "identity")
+    raise ValueError(
+        f"expected {layers - 1} activations (one a hidden layer) or {layers} (one a layer), got {len(names)}: {names}"
+    )
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def _leaves(module: nn.Module) -> list[nn.Module]:
+    children = list(module.children())
+    if not children or isinstance(module, nn.Linear):
+        return [module]
+    return [leaf for child in children for leaf in _leaves(child)]
+
+
+def _activation_name(module: nn.Module) -> str:
+    settings: dict[str, Any] = {"negative_slope": LEAKY_SLOPE, "approximate": "none"}
+    for name, kind in _TORCH_MODULES.items():
+        if type(module) is kind and all(getattr(module, k, v) == v for k, v in settings.items()):
+            return name
+    raise TypeError(
+        f"an MLP has no place for {module}; expected nn.Linear, nn.Flatten or one of "
+        f"{', '.join(kind.__name__ for kind in _TORCH_MODULES.values())} "
+        f"(LeakyReLU with slope {LEAKY_SLOPE}, exact GELU)"
+    )

@@ -1,0 +1,55 @@
+"""The fused operations without autograd: each sends its tensors to the Triton kernel or to plain torch.
+
+``backend`` is what ``fastmlp.backend.resolve`` returned for the operation's input. A backward pass is given the
+backend of its forward pass, because it runs on another thread and possibly outside the ``use_backend`` block.
+Arguments were validated by the callers in ``fastmlp.functional``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import torch_backend
+from .backend import Resolved
+
+__all__ = ["activation_bwd", "linear_dgrad", "linear_fwd", "linear_wgrad"]
+
+
+def linear_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, save_z: bool, backend: Resolved
+) -> tuple[Tensor, Tensor | None]:
+    """(A, Z or None) of A = f(X W^T + b)."""
+    if backend == "torch":
+        return torch_backend.linear_fwd(x, weight, bias, activation, save_z=save_z)
+    from .kernels import linear_fwd as launch
+
+    return launch(x, weight, bias, activation, save_z=save_z)
+
+
+def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None, activation: str, *, backend: Resolved) -> Tensor:
+    """DX = (dZ W) * f' with f the activation of the layer below and ``saved`` what its derivative needs."""
+    if backend == "torch":
+        return torch_backend.linear_dgrad(dz, weight, saved, activation)
+    from .kernels import linear_dgrad as launch
+
+    return launch(dz, weight, saved, activation)
+
+
+def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool, backend: Resolved) -> tuple[Tensor, Tensor | None]:
+    """(dW, db or None) of a linear layer with input X."""
+    if backend == "torch":
+        return torch_backend.linear_wgrad(dz, x, bias=bias)
+    from .kernels import linear_wgrad as launch
+
+    return launch(dz, x, bias=bias)
+
+
+def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, backend: Resolved) -> Tensor:
+    """DZ = dA * f'."""
+    if activation == "identity":
+        return da
+    if backend == "torch":
+        return torch_backend.activation_bwd(da, saved, activation)
+    from .kernels import activation_bwd as launch
+
+    return launch(da, saved, activation)

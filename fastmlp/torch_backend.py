@@ -1,0 +1,84 @@
+"""The fused operations on plain torch, for CPUs and for dtypes that the kernels do not compute in.
+
+The same formulas as the kernels, in place wherever a buffer is ours, and never on the autograd tape: callers run
+them inside torch.autograd.Function. ``fastmlp.reference`` has the same operations written for reading.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .activations import LEAKY_SLOPE
+
+__all__ = ["activation_bwd", "linear_dgrad", "linear_fwd", "linear_wgrad"]
+
+
+def _pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x
+
+
+def _activate(z: Tensor, activation: str, *, keep_z: bool) -> Tensor:
+    """f(Z), in place unless Z must be kept or is a view into somebody's data."""
+    match activation:
+        case "identity":
+            return z
+        case "sigmoid":
+            return torch.sigmoid(z) if keep_z else z.sigmoid_()
+        case "relu":
+            return torch.relu(z) if keep_z else z.relu_()
+        case "tanh":
+            return torch.tanh(z) if keep_z else z.tanh_()
+        case "step":
+            return (z >= 0).to(z.dtype)
+        case "leaky_relu":
+            out = torch.nn.functional.leaky_relu(z, LEAKY_SLOPE, inplace=not keep_z)
+            return out
+        case "gelu":
+            return torch.nn.functional.gelu(z)
+        case _:
+            return torch.nn.functional.silu(z, inplace=not keep_z)
+
+
+def linear_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, save_z: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N]."""
+    x = _pixels(x, weight.dtype)
+    z = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    return _activate(z, activation, keep_z=save_z), z if save_z else None
+
+
+def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, inplace: bool = False) -> Tensor:
+    """DZ = dA * f'; ``saved`` is A, Z for gelu and silu, or None. ``inplace`` may overwrite dA."""
+    aten = torch.ops.aten
+    if activation == "identity":
+        return da
+    if activation == "step":
+        return da.zero_() if inplace else torch.zeros_like(da, memory_format=torch.contiguous_format)
+    if saved is None:
+        raise AssertionError(f"the derivative of {activation} needs a saved tensor")
+    out = {"grad_input": da} if inplace else {}
+    match activation:
+        case "sigmoid":
+            return aten.sigmoid_backward(da, saved, **out)
+        case "tanh":
+            return aten.tanh_backward(da, saved, **out)
+        case "relu":
+            return aten.threshold_backward(da, saved, 0, **out)
+        case "leaky_relu":
+            return aten.leaky_relu_backward(da, saved, LEAKY_SLOPE, True, **out)
+        case "gelu":
+            return aten.gelu_backward(da, saved, **out)
+        case _:
+            return aten.silu_backward(da, saved, **out)
+
+
+def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
+    """DX = (dZ W) * f' with f the activation of the layer below."""
+    return activation_bwd(torch.mm(dz, weight), saved, activation, inplace=True)
+
+
+def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
+    """(dW, db or None): dW = dZ^T X, db = sum over the batch of dZ."""
+    return torch.mm(dz.t(), _pixels(x, dz.dtype)), dz.sum(0) if bias else None
