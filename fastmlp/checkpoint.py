@@ -177,7 +177,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ) from error
     try:
         document = json.loads(text)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
         raise CheckpointError(f"{config_path} is damaged: it is not JSON ({error})") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(

@@ -117,8 +117,8 @@ class TestSubset:
 class TestFullData:
     def test_checksums_are_those_of_the_published_files(self, published: dict[str, bytes]) -> None:
         """FULL's SHA-256 sums were taken from a repackaged copy; the publisher's MD5 sums confirm its content."""
-        md5 = {n: hashlib.md5(content, usedforsecurity=False).hexdigest() for n, content in published.items()}
-        assert md5 == {name: md5 for name, (_, md5) in PUBLISHED.items()}
+        sums = {name: hashlib.md5(content, usedforsecurity=False).hexdigest() for name, content in published.items()}
+        assert sums == {name: md5 for name, (_, md5) in PUBLISHED.items()}
 
     def test_checksums_are_torchvisions(self) -> None:
         datasets = pytest.importorskip("torchvision.datasets")
