@@ -1,0 +1,38 @@
+"""Runs the PTX that Triton generates on a CPU, with numpy: see README.md."""
+
+from .compile import compile_triton, run_triton, triton_kernel
+from .errors import (
+    AsyncHazard,
+    Deadlock,
+    Divergence,
+    Misaligned,
+    OutOfBounds,
+    SharedRace,
+    SimError,
+    Trap,
+    UninitShared,
+)
+from .kernel import PtxKernel
+from .shared_memory import bank_wavefronts
+from .simulated_gpu import Launch, SimulatedGPU
+from .stats import Stats
+
+__all__ = [
+    "AsyncHazard",
+    "Deadlock",
+    "Divergence",
+    "Launch",
+    "Misaligned",
+    "OutOfBounds",
+    "PtxKernel",
+    "SharedRace",
+    "SimError",
+    "SimulatedGPU",
+    "Stats",
+    "Trap",
+    "UninitShared",
+    "bank_wavefronts",
+    "compile_triton",
+    "run_triton",
+    "triton_kernel",
+]

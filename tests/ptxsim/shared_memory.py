@@ -1,0 +1,300 @@
+"""Shared memory: bounds, uninitialised reads, races, hazards of asynchronous copies, bank conflicts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .dtypes import UINT, i16, i32, i64, u8, u32, u64
+from .errors import AsyncHazard, Misaligned, OutOfBounds, SharedRace, UninitShared
+from .parser import Instruction
+
+if TYPE_CHECKING:
+    from .context import Context
+
+_MEMO_ENTRIES = 4096  # access patterns whose bank conflicts are remembered
+
+
+class SharedMemory:
+    """Shared memory of one or many CTAs, with shadow state for the checks.
+
+    Args:
+        size: bytes of one CTA.
+        ncta, nwarps: CTAs that live here, and the warps of each.
+        gran: bytes that one element of the shadow state stands for.
+        race: keep who read and wrote what since the last barrier.
+        uninit: keep what has been written at all.
+    """
+
+    def __init__(self, size: int, ncta: int, nwarps: int, gran: int, race: bool, uninit: bool) -> None:
+        self.size = size
+        self.stride = -(-max(size, 16) // 128) * 128  # from one CTA to the next
+        self.mem = np.full(self.stride * ncta, 0xFF, u8)  # a NaN in every float type
+        self.gran, self.nwarps = gran, nwarps
+        n = self.stride * ncta // gran
+        self.init = np.zeros(n, np.bool_) if uninit else None
+        self.flight = np.zeros(n, i16)  # 1 where an asynchronous copy will write
+        self.nflight = 0
+        # A barrier begins a new epoch of its CTA; rd and wr hold the epoch in which each warp last did so.
+        self.epoch = np.ones(ncta, i32)
+        self.rd = np.zeros((nwarps, n), i32) if race else None
+        self.wr = np.zeros((nwarps, n), i32) if race else None
+        self._views: dict[tuple[int, int], np.ndarray] = {}
+
+    def view(self, nbytes: int, elem: int) -> np.ndarray:
+        """All of it as [n / nbytes, nbytes / elem] of unsigned elem-byte integers."""
+        v = self._views.get((nbytes, elem))
+        if v is None:
+            v = self._views[nbytes, elem] = self.mem.view(UINT[elem * 8]).reshape(-1, nbytes // elem)
+        return v
+
+    def cells(self, A: np.ndarray, nbytes: int) -> np.ndarray:
+        """[lanes, cells]: the elements of the shadow state under nbytes at byte addresses A."""
+        return A[:, None] // self.gran + np.arange(max(1, nbytes // self.gran))
+
+
+def locate_shared(
+    c: Context,
+    ins: Instruction,
+    slot: int,
+    off: np.ndarray | None,
+    nbytes: int,
+    m: np.ndarray | None,
+    what: str,
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """The checked place of a shared access of nbytes a lane.
+
+    Returns:
+        (byte address in the memory of all CTAs (int64), lanes or None for all, address within the CTA).
+    """
+    a = c.R[slot]
+    if a.dtype == u64:
+        a = a.astype(u32)
+    if off is not None:
+        a = a + off
+    idx = None
+    base = c.shared_base
+    if m is not None:
+        idx = np.flatnonzero(m)
+        if a.size > 1:
+            a = a[idx]
+        if base.size > 1:
+            base = base[idx]
+    if nbytes > 1 and (a & u32(nbytes - 1)).any():
+        j = int(np.flatnonzero(a & u32(nbytes - 1))[0])
+        raise Misaligned(
+            f"{what} of {nbytes} bytes at shared address {int(a[j]):#x}",
+            ins,
+            int(a[j]),
+            c.who(c.lane_at(j, idx, a.size)),
+        )
+    top = int(a.max())
+    if top + nbytes > c.shared.size:
+        raise OutOfBounds(
+            f"{what} of {nbytes} bytes at shared address {top:#x} (shared memory is {c.shared.size} bytes)",
+            ins,
+            top,
+            c.who(c.lane_at(int(a.argmax()), idx, a.size)),
+        )
+    return a.astype(i64) + base, idx, a
+
+
+def count_shared(
+    c: Context, ins: Instruction, a: np.ndarray, idx: np.ndarray | None, nbytes: int, m: np.ndarray | None
+) -> None:
+    """Add an access to the instruction's requests, wavefronts and conflicts."""
+    if not c.launch.count_traffic:
+        return
+    st = ins.shared_counts
+    if a.size == 1:
+        w = c.W if m is None else int(m.reshape(c.W, 32).any(1).sum())
+        st[0] += w
+        st[1] += w
+        return
+    memo = c.launch.bank_memo
+    key = (nbytes, c.L, a.tobytes(), None if m is None else m.tobytes())
+    r = memo.get(key)
+    if r is None:
+        if len(memo) > _MEMO_ENTRIES:
+            memo.clear()
+        if idx is None:
+            A = a.astype(i64)
+        else:
+            A = np.full(c.L, -1, i64)
+            A[idx] = a
+        r = memo[key] = bank_wavefronts(A, nbytes)
+    st[0] += r[0]
+    st[1] += r[1]
+    st[2] += r[2]
+
+
+def bank_wavefronts(A: np.ndarray, nbytes: int) -> tuple[int, int, int]:
+    """(requests, wavefronts, wavefronts beyond the necessary) of one access.
+
+    32 banks of 4 bytes. 8-byte accesses go by half-warps, 16-byte ones by quarter-warps; lanes on the same word
+    share a wavefront.
+
+    Args:
+        A: shared byte address per lane, -1 where it is inactive: [32 * warps].
+        nbytes: bytes of each lane.
+    """
+    W = A.size // 32
+    nwords = max(1, nbytes // 4)
+    rows = A.reshape(W * nwords, 32 // nwords)
+    word = np.where(rows < 0, -1, rows >> 2)
+    if nwords > 1:
+        word = np.where(word[:, :, None] < 0, -1, word[:, :, None] + np.arange(nwords)).reshape(len(rows), -1)
+    s = np.sort(word, axis=1)
+    first = np.ones(s.shape, np.bool_)
+    first[:, 1:] = s[:, 1:] != s[:, :-1]
+    first &= s >= 0
+    r, c = np.nonzero(first)
+    per_bank = np.bincount(r * 32 + (s[r, c] & 31), minlength=len(rows) * 32).reshape(len(rows), 32)
+    waves = per_bank.max(1)
+    requests = int((A.reshape(W, 32) >= 0).any(1).sum())
+    return requests, int(waves.sum()), int((waves - (waves > 0)).sum())
+
+
+def check_shared(
+    c: Context,
+    ins: Instruction,
+    A: np.ndarray,
+    idx: np.ndarray | None,
+    nbytes: int,
+    changes: np.ndarray | None = None,
+) -> None:
+    """Uninitialised reads, cp.async hazards, races.
+
+    Args:
+        A: byte address per lane, or one for all.
+        changes: None for a read. For a write, per lane and element, whether the value changes: rewriting the
+            value already there is harmless, and Triton lets replicas of a value do so.
+    """
+    sm = c.shared
+    G = sm.cells(A, nbytes)
+    if sm.nflight:
+        bad = sm.flight[G] != 0
+        if bad.any():
+            j = int(np.flatnonzero(bad.any(1))[0])
+            raise AsyncHazard(
+                f"{'read' if changes is None else 'write'} at shared address {int(A[j]) % sm.stride:#x}",
+                ins,
+                int(A[j]) % sm.stride,
+                c.who(c.lane_at(j, idx, len(A))),
+            )
+    if sm.init is not None:
+        if changes is not None:
+            sm.init[G] = True
+        else:
+            _check_initialised(c, ins, A, idx, G)
+    if sm.rd is not None:
+        _check_race(c, ins, A, idx, G, changes)
+
+
+def _check_initialised(c: Context, ins: Instruction, A: np.ndarray, idx: np.ndarray | None, G: np.ndarray) -> None:
+    good = c.shared.init[G]
+    if good.all():
+        return
+    if c.launch.uninit == "raise":
+        j = int(np.flatnonzero(~good.all(1))[0])
+        address = int(A[j]) % c.shared.stride
+        raise UninitShared(f"shared address {address:#x}", ins, address, c.who(c.lane_at(j, idx, len(A))))
+    c.launch.stats.uninit_reads += int(np.count_nonzero(~good.all(1)))
+
+
+def _check_race(
+    c: Context,
+    ins: Instruction,
+    A: np.ndarray,
+    idx: np.ndarray | None,
+    G: np.ndarray,
+    changes: np.ndarray | None,
+) -> None:
+    sm = c.shared
+    lanes = c.lanes_all if idx is None else idx
+    n = G.shape[1]
+    if len(A) == 1 and len(lanes) > 1:  # uniform address: one representative per warp
+        lanes = lanes[np.unique(lanes // 32, return_index=True)[1]]
+        G = np.broadcast_to(G, (len(lanes), n))
+    w, epoch = _warp_and_epoch(c, lanes)
+    bad = np.zeros(G.shape, np.bool_)
+    if changes is not None:
+        for x in range(sm.nwarps):
+            bad |= (w != x) & ((sm.wr[x][G] == epoch) | (sm.rd[x][G] == epoch))
+        bad &= np.repeat(changes, n // changes.shape[1], axis=1) if n > changes.shape[1] else changes
+        sm.wr[w, G] = epoch
+    else:
+        for x in range(sm.nwarps):
+            bad |= (w != x) & (sm.wr[x][G] == epoch)
+        bad &= sm.wr[w, G] != epoch
+        sm.rd[w, G] = epoch
+    if bad.any():
+        j = int(np.flatnonzero(bad.any(1))[0])
+        address = int(G[j][np.flatnonzero(bad[j])[0]]) * sm.gran % sm.stride
+        what = "read of another warp's write" if changes is None else "write after another warp's access"
+        raise SharedRace(
+            f"{what} at shared address {address:#x} with no barrier between", ins, address, c.who(int(lanes[j]))
+        )
+
+
+def _warp_and_epoch(c: Context, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The warp of each lane and the epoch of its CTA, as columns."""
+    return c.warp_of_lane[lanes][:, None], c.shared.epoch[c.cta_of_lane[lanes]][:, None]
+
+
+def mark_written(c: Context, lanes: np.ndarray, A: np.ndarray, nbytes: int) -> None:
+    """Note that the lanes wrote nbytes at addresses A (or at one address) in this epoch."""
+    w, epoch = _warp_and_epoch(c, lanes)
+    G = c.shared.cells(A, nbytes)
+    c.shared.wr[w, np.broadcast_to(G, (len(lanes), G.shape[1]))] = epoch
+
+
+def check_overwrite(c: Context, ins: Instruction, lanes: np.ndarray, A: np.ndarray, G: np.ndarray) -> None:
+    """An asynchronous copy may not write what another copy will, or what another warp used in this epoch."""
+    sm = c.shared
+    if sm.nflight:
+        bad = sm.flight[G] != 0
+        if bad.any():
+            j = int(np.flatnonzero(bad.any(1))[0])
+            raise AsyncHazard("two copies to the same place", ins, int(A[j]) % sm.stride, c.who(int(lanes[j])))
+    if sm.rd is None:
+        return
+    w, epoch = _warp_and_epoch(c, lanes)
+    bad = np.zeros(G.shape, np.bool_)
+    for x in range(sm.nwarps):
+        bad |= (w != x) & ((sm.rd[x][G] == epoch) | (sm.wr[x][G] == epoch))
+    if bad.any():
+        j = int(np.flatnonzero(bad.any(1))[0])
+        raise SharedRace(
+            "cp.async into a place that another warp accessed with no barrier between",
+            ins,
+            int(A[j]) % sm.stride,
+            c.who(int(lanes[j])),
+        )
+
+
+def store_shared(
+    c: Context,
+    ins: Instruction,
+    A: np.ndarray,
+    idx: np.ndarray | None,
+    nbytes: int,
+    elem: int,
+    data: np.ndarray,
+) -> None:
+    """Write rows of elements at the byte addresses A of the active lanes."""
+    view = c.shared.view(nbytes, elem)
+    r = A // nbytes
+    check_shared(c, ins, A, idx, nbytes, view[r] != data)
+    view[r] = data
+    if c.shared.rd is not None:
+        lost = view[r] != data
+        if lost.any():
+            j = int(np.flatnonzero(lost.any(1))[0])
+            raise SharedRace(
+                "lanes store different values to one place in the same instruction",
+                ins,
+                int(A[j]) % c.shared.stride,
+                c.who(c.lane_at(j, idx, len(A))),
+            )

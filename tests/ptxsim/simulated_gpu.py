@@ -1,0 +1,259 @@
+"""A simulated GPU behind Triton's own JIT.
+
+Inside `with SimulatedGPU(arch=80) as gpu:` every ordinary `kernel[grid](...)` on CPU tensors is specialised and
+compiled by Triton for that architecture and, instead of going to a device, recorded in `gpu.launches` and executed
+by `PtxKernel`. Everything of Triton but the driver is real: binder, specialisation, compiler, ptxas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime import driver
+
+from .compile import decoded, flatten
+from .stats import Stats
+
+
+@dataclass(frozen=True)
+class _Properties:
+    max_shared_mem: int  # bytes that a program may use
+    multiprocessor_count: int
+
+
+# NVIDIA: the CUDA programming guide's technical specifications, and the multiprocessors of T4, A100, A10, RTX 4090,
+# H100, B200 and RTX 5090. AMD: the LDS of a work group, and the compute units of MI210, MI300X, MI355X and (counted in
+# work-group processors) RX 7900 XTX.
+_PROPERTIES = {
+    ("cuda", 75): _Properties(65536, 40),
+    ("cuda", 80): _Properties(166912, 108),
+    ("cuda", 86): _Properties(101376, 84),
+    ("cuda", 89): _Properties(101376, 128),
+    ("cuda", 90): _Properties(232448, 132),
+    ("cuda", 100): _Properties(232448, 148),
+    ("cuda", 120): _Properties(101376, 170),
+    ("hip", "gfx90a"): _Properties(65536, 104),
+    ("hip", "gfx942"): _Properties(65536, 304),
+    ("hip", "gfx950"): _Properties(163840, 256),
+    ("hip", "gfx1100"): _Properties(65536, 48),
+}
+
+# Triton keeps compiled kernels and the limit of shared memory by device number: every target has its own.
+_device_numbers: dict[tuple[str, int | str], int] = {}
+
+
+@dataclass
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        name: the kernel function.
+        grid: programs in x, y, z.
+        arch: what it was compiled for: 80, "gfx942", ...
+        shared: bytes of shared memory of a program.
+        num_warps, num_stages: as compiled.
+        arguments: every argument by name, tensors as they were passed.
+        constexprs: what was compiled in, by name: the tl.constexpr arguments, and run-time arguments that Triton makes
+            constant (None, and an int equal to 1). Parts of a tuple are "name[0]", "name[1]".
+        asm: what Triton made of the kernel, by stage: "ttgir", "ptx", "cubin", "amdgcn" and so on.
+        stats: counts of the execution; None when it was only recorded.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+    arch: int | str
+    shared: int
+    num_warps: int
+    num_stages: int
+    arguments: dict[str, Any] = field(repr=False)
+    constexprs: dict[str, Any] = field(repr=False)
+    asm: Mapping[str, str | bytes] = field(repr=False)
+    stats: Stats | None = field(default=None, repr=False)
+
+
+def _constexprs_by_name(src: ASTSource) -> dict[str, Any]:
+    """The compiled-in arguments; Triton has them by position, and by position within tuples."""
+    named = {}
+    for (first, *inner), value in src.constants.items():
+        named[src.fn.arg_names[first] + "".join(f"[{i}]" for i in inner)] = value
+    return named
+
+
+class _Launcher:
+    """What Triton calls to launch one compiled kernel.
+
+    Triton's caches keep it when the `with` block is over, so it holds no SimulatedGPU: the one in charge records.
+    """
+
+    def __init__(self, compiled: CompiledKernel) -> None:
+        self._metadata, self._asm = compiled.metadata, compiled.asm
+        self._signature = dict(compiled.src.signature)
+        self._constexprs = _constexprs_by_name(compiled.src)
+
+    def __call__(
+        self,
+        grid_x: int,
+        grid_y: int,
+        grid_z: int,
+        stream: int,
+        function: Any,
+        packed_metadata: Any,
+        launch_metadata: Any,
+        enter_hook: Callable[[Any], None] | None,
+        exit_hook: Callable[[Any], None] | None,
+        *args: Any,
+    ) -> None:
+        m, gpu = self._metadata, driver.active
+        if not isinstance(gpu, SimulatedGPU):
+            raise RuntimeError(f"{m.name} was compiled for a simulated GPU: launch it within `with SimulatedGPU(...)`")
+        record = Launch(
+            name=m.name,
+            grid=(grid_x, grid_y, grid_z),
+            arch=m.target.arch,
+            shared=m.shared,
+            num_warps=m.num_warps,
+            num_stages=m.num_stages,
+            arguments=dict(zip(self._signature, args, strict=True)),
+            constexprs=dict(self._constexprs),
+            asm=self._asm,
+        )
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
+        if gpu.execute:
+            record.stats = self._execute(record, gpu.launch_options)
+        gpu.launches.append(record)
+        if exit_hook is not None:
+            exit_hook(launch_metadata)
+
+    def _execute(self, record: Launch, options: Mapping[str, Any]) -> Stats:
+        m = self._metadata
+        kernel = decoded(self._asm["ptx"], m.shared, m.num_warps, m.global_scratch_size, m.profile_scratch_size)
+        flat: dict[str, Any] = {}
+        for name, kind in self._signature.items():
+            flat.update(flatten(name, record.arguments[name], kind))
+        return kernel.launch(record.grid, flat, **options)
+
+
+class SimulatedGPU:
+    """A GPU that Triton compiles for, and that is not there. Use it as a context manager, as often as you like.
+
+    Args:
+        arch: a compute capability (75, 80, 86, 89, 90, 100, 120), ("hip", "gfx942") and the like, or a GPUTarget.
+        execute: execute the launches; False only records them, and then any target that Triton compiles for will do.
+        multiprocessors: what the device says it has; by default what a well-known one of its architecture has.
+        launch_options: options of `PtxKernel.launch` for every launch: mode, seed, races and so on.
+
+    Attributes:
+        target: Triton's GPUTarget.
+        launches: the launches made within the `with` blocks, in order.
+
+    Raises:
+        ValueError: execution is asked for on an architecture other than NVIDIA's.
+        RuntimeError: Triton is in interpreter mode, where nothing is compiled or launched.
+    """
+
+    def __init__(
+        self,
+        arch: int | tuple[str, int | str] | GPUTarget = 80,
+        execute: bool = True,
+        multiprocessors: int | None = None,
+        **launch_options: Any,
+    ) -> None:
+        if isinstance(arch, int):
+            arch = ("cuda", arch)
+        if not isinstance(arch, GPUTarget):
+            backend, name = arch
+            arch = GPUTarget(backend, name, 64 if str(name).startswith("gfx9") else 32)
+        if execute and arch.backend != "cuda":
+            raise ValueError(f"{arch.backend} {arch.arch} cannot be executed, only recorded: pass execute=False")
+        self.target, self.execute, self.launch_options = arch, execute, launch_options
+        self.launches: list[Launch] = []
+        known = _PROPERTIES.get((arch.backend, arch.arch), _Properties(65536, 108))
+        self.max_shared_mem = known.max_shared_mem
+        self.multiprocessor_count = multiprocessors or known.multiprocessor_count
+        self._device = _device_numbers.setdefault((arch.backend, arch.arch), len(_device_numbers))
+        self._starting: CompiledKernel | None = None
+        self._replaced: list[tuple[Any, Callable[[CompiledKernel], None]]] = []
+
+    def __enter__(self) -> SimulatedGPU:
+        if knobs.runtime.interpret:
+            raise RuntimeError("TRITON_INTERPRET=1 is set, and interpreted kernels are not launched: unset it")
+        original = CompiledKernel._init_handles
+        self._replaced.append((driver._active, original))
+
+        def init_handles(compiled: CompiledKernel) -> None:
+            # launcher_cls is not given the compiled code, so remember whose turn it is.
+            self._starting = compiled
+            try:
+                original(compiled)
+            finally:
+                self._starting = None
+
+        CompiledKernel._init_handles = init_handles
+        driver.set_active(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        active, CompiledKernel._init_handles = self._replaced.pop()
+        driver.set_active(active)
+
+    # What Triton asks of a driver.
+
+    @property
+    def utils(self) -> SimulatedGPU:
+        return self
+
+    def launcher_cls(self, src: ASTSource, metadata: Any) -> _Launcher:
+        return _Launcher(self._starting)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self._device
+
+    def set_current_device(self, device: int) -> None:
+        if device != self._device:
+            raise ValueError(f"there is only device {self._device}, not {device}")
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        """No time passes on a simulated GPU: every configuration of an autotuner takes as long as any other."""
+
+        def benchmark(call: Callable[[], None], quantiles: list[float] | None = None, **options: Any) -> list[float]:
+            call()
+            return [1.0] * len(quantiles or [0.5])
+
+        return benchmark
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
+        """(module, function, registers, spills, threads a program may have); there is no module to unload."""
+        return None, None, 0, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": self.max_shared_mem,
+            "multiprocessor_count": self.multiprocessor_count,
+            "max_num_regs": 65536,
+            "warpSize": self.target.warp_size,
+        }
