@@ -43,8 +43,11 @@ def _linear_dgrad_kernel(
     mask_m = offs_m < M
     mask_k = offs_k < K
 
-    dz_ptrs = dz_ptr + offs_m.to(tl.int64)[:, None] * stride_zm + offs_n[None, :] * stride_zn
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_k[None, :] * stride_wk
+    offs_n64 = offs_n.to(tl.int64)
+    dz_ptrs = dz_ptr + offs_m.to(tl.int64)[:, None] * stride_zm + offs_n64[None, :] * stride_zn
+    w_ptrs = w_ptr + offs_n64[:, None] * stride_wn + offs_k.to(tl.int64)[None, :] * stride_wk
+    step_z = tl.cast(BLOCK_N, tl.int64) * stride_zn
+    step_w = tl.cast(BLOCK_N, tl.int64) * stride_wn
 
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for n in range(0, N, BLOCK_N):
@@ -56,8 +59,8 @@ def _linear_dgrad_kernel(
             dz = tl.load(dz_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
         acc = dot(dz, w, acc, INPUT_PRECISION)
-        dz_ptrs += BLOCK_N * stride_zn
-        w_ptrs += BLOCK_N * stride_wn
+        dz_ptrs += step_z
+        w_ptrs += step_w
 
     offs_x = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
     mask_x = mask_m[:, None] & mask_k[None, :]

@@ -45,13 +45,16 @@ def _linear_fwd_kernel(
     mask_m = offs_m < M
     mask_n = offs_n < N
 
-    # Row offsets are int64: M * stride_xm passes 2^31 for large data sets.
+    # Offsets are int64: M * stride_xm passes 2^31 for large data sets, K * stride_xk for transposed ones.
     if GATHER:
         row_m = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     else:
         row_m = offs_m.to(tl.int64)
-    x_ptrs = x_ptr + row_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_k[None, :] * stride_wk
+    cols_k = offs_k.to(tl.int64)[None, :]
+    x_ptrs = x_ptr + row_m[:, None] * stride_xm + cols_k * stride_xk
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + cols_k * stride_wk
+    step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
+    step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -63,12 +66,12 @@ def _linear_fwd_kernel(
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
         # W is loaded along its rows, [BLOCK_N, BLOCK_K], and transposed in the dot: fewer instructions than
-        # loading columns, by the count of the compiled code.
+        # loading columns, by the count of the executed code.
         if PIXELS:
             x = x.to(tl.float32).to(w.dtype)
         acc = dot(x, tl.trans(w), acc, INPUT_PRECISION)
-        x_ptrs += BLOCK_K * stride_xk
-        w_ptrs += BLOCK_K * stride_wk
+        x_ptrs += step_x
+        w_ptrs += step_w
 
     if PIXELS:
         acc = acc * (1.0 / 255.0)

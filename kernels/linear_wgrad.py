@@ -46,36 +46,45 @@ def wgrad_tile(
     offs_m = tl.arange(0, BLOCK_M)
     mask_n = offs_n < N
     mask_k = offs_k < K
-    cols_n = offs_n.to(tl.int64)[None, :] * stride_zn
-    cols_k = offs_k.to(tl.int64)[None, :] * stride_xk
+    # dZ is read as its transpose, [BLOCK_N, BLOCK_M] with the contiguous axis first: the shared-memory layout that
+    # the tensor cores then read has no bank conflicts, which a transposition in the dot would have.
+    row_m = (m_begin + offs_m).to(tl.int64)
+    dz_ptrs = dz_ptr + offs_n.to(tl.int64)[:, None] * stride_zn + row_m[None, :] * stride_zm
+    cols_k = x_ptr + offs_k.to(tl.int64)[None, :] * stride_xk
+    x_ptrs = cols_k + row_m[:, None] * stride_xm
+    step_z = tl.cast(BLOCK_M, tl.int64) * stride_zm
+    step_x = tl.cast(BLOCK_M, tl.int64) * stride_xm
 
     dw = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    db = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for m in range(m_begin, m_end, BLOCK_M):
-        row_z = (m + offs_m).to(tl.int64)
-        if EVEN_M:
-            mask_m = tl.full((BLOCK_M,), True, tl.int1)
-        else:
-            mask_m = offs_m < m_end - m
-        row_x = row_z
+        mask_m = offs_m < m_end - m
         if GATHER:
-            row_x = tl.load(rows_ptr + row_z, mask=mask_m, other=0).to(tl.int64)
-        dz_ptrs = dz_ptr + row_z[:, None] * stride_zm + cols_n
-        x_ptrs = x_ptr + row_x[:, None] * stride_xm + cols_k
+            row_x = tl.load(rows_ptr + m + offs_m, mask=mask_m, other=0).to(tl.int64)
+            x_ptrs = cols_k + row_x[:, None] * stride_xm
         if EVEN_M:
-            dz = tl.load(dz_ptrs, mask=mask_n[None, :], other=0.0)
+            dz = tl.load(dz_ptrs, mask=mask_n[:, None], other=0.0)
             x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
         else:
-            dz = tl.load(dz_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+            dz = tl.load(dz_ptrs, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         if PIXELS:
             x = x.to(tl.float32).to(dz.dtype)
-        dw = dot(tl.trans(dz), x, dw, INPUT_PRECISION)
-        if HAS_BIAS:
-            if pid_k == 0:
-                db += tl.sum(dz.to(tl.float32), axis=0)
+        dw = dot(dz, x, dw, INPUT_PRECISION)
+        dz_ptrs += step_z
+        if not GATHER:
+            x_ptrs += step_x
     if PIXELS:
         dw = dw * (1.0 / 255.0)
+
+    db = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if HAS_BIAS:
+        if pid_k == 0:
+            # A second look at dZ, from the cache: summing the block that feeds the dot would fix its layout.
+            dz_ptrs = dz_ptr + offs_n.to(tl.int64)[:, None] * stride_zn + row_m[None, :] * stride_zm
+            for m in range(m_begin, m_end, BLOCK_M):
+                mask_z = mask_n[:, None] & (offs_m < m_end - m)[None, :]
+                db += tl.sum(tl.load(dz_ptrs, mask=mask_z, other=0.0).to(tl.float32), axis=1)
+                dz_ptrs += step_z
     return dw, db
 
 

@@ -9,16 +9,44 @@ _INTERPRETING: tl.constexpr = tl.constexpr(interpreting())
 
 
 @triton.jit
+def _tf32_high(x):
+    """x rounded to tf32 (10 fraction bits), half away from zero. x - high is NaN for x not finite."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     """Acc + A B, accumulated in float32.
 
-    Triton's interpreter keeps bfloat16 as its bits in uint16 and would multiply those; there the operands are
-    widened first, which is exact.
+    float32 operands with INPUT_PRECISION "tf32x3" are split into high and low tf32 parts,
+
+        A B = A_low B_high + A_high B_low + A_high B_high,
+
+    which leaves out A_low B_low, 2^-22 of the product: as accurate as float32. (Operands that are not finite give
+    NaN.) This is written out, rather than left to ``tl.dot(input_precision="tf32x3")``, because that one copies
+    every operand through shared memory a second time, with eightfold bank conflicts. For the same reason each
+    product gets a high part of its own, a - a_low = a_high: the compiler moves the change of layout of an operand
+    up to its load, and so reads shared memory once, only where it is the operand's first.
     """
     if _INTERPRETING:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+        # The interpreter keeps bfloat16 as its bits in uint16 and would multiply those; widening is exact.
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif INPUT_PRECISION == "tf32x3" and a.dtype == tl.float32:
+        a_high = _tf32_high(a)
+        b_high = _tf32_high(b)
+        a_low = a - a_high
+        b_low = b - b_high
+        acc = tl.dot(a_low, b_high, acc, input_precision="tf32")
+        a_high = a - a_low
+        b_high = b - b_low
+        acc = tl.dot(a_high, b_low, acc, input_precision="tf32")
+        a_high = a - (a - a_high)
+        acc = tl.dot(a_high, b_high, acc, input_precision="tf32")
+    elif a.dtype == tl.float32:
+        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
 
 
 @triton.jit
