@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "Resolved",
+    "functorch_active",
     "get_backend",
     "resolve",
     "set_backend",
@@ -47,7 +48,7 @@ def _known(name: str) -> Backend:
             "backend 'triton' was asked for, but the package triton is not installed (it exists for Linux only); "
             "install it with `pip install triton`, or use backend 'torch'"
         )
-    return cast(Backend, name)
+    return BACKENDS[BACKENDS.index(name)]
 
 
 def set_backend(name: Backend) -> None:
@@ -84,16 +85,28 @@ def triton_available() -> bool:
     return _triton_installed
 
 
+def functorch_active() -> bool:
+    """True inside a transform of torch.func, whose tensors have no memory that a kernel could read."""
+    return bool(torch._C._are_functorch_transforms_active())  # what torch.autograd.Function asks too
+
+
 def resolve(x: Tensor, dtype: torch.dtype | None = None) -> Resolved:
     """The code that runs an operation on ``x`` computing in ``dtype`` (default: x's): "triton" or "torch".
 
     Raises:
-        RuntimeError: backend "triton" on a device that no kernel can run on.
+        RuntimeError: backend "triton" on a device that no kernel can run on, or inside a transform of torch.func.
         TypeError: backend "triton" with a dtype that the kernels do not compute in.
     """
     name = _override.get() or _default
     if name == "torch":
         return "torch"
+    if functorch_active():
+        if name == "auto":
+            return "torch"
+        raise RuntimeError(
+            "backend 'triton' cannot run inside a transform of torch.func (vmap, grad, jvp, ...): a kernel is no torch "
+            "operation; use backend 'auto' or 'torch' there"
+        )
     dtype = x.dtype if dtype is None else dtype
     if name == "auto":
         return "triton" if x.is_cuda and _triton_installed and dtype in KERNEL_DTYPES else "torch"

@@ -13,13 +13,21 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 
-__all__ = ["check_activation", "check_linear", "check_same_device"]
+__all__ = ["check_activation", "check_input", "check_layer", "check_linear", "check_same_device", "check_tensor"]
 
 
 def check_activation(activation: object) -> None:
     """ValueError unless ``activation`` is the name of an elementwise activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+
+
+def check_tensor(value: object, name: str) -> None:
+    """TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"expected {name} to be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor"
+        )
 
 
 def check_same_device(named: Sequence[tuple[str, Tensor | None]]) -> None:
@@ -33,21 +41,50 @@ def check_same_device(named: Sequence[tuple[str, Tensor | None]]) -> None:
             )
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, features: int | None = None) -> None:
-    """Check the arguments of A = f(X W^T + b) after X was flattened to its last dimension.
+def check_layer(weight: Tensor, bias: Tensor | None, weight_name: str = "weight", bias_name: str = "bias") -> None:
+    """Check W [N, K] and b [N] of one layer against each other.
+
+    Raises:
+        TypeError: not tensors.
+        RuntimeError: wrong rank or shape, dtypes that differ or are not floating-point, different devices.
+    """
+    check_tensor(weight, weight_name)
+    if weight.dim() != 2:
+        raise RuntimeError(f"expected {weight_name} of shape [out_features, in_features], got {list(weight.shape)}")
+    if not weight.is_floating_point():
+        raise RuntimeError(f"expected a floating-point {weight_name}, got {weight.dtype}; convert it with .float()")
+    if bias is None:
+        return
+    check_tensor(bias, bias_name)
+    if bias.shape != weight.shape[:1]:
+        raise RuntimeError(
+            f"expected {bias_name} of shape [{weight.shape[0]}], one value for each row of {weight_name} "
+            f"{list(weight.shape)}, got {list(bias.shape)}"
+        )
+    if bias.dtype != weight.dtype:
+        raise RuntimeError(
+            f"expected {bias_name} and {weight_name} of the same dtype, got {bias.dtype} and {weight.dtype}; "
+            f"convert one of them with .to(dtype)"
+        )
+    if bias.device != weight.device:
+        check_same_device(((weight_name, weight), (bias_name, bias)))
+
+
+def check_input(x: Tensor, weight: Tensor, weight_name: str = "weight") -> None:
+    """Check X [*, K] against W [N, K].
 
     Raises:
         RuntimeError: wrong rank, feature count, dtype or device, as torch.nn.functional.linear.
     """
-    if weight.dim() != 2:
-        raise RuntimeError(f"expected weight of shape [out_features, in_features], got {list(weight.shape)}")
     if x.dim() == 0:
-        raise RuntimeError("expected an input with at least 1 dimension, [*, in_features], got a 0-d tensor")
-    features = x.shape[-1] if features is None else features
-    if features != weight.shape[1]:
         raise RuntimeError(
-            f"expected an input with {weight.shape[1]} features (weight is {list(weight.shape)}), got {features} from "
-            f"an input of shape {list(x.shape)}; reshape the input or build the layer with in_features={features}"
+            "expected an input with at least 1 dimension, [*, in_features], got a 0-d tensor; reshape it"
+        )
+    if x.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"expected an input with {weight.shape[1]} features ({weight_name} is {list(weight.shape)}), got "
+            f"{x.shape[-1]} from an input of shape {list(x.shape)}; reshape the input or build the layer with "
+            f"in_features={x.shape[-1]}"
         )
     if x.dtype != weight.dtype and x.dtype != torch.uint8:
         if not x.is_floating_point():
@@ -56,16 +93,14 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, features: int |
                 f".to({weight.dtype}), or with .to(torch.uint8) if the values are pixels from 0 to 255"
             )
         raise RuntimeError(
-            f"expected input and weight of the same dtype, got {x.dtype} and {weight.dtype}; "
+            f"expected input and {weight_name} of the same dtype, got {x.dtype} and {weight.dtype}; "
             f"convert the input with .to({weight.dtype}), or use torch.autocast"
         )
-    if not weight.is_floating_point():
-        raise RuntimeError(f"expected a floating-point weight, got {weight.dtype}")
-    if bias is not None:
-        if bias.shape != weight.shape[:1]:
-            raise RuntimeError(
-                f"expected a bias of shape [{weight.shape[0]}] for weight {list(weight.shape)}, got {list(bias.shape)}"
-            )
-        if bias.dtype != weight.dtype:
-            raise RuntimeError(f"expected bias and weight of the same dtype, got {bias.dtype} and {weight.dtype}")
-    check_same_device((("the input", x), ("weight", weight), ("bias", bias)))
+    if x.device != weight.device:
+        check_same_device((("the input", x), (weight_name, weight)))
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check the arguments of A = f(X W^T + b); errors as ``check_layer`` and ``check_input``."""
+    check_layer(weight, bias)
+    check_input(x, weight)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, reference
 from .autograd import LinearAct, MLPFunction
-from .backend import resolve
-from .checks import check_activation, check_linear
+from .backend import functorch_active, resolve
+from .checks import check_activation, check_input, check_layer, check_linear, check_tensor
 
 __all__ = ["linear_act", "mlp"]
 
@@ -18,18 +18,20 @@ __all__ = ["linear_act", "mlp"]
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that torch.autocast asks matrix products on x's device to run in, or None outside autocast."""
     device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Under autocast every floating-point operand but float64 takes the autocast dtype."""
-    if tensor is None or dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _needs_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity") -> Tensor:
@@ -46,21 +48,27 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
 
     Differentiable with respect to x, weight and bias, twice with ``create_graph=True``. The kernels run on CUDA and
     HIP tensors in float32 (multiplied as ``torch.get_float32_matmul_precision`` says), float16 and bfloat16, plain
-    torch runs elsewhere: see ``fastmlp.set_backend``.
+    torch runs elsewhere: see ``fastmlp.set_backend``. Inside the transforms of torch.func (vmap, grad, jvp, ...) the
+    formula runs as plain torch operations, which the transforms know how to transform.
 
     Raises:
         ValueError: unknown activation.
+        TypeError: arguments that are not tensors.
         RuntimeError: shapes, dtypes or devices that do not fit, as torch.nn.functional.linear.
     """
     check_activation(activation)
+    check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x, weight, bias = _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)  # type: ignore[assignment]
     check_linear(x, weight, bias)
     backend = resolve(x, weight.dtype)
-    x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if _needs_grad(x, weight, bias):
-        a = LinearAct.apply(x2d, weight, bias, activation, backend)
+    if functorch_active():
+        return reference.linear_act(x, weight, bias, activation)
+    # One row a sample; not reshape(-1, K), which cannot infer the number of rows when K is 0.
+    x2d = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    if torch.is_grad_enabled() and (_needs_grad(x) or _needs_grad(weight) or _needs_grad(bias)):
+        a, _ = LinearAct.apply(x2d, weight, bias, activation, backend)
     else:
         a, _ = ops.linear_fwd(x2d, weight, bias, activation, save_z=False, backend=backend)
     return a if x.dim() == 2 else a.view(*x.shape[:-1], weight.shape[0])
@@ -81,6 +89,9 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
     Gradients, backends and errors as ``linear_act``. Within the backward pass the derivative of each layer's
     activation is part of the matrix product above it, and layers below the lowest one that needs a gradient cost
     nothing.
+
+    Raises:
+        ValueError: no layers, or not as many weights as biases and activations.
     """
     for activation in activations:
         check_activation(activation)
@@ -89,24 +100,53 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
             f"expected as many weights as biases and activations, at least one of each, got {len(weights)} weights, "
             f"{len(biases)} biases and {len(activations)} activations"
         )
-    if x.dim() < 2:
-        raise RuntimeError(
-            f"expected an input of shape [batch, {weights[0].shape[-1]}] or [batch, ...], got {list(x.shape)}; "
-            "add a batch dimension with x.unsqueeze(0)"
-        )
+    check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x = _cast(x, dtype)  # type: ignore[assignment]
         weights = [_cast(w, dtype) for w in weights]  # type: ignore[misc]
         biases = [_cast(b, dtype) for b in biases]
+    _check_chain(weights, biases)
+    if x.dim() < 2:
+        raise RuntimeError(
+            f"expected an input of shape [batch, {weights[0].shape[1]}] or [batch, ...], got {list(x.shape)}; "
+            "add a batch dimension with x.unsqueeze(0)"
+        )
     x = x.flatten(1) if x.dim() > 2 else x
-    check_linear(x, weights[0], biases[0])
-    for layer in range(1, len(weights)):
-        check_linear(weights[layer - 1].t(), weights[layer], biases[layer])
+    check_input(x, weights[0], "weights[0]")
     backend = resolve(x, weights[0].dtype)
-    if _needs_grad(x, *weights, *biases):
-        params = [p for pair in zip(weights, biases, strict=True) for p in pair]
-        return MLPFunction.apply(x, tuple(activations), backend, *params)
-    for w, b, activation in zip(weights, biases, activations, strict=True):
+    if functorch_active():
+        return reference.mlp(x, weights, biases, activations)
+    # Layers below the lowest one that needs a gradient run off the tape and leave nothing behind.
+    first = 0
+    if not torch.is_grad_enabled():
+        first = len(weights)
+    elif not x.requires_grad:
+        while first < len(weights) and not (_needs_grad(weights[first]) or _needs_grad(biases[first])):
+            first += 1
+    for w, b, activation in zip(weights[:first], biases[:first], activations[:first], strict=True):
         x, _ = ops.linear_fwd(x, w, b, activation, save_z=False, backend=backend)
-    return x
+    if first == len(weights):
+        return x
+    params = [p for pair in zip(weights[first:], biases[first:], strict=True) for p in pair]
+    a, *_ = MLPFunction.apply(x, tuple(activations[first:]), backend, *params)
+    return a
+
+
+def _check_chain(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    """Each layer by itself, and each against the layer below."""
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        check_layer(weight, bias, f"weights[{layer}]", f"biases[{layer}]")
+        if layer == 0:
+            continue
+        below = weights[layer - 1]
+        if weight.shape[1] != below.shape[0]:
+            raise RuntimeError(
+                f"expected weights[{layer}] of shape [out_features, {below.shape[0]}] to follow weights[{layer - 1}] "
+                f"of shape {list(below.shape)}, got {list(weight.shape)}"
+            )
+        if weight.dtype != below.dtype or weight.device != below.device:
+            raise RuntimeError(
+                f"expected all layers of one dtype on one device, got weights[{layer - 1}] in {below.dtype} on "
+                f"{below.device} and weights[{layer}] in {weight.dtype} on {weight.device}; convert one with .to(...)"
+            )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
 from .activations import LEAKY_SLOPE
@@ -74,11 +76,12 @@ class MLP(nn.Module):
     or uint8 (pixels, scaled by 1/255 in the first kernel); output [B, sizes[-1]].
 
     The forward pass is one node of the tape, so the hidden layers' gradients never leave the backward kernels. If a
-    hook is registered on one of ``layers``, the layers run one by one instead (each still fused) and the hook is
-    called.
+    hook is registered on one of ``layers`` (or on all modules), or one was replaced by another module or given
+    another ``forward``, the layers are called one by one instead (each still fused) as modules are.
 
     Raises:
-        ValueError: sizes that are not at least two positive ints, unknown activations, a wrong number of them.
+        TypeError: sizes that are no sequence of ints (a bool is none).
+        ValueError: fewer than two sizes or one below 1, unknown activations, a wrong number of them.
     """
 
     def __init__(
@@ -90,16 +93,11 @@ class MLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = tuple(sizes)
-        if len(sizes) < 2 or not all(isinstance(n, int) and n > 0 for n in sizes):
-            raise ValueError(
-                f"expected sizes to be at least two positive ints such as (784, 512, 512, 10), got {sizes!r}"
-            )
-        self.sizes = sizes
-        activations = _per_layer(activation, len(sizes) - 1)
+        self.sizes = _checked_sizes(sizes)
+        activations = _per_layer(activation, len(self.sizes) - 1)
         self.layers = nn.ModuleList(
             Linear(n_in, n_out, bias, f, device, dtype)
-            for n_in, n_out, f in zip(sizes[:-1], sizes[1:], activations, strict=True)
+            for n_in, n_out, f in zip(self.sizes[:-1], self.sizes[1:], activations, strict=True)
         )
 
     @property
@@ -113,7 +111,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, sizes[0]] (or [B, ...]) to [B, sizes[-1]]."""
         layers = self._linears()
-        if any(_has_hooks(layer) for layer in layers):
+        if _has_any_global_hook() or not all(_only_computes(layer) for layer in layers):
             x = x.flatten(1) if x.dim() > 2 else x
             for layer in layers:
                 x = layer(x)
@@ -135,29 +133,37 @@ class MLP(nn.Module):
         GELU(), SiLU or Identity. Sharing means that an optimizer made for the module goes on working.
 
         Raises:
-            TypeError: a child that an MLP has no place for.
-            ValueError: children in an order that is not an MLP's.
+            TypeError: a child that an MLP has no place for, or one whose weight is computed by a parametrization.
+            ValueError: children in an order that is not an MLP's, or with hooks.
         """
         linears: list[nn.Linear] = []
         activations: list[str] = []
         for child in _leaves(module):
+            if _has_hooks(child):
+                raise ValueError(f"{child} has hooks (weight_norm and pruning add such), which an MLP would not call")
             if isinstance(child, nn.Flatten):
-                if linears or child.start_dim != 1:
-                    raise ValueError("nn.Flatten is accepted only before the first layer, with start_dim=1")
-            elif isinstance(child, nn.Linear):
+                if linears or child.start_dim != 1 or child.end_dim != -1:
+                    raise ValueError(
+                        f"{child} after {len(linears)} linear layers: nn.Flatten is accepted only before the first "
+                        "layer and with start_dim=1, end_dim=-1"
+                    )
+            elif type(child).forward in (nn.Linear.forward, Linear.forward):
+                assert isinstance(child, nn.Linear)
+                if not isinstance(child.weight, nn.Parameter):
+                    raise TypeError(f"the weight of {child} is computed, not a parameter; remove its parametrization")
                 linears.append(child)
                 activations.append(child.activation if isinstance(child, Linear) else "identity")
             else:
                 name = _activation_name(child)
-                if not linears or activations[-1] != "identity":
-                    raise ValueError(f"{child} does not follow a linear layer; fuse or remove it first")
-                activations[-1] = name
+                if not linears or (activations[-1] != "identity" and name != "identity"):
+                    raise ValueError(f"{child} does not follow a linear layer; remove it or compose two modules")
+                activations[-1] = activations[-1] if name == "identity" else name
         if not linears:
             raise ValueError(f"found no nn.Linear in {type(module).__name__}")
         sizes = [linears[0].in_features]
         for layer in linears:
             if layer.in_features != sizes[-1]:
-                raise ValueError(f"{layer} follows a layer with {sizes[-1]} outputs")
+                raise ValueError(f"{layer} follows a layer with {sizes[-1]} outputs; expected in_features={sizes[-1]}")
             sizes.append(layer.out_features)
         model = cls(sizes, activations, device="meta")
         for ours, theirs in zip(model._linears(), linears, strict=True):
@@ -188,12 +194,26 @@ class MLP(nn.Module):
         return nn.Sequential(*modules)
 
 
+def _checked_sizes(sizes: object) -> tuple[int, ...]:
+    expected = "expected sizes to be at least two positive ints such as (784, 512, 512, 10)"
+    if not isinstance(sizes, Iterable):
+        raise TypeError(f"{expected}, got {sizes!r} of type {type(sizes).__name__}; give a sequence")
+    checked = []
+    for n in sizes:
+        if isinstance(n, bool) or not hasattr(n, "__index__"):
+            raise TypeError(f"{expected}, got {sizes!r}, in which {n!r} is of type {type(n).__name__}")
+        checked.append(operator.index(n))
+    if len(checked) < 2 or min(checked) < 1:
+        raise ValueError(f"{expected}, got {sizes!r}")
+    return tuple(checked)
+
+
 def _per_layer(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
     """One activation a layer; a single name, or one name a hidden layer, leaves the last layer without."""
     if isinstance(activation, str):
         check_activation(activation)
         return (*[activation] * (layers - 1), "identity")
-    names = tuple(activation)
+    names = tuple(activation) if isinstance(activation, Iterable) else (activation,)
     for name in names:
         check_activation(name)
     if len(names) == layers:
@@ -205,12 +225,18 @@ def _per_layer(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
     )
 
 
+def _only_computes(layer: nn.Module) -> bool:
+    """True if calling ``layer`` does nothing but ``Linear.forward``: no hook, no other class, no patched forward."""
+    return type(layer).forward is Linear.forward and not _has_hooks(layer) and "forward" not in layer.__dict__
+
+
 def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _leaves(module: nn.Module) -> list[nn.Module]:
-    children = list(module.children())
+    # Not children(), which leaves out a module's second appearance, such as one nn.ReLU used after every layer.
+    children = [child for child in module._modules.values() if child is not None]
     if not children or isinstance(module, nn.Linear):
         return [module]
     return [leaf for child in children for leaf in _leaves(child)]

@@ -7,12 +7,27 @@ Arguments were validated by the callers in ``fastmlp.functional``.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import Tensor
 
 from . import torch_backend
 from .backend import Resolved
 
 __all__ = ["activation_bwd", "linear_dgrad", "linear_fwd", "linear_wgrad"]
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, torch operations on their tensors': make them the same."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
+def _dense(saved: Tensor | None) -> Tensor | None:
+    """The kernels address a saved tensor as contiguous; saved_tensors_hooks may have returned any strides."""
+    return None if saved is None else saved.contiguous()
 
 
 def linear_fwd(
@@ -23,7 +38,8 @@ def linear_fwd(
         return torch_backend.linear_fwd(x, weight, bias, activation, save_z=save_z)
     from .kernels import linear_fwd as launch
 
-    return launch(x, weight, bias, activation, save_z=save_z)
+    with _device_of(x):
+        return launch(x, weight, bias, activation, save_z=save_z)
 
 
 def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None, activation: str, *, backend: Resolved) -> Tensor:
@@ -32,7 +48,8 @@ def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None, activation: s
         return torch_backend.linear_dgrad(dz, weight, saved, activation)
     from .kernels import linear_dgrad as launch
 
-    return launch(dz, weight, saved, activation)
+    with _device_of(dz):
+        return launch(dz, weight, _dense(saved), activation)
 
 
 def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool, backend: Resolved) -> tuple[Tensor, Tensor | None]:
@@ -41,7 +58,8 @@ def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool, backend: Resolved) -> tup
         return torch_backend.linear_wgrad(dz, x, bias=bias)
     from .kernels import linear_wgrad as launch
 
-    return launch(dz, x, bias=bias)
+    with _device_of(dz):
+        return launch(dz, x, bias=bias)
 
 
 def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, backend: Resolved) -> Tensor:
@@ -52,4 +70,5 @@ def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, backend
         return torch_backend.activation_bwd(da, saved, activation)
     from .kernels import activation_bwd as launch
 
-    return launch(da, saved, activation)
+    with _device_of(da):
+        return launch(da, _dense(saved), activation)
