@@ -3,7 +3,8 @@
 Nothing here is fast, fused or clever. Each function is one formula, in the notation of the whole project
 (M batch, K inputs, N outputs; X [M, K], W [N, K], b [N], Z and A [M, N]), made of differentiable torch
 operations only, so that autograd can differentiate it once or twice. The tests call these functions in
-float64; the differentiable path of ``fastmlp.autograd`` (``create_graph=True``) calls them in the working dtype.
+float64; ``fastmlp`` itself calls them in the working dtype where torch must see every operation (second derivatives,
+the transforms of torch.func).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def activation_grad(z: Tensor, activation: str) -> Tensor:
         case "step":
             return torch.zeros_like(z)
         case "leaky_relu":
-            return torch.where(z > 0, 1.0, LEAKY_SLOPE).to(z.dtype)
+            return torch.where(z > 0, torch.ones_like(z), LEAKY_SLOPE)
         case "gelu":
             cdf = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
             return cdf + z * torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
@@ -92,7 +93,7 @@ def activation_grad_from_output(a: Tensor, activation: str) -> Tensor:
         case "relu":
             return (a > 0).to(a.dtype)
         case "leaky_relu":
-            return torch.where(a > 0, 1.0, LEAKY_SLOPE).to(a.dtype)
+            return torch.where(a > 0, torch.ones_like(a), LEAKY_SLOPE)
     raise ValueError(f"the derivative of {activation!r} is not a function of its output")
 
 
