@@ -21,6 +21,9 @@ __all__ = [
     "activate",
     "activation_grad",
     "activation_grad_from_output",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "head",
     "linear_act",
     "linear_act_backward",
     "linear_dgrad",
@@ -148,3 +151,109 @@ def mlp_backward(
         dws.insert(0, dw)
         dbs.insert(0, db)
     return da, dws, dbs
+
+
+def _label_terms(
+    z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, w_y, valid, ignored) of labels: y is 0 where not valid, w_y 0 where ignored and NaN outside [0, C)."""
+    target = target.long()
+    ignored = target == ignore_index
+    valid = (target >= 0) & (target < z.shape[1]) & ~ignored
+    y = torch.where(valid, target, 0)
+    w_y = torch.ones_like(y, dtype=z.dtype) if weight is None else weight[y].to(z.dtype)
+    return y, torch.where(ignored, 0.0, torch.where(valid, w_y, math.nan)).to(z.dtype), valid, ignored
+
+
+def _per_class(weight: Tensor | None, z: Tensor) -> Tensor:
+    """w as a tensor that broadcasts against Z [M, C, ...]."""
+    w = torch.ones(z.shape[1], dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
+    return w.view(-1, *[1] * (z.dim() - 2))
+
+
+def cross_entropy(
+    z: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Softmax cross-entropy of logits Z [M, C] or [M, C, ...]; p = softmax(Z), w class weights, e smoothing.
+
+    Labels y [M, ...]: loss_i = -(1-e) w_y log p_y - (e/C) sum_c w_c log p_c, 0 where y = ignore_index, NaN where y is
+    outside [0, C); the mean divides by sum_i w_{y_i}. Probabilities t (floating-point, shaped as Z):
+    loss_i = -sum_c ((1-e) t_c + e/C) w_c log p_c; the mean divides by the number of rows.
+    """
+    log_p = torch.log_softmax(z, 1)
+    w = _per_class(weight, z)
+    if target.is_floating_point():
+        loss = -(((1 - smoothing) * target + smoothing / z.shape[1]) * w * log_p).sum(1)
+        denominator: Tensor | int = loss.numel()
+    else:
+        y, w_y, _, ignored = _label_terms(z, target, weight, ignore_index)
+        loss = -(1 - smoothing) * w_y * log_p.gather(1, y.unsqueeze(1)).squeeze(1)
+        if smoothing:
+            loss = loss - smoothing / z.shape[1] * (w * log_p).sum(1)
+        loss = torch.where(ignored, 0.0, loss).to(z.dtype)
+        denominator = w_y.sum()
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / denominator
+
+
+def cross_entropy_backward(
+    dloss: Tensor,
+    z: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor | None]:
+    """(dZ, dTarget or None) of ``cross_entropy`` for the upstream gradient of its result.
+
+    With Q [M, C] the weighted target, Q = ((1-e) onehot(y) + e/C) w (rows of ignored labels 0) with the factor w_y
+    on the first term, or ((1-e) t + e/C) w: dZ = g (p sum_c Q_c - Q), and for probabilities dt = -g (1-e) w log p.
+    """
+    log_p = torch.log_softmax(z, 1)
+    w = _per_class(weight, z)
+    if target.is_floating_point():
+        q = ((1 - smoothing) * target + smoothing / z.shape[1]) * w
+        g = dloss / (z.numel() // z.shape[1]) if reduction == "mean" else dloss
+        g = g.unsqueeze(1) if reduction == "none" else g
+        return g * (q.sum(1, keepdim=True) * log_p.exp() - q), -g * (1 - smoothing) * w * log_p
+    y, w_y, _, ignored = _label_terms(z, target, weight, ignore_index)
+    q = torch.zeros_like(z).scatter(1, y.unsqueeze(1), ((1 - smoothing) * w_y).unsqueeze(1))
+    q = q + smoothing / z.shape[1] * w * (~ignored).to(z.dtype).unsqueeze(1)
+    g = dloss / w_y.sum() if reduction == "mean" else dloss
+    g = torch.where(ignored, 0.0, g).to(z.dtype).unsqueeze(1)
+    return g * (q.sum(1, keepdim=True) * log_p.exp() - q), None
+
+
+def head(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    z_prev: Tensor | None = None,
+    activation: str = "identity",
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    smoothing: float = 0.0,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Last layer, loss and their backward pass: (loss of each row, dZ_L, dZ_{L-1}, logits).
+
+    dZ_L = scale dloss/dZ_L and dZ_{L-1} = (dZ_L W) * f'(Z_{L-1}) with f the activation below (Z_{L-1} may be left out
+    where f' is constant).
+    """
+    z = linear_act(h, weight, bias)
+    options = {"ignore_index": ignore_index, "smoothing": smoothing, "reduction": "none"}
+    loss = cross_entropy(z, target, class_weight, **options)  # type: ignore[arg-type]
+    dz, _ = cross_entropy_backward(torch.full_like(loss, scale), z, target, class_weight, **options)  # type: ignore[arg-type]
+    da = linear_dgrad(dz, weight)
+    return loss, dz, da if z_prev is None else da * activation_grad(z_prev, activation), z

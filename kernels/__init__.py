@@ -5,8 +5,17 @@ nothing of autograd. Import them from here (or through ``fastmlp.functional``, w
 """
 
 from .activation_bwd import activation_bwd
+from .cross_entropy import cross_entropy, cross_entropy_bwd, cross_entropy_fwd
 from .linear_dgrad import linear_dgrad
 from .linear_fwd import linear_fwd
 from .linear_wgrad import linear_wgrad
 
-__all__ = ["activation_bwd", "linear_dgrad", "linear_fwd", "linear_wgrad"]
+__all__ = [
+    "activation_bwd",
+    "cross_entropy",
+    "cross_entropy_bwd",
+    "cross_entropy_fwd",
+    "linear_dgrad",
+    "linear_fwd",
+    "linear_wgrad",
+]

@@ -1,0 +1,427 @@
+"""Softmax cross-entropy: loss and dZ = (softmax - onehot) * scale in one pass, or forward and backward apart.
+
+Logits Z are [M, C], or [N, C, S] with S positions a sample (M = N S rows); any strides, float32, float16 or
+bfloat16, never written to. Targets are labels (int64 or uint8, [M] or [N, S]) or class probabilities (shaped as Z,
+any float dtype). Accumulation and statistics are float32.
+
+With the notation of ``softmax`` (this folder):
+    loss_i = hot (log_sum - shift_y) + sum_c q_c (log_sum - shift_c)           0 where y = ignore_index
+    dz_ic  = g_i (mass p_ic - q_ic - [c = y] hot)
+    dt_ic  = g_i (1-e) w_c (log_sum - shift_ic)                                 probabilities only
+    "sum" adds the rows; "mean" divides by sum_i w_{y_i} over rows that are not ignored, by M for probabilities.
+A label outside [0, C) that is not ignore_index makes its row's loss and dz NaN; nothing is read or written for it
+outside its row. (Checking labels on the host would cost a device synchronization.)
+
+Rows of up to ``WHOLE_ROW`` (``softmax_tiles``) classes stay in registers: Z is read once, dz written once. Longer
+rows are read block by block with a running maximum and sum in every lane (one rescaling for UNROLL elements, no
+exchange between lanes until the row ends), then once more, last block first, to write dz. Rows of few classes share
+a program: with C = 10 a warp's load covers consecutive rows.
+Bytes: one pass reads M C and writes M C items for C <= WHOLE_ROW, else reads 2 M C; forward M C; backward 2 M C.
+Launches: ``cross_entropy`` 1; ``cross_entropy_fwd`` 1, or 2 for the mean or sum of more rows than one program takes;
+``cross_entropy_bwd`` 1. No float atomics: two runs are bitwise equal.
+Source: softmax NLL and its gradient p - onehot (notes 7.4; the notebook's g3).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import cdiv
+from .device import current_device
+from .softmax import load_labels, softmax_block, target_block
+from .softmax_tiles import alignment, bwd_tile, fwd_tile, logits_shape, row_strides
+
+__all__ = ["cross_entropy", "cross_entropy_bwd", "cross_entropy_fwd"]
+
+
+@triton.jit
+def _row_offsets(b, offs_p, stride_b, stride_p, ALIGN: tl.constexpr):
+    """int64 offset of each row; ALIGN is a power of two that divides every one of them (for vector loads)."""
+    return tl.multiple_of(b.to(tl.int64) * stride_b + offs_p.to(tl.int64) * stride_p, ALIGN)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "M"])
+def _cross_entropy_kernel(
+    z_ptr, target_ptr, w_ptr, rows_ptr, scale_ptr,
+    loss_ptr, stats_ptr, partial_ptr, denominator_ptr, dz_ptr, correct_ptr,
+    scale, smoothing, ignore_index: tl.int64,
+    P, C, M,
+    stride_zb, stride_zc, stride_zp, stride_tb, stride_tc, stride_tp, stride_w, stride_db, stride_dc, stride_dp,
+    PROBS: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    # Rows are (b, p): one sample's positions, or all rows of a 2-D Z with b = 0. Row number b P + p.
+    tiles = tl.cdiv(P, BLOCK_M)
+    b = tl.program_id(0) // tiles
+    offs_p = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_p < P
+    row = b.to(tl.int64) * P + offs_p
+    C = C // ALIGN * ALIGN
+    z_rows = z_ptr + _row_offsets(b, offs_p, stride_zb, stride_zp, ALIGN)[:, None]
+    t_rows = z_rows
+    HAS_Q: tl.constexpr = PROBS or SMOOTH
+    if PROBS:
+        t_rows = target_ptr + _row_offsets(b, offs_p, stride_tb, stride_tp, ALIGN)[:, None]
+        y = tl.full((BLOCK_M,), -1, tl.int32)
+        w_y = tl.where(mask_m, 1.0, 0.0)
+        ignored = offs_p < 0
+        hot = tl.zeros((BLOCK_M,), tl.float32)
+    else:
+        if rows_ptr is not None:
+            offs_t = tl.load(rows_ptr + offs_p, mask=mask_m, other=0).to(tl.int64) * stride_tp
+        else:
+            offs_t = b.to(tl.int64) * stride_tb + offs_p.to(tl.int64) * stride_tp
+        y, w_y, ignored = load_labels(target_ptr, offs_t, mask_m, w_ptr, stride_w, C, ignore_index)
+        w_y = tl.where(mask_m, w_y, 0.0)
+        hot = w_y * (1.0 - smoothing) if SMOOTH else w_y
+    if dz_ptr is not None:
+        g = scale
+        if scale_ptr is not None:
+            g *= tl.load(scale_ptr).to(tl.float32)
+        d_rows = dz_ptr + _row_offsets(b, offs_p, stride_db, stride_dp, ALIGN)[:, None]
+
+    mass = hot
+    if WHOLE:
+        offs_c = tl.arange(0, BLOCK_C)
+        mask = mask_m[:, None] & (offs_c < C)[None, :]
+        z = tl.load(z_rows + offs_c.to(tl.int64)[None, :] * stride_zc, mask=mask, other=float("-inf")).to(tl.float32)
+        # Rows beyond the last are all zero rather than all -inf, so that they stay finite.
+        z = tl.where(mask_m[:, None], z, 0.0)
+        top, shift, e, total = softmax_block(z)
+        log_sum = tl.log(total)
+        loss = tl.zeros((BLOCK_M,), tl.float32)
+        if HAS_Q:
+            t_ptrs = t_rows + offs_c.to(tl.int64)[None, :] * stride_tc
+            q = target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS, SMOOTH)
+            mass += tl.sum(q, 1)
+            loss += tl.sum(tl.where(mask, q * (log_sum[:, None] - shift), 0.0), 1)
+        if not PROBS:
+            picked = offs_c[None, :] == y[:, None]
+            loss += hot * (log_sum - tl.sum(tl.where(picked, shift, 0.0), 1))
+        if correct_ptr is not None:
+            first = tl.min(tl.where(shift == 0.0, offs_c[None, :], BLOCK_C), 1)
+        if dz_ptr is not None:
+            mass = tl.where(ignored, 0.0, mass)
+            dz = e * (mass * g / total)[:, None]
+            if HAS_Q:
+                dz -= tl.where(ignored[:, None], 0.0, q * g)
+            if not PROBS:
+                dz = tl.where(picked, dz - (hot * g)[:, None], dz)
+            d_ptrs = d_rows + offs_c.to(tl.int64)[None, :] * stride_dc
+            tl.store(d_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    else:
+        LANES: tl.constexpr = BLOCK_C // UNROLL
+        # Every lane has its own running maximum, sum of exponentials, sum of q and of q (maximum - z). While a lane
+        # saw nothing but -inf its reference is 0, so that -inf - -inf does not turn the sum into NaN.
+        lane_top = tl.full((BLOCK_M, LANES), float("-inf"), tl.float32)
+        lane_ref = tl.zeros((BLOCK_M, LANES), tl.float32)
+        lane_total = tl.zeros((BLOCK_M, LANES), tl.float32)
+        lane_mass = tl.zeros((BLOCK_M, LANES), tl.float32)
+        lane_cross = tl.zeros((BLOCK_M, LANES), tl.float32)
+        for c in range(0, C, BLOCK_C):
+            offs_c = c + tl.arange(0, BLOCK_C)
+            mask = mask_m[:, None] & (offs_c < C)[None, :]
+            z = tl.load(z_rows + offs_c.to(tl.int64)[None, :] * stride_zc, mask=mask, other=float("-inf"))
+            z = tl.reshape(z.to(tl.float32), (BLOCK_M, UNROLL, LANES))
+            seen_top = lane_top
+            lane_top = tl.maximum(lane_top, tl.max(z, 1))
+            ref = tl.where(lane_top == float("-inf"), 0.0, lane_top)
+            if HAS_Q:
+                t_ptrs = t_rows + offs_c.to(tl.int64)[None, :] * stride_tc
+                q = target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS, SMOOTH)
+                q = tl.reshape(q, (BLOCK_M, UNROLL, LANES))
+                inside = tl.reshape(mask, (BLOCK_M, UNROLL, LANES))
+                lane_cross += lane_mass * (ref - lane_ref)
+                lane_cross += tl.sum(tl.where(inside, q * (ref[:, None, :] - z), 0.0), 1)
+                lane_mass += tl.sum(q, 1)
+            lane_total = lane_total * tl.exp(seen_top - ref) + tl.sum(tl.exp(z - ref[:, None, :]), 1)
+            lane_ref = ref
+        top = tl.max(lane_top, 1)
+        total = tl.sum(lane_total * tl.exp(lane_top - top[:, None]), 1)
+        log_sum = tl.log(total)
+        loss = tl.zeros((BLOCK_M,), tl.float32)
+        if HAS_Q:
+            q_mass = tl.sum(lane_mass, 1)
+            mass += q_mass
+            loss += tl.sum(lane_cross + lane_mass * (top[:, None] - lane_ref), 1) + q_mass * log_sum
+        if not PROBS:
+            z_y = tl.load(
+                z_rows + tl.maximum(y, 0).to(tl.int64)[:, None] * stride_zc, mask=(y >= 0)[:, None], other=0.0
+            ).to(tl.float32)
+            loss += hot * (log_sum + (top - tl.sum(z_y, 1)))
+        if dz_ptr is not None:
+            mass = tl.where(ignored, 0.0, mass)
+            first = tl.full((BLOCK_M,), 2147483647, tl.int32)
+            blocks = tl.cdiv(C, BLOCK_C)
+            for i in range(0, blocks):
+                # From the end: the last blocks read are the ones still in the cache.
+                offs_c = (blocks - 1 - i) * BLOCK_C + tl.arange(0, BLOCK_C)
+                mask = mask_m[:, None] & (offs_c < C)[None, :]
+                z = tl.load(z_rows + offs_c.to(tl.int64)[None, :] * stride_zc, mask=mask, other=float("-inf"))
+                shift = z.to(tl.float32) - top[:, None]
+                dz = tl.exp(shift) * (mass * g / total)[:, None]
+                if HAS_Q:
+                    t_ptrs = t_rows + offs_c.to(tl.int64)[None, :] * stride_tc
+                    q = target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS, SMOOTH)
+                    dz -= tl.where(ignored[:, None], 0.0, q * g)
+                if not PROBS:
+                    dz = tl.where(offs_c[None, :] == y[:, None], dz - (hot * g)[:, None], dz)
+                if correct_ptr is not None:
+                    first = tl.minimum(first, tl.min(tl.where(shift == 0.0, offs_c[None, :], 2147483647), 1))
+                d_ptrs = d_rows + offs_c.to(tl.int64)[None, :] * stride_dc
+                tl.store(d_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+    loss = tl.where(ignored, 0.0, loss)
+    if correct_ptr is not None:
+        tl.store(correct_ptr + row, (first == y).to(correct_ptr.dtype.element_ty), mask=mask_m)
+    if stats_ptr is not None:
+        tl.store(stats_ptr + row, top, mask=mask_m)
+        tl.store(stats_ptr + row + M, total, mask=mask_m)
+        if HAS_Q and (PROBS or w_ptr is not None):
+            tl.store(stats_ptr + row + M + M, mass, mask=mask_m)
+    if REDUCE == "none":
+        tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty), mask=mask_m)
+    else:
+        loss_sum = tl.sum(tl.where(mask_m, loss, 0.0), 0)
+        weight_sum = tl.sum(w_y, 0)
+        if partial_ptr is not None:
+            tl.store(partial_ptr + tl.program_id(0), loss_sum)
+            tl.store(partial_ptr + tl.num_programs(0) + tl.program_id(0), weight_sum)
+        else:
+            _store_reduced(loss_sum, weight_sum, loss_ptr, denominator_ptr, REDUCE)
+
+
+@triton.jit
+def _store_reduced(loss_sum, weight_sum, loss_ptr, denominator_ptr, REDUCE: tl.constexpr):
+    if REDUCE == "mean":
+        loss_sum = loss_sum / weight_sum
+        tl.store(denominator_ptr, weight_sum)
+    tl.store(loss_ptr, loss_sum.to(loss_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _reduce_kernel(partial_ptr, loss_ptr, denominator_ptr, count, REDUCE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum [2, count] partial sums of loss and weight in a fixed order; one program."""
+    loss_sums = tl.zeros((BLOCK,), tl.float32)
+    weight_sums = tl.zeros((BLOCK,), tl.float32)
+    for i in range(0, count, BLOCK):
+        offs = i + tl.arange(0, BLOCK)
+        loss_sums += tl.load(partial_ptr + offs, mask=offs < count, other=0.0)
+        weight_sums += tl.load(partial_ptr + count + offs, mask=offs < count, other=0.0)
+    _store_reduced(tl.sum(loss_sums, 0), tl.sum(weight_sums, 0), loss_ptr, denominator_ptr, REDUCE)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "M"])
+def _cross_entropy_bwd_kernel(
+    z_ptr, target_ptr, w_ptr, stats_ptr, g_ptr, denominator_ptr, dz_ptr, dt_ptr,
+    smoothing, ignore_index: tl.int64,
+    P, C, M,
+    stride_zb, stride_zc, stride_zp, stride_tb, stride_tc, stride_tp, stride_w, stride_gb, stride_gp,
+    stride_db, stride_dc, stride_dp,
+    PROBS: tl.constexpr, SMOOTH: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    C = C // ALIGN * ALIGN
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    tiles_p = tl.cdiv(P, BLOCK_M)
+    pid = tl.program_id(0) // tiles_c
+    b = pid // tiles_p
+    offs_p = (pid % tiles_p) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_m = offs_p < P
+    mask = mask_m[:, None] & (offs_c < C)[None, :]
+    row = b.to(tl.int64) * P + offs_p
+
+    g = tl.load(g_ptr + b.to(tl.int64) * stride_gb + offs_p.to(tl.int64) * stride_gp, mask=mask_m, other=0.0)
+    g = g.to(tl.float32)
+    if denominator_ptr is not None:
+        g = g / tl.load(denominator_ptr)
+    top = tl.load(stats_ptr + row, mask=mask_m, other=0.0)
+    total = tl.load(stats_ptr + row + M, mask=mask_m, other=1.0)
+    HAS_Q: tl.constexpr = PROBS or SMOOTH
+    t_rows = z_ptr + _row_offsets(b, offs_p, stride_zb, stride_zp, ALIGN)[:, None]
+    z = tl.load(t_rows + offs_c.to(tl.int64)[None, :] * stride_zc, mask=mask, other=0.0).to(tl.float32)
+    shift = z - top[:, None]
+    if PROBS:
+        t_rows = target_ptr + _row_offsets(b, offs_p, stride_tb, stride_tp, ALIGN)[:, None]
+        mass = tl.zeros((BLOCK_M,), tl.float32)
+    else:
+        offs_t = b.to(tl.int64) * stride_tb + offs_p.to(tl.int64) * stride_tp
+        y, mass, ignored = load_labels(target_ptr, offs_t, mask_m, w_ptr, stride_w, C, ignore_index)
+        g = tl.where(ignored, 0.0, g)
+        hot = mass * (1.0 - smoothing) if SMOOTH else mass
+    if HAS_Q and (PROBS or w_ptr is not None):
+        mass = tl.load(stats_ptr + row + M + M, mask=mask_m, other=0.0)
+    offs_d = _row_offsets(b, offs_p, stride_db, stride_dp, ALIGN)[:, None] + offs_c.to(tl.int64)[None, :] * stride_dc
+    if dz_ptr is not None:
+        dz = tl.exp(shift) * (mass / total)[:, None]
+        if HAS_Q:
+            t_ptrs = t_rows + offs_c.to(tl.int64)[None, :] * stride_tc
+            dz -= target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS, SMOOTH)
+        if not PROBS:
+            dz = tl.where(offs_c[None, :] == y[:, None], dz - hot[:, None], dz)
+        tl.store(dz_ptr + offs_d, (dz * g[:, None]).to(dz_ptr.dtype.element_ty), mask=mask)
+    if dt_ptr is not None:
+        dt = (g * (1.0 - smoothing))[:, None] * (tl.log(total)[:, None] - shift)
+        if w_ptr is not None:
+            dt *= tl.load(w_ptr + offs_c * stride_w, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+        tl.store(dt_ptr + offs_d, dt.to(dt_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch_fwd(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+    loss: Tensor,
+    reduction: str = "none",
+    rows: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    stats: Tensor | None = None,
+    denominator: Tensor | None = None,
+    dz: Tensor | None = None,
+    correct: Tensor | None = None,
+) -> None:
+    shape = logits_shape(logits)
+    device = current_device()
+    probs = target.is_floating_point()
+    tile = fwd_tile(shape, logits.element_size(), reduction != "none", device)
+    stride_d = (0, 0, 0) if dz is None else logits_shape(dz).strides
+    stride_t = logits_shape(target).strides if probs else (0, 0, 0)
+    if not probs:
+        stride_t = (0, 0, target.stride(0)) if rows is not None else _insert(row_strides(target))
+    programs = shape.batch * cdiv(shape.positions, tile.rows)
+    partial = None
+    if reduction != "none" and programs > 1:
+        partial = torch.empty((2, programs), dtype=torch.float32, device=logits.device)
+    scale_ptr, scale = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+    _cross_entropy_kernel[(programs,)](
+        logits, target, weight, rows, scale_ptr,
+        loss, stats, partial, denominator, dz, correct,
+        scale, float(smoothing), ignore_index,
+        shape.positions, shape.classes, shape.rows,
+        *shape.strides, *stride_t, 0 if weight is None else weight.stride(0), *stride_d,
+        PROBS=probs, SMOOTH=smoothing != 0.0, REDUCE=reduction, WHOLE=tile.unroll == 0,
+        ALIGN=alignment(shape, shape.strides, stride_d, *([stride_t] if probs else [])),
+        BLOCK_M=tile.rows, BLOCK_C=tile.cols, UNROLL=tile.unroll, num_warps=tile.num_warps,
+    )  # fmt: skip
+    if partial is not None:
+        _reduce_kernel[(1,)](partial, loss, denominator, programs, REDUCE=reduction, BLOCK=1024, num_warps=4)
+
+
+def _insert(stride: tuple[int, int]) -> tuple[int, int, int]:
+    return stride[0], 0, stride[1]
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    smoothing: float = 0.0,
+    scale: float | Tensor = 1.0,
+    rows: Tensor | None = None,
+    loss: Tensor | None = None,
+    dz: Tensor | None = None,
+    correct: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the one-pass kernel: (loss of each row, dZ = scale * dloss/dZ).
+
+    Args:
+        logits: [M, C] or [N, C, S].
+        target: labels [M] or [N, S], int64 or uint8; or probabilities shaped as logits.
+        scale: factor of dZ, 1/M for the mean over the batch; a float32 0-d device tensor is read by the kernel.
+        rows: int64 [M]; row m's label is then target[rows[m]] (2-D logits only).
+        loss: output to reuse, contiguous, one value a row, any float dtype; default float32.
+        dz: output to reuse, shaped as logits, any strides; default like logits.
+        correct: output, contiguous, one value a row, any dtype: 1 where the label is the first largest logit, else 0.
+    """
+    if dz is None:
+        dz = torch.empty_like(logits)
+    if loss is None:
+        loss = torch.empty(_loss_shape(logits), dtype=torch.float32, device=logits.device)
+    if logits.numel():
+        _launch_fwd(
+            logits, target, weight=weight, ignore_index=ignore_index, smoothing=smoothing, loss=loss, rows=rows,
+            scale=scale, dz=dz, correct=correct,
+        )  # fmt: skip
+    return loss, dz
+
+
+def _loss_shape(logits: Tensor) -> tuple[int, ...]:
+    return (*logits.shape[:1], *logits.shape[2:])
+
+
+def cross_entropy_fwd(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    smoothing: float = 0.0,
+    reduction: str = "mean",
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Launch the forward pass: (loss, statistics for the backward pass, denominator of the mean or None).
+
+    ``loss`` is 0-d for "mean" and "sum", else [M] or [N, S], in ``dtype`` (default logits'). The statistics are
+    float32 [2 or 3, rows]: maximum, sum of exponentials, and mass where the backward pass cannot see it from the
+    label. The denominator is a float32 0-d tensor on the device. ``logits`` must not be empty.
+    """
+    scalar = reduction != "none"
+    options = {"dtype": torch.float32, "device": logits.device}
+    loss = torch.empty(() if scalar else _loss_shape(logits), dtype=dtype or logits.dtype, device=logits.device)
+    has_mass = target.is_floating_point() or (weight is not None and smoothing != 0.0)
+    stats = torch.empty((3 if has_mass else 2, loss.numel() if not scalar else logits_shape(logits).rows), **options)
+    denominator = torch.empty((), **options) if reduction == "mean" else None
+    _launch_fwd(
+        logits, target, weight=weight, ignore_index=ignore_index, smoothing=smoothing, loss=loss, reduction=reduction,
+        stats=stats, denominator=denominator,
+    )  # fmt: skip
+    return loss, stats, denominator
+
+
+def cross_entropy_bwd(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    stats: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    smoothing: float = 0.0,
+    denominator: Tensor | None = None,
+    want_dz: bool = True,
+    want_dt: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Launch the backward pass: (dZ, dTarget), each None unless wanted; dTarget for probabilities only.
+
+    ``dloss`` is the upstream gradient, read on the device: 0-d, or [M] or [N, S] with any strides (expanded too).
+    """
+    shape = logits_shape(logits)
+    device = current_device()
+    probs = target.is_floating_point()
+    dz = torch.empty_like(logits) if want_dz else None
+    dt = torch.empty_like(logits, dtype=target.dtype) if want_dt else None
+    tile = bwd_tile(shape, device)
+    stride_d = logits_shape(dz if dz is not None else dt if dt is not None else logits).strides
+    stride_t = logits_shape(target).strides if probs else _insert(row_strides(target))
+    _cross_entropy_bwd_kernel[
+        (shape.batch * cdiv(shape.positions, tile.rows) * cdiv(shape.classes, tile.cols),)
+    ](
+        logits, target, weight, stats, dloss, denominator, dz, dt,
+        float(smoothing), ignore_index,
+        shape.positions, shape.classes, shape.rows,
+        *shape.strides, *stride_t, 0 if weight is None else weight.stride(0),
+        *((0, 0) if dloss.dim() == 0 else row_strides(dloss)), *stride_d,
+        PROBS=probs, SMOOTH=smoothing != 0.0,
+        ALIGN=alignment(shape, shape.strides, stride_d, *([stride_t] if probs else [])),
+        BLOCK_M=tile.rows, BLOCK_C=tile.cols, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return dz, dt

@@ -1,0 +1,59 @@
+"""Device functions of softmax cross-entropy: labels, the target term of a block, softmax of whole and split rows.
+
+Notation, for a row of logits z [C] with class weights w (1 if absent) and label smoothing e:
+
+    shift_c = z_c - max z,  log_sum = log sum_c exp(shift_c),  p_c = exp(shift_c - log_sum)
+    label y:        q_c = (e/C) w_c,                         hot = (1-e) w_y
+    probabilities:  q_c = ((1-e) t_c + e/C) w_c,             hot = 0
+    mass = hot + sum_c q_c
+    loss = hot (log_sum - shift_y) + sum_c q_c (log_sum - shift_c)
+    dloss/dz_c = mass p_c - q_c - [c = y] hot
+
+The maximum and log_sum are kept apart instead of lse = max + log_sum: for logits near 1e4 the sum would lose the
+digits that p is made of. Padding beyond C is z = -inf, whose exponential is 0, and q = 0.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_labels(target_ptr, offs, mask, w_ptr, stride_w, C, ignore_index):
+    """(y, w_y, ignored): the label, or -1 where there is none to select; its weight; whether the row is ignored.
+
+    w_y is 0 for an ignored row and NaN for a label outside [0, C), which makes the row's loss and gradient NaN
+    without an address ever being computed from that label.
+    """
+    label = tl.load(target_ptr + offs, mask=mask, other=0).to(tl.int64)
+    ignored = label == ignore_index
+    usable = (label >= 0) & (label < C) & (ignored == 0)
+    if w_ptr is not None:
+        w_y = tl.load(w_ptr + tl.where(usable, label, 0) * stride_w, mask=mask & usable, other=0.0).to(tl.float32)
+        w_y = tl.where(usable | ignored, w_y, float("nan"))
+    else:
+        w_y = tl.where(usable, 1.0, tl.where(ignored, 0.0, float("nan")))
+    return tl.where(usable, label, -1).to(tl.int32), w_y, ignored
+
+
+@triton.jit
+def target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS: tl.constexpr, SMOOTH: tl.constexpr):
+    """q for a block [BLOCK_M, BLOCK_C]; q is 0 outside ``mask``, which is [1, BLOCK_C] at least."""
+    q = tl.where(mask, smoothing / C, 0.0)
+    if PROBS:
+        t = tl.load(t_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if SMOOTH:
+            q += (1.0 - smoothing) * t
+        else:
+            q = t
+    if w_ptr is not None:
+        q *= tl.load(w_ptr + offs_c * stride_w, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+    return q
+
+
+@triton.jit
+def softmax_block(z):
+    """(max, shift, exp(shift), its sum over the row) of a float32 block that holds whole rows."""
+    top = tl.max(z, 1)
+    shift = z - top[:, None]
+    e = tl.exp(shift)
+    return top, shift, e, tl.sum(e, 1)

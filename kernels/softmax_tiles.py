@@ -1,0 +1,125 @@
+"""Which logits a program of the softmax kernels takes: Z as [batch, C, positions], and tiles by shape.
+
+Host code only; ``softmax`` has the device functions and ``cross_entropy`` the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .configs import cdiv
+from .device import Device
+
+__all__ = [
+    "WHOLE_ROW",
+    "LogitsShape",
+    "SoftmaxTile",
+    "alignment",
+    "bwd_tile",
+    "fwd_tile",
+    "logits_shape",
+    "row_strides",
+]
+
+#: Rows of up to this many classes are held in registers by one program.
+WHOLE_ROW = 16384
+
+
+class SoftmaxTile(NamedTuple):
+    """One program's rows and, at a time, classes."""
+
+    rows: int
+    cols: int
+    unroll: int  #: blocks of ``cols / unroll`` classes that a lane folds before it rescales; 0: a row is one block
+    num_warps: int
+
+
+class LogitsShape(NamedTuple):
+    """Logits as [batch, C, positions] with strides; a 2-D Z is one batch of M positions."""
+
+    batch: int
+    positions: int
+    classes: int
+    strides: tuple[int, int, int]
+
+    @property
+    def rows(self) -> int:
+        """M, the number of rows in all."""
+        return self.batch * self.positions
+
+    @property
+    def along_classes(self) -> bool:
+        """Whether neighbouring lanes should hold neighbouring classes, by the smaller stride."""
+        return self.positions == 1 or self.strides[1] <= self.strides[2]
+
+
+def logits_shape(logits: Tensor) -> LogitsShape:
+    """The view of logits, or of anything shaped as they are: [M, C] or [N, C, S]."""
+    if logits.dim() == 3 and logits.shape[2] == 1:
+        logits = logits.squeeze(2)
+    if logits.dim() == 2:
+        return LogitsShape(1, logits.shape[0], logits.shape[1], (0, logits.stride(1), logits.stride(0)))
+    n, c, s = logits.shape
+    return LogitsShape(n, s, c, (logits.stride(0), logits.stride(1), logits.stride(2)))
+
+
+def row_strides(values: Tensor) -> tuple[int, int]:
+    """(batch, position) strides of a tensor with one value a row: [M], or [N, S] for 3-D logits."""
+    if values.dim() == 2 and values.shape[1] != 1:
+        return values.stride(0), values.stride(1)
+    return 0, values.stride(0)
+
+
+def _power(n: int) -> int:
+    """The least power of two >= n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def alignment(shape: LogitsShape, *strides: tuple[int, int, int]) -> int:
+    """The power of two, 16 at most, that divides C and every row's offset in every tensor; 1 if classes are strided."""
+    if shape.strides[1] != 1:
+        return 1
+    return math.gcd(16, shape.classes, *(s for stride in strides for s in (stride[0], stride[2])))
+
+
+def fwd_tile(shape: LogitsShape, itemsize: int, reduce: bool, device: Device) -> SoftmaxTile:
+    """Rows and classes of one program.
+
+    Along classes, rows are packed to 512 elements a warp (16 a thread) with as many warps as still leave every
+    multiprocessor a program; rows of more than 256 classes have programs of their own, so that the reductions over
+    a row need no shared memory until it has more than 1,024. Where the rows fit one program that also reduces
+    them, a launch is saved. Across classes (Z column-major, or [N, C, S]) each lane has rows of its own.
+    """
+    P, C = shape.positions, shape.classes
+    cols = max(2, _power(C))
+    if not shape.along_classes:
+        rows = min(128, max(2, _power(P)))
+        return SoftmaxTile(rows, cols, 0, 4) if C <= 32 else SoftmaxTile(rows, 16, 16, 4)
+    if C > WHOLE_ROW:
+        if device.backend == "interpreter":
+            return SoftmaxTile(min(16, _power(P)), max(4, WHOLE_ROW), 2, 1)
+        # 8,192 classes a step, 16-byte loads. Many warps a row: few rows at a time, so that the second reading
+        # finds them in the L2 cache.
+        return SoftmaxTile(1, 8192, itemsize, 16)
+    if reduce and shape.batch == 1 and _power(P) * cols <= 4096:
+        return SoftmaxTile(_power(P), cols, 0, 4)
+    if device.backend == "interpreter":
+        return SoftmaxTile(min(32, _power(P)), cols, 0, 1)
+    if cols > 256:
+        return SoftmaxTile(1, cols, 0, min(16, max(1, cols // 1024)))
+    for warps in (4, 2):
+        rows = 512 * warps // cols
+        if shape.batch * cdiv(P, rows) >= device.multiprocessors:
+            return SoftmaxTile(rows, cols, 0, warps)
+    return SoftmaxTile(max(1, 512 // cols), cols, 0, 1)
+
+
+def bwd_tile(shape: LogitsShape, device: Device) -> SoftmaxTile:
+    """An elementwise tile of 2,048 logits, 16 a thread, along the contiguous dimension."""
+    if not shape.along_classes:
+        return SoftmaxTile(min(128, max(2, _power(shape.positions))), 16, 0, 4)
+    cols = min(max(2, _power(shape.classes)), 1024)
+    return SoftmaxTile(max(1, 2048 // cols), cols, 0, 4 if device.backend != "interpreter" else 1)
