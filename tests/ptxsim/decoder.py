@@ -104,7 +104,7 @@ class Decoder:
         self.init: list[np.ndarray | None] = []  # what each slot holds at the start
         self.slots: dict[str, int] = {}
         self.special: dict[str, int] = {}
-        self.param_slots: dict[tuple[str, int, int, int], int] = {}  # (name, offset, register bits, loaded bits)
+        self.param_slots: dict[tuple[int, int, int, bool], int] = {}  # see param()
         self._consts: dict[tuple[int, int], int] = {}
         self._sinks: dict[int, int] = {}
         for n, b in mod.regs.items():
@@ -126,9 +126,9 @@ class Decoder:
         """The value of a slot that holds a constant, else None."""
         return int(self.init[slot][0]) if slot in self._consts.values() else None
 
-    def param(self, name: str, off: int, rb: int, b: int) -> int:
-        """The slot of b bits at a byte offset of a kernel parameter, in a register of rb bits."""
-        key = (name, off, rb, b)
+    def param(self, address: int, rb: int, b: int, signed: bool) -> int:
+        """The slot of b bits at an address in the kernel parameters, extended to a register of rb bits."""
+        key = (address, rb, b, signed)
         if key not in self.param_slots:
             self.param_slots[key] = self._new_slot(rb, np.zeros(1, UINT[rb]))
         return self.param_slots[key]
@@ -154,14 +154,14 @@ class Decoder:
         return self.const(v, bits)
 
     def symbol(self, s: str) -> int | None:
-        """The address of "variable" or "variable+offset"."""
+        """The address of "variable" or "variable+offset", of a kernel parameter too."""
         m = re.match(r"([\w$]+)(?:\+(\d+))?$", s)
         if not m:
             return None
         n, off = m.group(1), int(m.group(2) or 0)
         if n == self.mod.extern_shared:
             return self.dyn_base + off
-        for variables in (self.mod.shared, self.mod.globals, self.mod.local):
+        for variables in (self.mod.shared, self.mod.globals, self.mod.local, self.mod.param_addr):
             if n in variables:
                 return variables[n] + off
         return None

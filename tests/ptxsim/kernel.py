@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,11 +23,11 @@ from . import (  # noqa: F401  they register their opcodes
 )
 from .context import EXIT
 from .decoder import Decoder, operand_type
-from .dtypes import BITS, UINT, f16, f32, f64
+from .dtypes import BITS, UINT, f16, f32, f64, u8
 from .global_memory import GlobalMemory, is_buffer
 from .machine import LaunchState, run_lockstep, run_warpwise
 from .ops_memory import state_space
-from .parser import GBASE, Instruction, Module
+from .parser import GBASE, PARAM_BASE, Instruction, Module
 from .stats import Stats
 
 MODES = ("lockstep", "warpwise")
@@ -58,7 +57,8 @@ class PtxKernel:
     ) -> None:
         mod = Module(ptx)
         self.name, self.num_warps = mod.name, num_warps
-        self.params, self.local_size = mod.params, mod.local_size
+        self.local_size = mod.local_size
+        self.params, self._param_addr, self._param_bytes = mod.params, mod.param_addr, mod.param_bytes
         dyn_base = -(-mod.shared_static // 128) * 128
         self.shared_bytes = dyn_base + shared_bytes
         self.global_scratch_size, self.profile_scratch_size = global_scratch_size, profile_scratch_size
@@ -137,10 +137,12 @@ class PtxKernel:
         scratch = (self.global_scratch_size + self.profile_scratch_size) * ncta
         buffers = [(n, a) for n, a in named if is_buffer(a)]
         memory = GlobalMemory(self._image, buffers, scratch, strict_views)
+        parameters = self._parameter_image(named, memory, ncta)
         launch = LaunchState(
             kernel=self,
             grid=sizes,
-            registers=self._with_parameters(named, memory, ncta),
+            registers=self._initial_registers(parameters),
+            parameters=np.frombuffer(parameters, u8),
             global_memory=memory,
             rng=np.random.default_rng(seed),
             preempt=preempt if warpwise else 0.0,
@@ -175,23 +177,25 @@ class PtxKernel:
         result.seconds = time.time() - begun
         return result
 
-    def _with_parameters(
-        self, named: list[tuple[str, Any]], memory: GlobalMemory, ncta: int
-    ) -> list[np.ndarray | None]:
-        """The initial registers, with the arguments in the slots of the parameters."""
-        values = {
-            p: _parameter_bytes(memory.addr[n] if is_buffer(a) else a, ptype)
-            for (p, ptype), (n, a) in zip(self.params, named, strict=False)
-        }
-        if len(named) < len(self.params):
+    def _parameter_image(self, named: list[tuple[str, Any]], memory: GlobalMemory, ncta: int) -> bytes:
+        """The bytes of all parameters, laid out as in the parameters' address space."""
+        values = [memory.addr[n] if is_buffer(a) else a for n, a in named]
+        if len(values) < len(self.params):
             scratch = GBASE + memory.scratch if memory.scratch else 0
-            profile = scratch + self.global_scratch_size * ncta if self.profile_scratch_size else 0
-            for (p, _), address in zip(self.params[-2:], (scratch, profile), strict=True):
-                values[p] = address.to_bytes(8, "little")
+            values += [scratch, scratch + self.global_scratch_size * ncta if self.profile_scratch_size else 0]
+        image = bytearray(self._param_bytes)
+        for (name, ptype), value in zip(self.params, values, strict=True):
+            raw = _parameter_bytes(value, BITS[ptype], ptype[0] == "f")
+            start = self._param_addr[name] - PARAM_BASE
+            image[start : start + len(raw)] = raw
+        return bytes(image)
+
+    def _initial_registers(self, parameters: bytes) -> list[np.ndarray | None]:
         registers = list(self._registers)
-        for (name, off, register_bits, bits), slot in self._param_slots.items():
-            v = int.from_bytes(values[name][off : off + bits // 8], "little")
-            registers[slot] = np.array([v], UINT[register_bits])
+        for (address, register_bits, bits, signed), slot in self._param_slots.items():
+            start = address - PARAM_BASE
+            v = int.from_bytes(parameters[start : start + bits // 8], "little", signed=signed)
+            registers[slot] = np.array([v & ((1 << register_bits) - 1)], UINT[register_bits])
         return registers
 
     def _noise(self, r: np.ndarray, error: float) -> np.ndarray:
@@ -205,13 +209,10 @@ class PtxKernel:
         return self._running.steps * 4
 
 
-def _parameter_bytes(a: Any, ptype: str) -> bytes:
-    """An argument as the bytes of its parameter, at least 8."""
-    b = BITS[ptype]
-    if a is None:
-        return bytes(8)
-    if isinstance(a, (float, np.floating)) or ptype[0] == "f":
-        raw = struct.pack("<d" if b == 64 else "<f", float(a)) if b >= 32 else np.array([a], f16).tobytes()
-    else:
-        raw = (int(a) & ((1 << b) - 1)).to_bytes(b // 8, "little")
-    return raw.ljust(8, b"\0")
+def _parameter_bytes(value: Any, bits: int, is_float: bool) -> bytes:
+    """An argument as the bytes of its parameter; None is a null pointer."""
+    if value is None:
+        return bytes(bits // 8)
+    if is_float or isinstance(value, (float, np.floating)):
+        return np.array([value], {16: f16, 32: f32, 64: f64}[bits]).tobytes()
+    return (int(value) & ((1 << bits) - 1)).to_bytes(bits // 8, "little")

@@ -8,10 +8,10 @@ import numpy as np
 
 from .context import Context
 from .decoder import Decoder, Execute, Mask, opcode, operand_type, unsupported, vector
-from .dtypes import BITS, SINT, UINT, i64
+from .dtypes import BITS, SINT, UINT, i64, u64
 from .errors import Misaligned, OutOfBounds
 from .global_memory import count_global, locate_global, note_writes
-from .parser import Instruction
+from .parser import GBASE, PARAM_BASE, Instruction
 from .shared_memory import check_shared, count_shared, locate_shared, store_shared
 
 
@@ -60,9 +60,9 @@ class _Load:
 @opcode("ld", "ldu")
 def ld(D: Decoder, ins: Instruction) -> Execute:
     space = state_space(ins)
-    if space == "param":
-        return _load_param(D, ins)
     load = _Load(D, ins)
+    if space == "param":
+        return _load_param(D, ins, load)
     slot, off = D.addr(ins, ins.ops[1])
     ins.ismem = True
     if space in ("global", "const"):
@@ -71,15 +71,19 @@ def ld(D: Decoder, ins: Instruction) -> Execute:
         return _load_shared(ins, load, slot, off)
     if space == "local":
         return _load_local(ins, load, slot, off)
-    unsupported(ins, "(generic address) ")
+    if space is None:
+        return _load_generic(ins, load, slot, off)
+    unsupported(ins)
 
 
-def _load_param(D: Decoder, ins: Instruction) -> Execute:
+def _load_param(D: Decoder, ins: Instruction, load: _Load) -> Execute:
     """A parameter by name is the same for all lanes, and sits in a slot of its own."""
-    load = _Load(D, ins)
     m = re.match(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", ins.ops[1])
-    name, first = m.group(1), int(m.group(2) or 0)
-    ss = [D.param(name, first + i * load.es, bits, load.b) for i, bits in enumerate(load.register_bits)]
+    if not m or m.group(1) not in D.mod.param_addr:
+        return _load_param_at(ins, load, *D.addr(ins, ins.ops[1]))
+    first = D.mod.param_addr[m.group(1)] + int(m.group(2) or 0)
+    signed = load.T[0] == "s"
+    ss = [D.param(first + i * load.es, bits, load.b, signed) for i, bits in enumerate(load.register_bits)]
 
     def fn(c: Context, m: Mask) -> None:
         for d, s in zip(load.ds, ss, strict=True):
@@ -87,6 +91,57 @@ def _load_param(D: Decoder, ins: Instruction) -> Execute:
                 c.R[d] = c.R[s]
             else:
                 c.write_masked(d, c.R[s], m)
+
+    return fn
+
+
+def _load_param_at(ins: Instruction, load: _Load, slot: int, off: np.ndarray | None) -> Execute:
+    """A parameter by its address: so Triton chooses among the members of a tuple at run time."""
+    n, t = load.n, UINT[load.b]
+
+    def fn(c: Context, m: Mask) -> None:
+        a = c.R[slot]
+        if off is not None:
+            a = a + off
+        idx = None
+        if m is not None:
+            idx = np.flatnonzero(m)
+            if a.size > 1:
+                a = a[idx]
+        bad = (a & u64(n - 1)) != 0
+        if bad.any():
+            j = int(np.flatnonzero(bad)[0])
+            who = c.who(c.lane_at(j, idx, a.size))
+            raise Misaligned(f"load of {n} bytes from parameters at {int(a[j]):#x}", ins, int(a[j]), who)
+        image = c.launch.parameters
+        i = a - u64(PARAM_BASE)
+        bad = i >= u64(max(0, len(image) - n + 1))
+        if bad.any():
+            j = int(np.flatnonzero(bad)[0])
+            who = c.who(c.lane_at(j, idx, a.size))
+            what = f"load of {n} bytes at {int(a[j]):#x}, which is not in the {len(image)} bytes of the parameters"
+            raise OutOfBounds(what, ins, int(a[j]), who)
+        elements = image[i.astype(i64)[:, None] + np.arange(n)].view(t)
+        load.deliver(c, elements, idx)
+
+    return fn
+
+
+def _load_generic(ins: Instruction, load: _Load, slot: int, off: np.ndarray | None) -> Execute:
+    """A generic address tells its space: that of parameters, or global memory."""
+    from_param = _load_param_at(ins, load, slot, off)
+    from_global = _load_global(ins, load, slot, off)
+
+    def fn(c: Context, m: Mask) -> None:
+        a = c.R[slot]
+        if m is not None and a.size > 1:
+            a = a[m]
+        if (a >= u64(GBASE)).all():
+            from_global(c, m)
+        elif ((a >= u64(PARAM_BASE)) & (a < u64(GBASE))).all():
+            from_param(c, m)
+        else:
+            unsupported(ins, "(generic address of shared or local memory, or of several spaces) ")
 
     return fn
 

@@ -90,7 +90,7 @@ def _pack(D: Decoder, ins: Instruction, d: int, b: int) -> Execute:
 def cvta(D: Decoder, ins: Instruction) -> Execute:
     a, d = D.src(ins, ins.ops[1], 64), D.dst(ins, ins.ops[0], 64)
     space = next(m.split("::")[0] for m in ins.mods if m != "to")
-    if space not in ("global", "local"):
+    if space not in ("global", "param", "local"):  # in these an address is its own generic address
         unsupported(ins, "(generic addresses) ")
     return assign(d, lambda R: R[a])
 

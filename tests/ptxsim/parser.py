@@ -9,6 +9,7 @@ from .dtypes import BITS
 
 GBASE = 0x7F0000000000  # start of the simulated global address space
 REDZONE = 4096  # unregistered bytes around every buffer
+PARAM_BASE = 0x7E0000000000  # start of the address space of kernel parameters
 
 LABELS = "\0labels"  # where a scope keeps the labels of an inline-assembly block: no PTX name starts with NUL
 
@@ -90,6 +91,8 @@ class Module:
         self.name: str = entries[0]
         self.files = {int(a): b for a, b in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
         self.params: list[tuple[str, str]] = []  # name, type
+        self.param_addr: dict[str, int] = {}
+        self.param_bytes = 0
         self.regs: dict[str, int] = {}  # name -> bits
         self.raw: list[Instruction] = []
         self.labels: dict[str, int] = {}
@@ -124,7 +127,12 @@ class Module:
                 continue
             if m.group(4):
                 raise NotImplementedError(f"array parameter {p.strip()!r} (e.g. a TMA descriptor)")
-            self.params.append((m.group(3), m.group(1)))
+            ty, name = m.group(1), m.group(3)
+            self.params.append((name, ty))
+            size = BITS[ty] // 8
+            offset = -(-self.param_bytes // size) * size
+            self.param_addr[name] = PARAM_BASE + offset
+            self.param_bytes = offset + size
 
     def _variable(self, s: str) -> None:
         m = _VARIABLE.search(s)
