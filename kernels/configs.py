@@ -39,27 +39,106 @@ class Tile(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# Largest first. 16-bit tiles are 64 deep (one 128-byte line of a row); float32 tiles half as many elements.
-# tf32x3 keeps the operands' high and low parts in registers, so float32 tiles stay smaller than 16-bit ones.
-_TILES_16BIT = (
-    Tile(128, 256, 64, 8, 3),
-    Tile(128, 128, 64, 8, 3),
-    Tile(64, 128, 64, 4, 3),
-    Tile(64, 64, 64, 4, 4),
-    Tile(32, 64, 64, 4, 4),
-    Tile(32, 32, 64, 4, 4),
-    Tile(16, 32, 64, 2, 4),
-)
-_TILES_32BIT = (
-    Tile(128, 128, 32, 8, 3),
-    Tile(64, 128, 32, 8, 3),
-    Tile(64, 64, 32, 4, 3),
-    Tile(32, 64, 32, 4, 3),
-    Tile(32, 32, 32, 4, 4),
-    Tile(16, 32, 32, 2, 4),
-)
-# Interpreter: programs run one after the other in Python, so few and large; still ragged against test shapes.
-_TILES_INTERPRETER = (Tile(32, 32, 32, 1, 1),)
+# (float32 tiles, 16-bit tiles) of each family of matrix units, largest first. Every entry compiles without spilling
+# registers in all three kinds; what is missing is missing because it does not. A 16-bit block 64 deep is one 128-byte
+# line a row. float32 blocks are shallower: the tf32 parts of both operands live in registers.
+_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
+    # mma.sync: Ampere, Ada, consumer Blackwell
+    "mma": (
+        (
+            Tile(128, 128, 16, 8, 4),
+            Tile(64, 128, 32, 8, 3),
+            Tile(64, 64, 32, 4, 3),
+            Tile(32, 64, 32, 4, 3),
+            Tile(32, 32, 32, 4, 4),
+            Tile(16, 32, 32, 2, 4),
+        ),
+        (
+            Tile(128, 256, 32, 8, 4),
+            Tile(128, 128, 64, 8, 3),
+            Tile(64, 128, 64, 4, 3),
+            Tile(64, 64, 64, 4, 4),
+            Tile(32, 64, 64, 4, 4),
+            Tile(32, 32, 64, 4, 4),
+            Tile(16, 32, 64, 2, 4),
+        ),
+    ),
+    # wgmma: Hopper. Blocks of 64 rows and more run on it, smaller ones on mma.sync.
+    "wgmma": (
+        (
+            Tile(128, 128, 32, 8, 3),
+            Tile(64, 128, 32, 8, 3),
+            Tile(64, 64, 32, 4, 3),
+            Tile(32, 64, 32, 4, 3),
+            Tile(32, 32, 32, 4, 4),
+            Tile(16, 32, 32, 2, 4),
+        ),
+        (
+            Tile(128, 256, 64, 8, 3),
+            Tile(128, 128, 64, 8, 3),
+            Tile(64, 128, 64, 4, 3),
+            Tile(64, 64, 64, 4, 4),
+            Tile(32, 64, 64, 4, 4),
+            Tile(32, 32, 64, 4, 4),
+            Tile(16, 32, 64, 2, 4),
+        ),
+    ),
+    # tcgen05: data-center Blackwell; accumulators in tensor memory
+    "tcgen05": (
+        (
+            Tile(128, 128, 32, 8, 3),
+            Tile(64, 128, 32, 8, 3),
+            Tile(64, 64, 32, 4, 3),
+            Tile(32, 64, 32, 4, 3),
+            Tile(32, 32, 32, 4, 4),
+            Tile(16, 32, 32, 2, 4),
+        ),
+        (
+            Tile(128, 128, 64, 8, 3),
+            Tile(64, 128, 64, 4, 3),
+            Tile(64, 64, 64, 8, 4),
+            Tile(32, 64, 64, 4, 4),
+            Tile(32, 32, 64, 4, 4),
+            Tile(16, 32, 64, 2, 4),
+        ),
+    ),
+    # FMA: Turing, for which Triton has no tensor-core path; products unroll over the depth, so it is short
+    "fma": (
+        (
+            Tile(128, 64, 16, 8, 2),
+            Tile(64, 64, 16, 4, 2),
+            Tile(32, 64, 16, 4, 2),
+            Tile(32, 32, 16, 4, 2),
+            Tile(16, 32, 16, 2, 2),
+        ),
+        (
+            Tile(128, 64, 16, 8, 2),
+            Tile(64, 64, 16, 4, 2),
+            Tile(32, 64, 16, 4, 2),
+            Tile(32, 32, 16, 4, 2),
+            Tile(16, 32, 16, 2, 2),
+        ),
+    ),
+    # AMD: MFMA (CDNA) and WMMA (RDNA); 64 KiB of LDS
+    "hip": (
+        (
+            Tile(64, 64, 16, 4, 2),
+            Tile(32, 64, 32, 4, 2),
+            Tile(32, 32, 32, 4, 2),
+            Tile(16, 32, 32, 2, 2),
+        ),
+        (
+            Tile(128, 128, 32, 8, 2),
+            Tile(64, 128, 32, 4, 2),
+            Tile(64, 64, 32, 4, 2),
+            Tile(32, 64, 32, 4, 2),
+            Tile(32, 32, 32, 4, 2),
+            Tile(16, 32, 32, 2, 2),
+        ),
+    ),
+    # Interpreter: programs run one after the other in Python, so few and large; still ragged against test shapes
+    "interpreter": ((Tile(32, 32, 32, 1, 1),), (Tile(32, 32, 32, 1, 1),)),
+}
 
 # A program's pipeline holds one block of each operand a stage.
 _MIN_DEPTH_PER_SPLIT = 256
@@ -70,10 +149,19 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _family(device: Device) -> str:
+    """Which table serves a device: by the matrix unit that its blocks run on."""
+    if device.backend != "cuda":
+        return device.backend
+    arch = int(device.arch)
+    if arch < 80:
+        return "fma"
+    return {9: "wgmma", 10: "tcgen05"}.get(arch // 10, "mma")
+
+
 def _candidates(dtype: torch.dtype, device: Device) -> tuple[Tile, ...]:
-    if device.backend == "interpreter":
-        return _TILES_INTERPRETER
-    return _TILES_32BIT if dtype == torch.float32 else _TILES_16BIT
+    float32, half = _TILES[_family(device)]
+    return float32 if dtype == torch.float32 else half
 
 
 def fit(tile: Tile, itemsize: int, device: Device) -> Tile | None:
