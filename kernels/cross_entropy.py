@@ -75,7 +75,6 @@ def _cross_entropy_kernel(
         else:
             offs_t = b.to(tl.int64) * stride_tb + offs_p.to(tl.int64) * stride_tp
         y, w_y, ignored = load_labels(target_ptr, offs_t, mask_m, w_ptr, stride_w, C, ignore_index)
-        w_y = tl.where(mask_m, w_y, 0.0)
         hot = w_y * (1.0 - smoothing) if SMOOTH else w_y
     if dz_ptr is not None:
         g = scale

@@ -21,17 +21,16 @@ import triton.language as tl
 def load_labels(target_ptr, offs, mask, w_ptr, stride_w, C, ignore_index):
     """(y, w_y, ignored): the label, or -1 where there is none to select; its weight; whether the row is ignored.
 
-    w_y is 0 for an ignored row and NaN for a label outside [0, C), which makes the row's loss and gradient NaN
+    w_y is 0 for an ignored row and outside ``mask``; NaN for a label outside [0, C), which makes the row NaN
     without an address ever being computed from that label.
     """
     label = tl.load(target_ptr + offs, mask=mask, other=0).to(tl.int64)
     ignored = label == ignore_index
-    usable = (label >= 0) & (label < C) & (ignored == 0)
+    usable = mask & (label >= 0) & (label < C) & (ignored == 0)
+    w_y = tl.where(usable, 1.0, 0.0)
     if w_ptr is not None:
-        w_y = tl.load(w_ptr + tl.where(usable, label, 0) * stride_w, mask=mask & usable, other=0.0).to(tl.float32)
-        w_y = tl.where(usable | ignored, w_y, float("nan"))
-    else:
-        w_y = tl.where(usable, 1.0, tl.where(ignored, 0.0, float("nan")))
+        w_y = tl.load(w_ptr + tl.where(usable, label, 0) * stride_w, mask=usable, other=0.0).to(tl.float32)
+    w_y = tl.where(usable | ignored | (mask == 0), w_y, float("nan"))
     return tl.where(usable, label, -1).to(tl.int32), w_y, ignored
 
 
