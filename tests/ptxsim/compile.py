@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel, make_backend
-from triton.compiler import compile as triton_compile
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
-from .global_memory import Buffer, is_buffer
 from .kernel import PtxKernel
+from .simulated_gpu import SimulatedGPU, decode_compiled, flatten
 from .stats import Stats
 
 
-class _Pointer:
-    """What Triton's specialisation looks at in a tensor: dtype and address (storages are 512-byte aligned here)."""
+class _Array:
+    """What Triton's specialisation looks at in a tensor: dtype and address; a numpy array does not show these."""
 
-    def __init__(self, obj: Any) -> None:
-        a = Buffer(obj, "")
-        self._address = 512 + (a.ptr - a.lo)
-        is_array = isinstance(obj, np.ndarray)
-        self.dtype = torch.from_numpy(np.empty(0, obj.dtype)).dtype if is_array else obj.dtype
+    def __init__(self, array: np.ndarray) -> None:
+        self.dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        self._address = array.__array_interface__["data"][0]
 
     def data_ptr(self) -> int:
         return self._address
 
 
-def _as_pointers(value: Any) -> Any:
+def _for_triton(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
-        return tuple(_as_pointers(v) for v in value)
-    return _Pointer(value) if is_buffer(value) else value
-
-
-def flatten(name: str, value: Any, kind: Any) -> Iterator[tuple[str, Any]]:
-    """The run-time parts of one argument, in PTX order, with names: those of a tuple are "name[0]", "name[1]".
-
-    Args:
-        kind: the argument in Triton's signature: a type, "constexpr" (compiled away), or a tuple of these.
-    """
-    if isinstance(kind, (tuple, list)):
-        for i, (v, k) in enumerate(zip(value, kind, strict=True)):
-            yield from flatten(f"{name}[{i}]", v, k)
-    elif kind != "constexpr":
-        yield name, value
+        return tuple(_for_triton(v) for v in value)
+    return _Array(value) if isinstance(value, np.ndarray) else value
 
 
 def compile_triton(
@@ -64,39 +46,11 @@ def compile_triton(
     Returns:
         (Triton's compiled kernel, names of the run-time arguments in order).
     """
-    compiled, signature = _compile(fn, args, constexprs, arch, num_warps, num_stages, options)
-    return compiled, [n for n, kind in signature.items() if kind != "constexpr"]
-
-
-def _compile(
-    fn: JITFunction,
-    args: Mapping[str, Any],
-    constexprs: Mapping[str, Any] | None,
-    arch: int,
-    num_warps: int,
-    num_stages: int,
-    options: Mapping[str, Any],
-) -> tuple[CompiledKernel, dict[str, Any]]:
-    target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
-    call = {k: _as_pointers(v) for k, v in args.items()}
+    call = {k: _for_triton(v) for k, v in args.items()}
     call.update(constexprs or {}, **options, num_warps=num_warps, num_stages=num_stages)
-    bound, specialization, kwargs = create_function_from_signature(fn.signature, fn.params, backend)(**call)
-    parsed, signature, const, attrs = fn._pack_args(backend, dict(kwargs), bound, specialization, kwargs)
-    compiled = triton_compile(ASTSource(fn, signature, const, attrs), target=target, options=parsed.__dict__)
-    return compiled, signature
-
-
-@functools.lru_cache(maxsize=256)
-def decoded(ptx: str, shared: int, num_warps: int, global_scratch_size: int, profile_scratch_size: int) -> PtxKernel:
-    """The kernel of a PTX text, decoded once."""
-    return PtxKernel(ptx, shared, num_warps, global_scratch_size, profile_scratch_size)
-
-
-def decode_compiled(compiled: CompiledKernel) -> PtxKernel:
-    """The kernel that Triton compiled, ready to run here."""
-    m = compiled.metadata
-    return decoded(compiled.asm["ptx"], m.shared, m.num_warps, m.global_scratch_size, m.profile_scratch_size)
+    with SimulatedGPU(arch, execute=False):
+        compiled = fn.warmup(grid=(1,), **call)
+    return compiled, [n for n, kind in compiled.src.signature.items() if kind != "constexpr"]
 
 
 def triton_kernel(
@@ -133,11 +87,11 @@ def run_triton(
         options: further compile options of Triton, e.g. {"maxnreg": 128}.
         launch: options of `PtxKernel.launch`: mode, seed and so on.
     """
-    compiled, signature = _compile(fn, args, constexprs, arch, num_warps, num_stages, options or {})
+    compiled, _ = compile_triton(fn, args, constexprs, arch, num_warps, num_stages, **(options or {}))
     if callable(grid):
         grid = grid({**args, **(constexprs or {})})
     flat: dict[str, Any] = {}
-    for name, kind in signature.items():
+    for name, kind in compiled.src.signature.items():
         value = args[name] if name in args else fn.signature.parameters[name].default
         if kind != "constexpr":
             flat.update(flatten(name, value, kind))

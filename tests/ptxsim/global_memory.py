@@ -33,7 +33,10 @@ class Buffer:
             base = obj
             while isinstance(base.base, np.ndarray):
                 base = base.base
-            self.lo, self.hi = np.lib.array_utils.byte_bounds(base)
+            address = base.__array_interface__["data"][0]
+            reach = [(d - 1) * s for d, s in zip(base.shape, base.strides, strict=True)]
+            self.lo = address + sum(min(0, r) for r in reach)
+            self.hi = address + sum(max(0, r) for r in reach) + self.item if base.size else self.lo
         else:
             if obj.device.type != "cpu":
                 raise ValueError(f"{name or 'a tensor'} is on {obj.device}: pass tensors on the CPU")
@@ -50,7 +53,10 @@ def is_buffer(x: Any) -> bool:
 
 
 class GlobalMemory:
-    """One flat arena; every storage is laid out 512-byte aligned with red-zones on both sides.
+    """One flat arena; every storage has red-zones on both sides.
+
+    Storages begin at multiples of 512 bytes, as a device allocates them. Host storage that is not even 16-byte
+    aligned keeps its address modulo 16, because Triton has specialised the kernel on that.
 
     Args:
         image: initial contents of the module's own variables.
@@ -70,7 +76,7 @@ class GlobalMemory:
         pos = REDZONE + len(image)
         self.blocks: list[tuple[int, int, int]] = []  # (host lo, host hi, arena offset)
         for lo, hi in blocks:
-            pos = -(-(pos + REDZONE) // 512) * 512
+            pos = -(-(pos + REDZONE) // 512) * 512 + lo % 16
             self.blocks.append((lo, hi, pos))
             pos += hi - lo
         self.scratch = None  # arena offset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,6 +33,12 @@ from .stats import Stats
 
 MODES = ("lockstep", "warpwise")
 _MAX_STEPS = {"lockstep": 2_000_000, "warpwise": 20_000_000}
+
+
+@functools.lru_cache(maxsize=256)
+def decoded(ptx: str, shared: int, num_warps: int, global_scratch_size: int, profile_scratch_size: int) -> PtxKernel:
+    """The kernel of a PTX text, decoded once."""
+    return PtxKernel(ptx, shared, num_warps, global_scratch_size, profile_scratch_size)
 
 
 class PtxKernel:

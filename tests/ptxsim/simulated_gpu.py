@@ -7,7 +7,7 @@ by `PtxKernel`. Everything of Triton but the driver is real: binder, specialisat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 
-from .compile import decoded, flatten
+from .kernel import PtxKernel, decoded
 from .stats import Stats
 
 
@@ -47,6 +47,28 @@ _PROPERTIES = {
 
 # Triton keeps compiled kernels and the limit of shared memory by device number: every target has its own.
 _device_numbers: dict[tuple[str, int | str], int] = {}
+
+
+def flatten(name: str, value: Any, kind: Any) -> Iterator[tuple[str, Any]]:
+    """The run-time parts of one argument, in PTX order, with names: those of a tuple are "name[0]", "name[1]".
+
+    Args:
+        kind: the argument in Triton's signature: a type, "constexpr" (compiled away), or a tuple of these.
+    """
+    if isinstance(kind, (tuple, list)):
+        for i, (v, k) in enumerate(zip(value, kind, strict=True)):
+            yield from flatten(f"{name}[{i}]", v, k)
+    elif kind != "constexpr":
+        yield name, value
+
+
+def decode_compiled(compiled: CompiledKernel) -> PtxKernel:
+    """The kernel that Triton compiled, ready to run here."""
+    return _decode(compiled.metadata, compiled.asm["ptx"])
+
+
+def _decode(m: Any, ptx: str) -> PtxKernel:
+    return decoded(ptx, m.shared, m.num_warps, m.global_scratch_size, m.profile_scratch_size)
 
 
 @dataclass
@@ -133,12 +155,10 @@ class _Launcher:
             exit_hook(launch_metadata)
 
     def _execute(self, record: Launch, options: Mapping[str, Any]) -> Stats:
-        m = self._metadata
-        kernel = decoded(self._asm["ptx"], m.shared, m.num_warps, m.global_scratch_size, m.profile_scratch_size)
         flat: dict[str, Any] = {}
         for name, kind in self._signature.items():
             flat.update(flatten(name, record.arguments[name], kind))
-        return kernel.launch(record.grid, flat, **options)
+        return _decode(self._metadata, self._asm["ptx"]).launch(record.grid, flat, **options)
 
 
 class SimulatedGPU:

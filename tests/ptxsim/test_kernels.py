@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.ptxsim import run_triton, triton_kernel
+from tests.ptxsim import OutOfBounds, run_triton, triton_kernel
 from tests.ptxsim.samples.elementwise import k_add, k_softmax
 from tests.ptxsim.samples.linear import MODES, ROUNDING, bf16, f16, f32
 
@@ -180,3 +180,38 @@ def test_numpy_arguments_and_specialisation() -> None:
     one = np.zeros(1, np.float32)
     _, names = triton_kernel(k_add, {"x": one, "y": one, "o": one, "n": 1}, {"B": 256})
     assert names == ["x", "y", "o"]  # n == 1 became a constant, as in Triton's JIT
+
+
+@pytest.mark.parametrize("offset", [0, 4, 8])
+def test_storage_that_is_not_aligned(offset: int) -> None:
+    """Triton specialises on addresses modulo 16, so the simulated address must agree with the host's."""
+    raw = np.zeros(4096 + 16, np.uint8)
+    shift = (offset - raw.__array_interface__["data"][0]) % 16
+    o = torch.frombuffer(raw, dtype=torch.float32, count=1024, offset=shift)
+    assert o.data_ptr() % 16 == offset
+    x = torch.randn(1024)
+    stats = run_triton(k_add, {"x": x, "y": x, "o": o, "n": 1024}, {"B": 256}, (4,))
+    assert torch.equal(o, 2 * x)
+    assert stats.global_store["requests"] == (32 if offset else 16)  # pairs only where they are aligned
+
+
+@triton.jit
+def k_copy_rows(x, o, rows, n, sx, so, B: tl.constexpr):
+    r = tl.program_id(0)
+    c = tl.arange(0, B)
+    m = (r < rows) & (c < n)
+    tl.store(o + r * so + c, tl.load(x + r * sx + c, mask=m), mask=m)
+
+
+@pytest.mark.parametrize("view", [np.s_[:], np.s_[::2], np.s_[5:], np.s_[:, 3:9], np.s_[:0]], ids=str)
+def test_numpy_views(view: slice) -> None:
+    x = np.arange(40 * 16, dtype=np.float32).reshape(40, 16)[view]
+    rows, n = x.shape
+    o = np.full((40, 16), np.nan, np.float32)
+    args = {"x": x, "o": o, "rows": rows, "n": n, "sx": x.strides[0] // 4, "so": 16}
+    run_triton(k_copy_rows, args, {"B": 16}, (max(1, rows),))
+    np.testing.assert_array_equal(o[:rows, :n], x)
+    assert np.isnan(o[rows:]).all()
+    if rows:
+        with pytest.raises(OutOfBounds):
+            run_triton(k_copy_rows, dict(args, rows=rows + 1), {"B": 16}, (rows + 1,))
