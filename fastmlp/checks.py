@@ -13,7 +13,15 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 
-__all__ = ["check_activation", "check_input", "check_layer", "check_linear", "check_same_device", "check_tensor"]
+__all__ = [
+    "check_activation",
+    "check_batch",
+    "check_input",
+    "check_layer",
+    "check_linear",
+    "check_same_device",
+    "check_tensor",
+]
 
 
 def check_activation(activation: object) -> None:
@@ -98,6 +106,16 @@ def check_input(x: Tensor, weight: Tensor, weight_name: str = "weight") -> None:
         )
     if x.device != weight.device:
         check_same_device((("the input", x), (weight_name, weight)))
+
+
+def check_batch(x: Tensor, features: int) -> None:
+    """Check that X is a tensor [batch, K] or [batch, ...]: TypeError or RuntimeError."""
+    check_tensor(x, "the input")
+    if x.dim() < 2:
+        raise RuntimeError(
+            f"expected an input of shape [batch, {features}] or [batch, ...], got {list(x.shape)}; "
+            "add a batch dimension with x.unsqueeze(0)"
+        )
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

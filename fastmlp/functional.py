@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops, reference
 from .autograd import LinearAct, MLPFunction
 from .backend import functorch_active, resolve
-from .checks import check_activation, check_input, check_layer, check_linear, check_tensor
+from .checks import check_activation, check_batch, check_input, check_layer, check_linear, check_tensor
 
 __all__ = ["linear_act", "mlp"]
 
@@ -107,11 +107,7 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
         weights = [_cast(w, dtype) for w in weights]  # type: ignore[misc]
         biases = [_cast(b, dtype) for b in biases]
     _check_chain(weights, biases)
-    if x.dim() < 2:
-        raise RuntimeError(
-            f"expected an input of shape [batch, {weights[0].shape[1]}] or [batch, ...], got {list(x.shape)}; "
-            "add a batch dimension with x.unsqueeze(0)"
-        )
+    check_batch(x, weights[0].shape[1])
     x = x.flatten(1) if x.dim() > 2 else x
     check_input(x, weights[0], "weights[0]")
     backend = resolve(x, weights[0].dtype)

@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
 from .activations import LEAKY_SLOPE
-from .checks import check_activation
+from .checks import check_activation, check_batch
 
 __all__ = ["MLP", "Linear"]
 
@@ -112,6 +112,7 @@ class MLP(nn.Module):
         """[B, sizes[0]] (or [B, ...]) to [B, sizes[-1]]."""
         layers = self._linears()
         if _has_any_global_hook() or not all(_only_computes(layer) for layer in layers):
+            check_batch(x, self.sizes[0])
             x = x.flatten(1) if x.dim() > 2 else x
             for layer in layers:
                 x = layer(x)
