@@ -289,7 +289,7 @@ def _launch_fwd(
     shape = logits_shape(logits)
     device = current_device()
     probs = target.is_floating_point()
-    tile = fwd_tile(shape, logits.element_size(), reduction != "none", device)
+    tile = fwd_tile(shape, logits.element_size(), reduction != "none", probs or smoothing != 0.0, device)
     stride_d = (0, 0, 0) if dz is None else logits_shape(dz).strides
     stride_t = logits_shape(target).strides if probs else (0, 0, 0)
     if not probs:

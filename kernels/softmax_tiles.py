@@ -24,7 +24,7 @@ __all__ = [
     "row_strides",
 ]
 
-#: Rows of up to this many classes are held in registers by one program.
+#: Rows of up to this many classes are held in registers by one program; half as many where q is held beside Z.
 WHOLE_ROW = 16384
 
 
@@ -85,20 +85,21 @@ def alignment(shape: LogitsShape, *strides: tuple[int, int, int]) -> int:
     return math.gcd(16, shape.classes, *(s for stride in strides for s in (stride[0], stride[2])))
 
 
-def fwd_tile(shape: LogitsShape, itemsize: int, reduce: bool, device: Device) -> SoftmaxTile:
+def fwd_tile(shape: LogitsShape, itemsize: int, reduce: bool, has_q: bool, device: Device) -> SoftmaxTile:
     """Rows and classes of one program.
 
     Along classes, rows are packed to 512 elements a warp (16 a thread) with as many warps as still leave every
-    multiprocessor a program; rows of more than 256 classes have programs of their own, so that the reductions over
-    a row need no shared memory until it has more than 1,024. Where the rows fit one program that also reduces
-    them, a launch is saved. Across classes (Z column-major, or [N, C, S]) each lane has rows of its own.
+    multiprocessor a program; from 128 classes on, where a row is as wide as a warp's load, programs have one warp,
+    so that reductions over a row need no shared memory until it has more than 1,024. Where the rows fit one program
+    that also reduces them, a launch is saved. Across classes (Z column-major, or [N, C, S]) a lane has whole rows.
     """
     P, C = shape.positions, shape.classes
     cols = max(2, _power(C))
     if not shape.along_classes:
         rows = min(128, max(2, _power(P)))
         return SoftmaxTile(rows, cols, 0, 4) if C <= 32 else SoftmaxTile(rows, 16, 16, 4)
-    if C > WHOLE_ROW:
+    whole_row = WHOLE_ROW // 2 if has_q else WHOLE_ROW
+    if C > whole_row:
         if device.backend == "interpreter":
             return SoftmaxTile(min(16, _power(P)), max(4, WHOLE_ROW), 2, 1)
         # 8,192 classes a step, 16-byte loads. Many warps a row: few rows at a time, so that the second reading
@@ -108,8 +109,8 @@ def fwd_tile(shape: LogitsShape, itemsize: int, reduce: bool, device: Device) ->
         return SoftmaxTile(_power(P), cols, 0, 4)
     if device.backend == "interpreter":
         return SoftmaxTile(min(32, _power(P)), cols, 0, 1)
-    if cols > 256:
-        return SoftmaxTile(1, cols, 0, min(16, max(1, cols // 1024)))
+    if cols > 128:
+        return SoftmaxTile(max(1, 512 // cols), cols, 0, min(16, max(1, cols // 1024)))
     for warps in (4, 2):
         rows = 512 * warps // cols
         if shape.batch * cdiv(P, rows) >= device.multiprocessors:
