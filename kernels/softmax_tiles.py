@@ -99,7 +99,7 @@ def fwd_tile(shape: LogitsShape, itemsize: int, reduce: bool, has_q: bool, devic
         rows = min(128, max(2, _power(P)))
         return SoftmaxTile(rows, cols, 0, 4) if C <= 32 else SoftmaxTile(rows, 16, 16, 4)
     whole_row = WHOLE_ROW // 2 if has_q else WHOLE_ROW
-    if C > whole_row:
+    if whole_row < C:
         if device.backend == "interpreter":
             return SoftmaxTile(min(16, _power(P)), max(4, WHOLE_ROW), 2, 1)
         # 8,192 classes a step, 16-byte loads. Many warps a row: few rows at a time, so that the second reading
