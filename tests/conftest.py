@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -34,16 +35,36 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("lane", lanes, indirect=True)
 
 
+@contextmanager
+def uninitialized_is_nan() -> Iterator[None]:
+    """``torch.empty`` returns NaN (the largest integer): outputs and scratch that a kernel reads before it writes."""
+    # torch fills new memory when its operations must be deterministic. Not on a GPU, where it would also want a
+    # workspace setting for cuBLAS.
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 @pytest.fixture
 def lane(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Makes Triton launches on tensors of the yielded device work: GPU, interpreter or simulated GPU."""
+    """Makes Triton launches on tensors of the yielded device work: GPU, interpreter or simulated GPU.
+
+    In the interpreter every load and store is checked to be inside a tensor argument; the simulated GPU does that
+    itself. On both, memory that nothing was written to holds NaN.
+    """
     name = request.param
     if name == "gpu":
         yield torch.device("cuda")
     elif name == "interpret":
-        yield torch.device("cpu")
+        from tests.interpreter import bounds_checked
+
+        with bounds_checked(), uninitialized_is_nan():
+            yield torch.device("cpu")
     else:
         from tests.ptxsim import SimulatedGPU
 
-        with SimulatedGPU(int(name.removeprefix("sm_"))):
+        with SimulatedGPU(int(name.removeprefix("sm_"))), uninitialized_is_nan():
             yield torch.device("cpu")
