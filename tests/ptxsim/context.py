@@ -24,6 +24,8 @@ NORMAL, BRANCH, BAR, EXIT, BRX = range(5)
 
 SIMULATED_MULTIPROCESSORS = 108  # what %nsmid tells
 
+_KEPT_MASKS = 64
+
 
 class Group:
     """Lanes at one program counter."""
@@ -73,6 +75,9 @@ class Context:
         self.lstride = -(-launch.kernel.local_size // 16) * 16
         self.lmem = np.zeros(self.L * self.lstride, u8)
         self.pending: list[PendingCopy] = []
+        self.fragments: dict[tuple, tuple[list[np.ndarray], np.ndarray]] = {}  # operands of mma that were used lately
+        self._mask_lanes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._first_lanes: dict[int, np.ndarray] = {}
         self.committed = np.zeros(self.L, i64)  # cp.async groups of each lane
 
         self.live = np.ones(self.L, np.bool_)
@@ -144,6 +149,21 @@ class Context:
 
     def per_lane(self, a: np.ndarray) -> np.ndarray:
         return a if a.size == self.L else np.full(self.L, a[0])
+
+    def active_lanes(self, m: np.ndarray) -> np.ndarray:
+        """Indices of the lanes of a mask. Masks are never changed either, and often are one predicate register."""
+        known = self._mask_lanes.get(id(m))
+        if known is None:
+            if len(self._mask_lanes) >= _KEPT_MASKS:
+                self._mask_lanes.clear()
+            known = self._mask_lanes[id(m)] = m, np.flatnonzero(m)
+        return known[1]
+
+    def first_lanes(self, n: int) -> np.ndarray:
+        """The mask of the first n lanes of every warp."""
+        if n not in self._first_lanes:
+            self._first_lanes[n] = np.tile(np.arange(32) < n, self.W)
+        return self._first_lanes[n]
 
     def who(self, lane: int) -> str:
         """The program and thread of a lane, for messages."""

@@ -26,6 +26,13 @@ SINT = {8: i8, 16: i16, 32: i32, 64: i64}
 POISON = {1: False, 8: 0xAD, 16: 0x7FFD, 32: 0x7FC0DEAD, 64: 0x7FF8DEADBEEFDEAD}
 
 
+def byte_flags(flags: np.ndarray, n: int) -> tuple[np.ndarray, np.unsignedinteger]:
+    """Flags of one byte each as [len / n, words], and the word in which all are set: n of them in one comparison."""
+    width = min(n, 8)
+    t = UINT[8 * width]
+    return flags.view(t).reshape(-1, n // width), t(int.from_bytes(b"\1" * width, "little"))
+
+
 def bf16_to_f32(x: np.ndarray) -> np.ndarray:
     return (x.astype(u32) << u32(16)).view(f32)
 
@@ -80,7 +87,8 @@ def ftz(x: np.ndarray) -> np.ndarray:
 def tf32_rna(u: np.ndarray) -> np.ndarray:
     """float32 bits rounded to tf32 (10 mantissa bits), ties away from zero."""
     r = (u + u32(0x1000)) & u32(0xFFFFE000)
-    return np.where((u & u32(0x7F800000)) == u32(0x7F800000), u, r)
+    special = (u & u32(0x7F800000)) == u32(0x7F800000)
+    return np.where(special, u, r) if special.any() else r
 
 
 def as_numbers(T: str) -> Callable[[np.ndarray], np.ndarray]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .dtypes import UINT, i64, u8, u64
+from .dtypes import UINT, byte_flags, i64, u8, u64
 from .errors import Misaligned, OutOfBounds, SharedRace
 from .parser import GBASE, REDZONE, Instruction
 
@@ -96,7 +96,6 @@ class GlobalMemory:
             self._place(a, strict)
         for lo, hi, off in self.blocks:
             self.mem[off : off + hi - lo] = host_bytes(lo, hi - lo)
-        self.before = self.mem.copy()
         self._views: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._ok: dict[int, np.ndarray] = {}
 
@@ -125,7 +124,8 @@ class GlobalMemory:
         found = self._views.get((nbytes, elem))
         if found is None:
             if nbytes not in self._ok:
-                self._ok[nbytes] = self._valid.reshape(-1, nbytes).all(1)
+                words, full = byte_flags(self._valid, nbytes)
+                self._ok[nbytes] = np.logical_and.reduce([column == full for column in words.T])
             view = self.mem.view(UINT[elem * 8]).reshape(-1, nbytes // elem)
             found = self._views[nbytes, elem] = view, self._ok[nbytes]
         return found
@@ -133,10 +133,10 @@ class GlobalMemory:
     def write_back(self) -> None:
         """Copy the bytes that changed to the tensors and arrays themselves."""
         for lo, hi, off in self.blocks:
-            new = self.mem[off : off + hi - lo]
-            changed = np.flatnonzero(new != self.before[off : off + hi - lo])
-            if changed.size:
-                host_bytes(lo, hi - lo)[changed] = new[changed]
+            new, host = self.mem[off : off + hi - lo], host_bytes(lo, hi - lo)
+            changed = new != host
+            if changed.any():
+                host[changed] = new[changed]
 
     def describe(self, address: int) -> str:
         """Where an address lies, seen from the nearest argument."""
@@ -179,19 +179,20 @@ def locate_global(
         a = a + off
     idx = None
     if m is not None:
-        idx = np.flatnonzero(m)
+        idx = c.active_lanes(m)
         if a.size > 1:
             a = a[idx]
     view, ok = c.launch.global_memory.view(nbytes, elem)
-    i = (a - u64(GBASE)) // u64(nbytes)
-    if nbytes > 1 and (a & u64(nbytes - 1)).any():
+    i = a - u64(GBASE)
+    bits = int(np.bitwise_or.reduce(i))  # of any lane: no address is larger than this
+    if bits & (nbytes - 1):
         j = int(np.flatnonzero(a & u64(nbytes - 1))[0])
         raise Misaligned(
             f"{what} of {nbytes} bytes at {int(a[j]):#x}", ins, int(a[j]), c.who(c.lane_at(j, idx, a.size))
         )
-    if int(i.max()) >= ok.size:
+    if bits >= c.launch.global_memory.mem.size and int(i.max()) >= c.launch.global_memory.mem.size:
         _out_of_bounds(c, ins, a, int(i.argmax()), idx, nbytes, what)
-    i = i.view(i64)
+    i = (i >> u64(nbytes.bit_length() - 1)).view(i64)
     good = ok[i]
     if not good.all():
         _out_of_bounds(c, ins, a, int(np.flatnonzero(~good)[0]), idx, nbytes, what)

@@ -23,21 +23,20 @@ class PendingCopy(NamedTuple):
 
     lanes: np.ndarray
     group: np.ndarray  # of each lane: groups it had committed before
-    A: np.ndarray  # destination byte addresses
+    rows: np.ndarray  # destinations, in rows of nbytes
     nbytes: int
     data: np.ndarray  # [lanes, elements]
-    G: np.ndarray  # destination cells of the shadow state
 
     def select(self, keep: np.ndarray) -> PendingCopy:
         return PendingCopy(*(x[keep] if isinstance(x, np.ndarray) else x for x in self))
 
 
-def _issue(c: Context, ins: Instruction, lanes: np.ndarray, A: np.ndarray, nbytes: int, data: np.ndarray) -> None:
-    G = c.shared.cells(A, nbytes)
-    check_overwrite(c, ins, lanes, A, G)
-    c.shared.flight[G] = 1
+def _issue(c: Context, ins: Instruction, lanes: np.ndarray, rows: np.ndarray, nbytes: int, data: np.ndarray) -> None:
+    check_overwrite(c, ins, lanes, rows, nbytes)
+    flight, every = c.shared.flags(c.shared.flight, nbytes)
+    flight[rows] = every
     c.shared.nflight += 1
-    c.pending.append(PendingCopy(lanes, c.committed[lanes], A, nbytes, data, G))
+    c.pending.append(PendingCopy(lanes, c.committed[lanes], rows, nbytes, data))
 
 
 def _commit(c: Context, m: Mask) -> None:
@@ -66,12 +65,13 @@ def _wait(c: Context, n: int | None, m: Mask) -> None:
         else:
             left.append(copy.select(~done))
             copy = copy.select(done)
-        sm.view(copy.nbytes, copy.data.dtype.itemsize)[copy.A // copy.nbytes] = copy.data
-        sm.flight[copy.G] = 0
+        sm.view(copy.nbytes, copy.data.dtype.itemsize)[copy.rows] = copy.data
+        sm.flags(sm.flight, copy.nbytes)[0][copy.rows] = 0
         if sm.init is not None:
-            sm.init[copy.G] = True
+            init, every = sm.flags(sm.init, copy.nbytes)
+            init[copy.rows] = every
         if sm.wr is not None:
-            mark_written(c, copy.lanes, copy.A, copy.nbytes)
+            mark_written(c, copy.lanes, copy.rows, copy.nbytes)
     c.pending = left
 
 
@@ -117,11 +117,11 @@ def cp(D: Decoder, ins: Instruction) -> Execute:
         return data
 
     def fn(c: Context, m: Mask) -> None:
-        A, idx, a = locate_shared(c, ins, dst, dst_off, n, m, "cp.async destination")
+        rows, idx, a = locate_shared(c, ins, dst, dst_off, n, m, "cp.async destination")
         count_shared(c, ins, a, idx, n, m)
         lanes = c.lanes_all if idx is None else idx
-        if A.size == 1 and len(lanes) > 1:
-            A = np.broadcast_to(A, (len(lanes),))
+        if rows.size == 1 and len(lanes) > 1:
+            rows = np.broadcast_to(rows, (len(lanes),))
         sizes = np.full(1, n, u32) if size is None else np.minimum(c.R[size], u32(n))
         if sizes.size > 1 and idx is not None:
             sizes = sizes[idx]
@@ -131,6 +131,6 @@ def cp(D: Decoder, ins: Instruction) -> Execute:
             data = np.broadcast_to(view[i], (len(lanes), n // elem))
         else:
             data = read_some(c, m, lanes, np.broadcast_to(sizes, (len(lanes),)))
-        _issue(c, ins, lanes, A, n, data)
+        _issue(c, ins, lanes, rows, n, data)
 
     return fn

@@ -48,15 +48,15 @@ def _update(ins: Instruction, kind: str, T: str) -> Update:
     return lambda old, x, y: bits(np.asarray(combine(numbers(old), numbers(x))))
 
 
-def _check_shared_atomic(c: Context, ins: Instruction, A: np.ndarray, idx: np.ndarray | None, n: int) -> None:
+def _check_shared_atomic(c: Context, ins: Instruction, rows: np.ndarray, idx: np.ndarray | None, n: int) -> None:
     """Atomics do not race with each other, but with a later plain read by another warp they do."""
     sm = c.shared
     if sm.nflight or sm.init is not None:
         rd, sm.rd = sm.rd, None
-        check_shared(c, ins, A, idx, n)
+        check_shared(c, ins, rows, idx, n)
         sm.rd = rd
     if sm.wr is not None:
-        mark_written(c, c.lanes_all if idx is None else idx, A, n)
+        mark_written(c, c.lanes_all if idx is None else idx, rows, n)
 
 
 @opcode("atom", "red")
@@ -85,10 +85,10 @@ def atomic(D: Decoder, ins: Instruction) -> Execute:
             i, idx, a, view = locate_global(c, ins, slot, off, n, es, m, "atomic")
             count_global(c, ins, a, idx, n, m)
         else:
-            A, idx, a = locate_shared(c, ins, slot, off, n, m, "atomic")
+            i, idx, a = locate_shared(c, ins, slot, off, n, m, "atomic")
             count_shared(c, ins, a, idx, n, m)
-            _check_shared_atomic(c, ins, A, idx, n)
-            i, view = A // n, c.shared.view(n, es)
+            _check_shared_atomic(c, ins, i, idx, n)
+            view = c.shared.view(n, es)
         count = c.L if idx is None else len(idx)
         c.launch.stats.atomics += count
         if i.size == 1 and count > 1:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .context import Context
-from .decoder import Decoder, Execute, Mask, Registers, assign, opcode, operand_type, unsupported
+from .decoder import Decoder, Execute, Registers, assign, opcode, operand_type, unsupported
 from .dtypes import BITS, UINT, as_bits, as_numbers, f32, f64, ftz, round_sum_f32, to_f32_directed, u32
 from .parser import Instruction
 
@@ -33,20 +32,21 @@ def float_arithmetic(D: Decoder, ins: Instruction) -> Execute:
     d = D.dst(ins, ins.ops[0], BITS[T])
     s = [D.src(ins, x, BITS[t]) for x, t in zip(ins.ops[1:], source_types, strict=True)]
     f = _function(D, ins, T)
-    if source_types == ["f32"] * 3:
-        s0, s1, s2 = s
-
-        def fn(c: Context, m: Mask) -> None:
-            R = c.R
-            v = f(R[s0].view(f32), R[s1].view(f32), R[s2].view(f32)).view(u32)
-            if m is None:
-                R[d] = v
-            else:
-                R[d] = np.where(m, v, R[d])
-
-        return fn
+    if set(source_types) == {"f32"}:
+        return assign(d, _on_f32(f, s))
     numbers, bits = [as_numbers(t) for t in source_types], as_bits(T)
     return assign(d, lambda R: bits(f(*[g(R[x]) for g, x in zip(numbers, s, strict=True)])))
+
+
+def _on_f32(f: FloatFunction, s: list[int]) -> Callable[[Registers], np.ndarray]:
+    """The bits of f of float32 registers, without loops for the usual numbers of them."""
+    if len(s) == 3:
+        x, y, z = s
+        return lambda R: f(R[x].view(f32), R[y].view(f32), R[z].view(f32)).view(u32)
+    if len(s) == 2:
+        x, y = s
+        return lambda R: f(R[x].view(f32), R[y].view(f32)).view(u32)
+    return lambda R: f(*[R[x].view(f32) for x in s]).view(u32)
 
 
 def _packed(D: Decoder, ins: Instruction, T: str) -> Execute:

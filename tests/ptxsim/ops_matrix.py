@@ -27,15 +27,16 @@ class _Rows:
         ins.shared_counts = [0, 0, 0]
 
     def locate(self, c: Context, m: Mask) -> tuple[np.ndarray, np.ndarray]:
-        """(arena byte address, lane) of every row: [active warps * matrices * 8]."""
-        lanes = np.zeros(c.L, np.bool_)
-        first = slice(0, 8 * self.count)
-        lanes.reshape(c.W, 32)[:, first] = True if m is None else m.reshape(c.W, 32)[:, first]
-        A, idx, a = locate_shared(c, self.ins, self.slot, self.off, 16, lanes, self.ins.op)
-        if A.size == 1 and len(idx) > 1:
-            A, a = np.broadcast_to(A, (len(idx),)), np.broadcast_to(a, (len(idx),))
+        """(shared row of 16 bytes, lane) of every matrix row: [active warps * matrices * 8]."""
+        first = 8 * self.count
+        lanes = c.first_lanes(first)
+        if m is not None:
+            lanes = lanes & m
+        rows, idx, a = locate_shared(c, self.ins, self.slot, self.off, 16, lanes, self.ins.op)
+        if rows.size == 1 and len(idx) > 1:
+            rows, a = np.broadcast_to(rows, (len(idx),)), np.broadcast_to(a, (len(idx),))
         count_shared(c, self.ins, a, idx, 16, lanes)
-        return A, idx
+        return rows, idx
 
 
 def _active_warps(c: Context, m: Mask) -> np.ndarray | None:
@@ -50,13 +51,13 @@ def ldmatrix(D: Decoder, ins: Instruction) -> Execute:
     ds = [D.dst(ins, x, 32) for x in vector(ins.ops[0])]
 
     def fn(c: Context, m: Mask) -> None:
-        A, idx = rows.locate(c, m)
-        check_shared(c, ins, A, idx, 16)
+        at, idx = rows.locate(c, m)
+        check_shared(c, ins, at, idx, 16)
         if trans:
-            x = c.shared.view(16, 2)[A // 16].reshape(-1, nm, 8, 8)
+            x = c.shared.view(16, 2)[at].reshape(-1, nm, 8, 8)
             x = np.ascontiguousarray(x.transpose(1, 0, 3, 2)).view(u32)  # [nm, warps, 8, 4]
         else:
-            x = c.shared.view(16, 4)[A // 16].reshape(-1, nm, 8, 4).transpose(1, 0, 2, 3)
+            x = c.shared.view(16, 4)[at].reshape(-1, nm, 8, 4).transpose(1, 0, 2, 3)
         warps = _active_warps(c, m)
         for j, d in enumerate(ds):
             v = np.ascontiguousarray(x[j]).reshape(-1)
@@ -77,7 +78,7 @@ def stmatrix(D: Decoder, ins: Instruction) -> Execute:
     ss = [D.src(ins, x, 32) for x in vector(ins.ops[1])]
 
     def fn(c: Context, m: Mask) -> None:
-        A, idx = rows.locate(c, m)
+        at, idx = rows.locate(c, m)
         warps = _active_warps(c, m)
         x = np.stack([c.per_lane(c.R[s]).reshape(c.W, 32) for s in ss], 1)  # [warps, nm, 32]
         if warps is not None:
@@ -85,7 +86,7 @@ def stmatrix(D: Decoder, ins: Instruction) -> Execute:
         x = np.ascontiguousarray(x).reshape(-1, nm, 8, 4)
         if trans:
             x = np.ascontiguousarray(x.view(u16).transpose(0, 1, 3, 2)).view(u32)
-        store_shared(c, ins, A, idx, 16, 4, x.reshape(-1, 4))
+        store_shared(c, ins, at, idx, 16, 4, x.reshape(-1, 4))
 
     return fn
 
@@ -100,6 +101,7 @@ _MMA_SHAPES = {
     "f64": [(8, 8, 4)],
 }
 _PER_REGISTER = {"f16": 2, "bf16": 2, "tf32": 1, "f64": 1, "s8": 4, "u8": 4}
+_KEPT_FRAGMENTS = 64
 _MMA_TYPES = (*_PER_REGISTER, "f32", "s32", "e4m3", "e5m2")
 
 
@@ -145,10 +147,22 @@ class _Fragment:
         self.slots = [D.src(ins, x, 64 if T == "f64" else 32) for x in vector(operand)]
 
     def dense(self, c: Context, rows: int, cols: int) -> np.ndarray:
-        x = np.empty((c.L, len(self.slots)), self.container)
-        for j, s in enumerate(self.slots):
-            x[:, j] = c.R[s]
-        return self._numbers(x, c.W).reshape(c.W, rows, cols)
+        """[warps, rows, columns]."""
+        registers = [c.R[s] for s in self.slots]
+        # Many instructions share a fragment. Arrays of registers are never changed, only replaced, so their
+        # identity stands for their contents as long as something (here the entry) keeps them alive.
+        key = (self.T, id(self.table), *map(id, registers))
+        known = c.fragments.get(key)
+        if known is not None:
+            return known[1]
+        x = np.empty((c.L, len(registers)), self.container)
+        for j, r in enumerate(registers):
+            x[:, j] = r
+        dense = self._numbers(x, c.W).reshape(c.W, rows, cols)
+        if len(c.fragments) >= _KEPT_FRAGMENTS:
+            c.fragments.clear()
+        c.fragments[key] = registers, dense
+        return dense
 
     def _numbers(self, x: np.ndarray, warps: int) -> np.ndarray:
         T = self.T

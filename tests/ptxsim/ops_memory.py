@@ -105,7 +105,7 @@ def _load_param_at(ins: Instruction, load: _Load, slot: int, off: np.ndarray | N
             a = a + off
         idx = None
         if m is not None:
-            idx = np.flatnonzero(m)
+            idx = c.active_lanes(m)
             if a.size > 1:
                 a = a[idx]
         bad = (a & u64(n - 1)) != 0
@@ -164,9 +164,9 @@ def _load_shared(ins: Instruction, load: _Load, slot: int, off: np.ndarray | Non
     ins.shared_counts = [0, 0, 0]
 
     def fn(c: Context, m: Mask) -> None:
-        A, idx, a = locate_shared(c, ins, slot, off, n, m, "load")
-        check_shared(c, ins, A, idx, n)
-        data = c.shared.view(n, es)[A // n]
+        rows, idx, a = locate_shared(c, ins, slot, off, n, m, "load")
+        check_shared(c, ins, rows, idx, n)
+        data = c.shared.view(n, es)[rows]
         count_shared(c, ins, a, idx, n, m)
         load.deliver(c, data, idx)
 
@@ -263,12 +263,12 @@ def _store_shared(ins: Instruction, store: _Store, slot: int, off: np.ndarray | 
     ins.shared_counts = [0, 0, 0]
 
     def fn(c: Context, m: Mask) -> None:
-        A, idx, a = locate_shared(c, ins, slot, off, n, m, "store")
+        rows, idx, a = locate_shared(c, ins, slot, off, n, m, "store")
         count_shared(c, ins, a, idx, n, m)
         data = store.rows(c, idx)
-        if A.size == 1 and len(data) > 1:
-            A = np.broadcast_to(A, (len(data),))
-        store_shared(c, ins, A, idx, n, es, data)
+        if rows.size == 1 and len(data) > 1:
+            rows = np.broadcast_to(rows, (len(data),))
+        store_shared(c, ins, rows, idx, n, es, data)
 
     return fn
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .dtypes import UINT, i16, i32, i64, u8, u32, u64
+from .dtypes import UINT, byte_flags, i32, i64, u8, u32, u64
 from .errors import AsyncHazard, Misaligned, OutOfBounds, SharedRace, UninitShared
 from .parser import Instruction
 
@@ -34,7 +34,7 @@ class SharedMemory:
         self.gran, self.nwarps = gran, nwarps
         n = self.stride * ncta // gran
         self.init = np.zeros(n, np.bool_) if uninit else None
-        self.flight = np.zeros(n, i16)  # 1 where an asynchronous copy will write
+        self.flight = np.zeros(n, np.bool_)  # where an asynchronous copy will write
         self.nflight = 0
         # A barrier begins a new epoch of its CTA; rd and wr hold the epoch in which each warp last did so.
         self.epoch = np.ones(ncta, i32)
@@ -49,9 +49,14 @@ class SharedMemory:
             v = self._views[nbytes, elem] = self.mem.view(UINT[elem * 8]).reshape(-1, nbytes // elem)
         return v
 
-    def cells(self, A: np.ndarray, nbytes: int) -> np.ndarray:
-        """[lanes, cells]: the elements of the shadow state under nbytes at byte addresses A."""
-        return A[:, None] // self.gran + np.arange(max(1, nbytes // self.gran))
+    def flags(self, state: np.ndarray, nbytes: int) -> tuple[np.ndarray, np.unsignedinteger]:
+        """`flight` or `init` as [n / nbytes, words], and the word in which all flags are set."""
+        return byte_flags(state, nbytes // self.gran)
+
+    def cells(self, rows: np.ndarray, nbytes: int) -> np.ndarray:
+        """[lanes, cells]: the elements of `rd` and `wr` that belong to rows of nbytes."""
+        n = nbytes // self.gran
+        return rows[:, None] * n + np.arange(n)
 
 
 def locate_shared(
@@ -66,7 +71,7 @@ def locate_shared(
     """The checked place of a shared access of nbytes a lane.
 
     Returns:
-        (byte address in the memory of all CTAs (int64), lanes or None for all, address within the CTA).
+        (row in the [n / nbytes, ...] views, lanes or None for all, byte address within the CTA).
     """
     a = c.R[slot]
     if a.dtype == u64:
@@ -76,12 +81,13 @@ def locate_shared(
     idx = None
     base = c.shared_base
     if m is not None:
-        idx = np.flatnonzero(m)
+        idx = c.active_lanes(m)
         if a.size > 1:
             a = a[idx]
         if base.size > 1:
             base = base[idx]
-    if nbytes > 1 and (a & u32(nbytes - 1)).any():
+    bits = int(np.bitwise_or.reduce(a))  # of any lane: no address is larger than this
+    if bits & (nbytes - 1):
         j = int(np.flatnonzero(a & u32(nbytes - 1))[0])
         raise Misaligned(
             f"{what} of {nbytes} bytes at shared address {int(a[j]):#x}",
@@ -89,7 +95,7 @@ def locate_shared(
             int(a[j]),
             c.who(c.lane_at(j, idx, a.size)),
         )
-    top = int(a.max())
+    top = bits if bits + nbytes <= c.shared.size else int(a.max())
     if top + nbytes > c.shared.size:
         raise OutOfBounds(
             f"{what} of {nbytes} bytes at shared address {top:#x} (shared memory is {c.shared.size} bytes)",
@@ -97,7 +103,7 @@ def locate_shared(
             top,
             c.who(c.lane_at(int(a.argmax()), idx, a.size)),
         )
-    return a.astype(i64) + base, idx, a
+    return (a + base) >> (nbytes.bit_length() - 1), idx, a
 
 
 def count_shared(
@@ -159,7 +165,7 @@ def bank_wavefronts(A: np.ndarray, nbytes: int) -> tuple[int, int, int]:
 def check_shared(
     c: Context,
     ins: Instruction,
-    A: np.ndarray,
+    rows: np.ndarray,
     idx: np.ndarray | None,
     nbytes: int,
     changes: np.ndarray | None = None,
@@ -167,68 +173,68 @@ def check_shared(
     """Uninitialised reads, cp.async hazards, races.
 
     Args:
-        A: byte address per lane, or one for all.
+        rows: row of nbytes per lane, or one for all.
         changes: None for a read. For a write, per lane and element, whether the value changes: rewriting the
             value already there is harmless, and Triton lets replicas of a value do so.
     """
     sm = c.shared
-    G = sm.cells(A, nbytes)
     if sm.nflight:
-        bad = sm.flight[G] != 0
+        flight, _ = sm.flags(sm.flight, nbytes)
+        bad = flight[rows] != 0
         if bad.any():
             j = int(np.flatnonzero(bad.any(1))[0])
+            address = int(rows[j]) * nbytes % sm.stride
             raise AsyncHazard(
-                f"{'read' if changes is None else 'write'} at shared address {int(A[j]) % sm.stride:#x}",
+                f"{'read' if changes is None else 'write'} at shared address {address:#x}",
                 ins,
-                int(A[j]) % sm.stride,
-                c.who(c.lane_at(j, idx, len(A))),
+                address,
+                c.who(c.lane_at(j, idx, len(rows))),
             )
     if sm.init is not None:
+        init, every = sm.flags(sm.init, nbytes)
         if changes is not None:
-            sm.init[G] = True
+            init[rows] = every
         else:
-            _check_initialised(c, ins, A, idx, G)
+            good = init[rows] == every
+            if not good.all():
+                _uninitialised(c, ins, rows, idx, nbytes, good.all(1))
     if sm.rd is not None:
-        _check_race(c, ins, A, idx, G, changes)
+        _check_race(c, ins, rows, idx, nbytes, changes)
 
 
-def _check_initialised(c: Context, ins: Instruction, A: np.ndarray, idx: np.ndarray | None, G: np.ndarray) -> None:
-    good = c.shared.init[G]
-    if good.all():
-        return
+def _uninitialised(
+    c: Context, ins: Instruction, rows: np.ndarray, idx: np.ndarray | None, nbytes: int, good: np.ndarray
+) -> None:
     if c.launch.uninit == "raise":
-        j = int(np.flatnonzero(~good.all(1))[0])
-        address = int(A[j]) % c.shared.stride
-        raise UninitShared(f"shared address {address:#x}", ins, address, c.who(c.lane_at(j, idx, len(A))))
-    c.launch.stats.uninit_reads += int(np.count_nonzero(~good.all(1)))
+        j = int(np.flatnonzero(~good)[0])
+        address = int(rows[j]) * nbytes % c.shared.stride
+        raise UninitShared(f"shared address {address:#x}", ins, address, c.who(c.lane_at(j, idx, len(rows))))
+    c.launch.stats.uninit_reads += int(np.count_nonzero(~good))
 
 
 def _check_race(
     c: Context,
     ins: Instruction,
-    A: np.ndarray,
+    rows: np.ndarray,
     idx: np.ndarray | None,
-    G: np.ndarray,
+    nbytes: int,
     changes: np.ndarray | None,
 ) -> None:
     sm = c.shared
     lanes = c.lanes_all if idx is None else idx
+    G = sm.cells(rows, nbytes)
     n = G.shape[1]
-    if len(A) == 1 and len(lanes) > 1:  # uniform address: one representative per warp
+    if len(rows) == 1 and len(lanes) > 1:  # uniform address: one representative per warp
         lanes = lanes[np.unique(lanes // 32, return_index=True)[1]]
         G = np.broadcast_to(G, (len(lanes), n))
     w, epoch = _warp_and_epoch(c, lanes)
-    bad = np.zeros(G.shape, np.bool_)
-    if changes is not None:
-        for x in range(sm.nwarps):
-            bad |= (w != x) & ((sm.wr[x][G] == epoch) | (sm.rd[x][G] == epoch))
+    if changes is None:
+        bad = _used_by_others(sm, sm.wr, w, G, epoch) & (sm.wr[w, G] != epoch)
+        sm.rd[w, G] = epoch
+    else:
+        bad = _used_by_others(sm, sm.wr, w, G, epoch) | _used_by_others(sm, sm.rd, w, G, epoch)
         bad &= np.repeat(changes, n // changes.shape[1], axis=1) if n > changes.shape[1] else changes
         sm.wr[w, G] = epoch
-    else:
-        for x in range(sm.nwarps):
-            bad |= (w != x) & (sm.wr[x][G] == epoch)
-        bad &= sm.wr[w, G] != epoch
-        sm.rd[w, G] = epoch
     if bad.any():
         j = int(np.flatnonzero(bad.any(1))[0])
         address = int(G[j][np.flatnonzero(bad[j])[0]]) * sm.gran % sm.stride
@@ -243,33 +249,42 @@ def _warp_and_epoch(c: Context, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return c.warp_of_lane[lanes][:, None], c.shared.epoch[c.cta_of_lane[lanes]][:, None]
 
 
-def mark_written(c: Context, lanes: np.ndarray, A: np.ndarray, nbytes: int) -> None:
-    """Note that the lanes wrote nbytes at addresses A (or at one address) in this epoch."""
+def _used_by_others(sm: SharedMemory, use: np.ndarray, w: np.ndarray, G: np.ndarray, epoch: np.ndarray) -> np.ndarray:
+    """Whether a warp other than w has read (use = rd) or written (wr) the cells G in this epoch."""
+    bad = np.zeros(G.shape, np.bool_)
+    for x in range(sm.nwarps):
+        bad |= (w != x) & (use[x][G] == epoch)
+    return bad
+
+
+def mark_written(c: Context, lanes: np.ndarray, rows: np.ndarray, nbytes: int) -> None:
+    """Note for the race detector that the lanes wrote rows of nbytes (or one row) in this epoch."""
     w, epoch = _warp_and_epoch(c, lanes)
-    G = c.shared.cells(A, nbytes)
+    G = c.shared.cells(rows, nbytes)
     c.shared.wr[w, np.broadcast_to(G, (len(lanes), G.shape[1]))] = epoch
 
 
-def check_overwrite(c: Context, ins: Instruction, lanes: np.ndarray, A: np.ndarray, G: np.ndarray) -> None:
+def check_overwrite(c: Context, ins: Instruction, lanes: np.ndarray, rows: np.ndarray, nbytes: int) -> None:
     """An asynchronous copy may not write what another copy will, or what another warp used in this epoch."""
     sm = c.shared
     if sm.nflight:
-        bad = sm.flight[G] != 0
+        flight, _ = sm.flags(sm.flight, nbytes)
+        bad = flight[rows] != 0
         if bad.any():
             j = int(np.flatnonzero(bad.any(1))[0])
-            raise AsyncHazard("two copies to the same place", ins, int(A[j]) % sm.stride, c.who(int(lanes[j])))
+            address = int(rows[j]) * nbytes % sm.stride
+            raise AsyncHazard("two copies to the same place", ins, address, c.who(int(lanes[j])))
     if sm.rd is None:
         return
     w, epoch = _warp_and_epoch(c, lanes)
-    bad = np.zeros(G.shape, np.bool_)
-    for x in range(sm.nwarps):
-        bad |= (w != x) & ((sm.rd[x][G] == epoch) | (sm.wr[x][G] == epoch))
+    G = sm.cells(rows, nbytes)
+    bad = _used_by_others(sm, sm.wr, w, G, epoch) | _used_by_others(sm, sm.rd, w, G, epoch)
     if bad.any():
         j = int(np.flatnonzero(bad.any(1))[0])
         raise SharedRace(
             "cp.async into a place that another warp accessed with no barrier between",
             ins,
-            int(A[j]) % sm.stride,
+            int(rows[j]) * nbytes % sm.stride,
             c.who(int(lanes[j])),
         )
 
@@ -277,24 +292,23 @@ def check_overwrite(c: Context, ins: Instruction, lanes: np.ndarray, A: np.ndarr
 def store_shared(
     c: Context,
     ins: Instruction,
-    A: np.ndarray,
+    rows: np.ndarray,
     idx: np.ndarray | None,
     nbytes: int,
     elem: int,
     data: np.ndarray,
 ) -> None:
-    """Write rows of elements at the byte addresses A of the active lanes."""
+    """Write rows of elements, one for each active lane."""
     view = c.shared.view(nbytes, elem)
-    r = A // nbytes
-    check_shared(c, ins, A, idx, nbytes, view[r] != data)
-    view[r] = data
+    check_shared(c, ins, rows, idx, nbytes, view[rows] != data)
+    view[rows] = data
     if c.shared.rd is not None:
-        lost = view[r] != data
+        lost = view[rows] != data
         if lost.any():
             j = int(np.flatnonzero(lost.any(1))[0])
             raise SharedRace(
                 "lanes store different values to one place in the same instruction",
                 ins,
-                int(A[j]) % c.shared.stride,
-                c.who(c.lane_at(j, idx, len(A))),
+                int(rows[j]) * nbytes % c.shared.stride,
+                c.who(c.lane_at(j, idx, len(rows))),
             )
