@@ -266,7 +266,7 @@ def _cross_entropy_bwd_kernel(
     if dt_ptr is not None:
         dt = (g * (1.0 - smoothing))[:, None] * (tl.log(total)[:, None] - shift)
         if w_ptr is not None:
-            dt *= tl.load(w_ptr + offs_c * stride_w, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+            dt *= tl.load(w_ptr + offs_c.to(tl.int64) * stride_w, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
         tl.store(dt_ptr + offs_d, dt.to(dt_ptr.dtype.element_ty), mask=mask)
 
 

@@ -76,7 +76,7 @@ def _linear_fwd_kernel(
     if PIXELS:
         acc = acc * (1.0 / 255.0)
     if HAS_BIAS:
-        acc += tl.load(b_ptr + offs_n * stride_b, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(b_ptr + offs_n.to(tl.int64) * stride_b, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 
     offs_a = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     mask_a = mask_m[:, None] & mask_n[None, :]

@@ -45,7 +45,7 @@ def target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS: tl.
         else:
             q = t
     if w_ptr is not None:
-        q *= tl.load(w_ptr + offs_c * stride_w, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+        q *= tl.load(w_ptr + offs_c.to(tl.int64) * stride_w, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
     return q
 
 
