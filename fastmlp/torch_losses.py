@@ -1,0 +1,132 @@
+"""Softmax cross-entropy on plain torch, for CPUs and for dtypes that the kernels do not compute in.
+
+The same formulas as ``kernels/cross_entropy.py``, in place wherever a buffer is ours, and never on the autograd tape.
+Z is [M, C] or [N, C, S], computed in float32, or in float64 where anything is. Labels on the CPU without smoothing go
+through torch's nll_loss operators, which check and mask them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Settings", "cross_entropy_bwd", "cross_entropy_fwd"]
+
+
+class Settings(NamedTuple):
+    """What is no tensor in a cross-entropy."""
+
+    reduction: str
+    ignore_index: int
+    smoothing: float
+    dtype: torch.dtype  #: of the result
+    nll: bool = False  #: labels [M] on the CPU without smoothing: torch's own nll_loss checks and masks them
+
+    @property
+    def nll_arguments(self) -> tuple[int, int]:
+        """(reduction, ignore_index) as torch's operators number them."""
+        return {"none": 0, "mean": 1, "sum": 2}[self.reduction], self.ignore_index
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float64 where the result is, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def _soft_target(target: Tensor, weight: Tensor | None, classes: int, s: Settings) -> Tensor:
+    """Q = ((1-e) t + e/C) w, new memory or the target itself."""
+    q = target.to(s.compute_dtype)
+    if s.smoothing:
+        q = q * (1 - s.smoothing) + s.smoothing / classes
+    return q if weight is None else q * _per_class(weight, q, s)
+
+
+def _per_class(weight: Tensor, z: Tensor, s: Settings) -> Tensor:
+    """w with a shape that broadcasts against Z."""
+    return weight.to(s.compute_dtype).view(-1, *[1] * (z.dim() - 2))
+
+
+def _labels(z: Tensor, target: Tensor, weight: Tensor | None, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, w_y, ignored): y is 0 and w_y 0 where ignored; w_y is NaN for labels outside [0, C)."""
+    target = target.long()
+    ignored = target == s.ignore_index
+    usable = (target >= 0) & (target < z.shape[1]) & ~ignored
+    y = torch.where(usable, target, 0)
+    w_y = torch.ones_like(y, dtype=s.compute_dtype) if weight is None else weight.to(s.compute_dtype)[y]
+    return y, torch.where(usable, w_y, torch.where(ignored, 0.0, math.nan).to(s.compute_dtype)), ignored
+
+
+def cross_entropy_fwd(
+    z: Tensor, target: Tensor, weight: Tensor | None, s: Settings
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, log p, denominator of the mean or None where it is the number of rows)."""
+    log_p = torch.log_softmax(z, 1, dtype=s.compute_dtype if z.dtype != s.compute_dtype else None)
+    denominator = None
+    if s.nll:
+        weight = None if weight is None else weight.to(s.compute_dtype)
+        loss, denominator = torch.ops.aten.nll_loss_forward(log_p, target, weight, *s.nll_arguments)
+        return loss.to(s.dtype), log_p, denominator
+    if target.is_floating_point():
+        loss = (_soft_target(target, weight, z.shape[1], s) * log_p).sum(1).neg_()
+    else:
+        y, w_y, ignored = _labels(z, target, weight, s)
+        loss = log_p.gather(1, y.unsqueeze(1)).squeeze(1).mul_(w_y).mul_(s.smoothing - 1)
+        if s.smoothing:
+            weighted = log_p if weight is None else log_p * _per_class(weight, log_p, s)
+            loss.sub_(weighted.sum(1), alpha=s.smoothing / z.shape[1])
+        loss.masked_fill_(ignored, 0.0)
+        denominator = w_y.sum()
+    if s.reduction == "mean":
+        loss = loss.mean() if denominator is None else loss.sum() / denominator
+    elif s.reduction == "sum":
+        loss = loss.sum()
+    return loss.to(s.dtype), log_p, denominator
+
+
+def cross_entropy_bwd(
+    dloss: Tensor,
+    z: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    log_p: Tensor,
+    denominator: Tensor | None,
+    s: Settings,
+    *,
+    want_dz: bool,
+    want_dt: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dZ, dTarget): dZ = g (p sum_c Q - Q), dt = -(1-e) w log p g, each None unless wanted."""
+    g = dloss.to(s.compute_dtype)
+    if s.nll:
+        weight = None if weight is None else weight.to(s.compute_dtype)
+        d_log_p = torch.ops.aten.nll_loss_backward(g, log_p, target, weight, *s.nll_arguments, denominator)
+        return torch.ops.aten._log_softmax_backward_data(d_log_p, log_p, 1, s.compute_dtype).to(z.dtype), None
+    if s.reduction == "mean":
+        g = g / (denominator if denominator is not None else z.numel() // z.shape[1])
+    g_row = g.unsqueeze(1) if s.reduction == "none" else g
+    dz = dt = None
+    if target.is_floating_point():
+        if want_dz:
+            q = _soft_target(target, weight, z.shape[1], s)
+            dz = log_p.exp().mul_(q.sum(1, keepdim=True)).sub_(q).mul_(g_row)
+        if want_dt:
+            dt = log_p * (g_row * (s.smoothing - 1))
+            dt = (dt if weight is None else dt.mul_(_per_class(weight, dt, s))).to(target.dtype)
+    else:
+        y, w_y, ignored = _labels(z, target, weight, s)
+        g_row = torch.where(ignored, 0.0, g).unsqueeze(1)
+        hot = w_y.mul(1 - s.smoothing).unsqueeze(1)
+        dz = log_p.exp()
+        if s.smoothing:
+            w = None if weight is None else _per_class(weight, dz, s)
+            share = s.smoothing / z.shape[1]
+            mass = hot + (s.smoothing if w is None else share * w.sum())
+            dz = dz.mul_(mass).sub_(share if w is None else share * w)
+        else:
+            dz.mul_(hot)
+        dz.scatter_add_(1, y.unsqueeze(1), -hot)
+        dz.mul_(g_row)
+    return None if dz is None else dz.to(z.dtype), dt
