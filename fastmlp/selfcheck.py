@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .activations import ACTIVATIONS, saved_for_grad
-from .backend import KERNEL_DTYPES, Resolved
+from .backend import KERNEL_DTYPES, Resolved, use_backend
 
 __all__ = ["CHECKS", "CheckResult", "Comparison", "Problem", "run_checks"]
 
@@ -182,8 +182,30 @@ def activation_bwd(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
         )
 
 
+def cross_entropy(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
+    """The losses of M rows of N classes, and the gradient of their mean, with and without label smoothing."""
+    from .losses import cross_entropy
+
+    generator = torch.Generator().manual_seed(6)
+    y = torch.randint(0, problem.N, (problem.M,), generator=generator).to(problem.device)
+    z = problem.normal(problem.M, problem.N, seed=4, scale=3.0).requires_grad_()
+    z64 = z.detach().double().requires_grad_()
+    for smoothing in (0.0, 0.1):
+
+        def losses(function: Callable[..., Tensor], logits: Tensor, smoothing: float = smoothing) -> tuple[Tensor, ...]:
+            rows = function(logits, y, reduction="none", label_smoothing=smoothing)
+            mean = function(logits, y, reduction="mean", label_smoothing=smoothing)
+            return rows.detach(), *torch.autograd.grad(mean, logits)
+
+        with use_backend(backend):
+            actual = losses(cross_entropy, z)
+        oracle, own = (losses(torch.nn.functional.cross_entropy, logits) for logits in (z64, z))
+        for name, got, want, torch_result in zip(("loss", "dZ"), actual, oracle, own, strict=True):
+            yield Comparison(f"{name} (smoothing {smoothing:g})", got, want, torch_result, problem.N)
+
+
 CHECKS: Mapping[str, Check] = {
-    check.__name__: check for check in (linear_fwd, linear_dgrad, linear_wgrad, activation_bwd)
+    check.__name__: check for check in (linear_fwd, linear_dgrad, linear_wgrad, activation_bwd, cross_entropy)
 }
 """Every check by the name of its kernel."""
 
@@ -250,7 +272,7 @@ def _run(
         for M, K, N in sizes:
             for comparison in CHECKS[name](Problem(M, K, N, dtype, device), backend):
                 found, limit = comparison.error, comparison.allowed
-                ratio = math.inf if not math.isfinite(found) else found / limit if found > 0 else 0.0
+                ratio = 0.0 if found == 0 else found / limit if math.isfinite(found) and limit > 0 else math.inf
                 if ratio > worst_ratio:
                     worst, worst_ratio, error, allowed = f"{comparison.what} {M}x{K}x{N}", ratio, found, limit
     except Exception as problem:  # whatever a driver, a compiler or a kernel raises is the finding

@@ -1,0 +1,113 @@
+"""The command line: ``fastmlp train | eval | predict | doctor``, one module a command.
+
+A command is a module of this package named in `COMMANDS` with a ``click.Command`` called ``command``. Modules import
+torch inside their functions only, so that ``--help`` does not wait for it.
+
+Exit codes: 0 done; 1 a check failed or training diverged; 2 the input was wrong (one line on stderr); 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TextIO
+
+import click
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = ("train", "eval", "predict", "doctor")
+"""Every command, in the order of the help."""
+
+
+class Commands(click.Group):
+    """Imports a command's module when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, in the order of `COMMANDS`."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"{__name__}.{cmd_name}").command
+        return command
+
+
+class Version(click.Option):
+    """``--version``, which looks the number up only when it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            ["--version"],
+            is_flag=True,
+            expose_value=False,
+            is_eager=True,
+            help="Print the version.",
+            callback=self._show,
+        )
+
+    @staticmethod
+    def _show(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            from fastmlp import __version__
+
+            click.echo(f"fastmlp {__version__}")
+            ctx.exit()
+
+
+@click.pass_context
+def _help_without_command(ctx: click.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+cli = Commands(
+    "fastmlp",
+    params=[Version()],
+    callback=_help_without_command,
+    invoke_without_command=True,
+    help="Train and run multilayer perceptrons fast. FashionMNIST is the reference workload.",
+    epilog="'fastmlp COMMAND --help' lists the options of a command; 'fastmlp doctor' checks this machine.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line on ``args`` (default: sys.argv); returns the exit code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            result = cli.main(args=None if args is None else list(args), prog_name="fastmlp", standalone_mode=False)
+        except click.ClickException as error:
+            click.echo(f"fastmlp: error: {_describe(error)}", err=True)
+            return error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("fastmlp: interrupted", err=True)
+            return 130
+    return result if isinstance(result, int) else 0
+
+
+def _describe(error: click.ClickException) -> str:
+    """The message in one line; an error about the options also names the help that lists them."""
+    message = " ".join(error.format_message().split())
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        stop = "" if message.endswith((".", "?", "!")) else "."
+        return f"{message}{stop} See '{error.ctx.command_path} --help'."
+    return message
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning in one line, without the place in the source."""
+    click.echo(f"fastmlp: warning: {' '.join(str(message).split())}", err=True)
+    sys.stderr.flush()

@@ -1,0 +1,233 @@
+"""What the commands share: options, the machine they run on, data and models, and how user errors are reported."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastmlp.data import ImageDataset
+    from fastmlp.nn import MLP
+
+BACKENDS = ("auto", "triton", "torch")  # fastmlp.backend has the same, but importing it imports torch
+
+BUNDLED = "bundled"  # also a source of load_fashion_mnist; a folder of that name is ./bundled
+INPUT_ERRORS = (OSError, RuntimeError, TypeError, ValueError)  # what fastmlp's functions raise for wrong input
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+class UserError(click.ClickException):
+    """The input is wrong, or this machine lacks what was asked for: one line on stderr, exit code 2."""
+
+    exit_code = 2
+
+
+class Failure(click.ClickException):
+    """The input was right and the work failed: one line on stderr, exit code 1."""
+
+    exit_code = 1
+
+
+@contextmanager
+def user_errors(kinds: tuple[type[Exception], ...] = INPUT_ERRORS) -> Iterator[None]:
+    """Report the given kinds of exception as user errors.
+
+    It belongs around calls that check the user's input, not around everything, so that a mistake of the program's
+    own still shows where it happened.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise UserError(str(error) or type(error).__name__) from error
+
+
+class Sizes(click.ParamType):
+    """Layer sizes such as 784-512-512-10 (or with commas) as a tuple of ints."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The sizes as a tuple; a usage error if they are not."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            sizes = tuple(int(part) for part in value.replace(",", "-").split("-"))
+        except ValueError:
+            sizes = ()
+        if len(sizes) < 2 or min(sizes) < 1 or max(sizes) >= 2**31:
+            self.fail(f"{value!r} is not two or more positive whole numbers such as 784-512-512-10", param, ctx)
+        return sizes
+
+
+class Number(click.ParamType):
+    """A finite number in [least, below), or (least, below) if ``least`` is left out of the range."""
+
+    name = "number"
+
+    def __init__(self, least: float, below: float = math.inf, least_is_open: bool = False) -> None:
+        self.least = least
+        self.below = below
+        self.least_is_open = least_is_open
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; a usage error if it is none or outside the range."""
+        relation = "above" if self.least_is_open else "of at least"
+        upper = "" if self.below == math.inf else f" and below {self.below:g}"
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        least = number > self.least if self.least_is_open else number >= self.least
+        if not (least and number < self.below):
+            self.fail(f"{value!r} is not a finite number {relation} {self.least:g}{upper}", param, ctx)
+        return number
+
+
+def data_option(command: Decorated) -> Decorated:
+    """``--data``."""
+    return click.option(
+        "--data",
+        metavar="FOLDER",
+        help="Folder of the FashionMNIST files, or 'bundled' for the subset of 6,000 that comes with fastmlp.  "
+        "[default: the cache, the system's folder, a download, the subset]",
+    )(command)
+
+
+def machine_options(command: Decorated) -> Decorated:
+    """``--device`` and ``--backend``."""
+    command = click.option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        default="auto",
+        show_default=True,
+        help="What computes: the Triton kernels or plain torch; auto: Triton on a GPU.",
+    )(command)
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:N; auto: cuda if there is one.",
+    )(command)
+
+
+def json_option(command: Decorated) -> Decorated:
+    """``--json``."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object as the last line of standard output."
+    )(command)
+
+
+def select_device(name: str) -> torch.device:
+    """The device that ``--device`` names; UserError if it is unknown or this machine does not have it."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    expected = "expected auto, cpu, cuda or cuda:N"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}; {expected}") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise UserError(f"device {name!r} is not supported; {expected}")
+    if not torch.cuda.is_available():
+        built = "torch finds no usable GPU" if torch.version.cuda or torch.version.hip else "torch is built for CPUs"
+        raise UserError(f"device {name!r} is not available: {built}; use --device cpu, or see 'fastmlp doctor'")
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise UserError(f"device {name!r} is not available: this machine has cuda:0 to cuda:{count - 1}")
+    return device
+
+
+def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Make ``name`` the backend of this process; returns what it comes to on this device: "triton" or "torch"."""
+    import torch
+
+    from fastmlp import backend
+
+    with user_errors():
+        backend.set_backend(name)  # type: ignore[arg-type]
+        return backend.resolve(torch.empty(0, device=device), dtype)
+
+
+def load_data(folder: str | None, device: torch.device) -> tuple[ImageDataset, ImageDataset]:
+    """(train, test) on ``device``, from what ``--data`` names."""
+    from fastmlp.data import load_fashion_mnist
+
+    with user_errors():
+        if folder == BUNDLED:
+            return load_fashion_mnist(device=device, source=BUNDLED)
+        return load_fashion_mnist(folder, device)
+
+
+def load_model(path: str, device: torch.device) -> tuple[MLP, dict[str, Any]]:
+    """The model of a checkpoint on ``device``, in evaluation mode, and the checkpoint's configuration."""
+    import torch
+
+    import fastmlp
+    from fastmlp.checkpoint import load_checkpoint
+
+    with user_errors():
+        state, config = load_checkpoint(path, device)
+        missing = [key for key in ("sizes", "activation", "dtype") if key not in config]
+        if missing:
+            raise UserError(f"the configuration of the checkpoint {path} lacks {', '.join(missing)}; train it anew")
+        dtype = getattr(torch, str(config["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise UserError(f"the checkpoint {path} has dtype {config['dtype']!r}; expected one such as 'float32'")
+        with user_errors():
+            model = fastmlp.MLP(
+                config["sizes"], config["activation"], bias=config.get("bias", True), device=device, dtype=dtype
+            )
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        if shapes != found:
+            name = min(set(shapes.items()) ^ set(found.items()))[0]
+            raise UserError(
+                f"the weights of the checkpoint {path} do not fit its configuration: {name} is "
+                f"{found.get(name, 'missing')}, expected {shapes.get(name, 'none of that name')}"
+            )
+        model.load_state_dict(state)
+    return model.eval(), config
+
+
+def check_sizes(sizes: tuple[int, ...], what: str) -> None:
+    """UserError unless a model of ``sizes`` maps FashionMNIST's 784 pixels to its 10 classes."""
+    from fastmlp.datasets.fashion_mnist import CLASSES
+
+    classes = len(CLASSES)
+    if sizes[0] != 784 or sizes[-1] != classes:
+        raise UserError(
+            f"{what} {'-'.join(map(str, sizes))} must start with 784 (28 x 28 pixels) and end with {classes} classes, "
+            f"such as 784-512-512-{classes}"
+        )
+
+
+def out_of_memory(error: Exception, device: torch.device) -> NoReturn:
+    """Report that the device's memory does not suffice."""
+    raise Failure(f"out of memory on {device}: use a smaller --batch-size or --sizes, or --device cpu") from error
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of fastmlp and what it runs on; None for what is not installed."""
+    from fastmlp import __version__
+
+    found: dict[str, str | None] = {"fastmlp": __version__, "python": platform.python_version()}
+    for package in ("torch", "triton", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found

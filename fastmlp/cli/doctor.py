@@ -1,0 +1,166 @@
+"""``fastmlp doctor``: versions, devices, where the data is, and every kernel checked on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import click
+
+from . import common
+from .report import cpu_name
+
+INTERPRETER_TIMEOUT_S = 600
+
+
+@click.command("doctor", short_help="Check this machine and every kernel.")
+@common.data_option
+@common.json_option
+def command(data: str | None, as_json: bool) -> int:
+    """Show what fastmlp finds on this machine and check every kernel against the reference.
+
+    Without a GPU the kernels run in Triton's interpreter, on small problems. The exit code is 1 if a check fails.
+    """
+    report: dict[str, Any] = {
+        "versions": common.versions(),
+        "platform": platform.platform(),
+        **_devices(),
+        "data": _data(data),
+    }
+    report["triton"] = _triton(report["gpus"])
+    report["auto_backend"] = "triton" if report["triton"]["runs_on"] == "gpu" else "torch"
+    if not as_json:
+        for name, text in _lines(report):
+            click.echo(f"{name:<16}{text}")
+    report["checks"] = _checks(report["triton"]["runs_on"])
+    report["ok"] = all(check["passed"] for check in report["checks"]) and report["data"]["problem"] is None
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        for check in report["checks"]:
+            click.echo(f"  {_verdict(check)}")
+        failed = sum(not check["passed"] for check in report["checks"])
+        count = len(report["checks"])
+        click.echo(
+            f"{count - failed} of {count} checks passed" + ("" if report["ok"] else "; this installation has problems")
+        )
+    return 0 if report["ok"] else 1
+
+
+def _devices() -> dict[str, Any]:
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
+                "multiprocessors": properties.multi_processor_count,
+            }
+        )
+    return {"cuda": torch.version.cuda, "hip": torch.version.hip, "cpu": cpu_name(), "gpus": gpus}
+
+
+def _data(folder: str | None) -> dict[str, Any]:
+    """Where the full data is; a folder given by the user must have it."""
+    from fastmlp.data import find_fashion_mnist
+
+    if folder is not None:
+        with common.user_errors():
+            return {"folder": str(find_fashion_mnist(folder)), "problem": None}
+    try:
+        found = find_fashion_mnist()
+    except OSError as error:
+        return {"folder": None, "problem": str(error)}
+    return {"folder": None if found is None else str(found), "problem": None}
+
+
+def _triton(gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where the kernels can run: "gpu", "interpreter", or None without triton."""
+    from fastmlp.backend import triton_available
+
+    if not triton_available():
+        note = "triton is not installed (it exists for Linux only), so its kernels are not checked"
+        return {"runs_on": None, "note": note}
+    if gpus:
+        return {"runs_on": "gpu", "note": "Triton kernels on the GPU"}
+    return {
+        "runs_on": "interpreter",
+        "note": "no GPU, so the Triton kernels run in Triton's interpreter, small problems",
+    }
+
+
+def _checks(runs_on: str | None) -> list[dict[str, Any]]:
+    from fastmlp.selfcheck import run_checks
+
+    results = []
+    if runs_on == "gpu":
+        results += run_checks("cuda", "triton")
+    found = [dataclasses.asdict(result) for result in (*results, *run_checks("cpu", "torch"))]
+    return (_interpreted() if runs_on == "interpreter" else []) + found
+
+
+def _interpreted() -> list[dict[str, Any]]:
+    """The checks in Triton's interpreter, in a process of its own since the mode is fixed when triton is imported."""
+    # numpy, which the interpreter computes with, warns of overflow in lanes that are masked afterwards.
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "fastmlp.selfcheck"]
+    command += ["--backend", "triton", "--small"]
+    failure = {"kernel": "all", "backend": "triton", "device": "cpu", "dtype": "-", "passed": False}
+    failure |= {"worst": "", "error": None, "allowed": None}
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=INTERPRETER_TIMEOUT_S,
+            check=True,
+        )
+        results: list[dict[str, Any]] = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return [{**failure, "message": f"Triton's interpreter did not finish in {INTERPRETER_TIMEOUT_S} s"}]
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
+        return [{**failure, "message": f"Triton's interpreter failed: {last}"}]
+    except ValueError:
+        return [{**failure, "message": "Triton's interpreter gave no results"}]
+    return results
+
+
+def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The report without the checks, for reading."""
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in report["versions"].items())
+    built = f"CUDA {report['cuda']}" if report["cuda"] else f"ROCm {report['hip']}" if report["hip"] else "CPUs only"
+    gpus = [
+        f"{gpu['name']} (compute capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, "
+        f"{gpu['multiprocessors']} multiprocessors)"
+        for gpu in report["gpus"]
+    ]
+    data = report["data"]
+    missing = "not on this machine; training will download it, or else use the bundled subset"
+    return [
+        ("versions", versions),
+        ("torch built for", built),
+        ("platform", report["platform"]),
+        ("processor", report["cpu"]),
+        ("GPU", "; ".join(gpus) or "none that torch can use"),
+        ("auto backend", report["auto_backend"]),
+        ("data", data["problem"] or data["folder"] or missing),
+        ("checks", report["triton"]["note"]),
+    ]
+
+
+def _verdict(check: dict[str, Any]) -> str:
+    name = f"{check['backend']:<7}{check['device']:<6}{check['kernel']:<16}{check['dtype']:<10}"
+    if not check["passed"]:
+        return f"{name}FAILED  {' '.join(check['message'].split())}"
+    return f"{name}ok      largest error {check['error']:.1e} of {check['allowed']:.1e} allowed ({check['worst']})"

@@ -1,0 +1,104 @@
+"""What a training run shows: a progress bar and lines above it on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastmlp.train import EpochResult, Progress
+
+
+class Reporter:
+    """Shows the progress of ``epochs`` epochs; a context manager.
+
+    Args:
+        epochs: of the run.
+        to_stderr: write to stderr instead of stdout.
+    """
+
+    def __init__(self, epochs: int, to_stderr: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self.epochs = epochs
+        self.to_stderr = to_stderr
+        stream = sys.stderr if to_stderr else sys.stdout
+        self.bar: Bar | None = None
+        # Not rich's own judgement of a terminal, which FORCE_COLOR overrides: bars do not belong into log files.
+        if stream.isatty():
+            columns = (
+                TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("loss {task.fields[loss]}"),
+                TimeRemainingColumn(),
+            )
+            self.bar = Bar(*columns, console=Console(file=stream, highlight=False), transient=True)
+            self.task = self.bar.add_task("", total=epochs, epoch=1, epochs=epochs, loss="-")
+
+    def __enter__(self) -> Reporter:
+        """Show the bar, if there is one."""
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def line(self, text: str) -> None:
+        """One line of its own."""
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, soft_wrap=True)
+        else:
+            click.echo(text, err=self.to_stderr)
+
+    def progress(self, progress: Progress) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            done = progress.epoch - 1 + progress.step / progress.steps
+            self.bar.update(self.task, completed=done, epoch=progress.epoch, loss=f"{progress.loss:.4f}")
+
+    def epoch(self, result: EpochResult) -> None:
+        """The line of an epoch."""
+        assert result.test_loss is not None
+        assert result.test_accuracy is not None
+        self.line(
+            f"epoch {result.epoch:>{len(str(self.epochs))}}/{self.epochs}  train loss {result.train_loss:.4f}  "
+            f"test loss {result.test_loss:.4f}  test accuracy {100 * result.test_accuracy:.2f} %  "
+            f"{result.seconds:.2f} s  {result.images_per_second:,.0f} images/s"
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's name as the operating system gives it, with its number of cores for torch."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            name = next((line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")), name)
+    except OSError:  # not Linux
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -1,0 +1,239 @@
+"""``fastmlp train``: train an MLP on FashionMNIST, evaluate it after every epoch, keep checkpoint and curves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastmlp.activations import ACTIVATIONS
+
+from . import common
+from .report import Reporter, device_name
+
+if TYPE_CHECKING:
+    from fastmlp.train import EpochResult, History
+
+WEIGHTS, CONFIG, CURVES, SUMMARY = "model.safetensors", "model.json", "curves.png", "summary.json"
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+# fastmlp.schedules and fastmlp.engine have the same names; importing them imports torch.
+SCHEDULES = ("constant", "linear", "cosine")
+ENGINES = ("autograd",)
+
+EPILOG = f"""\b
+The run folder gets
+  {WEIGHTS} and {CONFIG}: the checkpoint, replaced after every epoch
+  {CURVES}: loss and accuracy over the epochs
+  {SUMMARY}: what --json prints
+Without --out it is runs/SIZES-ACTIVATION-seedSEED, with -2, -3 and so on where that is taken.
+A folder given with --out that has a run already is refused unless --overwrite is given; other files in it stay."""
+
+
+@click.command("train", short_help="Train an MLP on FashionMNIST.", epilog=EPILOG)
+@click.option("--sizes", type=common.Sizes(), default="784-512-512-10", show_default=True, help="Layer sizes.")
+@click.option(
+    "--activation", type=click.Choice(ACTIVATIONS), default="sigmoid", show_default=True, help="Of the hidden layers."
+)
+@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="Passes over the data.")
+@click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Images a step.")
+@click.option(
+    "--lr",
+    type=common.Number(0, least_is_open=True),
+    help="Peak learning rate.  [default: by activation: sigmoid 0.5, relu 0.1]",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(SCHEDULES),
+    default="linear",
+    show_default=True,
+    help="Learning rate over the steps; linear and cosine warm up, then fall to 0.",
+)
+@click.option(
+    "--warmup", type=common.Number(0, 1), default=0.05, show_default=True, help="Share of the steps to warm up in."
+)
+@click.option("--momentum", type=common.Number(0, 1), default=0.9, show_default=True, help="SGD's momentum.")
+@click.option("--nesterov/--no-nesterov", default=True, show_default=True, help="Nesterov's or plain momentum.")
+@click.option("--weight-decay", type=common.Number(0), default=0.0, show_default=True, help="SGD's weight decay.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of starting weights and order of the images.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the parameters.")
+@common.machine_options
+@click.option("--engine", type=click.Choice(ENGINES), default="autograd", show_default=True, help="What runs a step.")
+@common.data_option
+@click.option("--out", metavar="FOLDER", help="Run folder.  [default: a new one in runs/]")
+@click.option("--overwrite", is_flag=True, help="Replace the run that --out has.")
+@common.json_option
+def command(
+    sizes: tuple[int, ...],
+    activation: str,
+    lr: float | None,
+    dtype: str,
+    device: str,
+    backend: str,
+    data: str | None,
+    out: str | None,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> int:
+    """Train an MLP on FashionMNIST and keep checkpoint and curves."""
+    if out is not None:
+        check_run_folder(Path(out), overwrite)
+
+    import torch
+
+    import fastmlp
+    from fastmlp.init import LEARNING_RATES, initialize_
+    from fastmlp.train import DivergenceError, fit
+
+    common.check_sizes(sizes, "--sizes")
+    used_device = common.select_device(device)
+    used_backend = common.select_backend(backend, used_device, getattr(torch, dtype))
+    settings = {"lr": LEARNING_RATES[activation] if lr is None else lr, **settings}
+    train, test = common.load_data(data, used_device)
+    with common.user_errors():
+        model = fastmlp.MLP(sizes, activation, device=used_device, dtype=getattr(torch, dtype))
+    initialize_(model, settings["seed"])
+
+    model_config = {"sizes": list(sizes), "activation": activation, "bias": True, "dtype": dtype}
+    about = {
+        "device": str(used_device),
+        "device_name": device_name(used_device),
+        "backend": used_backend,
+        "dataset": train.source,
+        "test_dataset": test.source,
+        "versions": common.versions(),
+    }
+    run = Run(out, f"{'-'.join(map(str, sizes))}-{activation}-seed{settings['seed']}")
+    start = time.perf_counter()
+    with Reporter(settings["epochs"], to_stderr=as_json) as reporter:
+        reporter.line(f"{'-'.join(map(str, sizes))} {activation}, {dtype}, {settings['engine']} engine")
+        reporter.line(f"data: {train.source}, {test.source}")
+        reporter.line(f"device: {about['device']} ({about['device_name']}), backend {used_backend}")
+
+        def on_epoch(result: EpochResult) -> None:
+            reporter.epoch(result)
+            config = {**model_config, "classes": list(train.classes), "training": {**settings, **about}}
+            run.save(model, config, result)
+
+        try:
+            history = fit(model, train, test, on_epoch=on_epoch, on_progress=reporter.progress, **settings)
+        except DivergenceError as error:
+            raise common.Failure(f"{error} (--lr). {run.state()}") from error
+        except torch.OutOfMemoryError as error:
+            common.out_of_memory(error, used_device)
+        except KeyboardInterrupt:
+            reporter.line(run.state())
+            raise
+        finally:
+            run.drop_if_empty()
+
+    summary = {
+        "test_accuracy": history.last.test_accuracy,
+        "test_loss": history.last.test_loss,
+        "train_loss": history.last.train_loss,
+        "epochs": len(history.epochs),
+        "seconds": history.seconds,
+        "total_seconds": time.perf_counter() - start,
+        "images_per_second": history.images_per_second,
+        **about,
+        "seed": settings["seed"],
+        "config": {**model_config, **settings},
+        "history": history.as_dicts(),
+        "checkpoint": str(run.folder / WEIGHTS),
+        "curves": str(run.folder / CURVES),
+    }
+    run.finish(history, summary)
+    reporter.line(
+        f"test accuracy {100 * summary['test_accuracy']:.2f} %, test loss {summary['test_loss']:.4f}, "
+        f"{summary['epochs']} epochs in {summary['seconds']:.1f} s, {summary['images_per_second']:,.0f} images/s"
+    )
+    reporter.line(f"checkpoint: {summary['checkpoint']}")
+    reporter.line(f"curves: {summary['curves']}")
+    if as_json:
+        click.echo(json.dumps(summary))
+    return 0
+
+
+def check_run_folder(folder: Path, overwrite: bool) -> None:
+    """UserError if ``folder`` cannot become a run folder, or has a run and ``overwrite`` is not set."""
+    if folder.exists() and not folder.is_dir():
+        raise common.UserError(f"--out {folder} is a file; expected a folder, or a name that is free for one")
+    there = [name for name in (WEIGHTS, CONFIG, CURVES, SUMMARY) if (folder / name).exists()]
+    if there and not overwrite:
+        raise common.UserError(
+            f"--out {folder} has a run already ({', '.join(there)}); give another folder, or --overwrite to replace it"
+        )
+
+
+class Run:
+    """The folder that a run leaves its results in; see the command's help."""
+
+    def __init__(self, out: str | None, name: str) -> None:
+        with common.user_errors((OSError,)):
+            self.is_new = out is None or not Path(out).exists()
+            self.folder = _new_folder(Path("runs"), name) if out is None else Path(out)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.epoch = 0
+
+    def save(self, model: Any, config: dict[str, Any], result: EpochResult) -> None:
+        """Replace the checkpoint by ``model`` after an epoch; the first one ends the run that was there before."""
+        from fastmlp.checkpoint import save_checkpoint
+
+        with common.user_errors((OSError,)):
+            if self.epoch == 0:
+                for leftover in (CURVES, SUMMARY):
+                    (self.folder / leftover).unlink(missing_ok=True)
+            save_checkpoint(self.folder / WEIGHTS, model, config, vars(result))
+        self.epoch = result.epoch
+
+    def state(self) -> str:
+        """What the folder holds of an unfinished run."""
+        if self.epoch == 0:
+            return "No checkpoint was written"
+        return f"The checkpoint of epoch {self.epoch} is in {self.folder}"
+
+    def drop_if_empty(self) -> None:
+        """Remove the folder if it was made for this run and nothing came of it."""
+        if self.is_new and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def finish(self, history: History, summary: dict[str, Any]) -> None:
+        """Write curves and summary."""
+        from fastmlp.files import atomic_write
+        from fastmlp.plots import plot_history
+
+        config = summary["config"]
+        momentum = f"{'Nesterov ' if config['nesterov'] else ''}momentum {config['momentum']:g}"
+        with common.user_errors((OSError,)):
+            plot_history(
+                history,
+                self.folder / CURVES,
+                title=f"{'-'.join(map(str, config['sizes']))}, {config['activation']}",
+                subtitle=f"SGD, learning rate {config['lr']:g} ({config['schedule']}), {momentum}, "
+                f"batch {config['batch_size']}, {config['dtype']}, seed {config['seed']}",
+                caption=f"{summary['dataset']}\n{summary['device_name']}, {summary['backend']} backend, "
+                f"{summary['images_per_second']:,.0f} images/s, torch {summary['versions']['torch']}",
+            )
+            atomic_write(self.folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """Make ``parent/name``, or the first of name-2, name-3, ... that is free."""
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("itertools.count ends")

@@ -1,0 +1,130 @@
+"""Engines: what runs a stretch of optimizer steps for `fastmlp.train.fit`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .losses import CrossEntropyLoss
+
+__all__ = ["ENGINES", "OPTIMIZERS", "AutogradEngine", "Engine", "check_hyperparameters"]
+
+OPTIMIZERS = ("sgd",)
+
+
+class Engine(Protocol):
+    """Runs optimizer steps; the model's parameters are updated in place."""
+
+    def epoch(
+        self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]
+    ) -> Tensor:
+        """One step for each ``batch_size`` entries of ``order`` (the last batch may be smaller).
+
+        Args:
+            images: [N, features] on the model's device.
+            labels: int64 [N] on the same device.
+            batch_size: rows a step.
+            order: int64 [n] on the same device, row numbers of images and labels in the order of use.
+            lr_factors: for each step the factor of the base learning rate; as many as there are steps.
+
+        Returns:
+            The mean loss over the n rows, each at the parameters of its step: 0-d float32 on the device, so that the
+            caller decides when to wait for it. NaN or infinite when any step's loss was.
+        """
+
+
+class AutogradEngine:
+    """Forward, ``loss.backward()`` and ``torch.optim.SGD``: the steps as ordinary PyTorch code writes them.
+
+    Parameters of 16 bits are rounded copies of float32 ones, which the optimizer works on: an update smaller than
+    half a unit in the last place would otherwise be lost. float16 also scales the loss by 2^10 before the backward
+    pass, and the gradients back, to keep small ones above the least float16.
+
+    Args:
+        model: maps [B, features] to logits [B, classes].
+        optimizer: "sgd".
+        lr: base learning rate, above 0.
+        momentum: in [0, 1).
+        weight_decay: at least 0; times the parameter, added to its gradient.
+        nesterov: Nesterov's momentum; needs momentum above 0.
+
+    Raises:
+        ValueError: a value outside its range, an unknown optimizer, or nothing to train in the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: str = "sgd",
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
+        check_hyperparameters(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+        self.model = model
+        self.lr = lr
+        self.loss = CrossEntropyLoss()
+        self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        if not self.params:
+            raise ValueError("the model has no parameter that requires a gradient; there is nothing to train")
+        self.scale = 1024.0 if any(p.dtype == torch.float16 for p in self.params) else 1.0
+        self.has_masters = any(p.dtype.itemsize < 4 for p in self.params)
+        self.masters = [p.detach().float() for p in self.params] if self.has_masters else self.params
+        self.optimizer = torch.optim.SGD(
+            self.masters,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            fused=all(p.device.type in ("cpu", "cuda") for p in self.params),
+        )
+
+    def epoch(
+        self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]
+    ) -> Tensor:
+        """As `Engine.epoch`."""
+        total = torch.zeros((), dtype=torch.float32, device=images.device)
+        for rows, factor in zip(order.split(batch_size), lr_factors, strict=True):
+            loss = self.loss(self.model(images.index_select(0, rows)), labels.index_select(0, rows))
+            for param in self.params:
+                param.grad = None
+            (loss if self.scale == 1.0 else loss * self.scale).backward()
+            self._update(self.lr * factor)
+            total.add_(loss.detach(), alpha=len(rows))
+        return total / len(order)
+
+    def _update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if not self.has_masters:
+            self.optimizer.step()
+            return
+        for param, master in zip(self.params, self.masters, strict=True):
+            master.grad = None if param.grad is None else param.grad.float().mul_(1 / self.scale)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, self.masters)
+
+
+ENGINES: Mapping[str, Callable[..., Engine]] = {"autograd": AutogradEngine}
+"""Every engine by name: (model, *, optimizer, lr, momentum, weight_decay, nesterov) -> `Engine`."""
+
+
+def check_hyperparameters(*, lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
+    """ValueError for a learning rate, momentum or weight decay outside its range."""
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr must be a finite number above 0, got {lr}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay}")
+    if nesterov and momentum == 0:
+        raise ValueError("nesterov needs a momentum above 0, got momentum 0")
