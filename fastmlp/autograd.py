@@ -8,7 +8,8 @@ Second derivatives: everything that the backward pass reads and that depends on 
 gelu and silu) is an output of the node, so that autograd knows where it came from. With ``create_graph=True`` the
 backward pass evaluates the same formulas with differentiable torch operations instead of kernels, and the gradients
 that reach the saved outputs from there come back into the same backward pass. Callers drop these outputs; without
-``create_graph`` their gradients are never made.
+``create_graph`` their gradients are never made. torch.compile has no second derivatives and would make zeros of these
+gradients, so what it traces has one output.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class LinearAct(Function):
         )
         ctx.activation, ctx.backend = activation, backend
         ctx.set_materialize_grads(False)
-        return a, z
+        return a, None if torch.compiler.is_compiling() else z
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -150,7 +151,7 @@ class MLPFunction(Function):
         ctx.save_for_backward(*inputs, *kept_weights, *saved)
         ctx.activations, ctx.backend = activations, backend
         ctx.set_materialize_grads(False)
-        return a, *hidden
+        return a, *([None] * len(hidden) if torch.compiler.is_compiling() else hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -21,6 +21,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "Resolved",
+    "check_kernels_run_on",
     "functorch_active",
     "get_backend",
     "resolve",
@@ -115,12 +116,18 @@ def resolve(x: Tensor, dtype: torch.dtype | None = None) -> Resolved:
             f"backend 'triton' computes in float32, float16 and bfloat16, got {dtype}; "
             "convert the tensors, or use backend 'auto' or 'torch'"
         )
+    if not torch.compiler.is_compiling():  # a compiler cannot trace the question; its operators ask when they run
+        check_kernels_run_on(x)
+    return "triton"
+
+
+def check_kernels_run_on(x: Tensor) -> None:
+    """RuntimeError unless a kernel can run on the device of ``x``."""
     if not x.is_cuda and not (x.device.type == "cpu" and _kernels_take_cpu()):
         raise RuntimeError(
             f"backend 'triton' needs tensors on a GPU, got one on {x.device}; move the tensors, use backend 'auto' or "
             "'torch', or run the kernels in Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"
         )
-    return "triton"
 
 
 def _kernels_take_cpu() -> bool:

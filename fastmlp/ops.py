@@ -1,5 +1,7 @@
 """The fused operations without autograd: each sends its tensors to the Triton kernel or to plain torch.
 
+While torch.compile traces, the kernels are the operators of ``fastmlp.library``.
+
 ``backend`` is what ``fastmlp.backend.resolve`` returned for the operation's input. A backward pass is given the
 backend of its forward pass, because it runs on another thread and possibly outside the ``use_backend`` block.
 Arguments were validated by the callers in ``fastmlp.functional``.
@@ -12,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from . import torch_backend
+from . import library, torch_backend
 from .backend import Resolved
 
 __all__ = ["activation_bwd", "linear_dgrad", "linear_fwd", "linear_wgrad"]
@@ -36,6 +38,9 @@ def linear_fwd(
     """(A, Z or None) of A = f(X W^T + b)."""
     if backend == "torch":
         return torch_backend.linear_fwd(x, weight, bias, activation, save_z=save_z)
+    if torch.compiler.is_compiling():
+        a, z = library.linear_fwd(x, weight, bias, activation, save_z)
+        return a, z if save_z else None
     from .kernels import linear_fwd as launch
 
     with _device_of(x):
@@ -46,6 +51,8 @@ def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None, activation: s
     """DX = (dZ W) * f' with f the activation of the layer below and ``saved`` what its derivative needs."""
     if backend == "torch":
         return torch_backend.linear_dgrad(dz, weight, saved, activation)
+    if torch.compiler.is_compiling():
+        return library.linear_dgrad(dz, weight, saved, activation)
     from .kernels import linear_dgrad as launch
 
     with _device_of(dz):
@@ -56,6 +63,9 @@ def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool, backend: Resolved) -> tup
     """(dW, db or None) of a linear layer with input X."""
     if backend == "torch":
         return torch_backend.linear_wgrad(dz, x, bias=bias)
+    if torch.compiler.is_compiling():
+        dw, db = library.linear_wgrad(dz, x, bias)
+        return dw, db if bias else None
     from .kernels import linear_wgrad as launch
 
     with _device_of(dz):
@@ -68,6 +78,8 @@ def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, backend
         return da
     if backend == "torch":
         return torch_backend.activation_bwd(da, saved, activation)
+    if torch.compiler.is_compiling():
+        return library.activation_bwd(da, saved, activation)
     from .kernels import activation_bwd as launch
 
     with _device_of(da):

@@ -294,6 +294,15 @@ class TestCompile:
         for actual, expected in zip(grads[0][2:], grads[1][2:], strict=True):
             torch.testing.assert_close(actual, expected)
 
+    def test_second_derivatives_are_refused(self, backend):
+        """torch.compile has none; the error is torch's, and nothing wrong comes out."""
+        model = fastmlp.MLP((6, 5, 3), dtype=torch.float64)
+        x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+        value = torch.compile(model, backend=backend)(x).square().sum()
+        (dx,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"double backward|does not require grad"):
+            torch.autograd.grad(dx.square().sum(), list(model.parameters()))
+
     def test_linear_and_autocast(self, backend):
         module = fastmlp.Linear(6, 5, activation="silu")
         compiled = torch.compile(module, backend=backend, fullgraph=True)

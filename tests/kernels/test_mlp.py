@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastmlp
-from fastmlp import functional, reference
+from fastmlp import functional, library, reference
 from fastmlp.activations import ACTIVATIONS
 from tests.kernels.harness import FLOATS, assert_within_budget, poisoned
 
@@ -227,3 +227,64 @@ def test_two_runs_are_equal_bit_by_bit(lane):
     with fastmlp.use_backend("triton"):
         first, second = (gradients(model, x, upstream) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled(lane, compiler, launched):
+    """torch.compile keeps the kernels, as operators, in one graph with what is around them."""
+    model = network(activation=["gelu", "tanh", "sigmoid"]).to(lane)
+    x, upstream = images(19, 33, torch.float32).to(lane), upstream_of(model, 19)
+    with fastmlp.use_backend("triton"):
+        expected = gradients(model, x, upstream)
+        launched.clear()
+        got = gradients(torch.compile(model, backend=compiler, fullgraph=True), x, upstream)
+    assert launched == ["linear_fwd"] * 3 + ["activation_bwd"] + ["linear_wgrad", "linear_dgrad"] * 3
+    got = {name.replace("_orig_mod.", ""): t for name, t in got.items()}
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], t) for name, t in expected.items())
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_again_for_another_backend(lane, launched):
+    """A compiled model follows use_backend and set_backend."""
+    model = network((9, 6, 5)).to(lane)
+    compiled = torch.compile(model, backend="eager")
+    x = images(7, 9, torch.float32).to(lane)
+    for choose in ("torch", "triton", "torch"):
+        launched.clear()
+        with fastmlp.use_backend(choose):
+            compiled(x)
+        assert bool(launched) == (choose == "triton")
+    before = fastmlp.get_backend()
+    try:
+        for choose in ("triton", "torch"):
+            launched.clear()
+            fastmlp.set_backend(choose)
+            compiled(x)
+            assert bool(launched) == (choose == "triton")
+    finally:
+        fastmlp.set_backend(before)
+
+
+def test_operators(lane):
+    """Schemas and shape functions of the operators, by torch's own check."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g).to(lane)  # noqa: E731
+    x, w, b, dz, saved = draw(7, 9), draw(5, 9), draw(5), draw(7, 5), draw(7, 9)
+    pixels = torch.arange(63, dtype=torch.uint8).view(7, 9).to(lane)
+    for operator, cases in {
+        library.linear_fwd: [(x, w, b, "relu", False), (x, w, None, "gelu", True), (pixels, w, b, "silu", True)],
+        library.linear_dgrad: [(dz, w, None, "identity"), (dz, w, saved, "silu")],
+        library.linear_wgrad: [(dz, x, True), (dz, pixels, False)],
+        library.activation_bwd: [(x, saved, "tanh"), (x.t().contiguous().t(), saved, "gelu")],
+    }.items():
+        for args in cases:
+            torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
