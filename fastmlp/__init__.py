@@ -2,16 +2,30 @@
 
 from . import functional, reference
 from .backend import get_backend, set_backend, use_backend
+from .checkpoint import load_checkpoint, save_checkpoint
+from .cpu_gemm import get_cpu_gemm, set_cpu_gemm
+from .data import ImageDataset, find_fashion_mnist, load_fashion_mnist
+from .losses import CrossEntropyLoss
 from .nn import MLP, Linear
+from .step import TrainStep
 
 __all__ = [
     "MLP",
+    "CrossEntropyLoss",
+    "ImageDataset",
     "Linear",
+    "TrainStep",
     "__version__",
+    "find_fashion_mnist",
     "functional",
     "get_backend",
+    "get_cpu_gemm",
+    "load_checkpoint",
+    "load_fashion_mnist",
     "reference",
+    "save_checkpoint",
     "set_backend",
+    "set_cpu_gemm",
     "use_backend",
 ]
 

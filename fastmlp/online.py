@@ -242,6 +242,7 @@ def online_epoch(
     lr: float | Sequence[float],
     order: Tensor | None = None,
     block: int = BLOCK,
+    losses: Tensor | None = None,
 ) -> Tensor:
     """One pass of stochastic gradient descent with softmax cross-entropy, one sample a step.
 
@@ -258,6 +259,7 @@ def online_epoch(
         lr: the step size of all steps, or one for each step.
         order: int64 [steps], the rows of images and labels to use; default all, in order. Rows may repeat.
         block: steps between two updates of the large matrices; the result depends on it by rounding only.
+        losses: [steps] in the weights' dtype, to write each step's loss into; default none.
 
     Returns:
         The mean over the steps of L before each update, 0-d in the weights' dtype; NaN if there are no steps.
@@ -302,9 +304,12 @@ def online_epoch(
                 layer.backward(j)
         for layer in layers:
             layer.finish(count)
-        total += reference.cross_entropy(
-            logits[:count], torch.tensor(targets[begin : begin + count]), reduction="sum"
-        ).double()
+        block_losses = reference.cross_entropy(
+            logits[:count], torch.tensor(targets[begin : begin + count]), reduction="none"
+        )
+        if losses is not None:
+            losses[begin : begin + count] = block_losses
+        total += block_losses.sum().double()
     for layer in layers:
         layer.write_back()
     return (total / steps).to(dtype)

@@ -1,0 +1,186 @@
+"""Which library multiplies on a CPU, and how: the measured choice between aten's BLAS and oneDNN, per shape.
+
+aten's ``addmm``/``mm`` call MKL and write into a given buffer. oneDNN's fused linear adds bias and activation in the
+same pass but allocates its result. Which is faster depends on the processor (MKL's kernels hold back on AMD) and on
+the shape, so the first use of a shape times both on scratch data, for a few milliseconds, and the answer is kept for
+the process. The two round differently: where bitwise reproducibility between processes matters more than speed, call
+``set_cpu_gemm("aten")`` (``torch.use_deterministic_algorithms(True)`` implies it).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+__all__ = ["CPU_GEMMS", "choices", "dgrad", "get_cpu_gemm", "linear", "set_cpu_gemm", "wgrad"]
+
+Library = Literal["aten", "onednn"]
+CPU_GEMMS = ("auto", "aten", "onednn")
+
+#: Activations that oneDNN's linear applies in its epilogue.
+_FUSED = {"identity": "none", "sigmoid": "sigmoid", "relu": "relu", "tanh": "tanh"}
+_ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+_ROUNDS = 5
+_BUDGET_S = 0.02
+
+_mode = "auto"
+_choices: dict[tuple[object, ...], Library] = {}
+
+
+def set_cpu_gemm(mode: str) -> None:
+    """Choose who multiplies matrices in CPU training steps: "auto" (measured per shape), "aten" or "onednn".
+
+    Takes effect for steps planned afterwards.
+
+    Raises:
+        ValueError: unknown mode.
+        RuntimeError: "onednn" where torch was built without it.
+    """
+    global _mode
+    if mode not in CPU_GEMMS:
+        raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(CPU_GEMMS)}")
+    if mode == "onednn" and not _onednn_available():
+        raise RuntimeError("this build of torch has no oneDNN linear operator; use 'auto' or 'aten'")
+    _mode = mode
+
+
+def get_cpu_gemm() -> str:
+    """The mode in force: "auto", "aten" or "onednn"."""
+    return _mode
+
+
+def choices() -> dict[tuple[object, ...], str]:
+    """What was measured so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn"."""
+    return dict(_choices)
+
+
+def _onednn_available() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _choose(
+    kind: str, sizes: tuple[object, ...], dtype: torch.dtype, candidates: dict[Library, Callable[[], object]]
+) -> Library:
+    """The fastest of the candidates by their best of a few interleaved rounds."""
+    if dtype not in _ONEDNN_DTYPES or _mode == "aten" or not _onednn_available():
+        return "aten"
+    if _mode == "onednn":
+        return "onednn"
+    if torch.are_deterministic_algorithms_enabled():
+        return "aten"
+    key = (kind, *sizes, dtype, torch.get_num_threads())
+    known = _choices.get(key)
+    if known is not None:
+        return known
+    best: dict[Library, float] = {}
+    started = time.perf_counter()
+    for run in candidates.values():
+        run()
+    for round_ in range(_ROUNDS):
+        for name, run in candidates.items():
+            begin = time.perf_counter()
+            run()
+            best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
+        if round_ >= 1 and time.perf_counter() - started > _BUDGET_S:
+            break
+    _choices[key] = winner = min(best, key=best.__getitem__)
+    return winner
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, epilogue, [], ""))
+
+
+def linear(m: int, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function X -> X W^T + b for X [m, K], with the activation already applied if it is identity, sigmoid, relu
+    or tanh; the result is ``out`` [m, N] or, where oneDNN is faster, a new tensor.
+    """
+    n, k = weight.shape
+    weight_t = weight.t()
+    epilogue = _FUSED.get(activation, "none")
+
+    def finish(z: Tensor) -> Tensor:
+        match epilogue:
+            case "sigmoid":
+                return z.sigmoid_()
+            case "relu":
+                return z.relu_()
+            case "tanh":
+                return z.tanh_()
+        return z
+
+    def aten(x: Tensor) -> Tensor:
+        if bias is None:
+            return finish(torch.mm(x, weight_t, out=out))
+        return finish(torch.addmm(bias, x, weight_t, out=out))
+
+    def onednn(x: Tensor) -> Tensor:
+        return _onednn_linear(x, weight, bias, epilogue)
+
+    trial = torch.ones((m, k), dtype=weight.dtype)
+    winner = _choose(
+        f"linear {epilogue}",
+        (m, k, n),
+        weight.dtype,
+        {"aten": lambda: aten(trial), "onednn": lambda: onednn(trial)},
+    )
+    return aten if winner == "aten" else onednn
+
+
+def dgrad(m: int, weight: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function dZ -> dZ W for dZ [m, N]; the result is ``out`` [m, K] or a new tensor."""
+    n, k = weight.shape
+    weight_t = weight.t()
+
+    def aten(dz: Tensor) -> Tensor:
+        return torch.mm(dz, weight, out=out)
+
+    def onednn(dz: Tensor) -> Tensor:
+        return _onednn_linear(dz, weight_t, None, "none")
+
+    trial = torch.ones((m, n), dtype=weight.dtype)
+    winner = _choose("dgrad", (m, k, n), weight.dtype, {"aten": lambda: aten(trial), "onednn": lambda: onednn(trial)})
+    return aten if winner == "aten" else onednn
+
+
+def wgrad(m: int, k: int, n: int, dtype: torch.dtype, out: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function (dZ, X) -> dZ^T X for dZ [m, n], X [m, k]; the result is ``out`` [n, k] or a new tensor."""
+
+    def aten(dz: Tensor, x: Tensor) -> Tensor:
+        return torch.mm(dz.t(), x, out=out)
+
+    def onednn(dz: Tensor, x: Tensor) -> Tensor:
+        return _onednn_linear(dz.t(), x.t(), None, "none")
+
+    dz, x = torch.ones((m, n), dtype=dtype), torch.ones((m, k), dtype=dtype)
+    winner = _choose("wgrad", (m, k, n), dtype, {"aten": lambda: aten(dz, x), "onednn": lambda: onednn(dz, x)})
+    return aten if winner == "aten" else onednn
+
+
+def wgrad_update(m: int, weight: Tensor) -> Callable[[Tensor, Tensor, float], object]:
+    """A function (dZ, X, lr) that does W -= lr dZ^T X in place: the plain SGD step of a layer's weight.
+
+    aten does gradient and update in one GEMM; oneDNN's product is subtracted in a second pass.
+    """
+    n, k = weight.shape
+
+    def aten_into(w: Tensor) -> Callable[[Tensor, Tensor, float], object]:
+        return lambda dz, x, lr: w.addmm_(dz.t(), x, alpha=-lr)
+
+    def onednn_into(w: Tensor) -> Callable[[Tensor, Tensor, float], object]:
+        return lambda dz, x, lr: w.add_(_onednn_linear(dz.t(), x.t(), None, "none"), alpha=-lr)
+
+    dz, x = torch.ones((m, n), dtype=weight.dtype), torch.ones((m, k), dtype=weight.dtype)
+    scratch = torch.zeros_like(weight)
+    trials = aten_into(scratch), onednn_into(scratch)
+    winner = _choose(
+        "wgrad_update",
+        (m, k, n),
+        weight.dtype,
+        {"aten": lambda: trials[0](dz, x, 0.0), "onednn": lambda: trials[1](dz, x, 0.0)},
+    )
+    return (aten_into if winner == "aten" else onednn_into)(weight)

@@ -1,0 +1,111 @@
+"""Losses of the CPU training step: value and dZ of the last layer together, in buffers allocated once.
+
+Each function returns dL/dA_L, A_L the network's output, in a buffer of its own and writes the loss, a mean as
+torch's default reduction, into the 0-d tensor it is given. All of them compute in float32 (float64 for float64).
+
+    cross_entropy           -log softmax(A)[y], mean over rows            dA = (softmax(A) - onehot(y)) / M
+    mse                     (A - y)^2, mean over elements                 dA = 2 (A - y) / (M C)
+    l1                      |A - y|, mean over elements                   dA = sign(A - y) / (M C)
+    bce                     sigmoid NLL of logits, mean over elements     dA = (sigmoid(A) - y) / (M C)
+    softmax_squared_error   |p - onehot|^2, p = softmax(A), over rows     dA = p * (g - sum g p), g = 2 (p - onehot) / M
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["LossFunction", "loss_function", "takes_classes"]
+
+#: (A_L [M, C], target, 0-d loss to write) -> dA_L
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+_aten = torch.ops.aten
+
+
+def takes_classes(loss: str) -> bool:
+    """Whether the target is int64 class numbers [M]; else it is values like the output, [M, C]."""
+    return loss in ("cross_entropy", "softmax_squared_error")
+
+
+def loss_function(loss: str, m: int, c: int, dtype: torch.dtype) -> LossFunction:
+    """The function for batches of ``m`` rows with ``c`` outputs in ``dtype``; ``loss`` is one of LOSSES."""
+    wide = torch.promote_types(dtype, torch.float32)
+    make = {
+        "cross_entropy": _cross_entropy,
+        "softmax_squared_error": _softmax_squared_error,
+        "mse": _mse,
+        "l1": _l1,
+        "bce": _bce,
+    }[loss]
+    compute = make(m, c, wide)
+    if wide == dtype:
+        return compute
+    a_wide, da_narrow = torch.empty((m, c), dtype=wide), torch.empty((m, c), dtype=dtype)
+    return lambda a, y, out: da_narrow.copy_(compute(a_wide.copy_(a), y, out))
+
+
+def _cross_entropy(m: int, c: int, dtype: torch.dtype) -> LossFunction:
+    log_p, da = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
+    minus_one = torch.full((m, 1), -1.0, dtype=dtype)
+    total_weight = torch.empty((), dtype=dtype)
+
+    def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
+        _aten._log_softmax.out(a, 1, False, out=log_p)
+        _aten.nll_loss_forward.output(log_p, y, None, 1, -1, output=out, total_weight=total_weight)
+        torch.exp(log_p, out=da)
+        return da.scatter_add_(1, y.view(m, 1), minus_one).mul_(1 / m)
+
+    return compute
+
+
+def _softmax_squared_error(m: int, c: int, dtype: torch.dtype) -> LossFunction:
+    p, g = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
+    square, inner = torch.empty((m, c), dtype=dtype), torch.empty((m, 1), dtype=dtype)
+    minus_one = torch.full((m, 1), -1.0, dtype=dtype)
+
+    def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
+        _aten._softmax.out(a, 1, False, out=p)
+        g.copy_(p).scatter_add_(1, y.view(m, 1), minus_one)
+        torch.sum(torch.mul(g, g, out=square), out=out, dim=(0, 1)).mul_(1 / m)
+        g.mul_(2 / m)
+        torch.sum(torch.mul(g, p, out=square), 1, keepdim=True, out=inner)
+        return g.sub_(inner).mul_(p)
+
+    return compute
+
+
+def _mse(m: int, c: int, dtype: torch.dtype) -> LossFunction:
+    da, square = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
+
+    def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
+        torch.sub(a, y, out=da)
+        torch.sum(torch.mul(da, da, out=square), out=out, dim=(0, 1)).mul_(1 / (m * c))
+        return da.mul_(2 / (m * c))
+
+    return compute
+
+
+def _l1(m: int, c: int, dtype: torch.dtype) -> LossFunction:
+    da, magnitude = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
+
+    def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
+        torch.sub(a, y, out=da)
+        torch.sum(torch.abs(da, out=magnitude), out=out, dim=(0, 1)).mul_(1 / (m * c))
+        return da.sign_().mul_(1 / (m * c))
+
+    return compute
+
+
+def _bce(m: int, c: int, dtype: torch.dtype) -> LossFunction:
+    da, term = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
+    product = torch.empty((m, c), dtype=dtype)
+
+    def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
+        # -y log s(a) - (1 - y) log(1 - s(a)) = max(a, 0) - a y + log(1 + e^-|a|)
+        torch.abs(a, out=term).neg_().exp_().log1p_().add_(torch.clamp_min(a, 0, out=da))
+        torch.sum(term.sub_(torch.mul(a, y, out=product)), out=out, dim=(0, 1)).mul_(1 / (m * c))
+        return torch.sigmoid(a, out=da).sub_(y).mul_(1 / (m * c))
+
+    return compute
