@@ -11,8 +11,9 @@ from . import ops, reference
 from .autograd import LinearAct, MLPFunction
 from .backend import functorch_active, resolve
 from .checks import check_activation, check_batch, check_input, check_layer, check_linear, check_tensor
+from .losses import cross_entropy
 
-__all__ = ["linear_act", "mlp"]
+__all__ = ["cross_entropy", "linear_act", "mlp"]
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
