@@ -118,21 +118,26 @@ def count_shared(
         st[0] += w
         st[1] += w
         return
+    size, times = c.L, 1
+    if c.ncta > 1:  # mostly all CTAs do the same, and one tells for all
+        first = None if m is None else m[: c.T]
+        if m is None or (m.reshape(c.ncta, c.T) == first).all():
+            per_cta = a.reshape(c.ncta, -1)
+            if (per_cta == per_cta[0]).all():
+                a, m, size, times = per_cta[0], first, c.T, c.ncta
+                idx = None if idx is None else idx[: a.size]
     memo = c.launch.bank_memo
-    key = (nbytes, c.L, a.tobytes(), None if m is None else m.tobytes())
+    key = (nbytes, size, a.tobytes(), None if m is None else m.tobytes())
     r = memo.get(key)
     if r is None:
         if len(memo) > _MEMO_ENTRIES:
             memo.clear()
-        if idx is None:
-            A = a.astype(i64)
-        else:
-            A = np.full(c.L, -1, i64)
-            A[idx] = a
+        A = np.full(size, -1, i64)
+        A[... if idx is None else idx] = a
         r = memo[key] = bank_wavefronts(A, nbytes)
-    st[0] += r[0]
-    st[1] += r[1]
-    st[2] += r[2]
+    st[0] += r[0] * times
+    st[1] += r[1] * times
+    st[2] += r[2] * times
 
 
 def bank_wavefronts(A: np.ndarray, nbytes: int) -> tuple[int, int, int]:
