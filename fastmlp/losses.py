@@ -194,6 +194,7 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    check_tensor(input, "the input")
     autocast = torch.amp.is_autocast_available(input.device.type) and torch.is_autocast_enabled(input.device.type)
     _check(input, target, weight, ignore_index, reduction, label_smoothing, autocast)
     probabilities = target.is_floating_point()
@@ -201,26 +202,28 @@ def cross_entropy(
     backend = resolve(input, dtype)
     weight_learns = weight is not None and weight.requires_grad and torch.is_grad_enabled()
     traced = backend == "torch" and torch.compiler.is_compiling()
-    if functorch_active() or weight_learns or traced or input.numel() == 0:
-        return F.cross_entropy(
-            input,
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+    torchs = functorch_active() or weight_learns or traced or input.numel() == 0
     on_cpu = not probabilities and target.device.type == "cpu"
     nll = on_cpu and backend == "torch" and label_smoothing == 0 and input.dim() == 2
-    if on_cpu and not nll:
+    if on_cpu and not (nll or torchs):
         _check_labels(input, target, ignore_index)
     settings = Settings(reduction, ignore_index, float(label_smoothing), dtype, nll)
     try:
+        if torchs:
+            return F.cross_entropy(
+                input,
+                target,
+                weight,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+            )
         if torch.is_grad_enabled() and (input.requires_grad or (probabilities and target.requires_grad)):
             return SoftmaxCrossEntropy.apply(input, target, weight, settings, backend)
         return _unbatched(_forward(*_batched(input, target), weight, settings, backend)[0], input)
-    except IndexError:  # from nll_loss: ours says which label it was
-        _check_labels(input, target, ignore_index)
+    except IndexError:  # from torch's own check: ours says which label it was
+        if not functorch_active():
+            _check_labels(input, target, ignore_index)
         raise
 
 
@@ -258,8 +261,9 @@ def _check(
     autocast: bool,
 ) -> None:
     """Everything that can be seen without looking at values; see ``cross_entropy`` for the exceptions."""
-    check_tensor(input, "the input")
     check_tensor(target, "the target")
+    if weight is not None:
+        check_tensor(weight, "weight")
     if not isinstance(ignore_index, int):
         raise TypeError(f"expected ignore_index to be an int, got {type(ignore_index).__name__}")
     if not isinstance(label_smoothing, (int, float)):
@@ -308,6 +312,8 @@ def _check_label_shape(input: Tensor, target: Tensor) -> None:
         raise ValueError(f"expected as many labels as rows (the batch size), got {got}")
     elif input.shape[:1] + input.shape[2:] != target.shape:
         raise RuntimeError(f"expected labels [N, d1, ...] for logits [N, C, d1, ...], got {got}")
+    if input.shape[min(1, input.dim() - 1)] == 0 and target.numel() > 0:
+        raise IndexError(f"there are no classes for a label to name: got {got}")
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(
             f"expected labels of dtype int64 or uint8, got {target.dtype}; convert them with .long(), or give class "
@@ -316,8 +322,7 @@ def _check_label_shape(input: Tensor, target: Tensor) -> None:
 
 
 def _check_weight(input: Tensor, target: Tensor, weight: Tensor, autocast: bool) -> None:
-    check_tensor(weight, "weight")
-    classes = input.shape[1 if input.dim() > 1 else 0]
+    classes = input.shape[min(1, input.dim() - 1)]
     if weight.dim() != 1 or weight.numel() != classes:
         raise RuntimeError(f"expected weight of shape [{classes}], one value for each class, got {list(weight.shape)}")
     if autocast or target.is_floating_point():
@@ -330,7 +335,7 @@ def _check_weight(input: Tensor, target: Tensor, weight: Tensor, autocast: bool)
 
 def _check_labels(input: Tensor, target: Tensor, ignore_index: int) -> None:
     """IndexError for a label that is no class and not ignored; looks at the values."""
-    classes = input.shape[1 if input.dim() > 1 else 0]
+    classes = input.shape[min(1, input.dim() - 1)]
     lo, hi = (int(bound) for bound in target.aminmax())
     if lo >= 0 and hi < classes:
         return
