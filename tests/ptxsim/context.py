@@ -219,7 +219,7 @@ class Context:
                     g.pc, g.parked = pc, True
                     return None
                 ins.count += nw
-                active = m if ins.guard is None else self._guarded(ins, m)
+                active = m if ins.guard_slot is None else self._guarded(ins, m)
                 if active is False:
                     pc += 1
                 elif ins.kind == NORMAL:
@@ -241,7 +241,7 @@ class Context:
 
     def _guarded(self, ins: Instruction, m: np.ndarray | None) -> np.ndarray | bool | None:
         """The lanes of m whose predicate holds: a mask, None for all lanes, False for none."""
-        p = self.R[ins.guard]
+        p = self.R[ins.guard_slot]
         if ins.guard_negated:
             p = ~p
         if p.size == 1:
@@ -300,10 +300,10 @@ class Context:
         self._release()
 
     def _branch_by_table(self, g: Group, ins: Instruction, pc: int, active: np.ndarray | None) -> None:
-        index = self.per_lane(self.R[ins.ops[0]])
+        index = self.per_lane(self.R[ins.index_slot])
         lanes = self._take_out(g, pc, active)
         for v in np.unique(index[lanes]):
-            self.add_group(ins.target[int(v)], lanes & (index == v), g.yields)
+            self.add_group(ins.targets[int(v)], lanes & (index == v), g.yields)
 
     def _barrier(self, g: Group, ins: Instruction, pc: int, active: np.ndarray | None) -> int | str | None:
         id_slot, count_slot = ins.bar

@@ -101,7 +101,7 @@ class Decoder:
     ) -> None:
         self.mod, self.dyn_base, self.noise, self.clock = mod, dyn_base, noise, clock
         self.bits: list[int] = []  # of each slot
-        self.init: list[np.ndarray | None] = []  # what each slot holds at the start
+        self.init: list[np.ndarray] = []  # what each slot holds at the start
         self.slots: dict[str, int] = {}
         self.special: dict[str, int] = {}
         self.param_slots: dict[tuple[int, int, int, bool], int] = {}  # see param()
@@ -110,7 +110,7 @@ class Decoder:
         for n, b in mod.regs.items():
             self.slots[n] = self._new_slot(b, np.array([POISON[b]], UINT[b]))
 
-    def _new_slot(self, bits: int, value: np.ndarray | None) -> int:
+    def _new_slot(self, bits: int, value: np.ndarray) -> int:
         self.bits.append(bits)
         self.init.append(value)
         return len(self.init) - 1
@@ -144,7 +144,8 @@ class Decoder:
             return self.slots[n]
         if s.startswith("%"):
             if s not in self.special:
-                self.special[s] = self._new_slot(64 if s in ("%clock64", "%globaltimer", "%gridid") else 32, None)
+                b = 64 if s in ("%clock64", "%globaltimer", "%gridid") else 32
+                self.special[s] = self._new_slot(b, np.zeros(1, UINT[b]))  # until the context fills it
             return self.special[s]
         v = immediate(s, bits)
         if v is None:
@@ -200,7 +201,7 @@ class Decoder:
 
     def decode(self, ins: Instruction) -> None:
         if ins.guard is not None:
-            ins.guard = self.slots[self.name(ins, ins.guard)]
+            ins.guard_slot = self.slots[self.name(ins, ins.guard)]
         f = DECODERS.get(ins.op)
         if f is None:
             unsupported(ins)

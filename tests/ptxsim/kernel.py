@@ -197,7 +197,7 @@ class PtxKernel:
             image[start : start + len(raw)] = raw
         return bytes(image)
 
-    def _initial_registers(self, parameters: bytes) -> list[np.ndarray | None]:
+    def _initial_registers(self, parameters: bytes) -> list[np.ndarray]:
         registers = list(self._registers)
         for (address, register_bits, bits, signed), slot in self._param_slots.items():
             start = address - PARAM_BASE

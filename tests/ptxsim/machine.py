@@ -23,7 +23,7 @@ class LaunchState:
 
     kernel: PtxKernel
     grid: tuple[int, int, int]
-    registers: list[np.ndarray | None]  # what every slot holds at the start, parameters included
+    registers: list[np.ndarray]  # what every slot holds at the start, parameters included
     parameters: np.ndarray  # their bytes
     global_memory: GlobalMemory
     rng: np.random.Generator

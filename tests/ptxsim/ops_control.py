@@ -35,8 +35,8 @@ def branch(D: Decoder, ins: Instruction) -> None:
 @opcode("brx")
 def branch_by_table(D: Decoder, ins: Instruction) -> None:
     ins.kind = BRX
-    ins.target = [D.mod.labels[x] for x in D.mod.branch_tables[ins.ops[1]]]
-    ins.ops = [D.src(ins, ins.ops[0], 32)]
+    ins.targets = [D.mod.labels[x] for x in D.mod.branch_tables[ins.ops[1]]]
+    ins.index_slot = D.src(ins, ins.ops[0], 32)
 
 
 @opcode("ret", "exit")

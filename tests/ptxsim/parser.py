@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from .dtypes import BITS
@@ -24,36 +25,41 @@ _VARIABLE = re.compile(
 class Instruction:
     """One PTX instruction as written, and what the decoder makes of it."""
 
-    __slots__ = (
-        "bar",  # slots of a barrier's id and of its thread count (or None)
-        "cls",  # class in the statistics
-        "count",  # warps that issued it in this launch
-        "fn",  # the decoded closure fn(context, mask)
-        "global_counts",  # [requests, sectors, minimal sectors, bytes], or None
-        "guard",  # predicate: its name, then its slot; None without one
-        "guard_negated",
-        "ismem",  # a place where warps may be switched
-        "kind",  # NORMAL, BRANCH, BAR, EXIT or BRX of the context
-        "line",  # line of the PTX text
-        "loc",  # "file.py:line" of the source, or None
-        "mma",  # tensor-core operations of one warp
-        "mods",  # what follows the opcode: ["rn", "f32"]
-        "op",  # the opcode: "fma"
-        "ops",  # operands as text
-        "pc",
-        "scope",  # names of an inline-assembly block to their unique ones
-        "shared_counts",  # [requests, wavefronts, conflicts], or None
-        "target",  # where a branch goes
-        "text",
-        "warp_sync",  # needs the whole warp
-    )
+    line: int  # of the PTX text
+    loc: str | None  # "file.py:line" of the source
+    text: str
+    op: str  # the opcode: "fma"
+    mods: list[str]  # what follows it: ["rn", "f32"]
+    ops: list[str]  # operands
+    scope: dict[str, Any]  # names of an inline-assembly block to their unique ones
+    pc: int
+    guard: str | None  # predicate
+    guard_negated: bool
+    # From here on the decoder's.
+    kind: int  # NORMAL, BRANCH, BAR, EXIT or BRX of the context
+    fn: Callable[[Any, Any], None] | None  # fn(context, mask) of NORMAL ones
+    guard_slot: int | None
+    target: int  # where a branch goes
+    targets: list[int]  # where a branch by table goes
+    index_slot: int  # and what chooses
+    bar: tuple[int, int | None]  # slots of a barrier's id and of its thread count
+    warp_sync: bool  # needs the whole warp
+    ismem: bool  # a place where warps may be switched
+    cls: str  # class in the statistics
+    mma: int  # tensor-core operations of one warp
+    # Counts of a launch.
+    count: int  # warps that issued it
+    global_counts: list[int] | None  # requests, sectors, minimal sectors, bytes
+    shared_counts: list[int] | None  # requests, wavefronts, conflicts
+
+    __slots__ = tuple(__annotations__)
 
     def __init__(self, line: int, loc: str | None, text: str) -> None:
         self.line, self.loc, self.text = line, loc, text
-        self.guard, self.guard_negated, self.fn, self.kind, self.cls = None, False, None, 0, "other"
-        self.target, self.warp_sync, self.ismem = None, False, False
+        self.guard, self.guard_negated, self.guard_slot = None, False, None
+        self.fn, self.kind, self.cls, self.warp_sync, self.ismem = None, 0, "other", False, False
         self.global_counts = self.shared_counts = None
-        self.count, self.mma = 0, 0
+        self.count = self.mma = 0
 
     @property
     def opcode(self) -> str:
