@@ -32,8 +32,7 @@ def _activate(z: Tensor, activation: str, *, keep_z: bool) -> Tensor:
         case "step":
             return (z >= 0).to(z.dtype)
         case "leaky_relu":
-            out = torch.nn.functional.leaky_relu(z, LEAKY_SLOPE, inplace=not keep_z)
-            return out
+            return torch.nn.functional.leaky_relu(z, LEAKY_SLOPE, inplace=not keep_z)
         case "gelu":
             return torch.nn.functional.gelu(z)
         case _:
@@ -49,29 +48,31 @@ def linear_fwd(
     return _activate(z, activation, keep_z=save_z), z if save_z else None
 
 
+#: The overloads by name: torch would look for the one with ``grad_input`` three times as long as it takes to run.
+_BACKWARD = {
+    "sigmoid": torch.ops.aten.sigmoid_backward,
+    "tanh": torch.ops.aten.tanh_backward,
+    "relu": torch.ops.aten.threshold_backward,
+    "leaky_relu": torch.ops.aten.leaky_relu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "silu": torch.ops.aten.silu_backward,
+}
+_NEW = {name: packet.default for name, packet in _BACKWARD.items()}
+_INPLACE = {name: packet.grad_input for name, packet in _BACKWARD.items()}
+#: What the operators take after (dA, saved): relu's threshold; leaky_relu's slope, and that ``saved`` is the output.
+_SETTINGS: dict[str, tuple[object, ...]] = {"relu": (0,), "leaky_relu": (LEAKY_SLOPE, True)}
+
+
 def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, inplace: bool = False) -> Tensor:
     """DZ = dA * f'; ``saved`` is A, Z for gelu and silu, or None. ``inplace`` may overwrite dA."""
-    aten = torch.ops.aten
     if activation == "identity":
         return da
     if activation == "step":
         return da.zero_() if inplace else torch.zeros_like(da, memory_format=torch.contiguous_format)
-    if saved is None:
-        raise AssertionError(f"the derivative of {activation} needs a saved tensor")
-    out = {"grad_input": da} if inplace else {}
-    match activation:
-        case "sigmoid":
-            return aten.sigmoid_backward(da, saved, **out)
-        case "tanh":
-            return aten.tanh_backward(da, saved, **out)
-        case "relu":
-            return aten.threshold_backward(da, saved, 0, **out)
-        case "leaky_relu":
-            return aten.leaky_relu_backward(da, saved, LEAKY_SLOPE, True, **out)
-        case "gelu":
-            return aten.gelu_backward(da, saved, **out)
-        case _:
-            return aten.silu_backward(da, saved, **out)
+    settings = _SETTINGS.get(activation, ())
+    if inplace:
+        return _INPLACE[activation](da, saved, *settings, grad_input=da)
+    return _NEW[activation](da, saved, *settings)
 
 
 def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
