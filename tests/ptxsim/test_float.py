@@ -153,3 +153,128 @@ def test_approximation_noise() -> None:
     run_triton(k_softmax, {"x": x, "o": p, "n": 1000, "sx": 1000, "so": 1000}, {"B": 1024}, (4,), approx_noise=1.0)
     assert not torch.equal(o, p)
     torch.testing.assert_close(o, p, rtol=2e-6, atol=0)
+
+
+def moderate(n: int = 256, seed: int = 0) -> np.ndarray:
+    """float32 of magnitudes so close that sums and products are exact in float64."""
+    r = np.random.default_rng(seed)
+    return (r.standard_normal(n) * np.exp2(r.integers(-8, 8, n))).astype(np.float32)
+
+
+def directed(q: Fraction, mode: str) -> np.float32:
+    """Exact fraction -> float32: towards zero, minus or plus infinity."""
+    r = round_f32(q)
+    exact = Fraction(float(r))
+    if mode == "rz":
+        mode = "rm" if q > 0 else "rp"
+    if mode == "rm" and exact > q:
+        return np.nextafter(r, np.float32(-np.inf))
+    if mode == "rp" and exact < q:
+        return np.nextafter(r, np.float32(np.inf))
+    return r
+
+
+@pytest.mark.parametrize("mode", ["rz", "rm", "rp"])
+@pytest.mark.parametrize("op", ["add", "sub", "mul", "fma"])
+def test_directed_rounding(op: str, mode: str) -> None:
+    values = [moderate(seed=i) for i in range(3 if op == "fma" else 2)]
+    names = ", ".join(f"%a{i}" for i in range(len(values)))
+    got = run_ptx(f"{op}.{mode}.f32 %o, {names};", [fbits(v) for v in values], 32).view(np.float32)
+    exact = {
+        "add": lambda a, b: a + b,
+        "sub": lambda a, b: a - b,
+        "mul": lambda a, b: a * b,
+        "fma": lambda a, b, c: a * b + c,
+    }[op]
+    inexact = 0
+    for g, *v in zip(got, *values, strict=True):
+        q = exact(*[Fraction(float(x)) for x in v])
+        assert g == directed(q, mode), v
+        inexact += Fraction(float(g)) != q
+    assert inexact > 100
+
+
+@pytest.mark.parametrize(
+    ("text", "ref"),
+    [
+        ("abs.f32 %o, %a0;", lambda a, b: np.abs(a)),
+        ("neg.f32 %o, %a0;", lambda a, b: -a),
+        ("copysign.f32 %o, %a0, %a1;", lambda a, b: np.copysign(b, a)),
+        ("add.sat.f32 %o, %a0, %a1;", lambda a, b: np.where(np.isnan(a + b), 0, np.clip(a + b, 0, 1))),
+        ("mul.ftz.f32 %o, %a0, %a1;", lambda a, b: flush(flush(a) * flush(b))),
+        ("add.ftz.f32 %o, %a0, %a1;", lambda a, b: flush(flush(a) + flush(b))),
+        ("cvt.sat.f32.f32 %o, %a0;", lambda a, b: np.where(np.isnan(a), 0, np.clip(a, 0, 1))),
+        ("cvt.rni.f32.f32 %o, %a0;", lambda a, b: np.rint(a)),
+    ],
+)
+def test_float_modifiers(text: str, ref: Callable) -> None:
+    a, b = floats(seed=7), floats(seed=8)
+    a[20:30], b[20:30] = 2.0**-100, 2.0**-40  # the product underflows
+    with np.errstate(all="ignore"):
+        want = ref(a, b).astype(np.float32)
+    got = run_ptx(text, [fbits(a), fbits(b)], 32).view(np.float32)
+    np.testing.assert_array_equal(got, want)
+    numbers = ~np.isnan(want)
+    np.testing.assert_array_equal(np.signbit(got)[numbers], np.signbit(want)[numbers])
+
+
+def flush(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+
+
+def test_smaller_zero_is_negative() -> None:
+    a = np.resize(np.array([0.0, -0.0, 0.0, -0.0], np.float32), 32)
+    b = np.resize(np.array([0.0, 0.0, -0.0, -0.0], np.float32), 32)
+    least = run_ptx("min.f32 %o, %a0, %a1;", [fbits(a), fbits(b)], 32).view(np.float32)
+    most = run_ptx("max.f32 %o, %a0, %a1;", [fbits(a), fbits(b)], 32).view(np.float32)
+    assert np.signbit(least[:4]).tolist() == [False, True, True, True]
+    assert np.signbit(most[:4]).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("op", ["sin", "cos"])
+def test_trigonometry(op: str) -> None:
+    x = np.linspace(-3, 3, 64, dtype=np.float32)
+    got = run_ptx(f"{op}.approx.f32 %o, %a0;", [fbits(x)], 32).view(np.float32)
+    np.testing.assert_allclose(got, getattr(np, op)(x.astype(np.float64)), rtol=2.0**-23)
+
+
+def halves(T: str, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Random pairs of half-precision numbers [n, 2], and the registers that hold them."""
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(seed))
+    x = x.to(torch.float16 if T == "f16" else torch.bfloat16)
+    return x, x.view(torch.int32).view(-1).numpy().view(np.uint32)
+
+
+@pytest.mark.parametrize("T", ["f16", "bf16"])
+@pytest.mark.parametrize("op", ["add", "sub", "mul", "fma.rn", "max", "neg", "fma.rn.relu"])
+def test_packed_halves(op: str, T: str) -> None:
+    (a, ra), (b, rb), (c, rc) = (halves(T, i) for i in range(3))
+    A, B, C = a.double(), b.double(), c.double()
+    n, want = {
+        "add": (2, A + B),
+        "sub": (2, A - B),
+        "mul": (2, A * B),
+        "fma.rn": (3, A * B + C),
+        "fma.rn.relu": (3, (A * B + C).relu()),
+        "max": (2, torch.maximum(A, B)),
+        "neg": (1, -A),
+    }[op]
+    text = f"{op}.{T}x2 %o, " + ", ".join(f"%a{i}" for i in range(n)) + ";"
+    got = torch.from_numpy(run_ptx(text, [ra, rb, rc], 32).view(np.int32)).view(a.dtype).view(-1, 2)
+    # float64 holds every sum and product of these exactly, so one rounding is all there is
+    assert torch.equal(got, want.to(a.dtype))
+
+
+def test_float64() -> None:
+    r = np.random.default_rng(0)
+    a, b = r.standard_normal(64), r.standard_normal(64)
+    bits = [a.view(np.uint64), b.view(np.uint64)]
+    for text, want in (("add", a + b), ("mul", a * b), ("div.rn", a / b), ("min", np.minimum(a, b))):
+        got = run_ptx(f"{text}.f64 %o, %a0, %a1;", bits, 64).view(np.float64)
+        np.testing.assert_array_equal(got, want)
+    got = run_ptx("cvt.rn.f32.f64 %o, %a0;", bits[:1], 32).view(np.float32)
+    np.testing.assert_array_equal(got, a.astype(np.float32))
+    got = run_ptx("cvt.f64.f32 %o, %a0;", [fbits(a.astype(np.float32))], 64).view(np.float64)
+    np.testing.assert_array_equal(got, a.astype(np.float32))
+    got = run_ptx("cvt.rzi.s64.f64 %y1, %a0; cvt.rn.f64.s64 %o, %y1;", [(a * 1e6).view(np.uint64)], 64)
+    np.testing.assert_array_equal(got.view(np.float64), np.trunc(a * 1e6))

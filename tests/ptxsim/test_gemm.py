@@ -113,6 +113,31 @@ def test_int8_dot(arch: int) -> None:
     assert any("s8.s8" in k for k in st.by_opcode)
 
 
+@triton.jit
+def k_dot(a, b, c, ACC: tl.constexpr, K: tl.constexpr, B: tl.constexpr):
+    i = tl.arange(0, B)
+    k = tl.arange(0, K)
+    av, bv = tl.load(a + i[:, None] * K + k[None, :]), tl.load(b + k[:, None] * B + i[None, :])
+    tl.store(c + i[:, None] * B + i[None, :], tl.dot(av, bv, out_dtype=ACC))
+
+
+def test_float16_accumulators() -> None:
+    """Each mma rounds to float16: sums of 64 products, in steps of 16."""
+    a, b, c = torch.randn(32, 64).half(), torch.randn(64, 32).half(), torch.zeros(32, 32, dtype=f16)
+    st = run_triton(k_dot, {"a": a, "b": b, "c": c}, {"ACC": tl.float16, "K": 64, "B": 32}, (1,))
+    assert st.by_opcode["mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16"] > 0
+    want, magnitude = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    assert ((c.double() - want).abs() <= magnitude * 4 * 2.0**-11).all()
+    assert not torch.equal(c, want.half())
+
+
+def test_float64_dot() -> None:
+    a, b, c = torch.randn(32, 64).double(), torch.randn(64, 32).double(), torch.zeros(32, 32).double()
+    st = run_triton(k_dot, {"a": a, "b": b, "c": c}, {"ACC": tl.float64, "K": 64, "B": 32}, (1,))
+    assert st.mma_flops + st.fma_flops >= 2 * 32 * 32 * 64
+    torch.testing.assert_close(c, a @ b, rtol=0, atol=64 * 2.0**-50)
+
+
 @pytest.mark.parametrize("tile", [(16, 32, 64), (64, 64, 32)], ids=str)
 def test_layer_of_full_size(tile: tuple[int, int, int]) -> None:
     """The widest layer of the reference network at batch 64."""

@@ -95,6 +95,7 @@ INT_CASES = [  # instruction, input widths, output width, exact reference
     ("abs.s32 %o, %a0;", (32,), 32, lambda a: abs(signed(a, 32))),
     ("neg.s32 %o, %a0;", (32,), 32, lambda a: -a),
     ("not.b32 %o, %a0;", (32,), 32, lambda a: ~a),
+    ("and.b32 %x1, %a0, 1; cnot.b32 %o, %x1;", (32,), 32, lambda a: a & 1 ^ 1),
     ("or.b32 %x1, %a1, 1; div.s32 %o, %a0, %x1;", (32, 32), 32, lambda a, b: _divs(a, b | 1)),
     (
         "or.b32 %x1, %a1, 1; rem.s32 %o, %a0, %x1;",

@@ -61,6 +61,55 @@ def k_chain(flag, v, B: tl.constexpr):
     tl.atomic_xchg(flag + p + 1, 1)
 
 
+ATOMIC_CASES = [
+    # instruction, its operand of lane t, the value after 64 of them on `start`
+    ("add.u32", lambda t: t, 5, lambda v: 5 + sum(v)),
+    ("min.s32", lambda t: t - 40, 3, lambda v: min(3, *v)),
+    ("max.u32", lambda t: t * 7, 100, lambda v: max(100, *v)),
+    ("and.b32", lambda t: ~(t & 15), -1, lambda v: -16),
+    ("or.b32", lambda t: t << 4, 1, lambda v: 63 << 4 | 1),
+    ("xor.b32", lambda t: 1 << (t % 32), 6, lambda v: 6),  # each bit twice
+    ("inc.u32", lambda t: 9, 2, lambda v: (2 + 64) % 10),
+    ("dec.u32", lambda t: 9, 2, lambda v: (2 - 64) % 10),
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("space", ["global", "shared"])
+@pytest.mark.parametrize("form", ["atom", "red"])
+@pytest.mark.parametrize("case", ATOMIC_CASES, ids=lambda c: c[0])
+def test_atomic_instructions(case: tuple, form: str, space: str, mode: str) -> None:
+    """64 lanes on one word, which a barrier later holds what they all did to it."""
+    op, operand, start, after = case
+    result = "%x3, " if form == "atom" else ""
+    text = f""".version 8.0
+.target sm_80
+.address_size 64
+.shared .align 4 .b8 word[4];
+.visible .entry k(.param .u64 pv, .param .u64 px, .param .u32 start)
+{{
+.reg .pred %p; .reg .b32 %t, %x<6>; .reg .b64 %q<5>;
+mov.u32 %t, %tid.x; setp.eq.u32 %p, %t, 0;
+ld.param.u32 %x0, [start]; ld.param.u64 %q0, [px]; ld.param.u64 %q1, [pv];
+mul.wide.u32 %q2, %t, 4; add.s64 %q1, %q1, %q2; ld.global.b32 %x1, [%q1];
+mov.b32 %x2, word;
+@%p st.shared.b32 [%x2], %x0;
+@%p st.global.b32 [%q0], %x0;
+bar.sync 0;
+{form}.{space}.{op} {result}[{"%q0" if space == "global" else "%x2"}], %x1;
+bar.sync 0;
+ld.{space}.b32 %x4, [{"%q0" if space == "global" else "%x2"}];
+@%p st.global.b32 [%q0], %x4;
+ret;
+}}"""
+    values = [operand(t) for t in range(64)]
+    v = torch.tensor([(x + 2**31) % 2**32 - 2**31 for x in values], dtype=torch.int32)
+    x = torch.zeros(1, dtype=torch.int32)
+    stats = PtxKernel(text, 0, 2).launch(1, [v, x, start], mode=mode)
+    assert x.item() % 2**32 == after(values) % 2**32
+    assert stats.atomics == 64
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_atomics(mode: str) -> None:
     x = torch.randint(0, 10, (1000,), dtype=torch.int32)
