@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .configs import cdiv
 from .device import current_device
-from .softmax import load_labels, softmax_block, target_block
+from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
 from .softmax_tiles import alignment, bwd_tile, fwd_tile, logits_shape, row_strides
 
 __all__ = ["cross_entropy", "cross_entropy_bwd", "cross_entropy_fwd"]
@@ -82,33 +82,22 @@ def _cross_entropy_kernel(
             g *= tl.load(scale_ptr).to(tl.float32)
         d_rows = dz_ptr + _row_offsets(b, offs_p, stride_db, stride_dp, ALIGN)[:, None]
 
-    mass = hot
     if WHOLE:
         offs_c = tl.arange(0, BLOCK_C)
         mask = mask_m[:, None] & (offs_c < C)[None, :]
         z = tl.load(z_rows + offs_c.to(tl.int64)[None, :] * stride_zc, mask=mask, other=float("-inf")).to(tl.float32)
         # Rows beyond the last are all zero rather than all -inf, so that they stay finite.
         z = tl.where(mask_m[:, None], z, 0.0)
-        top, shift, e, total = softmax_block(z)
-        log_sum = tl.log(total)
-        loss = tl.zeros((BLOCK_M,), tl.float32)
+        q = z
         if HAS_Q:
             t_ptrs = t_rows + offs_c.to(tl.int64)[None, :] * stride_tc
             q = target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS, SMOOTH)
-            mass += tl.sum(q, 1)
-            loss += tl.sum(tl.where(mask, q * (log_sum[:, None] - shift), 0.0), 1)
-        if not PROBS:
-            picked = offs_c[None, :] == y[:, None]
-            loss += hot * (log_sum - tl.sum(tl.where(picked, shift, 0.0), 1))
+        picked = offs_c[None, :] == y[:, None]
+        loss, mass, top, shift, e, total = whole_rows_loss(z, q, hot, picked, mask, HAS_Q, PROBS)
         if correct_ptr is not None:
             first = tl.min(tl.where(shift == 0.0, offs_c[None, :], BLOCK_C), 1)
         if dz_ptr is not None:
-            mass = tl.where(ignored, 0.0, mass)
-            dz = e * (mass * g / total)[:, None]
-            if HAS_Q:
-                dz -= tl.where(ignored[:, None], 0.0, q * g)
-            if not PROBS:
-                dz = tl.where(picked, dz - (hot * g)[:, None], dz)
+            dz = rows_grad(e, total, mass, q, hot, picked, ignored, g, HAS_Q, PROBS)
             d_ptrs = d_rows + offs_c.to(tl.int64)[None, :] * stride_dc
             tl.store(d_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     else:
@@ -141,6 +130,7 @@ def _cross_entropy_kernel(
         top = tl.max(lane_top, 1)
         total = tl.sum(lane_total * tl.exp(lane_top - top[:, None]), 1)
         log_sum = tl.log(total)
+        mass = hot
         loss = tl.zeros((BLOCK_M,), tl.float32)
         if HAS_Q:
             q_mass = tl.sum(lane_mass, 1)
@@ -152,7 +142,6 @@ def _cross_entropy_kernel(
             ).to(tl.float32)
             loss += hot * (log_sum + (top - tl.sum(z_y, 1)))
         if dz_ptr is not None:
-            mass = tl.where(ignored, 0.0, mass)
             first = tl.full((BLOCK_M,), 2147483647, tl.int32)
             blocks = tl.cdiv(C, BLOCK_C)
             for i in range(0, blocks):
@@ -161,13 +150,12 @@ def _cross_entropy_kernel(
                 mask = mask_m[:, None] & (offs_c < C)[None, :]
                 z = tl.load(z_rows + offs_c.to(tl.int64)[None, :] * stride_zc, mask=mask, other=float("-inf"))
                 shift = z.to(tl.float32) - top[:, None]
-                dz = tl.exp(shift) * (mass * g / total)[:, None]
+                q = shift
                 if HAS_Q:
                     t_ptrs = t_rows + offs_c.to(tl.int64)[None, :] * stride_tc
                     q = target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS, SMOOTH)
-                    dz -= tl.where(ignored[:, None], 0.0, q * g)
-                if not PROBS:
-                    dz = tl.where(offs_c[None, :] == y[:, None], dz - (hot * g)[:, None], dz)
+                picked = offs_c[None, :] == y[:, None]
+                dz = rows_grad(tl.exp(shift), total, mass, q, hot, picked, ignored, g, HAS_Q, PROBS)
                 if correct_ptr is not None:
                     first = tl.minimum(first, tl.min(tl.where(shift == 0.0, offs_c[None, :], 2147483647), 1))
                 d_ptrs = d_rows + offs_c.to(tl.int64)[None, :] * stride_dc

@@ -56,3 +56,32 @@ def softmax_block(z):
     shift = z - top[:, None]
     e = tl.exp(shift)
     return top, shift, e, tl.sum(e, 1)
+
+
+@triton.jit
+def whole_rows_loss(z, q, hot, picked, mask, HAS_Q: tl.constexpr, PROBS: tl.constexpr):
+    """(loss, mass, max z, shift, exp(shift), sum of exp(shift)) of a float32 block that holds whole rows.
+
+    ``picked`` is [c = y]; q is not looked at unless HAS_Q, hot and picked unless labels.
+    """
+    top, shift, e, total = softmax_block(z)
+    log_sum = tl.log(total)
+    mass = hot
+    loss = tl.zeros_like(total)
+    if HAS_Q:
+        mass += tl.sum(q, 1)
+        loss += tl.sum(tl.where(mask, q * (log_sum[:, None] - shift), 0.0), 1)
+    if not PROBS:
+        loss += hot * (log_sum - tl.sum(tl.where(picked, shift, 0.0), 1))
+    return loss, mass, top, shift, e, total
+
+
+@triton.jit
+def rows_grad(e, total, mass, q, hot, picked, ignored, g, HAS_Q: tl.constexpr, PROBS: tl.constexpr):
+    """G (mass p - q - [c = y] hot) for a block of e = exp(shift); 0 in ignored rows (NaN if p is)."""
+    dz = e * (tl.where(ignored, 0.0, mass) * g / total)[:, None]
+    if HAS_Q:
+        dz -= tl.where(ignored[:, None], 0.0, q * g)
+    if not PROBS:
+        dz = tl.where(picked, dz - (hot * g)[:, None], dz)
+    return dz
