@@ -1,0 +1,162 @@
+"""kernels/wgrad_update.py against float64 gradients and torch.optim in float64."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from fastmlp import reference
+from fastmlp.kernels.optimizer import HYPER_COLUMNS
+from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, reduce_update, wgrad_update
+from tests.kernels.harness import FLOATS, assert_within_budget, poisoned
+
+LR, WD, MU, BETAS, EPS = 0.1, 0.02, 0.9, (0.9, 0.999), 1e-8
+OPTIMIZERS = {
+    "sgd": (Hyper("sgd", weight_decay=WD), lambda p: torch.optim.SGD(p, LR, weight_decay=WD)),
+    "momentum": (
+        Hyper("momentum", momentum=MU, weight_decay=WD),
+        lambda p: torch.optim.SGD(p, LR, momentum=MU, weight_decay=WD),
+    ),
+    "nesterov": (
+        Hyper("momentum", nesterov=True, momentum=MU),
+        lambda p: torch.optim.SGD(p, LR, momentum=MU, nesterov=True),
+    ),
+    "adamw": (
+        Hyper("adamw", weight_decay=WD, beta1=BETAS[0], beta2=BETAS[1], eps=EPS),
+        lambda p: torch.optim.AdamW(p, LR, betas=BETAS, eps=EPS, weight_decay=WD),
+    ),
+}
+
+
+def hyper_row(t: int, lane) -> torch.Tensor:
+    """What changes from step to step, for step number t = 1, 2, ..."""
+    bc1, bc2 = 1 - BETAS[0] ** t, 1 - BETAS[1] ** t
+    row = torch.tensor([LR, 1 - LR * WD, LR / bc1, bc2**-0.5], dtype=torch.float32)
+    assert row.numel() == HYPER_COLUMNS
+    return row.to(lane)
+
+
+def problem(sizes, m, dtype, *, bias=True, seed=0):
+    """(layers as float32 masters, dzs, xs) of an MLP with the given sizes."""
+    g = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(n, k, generator=g) for k, n in itertools.pairwise(sizes)]
+    biases = [torch.randn(n, generator=g) if bias else None for n in sizes[1:]]
+    dzs = [torch.randn(m, n, generator=g).to(dtype) for n in sizes[1:]]
+    xs = [torch.randn(m, k, generator=g).to(dtype) for k in sizes[:-1]]
+    return weights, biases, dzs, xs
+
+
+def on(lane, tensors):
+    return [None if t is None else poisoned(t, layout="dense").to(lane) for t in tensors]
+
+
+def run(lane, optimizer, sizes, m, dtype, *, steps=2, bias=True, low=None):
+    """Masters after some steps of the kernel, with the same steps of torch.optim in float64 and float32."""
+    hyper, make = OPTIMIZERS[optimizer]
+    weights, biases, _, _ = problem(sizes, m, dtype, bias=bias)
+    w, b = on(lane, weights), on(lane, biases)
+    low_w = [None if low is None else t.to(low) for t in w]
+    low_b = [None if low is None or t is None else t.to(low) for t in b]
+    layout = Layout([Layer(*t) for t in zip(w, b, low_w, low_b, strict=True)])
+    state = [torch.zeros(layout.total, device=lane) for _ in range(2)]
+    params = [[copy.deepcopy(t).to(d) for t in weights + biases if t is not None] for d in (torch.double, torch.float)]
+    optims = [make(p) for p in params]
+    for t in range(1, steps + 1):
+        _, _, dzs, xs = problem(sizes, m, dtype, seed=t)
+        wgrad_update(layout, on(lane, dzs), on(lane, xs), hyper, hyper_row(t, lane), m_state=state[0], v_state=state[1])
+        for ps, optim in zip(params, optims, strict=True):
+            grads = [
+                reference.linear_wgrad(dz.to(ps[0].dtype), x.to(ps[0].dtype)) for dz, x in zip(dzs, xs, strict=True)
+            ]
+            for p, grad in zip(
+                ps, [g[0] for g in grads] + [g[1] for g in grads][: len(ps) - len(weights)], strict=True
+            ):
+                p.grad = grad
+            optim.step()
+    got = [t for t in w + b if t is not None]
+    for i, (p, truth, own) in enumerate(zip(got, *params, strict=True)):
+        assert_within_budget(p.cpu(), truth, own, reduction=m, what=f"parameter {i}")
+    for copied, master in zip(low_w + low_b, w + b, strict=True):
+        if copied is not None:
+            assert torch.equal(copied, master.to(low))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("m", [17, 1100], ids=["direct", "split"])
+def test_every_optimizer(lane, optimizer, m):
+    run(lane, optimizer, (33, 17, 20, 5), m, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("m", [40, 1100], ids=["direct", "split"])
+def test_16_bit_products_with_float32_masters(lane, dtype, m):
+    run(lane, "momentum", (33, 17, 5), m, dtype, low=dtype)
+
+
+@pytest.mark.parametrize("sizes", [(20, 3), (130, 63, 40, 17, 9, 4)], ids=str)
+def test_depths_and_no_bias(lane, sizes):
+    run(lane, "nesterov", sizes, 33, torch.float32, bias=False)
+
+
+def test_pixels_gathered_and_mean_loss(lane):
+    g = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (50, 63), generator=g, dtype=torch.uint8)
+    rows = torch.randint(0, 50, (21,), generator=g)
+    weights, biases, dzs, xs = problem((63, 17, 5), 21, torch.float32)
+    loss_rows = torch.rand(21, generator=g)
+    w, b = on(lane, weights), on(lane, biases)
+    loss = torch.full((), float("nan"), device=lane)
+    wgrad_update(
+        Layout([Layer(*t) for t in zip(w, b, strict=True)]),
+        on(lane, dzs),
+        [poisoned(images).to(lane), *on(lane, xs[1:])],
+        Hyper("sgd"),
+        hyper_row(1, lane),
+        rows=poisoned(rows).to(lane),
+        loss_rows=poisoned(loss_rows).to(lane),
+        loss=loss,
+    )
+    grad = reference.linear_wgrad(dzs[0].double(), images[rows])[0]
+    own = weights[0] - LR * reference.linear_wgrad(dzs[0], images[rows])[0]
+    assert_within_budget(w[0].cpu(), weights[0].double() - LR * grad, own, reduction=21)
+    torch.testing.assert_close(loss.cpu(), loss_rows.mean())
+
+
+@pytest.mark.parametrize("m", [17, 1100])
+def test_plain_gradients_accumulate_and_update(lane, m):
+    weights, biases, dzs, xs = problem((33, 17, 5), m, torch.float32)
+    w, b = on(lane, weights), on(lane, biases)
+    layout = Layout([Layer(*t) for t in zip(w, b, strict=True)])
+    grads = torch.zeros(layout.total, device=lane)
+    half = torch.tensor(0.5, device=lane)
+    for accumulate in (False, True):
+        wgrad_update(
+            layout,
+            on(lane, dzs),
+            on(lane, xs),
+            Hyper("none"),
+            hyper_row(1, lane),
+            grads=grads,
+            unscale=half,
+            accumulate=accumulate,
+        )
+    truth = [t for dz, x in zip(dzs, xs, strict=True) for t in reference.linear_wgrad(dz.double(), x.double())]
+    own = [t for dz, x in zip(dzs, xs, strict=True) for t in reference.linear_wgrad(dz, x)]
+    for got, want, torchs in zip(layout.views(grads), truth, own, strict=True):
+        assert_within_budget(got.cpu(), want, torchs, reduction=m)
+    reduce_update(layout, grads, 1, Hyper("sgd"), hyper_row(1, lane))
+    assert_within_budget(w[0].cpu(), weights[0].double() - LR * truth[0], weights[0] - LR * own[0], reduction=m)
+
+
+def test_two_runs_are_bitwise_equal(lane):
+    results = []
+    for _ in range(2):
+        weights, biases, dzs, xs = problem((33, 17, 5), 1100, torch.float32)
+        w, b = on(lane, weights), on(lane, biases)
+        layout = Layout([Layer(*t) for t in zip(w, b, strict=True)])
+        wgrad_update(layout, on(lane, dzs), on(lane, xs), Hyper("sgd"), hyper_row(1, lane))
+        results.append(w + b)
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
