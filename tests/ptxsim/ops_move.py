@@ -19,7 +19,7 @@ from .decoder import (
     unsupported,
     vector,
 )
-from .dtypes import BITS, SINT, UINT, as_numbers, ftz, u32, u64
+from .dtypes import BITS, SINT, UINT, as_numbers, ftz, u16, u32, u64
 from .parser import Instruction
 
 
@@ -155,9 +155,11 @@ def setp(D: Decoder, ins: Instruction) -> Execute:
     T = operand_type(ins)
     b = BITS[T]
     x, y = D.src(ins, ins.ops[1], b), D.src(ins, ins.ops[2], b)
-    compare = _comparison(ins.mods[0], T, "ftz" in ins.mods and T == "f32")
     combine = next((_BOOLEAN[m] for m in ins.mods[1:-1] if m in _BOOLEAN), None)
     ds = [D.dst(ins, s, 1) for s in ins.ops[0].split("|")]
+    if T in ("f16x2", "bf16x2"):
+        return _setp_pair(ins, T, ds, x, y, combine is not None)
+    compare = _comparison(ins.mods[0], T, "ftz" in ins.mods and T == "f32")
     if combine is not None:
         if len(ds) > 1:
             unsupported(ins, "with two destinations and a boolean operator ")
@@ -176,6 +178,25 @@ def setp(D: Decoder, ins: Instruction) -> Execute:
         else:
             c.write_masked(d, v, m)
             c.write_masked(q, ~v, m)
+
+    return fn
+
+
+def _setp_pair(ins: Instruction, T: str, ds: list[int], x: int, y: int, combined: bool) -> Execute:
+    """The comparison of two pairs of 16-bit numbers: the first predicate is the low halves', the second the high's."""
+    if combined or len(ds) != 2:
+        unsupported(ins, "of pairs with a boolean operator or one destination ")
+    low, high = ds
+    compare = _comparison(ins.mods[0], T.removesuffix("x2"), False)
+
+    def fn(c: Context, m: Mask) -> None:
+        a, b = c.R[x], c.R[y]
+        halves = (compare((a >> s).astype(u16), (b >> s).astype(u16)) for s in (a.dtype.type(0), a.dtype.type(16)))
+        for d, v in zip((low, high), halves, strict=True):
+            if m is None:
+                c.R[d] = v
+            else:
+                c.write_masked(d, v, m)
 
     return fn
 

@@ -93,6 +93,24 @@ def test_float_compare(cmp: str, ref: Callable) -> None:
     assert [bool(g) for g in got] == [bool(ref(x, y)) for x, y in zip(a, b, strict=False)]
 
 
+@pytest.mark.parametrize("T", ["bf16", "f16"])
+@pytest.mark.parametrize(("cmp", "ref"), [("lt", lambda a, b: a < b), ("neu", lambda a, b: a != b)])
+def test_compare_of_pairs(cmp: str, ref: Callable, T: str) -> None:
+    """Low halves into the first predicate, high halves into the second."""
+    dtype = torch.bfloat16 if T == "bf16" else torch.float16
+    low, high = (torch.from_numpy(floats(seed=s)).to(dtype) for s in (1, 2))
+    low[20:40] = high[20:40]
+
+    def pair(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
+        return torch.stack((first, second), 1).contiguous().view(torch.int32).flatten().numpy().view(np.uint32)
+
+    text = f"setp.{cmp}.{T}x2 %p1|%p2, %a0, %a1; selp.b32 %x1, 1, 0, %p1; selp.b32 %x2, 2, 0, %p2; or.b32 %o, %x1, %x2;"
+    got = run_ptx(text, [pair(low, high), pair(high, low)], 32)
+    a, b = low.float().numpy(), high.float().numpy()
+    want = [int(ref(x, y)) + 2 * int(ref(y, x)) for x, y in zip(a, b, strict=True)]
+    assert got.tolist() == want
+
+
 @pytest.mark.parametrize(
     ("op", "ref"),
     [
