@@ -6,16 +6,26 @@ nothing of autograd. Import them from here (or through ``fastmlp.functional``, w
 
 from .activation_bwd import activation_bwd
 from .cross_entropy import cross_entropy, cross_entropy_bwd, cross_entropy_fwd
+from .elementwise_loss import elementwise_loss, elementwise_loss_bwd, elementwise_loss_fwd
+from .head import head
 from .linear_dgrad import linear_dgrad
 from .linear_fwd import linear_fwd
 from .linear_wgrad import linear_wgrad
+from .softmax_squared_error import softmax_squared_error, softmax_squared_error_bwd, softmax_squared_error_fwd
 
 __all__ = [
     "activation_bwd",
     "cross_entropy",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
+    "elementwise_loss",
+    "elementwise_loss_bwd",
+    "elementwise_loss_fwd",
+    "head",
     "linear_dgrad",
     "linear_fwd",
     "linear_wgrad",
+    "softmax_squared_error",
+    "softmax_squared_error_bwd",
+    "softmax_squared_error_fwd",
 ]

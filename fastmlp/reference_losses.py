@@ -1,0 +1,95 @@
+"""Plain-torch twins of the elementwise losses and of squared error on softmax probabilities: formulas to read.
+
+As ``fastmlp.reference``: differentiable torch operations only, called in float64 by the tests and in the working
+dtype for second derivatives. A is a network's output and Y its target, of the same shape; reductions are the caller's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ELEMENTWISE_LOSSES",
+    "elementwise_loss",
+    "elementwise_loss_grad",
+    "elementwise_loss_target_grad",
+    "softmax_backward",
+    "softmax_squared_error",
+    "softmax_squared_error_backward",
+]
+
+#: mse (A - Y)^2, l1 |A - Y|, bce: NLL of probabilities, bce_with_logits: NLL of sigmoid(A), nllm: -Y log A.
+ELEMENTWISE_LOSSES = ("mse", "l1", "bce", "bce_with_logits", "nllm")
+#: torch's bounds for probabilities of exactly 0 or 1: of the logarithms, and of a (1 - a) in the gradient.
+LOG_MIN, VARIANCE_MIN = -100.0, 1e-12
+
+
+def _unknown(loss: str) -> ValueError:
+    return ValueError(f"unknown loss {loss!r}; expected one of {', '.join(ELEMENTWISE_LOSSES)}")
+
+
+def elementwise_loss(a: Tensor, y: Tensor, loss: str) -> Tensor:
+    """The loss of every element."""
+    match loss:
+        case "mse":
+            return (a - y) ** 2
+        case "l1":
+            return (a - y).abs()
+        case "bce":
+            return -(y * torch.log(a).clamp_min(LOG_MIN) + (1 - y) * torch.log1p(-a).clamp_min(LOG_MIN))
+        case "bce_with_logits":
+            return a.clamp_min(0) - a * y + torch.log1p(torch.exp(-a.abs()))
+        case "nllm":
+            return -torch.xlogy(y, a)
+    raise _unknown(loss)
+
+
+def elementwise_loss_grad(a: Tensor, y: Tensor, loss: str) -> Tensor:
+    """dL/dA of every element; at the kink of l1 torch's value, 0."""
+    match loss:
+        case "mse":
+            return 2 * (a - y)
+        case "l1":
+            return torch.sign(a - y)
+        case "bce":
+            return (a - y) / (a * (1 - a)).clamp_min(VARIANCE_MIN)
+        case "bce_with_logits":
+            return torch.sigmoid(a) - y
+        case "nllm":
+            return torch.where(y == 0, 0.0, -y / a)
+    raise _unknown(loss)
+
+
+def elementwise_loss_target_grad(a: Tensor, y: Tensor, loss: str) -> Tensor:
+    """dL/dY of every element."""
+    match loss:
+        case "mse" | "l1":
+            return -elementwise_loss_grad(a, y, loss)
+        case "bce":
+            return torch.log1p(-a).clamp_min(LOG_MIN) - torch.log(a).clamp_min(LOG_MIN)
+        case "bce_with_logits":
+            return -a
+        case "nllm":
+            return -torch.log(a)
+    raise _unknown(loss)
+
+
+def softmax_backward(dp: Tensor, p: Tensor) -> Tensor:
+    """dZ = (diag(p) - p p^T) dP = p * (dP - sum_c dP_c p_c) for p = softmax(Z) over the last dimension.
+
+    The Jacobian of softmax is diagonal plus rank one, so its product needs no matrix.
+    """
+    return p * (dp - (dp * p).sum(-1, keepdim=True))
+
+
+def softmax_squared_error(z: Tensor, y: Tensor) -> Tensor:
+    """|softmax(z) - y|^2 of each row; Z and Y [M, C]."""
+    return ((torch.softmax(z, 1) - y) ** 2).sum(1)
+
+
+def softmax_squared_error_backward(dloss: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(dZ, dY) of ``softmax_squared_error`` for the upstream gradient [M] of its rows, or 0-d for all of them."""
+    p = torch.softmax(z, 1)
+    dp = 2 * (dloss.unsqueeze(1) if dloss.dim() else dloss) * (p - y)
+    return softmax_backward(dp, p), -dp

@@ -1,0 +1,182 @@
+"""Elementwise losses of an output A and a target Y, and their gradients: squared, absolute, binary NLL, -Y log A.
+
+    mse               L = (a - y)^2                                     dL/da = 2 (a - y)
+    l1                L = |a - y|                                       dL/da = sign(a - y)
+    bce               L = -(y log a + (1 - y) log(1 - a))               dL/da = (a - y) / (a (1 - a))
+    bce_with_logits   bce of sigmoid(a) = max(a, 0) - a y + log(1 + e^-|a|)      dL/da = sigmoid(a) - y
+    nllm              L = -y log a                                      dL/da = -y / a
+
+torch's values where a logarithm or quotient is not finite: logarithms of bce are at least -100, a (1 - a) at least
+1e-12, and y = 0 makes nllm and its gradient 0. dL/dy follows each formula.
+
+Shapes: A, Y [M, C], any strides; results contiguous. Dtypes: float32, float16, bfloat16; computed in float32.
+Bytes: one pass reads A and Y and writes dA (3 M C items); forward reads 2 M C and writes a number a program; backward
+reads 2 M C and writes M C for each gradient wanted.
+Source: loss derivatives of lecture notes 7.5.13; sigmoid and NLL together, concept 50.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import cdiv
+from .reduce_sum import reduce_sum
+
+__all__ = ["elementwise_loss", "elementwise_loss_bwd", "elementwise_loss_fwd"]
+
+BLOCK = 1024
+
+
+@triton.jit
+def _log1p_small(x):
+    """log(1 + x) within 2 ulp for -1/2 <= x <= 1: 2 artanh(s) with s = x / (2 + x), |s| <= 1/3, as its series."""
+    s = x / (2.0 + x)
+    u = s * s
+    series = u * (1.0 / 15.0) + 1.0 / 13.0
+    series = series * u + 1.0 / 11.0
+    series = series * u + 1.0 / 9.0
+    series = series * u + 1.0 / 7.0
+    series = series * u + 1.0 / 5.0
+    series = series * u + 1.0 / 3.0
+    return 2.0 * s + 2.0 * s * (u * series)
+
+
+@triton.jit
+def _log_probability(p, rest):
+    """log p for rest = 1 - p; near p = 1 from ``rest``, which has the digits that p has lost; at least -100."""
+    near_one = _log1p_small(-tl.minimum(rest, 0.5))
+    return tl.maximum(tl.where(rest < 0.5, near_one, tl.log(p)), -100.0)
+
+
+@triton.jit
+def _loss(a, y, LOSS: tl.constexpr):
+    if LOSS == "mse":
+        loss = (a - y) * (a - y)
+    elif LOSS == "l1":
+        loss = tl.abs(a - y)
+    elif LOSS == "bce":
+        loss = -(y * _log_probability(a, 1.0 - a) + (1.0 - y) * _log_probability(1.0 - a, a))
+    elif LOSS == "bce_with_logits":
+        loss = tl.where(a > 0.0, a, 0.0) - a * y + _log1p_small(tl.exp(-tl.abs(a)))
+    else:
+        tl.static_assert(LOSS == "nllm", "unknown loss")
+        loss = tl.where(y == 0.0, 0.0, -y * tl.log(a))
+    return loss
+
+
+@triton.jit
+def _loss_grad(a, y, LOSS: tl.constexpr):
+    if LOSS == "mse":
+        da = 2.0 * (a - y)
+    elif LOSS == "l1":
+        da = tl.where(a > y, 1.0, tl.where(a < y, -1.0, 0.0))
+    elif LOSS == "bce":
+        da = (a - y) / tl.maximum(a * (1.0 - a), 1e-12)
+    elif LOSS == "bce_with_logits":
+        da = tl.sigmoid(a) - y
+    else:
+        da = tl.where(y == 0.0, 0.0, -y / a)
+    return da
+
+
+@triton.jit
+def _loss_target_grad(a, y, LOSS: tl.constexpr):
+    if LOSS == "mse" or LOSS == "l1":
+        dy = -_loss_grad(a, y, LOSS)
+    elif LOSS == "bce":
+        dy = _log_probability(1.0 - a, a) - _log_probability(a, 1.0 - a)
+    elif LOSS == "bce_with_logits":
+        dy = -a
+    else:
+        dy = -tl.log(a)
+    return dy
+
+
+@triton.jit
+def _elementwise_loss_kernel(
+    a_ptr, y_ptr, g_ptr, loss_ptr, partial_ptr, da_ptr, dy_ptr,
+    scale, total, C, stride_am, stride_ac, stride_ym, stride_yc, stride_gm, stride_gc,
+    LOSS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < total
+    m = offs // C
+    c = offs % C
+    a = tl.load(a_ptr + m * stride_am + c * stride_ac, mask=mask, other=0.5).to(tl.float32)
+    y = tl.load(y_ptr + m * stride_ym + c * stride_yc, mask=mask, other=0.0).to(tl.float32)
+    if loss_ptr is not None or partial_ptr is not None:
+        loss = tl.where(mask, _loss(a, y, LOSS), 0.0)
+        if loss_ptr is not None:
+            tl.store(loss_ptr + offs, loss.to(loss_ptr.dtype.element_ty), mask=mask)
+        if partial_ptr is not None:
+            tl.store(partial_ptr + tl.program_id(0), tl.sum(loss, 0))
+    g = scale
+    if g_ptr is not None:
+        g = scale * tl.load(g_ptr + m * stride_gm + c * stride_gc, mask=mask, other=0.0).to(tl.float32)
+    if da_ptr is not None:
+        tl.store(da_ptr + offs, (g * _loss_grad(a, y, LOSS)).to(da_ptr.dtype.element_ty), mask=mask)
+    if dy_ptr is not None:
+        tl.store(dy_ptr + offs, (g * _loss_target_grad(a, y, LOSS)).to(dy_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(
+    a: Tensor,
+    y: Tensor,
+    loss_name: str,
+    *,
+    g: Tensor | None = None,
+    loss: Tensor | None = None,
+    partial: Tensor | None = None,
+    da: Tensor | None = None,
+    dy: Tensor | None = None,
+    scale: float = 1.0,
+) -> None:
+    total, C = a.numel(), a.shape[1]
+    stride_g = (0, 0) if g is None or g.dim() == 0 else g.stride()
+    _elementwise_loss_kernel[(cdiv(total, BLOCK),)](
+        a, y, g, loss, partial, da, dy,
+        float(scale), total, C, *a.stride(), *y.stride(), *stride_g,
+        LOSS=loss_name, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+def elementwise_loss(
+    a: Tensor, y: Tensor, loss_name: str, *, scale: float = 1.0, loss: Tensor | None = None, da: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Launch one pass over A and Y [M, C]: (loss of every element in float32, dA = scale dL/dA)."""
+    if loss is None:
+        loss = torch.empty(a.shape, dtype=torch.float32, device=a.device)
+    if da is None:
+        da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    if a.numel():
+        _launch(a, y, loss_name, loss=loss, da=da, scale=scale)
+    return loss, da
+
+
+def elementwise_loss_fwd(a: Tensor, y: Tensor, loss_name: str, *, scale: float | None = None) -> Tensor:
+    """Launch the forward pass on [M, C], in a's dtype: every element's loss, or scale times their sum (0-d)."""
+    if scale is None:
+        loss = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+        if a.numel():
+            _launch(a, y, loss_name, loss=loss)
+        return loss
+    out = torch.empty((), dtype=a.dtype, device=a.device)
+    partial = torch.empty(cdiv(a.numel(), BLOCK), dtype=torch.float32, device=a.device)
+    if a.numel():
+        _launch(a, y, loss_name, partial=partial)
+    reduce_sum(partial, out, scale)
+    return out
+
+
+def elementwise_loss_bwd(
+    dloss: Tensor, a: Tensor, y: Tensor, loss_name: str, *, scale: float = 1.0, want_da: bool = True, want_dy: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Launch the backward pass: (dA, dY), each None unless wanted; ``dloss`` is 0-d or [M, C] with any strides."""
+    da = torch.empty(a.shape, dtype=a.dtype, device=a.device) if want_da else None
+    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device) if want_dy else None
+    if a.numel():
+        _launch(a, y, loss_name, g=dloss, da=da, dy=dy, scale=scale)
+    return da, dy

@@ -1,0 +1,28 @@
+"""Sum of partial sums in a fixed order, by one program: two runs are bitwise equal.
+
+Shapes: partial float32 [count], contiguous; out 0-d, any float dtype. out = scale * sum partial.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["reduce_sum"]
+
+BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["count"])
+def _reduce_sum_kernel(partial_ptr, out_ptr, count, scale, BLOCK: tl.constexpr):
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for i in range(0, count, BLOCK):
+        offs = i + tl.arange(0, BLOCK)
+        acc += tl.load(partial_ptr + offs, mask=offs < count, other=0.0)
+    tl.store(out_ptr, (tl.sum(acc, 0) * scale).to(out_ptr.dtype.element_ty))
+
+
+def reduce_sum(partial: Tensor, out: Tensor, scale: float) -> None:
+    """Launch out = scale * sum partial."""
+    _reduce_sum_kernel[(1,)](partial, out, partial.numel(), float(scale), BLOCK=BLOCK, num_warps=4)

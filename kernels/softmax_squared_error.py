@@ -1,0 +1,191 @@
+"""Squared error on softmax probabilities, L = |softmax(z) - y|^2, and its gradient through the softmax, in one pass.
+
+    p = softmax(z),  d = p - y,  L = sum_c d_c^2
+    dL/dz = J^T 2 d with J = diag(p) - p p^T:   dz_c = 2 g p_c (d_c - sum_k p_k d_k)       dy_c = -2 g d_c
+
+J is diagonal plus rank one, so no C x C matrix exists anywhere: a row costs one more sum.
+
+Shapes: Z [M, C], any strides; Y labels [M] (int64 or uint8) or values [M, C]. Dtypes: float32, float16, bfloat16;
+computed in float32. A label outside [0, C) makes its row NaN. Rows of up to ``WHOLE_ROW`` classes stay in registers;
+longer ones are read three times (maximum and sum; the two sums over d; dz).
+Bytes: reads Z (and Y) and writes dZ: 2 M C items, or 4 M C for long rows. Launches: one pass 1, backward 1, forward 1
+or 2 (mean and sum).
+Source: "Basic mnist" of the backpropagation notes (documents 000 and 001).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import cdiv
+from .reduce_sum import reduce_sum
+from .softmax import softmax_block
+
+__all__ = ["softmax_squared_error", "softmax_squared_error_bwd", "softmax_squared_error_fwd"]
+
+#: Rows of up to this many classes are held in registers by one program.
+WHOLE_ROW = 8192
+#: Classes at a time of longer rows.
+BLOCK_C = 4096
+
+
+@triton.jit
+def _error_block(p, z_mask, y, y_ptrs, offs_c, LABELS: tl.constexpr):
+    """D = p - y of a block [BLOCK_M, BLOCK_C], 0 outside the mask."""
+    if LABELS:
+        target = tl.where(offs_c[None, :] == y[:, None], 1.0, 0.0)
+    else:
+        target = tl.load(y_ptrs, mask=z_mask, other=0.0).to(tl.float32)
+    return tl.where(z_mask, p - target, 0.0)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _softmax_squared_error_kernel(
+    z_ptr, y_ptr, g_ptr, loss_ptr, dz_ptr, dy_ptr,
+    scale, M, C,
+    stride_zm, stride_zc, stride_ym, stride_yc, stride_g, stride_dm, stride_dc,
+    LABELS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = row < M
+    z_rows = z_ptr + row[:, None] * stride_zm
+    y_rows = y_ptr + row[:, None] * stride_ym
+    y = tl.zeros((BLOCK_M,), tl.int64)
+    poison = tl.zeros((BLOCK_M,), tl.float32)
+    if LABELS:
+        y = tl.load(y_ptr + row * stride_ym, mask=mask_m, other=0).to(tl.int64)
+        poison = tl.where((y >= 0) & (y < C), 0.0, float("nan"))
+    g = tl.full((BLOCK_M,), scale, tl.float32)
+    if g_ptr is not None:
+        g *= tl.load(g_ptr + row * stride_g, mask=mask_m, other=0.0).to(tl.float32)
+
+    if WHOLE:
+        offs_c = tl.arange(0, BLOCK_C)
+        cols = offs_c.to(tl.int64)[None, :]
+        mask = mask_m[:, None] & (offs_c < C)[None, :]
+        z = tl.load(z_rows + cols * stride_zc, mask=mask, other=float("-inf")).to(tl.float32)
+        z = tl.where(mask_m[:, None], z, 0.0)
+        top, _, e, total = softmax_block(z)
+        p = e / total[:, None]
+        d = _error_block(p, mask, y, y_rows + cols * stride_yc, offs_c, LABELS)
+        if loss_ptr is not None:
+            tl.store(loss_ptr + row, (tl.sum(d * d, 1) + poison).to(loss_ptr.dtype.element_ty), mask=mask_m)
+        offs_d = row[:, None] * stride_dm + cols * stride_dc
+        if dz_ptr is not None:
+            dz = (2.0 * g + poison)[:, None] * p * (d - tl.sum(p * d, 1)[:, None])
+            tl.store(dz_ptr + offs_d, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        if dy_ptr is not None:
+            tl.store(dy_ptr + offs_d, (-2.0 * g[:, None] * d).to(dy_ptr.dtype.element_ty), mask=mask)
+    else:
+        # A row a program: BLOCK_M is 1. Each lane keeps its own maximum and sum until the row ends.
+        lane_top = tl.full((BLOCK_M, BLOCK_C), float("-inf"), tl.float32)
+        lane_total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        for c in range(0, C, BLOCK_C):
+            offs_c = c + tl.arange(0, BLOCK_C)
+            mask = mask_m[:, None] & (offs_c < C)[None, :]
+            z = tl.load(z_rows + offs_c.to(tl.int64)[None, :] * stride_zc, mask=mask, other=float("-inf"))
+            z = z.to(tl.float32)
+            seen = lane_top
+            lane_top = tl.maximum(lane_top, z)
+            # While a lane saw nothing but -inf its reference is 0, so that -inf - -inf makes no NaN.
+            ref = tl.where(lane_top == float("-inf"), 0.0, lane_top)
+            lane_total = lane_total * tl.exp(seen - ref) + tl.exp(z - ref)
+        top = tl.max(lane_top, 1)
+        total = tl.sum(lane_total * tl.exp(lane_top - top[:, None]), 1)
+        square = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        inner = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        for c in range(0, C, BLOCK_C):
+            offs_c = c + tl.arange(0, BLOCK_C)
+            cols = offs_c.to(tl.int64)[None, :]
+            mask = mask_m[:, None] & (offs_c < C)[None, :]
+            z = tl.load(z_rows + cols * stride_zc, mask=mask, other=float("-inf")).to(tl.float32)
+            p = tl.exp(z - top[:, None]) / total[:, None]
+            d = _error_block(p, mask, y, y_rows + cols * stride_yc, offs_c, LABELS)
+            square += d * d
+            inner += p * d
+            if dy_ptr is not None:
+                offs_d = row[:, None] * stride_dm + cols * stride_dc
+                tl.store(dy_ptr + offs_d, (-2.0 * g[:, None] * d).to(dy_ptr.dtype.element_ty), mask=mask)
+        if loss_ptr is not None:
+            tl.store(loss_ptr + row, (tl.sum(square, 1) + poison).to(loss_ptr.dtype.element_ty), mask=mask_m)
+        if dz_ptr is not None:
+            inner_sum = tl.sum(inner, 1)
+            for c in range(0, C, BLOCK_C):
+                offs_c = c + tl.arange(0, BLOCK_C)
+                cols = offs_c.to(tl.int64)[None, :]
+                mask = mask_m[:, None] & (offs_c < C)[None, :]
+                z = tl.load(z_rows + cols * stride_zc, mask=mask, other=float("-inf")).to(tl.float32)
+                p = tl.exp(z - top[:, None]) / total[:, None]
+                d = _error_block(p, mask, y, y_rows + cols * stride_yc, offs_c, LABELS)
+                dz = (2.0 * g + poison)[:, None] * p * (d - inner_sum[:, None])
+                offs_d = row[:, None] * stride_dm + cols * stride_dc
+                tl.store(dz_ptr + offs_d, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    g: Tensor | None = None,
+    loss: Tensor | None = None,
+    dz: Tensor | None = None,
+    dy: Tensor | None = None,
+    scale: float = 1.0,
+) -> None:
+    M, C = logits.shape
+    labels = not target.is_floating_point()
+    cols = max(2, triton.next_power_of_2(C))
+    whole = cols <= WHOLE_ROW
+    if whole:
+        num_warps = min(8, max(1, cols // 512))
+        rows = max(1, min(triton.next_power_of_2(M), 512 * num_warps // cols))
+    else:
+        num_warps, rows, cols = 8, 1, BLOCK_C
+    stride_d = next((t.stride() for t in (dz, dy) if t is not None), (0, 0))
+    _softmax_squared_error_kernel[(cdiv(M, rows),)](
+        logits, target, g, loss, dz, dy,
+        float(scale), M, C,
+        *logits.stride(), target.stride(0), 0 if labels else target.stride(1),
+        0 if g is None or g.dim() == 0 else g.stride(0), *stride_d,
+        LABELS=labels, WHOLE=whole, BLOCK_M=rows, BLOCK_C=cols, num_warps=num_warps,
+    )  # fmt: skip
+
+
+def softmax_squared_error(
+    logits: Tensor, target: Tensor, *, scale: float = 1.0, loss: Tensor | None = None, dz: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Launch one pass over logits [M, C]: (loss of each row in float32, dZ = scale dL/dZ); scale 1/M for the mean."""
+    if loss is None:
+        loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    if dz is None:
+        dz = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if logits.numel():
+        _launch(logits, target, loss=loss, dz=dz, scale=scale)
+    return loss, dz
+
+
+def softmax_squared_error_fwd(logits: Tensor, target: Tensor, *, scale: float | None = None) -> Tensor:
+    """Launch the forward pass, in logits' dtype: the loss of each row [M], or scale times their sum (0-d)."""
+    M = logits.shape[0]
+    rows = torch.empty(M, dtype=logits.dtype if scale is None else torch.float32, device=logits.device)
+    if logits.numel():
+        _launch(logits, target, loss=rows)
+    if scale is None:
+        return rows
+    out = torch.empty((), dtype=logits.dtype, device=logits.device)
+    reduce_sum(rows, out, scale)
+    return out
+
+
+def softmax_squared_error_bwd(
+    dloss: Tensor, logits: Tensor, target: Tensor, *, scale: float = 1.0, want_dz: bool = True, want_dy: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """Launch the backward pass: (dZ, dY), each None unless wanted; ``dloss`` is 0-d or [M] with any stride."""
+    dz = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if want_dz else None
+    dy = torch.empty(target.shape, dtype=target.dtype, device=target.device) if want_dy else None
+    if logits.numel():
+        _launch(logits, target, g=dloss, dz=dz, dy=dy, scale=scale)
+    return dz, dy
