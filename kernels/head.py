@@ -1,0 +1,227 @@
+"""Last linear layer, softmax cross-entropy and their backward pass in one kernel, for up to MAX_CLASSES classes.
+
+    Z_L       = H W^T + b
+    loss_i    = softmax cross-entropy of row i (``cross_entropy`` has the formula and what labels do)
+    dZ_L      = scale dloss/dZ_L                 = (softmax(Z_L) - onehot) scale without weights and smoothing
+    dZ_{L-1}  = (dZ_L W) * f'_{L-1}              optional: a network of one layer, or frozen layers below, has none
+
+Shapes: H [M, K] (the output A_{L-1} of the layer below), W [C, K], b [C]; dZ_L and Z_L [M, C], dZ_{L-1} and
+``saved`` [M, K]; loss [M]. Any strides for H, W, b and saved; outputs contiguous.
+Dtypes: H and W float32, float16 or bfloat16, alike; or H uint8 pixels (X / 255, as ``linear_fwd``), without dZ_{L-1}.
+Accumulated in float32; the loss is that of the float32 logits, and dZ_L is rounded before it is multiplied by W.
+``saved`` is what f'_{L-1} needs: A_{L-1}, which is H itself; Z_{L-1} for gelu and silu; None for identity and step.
+Bytes: reads H (and saved) and writes dZ_{L-1} once, W once a block of rows from the L2 cache. Of H that a program
+has just read for Z_L, ``saved`` comes from the cache.
+
+A block of rows has all classes (padded to a power of two, at least 16), so softmax stays in registers. Few rows make
+few blocks; then several programs share one block of rows: each computes the same dZ_L, which is cheap, and writes
+its own columns of dZ_{L-1}; the first writes all else. No atomics: two runs are bitwise equal.
+Launches: 1, in place of 3 (linear, cross-entropy, dgrad).
+Source: delta_L = p - y and delta_{L-1} = (W^T delta_L) f'(Z_{L-1}) (notes 7.5), in row-vector form.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activation_grad
+from .configs import cdiv
+from .device import Device, current_device, input_precision
+from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
+from .tiling import dot
+
+__all__ = ["MAX_CLASSES", "head"]
+
+#: More classes than this do not fit one program beside a block of W; ``cross_entropy`` takes them.
+MAX_CLASSES = 128
+
+
+@triton.jit(do_not_specialize=["ignore_index", "M"])
+def _head_kernel(
+    h_ptr, w_ptr, b_ptr, target_ptr, rows_ptr, class_weight_ptr, saved_ptr, scale_ptr,
+    loss_ptr, dz_ptr, dz_prev_ptr, z_ptr, correct_ptr,
+    scale, smoothing, ignore_index: tl.int64,
+    M, C, K,
+    stride_hm, stride_hk, stride_wc, stride_wk, stride_b, stride_t, stride_cw, stride_sm, stride_sk,
+    ACTIVATION: tl.constexpr, SMOOTH: tl.constexpr, GATHER_H: tl.constexpr, PIXELS: tl.constexpr,
+    EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid_m = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+    mask_c = offs_c < C
+    mask = mask_m[:, None] & mask_c[None, :]
+    row_m = offs_m.to(tl.int64)
+    row_t = row_m
+    if rows_ptr is not None:
+        row_t = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    row_h = row_t if GATHER_H else row_m
+    y, w_y, ignored = load_labels(target_ptr, row_t * stride_t, mask_m, class_weight_ptr, stride_cw, C, ignore_index)
+    hot = w_y * (1.0 - smoothing) if SMOOTH else w_y
+    g = scale
+    if scale_ptr is not None:
+        g *= tl.load(scale_ptr).to(tl.float32)
+
+    w_rows = w_ptr + offs_c.to(tl.int64)[:, None] * stride_wc
+    h_ptrs = h_ptr + row_h[:, None] * stride_hm + offs_k.to(tl.int64)[None, :] * stride_hk
+    w_ptrs = w_rows + offs_k.to(tl.int64)[None, :] * stride_wk
+    step_h = tl.cast(BLOCK_K, tl.int64) * stride_hk
+    step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
+    z = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            h = tl.load(h_ptrs, mask=mask_m[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_c[:, None], other=0.0)
+        else:
+            mask_k = (offs_k < K - k)[None, :]
+            h = tl.load(h_ptrs, mask=mask_m[:, None] & mask_k, other=0.0)
+            w = tl.load(w_ptrs, mask=mask_c[:, None] & mask_k, other=0.0)
+        if PIXELS:
+            h = h.to(tl.float32).to(w.dtype)
+        z = dot(h, tl.trans(w), z, INPUT_PRECISION)
+        h_ptrs += step_h
+        w_ptrs += step_w
+    if PIXELS:
+        z = z * (1.0 / 255.0)
+    if b_ptr is not None:
+        z += tl.load(b_ptr + offs_c.to(tl.int64) * stride_b, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+
+    offs_z = row_m[:, None] * C + offs_c[None, :]
+    # Only the first of the programs that share these rows writes what all of them know.
+    once_m = offs_m < tl.where(split == 0, M, 0)
+    once = once_m[:, None] & mask_c[None, :]
+    if z_ptr is not None:
+        tl.store(z_ptr + offs_z, z.to(z_ptr.dtype.element_ty), mask=once)
+    z = tl.where(mask_c[None, :], z, float("-inf"))
+    q = z
+    if SMOOTH:
+        q = target_block(w_rows, mask, class_weight_ptr, stride_cw, offs_c, C, smoothing, False, True)
+    picked = offs_c[None, :] == y[:, None]
+    loss, mass, _top, shift, e, total = whole_rows_loss(z, q, hot, picked, mask, SMOOTH, False)
+    dz = rows_grad(e, total, mass, q, hot, picked, ignored, g, SMOOTH, False).to(dz_ptr.dtype.element_ty)
+    tl.store(loss_ptr + row_m, tl.where(ignored, 0.0, loss).to(loss_ptr.dtype.element_ty), mask=once_m)
+    tl.store(dz_ptr + offs_z, dz, mask=once)
+    if correct_ptr is not None:
+        best = tl.min(tl.where(shift == 0.0, offs_c[None, :], BLOCK_C), 1)
+        tl.store(correct_ptr + row_m, (best == y).to(correct_ptr.dtype.element_ty), mask=once_m)
+
+    if dz_prev_ptr is not None:
+        # Padded classes and rows beyond the last must add 0, also where p there is NaN.
+        dz = tl.where(mask, dz, 0.0).to(dz_ptr.dtype.element_ty)
+        for k in range(split * BLOCK_K, K, SPLITS * BLOCK_K):
+            cols = k + offs_k
+            mask_k = (cols < K)[None, :]
+            mask_w = mask_c[:, None]
+            mask_p = mask_m[:, None]
+            if not EVEN_K:
+                mask_w = mask_w & mask_k
+                mask_p = mask_p & mask_k
+            cols = cols.to(tl.int64)[None, :]
+            w = tl.load(w_rows + cols * stride_wk, mask=mask_w, other=0.0)
+            da = dot(dz, w, tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32), INPUT_PRECISION)
+            saved = da
+            if saved_ptr is not None:
+                saved_ptrs = saved_ptr + row_m[:, None] * stride_sm + cols * stride_sk
+                saved = tl.load(saved_ptrs, mask=mask_p, other=0.0).to(tl.float32)
+            dz_prev = activation_grad(da, saved, ACTIVATION)
+            tl.store(dz_prev_ptr + row_m[:, None] * K + cols, dz_prev.to(dz_prev_ptr.dtype.element_ty), mask=mask_p)
+
+
+class _HeadTile(NamedTuple):
+    rows: int
+    classes: int
+    depth: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def _tile(M: int, C: int, K: int, itemsize: int, writes_prev: bool, device: Device) -> _HeadTile:
+    """16 rows a program, more where that still leaves every multiprocessor a program; columns split where fewer."""
+    classes = max(16, triton.next_power_of_2(C))
+    if device.backend == "interpreter":
+        return _HeadTile(32, classes, 32, min(2, cdiv(K, 32)) if writes_prev and K else 1, 1, 1)
+    depth = 32 if itemsize == 4 else 64
+    rows = 16
+    for larger in (64, 32):
+        if larger * classes <= 2048 and cdiv(M, larger) >= device.multiprocessors:
+            rows = larger
+            break
+    splits = 1
+    if writes_prev:
+        splits = max(1, min(cdiv(K, depth), device.multiprocessors // cdiv(M, rows)))
+    return _HeadTile(rows, classes, depth, splits, 4, 3)
+
+
+def head(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    activation: str = "identity",
+    saved: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    smoothing: float = 0.0,
+    rows: Tensor | None = None,
+    gather_h: bool = False,
+    want_dz_prev: bool = True,
+    loss: Tensor | None = None,
+    dz: Tensor | None = None,
+    dz_prev: Tensor | None = None,
+    logits: Tensor | None = None,
+    correct: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Launch the head: (loss of each row, dZ_L, dZ_{L-1} or None).
+
+    Args:
+        h: [M, K]; with ``gather_h`` any number of rows, row m of the batch being h[rows[m]].
+        weight, bias: [C, K] with C <= MAX_CLASSES, and [C].
+        target: labels, int64 or uint8, [M], or any number of them with ``rows``.
+        activation, saved: of the layer below, for dZ_{L-1}.
+        scale: factor of dZ_L, 1/M for the mean over the batch; a float32 0-d device tensor is read by the kernel.
+        class_weight, ignore_index, smoothing: as ``cross_entropy``.
+        rows: int64 [M], contiguous; row m's label is then target[rows[m]].
+        loss, dz, dz_prev: outputs to reuse, contiguous; the loss in any float dtype (default float32), dz and
+            dz_prev in weight's dtype.
+        logits: output [M, C], contiguous, any float dtype; not written unless given.
+        correct: output [M], contiguous, any dtype: 1 where the label is the first largest logit, else 0.
+    """
+    M = target.shape[0] if rows is None else rows.shape[0]
+    C, K = weight.shape
+    if loss is None:
+        loss = torch.empty(M, dtype=torch.float32, device=h.device)
+    if dz is None:
+        dz = torch.empty((M, C), dtype=weight.dtype, device=h.device)
+    if want_dz_prev and dz_prev is None:
+        dz_prev = torch.empty((M, K), dtype=weight.dtype, device=h.device)
+    if M == 0:
+        return loss, dz, dz_prev
+    device = current_device()
+    tile = _tile(M, C, K, weight.element_size(), dz_prev is not None, device)
+    scale_ptr, scale = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+    _head_kernel[(cdiv(M, tile.rows) * tile.splits,)](
+        h, weight, bias, target, rows, class_weight, saved, scale_ptr,
+        loss, dz, dz_prev, logits, correct,
+        scale, float(smoothing), ignore_index,
+        M, C, K,
+        h.stride(0), h.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
+        target.stride(0), 0 if class_weight is None else class_weight.stride(0),
+        *((0, 0) if saved is None else saved.stride()),
+        ACTIVATION=activation, SMOOTH=smoothing != 0.0, GATHER_H=gather_h, PIXELS=h.dtype == torch.uint8,
+        EVEN_K=K % tile.depth == 0, INPUT_PRECISION=input_precision(device), SPLITS=tile.splits,
+        BLOCK_M=tile.rows, BLOCK_C=tile.classes, BLOCK_K=tile.depth,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return loss, dz, dz_prev
