@@ -5,7 +5,8 @@ that was never written shows as NaN in the result.
 
 Budget: an error against float64 is measured beside torch's own error in the same dtype. It passes when it is no
 more than twice torch's, plus a floor that grows with the square root of the reduction length (rounding errors of a
-sum in float32, and one rounding to the output's dtype), all relative to the largest magnitude of the result.
+sum in float32, and one rounding to the output's dtype), all relative to the largest magnitude of the result, plus the
+smallest number of the dtype.
 """
 
 from __future__ import annotations
@@ -49,16 +50,26 @@ def nan_like(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.full(shape, math.nan, dtype=dtype)
 
 
-def budget(expected: Tensor, torch_result: Tensor, reduction: int, dtype: torch.dtype) -> float:
-    """The largest absolute error allowed: 2x torch's own, plus the floor; see the module docstring."""
+def budget(expected: Tensor, torch_result: Tensor, reduction: int, dtype: torch.dtype, magnitude: float = 0.0) -> float:
+    """The largest absolute error allowed: 2x torch's own, plus the floor; see the module docstring.
+
+    ``magnitude``: the largest sum of absolute values of the terms of one result. Rounding errors of a sum are
+    relative to that, and where terms cancel, all results can be much smaller.
+    """
     scale = expected.abs().max().item() if expected.numel() else 0.0
     own = (torch_result.double() - expected).abs().max().item() if expected.numel() else 0.0
-    floor = (torch.finfo(dtype).eps + EPS32 * math.sqrt(max(1, reduction))) * scale
-    return 2 * own + floor
+    floor = torch.finfo(dtype).eps * scale + EPS32 * math.sqrt(max(1, reduction)) * max(scale, magnitude)
+    return 2 * own + floor + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
 def assert_within_budget(
-    actual: Tensor, expected: Tensor, torch_result: Tensor, *, reduction: int, what: str = "result"
+    actual: Tensor,
+    expected: Tensor,
+    torch_result: Tensor,
+    *,
+    reduction: int,
+    magnitude: float = 0.0,
+    what: str = "result",
 ) -> None:
     """``actual`` (any float dtype) against ``expected`` (float64) and torch's result in the same dtype."""
     assert expected.dtype == torch.float64, "the oracle computes in float64"
@@ -67,7 +78,7 @@ def assert_within_budget(
         return
     error = (actual.double() - expected).abs()
     assert not error.isnan().any(), f"{what}: NaN at {error.isnan().nonzero()[0].tolist()}"
-    allowed = budget(expected, torch_result, reduction, actual.dtype)
+    allowed = budget(expected, torch_result, reduction, actual.dtype, magnitude)
     worst = error.max().item()
     if worst > allowed:
         where = (error == error.max()).nonzero()[0].tolist()
