@@ -12,8 +12,21 @@ from .autograd import LinearAct, MLPFunction
 from .backend import functorch_active, resolve
 from .checks import check_activation, check_batch, check_input, check_layer, check_linear, check_tensor
 from .losses import cross_entropy
+from .losses_elementwise import bce_loss, bce_with_logits, l1_loss, mse_loss, multiclass_nll
+from .losses_softmax import softmax, softmax_squared_error
 
-__all__ = ["cross_entropy", "linear_act", "mlp"]
+__all__ = [
+    "bce_loss",
+    "bce_with_logits",
+    "cross_entropy",
+    "l1_loss",
+    "linear_act",
+    "mlp",
+    "mse_loss",
+    "multiclass_nll",
+    "softmax",
+    "softmax_squared_error",
+]
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

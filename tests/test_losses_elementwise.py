@@ -1,0 +1,244 @@
+"""mse_loss, l1_loss, bce_loss, bce_with_logits, multiclass_nll, softmax and softmax_squared_error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from fastmlp import reference_losses as reference
+from fastmlp import use_backend
+from fastmlp.functional import (
+    bce_loss,
+    bce_with_logits,
+    l1_loss,
+    mse_loss,
+    multiclass_nll,
+    softmax,
+    softmax_squared_error,
+)
+from tests.kernels.harness import assert_within_budget
+
+LOSSES = {
+    "mse": (mse_loss, F.mse_loss),
+    "l1": (l1_loss, F.l1_loss),
+    "bce": (bce_loss, F.binary_cross_entropy),
+    "bce_with_logits": (bce_with_logits, F.binary_cross_entropy_with_logits),
+}
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def operands(loss: str, *shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    a, y = torch.randn(shape, generator=g, dtype=torch.float64), torch.randn(shape, generator=g, dtype=torch.float64)
+    if loss in ("bce", "multiclass_nll"):
+        a = torch.sigmoid(a)
+    if loss not in ("mse", "l1"):
+        y = torch.sigmoid(y)
+    return a.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
+
+
+def both_gradients(function, a: Tensor, y: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    a, y = a.detach().requires_grad_(), y.detach().requires_grad_()
+    loss = function(a, y, reduction=reduction)
+    loss.backward(torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape))
+    return loss.detach(), a.grad, y.grad  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_torchs_results(loss, reduction, dtype):
+    ours, theirs = LOSSES[loss]
+    for shape in ((7, 5), (11,), (), (2, 3, 4)):
+        a, y = operands(loss, *shape, dtype=dtype)
+        got, da, dy = both_gradients(ours, a, y, reduction)
+        want, da_torch, dy_torch = both_gradients(theirs, a, y, reduction)
+        assert torch.equal(got, want), "the value is torch's to the bit"
+        assert got.dtype == da.dtype == dy.dtype == dtype
+        _, da_expected, dy_expected = both_gradients(theirs, a.double(), y.double(), reduction)
+        assert_within_budget(da, da_expected, da_torch, reduction=1, what="gradient of the input")
+        assert_within_budget(dy, dy_expected, dy_torch, reduction=1, what="gradient of the target")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss", [*LOSSES, "multiclass_nll"])
+def test_first_and_second_derivatives(loss, reduction):
+    function = LOSSES[loss][0] if loss in LOSSES else multiclass_nll
+    a, y = operands(loss, 3, 4)
+    assert gradcheck(lambda a, y: function(a, y, reduction=reduction), (a, y))
+    assert gradgradcheck(lambda a, y: function(a, y, reduction=reduction), (a, y))
+
+
+def test_multiclass_nll_after_softmax_is_cross_entropy():
+    z = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 4, 2, 2, 1, 3])
+    one_hot = F.one_hot(y, 5).double()
+    for reduction in REDUCTIONS:
+        ours, theirs = multiclass_nll(softmax(z), one_hot, reduction), F.cross_entropy(z, y, reduction=reduction)
+        torch.testing.assert_close(ours, theirs)
+        (dz,) = torch.autograd.grad(ours.sum(), z)
+        (dz_torch,) = torch.autograd.grad(theirs.sum(), z)
+        torch.testing.assert_close(dz, dz_torch)
+
+
+def test_a_term_of_a_class_that_is_not_the_target_is_zero():
+    a = torch.tensor([[0.0, 1.0], [0.25, 0.75]], requires_grad=True)
+    loss = multiclass_nll(a, torch.tensor([[0.0, 1.0], [0.0, 1.0]]), "sum")
+    loss.backward()
+    assert loss.item() == pytest.approx(-torch.tensor(0.75).log().item())
+    assert a.grad is not None
+    torch.testing.assert_close(a.grad, torch.tensor([[0.0, -1.0], [0.0, -4 / 3]]))
+
+
+class TestSoftmax:
+    def test_values_and_derivatives(self):
+        z = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+        assert torch.equal(softmax(z), torch.softmax(z, -1))
+        assert gradcheck(softmax, (z,))
+        assert gradgradcheck(softmax, (z,))
+
+    def test_gradient_of_rows_far_from_zero(self):
+        z = torch.tensor([[1e4, 1e4 - 1, -1e4]], requires_grad=True)
+        softmax(z)[0, 0].backward()
+        assert z.grad is not None
+        assert z.grad.isfinite().all()
+        assert z.grad[0, 0].item() == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item() * 0.2689414, rel=1e-5)
+
+    def test_equals_the_product_with_the_explicit_jacobian(self):
+        p = torch.softmax(torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), 0)
+        dp = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        jacobian = torch.diag(p) - torch.outer(p, p)
+        torch.testing.assert_close(reference.softmax_backward(dp, p), jacobian.t() @ dp)
+
+    def test_errors(self):
+        with pytest.raises(TypeError, match="expected the input"):
+            softmax([1.0])  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="int64"):
+            softmax(torch.tensor([1, 2]))
+
+
+class TestSoftmaxSquaredError:
+    @staticmethod
+    def plain(z: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+        rows = ((torch.softmax(z, 1) - y) ** 2).sum(1)
+        return {"none": rows, "sum": rows.sum(), "mean": rows.mean()}[reduction]
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_against_autograd(self, reduction, dtype):
+        a, y = operands("mse", 7, 5, dtype=dtype)
+        got, dz, dy = both_gradients(softmax_squared_error, a, y, reduction)
+        want, dz_torch, dy_torch = both_gradients(self.plain, a, y, reduction)
+        expected, dz_expected, dy_expected = both_gradients(self.plain, a.double(), y.double(), reduction)
+        assert_within_budget(got, expected, want, reduction=a.numel(), what="loss")
+        assert_within_budget(dz, dz_expected, dz_torch, reduction=5, what="gradient of the logits")
+        assert_within_budget(dy, dy_expected, dy_torch, reduction=1, what="gradient of the target")
+
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_first_and_second_derivatives(self, reduction):
+        z, y = operands("mse", 3, 4)
+        assert gradcheck(lambda z, y: softmax_squared_error(z, y, reduction), (z, y))
+        assert gradgradcheck(lambda z, y: softmax_squared_error(z, y, reduction), (z, y))
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
+    def test_labels_are_one_hot_rows(self, dtype):
+        z, _ = operands("mse", 4, 5)
+        labels = torch.tensor([0, 4, 2, 2])
+        got = softmax_squared_error(z, labels.to(dtype))
+        want = self.plain(z, F.one_hot(labels, 5).double())
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, z)[0], torch.autograd.grad(want, z)[0])
+        assert gradgradcheck(lambda z: softmax_squared_error(z, labels), (z,))
+
+    def test_one_row_without_batch(self):
+        z, y = operands("mse", 5)
+        for reduction in REDUCTIONS:
+            got = softmax_squared_error(z, y, reduction)
+            assert got.shape == ()
+            torch.testing.assert_close(got, self.plain(z.unsqueeze(0), y.unsqueeze(0)))
+        assert softmax_squared_error(z, torch.tensor(3)).item() == pytest.approx(
+            self.plain(z.unsqueeze(0), F.one_hot(torch.tensor([3]), 5)).item()
+        )
+
+    def test_errors(self):
+        z = torch.randn(4, 5)
+        with pytest.raises(IndexError, match="0 to 4, got 1 to 5"):
+            softmax_squared_error(z, torch.tensor([1, 2, 5, 3]))
+        with pytest.raises(ValueError, match=r"labels of shape \[4\]"):
+            softmax_squared_error(z, torch.tensor([1, 2]))
+        with pytest.raises(ValueError, match=r"\[M, C\]"):
+            softmax_squared_error(torch.randn(2, 3, 4), torch.zeros(2, 3, 4))
+        with pytest.raises(RuntimeError, match="int32"):
+            softmax_squared_error(z, torch.zeros(4, dtype=torch.int32))
+        with pytest.raises(ValueError, match="average"):
+            softmax_squared_error(z, torch.zeros(4, dtype=torch.int64), "average")
+
+
+class TestArguments:
+    def test_nothing_is_broadcast(self):
+        with pytest.raises(ValueError, match=r"\[3, 1\].*expand_as"):
+            mse_loss(torch.zeros(3, 4), torch.zeros(3, 1))
+
+    def test_dtypes(self):
+        with pytest.raises(RuntimeError, match="same dtype"):
+            mse_loss(torch.zeros(3), torch.zeros(3).double())
+        with pytest.raises(RuntimeError, match="floating-point target"):
+            l1_loss(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
+
+    def test_reduction(self):
+        with pytest.raises(ValueError, match=r"'average'.*none, mean, sum"):
+            mse_loss(torch.zeros(3), torch.zeros(3), "average")
+
+    def test_not_tensors(self):
+        with pytest.raises(TypeError, match="the target"):
+            mse_loss(torch.zeros(3), [0.0] * 3)  # type: ignore[arg-type]
+
+    def test_probabilities_outside_their_range(self):
+        with pytest.raises(RuntimeError, match=r"got -0\.5 to 2"):
+            bce_loss(torch.tensor([-0.5, 2.0]), torch.zeros(2))
+
+    def test_empty(self):
+        assert mse_loss(torch.zeros(0), torch.zeros(0)).isnan()
+        assert l1_loss(torch.zeros(0), torch.zeros(0), "sum").item() == 0
+        assert softmax_squared_error(torch.zeros(0, 3), torch.zeros(0, 3), "none").shape == (0,)
+
+
+class TestModes:
+    def test_autocast_computes_in_float32(self):
+        a, y = operands("mse", 7, 5, dtype=torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert bce_with_logits(a, y).dtype == torch.float32
+            assert softmax_squared_error(a, y).dtype == torch.float32
+
+    def test_torch_func(self):
+        a, y = operands("mse", 7, 5)
+        rows = torch.func.vmap(lambda a, y: mse_loss(a, y))(a, y)
+        torch.testing.assert_close(rows, ((a - y) ** 2).mean(1))
+        gradient = torch.func.grad(lambda a: softmax_squared_error(a, y.detach()))(a.detach())
+        want = torch.autograd.grad(softmax_squared_error(a, y.detach()), a)[0]
+        torch.testing.assert_close(gradient, want)
+
+    def test_frozen_target_gets_no_gradient(self):
+        a, y = operands("mse", 7, 5)
+        assert mse_loss(a, y.detach()).backward() is None
+        assert y.grad is None
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_on_the_kernels(lane, reduction):
+    """Every loss and gradient on the Triton backend against plain torch, with odd shapes and upstream gradients."""
+    with use_backend("triton"):
+        for name, (function, theirs) in LOSSES.items():
+            a, y = (t.detach().to(lane) for t in operands(name, 2, 3, 17, dtype=torch.float32))
+            got = both_gradients(function, a, y, reduction)
+            want = both_gradients(theirs, a, y, reduction)
+            for ours, plain in zip(got, want, strict=True):
+                torch.testing.assert_close(ours, plain, msg=name)
+        z, y = (t.detach().to(lane) for t in operands("mse", 7, 17, dtype=torch.float32))
+        got = both_gradients(softmax_squared_error, z, y, reduction)
+        want = both_gradients(TestSoftmaxSquaredError.plain, z, y, reduction)
+        for ours, plain in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, plain)
