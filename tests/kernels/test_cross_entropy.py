@@ -315,7 +315,7 @@ def test_label_out_of_range_is_nan(lane, monkeypatch, options, whole_row):
         assert got[bad].isnan().all()
         assert not got[~bad].isnan().any()
     expected, _ = cross_entropy(z[~bad].to(lane), y[~bad].to(lane), **moved)
-    assert torch.equal(loss.cpu()[~bad], expected.cpu())
+    torch.testing.assert_close(loss.cpu()[~bad], expected.cpu(), rtol=1e-6, atol=1e-7)
 
 
 def test_all_rows_ignored(lane):
@@ -343,8 +343,9 @@ def test_training_step_arguments(lane):
         correct=correct,
     )
     expected, expected_dz = cross_entropy(z.to(lane), labels[rows].long().to(lane), scale=0.25)
-    assert torch.equal(loss, expected)
-    assert torch.equal(dz, expected_dz)
+    # Another kernel to the compiler, which may contract other products and sums into fused ones.
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(dz, expected_dz, rtol=1e-6, atol=1e-7)
     assert torch.equal(correct.cpu(), (z.argmax(1) == labels[rows]).int())
 
 

@@ -174,7 +174,8 @@ def test_rows_gathered_and_scale_on_the_device(lane):
     rows = torch.randperm(60, generator=g)[:33]
     got = head(h, w, b, labels.to(lane), rows=poisoned(rows).to(lane), scale=torch.tensor(0.125).to(lane))
     for a, e in zip(got, head(h, w, b, labels[rows].long().to(lane), scale=0.125), strict=True):
-        assert torch.equal(a, e)
+        # Another kernel to the compiler, which may contract other products and sums into fused ones.
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
