@@ -6,10 +6,12 @@ This table needs no Triton; ``fastmlp.kernels.activations`` holds the same funct
 
 from __future__ import annotations
 
-__all__ = ["ACTIVATIONS", "LEAKY_SLOPE", "NEEDS_NOTHING", "NEEDS_Z", "saved_for_grad"]
+__all__ = ["ACTIVATIONS", "LAYER_ACTIVATIONS", "LEAKY_SLOPE", "NEEDS_NOTHING", "NEEDS_Z", "saved_for_grad"]
 
 #: Every elementwise activation, in the order of the documentation.
 ACTIVATIONS = ("identity", "sigmoid", "relu", "tanh", "step", "leaky_relu", "gelu", "silu")
+#: What a layer of an MLP may have: an elementwise activation, or softmax over its features.
+LAYER_ACTIVATIONS = (*ACTIVATIONS, "softmax")
 #: Derivative needs the pre-activation Z; the forward pass keeps it beside A.
 NEEDS_Z = frozenset({"gelu", "silu"})
 #: Derivative is a constant; the forward pass keeps nothing.

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, LAYER_ACTIVATIONS
 
 __all__ = [
     "check_activation",
     "check_batch",
     "check_input",
     "check_layer",
+    "check_layer_activation",
     "check_linear",
     "check_same_device",
     "check_tensor",
@@ -28,6 +29,12 @@ def check_activation(activation: object) -> None:
     """ValueError unless ``activation`` is the name of an elementwise activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+
+
+def check_layer_activation(activation: object) -> None:
+    """ValueError unless ``activation`` is the name of an elementwise activation or "softmax"."""
+    if activation not in LAYER_ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(LAYER_ACTIVATIONS)}")
 
 
 def check_tensor(value: object, name: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops, reference
 from .autograd import LinearAct, MLPFunction
 from .backend import functorch_active, resolve
-from .checks import check_activation, check_batch, check_input, check_layer, check_linear, check_tensor
+from .checks import check_batch, check_input, check_layer, check_layer_activation, check_linear, check_tensor
 from .losses import cross_entropy
 from .losses_elementwise import bce_loss, bce_with_logits, l1_loss, mse_loss, multiclass_nll
 from .losses_softmax import softmax, softmax_squared_error
@@ -55,7 +55,8 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         x: [*, in_features], of weight's dtype, or uint8 pixels, which are scaled by 1/255 inside the kernel.
         weight: [out_features, in_features], as torch.nn.functional.linear's; any strides.
         bias: [out_features] or None.
-        activation: identity, sigmoid, relu, tanh, step, leaky_relu (slope 0.01), gelu (exact) or silu.
+        activation: identity, sigmoid, relu, tanh, step, leaky_relu (slope 0.01), gelu (exact) or silu, or softmax over
+            the features, which is a pass of its own after the kernel.
 
     Returns:
         [*, out_features] in weight's dtype (in the autocast dtype under torch.autocast).
@@ -71,7 +72,9 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         TypeError: arguments that are not tensors.
         RuntimeError: shapes, dtypes or devices that do not fit, as torch.nn.functional.linear.
     """
-    check_activation(activation)
+    check_layer_activation(activation)
+    if activation == "softmax":
+        return softmax(linear_act(x, weight, bias))
     check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -96,7 +99,8 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
         x: [B, in_features] of the weights' dtype, or uint8 pixels, or [B, ...], flattened from dimension 1.
         weights: L tensors [n_l, n_{l-1}].
         biases: L tensors [n_l], or None for a layer without one.
-        activations: L names as in ``linear_act``; the last one is usually "identity" (logits).
+        activations: L names as in ``linear_act``; the last one is usually "identity" (logits). After a softmax a new
+            node of the tape begins.
 
     Returns:
         A_L [B, n_L].
@@ -109,7 +113,7 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
         ValueError: no layers, or not as many weights as biases and activations.
     """
     for activation in activations:
-        check_activation(activation)
+        check_layer_activation(activation)
     if not len(weights) == len(biases) == len(activations) or not weights:
         raise ValueError(
             f"expected as many weights as biases and activations, at least one of each, got {len(weights)} weights, "
@@ -125,6 +129,10 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
     check_batch(x, weights[0].shape[1])
     x = x.flatten(1) if x.dim() > 2 else x
     check_input(x, weights[0], "weights[0]")
+    if "softmax" in activations:
+        end = list(activations).index("softmax") + 1
+        a = softmax(mlp(x, weights[:end], biases[:end], [*activations[: end - 1], "identity"]))
+        return a if end == len(weights) else mlp(a, weights[end:], biases[end:], activations[end:])
     backend = resolve(x, weights[0].dtype)
     if functorch_active():
         return reference.mlp(x, weights, biases, activations)

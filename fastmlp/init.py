@@ -26,7 +26,7 @@ LEARNING_RATES: Mapping[str, float] = {
 
 # Glorot and Bengio 2010: weights uniform in +-gain sqrt(6 / (inputs + outputs)); for the logistic sigmoid, whose
 # slope at 0 is 1/4, four times those of an activation with slope 1. LeCun et al. 1998 for tanh: 5/3.
-_GLOROT_GAIN = {"identity": 1.0, "step": 1.0, "sigmoid": 4.0, "tanh": 5 / 3}
+_GLOROT_GAIN = {"identity": 1.0, "step": 1.0, "softmax": 1.0, "sigmoid": 4.0, "tanh": 5 / 3}
 # He et al. 2015, for activations that are near 0 for half of their inputs: weights uniform in +-sqrt(6 / inputs).
 _HE = ("relu", "leaky_relu", "gelu", "silu")
 

@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
 from .activations import LEAKY_SLOPE
-from .checks import check_activation, check_batch
+from .checks import check_batch, check_layer_activation
 
 __all__ = ["MLP", "Linear"]
 
@@ -32,7 +32,7 @@ class Linear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as torch.nn.Linear, and initialized like it.
-        activation: "identity" (default), sigmoid, relu, tanh, step, leaky_relu, gelu or silu.
+        activation: "identity" (default), sigmoid, relu, tanh, step, leaky_relu, gelu, silu or softmax.
 
     Input [*, in_features] (uint8 pixels count as x / 255), output [*, out_features]; ``functional.linear_act`` says
     the rest.
@@ -47,7 +47,7 @@ class Linear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_activation(activation)
+        check_layer_activation(activation)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation
 
@@ -131,7 +131,7 @@ class MLP(nn.Module):
 
         Accepts an nn.Sequential (nested ones too) or a module whose children, in order, form one: an optional
         nn.Flatten, then nn.Linear layers, each followed by at most one of nn.Sigmoid, ReLU, Tanh, LeakyReLU(0.01),
-        GELU(), SiLU or Identity. Sharing means that an optimizer made for the module goes on working.
+        GELU(), SiLU, Softmax(-1) or Identity. Sharing means that an optimizer made for the module goes on working.
 
         Raises:
             TypeError: a child that an MLP has no place for, or one whose weight is computed by a parametrization.
@@ -188,6 +188,9 @@ class MLP(nn.Module):
             )
             plain.weight, plain.bias = layer.weight, layer.bias
             modules.append(plain)
+            if layer.activation == "softmax":
+                modules.append(nn.Softmax(-1))
+                continue
             if layer.activation not in _TORCH_MODULES:
                 raise ValueError(f"torch has no module for the activation {layer.activation!r}")
             if layer.activation != "identity":
@@ -212,11 +215,11 @@ def _checked_sizes(sizes: object) -> tuple[int, ...]:
 def _per_layer(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
     """One activation a layer; a single name, or one name a hidden layer, leaves the last layer without."""
     if isinstance(activation, str):
-        check_activation(activation)
+        check_layer_activation(activation)
         return (*[activation] * (layers - 1), "identity")
     names = tuple(activation) if isinstance(activation, Iterable) else (activation,)
     for name in names:
-        check_activation(name)
+        check_layer_activation(name)
     if len(names) == layers:
         return names
     if len(names) == layers - 1:
@@ -244,12 +247,14 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
 
 
 def _activation_name(module: nn.Module) -> str:
+    if type(module) is nn.Softmax and module.dim in (1, -1):
+        return "softmax"
     settings: dict[str, Any] = {"negative_slope": LEAKY_SLOPE, "approximate": "none"}
     for name, kind in _TORCH_MODULES.items():
         if type(module) is kind and all(getattr(module, k, v) == v for k, v in settings.items()):
             return name
     raise TypeError(
         f"an MLP has no place for {module}; expected nn.Linear, nn.Flatten or one of "
-        f"{', '.join(kind.__name__ for kind in _TORCH_MODULES.values())} "
-        f"(LeakyReLU with slope {LEAKY_SLOPE}, exact GELU)"
+        f"{', '.join(kind.__name__ for kind in _TORCH_MODULES.values())}, Softmax "
+        f"(LeakyReLU with slope {LEAKY_SLOPE}, exact GELU, Softmax over the features)"
     )

@@ -433,9 +433,9 @@ MLP_ERRORS: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
         "got 2 weights, 1 biases and 2 activations",
     ),
     "activation": (
-        lambda: mlp(torch.ones(2, 5), [GOOD_W, W2], [GOOD_B, B2], ["relu", "softmax"]),
+        lambda: mlp(torch.ones(2, 5), [GOOD_W, W2], [GOOD_B, B2], ["relu", "softmin"]),
         ValueError,
-        "unknown activation 'softmax'",
+        "unknown activation 'softmin'",
     ),
     "input type": (
         lambda: mlp([[1.0]], [GOOD_W], [GOOD_B], ["relu"]),

@@ -245,7 +245,7 @@ class TestConstruction:
     @pytest.mark.parametrize(
         ("activation", "message"),
         [
-            ("softmax", r"unknown activation 'softmax'; expected one of identity, sigmoid"),
+            ("softmin", r"unknown activation 'softmin'; expected one of identity, sigmoid"),
             (["relu", "swish"], "unknown activation 'swish'"),
             (None, "unknown activation None"),
             (torch.relu, "unknown activation <built-in method relu"),

@@ -165,7 +165,7 @@ class TestFromAndToTorch:
             ([nn.Linear(5, 3), nn.Dropout(0.5)], TypeError, "no place for Dropout"),
             ([nn.Linear(5, 3), nn.LeakyReLU(0.2)], TypeError, "no place for LeakyReLU.*slope 0.01, exact GELU"),
             ([nn.Linear(5, 3), nn.GELU(approximate="tanh")], TypeError, "no place for GELU"),
-            ([nn.Linear(5, 3), nn.Softmax(1)], TypeError, "no place for Softmax"),
+            ([nn.Linear(5, 3), nn.Softmax(0)], TypeError, "no place for Softmax"),
             ([nn.ReLU(), nn.Linear(5, 3)], ValueError, r"ReLU\(\) does not follow a linear layer"),
             ([nn.Linear(5, 3), nn.ReLU(), nn.Tanh()], ValueError, r"Tanh\(\) does not follow a linear layer"),
             ([nn.Linear(5, 3), nn.Linear(4, 2)], ValueError, "follows a layer with 3 outputs; expected in_features=3"),
