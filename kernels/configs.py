@@ -20,8 +20,8 @@ from .device import Device
 
 __all__ = ["GEMM_KINDS", "Tile", "all_tiles", "cdiv", "gemm_tile", "splits"]
 
-#: fwd: A [M, N] over K.  dgrad: dX [M, K] over N.  wgrad: dW [N, K] over M.
-GEMM_KINDS = ("fwd", "dgrad", "wgrad")
+#: fwd: A [M, N] over K.  dgrad: dX [M, K] over N.  wgrad: dW [N, K] over M.  update: wgrad with the optimizer behind.
+GEMM_KINDS = ("fwd", "dgrad", "wgrad", "update")
 
 
 class Tile(NamedTuple):
@@ -143,6 +143,23 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
 # A program's pipeline holds one block of each operand a stage.
 _MIN_DEPTH_PER_SPLIT = 256
 
+# The optimizer's state lives in registers beside the gradient, so blocks are smaller, or have more warps.
+_UPDATE_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
+    "mma": (
+        (Tile(64, 64, 32, 8, 3), Tile(32, 64, 32, 4, 3), Tile(16, 32, 32, 2, 4)),
+        (Tile(64, 64, 64, 8, 4), Tile(32, 64, 64, 4, 4), Tile(32, 32, 64, 4, 4)),
+    ),
+    "fma": (
+        (Tile(32, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(16, 32, 16, 2, 2)),
+        (Tile(32, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(16, 32, 16, 2, 2)),
+    ),
+    "hip": (
+        (Tile(32, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2), Tile(16, 32, 32, 2, 2)),
+        (Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2)),
+    ),
+    "interpreter": ((Tile(32, 32, 32, 1, 1),), (Tile(32, 32, 32, 1, 1),)),
+}
+
 
 def cdiv(a: int, b: int) -> int:
     """Integer ceil(a / b)."""
@@ -159,9 +176,13 @@ def _family(device: Device) -> str:
     return {9: "wgmma", 10: "tcgen05"}.get(arch // 10, "mma")
 
 
-def _candidates(dtype: torch.dtype, device: Device) -> tuple[Tile, ...]:
+def _candidates(kind: str, dtype: torch.dtype, device: Device) -> list[Tile]:
     float32, half = _TILES[_family(device)]
-    return float32 if dtype == torch.float32 else half
+    tiles = float32 if dtype == torch.float32 else half
+    if kind == "update":
+        float32, half = _UPDATE_TILES.get(_family(device), _UPDATE_TILES["mma"])
+        tiles = float32 if dtype == torch.float32 else half
+    return list(tiles)
 
 
 def fit(tile: Tile, itemsize: int, device: Device) -> Tile | None:
@@ -178,8 +199,8 @@ def gemm_tile(kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, d
     wgrad's parallelism comes from splitting the reduction too (``splits``), so its tile is chosen as if the
     output were as many times larger as there are splits of the least worthwhile depth.
     """
-    tiles = [t for t in (fit(t, dtype.itemsize, device) for t in _candidates(dtype, device)) if t is not None]
-    copies = max(1, depth // _MIN_DEPTH_PER_SPLIT) if kind == "wgrad" else 1
+    tiles = [t for t in (fit(t, dtype.itemsize, device) for t in _candidates(kind, dtype, device)) if t is not None]
+    copies = max(1, depth // _MIN_DEPTH_PER_SPLIT) if kind in ("wgrad", "update") else 1
     for tile in tiles:
         if tile.rows > max(16, 2 * rows) or tile.cols > max(16, 2 * cols):
             continue
@@ -198,7 +219,7 @@ def splits(tile: Tile, rows: int, cols: int, depth: int, device: Device) -> int:
 
 def all_tiles(kind: str, dtype: torch.dtype, device: Device) -> Iterator[Tile]:
     """Every tile that ``gemm_tile`` can return for this kind, dtype and device."""
-    for tile in _candidates(dtype, device):
+    for tile in _candidates(kind, dtype, device):
         fitted = fit(tile, dtype.itemsize, device)
         if fitted is not None:
             yield fitted

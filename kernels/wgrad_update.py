@@ -33,7 +33,7 @@ from .linear_wgrad import sum_slices, wgrad_tile
 from .optimizer import update_block
 from .tiling import grouped_tile
 
-__all__ = ["SEGMENT", "Hyper", "Layer", "Layout", "reduce_update", "wgrad_update"]
+__all__ = ["SEGMENT", "Hyper", "Layer", "Layout", "reduce_update", "wgrad_update", "workspace"]
 
 SEGMENT = 1024
 GROUP_N = 8
@@ -85,20 +85,20 @@ def _wgrad_layer(
 
 
 @triton.jit
-def _mean_loss(loss_rows_ptr, loss_ptr, M, BLOCK: tl.constexpr):
-    """loss = (1/M) sum of the rows, blocks added in order."""
+def _mean_loss(loss_rows_ptr, loss_ptr, count, BLOCK: tl.constexpr):
+    """loss = mean of ``count`` values, blocks added in order."""
     offs = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for m in range(0, M, BLOCK):
-        total += tl.load(loss_rows_ptr + m + offs, mask=m + offs < M, other=0.0)
-    tl.store(loss_ptr, tl.sum(total, axis=0) / M)
+    for i in range(0, count, BLOCK):
+        total += tl.load(loss_rows_ptr + i + offs, mask=i + offs < count, other=0.0)
+    tl.store(loss_ptr, tl.sum(total, axis=0) / count)
 
 
 @triton.jit
 def _wgrad_update_kernel(
     dz_ptrs, x_ptrs, rows_ptr, w_ptrs, b_ptrs, low_w_ptrs, low_b_ptrs, m_ptr, v_ptr, partial_ptr, hyper_ptr,
     scale_ptr, loss_rows_ptr, loss_ptr,
-    M, Ns, Ks, has_biases, w_segments, b_segments, first_tiles, stride_xs, tiles, m_per_split, stride_split,
+    M, loss_count, Ns, Ks, has_biases, w_segments, b_segments, first_tiles, stride_xs, tiles, m_per_split, stride_split,
     momentum, weight_decay, one_minus_beta1, beta2, one_minus_beta2, eps,
     LAYERS: tl.constexpr, OPTIMIZER: tl.constexpr, NESTEROV: tl.constexpr, HAS_LOW: tl.constexpr,
     DIRECT: tl.constexpr, SCALED: tl.constexpr, HAS_LOSS: tl.constexpr,
@@ -161,12 +161,12 @@ def _wgrad_update_kernel(
             )  # fmt: skip
     elif HAS_LOSS:
         if split == 0:
-            _mean_loss(loss_rows_ptr, loss_ptr, M, LOSS_BLOCK)
+            _mean_loss(loss_rows_ptr, loss_ptr, loss_count, LOSS_BLOCK)
 
 
 @triton.jit
 def _reduce_update_kernel(
-    partial_ptr, w_ptrs, low_ptrs, grad_ptr, m_ptr, v_ptr, hyper_ptr, scale_ptr, first_blocks, numels,
+    partial_ptr, w_ptrs, low_ptrs, grad_ptr, m_ptr, v_ptr, hyper_ptr, scale_ptr, skip_ptr, first_blocks, numels,
     n_splits, stride_split, momentum, weight_decay, one_minus_beta1, beta2, one_minus_beta2, eps,
     PARAMS: tl.constexpr, OPTIMIZER: tl.constexpr, NESTEROV: tl.constexpr, HAS_LOW: tl.constexpr,
     SCALED: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
@@ -193,6 +193,8 @@ def _reduce_update_kernel(
             g += tl.load(grad_ptr + flat, mask=mask, other=0.0)
         tl.store(grad_ptr + flat, g, mask=mask)
     else:
+        if skip_ptr is not None:
+            mask = mask & (tl.load(skip_ptr) == 0)
         update_block(
             g, w_ptr, low_ptr, m_ptr, v_ptr, offs, flat, mask, hyper_ptr,
             momentum, weight_decay, one_minus_beta1, beta2, one_minus_beta2, eps, OPTIMIZER, NESTEROV, HAS_LOW,
@@ -267,11 +269,19 @@ def _plan(layout: Layout, m: int, dtype: torch.dtype) -> tuple[Tile, int, int]:
     device = current_device()
     largest = max((layer.weight for layer in layout.layers), key=lambda w: w.numel())
     n, k = largest.shape
-    tile = gemm_tile("wgrad", n, k, m, dtype, device)
+    tile = gemm_tile("update", n, k, m, dtype, device)
     rows = sum(cdiv(w.weight.shape[0], tile.rows) * cdiv(w.weight.shape[1], tile.cols) for w in layout.layers)
     wanted = splits(tile, rows * tile.rows, tile.cols, m, device)
     m_per_split = cdiv(cdiv(m, tile.depth), wanted) * tile.depth
     return tile, max(1, cdiv(m, m_per_split)), m_per_split
+
+
+def workspace(layout: Layout, m: int, dtype: torch.dtype, device: torch.device, *, direct: bool) -> Tensor | None:
+    """The partial sums' buffer for batches of ``m``; None where the update is ``direct`` and the batch not split."""
+    _, n_splits, _ = _plan(layout, m, dtype)
+    if n_splits == 1 and direct:
+        return None
+    return torch.empty((n_splits, layout.total), dtype=torch.float32, device=device)
 
 
 def wgrad_update(
@@ -318,7 +328,8 @@ def wgrad_update(
     _wgrad_update_kernel[(tiles + has_loss, n_splits)](
         tuple(dzs), tuple(xs), rows, weights, biases, low_weights, low_biases, m_state, v_state, partial, hyper_row,
         unscale, loss_rows, loss,
-        m, tuple(w.shape[0] for w in weights), tuple(w.shape[1] for w in weights),
+        m, 0 if loss_rows is None else loss_rows.numel(),
+        tuple(w.shape[0] for w in weights), tuple(w.shape[1] for w in weights),
         tuple(int(layer.bias is not None) for layer in layers), tuple(layout.w_segments), tuple(layout.b_segments),
         tuple(first_tiles), tuple(x.stride(0) for x in xs), tiles, m_per_split, layout.total, *hyper.scalars,
         LAYERS=len(layers), OPTIMIZER=hyper.optimizer, NESTEROV=hyper.nesterov, HAS_LOW=layout.has_low,
@@ -347,11 +358,15 @@ def reduce_update(
     v_state: Tensor | None = None,
     unscale: Tensor | None = None,
     grads: Tensor | None = None,
+    skip: Tensor | None = None,
     accumulate: bool = False,
 ) -> None:
-    """Launch g = sum of the slices of ``partial``, times ``unscale``, then the update (or store g in ``grads``)."""
+    """Launch g = sum of the slices of ``partial``, times ``unscale``, then the update (or store g in ``grads``).
+
+    ``skip`` is a 0-d int32: nothing is updated unless it is 0.
+    """
     _reduce_update_kernel[(layout.total // SEGMENT,)](
-        partial, tuple(layout.params), tuple(layout.low), grads, m_state, v_state, hyper_row, unscale,
+        partial, tuple(layout.params), tuple(layout.low), grads, m_state, v_state, hyper_row, unscale, skip,
         tuple(start // SEGMENT for start in layout.starts), tuple(p.numel() for p in layout.params),
         n_splits, layout.total, *hyper.scalars,
         PARAMS=len(layout.params), OPTIMIZER=hyper.optimizer, NESTEROV=hyper.nesterov, HAS_LOW=layout.has_low,
