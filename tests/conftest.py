@@ -39,13 +39,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def uninitialized_is_nan() -> Iterator[None]:
     """``torch.empty`` returns NaN (the largest integer): outputs and scratch that a kernel reads before it writes."""
     # torch fills new memory when its operations must be deterministic. Not on a GPU, where it would also want a
-    # workspace setting for cuBLAS.
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
+    # workspace setting for cuBLAS. (torch.use_deterministic_algorithms does the same, and imports torch.compile.)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.set_deterministic_debug_mode(before)
 
 
 @pytest.fixture
