@@ -3,8 +3,9 @@
 aten's ``addmm``/``mm`` call MKL and write into a given buffer. oneDNN's fused linear adds bias and activation in the
 same pass but allocates its result. Which is faster depends on the processor (MKL's kernels hold back on AMD) and on
 the shape, so the first use of a shape times both on scratch data, for a few milliseconds, and the answer is kept for
-the process. The two round differently: where bitwise reproducibility between processes matters more than speed, call
-``set_cpu_gemm("aten")`` (``torch.use_deterministic_algorithms(True)`` implies it).
+the process; batch sizes between two powers of two share one. The two round differently: where bitwise reproducibility
+between processes matters more than speed, call ``set_cpu_gemm("aten")`` (``torch.use_deterministic_algorithms(True)``
+implies it).
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ def get_cpu_gemm() -> str:
 
 
 def choices() -> dict[tuple[object, ...], str]:
-    """What was measured so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn"."""
+    """What was measured so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn".
+
+    M is the power of two at or below the batch sizes that the answer is used for.
+    """
     return dict(_choices)
 
 
@@ -63,21 +67,22 @@ def _onednn_available() -> bool:
 
 
 def _choose(
-    kind: str, sizes: tuple[object, ...], dtype: torch.dtype, candidates: dict[Library, Callable[[], object]]
+    kind: str, m: int, k: int, n: int, dtype: torch.dtype, trials: Callable[[], dict[Library, Callable[[], object]]]
 ) -> Library:
-    """The fastest of the candidates by their best of a few interleaved rounds."""
+    """The fastest by its best of a few interleaved rounds; ``trials`` makes the scratch data, if it comes to that."""
     if dtype not in _ONEDNN_DTYPES or _mode == "aten" or not _onednn_available():
         return "aten"
     if _mode == "onednn":
         return "onednn"
     if torch.are_deterministic_algorithms_enabled():
         return "aten"
-    key = (kind, *sizes, dtype, torch.get_num_threads())
+    key = (kind, 1 << m.bit_length() - 1, k, n, dtype, torch.get_num_threads())
     known = _choices.get(key)
     if known is not None:
         return known
     best: dict[Library, float] = {}
     started = time.perf_counter()
+    candidates = trials()
     for run in candidates.values():
         run()
     for round_ in range(_ROUNDS):
@@ -121,14 +126,11 @@ def linear(m: int, weight: Tensor, bias: Tensor | None, activation: str, out: Te
     def onednn(x: Tensor) -> Tensor:
         return _onednn_linear(x, weight, bias, epilogue)
 
-    trial = torch.ones((m, k), dtype=weight.dtype)
-    winner = _choose(
-        f"linear {epilogue}",
-        (m, k, n),
-        weight.dtype,
-        {"aten": lambda: aten(trial), "onednn": lambda: onednn(trial)},
-    )
-    return aten if winner == "aten" else onednn
+    def trials() -> dict[Library, Callable[[], object]]:
+        x = weight.new_ones((m, k))
+        return {"aten": lambda: aten(x), "onednn": lambda: onednn(x)}
+
+    return aten if _choose(f"linear {epilogue}", m, k, n, weight.dtype, trials) == "aten" else onednn
 
 
 def dgrad(m: int, weight: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
@@ -142,13 +144,16 @@ def dgrad(m: int, weight: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
     def onednn(dz: Tensor) -> Tensor:
         return _onednn_linear(dz, weight_t, None, "none")
 
-    trial = torch.ones((m, n), dtype=weight.dtype)
-    winner = _choose("dgrad", (m, k, n), weight.dtype, {"aten": lambda: aten(trial), "onednn": lambda: onednn(trial)})
-    return aten if winner == "aten" else onednn
+    def trials() -> dict[Library, Callable[[], object]]:
+        dz = weight.new_ones((m, n))
+        return {"aten": lambda: aten(dz), "onednn": lambda: onednn(dz)}
+
+    return aten if _choose("dgrad", m, k, n, weight.dtype, trials) == "aten" else onednn
 
 
-def wgrad(m: int, k: int, n: int, dtype: torch.dtype, out: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (dZ, X) -> dZ^T X for dZ [m, n], X [m, k]; the result is ``out`` [n, k] or a new tensor."""
+def wgrad(m: int, out: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function (dZ, X) -> dZ^T X for dZ [m, N], X [m, K]; the result is ``out`` [N, K] or a new tensor."""
+    n, k = out.shape
 
     def aten(dz: Tensor, x: Tensor) -> Tensor:
         return torch.mm(dz.t(), x, out=out)
@@ -156,9 +161,11 @@ def wgrad(m: int, k: int, n: int, dtype: torch.dtype, out: Tensor) -> Callable[[
     def onednn(dz: Tensor, x: Tensor) -> Tensor:
         return _onednn_linear(dz.t(), x.t(), None, "none")
 
-    dz, x = torch.ones((m, n), dtype=dtype), torch.ones((m, k), dtype=dtype)
-    winner = _choose("wgrad", (m, k, n), dtype, {"aten": lambda: aten(dz, x), "onednn": lambda: onednn(dz, x)})
-    return aten if winner == "aten" else onednn
+    def trials() -> dict[Library, Callable[[], object]]:
+        dz, x, scratch = out.new_ones((m, n)), out.new_ones((m, k)), torch.empty_like(out)
+        return {"aten": lambda: torch.mm(dz.t(), x, out=scratch), "onednn": lambda: onednn(dz, x)}
+
+    return aten if _choose("wgrad", m, k, n, out.dtype, trials) == "aten" else onednn
 
 
 def wgrad_update(m: int, weight: Tensor) -> Callable[[Tensor, Tensor, float], object]:
@@ -174,13 +181,11 @@ def wgrad_update(m: int, weight: Tensor) -> Callable[[Tensor, Tensor, float], ob
     def onednn_into(w: Tensor) -> Callable[[Tensor, Tensor, float], object]:
         return lambda dz, x, lr: w.add_(_onednn_linear(dz.t(), x.t(), None, "none"), alpha=-lr)
 
-    dz, x = torch.ones((m, n), dtype=weight.dtype), torch.ones((m, k), dtype=weight.dtype)
-    scratch = torch.zeros_like(weight)
-    trials = aten_into(scratch), onednn_into(scratch)
-    winner = _choose(
-        "wgrad_update",
-        (m, k, n),
-        weight.dtype,
-        {"aten": lambda: trials[0](dz, x, 0.0), "onednn": lambda: trials[1](dz, x, 0.0)},
-    )
+    def trials() -> dict[Library, Callable[[], object]]:
+        dz, x, scratch = weight.new_ones((m, n)), weight.new_ones((m, k)), torch.zeros_like(weight)
+        with_aten, with_onednn = aten_into(scratch), onednn_into(scratch)
+        # Not a factor of 0, with which BLAS would not multiply at all.
+        return {"aten": lambda: with_aten(dz, x, 1e-3), "onednn": lambda: with_onednn(dz, x, 1e-3)}
+
+    winner = _choose("wgrad_update", m, k, n, weight.dtype, trials)
     return (aten_into if winner == "aten" else onednn_into)(weight)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .backend import resolve
-from .checks import check_same_device
-from .nn import MLP
+from .checks import check_same_device, check_tensor
+from .nn import MLP, Linear, _only_computes
 from .step_config import LOSSES, OptimizerConfig
 from .step_losses import takes_classes
 
@@ -62,12 +62,14 @@ class TrainStep:
 
     Attributes:
         lr: the learning rate of the next step.
-        losses: float32 [steps] on the device: the loss of every step of the last ``epoch``.
+        losses: [steps] on the device, float32 (float64 for float64): the loss of every step of the last ``epoch``.
         backend: "triton" or "torch", whichever runs the steps.
 
     Raises:
-        TypeError: model is not an MLP, or a dtype that nothing computes in.
-        ValueError: unknown optimizer or loss, settings out of range, nothing to train.
+        TypeError: model is not an MLP, a setting that is no number, or a dtype that nothing computes in.
+        ValueError: unknown optimizer or loss, settings out of range, nothing to train, a layer with hooks or of another
+            class (a step would not call them), one parameter in two layers.
+        RuntimeError: parameters of different dtypes or devices, or not contiguous.
     """
 
     def __init__(
@@ -93,9 +95,8 @@ class TrainStep:
             )
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}; expected one of {', '.join(LOSSES)}")
-        self.config = OptimizerConfig(
-            optimizer, lr, momentum, weight_decay, nesterov, (betas[0], betas[1]), eps, max_grad_norm
-        )
+        self.config = OptimizerConfig(optimizer, lr, momentum, weight_decay, nesterov, betas, eps, max_grad_norm)
+        _check_layers(model)
         named = list(model.named_parameters())
         self._names = [name for name, parameter in named if parameter.requires_grad]
         if not self._names:
@@ -103,6 +104,8 @@ class TrainStep:
         first = named[0][1]
         check_same_device([(name, parameter) for name, parameter in named])
         dtype = first.dtype if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"expected dtype to be a torch.dtype such as torch.bfloat16, got {dtype!r}")
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise TypeError(f"expected dtype float32, float64, float16 or bfloat16, got {dtype}")
         self.model, self.loss = model, loss
@@ -114,7 +117,19 @@ class TrainStep:
         # for the next _RING - 1 steps.
         self._ring = list(torch.zeros(_RING, dtype=wide, device=self.device).unbind())
         self._count = 0
+        self._inputs = {dtype, first.dtype, torch.uint8}
+        if dtype.itemsize == 2:
+            self._inputs |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+        self._least, self._largest = torch.zeros(2, dtype=torch.int64, device=self.device).unbind()
+        self._has_gradients = False
         layers = model._linears()
+        #: Where each parameter is kept, under which name, and where its memory was.
+        self._bound = [
+            (layer._parameters, name, parameter, parameter.data_ptr())
+            for layer in layers
+            for name, parameter in layer._parameters.items()
+            if parameter is not None
+        ]
         self._engine: _Engine
         if self.backend == "triton":
             from .step_triton import TritonStep
@@ -133,7 +148,7 @@ class TrainStep:
     @lr.setter
     def lr(self, value: float) -> None:
         if not value >= 0:
-            raise ValueError(f"expected a learning rate of at least 0, got {value}")
+            raise ValueError(f"expected a learning rate of at least 0, got lr={value}")
         self.config.lr = value
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -148,8 +163,9 @@ class TrainStep:
             it to keep it longer). On a GPU an out-of-range class number makes it NaN, on a CPU it raises IndexError
             before anything changes.
         """
-        x = self._check_batch(x, y)
+        x, y = self._check_batch(x, y)
         loss = self._next_loss()
+        self._has_gradients = False
         if x.shape[0] == 0:
             return loss.fill_(float("nan"))
         self._engine.step(x, y, loss)
@@ -176,12 +192,13 @@ class TrainStep:
             The mean loss of the n rows, each at the parameters of its step: 0-d float32 on the device. ``losses`` has
             the loss of each step.
         """
-        images = self._check_batch(images, labels)
+        images, labels = self._check_batch(images, labels)
         if not (isinstance(batch_size, int) and batch_size > 0):
-            raise ValueError(f"expected a batch_size of at least 1, got {batch_size!r}")
+            raise ValueError(f"expected a batch_size of at least 1, a whole number, got {batch_size!r}")
         if order is None:
             order = torch.arange(images.shape[0], device=self.device)
-        elif order.dtype != torch.int64 or order.dim() != 1:
+        check_tensor(order, "order")
+        if order.dtype != torch.int64 or order.dim() != 1:
             raise RuntimeError(f"expected order to be int64 [n], got {order.dtype} {list(order.shape)}")
         check_same_device((("the images", images), ("order", order)))
         n = order.shape[0]
@@ -195,37 +212,69 @@ class TrainStep:
                 f"{images.shape[0] - 1}"
             )
         losses = torch.full((steps,), float("nan"), dtype=self._ring[0].dtype, device=self.device)
-        self._engine.epoch(images, labels, batch_size, order, [self.lr * f for f in factors], losses)
+        self._has_gradients = False
         self.losses = losses
         if not steps:
             return torch.full((), float("nan"), device=self.device)
+        self._engine.epoch(images, labels, batch_size, order, [self.lr * f for f in factors], losses)
         last = n - (steps - 1) * batch_size
         return ((losses[:-1].sum() * batch_size + losses[-1] * last) / n).float()
 
     def gradients(self, x: Tensor, y: Tensor, *, accumulate: bool = False) -> dict[str, Tensor]:
         """Gradients of the mean loss by parameter name, in float32 or wider; the parameters stay as they are.
 
-        The tensors are the step's own buffers, valid until the next call of the step. ``accumulate=True`` adds to what
-        the previous call left there; ``update`` then applies the optimizer to them:
+        The tensors are the step's own buffers, valid until the next call of the step. ``accumulate=True`` adds to the
+        gradients that were computed since the last update; ``update`` then applies the optimizer to them:
 
             step.gradients(x1, y1)
             step.gradients(x2, y2, accumulate=True)
             step.update()
+
+        Raises:
+            ValueError: an empty batch, whose mean loss has no gradient; and what a step raises.
         """
-        x = self._check_batch(x, y)
-        grads = self._engine.gradients(x, y, self._next_loss(), accumulate=accumulate)
+        x, y = self._check_batch(x, y)
+        if x.shape[0] == 0:
+            raise ValueError("expected at least one row; the mean loss of an empty batch has no gradient")
+        grads = self._engine.gradients(x, y, self._next_loss(), accumulate=accumulate and self._has_gradients)
+        self._has_gradients = True
         return dict(zip(self._names, grads, strict=True))
 
     def update(self) -> None:
-        """Apply the optimizer (and clipping, if asked for) to the gradients of the last ``gradients`` call."""
+        """Apply the optimizer (and clipping, if asked for) to the gradients that ``gradients`` computed.
+
+        Raises:
+            RuntimeError: there are none since the last step or update.
+        """
+        self._check_parameters()
+        if not self._has_gradients:
+            raise RuntimeError("there are no gradients to apply; call gradients(x, y) before update()")
+        self._has_gradients = False
         self._engine.update()
 
     def _next_loss(self) -> Tensor:
         self._count = (self._count + 1) % _RING
         return self._ring[self._count]
 
-    def _check_batch(self, x: Tensor, y: Tensor) -> Tensor:
-        """X flattened to [B, K]; raises what torch would for arguments that do not fit."""
+    def _check_parameters(self) -> None:
+        """RuntimeError if the parameters are no longer those of the model, or not where they were."""
+        for parameters, name, parameter, address in self._bound:
+            if parameters[name] is not parameter or parameter.data_ptr() != address:
+                raise RuntimeError(
+                    f"a {name} of the model was replaced or moved after the TrainStep was made (by model.to(...), or "
+                    "by assigning a parameter or its .data), so a step would train what the model no longer has; make "
+                    "a new TrainStep"
+                )
+
+    def _check_batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """X flattened to [B, K] and Y, both off the tape; raises what torch would for arguments that do not fit."""
+        check_tensor(x, "the input")
+        check_tensor(y, "the target")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("a step cannot train inside torch.inference_mode(); leave it, or use torch.no_grad()")
+        self._check_parameters()
+        x = x.detach() if x.requires_grad else x
+        y = y.detach() if y.requires_grad else y
         if x.dim() < 2:
             raise RuntimeError(
                 f"expected an input of shape [batch, {self.model.sizes[0]}] or [batch, ...], got {list(x.shape)}; "
@@ -237,23 +286,67 @@ class TrainStep:
                 f"expected an input with {self.model.sizes[0]} features, got {x.shape[1]}; reshape the input or build "
                 f"the model with sizes[0]={x.shape[1]}"
             )
-        if x.dtype not in (self.dtype, torch.uint8) and not (x.is_floating_point() and self.dtype.itemsize == 2):
+        if x.dtype not in self._inputs:
             raise RuntimeError(
                 f"expected an input of dtype {self.dtype} or uint8 pixels, got {x.dtype}; convert it with "
                 f".to({self.dtype})"
             )
-        if x.shape[0] != y.shape[0]:
-            raise ValueError(f"expected as many targets as inputs, got {x.shape[0]} inputs and {y.shape[0]} targets")
+        if y.dim() == 0 or x.shape[0] != y.shape[0]:
+            raise ValueError(
+                f"expected as many targets as inputs, got inputs {list(x.shape)} and targets {list(y.shape)}"
+            )
+        check_same_device((("the parameters", self._ring[0]), ("the input", x), ("the target", y)))
+        self._check_targets(y, x.shape[0])
+        return x, y
+
+    def _check_targets(self, y: Tensor, rows: int) -> None:
         classes = self.model.sizes[-1]
-        if takes_classes(self.loss):
-            if y.dim() != 1:
-                raise RuntimeError(f"expected class numbers of shape [{x.shape[0]}], got {list(y.shape)}")
-            if y.dtype != torch.int64:
-                raise RuntimeError(f"expected class numbers of dtype int64, got {y.dtype}; convert them with .long()")
-            if y.device.type == "cpu" and y.numel() and not (int(y.min()) >= 0 and int(y.max()) < classes):
-                bad = y[(y < 0) | (y >= classes)][0].item()
+        if not takes_classes(self.loss):
+            if y.shape != (rows, classes):
+                raise RuntimeError(
+                    f"expected targets of shape [{rows}, {classes}] for {self.loss}, got {list(y.shape)}"
+                )
+            if not y.is_floating_point():
+                raise RuntimeError(
+                    f"expected floating-point targets for {self.loss}, got {y.dtype}; convert them with .float()"
+                )
+            return
+        if y.dim() != 1:
+            raise RuntimeError(f"expected class numbers of shape [{rows}], got {list(y.shape)}")
+        if y.dtype != torch.int64:
+            raise RuntimeError(f"expected class numbers of dtype int64, got {y.dtype}; convert them with .long()")
+        if y.device.type == "cpu" and rows:
+            torch.aminmax(y, out=(self._least, self._largest))
+            low, high = self._least.item(), self._largest.item()
+            if not 0 <= low <= high < classes:
+                bad = low if low < 0 else high
                 raise IndexError(f"class number {bad} is out of range; the model has classes 0 to {classes - 1}")
-        elif y.shape != (x.shape[0], classes):
-            raise RuntimeError(f"expected targets of shape [{x.shape[0]}, {classes}], got {list(y.shape)}")
-        check_same_device((("the parameters", self.model._linears()[0].weight), ("the input", x), ("the target", y)))
-        return x
+
+
+def _check_layers(model: MLP) -> None:
+    """ValueError or RuntimeError for a model that computes something else than its layers' parameters say."""
+    seen: dict[int, str] = {}
+    for i, layer in enumerate(model.layers):
+        if not isinstance(layer, Linear) or not _only_computes(layer):
+            raise ValueError(
+                f"layers.{i} has hooks, another class than fastmlp.Linear or a forward of its own, which a TrainStep "
+                "would not call; remove them, or train with autograd"
+            )
+        if layer.activation == "softmax":
+            raise ValueError(
+                f"layers.{i} has softmax as its activation, which a TrainStep does not compute; use the loss "
+                "'cross_entropy' or 'softmax_squared_error' on logits, or train with autograd"
+            )
+        for name, parameter in layer.named_parameters():
+            name = f"layers.{i}.{name}"
+            if id(parameter) in seen:
+                raise ValueError(
+                    f"{name} and {seen[id(parameter)]} are one parameter, which a TrainStep would update twice; train "
+                    "shared parameters with autograd"
+                )
+            seen[id(parameter)] = name
+            if parameter.dtype != model.layers[0].weight.dtype:
+                raise RuntimeError(
+                    f"expected parameters of one dtype, got {name} in {parameter.dtype} and layers.0.weight in "
+                    f"{model.layers[0].weight.dtype}; convert the model with model.to(dtype)"
+                )

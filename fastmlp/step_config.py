@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 __all__ = ["LOSSES", "OPTIMIZERS", "OptimizerConfig"]
 
@@ -16,6 +17,7 @@ class OptimizerConfig:
 
     Raises:
         ValueError: an unknown optimizer or a setting outside its range, as the torch optimizer.
+        TypeError: a setting that is no number.
     """
 
     name: str
@@ -30,6 +32,15 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.name!r}; expected one of {', '.join(OPTIMIZERS)}")
+        if len(self.betas) != 2:
+            raise ValueError(f"expected betas=(beta1, beta2), got {len(self.betas)} values: {self.betas}")
+        named = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay, "eps": self.eps}
+        named |= {"beta1": self.betas[0], "beta2": self.betas[1]}
+        if self.max_grad_norm is not None:
+            named["max_grad_norm"] = self.max_grad_norm
+        for name, value in named.items():
+            if not isinstance(value, Real):
+                raise TypeError(f"expected {name} to be a number, got {value!r} of type {type(value).__name__}")
         if not self.lr >= 0:
             raise ValueError(f"expected a learning rate of at least 0, got lr={self.lr}")
         if not 0 <= self.momentum < 1:

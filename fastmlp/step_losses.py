@@ -29,8 +29,11 @@ def takes_classes(loss: str) -> bool:
     return loss in ("cross_entropy", "softmax_squared_error")
 
 
-def loss_function(loss: str, m: int, c: int, dtype: torch.dtype) -> LossFunction:
-    """The function for batches of ``m`` rows with ``c`` outputs in ``dtype``; ``loss`` is one of LOSSES."""
+def loss_function(loss: str, m: int, c: int, dtype: torch.dtype, scale: Tensor | None = None) -> LossFunction:
+    """The function for batches of ``m`` rows with ``c`` outputs in ``dtype``; ``loss`` is one of LOSSES.
+
+    dA comes multiplied by ``scale`` (0-d), before it is rounded to 16 bits.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     make = {
         "cross_entropy": _cross_entropy,
@@ -43,10 +46,18 @@ def loss_function(loss: str, m: int, c: int, dtype: torch.dtype) -> LossFunction
     if wide == dtype:
         return compute
     a_wide, da_narrow = torch.empty((m, c), dtype=wide), torch.empty((m, c), dtype=dtype)
-    return lambda a, y, out: da_narrow.copy_(compute(a_wide.copy_(a), y, out))
+    if scale is None:
+        return lambda a, y, out: da_narrow.copy_(compute(a_wide.copy_(a), y, out))
+    return lambda a, y, out: da_narrow.copy_(compute(a_wide.copy_(a), y, out).mul_(scale))
+
+
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    """A factor as a tensor, once: torch would make one of a Python number at every step."""
+    return torch.full((), value, dtype=dtype)
 
 
 def _cross_entropy(m: int, c: int, dtype: torch.dtype) -> LossFunction:
+    mean = _number(1 / m, dtype)
     log_p, da = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
     minus_one = torch.full((m, 1), -1.0, dtype=dtype)
     total_weight = torch.empty((), dtype=dtype)
@@ -55,12 +66,13 @@ def _cross_entropy(m: int, c: int, dtype: torch.dtype) -> LossFunction:
         _aten._log_softmax.out(a, 1, False, out=log_p)
         _aten.nll_loss_forward.output(log_p, y, None, 1, -1, output=out, total_weight=total_weight)
         torch.exp(log_p, out=da)
-        return da.scatter_add_(1, y.view(m, 1), minus_one).mul_(1 / m)
+        return da.scatter_add_(1, y.view(m, 1), minus_one).mul_(mean)
 
     return compute
 
 
 def _softmax_squared_error(m: int, c: int, dtype: torch.dtype) -> LossFunction:
+    mean, twice_mean = _number(1 / m, dtype), _number(2 / m, dtype)
     p, g = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
     square, inner = torch.empty((m, c), dtype=dtype), torch.empty((m, 1), dtype=dtype)
     minus_one = torch.full((m, 1), -1.0, dtype=dtype)
@@ -68,8 +80,8 @@ def _softmax_squared_error(m: int, c: int, dtype: torch.dtype) -> LossFunction:
     def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
         _aten._softmax.out(a, 1, False, out=p)
         g.copy_(p).scatter_add_(1, y.view(m, 1), minus_one)
-        torch.sum(torch.mul(g, g, out=square), out=out, dim=(0, 1)).mul_(1 / m)
-        g.mul_(2 / m)
+        torch.sum(torch.mul(g, g, out=square), out=out, dim=(0, 1)).mul_(mean)
+        g.mul_(twice_mean)
         torch.sum(torch.mul(g, p, out=square), 1, keepdim=True, out=inner)
         return g.sub_(inner).mul_(p)
 
@@ -77,35 +89,38 @@ def _softmax_squared_error(m: int, c: int, dtype: torch.dtype) -> LossFunction:
 
 
 def _mse(m: int, c: int, dtype: torch.dtype) -> LossFunction:
+    mean, twice_mean = _number(1 / (m * c), dtype), _number(2 / (m * c), dtype)
     da, square = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
 
     def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
         torch.sub(a, y, out=da)
-        torch.sum(torch.mul(da, da, out=square), out=out, dim=(0, 1)).mul_(1 / (m * c))
-        return da.mul_(2 / (m * c))
+        torch.sum(torch.mul(da, da, out=square), out=out, dim=(0, 1)).mul_(mean)
+        return da.mul_(twice_mean)
 
     return compute
 
 
 def _l1(m: int, c: int, dtype: torch.dtype) -> LossFunction:
+    mean = _number(1 / (m * c), dtype)
     da, magnitude = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
 
     def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
         torch.sub(a, y, out=da)
-        torch.sum(torch.abs(da, out=magnitude), out=out, dim=(0, 1)).mul_(1 / (m * c))
-        return da.sign_().mul_(1 / (m * c))
+        torch.sum(torch.abs(da, out=magnitude), out=out, dim=(0, 1)).mul_(mean)
+        return da.sign_().mul_(mean)
 
     return compute
 
 
 def _bce(m: int, c: int, dtype: torch.dtype) -> LossFunction:
+    mean = _number(1 / (m * c), dtype)
     da, term = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
     product = torch.empty((m, c), dtype=dtype)
 
     def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
         # -y log s(a) - (1 - y) log(1 - s(a)) = max(a, 0) - a y + log(1 + e^-|a|)
         torch.abs(a, out=term).neg_().exp_().log1p_().add_(torch.clamp_min(a, 0, out=da))
-        torch.sum(term.sub_(torch.mul(a, y, out=product)), out=out, dim=(0, 1)).mul_(1 / (m * c))
-        return torch.sigmoid(a, out=da).sub_(y).mul_(1 / (m * c))
+        torch.sum(term.sub_(torch.mul(a, y, out=product)), out=out, dim=(0, 1)).mul_(mean)
+        return torch.sigmoid(a, out=da).sub_(y).mul_(mean)
 
     return compute

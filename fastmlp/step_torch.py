@@ -21,20 +21,22 @@ from .activations import LEAKY_SLOPE, saved_for_grad
 from .nn import Linear
 from .online import online_epoch
 from .step_config import OptimizerConfig
-from .step_losses import LossFunction, loss_function
+from .step_losses import LossFunction, loss_function, takes_classes
+from .step_optimizer import CpuOptimizer
 from .torch_backend import activation_bwd
 
 __all__ = ["TorchStep"]
 
 _FUSED = ("identity", "sigmoid", "relu", "tanh")
-_SCALE_START, _SCALE_GROWTH_STEPS = 2.0**16, 2000
+#: Batch sizes whose buffers are kept; a further one takes the place of the first.
+_PLANS = 8
 
 
 def _activate_into(out: Tensor, z: Tensor, activation: str) -> Tensor:
     """A = f(Z) into ``out``, for the activations that no GEMM applies."""
     match activation:
-        case "step":
-            return torch.ge(z, 0, out=out)
+        case "step":  # not torch.ge(z, 0), which makes a tensor of the number
+            return torch.ge(z, out.zero_(), out=out)
         case "leaky_relu":
             return torch.ops.aten.leaky_relu.out(z, LEAKY_SLOPE, out=out)
         case "gelu":
@@ -42,17 +44,56 @@ def _activate_into(out: Tensor, z: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.silu.out(z, out=out)
 
 
-@dataclass
-class _Layer:
-    """One layer's tensors: masters that are optimized, and what the products read (the same, or 16-bit copies)."""
+class _Copies:
+    """A parameter, what the products read and what the optimizer updates: all the same tensor, or rounded copies."""
 
-    module: Linear
-    weight: Tensor
-    bias: Tensor | None
-    master_w: Tensor
-    master_b: Tensor | None
-    train_w: bool
-    train_b: bool
+    def __init__(self, param: Tensor, dtype: torch.dtype) -> None:
+        self.data = data = param.detach()
+        if not data.is_contiguous():
+            raise RuntimeError(
+                f"TrainStep updates parameters in place and needs them contiguous, got strides {data.stride()}; "
+                "assign param.data = param.data.contiguous()"
+            )
+        self.trained = param.requires_grad
+        wide = torch.promote_types(torch.promote_types(dtype, torch.float32), data.dtype)
+        self.master = data if data.dtype == wide else data.to(wide)
+        self.used = data if data.dtype == dtype else self.master if wide == dtype else data.to(dtype)
+        self.is_one = self.used is data and self.master is data
+        self.version = data._version
+
+    def refresh(self) -> None:
+        """Follow a change that somebody else made to the parameter, such as load_state_dict."""
+        if self.data._version != self.version:
+            if self.master is not self.data:
+                self.master.copy_(self.data)
+            if self.used is not self.data:
+                self.used.copy_(self.master)
+            self.version = self.data._version
+
+    def publish(self) -> None:
+        """Round the updated master into the parameter and into what the products read."""
+        if self.master is not self.data:
+            self.data.copy_(self.master)
+        if self.used is not self.data and self.used is not self.master:
+            self.used.copy_(self.master)
+        self.version = self.data._version
+
+
+class _Layer:
+    """One layer's tensors, and the places of its gradients among those of all trained parameters."""
+
+    def __init__(self, module: Linear, dtype: torch.dtype, index: int, plain: bool) -> None:
+        weight = _Copies(module.weight, dtype)
+        bias = None if module.bias is None else _Copies(module.bias, dtype)
+        self.activation: str = module.activation
+        self.saves_z = saved_for_grad(self.activation) == "z"
+        self.weight, self.master_w, self.train_w = weight.used, weight.master, weight.trained
+        self.bias = None if bias is None else bias.used
+        self.master_b = None if bias is None else bias.master
+        self.train_b = bias is not None and bias.trained
+        self.in_place = plain and self.train_w and self.master_w is self.weight
+        self.grad_w, self.grad_b = index, index + self.train_w
+        self.copies = [c for c in (weight, bias) if c is not None]
 
 
 @dataclass
@@ -61,6 +102,7 @@ class _Plan:
 
     x: Tensor
     pixels: Tensor | None
+    y: Tensor | None
     linear: list[Callable[[Tensor], Tensor]]
     kept_a: list[Tensor | None]
     dgrad: list[Callable[[Tensor], Tensor] | None]
@@ -74,76 +116,62 @@ class TorchStep:
 
     def __init__(self, layers: list[Linear], config: OptimizerConfig, loss: str, dtype: torch.dtype) -> None:
         self.config, self.loss, self.dtype = config, loss, dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        self.layers = [self._layer(module, dtype, wide) for module in layers]
-        trained = [i for i, layer in enumerate(self.layers) if layer.train_w or layer.train_b]
-        self.lowest = min(trained)
-        self.scaled = dtype == torch.float16
-        self.scale, self._good_steps = (_SCALE_START if self.scaled else 1.0), 0
-        self._plans: dict[int, _Plan] = {}
-        self.masters = [
-            t
-            for layer in self.layers
-            for t, train in ((layer.master_w, layer.train_w), (layer.master_b, layer.train_b))
-            if train and t is not None
-        ]
+        scaled = dtype == torch.float16
         # Gradients and optimizer state exist only where the optimizer needs them all at once.
-        self.plain = config.is_plain_sgd and not self.scaled
-        self._grads: list[Tensor] | None = None
-        self._momenta = [torch.zeros_like(t) for t in self.masters] if config.momentum else []
-        self._second = [torch.zeros_like(t) for t in self.masters] if config.name == "adamw" else []
-        self._first = [torch.zeros_like(t) for t in self.masters] if config.name == "adamw" else []
-        self._steps = [torch.zeros(()) for _ in self.masters] if config.name == "adamw" else []
-
-    @staticmethod
-    def _layer(module: Linear, dtype: torch.dtype, wide: torch.dtype) -> _Layer:
-        def pair(param: Tensor) -> tuple[Tensor, Tensor]:
-            """(what products read, what the optimizer updates) of a parameter."""
-            data = param.detach()
-            if not data.is_contiguous():
-                raise RuntimeError(
-                    f"TrainStep updates parameters in place and needs them contiguous, got strides {data.stride()}; "
-                    "assign param.data = param.data.contiguous()"
-                )
-            master = data if data.dtype == wide else data.to(wide)
-            return (data if data.dtype == dtype else data.to(dtype)), master
-
-        weight, master_w = pair(module.weight)
-        bias, master_b = pair(module.bias) if module.bias is not None else (None, None)
-        return _Layer(
-            module,
-            weight,
-            bias,
-            master_w,
-            master_b,
-            module.weight.requires_grad,
-            module.bias is not None and module.bias.requires_grad,
-        )
+        self.plain = config.is_plain_sgd and not scaled
+        self.layers: list[_Layer] = []
+        masters: list[Tensor] = []
+        for module in layers:
+            layer = _Layer(module, dtype, len(masters), self.plain)
+            masters += [c.master for c in layer.copies if c.trained]
+            self.layers.append(layer)
+        self.lowest = next(i for i, layer in enumerate(self.layers) if layer.train_w or layer.train_b)
+        self.optimizer = CpuOptimizer(masters, config, scaled=scaled)
+        self._scale = self.optimizer.scale if scaled else None
+        copies = [c for layer in self.layers for c in layer.copies if not c.is_one]
+        self._copies, self._trained_copies = copies, [c for c in copies if c.trained]
+        self._db = [
+            torch.empty_like(layer.master_b) if self.plain and layer.train_b and layer.master_b is not None else None
+            for layer in self.layers
+        ]
+        # A tensor, as torch would make one of a Python number at every step.
+        self._pixel = self.layers[0].weight.new_full((), 1 / 255)
+        self._wgrad_out: dict[int, Tensor] = {}
+        self._plans: dict[int, _Plan] = {}
 
     def _plan(self, m: int) -> _Plan:
         plan = self._plans.get(m)
-        if plan is not None:
-            return plan
-        dtype, layers = self.dtype, self.layers
-        loss = loss_function(self.loss, m, layers[-1].weight.shape[0], dtype)
-        plan = _Plan(torch.empty((m, layers[0].weight.shape[1]), dtype=dtype), None, [], [], [], [], [], loss)
+        if plan is None:
+            if len(self._plans) == _PLANS:
+                del self._plans[next(iter(self._plans))]
+            plan = self._plans[m] = self._new_plan(m)
+        return plan
+
+    def _new_plan(self, m: int) -> _Plan:
+        layers, dtype = self.layers, self.dtype
+        new = layers[0].weight.new_empty
+        loss = loss_function(self.loss, m, layers[-1].weight.shape[0], dtype, self._scale)
+        y = torch.empty(m, dtype=torch.int64) if takes_classes(self.loss) else None
+        plan = _Plan(new((m, layers[0].weight.shape[1])), None, y, [], [], [], [], [], loss)
         for i, layer in enumerate(layers):
             n, k = layer.weight.shape
-            activation = layer.module.activation
-            fused = activation if activation in _FUSED else "identity"
-            plan.linear.append(cpu_gemm.linear(m, layer.weight, layer.bias, fused, torch.empty((m, n), dtype=dtype)))
-            plan.kept_a.append(None if activation in _FUSED else torch.empty((m, n), dtype=dtype))
-            down = torch.empty((m, k), dtype=dtype) if i > self.lowest else None
-            plan.dgrad.append(None if down is None else cpu_gemm.dgrad(m, layer.weight, down))
-            in_place = self.plain and layer.train_w and layer.master_w is layer.weight
-            plan.update.append(cpu_gemm.wgrad_update(m, layer.weight) if in_place else None)
-            plan.wgrad.append(
-                cpu_gemm.wgrad(m, k, n, dtype, torch.empty((n, k), dtype=dtype))
-                if layer.train_w and not in_place
-                else None
-            )
-        self._plans[m] = plan
+            fused = layer.activation if layer.activation in _FUSED else "identity"
+            plan.linear.append(cpu_gemm.linear(m, layer.weight, layer.bias, fused, new((m, n))))
+            plan.kept_a.append(None if layer.activation in _FUSED else new((m, n)))
+            plan.dgrad.append(cpu_gemm.dgrad(m, layer.weight, new((m, k))) if i > self.lowest else None)
+            plan.update.append(cpu_gemm.wgrad_update(m, layer.weight) if layer.in_place else None)
+            stored = layer.train_w and not layer.in_place
+            plan.wgrad.append(cpu_gemm.wgrad(m, self._wgrad_buffer(i)) if stored else None)
         return plan
+
+    def _wgrad_buffer(self, i: int) -> Tensor:
+        """Where dW of a layer is computed: the gradient itself, or a 16-bit tensor that is then widened into it."""
+        layer = self.layers[i]
+        if layer.master_w.dtype == self.dtype:
+            return self.optimizer.grads[layer.grad_w]
+        if i not in self._wgrad_out:
+            self._wgrad_out[i] = torch.empty_like(layer.weight)
+        return self._wgrad_out[i]
 
     def step(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
         """One step on x [M, K] (float or uint8) and targets; writes the mean loss into ``out`` (0-d).
@@ -153,44 +181,54 @@ class TorchStep:
         plan, inputs, outputs, da = self._forward(x, y, out, rows)
         if self.plain:
             self._backward(plan, inputs, outputs, da, self._apply_plain)
-            self._sync_copies()
+            self._publish()
         else:
             self._backward(plan, inputs, outputs, da, self._store)
-            self.update()
+            self._update(scaled=True)
 
     def gradients(self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> list[Tensor]:
         """Gradients of the trained masters, in the order of the parameters; parameters stay as they are."""
-        kept = [g.clone() for g in self._grad_buffers()] if accumulate else None
+        kept = [g.clone() for g in self.optimizer.grads] if accumulate else None
         plan, inputs, outputs, da = self._forward(x, y, out, None)
         self._backward(plan, inputs, outputs, da, self._store)
-        if self.scale != 1.0:
-            torch._foreach_mul_(self._grad_buffers(), 1 / self.scale)
+        grads = self.optimizer.grads
+        if self._scale is not None:
+            torch._foreach_mul_(grads, 1 / self._scale)
         if kept is not None:
-            torch._foreach_add_(self._grad_buffers(), kept)
-        return self._grad_buffers()
+            torch._foreach_add_(grads, kept)
+        return grads
+
+    def update(self) -> None:
+        """Apply the optimizer to what ``gradients`` left."""
+        self._update(scaled=False)
+
+    def _update(self, *, scaled: bool) -> None:
+        self.optimizer.update(scaled=scaled)
+        self._publish()
+
+    def _publish(self) -> None:
+        for copies in self._trained_copies:
+            copies.publish()
 
     def _forward(
         self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None
     ) -> tuple[_Plan, list[Tensor], list[Tensor], Tensor]:
         """Inputs A_{l-1} of every layer, what each activation's derivative needs, and dA_L."""
-        m = x.shape[0] if rows is None else rows.shape[0]
-        plan = self._plan(m)
+        for copies in self._copies:
+            copies.refresh()
+        plan = self._plan(x.shape[0] if rows is None else rows.shape[0])
         if rows is not None:
-            y = y.index_select(0, rows)
+            if plan.y is None or plan.y.dtype != y.dtype:
+                plan.y = y.new_empty((rows.shape[0], *y.shape[1:]))
+            y = torch.index_select(y, 0, rows, out=plan.y)
         a = self._input(plan, x, rows)
         inputs, outputs = [], []
         for layer, linear, kept in zip(self.layers, plan.linear, plan.kept_a, strict=True):
             inputs.append(a)
             z = linear(a)
-            if kept is None:
-                a = z
-            else:
-                a = _activate_into(kept, z, layer.module.activation)
-            outputs.append(z if saved_for_grad(layer.module.activation) == "z" else a)
-        da = plan.loss(a, y, out)
-        if self.scale != 1.0:
-            da.mul_(self.scale)
-        return plan, inputs, outputs, da
+            a = z if kept is None else _activate_into(kept, z, layer.activation)
+            outputs.append(z if layer.saves_z else a)
+        return plan, inputs, outputs, plan.loss(a, y, out)
 
     def _input(self, plan: _Plan, x: Tensor, rows: Tensor | None) -> Tensor:
         """X in the compute dtype: gathered, converted, pixels scaled; x itself when nothing is to be done."""
@@ -202,10 +240,10 @@ class TorchStep:
             return torch.index_select(x, 0, rows, out=plan.x)
         else:
             if plan.pixels is None or plan.pixels.dtype != x.dtype:
-                plan.pixels = torch.empty(plan.x.shape, dtype=x.dtype)
+                plan.pixels = torch.empty_like(plan.x, dtype=x.dtype)
             source = torch.index_select(x, 0, rows, out=plan.pixels)
         plan.x.copy_(source)
-        return plan.x.mul_(1 / 255) if x.dtype == torch.uint8 else plan.x
+        return plan.x.mul_(self._pixel) if x.dtype == torch.uint8 else plan.x
 
     def _backward(
         self,
@@ -217,7 +255,7 @@ class TorchStep:
     ) -> None:
         """From the last layer down; ``consume(plan, layer, dZ, X)`` takes each layer's gradient."""
         for i in range(len(self.layers) - 1, self.lowest - 1, -1):
-            dz = activation_bwd(da, outputs[i], self.layers[i].module.activation, inplace=True)
+            dz = activation_bwd(da, outputs[i], self.layers[i].activation, inplace=True)
             dgrad = plan.dgrad[i]
             if dgrad is not None:  # before the weight changes
                 da = dgrad(dz)
@@ -226,102 +264,33 @@ class TorchStep:
     def _apply_plain(self, plan: _Plan, i: int, dz: Tensor, x: Tensor) -> None:
         """W -= lr dZ^T X, b -= lr sum dZ."""
         layer, lr = self.layers[i], self.config.lr
-        update, wgrad = plan.update[i], plan.wgrad[i]
+        update, wgrad, db = plan.update[i], plan.wgrad[i], self._db[i]
         if update is not None:
             update(dz, x, lr)
         elif wgrad is not None:
-            layer.master_w.add_(wgrad(dz, x), alpha=-lr)
-        if layer.train_b and layer.master_b is not None:
-            layer.master_b.add_(dz.sum(0, dtype=layer.master_b.dtype), alpha=-lr)
+            grad = wgrad(dz, x)
+            if grad.dtype != layer.master_w.dtype:
+                grad = self.optimizer.grads[layer.grad_w].copy_(grad)
+            layer.master_w.add_(grad, alpha=-lr)
+        if db is not None and layer.master_b is not None:
+            layer.master_b.add_(torch.sum(dz, 0, dtype=db.dtype, out=db), alpha=-lr)
 
     def _store(self, plan: _Plan, i: int, dz: Tensor, x: Tensor) -> None:
-        """Write dW and db into the gradient buffers."""
-        layer, grads = self.layers[i], self._grad_buffers()
-        at = sum(below.train_w + below.train_b for below in self.layers[:i])
+        """Write dW and db into the gradients."""
+        layer, grads = self.layers[i], self.optimizer.grads
         if layer.train_w:
-            wgrad = plan.wgrad[i]
-            grad = torch.mm(dz.t(), x, out=grads[at]) if wgrad is None else wgrad(dz, x)
-            if grad.dtype == grads[at].dtype:
-                grads[at] = grad
+            wgrad, into = plan.wgrad[i], grads[layer.grad_w]
+            if wgrad is None:
+                torch.mm(dz.t(), x, out=into)
             else:
-                grads[at].copy_(grad)
-            at += 1
+                grad = wgrad(dz, x)
+                if grad.dtype == into.dtype:
+                    grads[layer.grad_w] = grad
+                else:
+                    into.copy_(grad)
         if layer.train_b:
-            torch.sum(dz, 0, dtype=grads[at].dtype, out=grads[at])
-
-    def _grad_buffers(self) -> list[Tensor]:
-        if self._grads is None:
-            self._grads = [torch.zeros_like(t) for t in self.masters]
-        return self._grads
-
-    def update(self) -> None:
-        """Apply the optimizer to the gradient buffers."""
-        grads, config = self._grad_buffers(), self.config
-        if self.scaled and not self._unscale(grads):
-            return
-        if config.max_grad_norm is not None:
-            norm = torch.nn.utils.get_total_norm(grads)
-            torch._foreach_mul_(grads, torch.clamp(config.max_grad_norm / (norm + 1e-6), max=1.0))
-        with torch.no_grad():
-            if config.name == "sgd":
-                torch._fused_sgd_(
-                    self.masters,
-                    grads,
-                    self._momenta,
-                    weight_decay=config.weight_decay,
-                    momentum=config.momentum,
-                    lr=config.lr,
-                    dampening=0.0,
-                    nesterov=config.nesterov,
-                    maximize=False,
-                    is_first_step=False,
-                )
-            else:
-                torch._foreach_add_(self._steps, 1)
-                torch._fused_adamw_(
-                    self.masters,
-                    grads,
-                    self._first,
-                    self._second,
-                    [],
-                    self._steps,
-                    lr=config.lr,
-                    beta1=config.betas[0],
-                    beta2=config.betas[1],
-                    weight_decay=config.weight_decay,
-                    eps=config.eps,
-                    amsgrad=False,
-                    maximize=False,
-                )
-        self._sync_copies()
-
-    def _unscale(self, grads: list[Tensor]) -> bool:
-        """Divide by the loss scale; False, with a smaller scale from now on, when a gradient has overflowed."""
-        finite = all(bool(g.isfinite().all()) for g in grads)
-        if not finite:
-            self.scale, self._good_steps = max(1.0, self.scale / 2), 0
-            return False
-        torch._foreach_mul_(grads, 1 / self.scale)
-        self._good_steps += 1
-        if self._good_steps == _SCALE_GROWTH_STEPS:
-            self.scale, self._good_steps = self.scale * 2, 0
-        return True
-
-    def _sync_copies(self) -> None:
-        """Round the masters into the parameters and the 16-bit copies, where they are apart."""
-        with torch.no_grad():
-            for layer in self.layers:
-                for master, used, param in (
-                    (layer.master_w, layer.weight, layer.module.weight),
-                    (layer.master_b, layer.bias, layer.module.bias),
-                ):
-                    if master is None or used is None:
-                        continue
-                    if used is not master:
-                        used.copy_(master)
-                    data = param.detach()
-                    if data.data_ptr() not in (master.data_ptr(), used.data_ptr()):
-                        data.copy_(master)
+            into = grads[layer.grad_b]
+            torch.sum(dz, 0, dtype=into.dtype, out=into)
 
     def epoch(
         self,
@@ -337,7 +306,7 @@ class TorchStep:
             online_epoch(
                 [layer.weight for layer in self.layers],
                 [layer.bias for layer in self.layers],
-                [layer.module.activation for layer in self.layers],
+                [layer.activation for layer in self.layers],
                 images,
                 labels,
                 lrs,
@@ -360,6 +329,6 @@ class TorchStep:
             and self.loss == "cross_entropy"
             and self.dtype in (torch.float32, torch.float64)
             and images.dtype in (self.dtype, torch.uint8)
-            and self.layers[-1].module.activation == "identity"
-            and all(x.train_w and (x.train_b or x.bias is None) and x.master_w is x.weight for x in self.layers)
+            and not self._copies
+            and all(x.train_w and (x.train_b or x.bias is None) for x in self.layers)
         )

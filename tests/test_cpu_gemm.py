@@ -1,0 +1,240 @@
+"""Who multiplies on the CPU: modes, measured choices, equal results; and the memory of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastmlp
+from fastmlp import cpu_gemm
+from fastmlp.activations import ACTIVATIONS
+from fastmlp.step_config import LOSSES
+
+from .step_helpers import (
+    OPTIMIZERS,
+    Reference,
+    assert_run_within_budget,
+    batches,
+    converted,
+    flat,
+    for_step,
+    network,
+    one_thread,  # noqa: F401
+    problem,
+)
+
+SIZES = (13, 17, 11, 5)
+needs_onednn = pytest.mark.skipif(not cpu_gemm._onednn_available(), reason="torch was built without oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch) -> Iterator[None]:
+    """No choice known, and the mode restored afterwards."""
+    monkeypatch.setattr(cpu_gemm, "_choices", {})
+    mode = fastmlp.get_cpu_gemm()
+    yield
+    fastmlp.set_cpu_gemm(mode)
+
+
+def run(dtype: torch.dtype = torch.float32, optimizer: str = "sgd", steps: int = 5, **settings) -> Tensor:
+    model = converted(network(SIZES, settings.pop("activation", "sigmoid")), dtype)
+    step = fastmlp.TrainStep(model, **OPTIMIZERS[optimizer], **settings)
+    for x, y in batches(*problem(SIZES, 70), 24, steps):
+        step(*for_step(x, y, settings.get("dtype") or dtype))
+    return flat(model)
+
+
+@needs_onednn
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_onednn_within_the_budget(activation, optimizer):
+    """The library that the measurement may have passed over on this machine."""
+    fastmlp.set_cpu_gemm("onednn")
+    data = batches(*problem(SIZES, 70), 24, 20)
+    model = network(SIZES, activation)
+    expected = Reference(model, OPTIMIZERS[optimizer]).train(data).flat()
+    own = Reference(model, OPTIMIZERS[optimizer], master=torch.float32).train(data).flat()
+    actual = run(activation=activation, optimizer=optimizer, steps=20)
+    assert_run_within_budget(actual, expected, own, 20, torch.finfo(torch.float32).eps)
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 2, 65])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(1, 1), (7, 1, 3), (64, 32, 10)], ids=str)
+def test_onednn_shapes_and_strides(sizes, bias, rows):
+    x, y = problem(sizes, rows)
+    wide = torch.full((rows, sizes[0] + 3), float("nan"))
+    wide[:, 1:-2] = x
+    for optimizer in ("sgd", "momentum"):
+        model = network(sizes, bias=bias)
+        expected = Reference(model, OPTIMIZERS[optimizer]).train([(x, y)] * 3).flat()
+        for batch in (x.float(), wide[:, 1:-2], x.float().t().contiguous().t()):
+            fastmlp.set_cpu_gemm("onednn")
+            narrow = converted(model, torch.float32)
+            step = fastmlp.TrainStep(narrow, **OPTIMIZERS[optimizer])
+            for _ in range(3):
+                step(batch, y)
+            assert (flat(narrow) - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("mode", ["aten", "auto"])
+def test_each_mode_trains(mode):
+    fastmlp.set_cpu_gemm(mode)
+    assert fastmlp.get_cpu_gemm() == mode
+    torch.testing.assert_close(run(), run(torch.float64), rtol=1e-4, atol=1e-5)
+
+
+def test_errors(monkeypatch):
+    with pytest.raises(ValueError, match="unknown mode 'mkl'; expected one of auto, aten, onednn"):
+        fastmlp.set_cpu_gemm("mkl")
+    monkeypatch.setattr(cpu_gemm, "_onednn_available", lambda: False)
+    with pytest.raises(RuntimeError, match="has no oneDNN linear operator; use 'auto' or 'aten'"):
+        fastmlp.set_cpu_gemm("onednn")
+
+
+@needs_onednn
+def test_what_was_measured():
+    """Each product of each layer once, by the power of two below the batch size."""
+    fastmlp.set_cpu_gemm("auto")
+    assert cpu_gemm.choices() == {}
+    run()
+    threads = torch.get_num_threads()
+    shapes = [(13, 17), (17, 11), (11, 5)]
+    expected = {("linear sigmoid", 16, k, n, torch.float32, threads) for k, n in shapes[:2]}
+    expected |= {("linear none", 16, *shapes[2], torch.float32, threads)}
+    expected |= {("dgrad", 16, k, n, torch.float32, threads) for k, n in shapes[1:]}
+    expected |= {("wgrad_update", 16, k, n, torch.float32, threads) for k, n in shapes}
+    assert set(cpu_gemm.choices()) == expected
+    assert set(cpu_gemm.choices().values()) <= {"aten", "onednn"}
+    run(optimizer="momentum")
+    assert {key[0] for key in cpu_gemm.choices()} == {"linear sigmoid", "linear none", "dgrad", "wgrad", "wgrad_update"}
+
+
+@needs_onednn
+def test_measured_once_for_batch_sizes_that_are_near(monkeypatch):
+    fastmlp.set_cpu_gemm("auto")
+    model = converted(network(SIZES), torch.float32)
+    step = fastmlp.TrainStep(model, lr=0.1)
+    x, y = for_step(*problem(SIZES, 70), torch.float32)
+    step(x[:32], y[:32])
+    known = cpu_gemm.choices()
+    for m in (33, 50, 63):
+        step(x[:m], y[:m])
+    assert cpu_gemm.choices() == known
+    step(x[:64], y[:64])
+    assert len(cpu_gemm.choices()) == 2 * len(known)
+    assert {key[1] for key in cpu_gemm.choices()} == {32, 64}
+
+
+@needs_onednn
+def test_the_faster_one_is_chosen():
+    def trials(slow: str) -> Callable[[], dict]:
+        def wait(seconds: float) -> Callable[[], None]:
+            from time import sleep
+
+            return lambda: sleep(seconds)
+
+        return lambda: {name: wait(0.02 if name == slow else 0.0) for name in ("aten", "onednn")}
+
+    fastmlp.set_cpu_gemm("auto")
+    assert cpu_gemm._choose("a", 1, 1, 1, torch.float32, trials("aten")) == "onednn"
+    assert cpu_gemm._choose("b", 1, 1, 1, torch.float32, trials("onednn")) == "aten"
+
+
+@pytest.mark.parametrize("why", ["float64", "mode", "deterministic", "no oneDNN"])
+def test_aten_without_a_measurement(monkeypatch, why):
+    if why == "mode":
+        fastmlp.set_cpu_gemm("aten")
+    elif why == "deterministic":
+        torch.use_deterministic_algorithms(True)
+    elif why == "no oneDNN":
+        monkeypatch.setattr(cpu_gemm, "_onednn_available", lambda: False)
+    try:
+        run(torch.float64 if why == "float64" else torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert cpu_gemm.choices() == {}
+
+
+def allocations(step: Callable[[], object], warm: int = 3, steps: int = 2) -> list[int]:
+    """Bytes of every allocation (positive) and release (negative) by torch in ``steps`` steps, after ``warm`` more."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(warm):
+        step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        for _ in range(steps):
+            step()
+    assert record.profiler is not None
+    assert record.profiler.kineto_results is not None
+    events = record.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]"]
+
+
+def one_step(dtype: torch.dtype = torch.float32, *, epoch: bool = False, uint8: bool = False, **settings):
+    """A function that takes a step; with ``epoch`` the three steps of an epoch, the last one of fewer rows."""
+    loss = settings.get("loss", "cross_entropy")
+    x, y = problem(SIZES, 40, uint8=uint8, loss=loss)
+    x, y = for_step(x, y, dtype)
+    model = converted(network(SIZES, settings.pop("activation", "sigmoid")), dtype)
+    step = fastmlp.TrainStep(model, **{"lr": 0.1, **settings})
+    if not epoch:
+        return lambda: step(x, y)
+    order, losses = torch.randperm(40), torch.zeros(3, dtype=dtype)
+    return lambda: step._engine.epoch(x, y, 16, order, [0.1] * 3, losses)
+
+
+def test_allocations_are_seen():
+    kept = []
+    assert allocations(lambda: kept.append(torch.empty(1000)), steps=3) == [4000, 4000, 4000]
+    seen = allocations(lambda: torch.rand(1000).add_(1.0) * 2)
+    assert max(seen) >= 4000
+    assert sum(seen) == 0
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_step_allocates_nothing(name, dtype):
+    fastmlp.set_cpu_gemm("aten")
+    assert allocations(one_step(dtype, **OPTIMIZERS[name])) == []
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+def test_a_step_allocates_nothing_with_any_activation(activation, optimizer):
+    fastmlp.set_cpu_gemm("aten")
+    assert allocations(one_step(activation=activation, **OPTIMIZERS[optimizer])) == []
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("epoch", [False, True], ids=["step", "epoch"])
+@pytest.mark.parametrize("uint8", [False, True], ids=["float", "uint8"])
+def test_a_step_allocates_nothing_with_any_loss_and_input(uint8, epoch, loss):
+    fastmlp.set_cpu_gemm("aten")
+    assert allocations(one_step(loss=loss, epoch=epoch, uint8=uint8)) == []
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adamw"])
+@pytest.mark.parametrize("epoch", [False, True], ids=["step", "epoch"])
+def test_with_onednn_nothing_is_left_allocated(name, epoch):
+    """Its results are new tensors, each released when the next step has its own."""
+    fastmlp.set_cpu_gemm("onednn")
+    step = one_step(epoch=epoch, **OPTIMIZERS[name])
+    few, many = allocations(step, steps=2), allocations(step, steps=12)
+    assert sum(many) <= max(0, sum(few))
+    assert max(many) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["aten", "auto"])
+def test_in_16_bits_nothing_is_left_allocated(mode, dtype):
+    """Inside their products torch's 16-bit libraries have scratch of their own."""
+    fastmlp.set_cpu_gemm(mode)
+    step = one_step(dtype, momentum=0.9)
+    few, many = allocations(step, steps=2), allocations(step, steps=12)
+    assert sum(many) <= max(0, sum(few))

@@ -1,0 +1,203 @@
+"""TrainStep in 16 bits: mixed precision and 16-bit parameters, float32 masters, the loss scale of float16."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import fastmlp
+from fastmlp.activations import ACTIVATIONS
+from fastmlp.step_config import LOSSES
+
+from .step_helpers import (
+    OPTIMIZERS,
+    Reference,
+    assert_run_within_budget,
+    batches,
+    converted,
+    flat,
+    network,
+    one_thread,  # noqa: F401
+    problem,
+)
+
+SIZES = (13, 17, 11, 5)
+HALVES = [torch.bfloat16, torch.float16]
+EPS32 = torch.finfo(torch.float32).eps
+
+
+def half_run(
+    compute: torch.dtype,
+    params: torch.dtype,
+    optimizer: str,
+    *,
+    loss: str = "cross_entropy",
+    activation: str = "sigmoid",
+    steps: int = 60,
+) -> None:
+    """Against float64, beside autocast with float32 masters; the masters' roundings to ``params`` come on top."""
+    model = network(SIZES, activation)
+    data = batches(*problem(SIZES, 70, loss=loss), 24, steps)
+    settings = OPTIMIZERS[optimizer]
+    expected = Reference(model, settings, loss).train(data).flat()
+    own = Reference(model, settings, loss, torch.float32, compute).train(data)
+    narrow = converted(model, params)
+    step = fastmlp.TrainStep(narrow, loss=loss, dtype=compute, **settings)
+    for x, y in data:
+        value = step(x.to(compute), y)
+    assert value.dtype == torch.float32
+    assert {p.dtype for p in narrow.parameters()} == {params}
+    # A rounding to the parameters' dtype at the end, by both; one more of either may go the other way.
+    eps = EPS32 if params == torch.float32 else torch.finfo(params).eps / steps**0.5
+    assert_run_within_budget(flat(narrow), expected, own.flat(params), steps, eps)
+    assert (flat(narrow) - flat(model)).norm() > 1e-2 * flat(model).norm(), "nothing was learned"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "clipping", "adamw"])
+@pytest.mark.parametrize("params", [torch.float32, "compute"], ids=["float32 parameters", "16-bit parameters"])
+@pytest.mark.parametrize("compute", HALVES, ids=str)
+def test_every_optimizer(compute, params, optimizer):
+    half_run(compute, compute if params == "compute" else params, optimizer)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("compute", HALVES, ids=str)
+def test_every_activation(compute, activation):
+    half_run(compute, torch.float32, "sgd", activation=activation, steps=20)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("compute", HALVES, ids=str)
+def test_every_loss(compute, loss):
+    half_run(compute, torch.float32, "momentum", loss=loss, steps=30)
+
+
+@pytest.mark.parametrize(
+    ("params", "compute"),
+    list(itertools.permutations((torch.float64, torch.float32, torch.bfloat16, torch.float16), 2)),
+    ids=str,
+)
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+def test_every_pair_of_dtypes(params, compute, optimizer):
+    """Parameters follow their masters, which are as wide as the wider of the two and float32 at least."""
+    model = network(SIZES)
+    data = batches(*problem(SIZES, 70), 24, 10)
+    expected = Reference(model, OPTIMIZERS[optimizer]).train(data).flat()
+    narrow = converted(model, params)
+    step = fastmlp.TrainStep(narrow, dtype=compute, **OPTIMIZERS[optimizer])
+    for x, y in data:
+        step(x.to(compute), y)
+    eps = max(torch.finfo(params).eps, torch.finfo(compute).eps)
+    assert (flat(narrow) - expected).norm() < 10 * eps * expected.norm()
+    assert (flat(narrow) - flat(model)).norm() > 1e-2 * expected.norm()
+    masters = {m.dtype for m in step._engine.optimizer.params}
+    assert masters == {torch.promote_types(torch.promote_types(params, compute), torch.float32)}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_small_updates_add_up(dtype):
+    """200 updates of a weight near 1 that are each below half a unit in its last place."""
+    model = fastmlp.MLP((1, 2), bias=False, dtype=dtype)
+    with torch.no_grad():
+        model.layers[0].weight.copy_(torch.tensor([[1.0], [0.0]]))
+    # dL/dw_0 = softmax(1, 0)_0 - 1 = -0.269 at the first step, and the updates hardly change it.
+    step = fastmlp.TrainStep(model, lr=1e-4 / 0.2689)
+    x, y = torch.ones(1, 1, dtype=dtype), torch.tensor([0])
+    for _ in range(200):
+        step(x, y)
+    assert model.layers[0].weight[0].item() == pytest.approx(1.02, abs=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("params", [torch.float32, torch.bfloat16], ids=str)
+def test_parameters_loaded_between_steps_are_used(params):
+    """The 16-bit copies and the masters follow a change in place that is not the step's own."""
+    x, y = problem(SIZES, 24)
+    x = x.bfloat16()
+    model = converted(network(SIZES), params)
+    step = fastmlp.TrainStep(model, lr=0.3, dtype=torch.bfloat16)
+    first = step(x, y).item()
+    assert step(x, y).item() < first
+    model.load_state_dict(network(SIZES).state_dict())
+    assert step(x, y).item() == first
+    twin = converted(network(SIZES), params)
+    fastmlp.TrainStep(twin, lr=0.3, dtype=torch.bfloat16)(x, y)
+    assert torch.equal(flat(model), flat(twin))
+
+
+def test_inputs_of_every_floating_point_dtype_in_16_bits():
+    x, y = problem(SIZES, 24)  # the values are bfloat16's
+    results = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        model = converted(network(SIZES), torch.float32)
+        fastmlp.TrainStep(model, lr=0.3, dtype=torch.bfloat16)(x.to(dtype), y)
+        results.append(flat(model))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+class TestLossScale:
+    """float16: gradients are computed times a scale, and a step in which they overflow is skipped."""
+
+    @staticmethod
+    def scale(step):
+        return step._engine.optimizer.scale.item()
+
+    def test_small_gradients_survive(self):
+        """Gradients near 1e-8, which float16 rounds to 0: its least number is 6e-8."""
+        model = network((4, 3))
+        x, y = problem((4, 3), 6, loss="mse")
+        x = x * 1e-7
+        expected = Reference(model, {"lr": 1e5}, "mse").train([(x, y)]).params["layers.0.weight"].detach()
+        narrow = converted(model, torch.float32)
+        fastmlp.TrainStep(narrow, lr=1e5, loss="mse", dtype=torch.float16)(x, y)
+        moved, wanted = narrow.layers[0].weight.double() - model.layers[0].weight, expected - model.layers[0].weight
+        assert wanted.abs().max() > 1e-4
+        # x itself is a subnormal of float16, with few digits.
+        assert (moved - wanted).norm() < 0.5 * wanted.norm()
+
+    def test_a_step_that_overflows_is_skipped(self):
+        model = converted(network(SIZES), torch.float32)
+        before = flat(model)
+        step = fastmlp.TrainStep(model, lr=0.3, momentum=0.9, dtype=torch.float16)
+        x, y = problem(SIZES, 24)
+        start = self.scale(step)
+        step._engine.optimizer.scale.fill_(2.0**30)
+        assert step(x, y).isfinite()
+        assert torch.equal(flat(model), before)
+        assert self.scale(step) == 2.0**29
+        for _ in range(20):
+            step(x, y)
+        assert self.scale(step) < 2.0**29
+        assert not torch.equal(flat(model), before)
+        assert flat(model).isfinite().all()
+        assert start == 2.0**15
+
+    def test_the_scale_grows_again(self):
+        model = converted(network((3, 2)), torch.float32)
+        step = fastmlp.TrainStep(model, lr=0.0, dtype=torch.float16)
+        x, y = problem((3, 2), 4)
+        for _ in range(1999):
+            step(x, y)
+        assert self.scale(step) == 2.0**15
+        step(x, y)
+        assert self.scale(step) == 2.0**16
+
+    def test_one_row_does_not_overflow_at_the_start(self):
+        model = converted(network(SIZES), torch.float32)
+        before = flat(model)
+        x, y = problem(SIZES, 1)
+        step = fastmlp.TrainStep(model, lr=0.3, dtype=torch.float16)
+        step(x, y)
+        assert not torch.equal(flat(model), before)
+        assert self.scale(step) == 2.0**15
+
+    def test_the_scale_does_not_fall_below_one(self):
+        model = converted(network(SIZES), torch.float32)
+        step = fastmlp.TrainStep(model, lr=0.3, dtype=torch.float16)
+        x, y = problem(SIZES, 4)
+        for _ in range(30):
+            step(x * float("nan"), y)
+        assert self.scale(step) == 1.0
+        assert flat(model).isfinite().all()
