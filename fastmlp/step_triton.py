@@ -236,7 +236,8 @@ class TritonStep:
             if self.loss == "softmax_squared_error":
                 softmax_squared_error(a, y, scale=host, loss=plan.loss_rows, dz=dz)
             else:
-                elementwise_loss(a, y, self.loss, scale=host, loss=plan.loss_rows.view(a.shape), da=dz)
+                name = "bce_with_logits" if self.loss == "bce" else self.loss
+                elementwise_loss(a, y, name, scale=host, loss=plan.loss_rows.view(a.shape), da=dz)
             if self.scaled:
                 dz.mul_(self.scale)
         if self.activations[last] != "identity":

@@ -1,0 +1,140 @@
+"""TrainStep on the kernels (fastmlp/step_triton.py): launches, agreement with float64, graphs' static tables.
+
+The reference is the same TrainStep on the torch backend, which tests/test_step*.py hold to torch.optim and autograd.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fastmlp
+from fastmlp import TrainStep, use_backend
+from tests.kernels.harness import assert_within_budget
+
+SETTINGS = {
+    "sgd": {"lr": 0.1},
+    "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
+    "clipped": {"lr": 0.1, "max_grad_norm": 0.05},
+}
+
+
+def data(n, features, classes, *, values=False, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, features), generator=g, dtype=torch.uint8)
+    if values:
+        return images, torch.rand(n, classes, generator=g)
+    return images, torch.randint(0, classes, (n,), generator=g)
+
+
+def compare(lane, sizes, activation="sigmoid", *, m=16, n=45, dtype=None, loss="cross_entropy", **settings):
+    """One shuffled epoch with a short last batch: kernels, torch in the same dtype, torch in float64."""
+    torch.manual_seed(0)
+    start = fastmlp.MLP(sizes, activation)
+    images, labels = data(n, sizes[0], sizes[-1], values=loss not in ("cross_entropy", "softmax_squared_error"))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(2))
+    models, losses = {}, {}
+    for name in ("triton", "torch", "float64"):
+        model = models[name] = copy.deepcopy(start).to(lane if name == "triton" else "cpu")
+        target = labels
+        if name == "float64":
+            model.double()
+            target = labels.double() if labels.is_floating_point() else labels
+        with use_backend("triton" if name == "triton" else "torch"):
+            step = TrainStep(model, loss=loss, dtype=None if name == "float64" else dtype, **settings)
+        where = next(model.parameters()).device
+        losses[name] = step.epoch(images.to(where), target.to(where), m, order.to(where))
+        assert step.losses.shape == (-(-n // m),)
+    for p, own, truth in zip(*(models[k].parameters() for k in ("triton", "torch", "float64")), strict=True):
+        assert_within_budget(p.detach().cpu(), truth.detach(), own.detach(), reduction=n)
+    assert_within_budget(
+        losses["triton"].cpu().view(1), losses["float64"].double().view(1), losses["torch"].view(1), reduction=n
+    )
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_optimizers(lane, settings):
+    compare(lane, (33, 20, 17, 5), **settings)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "identity"])
+def test_activations_and_depth(lane, activation):
+    compare(lane, (20, 17, 16, 9, 5), activation, lr=0.05)
+
+
+@pytest.mark.parametrize("loss", ["mse", "l1", "bce", "softmax_squared_error"])
+def test_losses(lane, loss):
+    compare(lane, (33, 17, 5), loss=loss, lr=0.1)
+
+
+@pytest.mark.parametrize("sizes", [(20, 5), (20, 17, 150)], ids=["one layer", "more classes than the head takes"])
+def test_without_and_beyond_the_head(lane, sizes):
+    compare(lane, sizes, lr=0.1)
+
+
+def test_gradients_accumulate_and_update(lane):
+    torch.manual_seed(0)
+    start = fastmlp.MLP((33, 17, 5))
+    images, labels = data(20, 33, 5)
+    results = []
+    for backend, device in (("triton", lane), ("torch", torch.device("cpu"))):
+        model = copy.deepcopy(start).to(device)
+        with use_backend(backend):
+            step = TrainStep(model, lr=0.1)
+        step.gradients(images[:8].to(device), labels[:8].to(device))
+        grads = step.gradients(images[8:].to(device), labels[8:].to(device), accumulate=True)
+        kept = {name: g.clone().cpu() for name, g in grads.items()}
+        step.update()
+        results.append((kept, [p.detach().cpu() for p in model.parameters()]))
+    (ours, params), (theirs, expected) = results
+    assert ours.keys() == theirs.keys() == {f"layers.{i}.{p}" for i in range(2) for p in ("weight", "bias")}
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name])
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_frozen_layers_stay(lane):
+    torch.manual_seed(0)
+    model = fastmlp.MLP((33, 17, 16, 5)).to(lane)
+    for parameter in model.layers[0].parameters():
+        parameter.requires_grad_(False)
+    before = [p.detach().clone() for p in model.parameters()]
+    images, labels = data(16, 33, 5)
+    with use_backend("triton"):
+        step = TrainStep(model, lr=0.1)
+    step(images.to(lane), labels.to(lane))
+    changed = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert changed == [False, False, True, True, True, True]
+
+
+def test_two_runs_are_bitwise_equal(lane):
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = fastmlp.MLP((33, 17, 5)).to(lane)
+        images, labels = data(45, 33, 5)
+        with use_backend("triton"):
+            TrainStep(model, lr=0.1, momentum=0.9).epoch(images.to(lane), labels.to(lane), 16)
+        runs.append([p.detach().cpu() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_graphs_give_what_launches_give():
+    images, labels = data(300, 784, 10)
+    runs = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        model = fastmlp.MLP((784, 128, 64, 10), device="cuda")
+        step = TrainStep(model, lr=0.1, momentum=0.9, cuda_graph=cuda_graph)
+        for epoch in range(3):
+            order = torch.randperm(300, generator=torch.Generator().manual_seed(epoch)).cuda()
+            step.epoch(images.cuda(), labels.cuda(), 64, order)
+            step(images[:50].cuda(), labels[:50].cuda())
+        runs.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
