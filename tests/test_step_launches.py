@@ -1,0 +1,85 @@
+"""The whole training step on a simulated GPU: how many launches it makes, and three steps of full size executed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fastmlp
+from fastmlp import TrainStep, use_backend
+from tests.conftest import INTERPRETING
+from tests.kernels.harness import assert_within_budget
+
+pytestmark = pytest.mark.skipif(INTERPRETING, reason="the simulated GPU runs compiled kernels")
+
+TARGETS = [75, 80, 86, 89, 90, 100, 120, ("hip", "gfx90a"), ("hip", "gfx942"), ("hip", "gfx1100")]
+
+
+def one_step(sizes, batch, target, **settings):
+    """Names of the kernels of one recorded step."""
+    from tests.ptxsim import SimulatedGPU
+
+    images = torch.zeros(batch, sizes[0], dtype=torch.uint8)
+    labels = torch.zeros(batch, dtype=torch.int64)
+    with SimulatedGPU(target, execute=False) as gpu, use_backend("triton"):
+        TrainStep(fastmlp.MLP(sizes), **{"lr": 0.1, **settings}).epoch(images, labels, batch)
+    return [launch.name for launch in gpu.launches]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+@pytest.mark.parametrize("optimizer", [{}, {"momentum": 0.9, "nesterov": True}, {"optimizer": "adamw"}], ids=str)
+def test_a_step_is_2l_minus_1_launches(layers, optimizer):
+    sizes = (784, *[64] * (layers - 1), 10)
+    assert one_step(sizes, 64, 80, **optimizer) == [
+        *["_linear_fwd_kernel"] * (layers - 1),
+        "_head_kernel",
+        *["_linear_dgrad_kernel"] * max(0, layers - 2),
+        "_wgrad_update_kernel",
+    ]
+    assert len(one_step(sizes, 64, 80, **optimizer)) <= max(2, 2 * layers - 1)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_five_launches_on_every_target(target):
+    names = one_step((784, 512, 512, 10), 64, target)
+    assert names == ["_linear_fwd_kernel"] * 2 + ["_head_kernel", "_linear_dgrad_kernel", "_wgrad_update_kernel"]
+
+
+@pytest.mark.launch
+def test_a_long_batch_costs_one_launch_more():
+    names = one_step((64, 64, 64, 10), 16384, 80)
+    assert len(names) == 6
+    assert names[-2:] == ["_wgrad_update_kernel", "_reduce_update_kernel"]
+
+
+@pytest.mark.execute
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_three_steps_of_full_size(dtype):
+    """784-512-512-10, batch 64, on an sm_80 that executes the compiled kernels, against float64."""
+    from tests.ptxsim import SimulatedGPU
+
+    torch.manual_seed(0)
+    start = fastmlp.MLP((784, 512, 512, 10))
+    images = torch.randint(0, 256, (192, 784), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (192,))
+    order = torch.randperm(192)
+    models = {name: copy.deepcopy(start) for name in ("kernels", "torch", "float64")}
+    models["float64"].double()
+    losses = {}
+    for name, model in models.items():
+        if name == "kernels":
+            with SimulatedGPU(80) as gpu, use_backend("triton"):
+                losses[name] = TrainStep(model, lr=0.1, momentum=0.9, dtype=dtype).epoch(images, labels, 64, order)
+        else:
+            step = TrainStep(model, lr=0.1, momentum=0.9, dtype=dtype if name == "torch" else None)
+            losses[name] = step.epoch(images, labels, 64, order)
+    assert len(gpu.launches) == 15
+    for p, own, truth in zip(*(m.parameters() for m in models.values()), strict=True):
+        assert_within_budget(p.detach(), truth.detach(), own.detach(), reduction=784)
+    assert_within_budget(
+        losses["kernels"].view(1), losses["float64"].double().view(1), losses["torch"].view(1), reduction=192
+    )
