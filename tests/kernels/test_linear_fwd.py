@@ -52,6 +52,14 @@ def test_activations(lane, activation, dtype):
     check(lane, x, w, b, activation, a, z)
 
 
+def test_tanh_near_zero_keeps_its_digits(lane):
+    """Each value is checked by itself: 1 - 2 / (1 + e^2z) would be right beside the largest value only."""
+    x = torch.logspace(-12, 1, 66)[:, None] * torch.tensor([1.0, -1.0])
+    a, _ = linear_fwd(x.view(-1, 1).to(lane), torch.ones(1, 1).to(lane), None, "tanh")
+    expected = torch.tanh(x.view(-1, 1).double())
+    assert ((a.cpu().double() - expected).abs() <= 2 * 2.0**-23 * expected.abs()).all()
+
+
 @pytest.mark.parametrize("layout", ["dense", "columns", "spread"])
 def test_strides(lane, layout):
     x, w, b = case(33, 63, 17, torch.float32, layout=layout)
