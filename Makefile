@@ -1,0 +1,36 @@
+# What the project can be asked to do. PYTHON is the interpreter of an environment with `pip install -e '.[dev]'`.
+PYTHON ?= python
+PYTEST = $(PYTHON) -m pytest -q -n 2 --dist worksteal
+
+.PHONY: test lint types unit interpret compile launch execute fuzz test-gpu
+
+test: lint types unit interpret compile launch execute  ## everything that CI runs
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types:
+	$(PYTHON) -m mypy
+
+unit:  ## everything that needs no kernel
+	$(PYTEST) -m "not interpret and not compile and not launch and not execute and not gpu"
+
+interpret:  ## lane 1: the kernels in Triton's interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret
+
+compile:  ## lane 2: every kernel compiled for every target, and the limits
+	$(PYTEST) -m compile
+
+launch:  ## lane 3: the launches of the whole library, recorded
+	$(PYTEST) -m launch
+
+execute:  ## lane 4: the compiled kernels executed on a simulated GPU
+	$(PYTEST) -m execute
+
+fuzz:  ## a night's worth of drawn cases
+	HYPOTHESIS_PROFILE=night TRITON_INTERPRET=1 $(PYTHON) -m pytest -q tests/fuzz
+	HYPOTHESIS_PROFILE=night $(PYTHON) -m pytest -q tests/fuzz
+
+test-gpu:  ## on a machine with a GPU: every test there, and the full grids
+	$(PYTHON) -m pytest -q --full
