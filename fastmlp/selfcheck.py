@@ -17,15 +17,16 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import functional, ops, reference, reference_losses
 from .activations import ACTIVATIONS, saved_for_grad
 from .backend import KERNEL_DTYPES, Resolved, use_backend
 
-__all__ = ["CHECKS", "CheckResult", "Comparison", "Problem", "run_checks"]
+__all__ = ["CHECKS", "KERNELS_ONLY", "CheckResult", "Comparison", "Problem", "run_checks"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ class Problem:
     def dz(self) -> Tensor:
         """The gradient dZ [M, N]."""
         return self.normal(self.M, self.N, seed=4)
+
+    def labels(self, classes: int) -> Tensor:
+        """Labels [M], int64 in [0, classes)."""
+        generator = torch.Generator().manual_seed(6)
+        return torch.randint(0, classes, (self.M,), generator=generator).to(self.device)
 
 
 #: Nearer to 0 than this, the rounding of Z in float32 decides on which side of its jump the step function is.
@@ -182,32 +188,101 @@ def activation_bwd(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
         )
 
 
+def _loss_and_grad(
+    what: str, ours: Callable[..., Tensor], torchs: Callable[..., Tensor], z: Tensor, reduction: int, backend: Resolved
+) -> Iterator[Comparison]:
+    """The losses without a reduction, and the gradient of their mean; ``torchs`` in float64 is the oracle."""
+
+    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x = z.to(dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad(function(x, reduction="mean"), x)
+        return function(x, reduction="none").detach(), gradient
+
+    with use_backend(backend):
+        actual = results(ours, z.dtype)
+    oracle, own = results(torchs, torch.float64), results(torchs, z.dtype)
+    for name, got, want, torch_result in zip(("loss", "gradient"), actual, oracle, own, strict=True):
+        yield Comparison(f"{name} ({what})", got, want, torch_result, reduction)
+
+
 def cross_entropy(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
-    """The losses of M rows of N classes, and the gradient of their mean, with and without label smoothing."""
-    from .losses import cross_entropy
-
-    generator = torch.Generator().manual_seed(6)
-    y = torch.randint(0, problem.N, (problem.M,), generator=generator).to(problem.device)
-    z = problem.normal(problem.M, problem.N, seed=4, scale=3.0).requires_grad_()
-    z64 = z.detach().double().requires_grad_()
+    """M rows of N classes, with and without label smoothing."""
+    y = problem.labels(problem.N)
     for smoothing in (0.0, 0.1):
+        ours = partial(functional.cross_entropy, target=y, label_smoothing=smoothing)
+        torchs = partial(torch.nn.functional.cross_entropy, target=y, label_smoothing=smoothing)
+        yield from _loss_and_grad(f"smoothing {smoothing:g}", ours, torchs, 3 * problem.dz, problem.N, backend)
 
-        def losses(function: Callable[..., Tensor], logits: Tensor, smoothing: float = smoothing) -> tuple[Tensor, ...]:
-            rows = function(logits, y, reduction="none", label_smoothing=smoothing)
-            mean = function(logits, y, reduction="mean", label_smoothing=smoothing)
-            return rows.detach(), *torch.autograd.grad(mean, logits)
 
-        with use_backend(backend):
-            actual = losses(cross_entropy, z)
-        oracle, own = (losses(torch.nn.functional.cross_entropy, logits) for logits in (z64, z))
-        for name, got, want, torch_result in zip(("loss", "dZ"), actual, oracle, own, strict=True):
-            yield Comparison(f"{name} (smoothing {smoothing:g})", got, want, torch_result, problem.N)
+def elementwise_loss(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
+    """The losses of values and of independent logits, M x N elements."""
+    y = torch.rand(problem.M, problem.N, generator=torch.Generator().manual_seed(7))
+    y = y.to(problem.dtype).to(problem.device)
+    pairs = (
+        (functional.mse_loss, torch.nn.functional.mse_loss),
+        (functional.l1_loss, torch.nn.functional.l1_loss),
+        (functional.bce_with_logits, torch.nn.functional.binary_cross_entropy_with_logits),
+    )
+    for ours, torchs in pairs:
+
+        def oracle(x: Tensor, reduction: str, torchs: Callable[..., Tensor] = torchs) -> Tensor:
+            return torchs(x, y.to(x.dtype), reduction=reduction)
+
+        yield from _loss_and_grad(ours.__name__, partial(ours, target=y), oracle, problem.dz, 1, backend)
+
+
+def softmax_squared_error(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
+    """|softmax(Z) - onehot|^2 of M rows of N classes."""
+    y = torch.nn.functional.one_hot(problem.labels(problem.N), problem.N).to(problem.dtype)
+
+    def oracle(z: Tensor, reduction: str) -> Tensor:
+        rows = reference_losses.softmax_squared_error(z, y.to(z.dtype))
+        return rows if reduction == "none" else rows.mean()
+
+    ours = partial(functional.softmax_squared_error, target=y)
+    yield from _loss_and_grad("one-hot", ours, oracle, problem.dz, problem.N, backend)
+
+
+def head(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
+    """Last layer, cross-entropy and their backward pass, above a sigmoid layer; of at most 128 classes."""
+    from . import kernels
+    from .kernels.head import MAX_CLASSES
+
+    classes = min(problem.N, MAX_CLASSES)
+    y, w, b = problem.labels(classes), problem.weight[:classes], problem.bias[:classes]
+    h = torch.sigmoid(problem.x)
+    actual = kernels.head(h, w, b, y, activation="sigmoid", saved=h, scale=1 / problem.M)
+
+    def layer(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        loss, dz, da, _ = reference.head(h, w, b, y, scale=1 / problem.M)
+        return loss, dz, da * reference.activation_grad_from_output(h, "sigmoid")
+
+    oracle, own = layer(h.double(), w.double(), b.double()), layer(h, w, b)
+    reductions = (problem.K, problem.K, problem.K + classes)
+    for name, got, want, torch_result, terms in zip(
+        ("loss", "dZ", "dZ below"), actual, oracle, own, reductions, strict=True
+    ):
+        assert got is not None
+        yield Comparison(name, got, want, torch_result, terms)
 
 
 CHECKS: Mapping[str, Check] = {
-    check.__name__: check for check in (linear_fwd, linear_dgrad, linear_wgrad, activation_bwd, cross_entropy)
+    check.__name__: check
+    for check in (
+        linear_fwd,
+        linear_dgrad,
+        linear_wgrad,
+        activation_bwd,
+        cross_entropy,
+        elementwise_loss,
+        softmax_squared_error,
+        head,
+    )
 }
 """Every check by the name of its kernel."""
+
+KERNELS_ONLY = frozenset({"head"})
+"""The checks of kernels that have no counterpart on the torch backend."""
 
 #: M, K, N: ragged against every tile, small enough for the interpreter.
 SMALL = ((33, 70, 17),)
@@ -257,7 +332,8 @@ def run_checks(
         sizes: (M, K, N) of the problems.
     """
     device = torch.device(device)
-    return [_run(name, dtype, device, backend, sizes) for name in CHECKS for dtype in dtypes]
+    names = [name for name in CHECKS if backend == "triton" or name not in KERNELS_ONLY]
+    return [_run(name, dtype, device, backend, sizes) for name in names for dtype in dtypes]
 
 
 def _run(

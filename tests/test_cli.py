@@ -366,7 +366,8 @@ def test_doctor(capsys):
     assert report["auto_backend"] == ("triton" if torch.cuda.is_available() else "torch")
     assert report["triton"]["runs_on"] in ("gpu", "interpreter", None)
     checked = {(check["backend"], check["kernel"]) for check in report["checks"]}
-    assert {kernel for backend, kernel in checked if backend == "torch"} == set(selfcheck.CHECKS)
+    both = set(selfcheck.CHECKS) - selfcheck.KERNELS_ONLY
+    assert {kernel for backend, kernel in checked if backend == "torch"} == both
     if report["triton"]["runs_on"] is not None:
         assert {kernel for backend, kernel in checked if backend == "triton"} == set(selfcheck.CHECKS)
     assert all(check["passed"] and check["error"] <= check["allowed"] for check in report["checks"])
@@ -407,6 +408,23 @@ def test_doctor_reports_a_broken_interpreter(monkeypatch, code, message):
     (result,) = doctor._interpreted()
     assert not result["passed"]
     assert message in result["message"]
+
+
+def test_checks_notice_every_kind_of_wrong_result(monkeypatch):
+    right = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    holed = right.float()
+    holed[4] = float("nan")
+    results = {"off": right.float() + 1e-4, "nan": holed, "shape": right.float()[:8], "right": right.float()}
+
+    def check(problem, backend):
+        yield selfcheck.Comparison("Y", results[wanted], right, right.float(), 1)
+
+    monkeypatch.setattr(selfcheck, "CHECKS", {"check": check})
+    for wanted in results:
+        (result,) = selfcheck.run_checks("cpu", "torch", (torch.float32,), selfcheck.SMALL)
+        assert result.passed == (wanted == "right")
+        assert (result.message == "") == result.passed
+        json.dumps(vars(result), allow_nan=False)
 
 
 # Wrong input
