@@ -10,14 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from .losses import CrossEntropyLoss
+from .nn import MLP
+from .step import TrainStep
 
-__all__ = ["ENGINES", "OPTIMIZERS", "AutogradEngine", "Engine", "check_hyperparameters"]
+__all__ = [
+    "ENGINES",
+    "OPTIMIZERS",
+    "AutogradEngine",
+    "Engine",
+    "StepEngine",
+    "check_hyperparameters",
+    "engine_for",
+]
 
 OPTIMIZERS = ("sgd",)
 
 
 class Engine(Protocol):
-    """Runs optimizer steps; the model's parameters are updated in place."""
+    """Runs optimizer steps; the model's parameters are updated in place.
+
+    An engine may also have ``step_losses``, a tensor of the loss of each step of the last ``epoch``.
+    """
 
     def epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]
@@ -35,6 +48,45 @@ class Engine(Protocol):
             The mean loss over the n rows, each at the parameters of its step: 0-d float32 on the device, so that the
             caller decides when to wait for it. NaN or infinite when any step's loss was.
         """
+
+
+class StepEngine:
+    """``fastmlp.TrainStep``: gather, forward, loss, backward and update as one operation, without the tape.
+
+    Args:
+        model: an MLP.
+        optimizer, lr, momentum, weight_decay, nesterov: as `AutogradEngine`.
+
+    Raises:
+        TypeError: another model.
+        ValueError: a value outside its range, an unknown optimizer, nothing to train in the model, or layers with
+            hooks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: str = "sgd",
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        _check_optimizer(optimizer)
+        check_hyperparameters(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+        self.step = TrainStep(model, optimizer, lr, momentum, weight_decay, nesterov)  # type: ignore[arg-type]
+
+    @property
+    def step_losses(self) -> Tensor:
+        """The loss of each step of the last `epoch`, on the device."""
+        return self.step.losses
+
+    def epoch(
+        self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]
+    ) -> Tensor:
+        """As `Engine.epoch`."""
+        return self.step.epoch(images, labels, batch_size, order, lr_factors)
 
 
 class AutogradEngine:
@@ -66,8 +118,7 @@ class AutogradEngine:
         weight_decay: float = 0.0,
         nesterov: bool = False,
     ) -> None:
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
+        _check_optimizer(optimizer)
         check_hyperparameters(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         self.model = model
         self.lr = lr
@@ -114,8 +165,18 @@ class AutogradEngine:
             torch._foreach_copy_(self.params, self.masters)
 
 
-ENGINES: Mapping[str, Callable[..., Engine]] = {"autograd": AutogradEngine}
+ENGINES: Mapping[str, Callable[..., Engine]] = {"step": StepEngine, "autograd": AutogradEngine}
 """Every engine by name: (model, *, optimizer, lr, momentum, weight_decay, nesterov) -> `Engine`."""
+
+
+def engine_for(model: nn.Module) -> str:
+    """The name of the fastest engine for a model: "step" for an MLP, "autograd" for any other module."""
+    return "step" if isinstance(model, MLP) else "autograd"
+
+
+def _check_optimizer(optimizer: str) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
 
 
 def check_hyperparameters(*, lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:

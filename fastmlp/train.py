@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .engine import ENGINES, Engine, check_hyperparameters
+from .engine import ENGINES, Engine, check_hyperparameters, engine_for
 from .losses import cross_entropy
 from .schedules import Schedule, lr_factors
 
@@ -142,7 +142,7 @@ def fit(
     schedule: str | Schedule = "linear",
     warmup: float = 0.05,
     seed: int = 0,
-    engine: str | Engine = "autograd",
+    engine: str | Engine = "auto",
     on_epoch: Callable[[EpochResult], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> History:
@@ -165,8 +165,9 @@ def fit(
         schedule: "constant", "linear", "cosine", or a function; see `fastmlp.schedules`.
         warmup: share of all steps to warm up in, [0, 1); "constant" has no warm-up.
         seed: of the order of the rows.
-        engine: a name of `fastmlp.engine.ENGINES`, or a ready `fastmlp.engine.Engine`, which has an optimizer of its
-            own; the arguments about the optimizer then have no effect.
+        engine: "step" (`fastmlp.TrainStep`, for MLPs), "autograd", "auto" (step for a fastmlp.MLP, autograd for any
+            other module), or a ready `fastmlp.engine.Engine`, which has an optimizer of its own; the arguments about
+            the optimizer then have no effect.
         on_epoch: called with the result after each epoch, the model holding its parameters.
         on_progress: called every `CHECK_EVERY` steps and at the end of each epoch.
 
@@ -174,6 +175,7 @@ def fit(
         ValueError: an argument outside its range, an unknown name, or no training data.
         RuntimeError: images and model do not fit, or are on two devices.
         IndexError: a label outside [0, classes).
+        TypeError: engine "step" for a model that is not an MLP.
         DivergenceError: the loss or a parameter became NaN or infinite (a RuntimeError).
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
@@ -187,8 +189,9 @@ def fit(
     factors = lr_factors(schedule, epochs * steps, warmup)
     runner: Engine
     if isinstance(engine, str):
+        engine = engine_for(model) if engine == "auto" else engine
         if engine not in ENGINES:
-            raise ValueError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
+            raise ValueError(f"unknown engine {engine!r}; expected one of auto, {', '.join(ENGINES)}")
         runner = ENGINES[engine](
             model,
             optimizer=optimizer,
@@ -207,9 +210,10 @@ def fit(
     def stop(what: str, epoch: int, first: int, last: int) -> DivergenceError:
         model.load_state_dict(good)
         highest = lr * max(factors[(epoch - 1) * steps + first : (epoch - 1) * steps + last])
+        where = f"at step {last}" if last == first + 1 else f"between steps {first + 1} and {last}"
         return DivergenceError(
-            f"training diverged: {what} in epoch {epoch}, between steps {first + 1} and {last} of {steps}, at learning "
-            f"rates up to {highest:.4g}; expected finite numbers. Try a learning rate of {lr / 10:.2g} or smaller",
+            f"training diverged: {what} in epoch {epoch}, {where} of {steps}, at learning rates up to {highest:.4g}; "
+            f"expected finite numbers. Try a learning rate of {lr / 10:.2g} or smaller",
             epoch,
             (first + 1, last),
             history,
@@ -226,7 +230,7 @@ def fit(
             span = factors[(epoch - 1) * steps + first : (epoch - 1) * steps + last]
             loss = runner.epoch(train.images, train.labels, batch_size, rows, span).item()
             if not math.isfinite(loss):
-                raise stop(f"the loss became {loss}", epoch, first, last)
+                raise stop(f"the loss became {loss}", epoch, *_first_bad_step(runner, first, last))
             loss_sum += loss * len(rows)
             if on_progress is not None:
                 on_progress(Progress(epoch, epochs, last, steps, loss))
@@ -296,6 +300,13 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def _first_bad_step(engine: Engine, first: int, last: int) -> tuple[int, int]:
+    """(step, step + 1) of the first loss in the stretch that is not finite; the stretch if the engine keeps none."""
+    losses = getattr(engine, "step_losses", None)
+    bad = [] if losses is None else losses.isfinite().logical_not().nonzero().flatten().tolist()
+    return (first + bad[0], first + bad[0] + 1) if bad else (first, last)
 
 
 def _snapshot(model: nn.Module) -> dict[str, Any]:

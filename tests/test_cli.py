@@ -212,9 +212,9 @@ def test_an_existing_run_is_replaced_only_on_demand(capsys, tmp_path):
 
 
 def test_divergence_keeps_the_last_good_checkpoint(capsys, tmp_path, monkeypatch):
-    from fastmlp.engine import AutogradEngine
+    from fastmlp.engine import StepEngine
 
-    class Failing(AutogradEngine):
+    class Failing(StepEngine):
         calls = 0
 
         def epoch(self, *args):
@@ -222,7 +222,7 @@ def test_divergence_keeps_the_last_good_checkpoint(capsys, tmp_path, monkeypatch
             Failing.calls += 1
             return loss if Failing.calls == 1 else loss * float("nan")
 
-    monkeypatch.setitem(ENGINES, "autograd", Failing)
+    monkeypatch.setitem(ENGINES, "step", Failing)
     out = tmp_path / "run"
     assert run("train", *SMALL, "--out", out) == 1
     error = capsys.readouterr().err

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.engine import AutogradEngine
+from fastmlp.engine import AutogradEngine, StepEngine
 from fastmlp.init import LEARNING_RATES, initialize_
 from fastmlp.plots import plot_history
 from fastmlp.schedules import SCHEDULES, lr_factors
@@ -243,11 +243,12 @@ def test_the_host_waits_only_between_stretches(monkeypatch):
 # Divergence
 
 
-def test_divergence_names_the_place_and_restores_the_model():
+@pytest.mark.parametrize(("engine", "place"), [("step", "at step [23]"), ("autograd", "between steps 1 and 10")])
+def test_divergence_names_the_place_and_restores_the_model(engine, place):
     model = small_model()
     before = parameters(model)
-    with pytest.raises(DivergenceError, match=r"in epoch 1, between steps 1 and 10 of 10.*learning rate of 1e\+37"):
-        fit(model, blobs(), epochs=2, batch_size=30, lr=1e38, schedule="constant")
+    with pytest.raises(DivergenceError, match=rf"in epoch 1, {place} of 10.*learning rate of 1e\+37"):
+        fit(model, blobs(), epochs=2, batch_size=30, lr=1e38, schedule="constant", engine=engine)
     assert_same(before, parameters(model))
 
 
@@ -276,6 +277,58 @@ def test_infinite_parameters_are_found_at_the_end_of_the_epoch():
 
 
 # Engines
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_both_engines_take_the_same_steps(batch_size):
+    models = [small_model(dtype=torch.float64) for _ in range(2)]
+    histories = [
+        fit(model, blobs(50), blobs(20, seed=1), epochs=2, batch_size=batch_size, lr=0.1, engine=engine)
+        for model, engine in zip(models, ("step", "autograd"), strict=True)
+    ]
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(*(history.epochs for history in histories), strict=True):
+        assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-6)
+        assert ours.test_accuracy == theirs.test_accuracy
+
+
+def test_auto_is_the_step_for_an_mlp_and_autograd_for_others(monkeypatch):
+    made = []
+    for kind in (StepEngine, AutogradEngine):
+        monkeypatch.setattr(
+            kind,
+            "__init__",
+            lambda self, *a, _kind=kind, _init=kind.__init__, **k: (made.append(_kind), _init(self, *a, **k))[1],
+        )
+    fit(small_model(), blobs(20), epochs=1, lr=0.1)
+    fit(nn.Sequential(Pixels(), nn.Linear(12, 3)), blobs(20), epochs=1, lr=0.1)
+    assert made == [StepEngine, AutogradEngine]
+
+
+class Pixels(nn.Module):
+    def forward(self, x):
+        return x.float() / 255
+
+
+def test_the_step_engine_trains_mlps_only():
+    with pytest.raises(TypeError, match=r"trains a fastmlp.MLP, got Linear"):
+        StepEngine(nn.Linear(3, 2), lr=0.1)
+    for wrong in ({"lr": 0.0}, {"lr": 0.1, "optimizer": "adamw9"}, {"lr": 0.1, "nesterov": True}):
+        with pytest.raises(ValueError):
+            StepEngine(small_model(), **wrong)
+
+
+def test_the_step_engine_names_the_step_that_diverged():
+    data = blobs(300)
+    images = data.images.float() / 255
+    images[237, 5] = math.nan
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    step = (order == 237).nonzero().item() // 2 + 1
+    assert step > 100, "not in the first stretch"
+    with pytest.raises(DivergenceError, match=rf"the loss became nan in epoch 1, at step {step} of 150") as caught:
+        fit(small_model(), Data(images, data.labels), epochs=1, batch_size=2, lr=0.1)
+    assert caught.value.steps == (step, step)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -344,7 +397,7 @@ def test_evaluate_restores_the_mode():
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
         ({"weight_decay": -1}, "weight_decay must be"),
         ({"optimizer": "adamw9"}, "unknown optimizer 'adamw9'; expected one of sgd"),
-        ({"engine": "fast"}, "unknown engine 'fast'; expected one of autograd"),
+        ({"engine": "fast"}, "unknown engine 'fast'; expected one of auto, step, autograd"),
         ({"schedule": "exp"}, "unknown schedule"),
     ],
 )

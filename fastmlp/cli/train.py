@@ -22,7 +22,7 @@ WEIGHTS, CONFIG, CURVES, SUMMARY = "model.safetensors", "model.json", "curves.pn
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 # fastmlp.schedules and fastmlp.engine have the same names; importing them imports torch.
 SCHEDULES = ("constant", "linear", "cosine")
-ENGINES = ("autograd",)
+ENGINES = ("step", "autograd")
 
 EPILOG = f"""\b
 The run folder gets
@@ -67,7 +67,13 @@ A folder given with --out that has a run already is refused unless --overwrite i
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the parameters.")
 @common.machine_options
-@click.option("--engine", type=click.Choice(ENGINES), default="autograd", show_default=True, help="What runs a step.")
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="step",
+    show_default=True,
+    help="What runs a step: TrainStep, all of it as one operation, or modules, autograd and torch.optim.",
+)
 @common.data_option
 @click.option("--out", metavar="FOLDER", help="Run folder.  [default: a new one in runs/]")
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out has.")
