@@ -8,6 +8,7 @@ simulated GPU, which executes the compiled PTX.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,8 +19,40 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="every case of the compile lane and of the grids, not a set that covers them",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Nothing is compiled or launched in a process whose kernels are interpreted."""
+    if INTERPRETING:
+        skip = pytest.mark.skip(reason="TRITON_INTERPRET=1: nothing is compiled in this process")
+        for item in items:
+            if any(item.get_closest_marker(name) for name in ("compile", "launch", "execute")):
+                item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many kernels the compile lane compiled: distinct machine codes by target."""
+    compiled = {
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "compiled"
+    }
+    if compiled:
+        counts = Counter(value.split()[0] for value in compiled)
+        each = ", ".join(f"{target} {count}" for target, count in sorted(counts.items()))
+        terminalreporter.write_line(f"compiled {len(compiled)} kernels to machine code: {each}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -31,7 +64,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     elif INTERPRETING:
         lanes = [pytest.param("interpret", marks=pytest.mark.interpret)]
     else:
-        lanes = [pytest.param(f"sm_{arch}", marks=pytest.mark.execute) for arch in (75, 80, 120)]
+        # Every architecture for the ragged shapes, one for all else: the code differs little, and time is short.
+        everywhere = metafunc.config.getoption("full") or "shapes" in metafunc.function.__name__
+        archs = (75, 80, 120) if everywhere else (80,)
+        lanes = [pytest.param(f"sm_{arch}", marks=pytest.mark.execute) for arch in archs]
     metafunc.parametrize("lane", lanes, indirect=True)
 
 

@@ -1,0 +1,1 @@
+"""The compile lane: every kernel as machine code for every target. tests/README.md describes it."""

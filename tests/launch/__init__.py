@@ -1,0 +1,1 @@
+"""The launch lane: which kernels the whole library launches. tests/README.md describes it."""

@@ -1,0 +1,120 @@
+"""784-512-512-10 at batch 64 through the public API on every target: the kernels, their grids and warps.
+
+The simulated GPU records and computes nothing; all of Triton but the driver is real. A change to a tile table or to
+the order of the passes shows here, and is made good by putting the printed row in place of the old one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastmlp
+from tests.compile.targets import TARGETS, Target
+from tests.ptxsim import Launch
+
+pytestmark = pytest.mark.launch
+
+SIZES, BATCH = (784, 512, 512, 10), 64
+
+# One node of the tape for the network and one for the loss. Each dgrad multiplies by the derivative of the layer
+# below; the first layer's is never launched.
+SEQUENCE = (
+    "_linear_fwd_kernel",  # layer 1
+    "_linear_fwd_kernel",  # layer 2
+    "_linear_fwd_kernel",  # layer 3
+    "_cross_entropy_kernel",
+    "_cross_entropy_bwd_kernel",
+    "_linear_wgrad_kernel",  # layer 3
+    "_linear_dgrad_kernel",
+    "_linear_wgrad_kernel",  # layer 2
+    "_linear_dgrad_kernel",
+    "_linear_wgrad_kernel",  # layer 1
+)
+
+# Programs / warps of each launch, in that order; the 16-bit dtypes where they differ.
+TABLE = """
+          fwd1   fwd2   fwd3   loss  dloss wgrad3 dgrad3 wgrad2 dgrad2 wgrad1
+sm_75     64/2   64/2    4/2    1/4    1/4   16/2   64/2   64/4   64/2   52/8
+sm_80     64/2   64/2    4/2    1/4    1/4   16/2   64/2  128/4   64/2  208/4
+sm_86     64/2   64/2    4/2    1/4    1/4   16/2   64/2  128/4   64/2  104/4
+sm_89     64/2   64/2    4/2    1/4    1/4   16/2   64/2  128/4   64/2  208/4
+sm_90     64/2   64/2    4/2    1/4    1/4   16/2   64/2  256/4   64/2  208/4
+sm_100    64/2   64/2    4/2    1/4    1/4   16/2   64/2  256/4   64/2  208/4
+sm_120    64/2   64/2    4/2    1/4    1/4   16/2   64/2  256/4   64/2  208/4
+gfx90a    64/2   64/2    4/2    1/4    1/4   16/2   64/2  128/4   64/2  104/4
+gfx942    64/2   64/2    4/2    1/4    1/4   16/2   64/2  512/2   64/2  400/4
+gfx1100   64/2   64/2    4/2    1/4    1/4   16/2   64/2   64/4   64/2  104/4
+"""
+TABLE_16_BIT = """
+          fwd1   fwd2   fwd3   loss  dloss wgrad3 dgrad3 wgrad2 dgrad2 wgrad1
+gfx1100   64/2   64/2    4/2    1/4    1/4   16/2   64/2   64/4   64/2   56/4
+"""
+
+
+def _row(target: Target, launches: list[Launch]) -> str:
+    return f"{target.name:<8}" + " ".join(f"{launch.grid[0]}/{launch.num_warps}".rjust(6) for launch in launches)
+
+
+def _table(text: str) -> dict[str, str]:
+    _, *rows = text.strip().splitlines()
+    return {row.split()[0]: row for row in rows}
+
+
+def run(target: Target, dtype: torch.dtype, *, pixels: bool = False) -> list[Launch]:
+    """Forward, loss and backward."""
+    model, loss = fastmlp.MLP(SIZES, dtype=dtype), fastmlp.CrossEntropyLoss()
+    x = torch.zeros((BATCH, SIZES[0]), dtype=torch.uint8 if pixels else dtype)
+    with target.simulated() as gpu, fastmlp.use_backend("triton"):
+        loss(model(x), torch.zeros(BATCH, dtype=torch.int64)).backward()
+    return gpu.launches
+
+
+@pytest.mark.parametrize("size", [4, 2], ids=["float32", "16-bit"])
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_training_pass(target: Target, size: int) -> None:
+    dtype = [dtype for dtype in target.dtypes if dtype.itemsize == size][-1]
+    launches = run(target, dtype)
+    assert tuple(launch.name for launch in launches) == SEQUENCE
+    assert all(launch.grid[1:] == (1, 1) for launch in launches), "64 samples are too few to split"
+    assert all(launch.arch == target.arch for launch in launches)
+    expected = {**_table(TABLE), **(_table(TABLE_16_BIT) if size == 2 else {})}
+    assert _row(target, launches) == expected.get(target.name)
+
+
+def test_pixels_are_scaled_in_the_first_kernel() -> None:
+    """uint8 images cost no launch: they reach the first layer's forward and weight-gradient kernels as they are."""
+    target = TARGETS["sm_90"]
+    launches = run(target, torch.bfloat16, pixels=True)
+    assert tuple(launch.name for launch in launches) == SEQUENCE
+    assert [i for i, launch in enumerate(launches) if launch.constexprs.get("PIXELS")] == [0, len(SEQUENCE) - 1]
+
+
+def test_frozen_layers_cost_nothing() -> None:
+    """With the first layer frozen neither its weight gradient nor the dgrad that would feed it is launched."""
+    model = fastmlp.MLP(SIZES)
+    model.layers[0].requires_grad_(False)
+    with TARGETS["sm_80"].simulated() as gpu, fastmlp.use_backend("triton"):
+        fastmlp.CrossEntropyLoss()(
+            model(torch.zeros(BATCH, SIZES[0])), torch.zeros(BATCH, dtype=torch.int64)
+        ).backward()
+    assert tuple(launch.name for launch in gpu.launches) == SEQUENCE[:-2]
+
+
+def test_inference_launches_one_kernel_a_layer() -> None:
+    with TARGETS["sm_80"].simulated() as gpu, fastmlp.use_backend("triton"), torch.no_grad():
+        fastmlp.MLP(SIZES)(torch.zeros(BATCH, SIZES[0]))
+    assert tuple(launch.name for launch in gpu.launches) == SEQUENCE[:3]
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
+def test_a_long_batch_is_split(name: str) -> None:
+    """At 8,192 samples the weight gradient of the small last layer is split over the batch, and reduced."""
+    model, loss = fastmlp.MLP(SIZES), fastmlp.CrossEntropyLoss()
+    with TARGETS[name].simulated() as gpu, fastmlp.use_backend("triton"):
+        loss(model(torch.zeros(8192, SIZES[0])), torch.zeros(8192, dtype=torch.int64)).backward()
+    names = [launch.name for launch in gpu.launches]
+    wgrads = [launch for launch in gpu.launches if launch.name == "_linear_wgrad_kernel"]
+    assert [launch.grid[1] > 1 for launch in wgrads] == [True] * 3
+    assert names.count("_wgrad_reduce_kernel") == 3
+    assert names.count("_reduce_kernel") == 1, "the mean of the loss takes one program more"
