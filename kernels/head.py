@@ -38,7 +38,7 @@ from .tiling import dot
 __all__ = ["MAX_CLASSES", "head"]
 
 #: More classes than this do not fit one program beside a block of W; ``cross_entropy`` takes them.
-MAX_CLASSES = 128
+MAX_CLASSES = 64
 
 
 @triton.jit(do_not_specialize=["ignore_index", "M"])
@@ -49,14 +49,14 @@ def _head_kernel(
     M, C, K,
     stride_hm, stride_hk, stride_wc, stride_wk, stride_b, stride_t, stride_cw, stride_sm, stride_sk,
     ACTIVATION: tl.constexpr, SMOOTH: tl.constexpr, GATHER_H: tl.constexpr, PIXELS: tl.constexpr,
-    EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_COLS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr,
+    COLS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     pid_m = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
-    offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M
     mask_c = offs_c < C
     mask = mask_m[:, None] & mask_c[None, :]
@@ -71,30 +71,35 @@ def _head_kernel(
     if scale_ptr is not None:
         g *= tl.load(scale_ptr).to(tl.float32)
 
-    w_rows = w_ptr + offs_c.to(tl.int64)[:, None] * stride_wc
-    h_ptrs = h_ptr + row_h[:, None] * stride_hm + offs_k.to(tl.int64)[None, :] * stride_hk
-    w_ptrs = w_rows + offs_k.to(tl.int64)[None, :] * stride_wk
+    # Z has so few columns that its product would occupy one warp: each slice of K is a product of its own, [SLICES,
+    # BLOCK_M, BLOCK_C] in all, which the compiler gives to SLICES warps.
+    BLOCK_K: tl.constexpr = SLICES * DEPTH
+    k_sd = tl.arange(0, SLICES)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
+    h_ptrs = h_ptr + row_h[None, :, None] * stride_hm + k_sd.to(tl.int64) * stride_hk
+    w_ptrs = w_ptr + offs_c.to(tl.int64)[None, :, None] * stride_wc + k_sd.to(tl.int64) * stride_wk
     step_h = tl.cast(BLOCK_K, tl.int64) * stride_hk
     step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
-    z = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    acc = tl.zeros((SLICES, BLOCK_M, BLOCK_C), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
-        if EVEN_K:
-            h = tl.load(h_ptrs, mask=mask_m[:, None], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_c[:, None], other=0.0)
-        else:
-            mask_k = (offs_k < K - k)[None, :]
-            h = tl.load(h_ptrs, mask=mask_m[:, None] & mask_k, other=0.0)
-            w = tl.load(w_ptrs, mask=mask_c[:, None] & mask_k, other=0.0)
+        mask_h = mask_m[None, :, None]
+        mask_w = mask_c[None, :, None]
+        if not EVEN_K:
+            mask_h = mask_h & (k_sd < K - k)
+            mask_w = mask_w & (k_sd < K - k)
+        h = tl.load(h_ptrs, mask=mask_h, other=0.0)
+        w = tl.load(w_ptrs, mask=mask_w, other=0.0)
         if PIXELS:
             h = h.to(tl.float32).to(w.dtype)
-        z = dot(h, tl.trans(w), z, INPUT_PRECISION)
+        acc = dot(h, tl.permute(w, (0, 2, 1)), acc, INPUT_PRECISION)
         h_ptrs += step_h
         w_ptrs += step_w
+    z = tl.sum(acc, 0)
     if PIXELS:
         z = z * (1.0 / 255.0)
     if b_ptr is not None:
         z += tl.load(b_ptr + offs_c.to(tl.int64) * stride_b, mask=mask_c, other=0.0).to(tl.float32)[None, :]
 
+    w_rows = w_ptr + offs_c.to(tl.int64)[:, None] * stride_wc
     offs_z = row_m[:, None] * C + offs_c[None, :]
     # Only the first of the programs that share these rows writes what all of them know.
     once_m = offs_m < tl.where(split == 0, M, 0)
@@ -117,17 +122,16 @@ def _head_kernel(
     if dz_prev_ptr is not None:
         # Padded classes and rows beyond the last must add 0, also where p there is NaN.
         dz = tl.where(mask, dz, 0.0).to(dz_ptr.dtype.element_ty)
-        for k in range(split * BLOCK_K, K, SPLITS * BLOCK_K):
-            cols = k + offs_k
-            mask_k = (cols < K)[None, :]
+        for k in range(split * COLS, K, SPLITS * COLS):
+            cols = k + tl.arange(0, COLS)
             mask_w = mask_c[:, None]
             mask_p = mask_m[:, None]
-            if not EVEN_K:
-                mask_w = mask_w & mask_k
-                mask_p = mask_p & mask_k
+            if not EVEN_COLS:
+                mask_w = mask_w & (cols < K)[None, :]
+                mask_p = mask_p & (cols < K)[None, :]
             cols = cols.to(tl.int64)[None, :]
             w = tl.load(w_rows + cols * stride_wk, mask=mask_w, other=0.0)
-            da = dot(dz, w, tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32), INPUT_PRECISION)
+            da = dot(dz, w, tl.zeros((BLOCK_M, COLS), dtype=tl.float32), INPUT_PRECISION)
             saved = da
             if saved_ptr is not None:
                 saved_ptrs = saved_ptr + row_m[:, None] * stride_sm + cols * stride_sk
@@ -139,27 +143,39 @@ def _head_kernel(
 class _HeadTile(NamedTuple):
     rows: int
     classes: int
+    slices: int
     depth: int
+    cols: int
     splits: int
     num_warps: int
     num_stages: int
 
 
 def _tile(M: int, C: int, K: int, itemsize: int, writes_prev: bool, device: Device) -> _HeadTile:
-    """16 rows a program, more where that still leaves every multiprocessor a program; columns split where fewer."""
+    """16 rows a program, more where that still leaves every multiprocessor one; columns are split where fewer.
+
+    Slices are 256 bytes deep, which the counts of the simulated GPU show to read shared memory without bank
+    conflicts. They are shallower where K or the shared memory ends before, where K is no multiple of 16 (every
+    element then has an address of its own), and where products run on few registers instead of matrix units (before
+    Ampere; AMD's RDNA). None of these tiles spills on any target.
+    """
     classes = max(16, triton.next_power_of_2(C))
     if device.backend == "interpreter":
-        return _HeadTile(32, classes, 32, min(2, cdiv(K, 32)) if writes_prev and K else 1, 1, 1)
-    depth = 32 if itemsize == 4 else 64
-    rows = 16
-    for larger in (64, 32):
-        if larger * classes <= 2048 and cdiv(M, larger) >= device.multiprocessors:
-            rows = larger
-            break
+        return _HeadTile(32, classes, 2, 16, 32, min(2, cdiv(K, 32)) if writes_prev and K else 1, 1, 1)
+    rows = 1024 // classes
+    if cdiv(M, rows) < device.multiprocessors:
+        rows = 16
+    slices, depth, cols, num_stages = 4, 256 // itemsize, 64, 2
+    if not (device.has_tf32 or str(device.arch).startswith("gfx9")):
+        depth, cols, num_stages = 16, 32 if classes < 64 else 16, 1
+    elif K % 16:
+        depth, cols = 16, 32
+    while depth > 16 and (slices * depth >= 2 * K or slices * depth * (rows + classes) * itemsize > 49152):
+        depth //= 2
     splits = 1
     if writes_prev:
-        splits = max(1, min(cdiv(K, depth), device.multiprocessors // cdiv(M, rows)))
-    return _HeadTile(rows, classes, depth, splits, 4, 3)
+        splits = max(1, min(cdiv(K, cols), device.multiprocessors // cdiv(M, rows)))
+    return _HeadTile(rows, classes, slices, depth, cols, splits, 4, num_stages)
 
 
 def head(
@@ -220,8 +236,10 @@ def head(
         target.stride(0), 0 if class_weight is None else class_weight.stride(0),
         *((0, 0) if saved is None else saved.stride()),
         ACTIVATION=activation, SMOOTH=smoothing != 0.0, GATHER_H=gather_h, PIXELS=h.dtype == torch.uint8,
-        EVEN_K=K % tile.depth == 0, INPUT_PRECISION=input_precision(device), SPLITS=tile.splits,
-        BLOCK_M=tile.rows, BLOCK_C=tile.classes, BLOCK_K=tile.depth,
+        EVEN_K=K % (tile.slices * tile.depth) == 0, EVEN_COLS=K % tile.cols == 0,
+        INPUT_PRECISION=input_precision(device),
+        BLOCK_M=tile.rows, BLOCK_C=tile.classes, SLICES=tile.slices, DEPTH=tile.depth,
+        COLS=tile.cols, SPLITS=tile.splits,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return loss, dz, dz_prev
