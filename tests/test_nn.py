@@ -252,7 +252,7 @@ class TestConstruction:
             (["relu"], r"expected 2 activations \(one a hidden layer\) or 3 \(one a layer\), got 1: \('relu',\)"),
             (["relu"] * 4, "got 4: "),
         ],
-        ids=str,
+        ids=["softmin", "swish", "None", "function", "too few", "too many"],
     )
     def test_bad_activations(self, activation, message):
         with pytest.raises(ValueError, match=message):
