@@ -29,8 +29,8 @@ execute:  ## lane 4: the compiled kernels executed on a simulated GPU
 	$(PYTEST) -m execute
 
 fuzz:  ## a night's worth of drawn cases
-	HYPOTHESIS_PROFILE=night TRITON_INTERPRET=1 $(PYTHON) -m pytest -q tests/fuzz
-	HYPOTHESIS_PROFILE=night $(PYTHON) -m pytest -q tests/fuzz
+	TRITON_INTERPRET=1 $(PYTEST) tests/fuzz --hypothesis-profile=night
+	$(PYTEST) tests/fuzz --hypothesis-profile=night
 
 test-gpu:  ## on a machine with a GPU: every test there, and the full grids
 	$(PYTHON) -m pytest -q --full

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+pytest_plugins = ["tests.fuzz.plugin"]
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 

@@ -20,14 +20,14 @@ from triton.runtime.interpreter import GridExecutor, TensorHandle, interpreter_b
 
 __all__ = ["Order", "bounds_checked", "programs", "shuffled"]
 
-#: From the number of programs of a launch to the linear ids of those to run, in their order.
-Order = Callable[[int], Sequence[int]]
+#: From a kernel's name and the number of its programs to the linear ids of those to run, in their order.
+Order = Callable[[str, int], Sequence[int]]
 
 
 def shuffled(seed: int) -> Order:
     """Every program once, in a random order, another one in each launch."""
     rng = np.random.default_rng(seed)
-    return rng.permutation
+    return lambda name, count: rng.permutation(count)
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def programs(order: Order) -> Iterator[None]:
             if callable(self.grid):
                 raise NotImplementedError("a grid that is a function of the arguments")
             full = (*self.grid, 1, 1)[:3]
-            chosen = order(full[0] * full[1] * full[2])
+            chosen = order(self.fn.__name__, full[0] * full[1] * full[2])
             # The executor's own loop counts over the chosen programs; the kernel is told the whole grid.
             self.grid = (len(chosen),)
             builder = interpreter_builder

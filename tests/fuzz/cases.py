@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,6 @@ __all__ = [
     "Labels",
     "Spec",
     "activations",
-    "counts",
     "dims",
     "dtypes",
     "fuzz",
@@ -40,9 +38,6 @@ __all__ = [
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("dense", "rows", "columns", "spread")
-
-#: Cases that ran to their end, by test.
-counts: Counter[str] = Counter()
 
 # One, small primes, and one less than, exactly and one more than the powers of two that tiles are made of.
 _SMALL = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
@@ -60,15 +55,25 @@ def fuzz(share: int, strategy: st.SearchStrategy, *, launches: bool = False) -> 
         simulated = launches and not INTERPRETING and not HAS_GPU
         percent = settings.default.max_examples
         cases = share * percent // (2000 if simulated else 100)
+        ended = 0
 
         @functools.wraps(test)
         def counted(**arguments: Any) -> None:
+            nonlocal ended
             test(**arguments)
-            counts[test.__name__] += 1
+            ended += 1
+
+        def cases_run() -> int:
+            """How many cases ended well since this was last asked."""
+            nonlocal ended
+            count, ended = ended, 0
+            return count
 
         if simulated and percent <= 100:
             return pytest.mark.skip(reason="on the simulated GPU only at night")(test)
-        return settings(max_examples=max(1, cases))(given(case=strategy)(counted))
+        fuzzed = settings(max_examples=max(1, cases))(given(case=strategy)(counted))
+        fuzzed.cases_run = cases_run
+        return fuzzed
 
     return decorate
 

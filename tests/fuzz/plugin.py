@@ -1,0 +1,68 @@
+"""Profiles, seed and count of the fuzzer: README.md beside this file says how it is run.
+
+A pytest plugin and not a conftest: under pytest-xdist the seed has to be drawn, and the summary written, by the process
+that collects nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# max_examples is a percentage here: tests.fuzz.cases.fuzz multiplies it with the share of each test.
+settings.register_profile(
+    "ci",
+    max_examples=100,
+    deadline=None,
+    database=None,
+    derandomize=False,
+    print_blob=True,
+    # A lane (a fixture) has no state that one case could leave to the next; kernels in the interpreter are slow.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.register_profile("night", settings.get_profile("ci"), max_examples=1000)
+
+_PROPERTY = "fuzz cases"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the profile "ci" unless another was asked for; take a new seed unless one was given."""
+    if config.getoption("hypothesis_seed") is None:
+        # Hypothesis reads the option after this, and so do the workers of pytest-xdist.
+        config.option.hypothesis_seed = str(random.SystemRandom().getrandbits(32))
+    if not config.getoption("hypothesis_profile"):
+        settings.load_profile("ci")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Send the number of cases along with the report of a fuzz test."""
+    outcome = yield
+    counts = getattr(getattr(item, "obj", None), "cases_run", None)
+    if call.when == "call" and counts is not None:
+        outcome.get_result().user_properties.append((_PROPERTY, counts()))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"fuzz: --hypothesis-seed={config.option.hypothesis_seed}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """How many cases ran, by test, and what repeats them."""
+    counts = {
+        report.nodeid: value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == _PROPERTY
+    }
+    if counts:
+        terminalreporter.section("fuzz")
+        for nodeid, count in sorted(counts.items()):
+            terminalreporter.line(f"{count:6d} cases  {nodeid.rpartition('::')[2]}")
+        total = sum(counts.values())
+        terminalreporter.line(f"{total:6d} cases in all, repeated by --hypothesis-seed={config.option.hypothesis_seed}")
