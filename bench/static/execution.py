@@ -1,0 +1,105 @@
+"""Counts of the executed code: the compiled PTX of every workload run on the simulated GPU.
+
+The counts are those of ``tests.ptxsim``: PTX instructions a warp, global memory by 32-byte sectors beside the fewest
+that each request could do with, shared memory by wavefronts and bank conflicts. No cache is modelled, so the sectors
+are what the programs ask the L1 and L2 caches for.
+
+Large launches are sampled: all programs of a matrix product do the same, so the first ones are executed, and each row
+says how many. Counts are divided by the outputs of the programs that were executed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from tests.compile.targets import TARGETS
+from tests.ptxsim import Launch, PtxKernel, Stats
+
+from .gpus import MODES
+from .numbers import significant
+from .work import Work, work_of
+from .workloads import BATCHES, WORKLOADS, float32_precision
+
+__all__ = ["EXECUTED_TARGETS", "MATRIX_FLOPS", "execute", "execution_rows"]
+
+#: Two generations of NVIDIA's warp-wide matrix instructions.
+EXECUTED_TARGETS = ("sm_80", "sm_120")
+#: Of one launch, about as many are executed: some seconds' worth.
+MATRIX_FLOPS = 3e8
+
+
+def execution_rows(target: str, mode: str) -> list[dict[str, Any]]:
+    """One row for each launch of each workload on an architecture that can be executed, in one mode."""
+    rows = []
+    for workload in WORKLOADS.values():
+        if mode == "tf32" and not workload.gemm:
+            continue
+        for batch in BATCHES:
+            with TARGETS[target].simulated() as gpu, float32_precision(mode):
+                workload.run(batch, getattr(torch, MODES[mode].dtype))
+            for launch in gpu.launches:
+                rows.append({"target": target, "workload": workload.name, "mode": mode, "batch": batch, **_row(launch)})
+    return rows
+
+
+def arguments_of(launch: Launch) -> Iterator[tuple[str, Any]]:
+    """The kernel's run-time parameters in their order, with names: what was compiled in is left out."""
+
+    def parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, tuple):
+            for i, part in enumerate(value):
+                yield from parts(f"{name}[{i}]", part)
+        elif name not in launch.constexprs:
+            yield name, value
+
+    for name, value in launch.arguments.items():
+        yield from parts(name, value)
+
+
+def execute(launch: Launch, programs: int) -> tuple[Stats, int]:
+    """Execute the first ``programs`` programs of a recorded launch, all of them if there are no more.
+
+    Returns:
+        Counts, and how many programs they are of.
+    """
+    x, y, z = launch.grid
+    grid = launch.grid if programs >= x * y * z else (min(programs, x), 1, 1)
+    kernel = PtxKernel(str(launch.asm["ptx"]), launch.shared, launch.num_warps)
+    return kernel.launch(grid, dict(arguments_of(launch))), math.prod(grid)
+
+
+def _row(launch: Launch) -> dict[str, Any]:
+    work, total = work_of(launch), math.prod(launch.grid)
+    programs = total
+    if work.matrix_flops > MATRIX_FLOPS:
+        programs = max(2, int(total * MATRIX_FLOPS / work.matrix_flops))
+    stats, executed = execute(launch, programs)
+    return {"kernel": launch.name, "programs": total, "executed": executed, **_counts(stats, work, executed / total)}
+
+
+def _counts(stats: Stats, work: Work, share: float) -> dict[str, Any]:
+    outputs = max(1.0, work.outputs * share)
+    traffic = (stats.global_load, stats.async_copy, stats.global_store)
+    sectors, least = (sum(t[what] for t in traffic) for what in ("sectors", "min_sectors"))
+    shared = (stats.shared_load, stats.shared_store)
+    wavefronts, conflicts = (sum(t[what] for t in shared) for what in ("wavefronts", "conflicts"))
+    asked = 32 * (stats.global_load["sectors"] + stats.async_copy["sectors"])
+    return {
+        "warp_instructions": stats.warp_instructions,
+        "warp_instructions_per_output": significant(stats.warp_instructions / outputs),
+        "sectors": sectors,
+        "sectors_over_minimum": significant(sectors / least) if least else None,
+        "read_over_compulsory": significant(asked / (work.read * share)) if work.read else None,
+        "wavefronts_per_output": significant(wavefronts / outputs),
+        "conflict_share": significant(conflicts / wavefronts) if wavefronts else 0.0,
+        "matrix_flops_over_needed": significant(stats.mma_flops / (work.matrix_flops * share))
+        if work.matrix_flops
+        else None,
+        "on_matrix_units": stats.mma_flops > 0,
+        "gemm": work.matrix_flops > 0,
+        "barriers": stats.barriers,
+    }

@@ -1,0 +1,88 @@
+"""What breaks a limit, found in the rows of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .gpus import MODES
+
+__all__ = ["LIMITS", "Finding", "findings"]
+
+Row = dict[str, Any]
+
+#: Limits by name, with what they say.
+LIMITS = {
+    "spill": "no register is spilled to memory",
+    "shared memory": "a program asks for no more shared memory than its target gives it",
+    "tensor core": "a matrix product uses the target's matrix units",
+    "sectors": "global accesses touch no more than 1.1 times the sectors that they need",
+    "bank conflicts": "bank conflicts cause no more than 10 % of the shared-memory wavefronts of a matrix product",
+    "repeated products": "the matrix units compute no more than 1.5 times the products that are needed",
+    "error budget": "no error is larger than its budget",
+}
+_SECTORS, _CONFLICTS, _PRODUCTS = 1.1, 0.1, 1.5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kernel of one workload that breaks one limit.
+
+    Attributes:
+        places: target, mode and batch of each case.
+        worst: the largest excess, in the unit that ``LIMITS`` speaks of.
+    """
+
+    limit: str
+    workload: str
+    kernel: str
+    places: tuple[str, ...]
+    worst: float
+
+
+def findings(machine: list[Row], execution: list[Row], numerics: list[Row]) -> list[Finding]:
+    """Every broken limit, in the order of ``LIMITS``."""
+    found: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
+    for limit, row, value in (*_machine(machine), *_execution(execution), *_numerics(numerics)):
+        place = " ".join(str(row[key]) for key in ("target", "mode", "batch", "output") if key in row)
+        workload = row.get("workload", row.get("shape"))
+        found.setdefault((limit, str(workload), row["kernel"]), []).append((place, value))
+    order = list(LIMITS)
+    return sorted(
+        (
+            Finding(*key, places=tuple(place for place, _ in cases), worst=max(value for _, value in cases))
+            for key, cases in found.items()
+        ),
+        key=lambda finding: (order.index(finding.limit), -finding.worst, finding.workload),
+    )
+
+
+def _machine(rows: list[Row]) -> Iterator[tuple[str, Row, float]]:
+    for row in rows:
+        if row["spilled"]:
+            yield "spill", row, row["spilled"]
+        if row["shared"] > row["shared_limit"]:
+            yield "shared memory", row, row["shared"]
+        if row["expects_tensor_core"] and not row["instructions"]["tensor core"]:
+            yield "tensor core", row, 0
+
+
+def _execution(rows: list[Row]) -> Iterator[tuple[str, Row, float]]:
+    for row in rows:
+        if (row["sectors_over_minimum"] or 0) > _SECTORS:
+            yield "sectors", row, row["sectors_over_minimum"]
+        if row["gemm"] and row["conflict_share"] > _CONFLICTS:
+            yield "bank conflicts", row, row["conflict_share"]
+        if row["gemm"] and not row["on_matrix_units"]:
+            yield "tensor core", row, 0
+        repeated = (row["matrix_flops_over_needed"] or 0) / MODES[row["mode"]].products
+        if repeated > _PRODUCTS:
+            yield "repeated products", row, repeated
+
+
+def _numerics(rows: list[Row]) -> Iterator[tuple[str, Row, float]]:
+    for row in rows:
+        # A NaN is over every budget.
+        if not row["budget_share"] <= 1:
+            yield "error budget", row, row["budget_share"]

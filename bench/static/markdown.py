@@ -1,0 +1,259 @@
+"""The report as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .findings import LIMITS
+from .gpus import GPUS
+from .instructions import GROUPS
+from .numbers import bytes_text, compact
+from .workloads import WORKLOADS
+
+__all__ = ["markdown", "table"]
+
+Row = dict[str, Any]
+
+_INTRODUCTION = """# Static performance report
+
+What the kernels cost, found without a GPU: machine code compiled for every target, and compiled code executed on a
+simulated GPU. Times are rooflines, lower bounds from published rates; nothing here was measured on hardware. The
+numbers are in `static.json` beside this file; `python -m bench.static` writes both.
+"""
+
+_STEPS = """## A training step
+
+Network 784-512-512-10, sigmoid, cross-entropy, plain SGD, float32. fastmlp's launches are those that the library makes,
+recorded on a simulated GPU. Eager PyTorch's kernels are its dispatched aten operations (forward, CrossEntropyLoss,
+backward, optimizer), one kernel each without views and allocations, which is a lower bound. Bytes are compulsory:
+every kernel reads its operands once and writes its results once. "x, y" begins at a batch; "uint8 on the device" at
+images, labels and row numbers in device memory. The row `aten.copy_` in a fastmlp step is a copy of values for the
+step, not a kernel. The roofline takes fastmlp's float32 as three tf32 products, torch's (whose default is no tf32) as
+FMA; kernels run one after the other.
+"""
+
+_ROOFLINES = """## Rooflines
+
+The least time of each kernel in microseconds: the largest of bytes / bandwidth, matrix FLOPs / matrix rate and other
+FLOPs / vector rate, and in brackets what bounds it (m: memory, x: matrix units, v: vector units). float32 is three tf32
+products on NVIDIA's tensor cores and float32 on AMD's. Launches take a few microseconds each, which comes on top
+unless graphs or the queue hide it. FLOPs a byte count mathematical products once. Where tiles or splits differ by
+target, FLOPs and bytes are the first target's; "-" is a kernel that the GPU does without.
+"""
+
+_EXECUTION = """## Executed code
+
+Counts of the compiled PTX, executed. Sectors (32 bytes) over minimum: what the programs' global accesses touch, over
+the fewest that each access could do with; no cache is modelled, so what they ask for more than once is in "read over
+compulsory": bytes asked of the caches over bytes that must come from memory. Products: matrix FLOPs executed over
+those needed (float32 is three products). Large launches are sampled: "programs" says how many of how many were
+executed.
+"""
+
+_MACHINE = """## Machine code
+
+Registers a thread, spills (bytes a thread; on AMD registers too), shared memory a program, resident warps as a share of
+the multiprocessor's with what limits them, waves (programs over what all multiprocessors hold), and the static
+instruction mix: each instruction counted once wherever it stands. Integer is also logic, moves and addresses.
+"""
+
+_NUMERICS = """## Numerics
+
+Errors against float64 of the kernels (executed for sm_80) and of torch on a CPU in the same dtype: largest and
+root-mean-square, relative to the exact result's. The budget of the tests is twice torch's own largest error plus a
+floor that grows with the reduction length; above 1 it is broken. torch's tf32 is modelled by operands rounded to tf32.
+"""
+
+_SOURCES = """## Sources
+
+Occupancy: NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and the rules in
+`cuda_occupancy.h`; AMD, CDNA 2, CDNA 3 and RDNA 3 instruction set guides and LLVM's AMDGPU backend. Rates and
+bandwidths (dense, boost clock):
+"""
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
+    """A Markdown table; the first ``left`` columns are aligned left, the others right."""
+    lines = ["| " + " | ".join(header) + " |"]
+    lines.append("|" + "|".join(["---"] * left + ["---:"] * (len(header) - left)) + "|")
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The whole report."""
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    sections = [
+        f"{_INTRODUCTION}\nCompiled with {versions}.\n",
+        _findings(report["findings"]),
+        _steps(report["steps"]),
+        _rooflines(report["machine"]),
+        _execution(report["execution"]),
+        _numerics(report["numerics"]),
+        _machine(report["machine"]),
+        _sources(),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _unique(rows: Iterable[Row], key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _label(row: Row) -> str:
+    """The workload, and the kernel where a workload launches others behind its own."""
+    own = row["workload"].split()[0]
+    kernel = row["kernel"].strip("_").removesuffix("_kernel")
+    return row["workload"] if own.startswith(kernel) else f"{row['workload']}: {kernel}"
+
+
+def _findings(rows: list[Row]) -> str:
+    text = "## Findings\n\nThe limits, and what breaks them:\n\n"
+    for limit, says in LIMITS.items():
+        broken = [row for row in rows if row["limit"] == limit]
+        text += f"- {limit}: {says}. " + ("Kept everywhere.\n" if not broken else f"{len(broken)} broken.\n")
+    if not rows:
+        return text
+    cells = [
+        (r["limit"], r["workload"], f"`{r['kernel'].strip('_')}`", _some(r["places"]), compact(r["worst"]))
+        for r in rows
+    ]
+    return text + "\n" + table(("limit", "workload", "kernel", "where", "worst"), cells, left=4)
+
+
+def _some(places: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(places) - most} more" if len(places) > most else ""
+    return ", ".join(places[:most]) + more
+
+
+def _steps(rows: list[Row]) -> str:
+    text = _STEPS if rows else ""
+    for target in _unique(rows, "target"):
+        here = [row for row in rows if row["target"] == target]
+        batches = _unique(here, "batch")
+        ways: dict[tuple[str, str], list[Row]] = {}
+        for row in here:
+            ways.setdefault((row["way"], row["data"]), []).append(row)
+        header = ("way", "data", *(f"{batch:,}" for batch in batches))
+        counts = (
+            (*way, *(f"{row['launches']} / {bytes_text(row['bytes'])}" for row in found)) for way, found in ways.items()
+        )
+        text += f"\n### {target}: launches / bytes of a step, by batch\n\n" + table(header, counts, left=2)
+        for gpu in here[0]["roofline_microseconds"]:
+            times = (
+                (*way, *(compact(row["roofline_microseconds"][gpu]) for row in found)) for way, found in ways.items()
+            )
+            text += f"\nRoofline on {gpu}, microseconds:\n\n" + table(header, times, left=2)
+    return text
+
+
+def _rooflines(rows: list[Row]) -> str:
+    bound = [row for row in rows if row["roofline"]]
+    if not bound:
+        return ""
+    gpus = [name for name in GPUS if any(name in row["roofline"] for row in bound)]
+    merged: dict[tuple[Any, ...], Row] = {}
+    for row in bound:
+        times = merged.setdefault((_label(row), row["mode"], row["batch"]), {"first": row})
+        times.update(row["roofline"])
+    order = {mode: i for i, mode in enumerate(("float32", "tf32", "bfloat16", "float16"))}
+    keys = sorted(merged, key=lambda key: (key[2], order[key[1]]))
+    lines = []
+    for key in keys:
+        row = merged[key]["first"]
+        size = bytes_text(row["bytes_read"] + row["bytes_written"])
+        flops = compact(row["matrix_flops"] + row["vector_flops"])
+        cells = [_time(merged[key].get(gpu)) for gpu in gpus]
+        lines.append((key[0], key[1], f"{key[2]:,}", flops, size, compact(row["intensity"]), *cells))
+    return f"{_ROOFLINES}\n" + table(("kernel", "mode", "batch", "FLOPs", "bytes", "FLOPs/byte", *gpus), lines, left=2)
+
+
+def _time(line: Row | None) -> str:
+    if line is None:
+        return "-"
+    letter = {"memory": "m", "matrix": "x", "vector": "v"}[line["bound"]]
+    return f"{compact(line['microseconds'])} ({letter})"
+
+
+def _execution(rows: list[Row]) -> str:
+    text = _EXECUTION if rows else ""
+    header = (
+        "kernel", "mode", "batch", "programs", "warp instr./output", "sectors over min.", "read over compulsory",
+        "wavefronts/output", "conflicts", "products",
+    )  # fmt: skip
+    for target in _unique(rows, "target"):
+        lines = (
+            (
+                _label(row), row["mode"], f"{row['batch']:,}", _of(row["executed"], row["programs"]),
+                compact(row["warp_instructions_per_output"]), compact(row["sectors_over_minimum"]),
+                compact(row["read_over_compulsory"]), compact(row["wavefronts_per_output"]),
+                f"{100 * row['conflict_share']:.1f} %", compact(row["matrix_flops_over_needed"]),
+            )
+            for row in rows
+            if row["target"] == target
+        )  # fmt: skip
+        text += f"\n### {target}\n\n" + table(header, lines, left=2)
+    return text
+
+
+def _of(some: int, all_of_them: int) -> str:
+    return f"{all_of_them:,}" if some == all_of_them else f"{some:,} of {all_of_them:,}"
+
+
+def _machine(rows: list[Row]) -> str:
+    text = _MACHINE if rows else ""
+    header = (
+        "kernel", "mode", "batch", "programs", "warps", "registers", "spilled", "shared", "occupancy", "limited by",
+        "waves", *GROUPS,
+    )  # fmt: skip
+    for target in _unique(rows, "target"):
+        lines = (
+            (
+                _label(row), row["mode"], f"{row['batch']:,}", f"{row['programs']:,}", row["num_warps"],
+                row["registers"], row["spilled"], f"{row['shared']:,}",
+                "-" if row["occupancy"] is None else f"{100 * row['occupancy']:.0f} %",
+                row["limited_by"], compact(row["waves"]), *row["instructions"].values(),
+            )
+            for row in rows
+            if row["target"] == target
+        )  # fmt: skip
+        text += f"\n<details><summary>{target}</summary>\n\n" + table(header, lines, left=2) + "\n</details>\n"
+    return text
+
+
+def _numerics(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    header = ("kernel", "shape", "output", "mode", "max", "RMS", "torch's max", "torch's RMS", "budget used")
+    lines = (
+        (
+            row["kernel"], row["shape"], row["output"], row["mode"],
+            *(f"{row[key]:.1e}" for key in ("kernel_max", "kernel_rms", "torch_max", "torch_rms")),
+            f"{100 * row['budget_share']:.3g} %",
+        )
+        for row in rows
+    )  # fmt: skip
+    return f"{_NUMERICS}\n" + table(header, lines, left=4)
+
+
+def _sources() -> str:
+    names = ("fp32", "tf32", "bf16", "fp32_matrix")
+    lines = (
+        (
+            name,
+            gpu.target,
+            gpu.source,
+            f"{gpu.bandwidth / 1e12:g} TB/s",
+            *(f"{gpu.rates[n] / 1e12:g}" if n in gpu.rates else "-" for n in names),
+        )
+        for name, gpu in GPUS.items()
+    )
+    header = ("GPU", "target", "source", "bandwidth", "fp32 TFLOP/s", "tf32", "bf16, fp16", "fp32 matrix")
+    shapes = ((w.name, w.shape) for w in WORKLOADS.values())
+    return (
+        f"{_SOURCES}\n"
+        + table(header, lines, left=3)
+        + "\nWorkloads, M being the batch:\n\n"
+        + table(("workload", "computation"), shapes, left=2)
+    )

@@ -1,0 +1,289 @@
+"""What a launch has to do, from its arguments: FLOPs, and the bytes that must cross the device memory's bus once.
+
+Bytes are compulsory traffic: every operand is read once and every result written once, however many programs look at it
+and however often. What the caches do not catch comes on top; ``execution`` has the bytes that the programs ask for.
+FLOPs of matrix products are 2 M N K; other operations count one each, an exponential, logarithm or division too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from tests.ptxsim import Launch
+
+__all__ = ["WORK", "Work", "work_of"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One launch, or one operation.
+
+    Attributes:
+        matrix_flops: of matrix products, each product counted once whatever it is computed with.
+        vector_flops: of everything else.
+        read, written: compulsory bytes.
+        outputs: elements of the result, by which counts are divided.
+    """
+
+    matrix_flops: int = 0
+    vector_flops: int = 0
+    read: int = 0
+    written: int = 0
+    outputs: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Read and written."""
+        return self.read + self.written
+
+    @property
+    def flops(self) -> int:
+        """Of both kinds."""
+        return self.matrix_flops + self.vector_flops
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs a byte."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+
+Arguments = dict[str, Any]
+
+
+def work_of(launch: Launch) -> Work:
+    """The work of one launch of a kernel of ``fastmlp.kernels``.
+
+    Raises:
+        KeyError: a kernel that ``WORK`` does not know.
+    """
+    return WORK[launch.name](launch.arguments, launch.grid)
+
+
+def touched(*tensors: Tensor | None) -> int:
+    """Bytes of tensors; what an expanded dimension repeats is there once, and None is nothing."""
+    total = 0
+    for t in tensors:
+        if t is not None:
+            n = t.element_size()
+            for size, stride in zip(t.shape, t.stride(), strict=True):
+                n *= size if stride or not size else 1
+            total += n
+    return total
+
+
+def _rows_of(t: Tensor, rows: Tensor | None) -> int:
+    """Bytes of a tensor, or of those of its rows that are gathered."""
+    if rows is None:
+        return touched(t)
+    return rows.shape[0] * (t.numel() // max(1, t.shape[0])) * t.element_size()
+
+
+def _linear_fwd(a: Arguments, grid: tuple[int, ...]) -> Work:
+    m, n, k = a["M"], a["N"], a["K"]
+    return Work(
+        matrix_flops=2 * m * n * k,
+        vector_flops=(1 + _ACTIVATION[a["ACTIVATION"]]) * m * n,
+        read=_rows_of(a["x_ptr"], a["rows_ptr"]) + touched(a["w_ptr"], a["b_ptr"], a["rows_ptr"]),
+        written=touched(a["a_ptr"], a["z_ptr"]),
+        outputs=m * n,
+    )
+
+
+def _linear_dgrad(a: Arguments, grid: tuple[int, ...]) -> Work:
+    m, n, k = a["M"], a["N"], a["K"]
+    return Work(
+        matrix_flops=2 * m * n * k,
+        vector_flops=_ACTIVATION_GRAD[a["ACTIVATION"]] * m * k,
+        read=touched(a["dz_ptr"], a["w_ptr"], a["saved_ptr"]),
+        written=touched(a["dx_ptr"]),
+        outputs=m * k,
+    )
+
+
+def _linear_wgrad(a: Arguments, grid: tuple[int, ...]) -> Work:
+    m, n, k = a["M"], a["N"], a["K"]
+    results = n * k + (n if a["HAS_BIAS"] else 0)
+    # Each split of the batch writes a whole gradient of its own.
+    return Work(
+        matrix_flops=2 * m * n * k,
+        vector_flops=m * n if a["HAS_BIAS"] else 0,
+        read=touched(a["dz_ptr"], a["rows_ptr"]) + _rows_of(a["x_ptr"], a["rows_ptr"]),
+        written=grid[1] * results * a["dw_ptr"].element_size(),
+        outputs=results,
+    )
+
+
+def _wgrad_reduce(a: Arguments, grid: tuple[int, ...]) -> Work:
+    splits, total = a["n_splits"], a["total"]
+    return Work(
+        vector_flops=(splits - 1) * total,
+        read=splits * total * a["partial_ptr"].element_size(),
+        written=touched(a["dw_ptr"], a["db_ptr"]),
+        outputs=total,
+    )
+
+
+def _update(a: Arguments, params: int, low: int) -> Work:
+    """The optimizer's part for so many float32 parameters, with ``low`` bytes of 16-bit copies to write."""
+    states = {"sgd": 0, "momentum": 1, "adamw": 2}[a["OPTIMIZER"]]
+    return Work(
+        vector_flops={"sgd": 4, "momentum": 6, "adamw": 14}[a["OPTIMIZER"]] * params,
+        read=(1 + states) * 4 * params + touched(a["hyper_ptr"]),
+        written=(1 + states) * 4 * params + low,
+    )
+
+
+def _plus(first: Work, second: Work, outputs: int) -> Work:
+    return Work(
+        first.matrix_flops + second.matrix_flops,
+        first.vector_flops + second.vector_flops,
+        first.read + second.read,
+        first.written + second.written,
+        outputs,
+    )
+
+
+def _wgrad_update(a: Arguments, grid: tuple[int, ...]) -> Work:
+    m, layers = a["M"], range(a["LAYERS"])
+    weights = [n * k for n, k in zip(a["Ns"], a["Ks"], strict=True)]
+    biases = [n if has else 0 for n, has in zip(a["Ns"], a["has_biases"], strict=True)]
+    params = sum(weights) + sum(biases)
+    gradient = Work(
+        matrix_flops=2 * m * sum(weights),
+        vector_flops=m * sum(biases) + (m if a["HAS_LOSS"] else 0),
+        read=touched(*a["dz_ptrs"], a["rows_ptr"])
+        + sum(_rows_of(a["x_ptrs"][i], a["rows_ptr"] if i == 0 else None) for i in layers)
+        + (touched(a["loss_rows_ptr"]) if a["HAS_LOSS"] else 0),
+        written=touched(a["loss_ptr"]) if a["HAS_LOSS"] else 0,
+        outputs=params,
+    )
+    if a["DIRECT"]:
+        copies = sum(
+            w * a["low_w_ptrs"][i].element_size() + b * a["low_b_ptrs"][i].element_size()
+            for i, (w, b) in enumerate(zip(weights, biases, strict=True))
+        )
+        return _plus(gradient, _update(a, params, copies if a["HAS_LOW"] else 0), params)
+    return replace(gradient, written=gradient.written + grid[1] * 4 * params)
+
+
+def _reduce_update(a: Arguments, grid: tuple[int, ...]) -> Work:
+    splits, params = a["n_splits"], sum(a["numels"])
+    reduction = Work(vector_flops=(splits - 1) * params, read=splits * 4 * params, outputs=params)
+    if a["OPTIMIZER"] == "none":
+        again = 4 * params if a["ACCUMULATE"] else 0
+        return replace(reduction, read=reduction.read + again, written=4 * params)
+    return _plus(reduction, _update(a, params, touched(*a["low_ptrs"]) if a["HAS_LOW"] else 0), params)
+
+
+def _head(a: Arguments, grid: tuple[int, ...]) -> Work:
+    m, c, k = a["M"], a["C"], a["K"]
+    h, saved, previous = a["h_ptr"], a["saved_ptr"], a["dz_prev_ptr"]
+    other = saved if saved is not None and saved.data_ptr() != h.data_ptr() else None
+    below = 0 if previous is None else _ACTIVATION_GRAD[a["ACTIVATION"]] * m * k
+    return Work(
+        matrix_flops=2 * m * c * k * (1 if previous is None else 2),
+        vector_flops=_SOFTMAX_LOSS_AND_GRAD * m * c + below,
+        read=(_rows_of(h, a["rows_ptr"]) if a["GATHER_H"] else touched(h))
+        + touched(other, *(a[n] for n in ("w_ptr", "b_ptr", "class_weight_ptr", "scale_ptr", "rows_ptr")))
+        + _rows_of(a["target_ptr"], a["rows_ptr"]),
+        written=touched(a["loss_ptr"], a["dz_ptr"], previous, a["z_ptr"], a["correct_ptr"]),
+        outputs=m * c + (0 if previous is None else m * k),
+    )
+
+
+def _cross_entropy(a: Arguments, grid: tuple[int, ...]) -> Work:
+    classes = a["z_ptr"].numel()
+    return Work(
+        vector_flops=(_SOFTMAX_LOSS if a["dz_ptr"] is None else _SOFTMAX_LOSS_AND_GRAD) * classes,
+        read=touched(a["z_ptr"], a["w_ptr"], a["scale_ptr"], a["rows_ptr"]) + _rows_of(a["target_ptr"], a["rows_ptr"]),
+        written=touched(*(a[n] for n in ("loss_ptr", "stats_ptr", "denominator_ptr", "dz_ptr", "correct_ptr")))
+        if a["partial_ptr"] is None
+        else touched(a["stats_ptr"], a["partial_ptr"], a["dz_ptr"], a["correct_ptr"]),
+        outputs=classes,
+    )
+
+
+def _reduce(a: Arguments, grid: tuple[int, ...]) -> Work:
+    return Work(
+        vector_flops=2 * a["count"],
+        read=touched(a["partial_ptr"]),
+        written=touched(a["loss_ptr"], a["denominator_ptr"]),
+        outputs=1,
+    )
+
+
+def _cross_entropy_bwd(a: Arguments, grid: tuple[int, ...]) -> Work:
+    classes = a["z_ptr"].numel()
+    names = ("z_ptr", "target_ptr", "w_ptr", "stats_ptr", "g_ptr", "denominator_ptr")
+    return Work(
+        vector_flops=_SOFTMAX_GRAD * classes,
+        read=touched(*(a[n] for n in names)),
+        written=touched(a["dz_ptr"], a["dt_ptr"]),
+        outputs=classes,
+    )
+
+
+def _softmax_squared_error(a: Arguments, grid: tuple[int, ...]) -> Work:
+    classes = a["z_ptr"].numel()
+    return Work(
+        vector_flops=(_SOFTMAX_LOSS + 3 + (4 if a["dz_ptr"] is not None else 0)) * classes,
+        read=touched(a["z_ptr"], a["y_ptr"], a["g_ptr"]),
+        written=touched(a["loss_ptr"], a["dz_ptr"], a["dy_ptr"]),
+        outputs=classes,
+    )
+
+
+def _elementwise_loss(a: Arguments, grid: tuple[int, ...]) -> Work:
+    results = [a[n] for n in ("loss_ptr", "partial_ptr", "da_ptr", "dy_ptr") if a[n] is not None]
+    return Work(
+        vector_flops=3 * len(results) * a["total"],
+        read=touched(a["a_ptr"], a["y_ptr"], a["g_ptr"]),
+        written=touched(*results),
+        outputs=a["total"],
+    )
+
+
+def _reduce_sum(a: Arguments, grid: tuple[int, ...]) -> Work:
+    return Work(vector_flops=a["count"], read=touched(a["partial_ptr"]), written=touched(a["out_ptr"]), outputs=1)
+
+
+def _activation_bwd(a: Arguments, grid: tuple[int, ...]) -> Work:
+    return Work(
+        vector_flops=_ACTIVATION_GRAD[a["ACTIVATION"]] * a["total"],
+        read=touched(a["da_ptr"], a["saved_ptr"]),
+        written=touched(a["dz_ptr"]),
+        outputs=a["total"],
+    )
+
+
+# Operations an element: f, and f' times the upstream gradient.
+_ACTIVATION = {
+    "identity": 0, "sigmoid": 4, "relu": 1, "tanh": 5, "step": 1, "leaky_relu": 2, "gelu": 5, "silu": 5,
+}  # fmt: skip
+_ACTIVATION_GRAD = {
+    "identity": 0, "sigmoid": 3, "relu": 1, "tanh": 3, "step": 1, "leaky_relu": 2, "gelu": 8, "silu": 8,
+}  # fmt: skip
+# Maximum, shift, exponential, sum; then quotient, minus the target, scale.
+_SOFTMAX_LOSS, _SOFTMAX_GRAD, _SOFTMAX_LOSS_AND_GRAD = 4, 5, 7
+
+#: The work of every kernel by name: arguments and grid to Work.
+WORK: dict[str, Callable[[Arguments, tuple[int, ...]], Work]] = {
+    "_linear_fwd_kernel": _linear_fwd,
+    "_linear_dgrad_kernel": _linear_dgrad,
+    "_linear_wgrad_kernel": _linear_wgrad,
+    "_wgrad_reduce_kernel": _wgrad_reduce,
+    "_wgrad_update_kernel": _wgrad_update,
+    "_reduce_update_kernel": _reduce_update,
+    "_head_kernel": _head,
+    "_cross_entropy_kernel": _cross_entropy,
+    "_reduce_kernel": _reduce,
+    "_cross_entropy_bwd_kernel": _cross_entropy_bwd,
+    "_softmax_squared_error_kernel": _softmax_squared_error,
+    "_elementwise_loss_kernel": _elementwise_loss,
+    "_reduce_sum_kernel": _reduce_sum,
+    "_activation_bwd_kernel": _activation_bwd,
+}
