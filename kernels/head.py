@@ -151,12 +151,12 @@ class _HeadTile(NamedTuple):
     num_stages: int
 
 
-def _tile(M: int, C: int, K: int, itemsize: int, writes_prev: bool, device: Device) -> _HeadTile:
+def _tile(M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: bool, device: Device) -> _HeadTile:
     """16 rows a program, more where that still leaves every multiprocessor one; columns are split where fewer.
 
     Slices are 256 bytes deep, which the counts of the simulated GPU show to read shared memory without bank
-    conflicts. They are shallower where K or the shared memory ends before, where K is no multiple of 16 (every
-    element then has an address of its own), and where products run on few registers instead of matrix units (before
+    conflicts. They are shallower where K or the shared memory ends before, where rows are not aligned (every element
+    then has an address of its own), and where products run on few registers instead of matrix units (before
     Ampere; AMD's RDNA). None of these tiles spills on any target.
     """
     classes = max(16, triton.next_power_of_2(C))
@@ -165,17 +165,17 @@ def _tile(M: int, C: int, K: int, itemsize: int, writes_prev: bool, device: Devi
     rows = 1024 // classes
     if cdiv(M, rows) < device.multiprocessors:
         rows = 16
-    slices, depth, cols, num_stages = 4, 256 // itemsize, 64, 2
+    slices, depth, cols, num_warps, num_stages = 4, 256 // itemsize, 64, 4, 2
     if not (device.has_tf32 or str(device.arch).startswith("gfx9")):
-        depth, cols, num_stages = 16, 32 if classes < 64 else 16, 1
-    elif K % 16:
+        depth, cols, num_warps, num_stages = 16, 32, 4 if classes < 64 else 8, 1
+    elif not aligned:
         depth, cols = 16, 32
     while depth > 16 and (slices * depth >= 2 * K or slices * depth * (rows + classes) * itemsize > 49152):
         depth //= 2
     splits = 1
     if writes_prev:
         splits = max(1, min(cdiv(K, cols), device.multiprocessors // cdiv(M, rows)))
-    return _HeadTile(rows, classes, slices, depth, cols, splits, 4, num_stages)
+    return _HeadTile(rows, classes, slices, depth, cols, splits, num_warps, num_stages)
 
 
 def head(
@@ -225,7 +225,8 @@ def head(
     if M == 0:
         return loss, dz, dz_prev
     device = current_device()
-    tile = _tile(M, C, K, weight.element_size(), dz_prev is not None, device)
+    aligned = K % 16 == 0 and all(t.stride(1) == 1 and t.stride(0) % 16 == 0 for t in (h, weight))
+    tile = _tile(M, C, K, weight.element_size(), aligned, dz_prev is not None, device)
     scale_ptr, scale = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     _head_kernel[(cdiv(M, tile.rows) * tile.splits,)](
         h, weight, bias, target, rows, class_weight, saved, scale_ptr,
