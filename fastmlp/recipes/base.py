@@ -1,0 +1,196 @@
+"""What the recipes share: one compared number, what a recipe hands back, the data, and numerical derivatives."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data import ImageDataset, load_fashion_mnist
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Outcome", "Plot", "Recorder", "Result", "Settings", "derivative"]
+
+QUICK_TRAIN, QUICK_TEST = 6_000, 1_000
+FULL_TRAIN = 60_000
+
+Plot = Callable[["Figure"], None]
+"""Draws on an empty figure."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table: what a document says, and what fastmlp gives.
+
+    Attributes:
+        document: the source document's number, such as "002".
+        claim: what it says, or what must hold for its formulas to be right.
+        obtained: the number or error that was found.
+        tolerance: what is allowed, as text.
+        good: the verdict.
+        seconds: time since the recipe's line before.
+    """
+
+    document: str
+    claim: str
+    obtained: str
+    tolerance: str
+    good: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All lines of a recipe, its plots by file name without ending, and its time in seconds."""
+
+    name: str
+    results: tuple[Result, ...]
+    plots: dict[str, Plot]
+    seconds: float
+
+    @property
+    def good(self) -> bool:
+        """Whether every verdict is good."""
+        return all(result.good for result in self.results)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        results = [dataclasses.asdict(result) for result in self.results]
+        return {"name": self.name, "good": self.good, "seconds": self.seconds, "results": results}
+
+
+class Recorder:
+    """Collects the results and plots of one recipe."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.results: list[Result] = []
+        self.plots: dict[str, Plot] = {}
+        self._began = self._last = time.perf_counter()
+
+    def add(self, document: str, claim: str, obtained: str, tolerance: str, good: bool) -> None:
+        """One line; its time is that since the line before."""
+        now = time.perf_counter()
+        self.results.append(Result(document, claim, obtained, tolerance, bool(good), now - self._last))
+        self._last = now
+
+    def close(
+        self,
+        document: str,
+        claim: str,
+        actual: Tensor | float,
+        expected: Tensor | float,
+        tolerance: float,
+        *,
+        relative: bool = False,
+    ) -> None:
+        """A line whose verdict is that ``actual`` is within ``tolerance`` of ``expected`` everywhere.
+
+        ``relative`` divides each difference by the expected value's magnitude. NaN and other shapes are bad.
+        """
+        actual, expected = (
+            v.detach().double().cpu() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
+            for v in (actual, expected)
+        )
+        if actual.shape != expected.shape:
+            text = f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+            self.add(document, claim, text, "the same shape", False)
+            return
+        difference = (actual - expected).abs()
+        if relative:
+            difference = torch.where(difference == 0, 0.0, difference / expected.abs())
+        error = difference.max().item() if difference.numel() else 0.0
+        text = f"{'relative ' if relative else ''}error {error:.1e}"
+        self.add(document, claim, text, f"{tolerance:.0e}", error <= tolerance)
+
+    def plot(self, name: str, draw: Plot) -> None:
+        """A plot, drawn only if it is asked for."""
+        self.plots[name] = draw
+
+    def outcome(self) -> Outcome:
+        """What was collected."""
+        return Outcome(self.name, tuple(self.results), dict(self.plots), time.perf_counter() - self._began)
+
+
+@dataclass
+class Settings:
+    """How to run the recipes.
+
+    Attributes:
+        quick: a form of every recipe that takes seconds, on 6,000 training and 1,000 test images. The accuracies that
+            documents report belong to the full data, so the quick form compares with the documents' own algorithms
+            run one by one instead.
+        data: folder of FashionMNIST's files; None for the usual places; "bundled" for the subset that comes along.
+        progress: called with what is being done.
+    """
+
+    quick: bool = False
+    data: str | None = None
+    progress: Callable[[str], None] = field(default=lambda text: None, repr=False)
+    _images: tuple[ImageDataset, ImageDataset] | None = field(default=None, init=False, repr=False)
+
+    def images(self) -> tuple[ImageDataset, ImageDataset]:
+        """(train, test) on the CPU, read once.
+
+        Raises:
+            FileNotFoundError: the full form was asked for and the full data is not there.
+        """
+        if self._images is None:
+            source = "bundled" if self.data == "bundled" else None
+            train, test = load_fashion_mnist(None if source else self.data, source=source)
+            if self.quick:
+                train, test = _first(train, QUICK_TRAIN), _first(test, QUICK_TEST)
+            elif len(train) != FULL_TRAIN:
+                raise FileNotFoundError(
+                    f"the documents' accuracies belong to the full data, and this is {train.source}; get the full "
+                    "data, name its folder, or ask for the quick form"
+                )
+            self._images = train, test
+        return self._images
+
+
+def _first(dataset: ImageDataset, count: int) -> ImageDataset:
+    return dataclasses.replace(dataset, images=dataset.images[:count], labels=dataset.labels[:count])
+
+
+def derivative(f: Callable[[Tensor], Tensor], x: Tensor, h: float = 1e-3) -> Tensor:
+    """The derivative of f at x by differences of fourth order, in the layout of the lecture notes.
+
+    df/dx ~ (8 (f(x+h) - f(x-h)) - (f(x+2h) - f(x-2h))) / (12 h) for each element of x: error h^4 f''''' / 30 and
+    rounding of about 1e-13 in float64.
+
+    Returns:
+        [*x.shape, *f(x).shape]: first the indices of the input, then those of the output. For vectors that is the
+        notes' matrix with a row for each input and a column for each output.
+    """
+    rows = []
+    for i in range(x.numel()):
+        step = torch.zeros(x.numel(), dtype=x.dtype)
+        step[i] = h
+        step = step.view(x.shape)
+        near, far = f(x + step) - f(x - step), f(x + 2 * step) - f(x - 2 * step)
+        rows.append((8 * near - far) / (12 * h))
+    return torch.stack(rows).view((*x.shape, *rows[0].shape))
+
+
+def axes(ax: Any, title: str, xlabel: str, ylabel: str) -> None:
+    """The look that all plots have."""
+    ax.set_title(title, loc="left", fontsize=10)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.grid(color="#dddddd", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_axisbelow(True)
+
+
+def percent(share: float) -> str:
+    """0.731 as "73.1 %"."""
+    return "NaN" if math.isnan(share) else f"{100 * share:.1f} %"

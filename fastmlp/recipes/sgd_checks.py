@@ -1,0 +1,242 @@
+"""What the lecture notes (document 003) say of their algorithm, checked: gradients, special cases, training."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .. import reference_losses as losses_reference
+from ..plots import BLUE, ORANGE
+from ..train import evaluate
+from .base import Recorder, Settings, axes, derivative, percent
+from .sgd_neural_net import ACTIVATIONS, LOSSES, loss_and_gradients, sgd_neural_net
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["gradient_error", "run", "valid_pairs"]
+
+Network = tuple[list[Tensor], list[Tensor], tuple[str, ...]]
+_KINDS = {"square": "mse", "linear": "l1", "nll": "bce", "nllm": "nllm"}
+TOLERANCE = 1e-8
+STEPS, LEAST_ACCURACY = 30_000, 0.75
+QUICK_STEPS, QUICK_LEAST_ACCURACY = 3_000, 0.50
+
+
+def valid_pairs() -> list[tuple[str, str]]:
+    """Every (last activation, loss) that has a value."""
+    allowed = {"nll": ("sigmoid", "softmax"), "nllm": ("softmax",)}
+    return [(f, loss) for f, loss in itertools.product(ACTIVATIONS, LOSSES) if f in allowed.get(loss, ACTIVATIONS)]
+
+
+def network(sizes: tuple[int, ...], activations: tuple[str, ...], seed: int = 0) -> Network:
+    """Gaussian weights and biases in float64."""
+    g = torch.Generator().manual_seed(seed)
+    pairs = list(itertools.pairwise(sizes))
+    weights = [torch.randn(n, m, generator=g, dtype=torch.float64) / m**0.5 for m, n in pairs]
+    biases = [0.5 * torch.randn(n, generator=g, dtype=torch.float64) for _, n in pairs]
+    return weights, biases, activations
+
+
+def plain_loss(net: Network, loss: str, x: Tensor, y: Tensor) -> Tensor:
+    """The forward pass and the loss alone, through A^L, without anything of the backward pass."""
+    a = x
+    for w, b, f in zip(*net, strict=True):
+        z = a @ w.t() + b
+        a = torch.softmax(z, 1) if f == "softmax" else reference.activate(z, f)
+    return losses_reference.elementwise_loss(a, y, _KINDS[loss]).sum()
+
+
+def gradient_error(net: Network, loss: str, x: Tensor, y: Tensor) -> float:
+    """The largest difference between back-propagation and differences of the loss, over all weights and biases."""
+    weights, biases, activations = net
+    _, dws, dbs = loss_and_gradients(weights, biases, activations, loss, x, y)
+    worst = 0.0
+    for i, (dw, db) in enumerate(zip(dws, dbs, strict=True)):
+
+        def of_w(w: Tensor, i: int = i) -> Tensor:
+            return plain_loss(([*weights[:i], w, *weights[i + 1 :]], biases, activations), loss, x, y)
+
+        def of_b(b: Tensor, i: int = i) -> Tensor:
+            return plain_loss((weights, [*biases[:i], b, *biases[i + 1 :]], activations), loss, x, y)
+
+        for analytic, numeric in ((dw, derivative(of_w, weights[i])), (db, derivative(of_b, biases[i]))):
+            worst = max(worst, (analytic - numeric).abs().max().item())
+    return worst
+
+
+def target(loss: str, outputs: int) -> Tensor:
+    """A target [1, outputs] that the loss is defined for."""
+    if loss in ("square", "linear"):
+        return torch.linspace(-0.7, 1.3, outputs, dtype=torch.float64).unsqueeze(0)
+    y = torch.zeros(1, outputs, dtype=torch.float64)
+    y[0, 0] = 1
+    return y
+
+
+def _gradients(recorder: Recorder) -> None:
+    x = torch.tensor([[0.3, -1.2, 0.8]], dtype=torch.float64)
+    for loss in LOSSES:
+        last = [f for f, name in valid_pairs() if name == loss]
+        worst, count = 0.0, 0
+        for f, hidden in itertools.product(last, ACTIVATIONS):
+            net = network((3, 4, 3, 2), (hidden, "tanh", f), seed=count)
+            worst, count = max(worst, gradient_error(net, loss, x, target(loss, 2))), count + 1
+        claim = f"{loss} after {', '.join(last)}: all dL/dW, dL/dW0 by differences ({count} networks)"
+        recorder.add("003", claim, f"error {worst:.1e}", f"{TOLERANCE:.0e}", worst <= TOLERANCE)
+    worst = 0.0
+    for depth in range(1, 6):
+        net = network((3, *[2 + i for i in range(depth)]), ("sigmoid",) * depth, seed=depth)
+        worst = max(worst, gradient_error(net, "square", x, target("square", depth + 1)))
+    recorder.add("003", "any number of layers: 1 to 5", f"error {worst:.1e}", f"{TOLERANCE:.0e}", worst <= TOLERANCE)
+
+
+def _single_neuron(recorder: Recorder) -> None:
+    """The LLC as a neuron: g = sigma(w^T x + w0), NLL, dL/dw = (g - y) x."""
+    x, w, w0 = torch.tensor([[0.4, -1.1, 2.0]]).double(), torch.tensor([[0.2, 0.7, -0.3]]).double(), torch.tensor([0.1])
+    net: Network = ([w], [w0.double()], ("sigmoid",))
+    for y in (0.0, 1.0):
+        hot = torch.tensor([[y]]).double()
+        _, (dw,), (db,) = loss_and_gradients(*net, "nll", x, hot)
+        g = torch.sigmoid(x @ w.t() + w0.double())[0]
+        # (7.7) with the minus sign that the NLL has in (7.49): -(y/g - (1-y)/(1-g)) g (1-g) x.
+        chain = -(y / g - (1 - y) / (1 - g)) * g * (1 - g)
+        recorder.close("003", f"single neuron, y = {y:.0f}: dL/dw is the chain rule (7.7)", dw, chain * x, 1e-15)
+        recorder.close("003", f"single neuron, y = {y:.0f}: dL/dw0 = g - y", db, g - y, 1e-15)
+        error = gradient_error(net, "nll", x, hot)
+        recorder.add("003", "and by differences", f"error {error:.1e}", f"{TOLERANCE:.0e}", error <= TOLERANCE)
+
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(200, 2, generator=generator, dtype=torch.float64)
+    side = points @ torch.tensor([2.0, -1.0]).double() + 0.3
+    points, labels = points[side.abs() > 0.2], (side[side.abs() > 0.2] > 0).double()
+    result = sgd_neural_net(points, labels, (2, 1), ("sigmoid",), "nll", steps=2_000, step_size=0.5)
+    right = ((result.model(points)[:, 0] > 0.5) == (labels > 0.5)).double().mean().item()
+    claim = "single neuron separates two linearly separable classes"
+    recorder.add("003", claim, percent(right), "100 %", right == 1.0)
+
+
+def _two_neurons(recorder: Recorder) -> None:
+    """Two neurons in a chain, one weight each: (7.17) with the factors of notation 12."""
+    x, y = torch.tensor([[0.7]]).double(), torch.tensor([[0.2]]).double()
+    net = network((1, 1, 1), ("tanh", "sigmoid"), seed=3)
+    weights, biases, _ = net
+    _, dws, dbs = loss_and_gradients(*net, "square", x, y)
+    z1 = weights[0] * x + biases[0]
+    a1 = torch.tanh(z1)
+    z2 = weights[1] * a1 + biases[1]
+    a2 = torch.sigmoid(z2)
+    loss_unit, layer2, layer1 = 2 * (a2 - y), a2 * (1 - a2), 1 - a1**2
+    recorder.close("003", "two neurons: dL/dw2 is (7.11)", dws[1], loss_unit * layer2 * a1, 1e-15)
+    recorder.close(
+        "003", "two neurons: dL/dw1 is (7.17)", dws[0], loss_unit * (layer2 * weights[1]) * (layer1 * x), 1e-15
+    )
+    recorder.close("003", "two neurons: dL/dw1_0", dbs[0], (loss_unit * layer2 * weights[1] * layer1)[0], 1e-15)
+    error = gradient_error(net, "square", x, y)
+    recorder.add("003", "and by differences", f"error {error:.1e}", f"{TOLERANCE:.0e}", error <= TOLERANCE)
+
+
+def _direct(recorder: Recorder) -> None:
+    """Concept 50: dL/dZ^L at once, against the two factors, and where the two factors fail."""
+    z, y = torch.tensor([[0.5, -1.0, 2.0]]).double(), torch.tensor([[0.0, 1.0, 0.0]]).double()
+    p, s = torch.softmax(z, 1), torch.sigmoid(z)
+    factors = losses_reference.softmax_backward(losses_reference.elementwise_loss_grad(p, y, "nllm"), p)
+    recorder.close(
+        "003", "concept 50: softmax and NLLM, dL/dZ = A - Y is the product of factors", p - y, factors, 1e-14
+    )
+    factors = losses_reference.elementwise_loss_grad(s, y, "bce") * s * (1 - s)
+    recorder.close("003", "concept 50: sigmoid and NLL, dL/dZ = A - Y is the product of factors", s - y, factors, 1e-14)
+    far = torch.tensor([[60.0, -60.0]])
+    eye, zero = torch.eye(2), torch.zeros(2)
+    value, _, (db,) = loss_and_gradients([eye], [zero], ("sigmoid",), "nll", far, torch.tensor([[0.0, 1.0]]))
+    good = torch.equal(db, torch.tensor([1.0, -1.0])) and math.isclose(value.item(), 120.0)
+    a = torch.sigmoid(far[0, 0])  # 1 in float32: the factors give 0 times a huge number
+    lost = (losses_reference.elementwise_loss_grad(a, torch.tensor(0.0), "bce") * a * (1 - a)).item()
+    obtained = f"{db[0].item():g} (factors: {lost:g})"
+    recorder.add("003", "concept 50: at z = 60 in float32 dL/dZ is still 1", obtained, "exact", good and lost == 0.0)
+
+
+def _initialization(recorder: Recorder) -> None:
+    """Concepts 1 and 51: zero weights stay alike in every hidden neuron, Gaussian ones do not."""
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]).double()
+    y = torch.tensor([0.0, 1.0, 1.0, 0.0]).double()
+    arguments = (x, y, (2, 4, 1), ("tanh", "sigmoid"), "nll")
+    zero = sgd_neural_net(*arguments, steps=500, step_size=0.3, init_std=0.0).model._linears()[0].weight
+    spread = (zero - zero[0]).abs().max().item()
+    recorder.add(
+        "003", "concept 51: zero weights leave all hidden neurons alike", f"spread {spread:g}", "0", spread == 0
+    )
+    result = sgd_neural_net(*arguments, steps=6_000, step_size=0.3, seed=1, init_std=1.0)
+    found = (result.model(x)[:, 0] > 0.5).double()
+    right = (found == y).double().mean().item()
+    recorder.add("003", "Gaussian weights: 2-4-1 learns exclusive or", percent(right), "100 %", right == 1.0)
+
+    reached = sgd_neural_net(
+        *arguments, steps=6_000, step_size=0.3, seed=1, init_std=1.0, stop=lambda t, value: t >= 70
+    )
+    steps = len(reached.losses)
+    recorder.add("003", "the termination condition ends it", f"{steps} steps", "70", reached.stopped and steps == 70)
+    same = torch.equal(reached.losses, result.losses[:70])
+    recorder.add("003", "one seed, one sequence of data points", "equal" if same else "different", "bitwise", same)
+
+
+def _step_sizes(recorder: Recorder) -> None:
+    """Eta(t) = 1/t makes linear regression on one feature the running mean."""
+    y = torch.tensor([3.0, -1.0, 2.0, 0.5]).double()
+    x = torch.zeros(4, 1).double()  # only the bias is left: b_t = b - (1/2t) 2 (b - y_i) is the mean of the y drawn
+    result = sgd_neural_net(
+        x, y, (1, 1), ("identity",), "square", steps=400, step_size=lambda t: 0.5 / t, seed=4, init_std=0.0
+    )
+    generator = torch.Generator().manual_seed(4)
+    for size in ((1, 1), (1,)):
+        torch.randn(size, generator=generator)
+    drawn = y[torch.randint(4, (400,), generator=generator)]
+    recorder.close(
+        "003",
+        "eta(t) = 1/(2t): the bias is the mean of the data drawn",
+        result.model._linears()[0].bias,
+        drawn.mean().view(1),
+        1e-12,
+    )
+
+
+def _images(settings: Settings, recorder: Recorder) -> None:
+    train, test = settings.images()
+    steps = QUICK_STEPS if settings.quick else STEPS
+    settings.progress(f"{steps:,} random images")
+    sizes, activations = (784, 64, 32, 10), ("relu", "tanh", "softmax")
+
+    def eta(t: int) -> float:
+        return 0.05 / (1 + t / steps)
+
+    result = sgd_neural_net(train.images, train.labels, sizes, activations, "nllm", steps=steps, step_size=eta)
+    _, accuracy = evaluate(result.model, test)
+    least = QUICK_LEAST_ACCURACY if settings.quick else LEAST_ACCURACY
+    claim = f"784-64-32-10, relu, tanh, softmax, NLLM, {steps:,} random images: learns (no number given)"
+    recorder.add("003", claim, percent(accuracy), f"at least {percent(least)}", accuracy >= least)
+
+    def draw(figure: Figure) -> None:
+        ax = figure.subplots()
+        width = steps // 100
+        ax.plot(range(width, steps + 1, width), result.losses.view(-1, width).mean(1), color=BLUE)
+        axes(ax, "SGD-NEURAL-NET, " + "-".join(map(str, sizes)), "step", f"loss (mean of {width})")
+        ax.axhline(math.log(10), color=ORANGE, linestyle="--", label="log 10: knows nothing")
+        ax.legend(frameon=False)
+
+    recorder.plot("sgd-neural-net", draw)
+
+
+def run(settings: Settings, recorder: Recorder) -> None:
+    """Gradients of every pair, special cases, concept 50, initialization, step sizes, training on images."""
+    _gradients(recorder)
+    _single_neuron(recorder)
+    _two_neurons(recorder)
+    _direct(recorder)
+    _initialization(recorder)
+    _step_sizes(recorder)
+    _images(settings, recorder)
