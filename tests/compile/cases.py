@@ -1,0 +1,155 @@
+"""What is compiled: kernel x dtype x tile x variant x target, in full or as a set that covers each of them.
+
+A kernel's entry has the tiles that the library can choose for it and its variants: launches that between them reach
+every compile-time flag, every activation, aligned and unaligned operands. The launch is the library's own launcher on a
+simulated GPU that records, with the choice of the tile replaced.
+
+The covering set takes, for every target, every tile of every kernel (of a matrix product for float32 and a 16-bit
+dtype) with one variant, the next one for the next target; and further cases until every variant and dtype meets every
+target. Which one it is hangs on the case alone, so that a change to the tables leaves the other cases as they are.
+The ``THOROUGH`` targets also compile the first variant of every tile of the ``HOT`` kernels.
+The full product is for ``make compile-all``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from zlib import crc32
+
+import torch
+
+from fastmlp.kernels.configs import Tile
+from fastmlp.kernels.device import Device
+from tests.ptxsim import Launch
+
+from .targets import TARGETS, Target
+
+__all__ = ["Case", "KernelCases", "covering", "full"]
+
+#: One target of each family of matrix units, and the kernels on whose first variant speed hangs most.
+THOROUGH = ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
+HOT = ("linear_fwd", "linear_dgrad", "linear_wgrad")
+
+Launcher = Callable[[torch.dtype, Any], object]
+
+
+@dataclass(frozen=True)
+class KernelCases:
+    """How to reach one launcher's kernels.
+
+    Attributes:
+        kernels: the Triton functions that its launches consist of.
+        tiles: what configs can choose for a dtype and a device; ``(None,)`` for a kernel that has one tile.
+        variants: by name, a launch with a dtype and a tile.
+        force: a context in which the launcher takes the given tile.
+        aligned: whether a variant's operands are contiguous with rows of whole 16-byte pieces, for a dtype and a tile.
+        gemm: the Triton functions among ``kernels`` that are matrix products, and must reach the target's matrix units.
+    """
+
+    kernels: tuple[str, ...]
+    tiles: Callable[[torch.dtype, Device], Sequence[Any]]
+    variants: dict[str, Launcher]
+    force: Callable[[Any], AbstractContextManager[None]]
+    aligned: Callable[[str, torch.dtype, Any], bool]
+    gemm: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch to compile (or to execute): the launcher ``kernel`` with everything that decides about its code."""
+
+    kernel: str
+    target: Target
+    dtype: torch.dtype
+    tile: Any
+    variant: str
+
+    @property
+    def name(self) -> str:
+        """E.g. sm_80/linear_fwd/float32/128x128x16-8w4s/sigmoid."""
+        parts = [self.target.name, self.kernel, str(self.dtype).removeprefix("torch.")]
+        return "/".join([*parts, *([] if self.tile is None else [tile_name(self.tile)]), self.variant])
+
+    @property
+    def entry(self) -> KernelCases:
+        """The kernel's entry in the registry."""
+        return registry()[self.kernel]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all operands could be loaded 16 bytes at a time."""
+        return self.entry.aligned(self.variant, self.dtype, self.tile)
+
+    def run(self, **simulation: Any) -> list[Launch]:
+        """The launches that the launcher makes on the simulated target; by default they are only recorded."""
+        with self.target.simulated(**simulation) as gpu, self.entry.force(self.tile):
+            self.entry.variants[self.variant](self.dtype, self.tile)
+        return gpu.launches
+
+
+def tile_name(tile: Any) -> str:
+    """A tile of ``configs.Tile`` as 128x128x16-8w4s, any other as its fields."""
+    values = tuple(tile)
+    if hasattr(tile, "num_stages"):
+        return "x".join(map(str, values[:3])) + f"-{tile.num_warps}w{tile.num_stages}s"
+    return "x".join(map(str, values))
+
+
+@lru_cache
+def registry() -> dict[str, KernelCases]:
+    """Every launcher of the kernels by name."""
+    from . import elementwise_cases, gemm_cases, loss_cases, softmax_cases, step_cases
+
+    families = (gemm_cases, elementwise_cases, softmax_cases, loss_cases, step_cases)
+    return {kernel: entry for family in families for kernel, entry in family.KERNELS.items()}
+
+
+def full() -> Iterator[Case]:
+    """The whole product."""
+    for target in TARGETS.values():
+        device = target.device
+        for kernel, entry in registry().items():
+            for dtype in target.dtypes:
+                for tile in entry.tiles(dtype, device):
+                    for variant in entry.variants:
+                        yield Case(kernel, target, dtype, tile, variant)
+
+
+def covering() -> Iterator[Case]:
+    """The set that CI compiles; the module docstring says what it covers."""
+    for number, target in enumerate(TARGETS.values()):
+        device = target.device
+        for kernel, entry in registry().items():
+            variants, places = list(entry.variants), _places(entry, target, number)
+            chosen: set[Case] = set()
+            for size, tile in places:
+                picked = {_pick(variants, number, kernel, size, tile)}
+                if kernel in HOT and target.name in THOROUGH:
+                    picked.add(variants[0])
+                for variant in picked:
+                    dtypes = [dtype for dtype in target.dtypes if dtype.itemsize == size]
+                    chosen.add(Case(kernel, target, _pick(dtypes, number, tile, variant), tile, variant))
+            for variant in set(variants) - {case.variant for case in chosen}:
+                dtype = _pick(target.dtypes, number, kernel, variant)
+                chosen.add(Case(kernel, target, dtype, _pick(entry.tiles(dtype, device), number, variant), variant))
+            for dtype in set(target.dtypes) - {case.dtype for case in chosen}:
+                tile = _pick(entry.tiles(dtype, device), number, kernel, dtype)
+                chosen.add(Case(kernel, target, dtype, tile, _pick(variants, number, kernel, dtype)))
+            yield from sorted(chosen, key=lambda case: case.name)
+
+
+def _pick(items: Sequence[Any], number: int, *what: object) -> Any:
+    """One of ``items``: by a hash of ``what``, the next one for the next target."""
+    return items[(crc32(repr(what).encode()) + number) % len(items)]
+
+
+def _places(entry: KernelCases, target: Target, number: int) -> list[tuple[int, Any]]:
+    """(operand size, tile): every pair for a kernel tiled by configs; for others every tile, the sizes in turn."""
+    tiles = entry.tiles(torch.float32, target.device)
+    if isinstance(tiles[0], Tile):
+        return [(d.itemsize, tile) for d in target.dtypes[:2] for tile in entry.tiles(d, target.device)]
+    return [((4, 2)[(i + number) % 2], tile) for i, tile in enumerate(tiles if len(tiles) > 1 else 2 * tiles)]

@@ -1,0 +1,44 @@
+"""activation_bwd: no tiles to choose, but an activation, a dtype and a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+
+from fastmlp.activations import ACTIVATIONS, saved_for_grad
+from fastmlp.kernels import activation_bwd
+
+from .cases import KernelCases
+
+__all__ = ["KERNELS"]
+
+
+def _activation_bwd(activation: str, rows: int, cols: int, *, columns: bool) -> Callable[[torch.dtype, None], object]:
+    def launch(dtype: torch.dtype, tile: None) -> object:
+        da = torch.zeros((cols, rows), dtype=dtype).t() if columns else torch.zeros((rows, cols), dtype=dtype)
+        saved = None if saved_for_grad(activation) is None else torch.zeros((rows, cols), dtype=dtype)
+        return activation_bwd(da, saved, activation)
+
+    return launch
+
+
+def _variants() -> dict[str, Callable[[torch.dtype, None], object]]:
+    """All activations dense and aligned; the other layouts in turn."""
+    variants = {f"dense-{f}": _activation_bwd(f, 64, 512, columns=False) for f in ACTIVATIONS if f != "identity"}
+    variants["odd-sigmoid"] = _activation_bwd("sigmoid", 7, 77, columns=False)
+    variants["columns-gelu"] = _activation_bwd("gelu", 64, 512, columns=True)
+    variants["odd-columns-silu"] = _activation_bwd("silu", 7, 77, columns=True)
+    return variants
+
+
+KERNELS = {
+    "activation_bwd": KernelCases(
+        ("_activation_bwd_kernel",),
+        tiles=lambda dtype, device: (None,),
+        variants=_variants(),
+        force=lambda tile: nullcontext(),
+        aligned=lambda variant, dtype, tile: variant.startswith("dense"),
+    )
+}

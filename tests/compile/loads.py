@@ -1,0 +1,126 @@
+"""How wide the global loads of a kernel are, and how wide they could be.
+
+Triton's last block-level form (TTGIR) tells what each load brings: a block of n items of s bytes for a program of T
+threads, so that n s / T bytes a thread, 16 at most, would fit one instruction. The generated code (PTX, or AMD's
+assembly) tells what it became. The two are joined by the line of the source, which both keep. (The machine code of
+NVIDIA keeps it too, but only roughly once instructions are reordered; what it holds is compared by amount.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.ptxsim import Launch
+
+__all__ = ["WIDEST", "Load", "generated_wide_loads", "loads"]
+
+#: Bytes that one thread can load at once on every target.
+WIDEST = 16
+
+Place = tuple[str, int]  # file name and line
+
+
+class Load(NamedTuple):
+    """One `tl.load` in the source: bytes a thread and instruction, as they are and as they could be."""
+
+    file: str
+    line: int
+    width: int
+    possible: int
+
+
+def loads(launch: Launch) -> list[Load]:
+    """Every load of blocks of a launch; loads of single values are left out."""
+    generated: dict[Place, int] = {}
+    for place, width in _generated(launch):
+        generated[place] = min(width, generated.get(place, WIDEST))
+    return [
+        Load(*place, generated[place], possible)
+        for place, possible in sorted(_possible(launch).items())
+        if place in generated
+    ]
+
+
+def generated_wide_loads(launch: Launch) -> int:
+    """Bytes that the PTX loads or copies with instructions of ``WIDEST`` bytes, each instruction counted once."""
+    return sum(width for _, width in _generated(launch) if width >= WIDEST)
+
+
+_LOCATION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
+_BLOCK_LOAD = re.compile(
+    r"(?:tt\.load|ttg\.async_copy_global_to_local|amdg\.buffer_load\w*) .*?: "
+    r"tensor<((?:\d+x)+)(?:!tt\.ptr<)?[a-z]+(\d+).*loc\((#loc\d*)\)"
+)
+
+
+def _possible(launch: Launch) -> dict[Place, int]:
+    """The widest load that each line's blocks allow."""
+    ttgir = str(launch.asm["ttgir"])
+    locations = dict(_LOCATION.findall(ttgir))
+    warp_size = 64 if str(launch.arch).startswith("gfx9") else 32
+    found: defaultdict[Place, list[int]] = defaultdict(list)
+    for shape, bits, location in _BLOCK_LOAD.findall(ttgir):
+        items = prod(int(n) for n in shape.split("x") if n)
+        a_thread = items * int(bits) // 8 // (launch.num_warps * warp_size)
+        found[_source_of(location, locations)].append(max(1, min(WIDEST, a_thread)))
+    return {place: min(widths) for place, widths in found.items()}
+
+
+def _source_of(location: str, locations: dict[str, str]) -> Place:
+    """Where a location begins: `"file":line:column`, a named one, or the callee of a call."""
+    text = location
+    for _ in range(20):
+        if found := re.match(r'(?:callsite\()?"([^"]+)":(\d+):\d+', text):
+            return Path(found[1]).name, int(found[2])
+        inner = re.search(r"#loc\d*", text)
+        if inner is None:
+            break
+        text = locations[inner[0]]
+    raise ValueError(f"TTGIR location {location} leads to {text!r}, which is no line of a file")
+
+
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"', re.MULTILINE)
+_SOURCE_LINE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
+_PTX_LOAD = re.compile(r"^\s*(?:@!?%p\d+\s+)?ld\.global((?:\.[a-z0-9:_]+)*)")
+_PTX_COPY = re.compile(
+    r"^\s*(?:@!?%p\d+\s+)?cp\.async\.c[ag]\.shared\.global\S* \[[^\]]*\], \[[^\]]*\], (0x[0-9a-f]+|\d+)"
+)
+_GCN_LOAD = re.compile(r"^\s*(?:global|buffer|flat)_load_(?:lds_)?(?:d16_hi_|d16_)?([a-z]+\d*(?:x\d)?)\b")
+_GCN_BYTES = {
+    "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b32": 4, "b64": 8, "b96": 12, "b128": 16,
+    "ubyte": 1, "sbyte": 1, "u8": 1, "i8": 1, "ushort": 2, "sshort": 2, "short": 2, "u16": 2, "i16": 2, "b16": 2,
+}  # fmt: skip
+
+
+def _generated(launch: Launch) -> list[tuple[Place, int]]:
+    """(source, bytes a thread) of every load instruction of the generated code."""
+    text = str(launch.asm["ptx" if "ptx" in launch.asm else "amdgcn"])
+    width_of = _ptx_width if "ptx" in launch.asm else _gcn_width
+    files = {number: Path(name).name for number, name in _FILE.findall(text)}
+    place, found = ("", 0), []
+    for line in text.splitlines():
+        if source := _SOURCE_LINE.match(line):
+            place = (files.get(source[1], ""), int(source[2]))
+        elif (width := width_of(line)) is not None:
+            found.append((place, width))
+    return found
+
+
+def _ptx_width(line: str) -> int | None:
+    if copy := _PTX_COPY.match(line):
+        return int(copy[1], 0)
+    if load := _PTX_LOAD.match(line):
+        parts = load[1].split(".")
+        vector = next((int(p[1:]) for p in parts if re.fullmatch(r"v\d+", p)), 1)
+        bits = next(int(p[1:]) for p in reversed(parts) if re.fullmatch(r"[bfsu]\d+", p))
+        return vector * bits // 8
+    return None
+
+
+def _gcn_width(line: str) -> int | None:
+    load = _GCN_LOAD.match(line)
+    return None if load is None else _GCN_BYTES[load[1]]

@@ -1,0 +1,80 @@
+"""Every case compiles, and its machine code keeps the limits."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from triton.runtime.jit import JITFunction
+
+from fastmlp import kernels
+from fastmlp.kernels.configs import Tile
+
+from . import limits
+from .cases import HOT, THOROUGH, Case, covering, full, registry
+from .machine_code import digest
+
+pytestmark = pytest.mark.compile
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = full() if metafunc.config.getoption("--full") else covering()
+        metafunc.parametrize("case", [pytest.param(case, id=case.name) for case in cases])
+
+
+def test_limits(case: Case, record_property: Callable[[str, object], None]) -> None:
+    """One case: compiled by Triton's JIT and the target's assembler, then inspected."""
+    launches = case.run()
+    assert {launch.name for launch in launches} <= set(case.entry.kernels)
+    found: dict[str, str] = {}
+    for launch in launches:
+        record_property("compiled", f"{case.target.name} {digest(launch)}")
+        for limit, what in limits.violations(case, launch).items():
+            found[limit] = f"{launch.name}: {what}"
+    allowed = limits.exceptions_for(case)
+    problems = [f"{limits.LIMITS[limit]}: {what}" for limit, what in found.items() if limit not in allowed]
+    assert not problems, "\n".join([case.name, *problems])
+
+
+@pytest.mark.parametrize("exception", limits.EXCEPTIONS, ids=lambda exception: f"{exception.limit}-{exception.cases}")
+def test_every_exception_is_needed(exception: limits.LimitException) -> None:
+    witness = next((case for case in full() if case.name == exception.witness), None)
+    assert witness is not None, f"no case is named {exception.witness}: choose another witness, or remove the exception"
+    assert exception.limit in limits.exceptions_for(witness)
+    found = {limit for launch in witness.run() for limit in limits.violations(witness, launch)}
+    assert exception.limit in found, f"{exception.witness} keeps the limit: choose another witness, or remove it"
+
+
+def test_every_kernel_is_compiled() -> None:
+    """Every @triton.jit function that is launched is in the table: a new kernel needs cases."""
+    written = set()
+    for module in pkgutil.iter_modules(kernels.__path__):
+        for name, value in vars(importlib.import_module(f"{kernels.__name__}.{module.name}")).items():
+            if isinstance(value, JITFunction) and name.startswith("_") and name.endswith("_kernel"):
+                written.add(name)
+    assert written == {name for entry in registry().values() for name in entry.kernels}
+
+
+def test_every_launcher_is_in_the_table() -> None:
+    assert set(kernels.__all__) <= set(registry())
+
+
+def test_the_covering_set_covers() -> None:
+    """Every tile on every target with every operand size, every variant on every target, and nothing twice."""
+    everything, chosen = list(full()), list(covering())
+    assert len({case.name for case in chosen}) == len(chosen)
+    assert {case.name for case in chosen} <= {case.name for case in everything}
+    for entry, key in (
+        ("variants", lambda c: (c.target.name, c.kernel, c.variant)),
+        ("dtypes", lambda c: (c.target.name, c.kernel, c.dtype)),
+        ("tiles", lambda c: (c.target.name, c.kernel, c.tile, isinstance(c.tile, Tile) and c.dtype.itemsize)),
+    ):
+        assert {key(c) for c in chosen} == {key(c) for c in everything}, entry
+    hot = Counter(c.target.name for c in chosen if c.kernel in HOT and c.variant == next(iter(c.entry.variants)))
+    for name in THOROUGH:
+        tiles = {(c.kernel, c.dtype.itemsize, c.tile) for c in everything if c.kernel in HOT and c.target.name == name}
+        assert hot[name] >= len(tiles), name

@@ -1,0 +1,62 @@
+"""Every tile that configs can choose, on a ragged problem of several programs: numerics of all of them.
+
+The other tests take the tile that the rule chooses for their shape; large tiles are chosen for large shapes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from fastmlp import reference
+from fastmlp.kernels import configs, linear_dgrad, linear_fwd, linear_wgrad
+from fastmlp.kernels.configs import Tile
+from fastmlp.kernels.device import current_device
+from tests.compile.cases import registry
+from tests.kernels.harness import assert_within_budget, poisoned
+
+KINDS = ("fwd", "dgrad", "wgrad")
+
+
+def shapes(tile: Tile, *, full: bool) -> Sequence[tuple[int, int, int]]:
+    """(rows, cols, depth) of the output and its reduction: a full tile and a few rows, columns and steps more."""
+    ragged = (tile.rows + 3, tile.cols + 5, 2 * tile.depth + 7)
+    if not full:
+        return [ragged]
+    return [ragged, (1, 1, 1), (tile.rows, tile.cols, tile.depth), (2 * tile.rows, 2 * tile.cols, 4096), (257, 129, 63)]
+
+
+def check(kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, lane: torch.device) -> None:
+    """One product of this output shape and reduction, against float64."""
+    g = torch.Generator().manual_seed(rows + cols + depth)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return poisoned((torch.randn(shape, generator=g) / shape[-1] ** 0.5).to(dtype))
+
+    if kind == "fwd":
+        x, w, b = draw(rows, depth), draw(cols, depth), draw(cols)
+        actual, _ = linear_fwd(x.to(lane), w.to(lane), b.to(lane), "sigmoid")
+        expected, own = (reference.linear_act(x.to(d), w.to(d), b.to(d), "sigmoid") for d in (torch.float64, dtype))
+    elif kind == "dgrad":
+        dz, w = draw(rows, depth), draw(depth, cols)
+        actual = linear_dgrad(dz.to(lane), w.to(lane))
+        expected, own = (dz.to(d) @ w.to(d) for d in (torch.float64, dtype))
+    else:
+        dz, x = draw(depth, rows), draw(depth, cols)
+        actual, _ = linear_wgrad(dz.to(lane), x.to(lane))
+        expected, own = (dz.to(d).T @ x.to(d) for d in (torch.float64, dtype))
+    assert_within_budget(actual.cpu(), expected, own, reduction=depth, what=f"{kind} {rows} x {cols} over {depth}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tile(lane: torch.device, kind: str, dtype: torch.dtype, pytestconfig: pytest.Config) -> None:
+    device = current_device()
+    if device.arch == 75 and dtype == torch.bfloat16:
+        pytest.skip("sm_75 has no bfloat16")
+    for tile in configs.all_tiles(kind, dtype, device):
+        with registry()[f"linear_{kind}"].force(tile):
+            for shape in shapes(tile, full=pytestconfig.getoption("--full")):
+                check(kind, *shape, dtype, lane)
