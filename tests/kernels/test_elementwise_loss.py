@@ -69,7 +69,9 @@ def test_dtypes(lane, dtype, loss):
 
 @pytest.mark.parametrize("layout", ["columns", "spread"])
 def test_strides(lane, layout):
-    check(lane, *operands((17, 10), "mse", torch.float32, layout), "mse")
+    a, y = operands((17, 10), "mse", torch.float32, layout)
+    check(lane, a, y, "mse")
+    check(lane, a, poisoned(y, layout="rows"), "mse")
 
 
 def test_expanded_upstream(lane):

@@ -10,7 +10,7 @@ import torch
 
 from fastmlp import reference
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
-from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, reduce_update, wgrad_update
+from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, _plan, reduce_update, wgrad_update
 from tests.kernels.harness import FLOATS, assert_within_budget, poisoned
 
 LR, WD, MU, BETAS, EPS = 0.1, 0.02, 0.9, (0.9, 0.999), 1e-8
@@ -87,7 +87,10 @@ def run(lane, optimizer, sizes, m, dtype, *, steps=2, bias=True, low=None):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("m", [17, 1100], ids=["direct", "split"])
 def test_every_optimizer(lane, optimizer, m):
-    run(lane, optimizer, (33, 17, 20, 5), m, torch.float32)
+    sizes = (33, 17, 5)
+    layout = Layout([Layer(torch.empty(n, k), torch.empty(n)) for k, n in itertools.pairwise(sizes)])
+    assert (_plan(layout, m, torch.float32)[1] > 1) == (m == 1100)
+    run(lane, optimizer, sizes, m, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
