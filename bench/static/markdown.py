@@ -28,9 +28,9 @@ Network 784-512-512-10, sigmoid, cross-entropy, plain SGD, float32. fastmlp's la
 recorded on a simulated GPU. Eager PyTorch's kernels are its dispatched aten operations (forward, CrossEntropyLoss,
 backward, optimizer), one kernel each without views and allocations, which is a lower bound. Bytes are compulsory:
 every kernel reads its operands once and writes its results once. "x, y" begins at a batch; "uint8 on the device" at
-images, labels and row numbers in device memory. The row `aten.copy_` in a fastmlp step is a copy of values for the
-step, not a kernel. The roofline takes fastmlp's float32 as three tf32 products, torch's (whose default is no tf32) as
-FMA; kernels run one after the other.
+images, labels and row numbers in device memory. An `aten.copy_` in a fastmlp step copies the step's few numbers to the
+device. The roofline takes fastmlp's float32 as three tf32 products, torch's (whose default is no tf32) as FMA; kernels
+run one after the other.
 """
 
 _ROOFLINES = """## Rooflines
@@ -45,7 +45,8 @@ target, FLOPs and bytes are the first target's; "-" is a kernel that the GPU doe
 _EXECUTION = """## Executed code
 
 Counts of the compiled PTX, executed. Sectors (32 bytes) over minimum: what the programs' global accesses touch, over
-the fewest that each access could do with; no cache is modelled, so what they ask for more than once is in "read over
+the fewest that each access could do with, access by access: where a thread reads neighbouring elements one by one, the
+L1 cache has the sector after the first. No cache is modelled; what programs ask for more than once is in "read over
 compulsory": bytes asked of the caches over bytes that must come from memory. Products: matrix FLOPs executed over
 those needed (float32 is three products). Large launches are sampled: "programs" says how many of how many were
 executed.
@@ -140,12 +141,18 @@ def _steps(rows: list[Row]) -> str:
             (*way, *(f"{row['launches']} / {bytes_text(row['bytes'])}" for row in found)) for way, found in ways.items()
         )
         text += f"\n### {target}: launches / bytes of a step, by batch\n\n" + table(header, counts, left=2)
+        text += f"\nWhat runs at batch {batches[-1]:,}:\n\n"
+        text += "".join(f"- {', '.join(way)}: {_kernels(found[-1]['kernels'])}\n" for way, found in ways.items())
         for gpu in here[0]["roofline_microseconds"]:
             times = (
                 (*way, *(compact(row["roofline_microseconds"][gpu]) for row in found)) for way, found in ways.items()
             )
             text += f"\nRoofline on {gpu}, microseconds:\n\n" + table(header, times, left=2)
     return text
+
+
+def _kernels(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {name.strip('_').removesuffix('_kernel')}" for name, n in counts.items())
 
 
 def _rooflines(rows: list[Row]) -> str:

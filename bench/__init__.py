@@ -1,0 +1,10 @@
+"""Benchmarks of fastmlp beside what else trains small MLPs. ``python -m bench`` runs them; README.md says how.
+
+- ``problems``: what is timed, with its inputs, its arithmetic and its oracle
+- ``rivals``: the contenders, each in a file of its own
+- ``gate``: no time is taken of a wrong result
+- ``timing``: all contenders in turn, round after round
+- ``runner``, ``presets``: from a preset to one JSON file
+- ``accuracy``: seconds of training to a test accuracy
+- ``report``: tables and plots from JSON alone
+"""

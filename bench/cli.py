@@ -1,0 +1,240 @@
+"""``python -m bench`` and ``fastmlp bench``: run a preset, compare two runs, write the report, tune the tiles."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["cli"]
+
+
+class _Error(click.ClickException):
+    """One line on stderr, exit code 2."""
+
+    exit_code = 2
+
+
+def _log(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _options(command: Any) -> Any:
+    for option in (
+        click.option("--report/--no-report", default=True, show_default=True, help="Write RESULTS.md and plots after."),
+        click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Instead of bench/results."),
+        click.option("--threads", type=click.IntRange(1), help="Of the CPU.  [default: one a core]"),
+        click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="cpu, cuda or cuda:N."),
+    ):
+        command = option(command)
+    return command
+
+
+def _device(name: str, threads: int | None) -> str:
+    """The device that is meant, with the threads of the CPU set."""
+    from fastmlp.cli.common import select_device
+
+    from .machine import pin_threads
+
+    device = select_device(name)
+    pin_threads(threads)
+    if device.type == "cuda" and device.index is None:
+        return "cuda:0"
+    return str(device)
+
+
+def _command_line(ctx: click.Context) -> str:
+    return " ".join(["python -m bench", *ctx.meta.get("arguments", [ctx.info_name or ""])])
+
+
+def _finish(document: dict[str, Any], out: Path | None, report: bool) -> None:
+    from .results import FOLDER, save
+
+    folder = FOLDER if out is None else out
+    _log(f"results: {save(document, folder)}")
+    if report:
+        _report(folder, None if out is None else out / "RESULTS.md")
+
+
+def _report(folder: Path, target: Path | None) -> None:
+    from .machine import ROOT
+    from .report import write_report
+
+    try:
+        paths = write_report(folder, target or ROOT / "bench" / "RESULTS.md")
+    except (OSError, ValueError) as error:
+        raise _Error(str(error)) from error
+    _log(f"report: {paths[0]}, {len(paths) - 1} plots")
+
+
+class _Group(click.Group):
+    """Keeps the arguments, which results and captions name; without a command it is ``quick``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
+            args = ["quick", *args]
+        ctx.meta["arguments"] = list(args)
+        return super().parse_args(ctx, args)
+
+
+@click.group("bench", cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def cli() -> None:
+    """Benchmarks of fastmlp beside what else trains small MLPs. Without a command: quick.
+
+    Times are medians over rounds in which all contenders take turns; a contender whose result is not right is not
+    timed. Results go to bench/results/DEVICE/, the report to bench/RESULTS.md.
+    """
+
+
+def _run(name: str, ctx: click.Context, device: str, rounds: int | None, out: Path | None, report: bool) -> None:
+    from .presets import preset
+    from .runner import run_preset
+    from .tables import print_run
+
+    document = run_preset(preset(name, device), device, _command_line(ctx), _log, rounds=rounds)
+    print_run(document)
+    _finish(document, out, report)
+
+
+def _preset_command(name: str, text: str) -> None:
+    @cli.command(name, help=text)
+    @click.option("--rounds", type=click.IntRange(1), help="Turns of each contender.  [default: the preset's]")
+    @_options
+    @click.pass_context
+    def command(
+        ctx: click.Context, device: str, threads: int | None, rounds: int | None, out: Path | None, report: bool
+    ) -> None:
+        _run(name, ctx, _device(device, threads), rounds, out, report)
+
+
+_preset_command("quick", "The reference network at four batch sizes and one of each operation; under 2 minutes.")
+_preset_command("scaling", "A training step against batch size, width and depth: the curves of the report.")
+
+
+@cli.command("full")
+@click.option("--rounds", type=click.IntRange(1), help="Turns of each contender.  [default: the presets']")
+@click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="Of the time to accuracy.")
+@click.option("--data", metavar="FOLDER", help="Of the full FashionMNIST.  [default: where it is found]")
+@_options
+@click.pass_context
+def full(
+    ctx: click.Context,
+    device: str,
+    threads: int | None,
+    rounds: int | None,
+    seeds: int,
+    data: str | None,
+    out: Path | None,
+    report: bool,
+) -> None:
+    """Everything: all operations and steps, the curves of scaling, and the time to accuracy."""
+    used = _device(device, threads)
+    for name in ("full", "scaling"):
+        _run(name, ctx, used, rounds, out, False)
+    _run_accuracy(ctx, used, data, seeds, (), None, out, report)
+
+
+@cli.command("accuracy")
+@click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="Runs of each contender.")
+@click.option("--target", "targets", type=float, multiple=True, help="Test accuracy, 0 to 1; may be given several times.")
+@click.option("--epochs", type=click.IntRange(1), help="At most.  [default: the recipe's]")
+@click.option("--data", metavar="FOLDER", help="Of the full FashionMNIST, or 'bundled'.  [default: where it is found]")
+@_options
+@click.pass_context
+def accuracy(
+    ctx: click.Context,
+    device: str,
+    threads: int | None,
+    seeds: int,
+    targets: tuple[float, ...],
+    epochs: int | None,
+    data: str | None,
+    out: Path | None,
+    report: bool,
+) -> None:
+    """Seconds of training on FashionMNIST to 88.33, 89 and 90 % test accuracy."""
+    _run_accuracy(ctx, _device(device, threads), data, seeds, targets, epochs, out, report)
+
+
+def _run_accuracy(
+    ctx: click.Context,
+    device: str,
+    data: str | None,
+    seeds: int,
+    targets: tuple[float, ...],
+    epochs: int | None,
+    out: Path | None,
+    report: bool,
+) -> None:
+    from .accuracy import TARGETS, load_data, run_accuracy
+
+    try:
+        loaded = load_data(data, device)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _Error(str(error)) from error
+    document = run_accuracy(
+        loaded, _command_line(ctx), _log, seeds=seeds, targets=targets or TARGETS, epochs=epochs
+    )
+    _finish(document, out, report)
+
+
+@cli.command("compare")
+@click.argument("before", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("after", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--check", is_flag=True, help="Exit with 1 if anything became slower.")
+def compare_command(before: Path, after: Path, check: bool) -> int:
+    """What became slower or faster from one JSON file to another, by more than the spread of both."""
+    from .compare import compare, print_changes
+    from .results import load
+
+    try:
+        documents = load(before), load(after)
+        changes = compare(*documents)
+    except (OSError, ValueError) as error:
+        raise _Error(str(error)) from error
+    print_changes(*documents, changes)
+    return int(check and any(change.verdict == "slower" for change in changes))
+
+
+@cli.command("report")
+@click.option("--results", type=click.Path(path_type=Path, file_okay=False), help="Instead of bench/results.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Instead of bench/RESULTS.md.")
+def report_command(results: Path | None, out: Path | None) -> None:
+    """Write RESULTS.md and the plots anew, from the JSON files alone."""
+    from .results import FOLDER
+
+    _report(FOLDER if results is None else results, out)
+
+
+@cli.command("tune")
+@click.option("--device", default="cuda", show_default=True, metavar="DEVICE", help="cuda or cuda:N.")
+@click.option("--dtype", "dtypes", multiple=True, default=("float32", "bfloat16"), show_default=True)
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(64, 512, 4096), show_default=True)
+def tune_command(device: str, dtypes: tuple[str, ...], batches: tuple[int, ...]) -> None:
+    """Search the kernels' tile sizes on a GPU and keep the fastest in the user's cache, which the kernels prefer."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise _Error("tuning measures kernels on a real GPU, and torch finds none here; run it on a machine with one")
+    from .tune import save_table, tune
+
+    _log(f"tiles: {save_table(tune(_device(device, None), dtypes, batches, _log))}")
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        result = cli.main(standalone_mode=False, prog_name="python -m bench")
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

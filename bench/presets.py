@@ -1,0 +1,122 @@
+"""Presets: which problems are timed, by which contenders, in how many rounds.
+
+- quick: the reference network at four batch sizes, one of each operation; under 2 minutes on 2 cores
+- full: every optimizer and dtype, each operation at several shapes, every mode of torch.compile
+- scaling: one training step against batch size, width and depth
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .problems import (
+    CrossEntropyProblem,
+    HeadProblem,
+    LinearBackwardProblem,
+    LinearProblem,
+    OnlineProblem,
+    Problem,
+    StepProblem,
+    WgradProblem,
+)
+
+__all__ = ["NAMES", "REFERENCE", "Case", "Preset", "preset"]
+
+#: The reference workload.
+REFERENCE = (784, 512, 512, 10)
+
+BATCHES = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+DEPTHS = (1, 2, 4, 8, 16)
+
+NAMES = ("quick", "full", "scaling")
+
+_COMPILERS = ("compile_default", "compile_reduce_overhead", "compile_max_autotune")
+#: The contenders of the curves: the tutorial, the fastest of each way to do it, and ours.
+_CURVES = ("fastmlp", "eager", "eager_fused", "cuda_graph", "inplace", "jax", "compile_default")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem; ``axis`` and ``value`` place it on a curve; ``leave_out`` names contenders that are not timed."""
+
+    problem: Problem
+    axis: str = ""
+    value: int = 0
+    leave_out: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """``rounds`` turns of every contender in every case."""
+
+    name: str
+    rounds: int
+    cases: tuple[Case, ...]
+
+
+def preset(name: str, device: str) -> Preset:
+    """The preset of that name for a device; KeyError for an unknown name."""
+    return {"quick": _quick, "full": _full, "scaling": _scaling}[name](device)
+
+
+def _cases(problems: Iterable[Problem], leave_out: Iterable[str] = ()) -> tuple[Case, ...]:
+    return tuple(Case(problem, leave_out=frozenset(leave_out)) for problem in problems)
+
+
+def _quick(device: str) -> Preset:
+    steps = [StepProblem(REFERENCE, batch, device=device) for batch in (1, 64, 512, 4096)]
+    steps.append(StepProblem(REFERENCE, 4096, dtype="bfloat16", device=device))
+    operations = [
+        OnlineProblem(REFERENCE, samples=128, device=device),
+        LinearProblem(64, 784, 512, device=device),
+        LinearBackwardProblem(64, 784, 512, device=device),
+        WgradProblem(64, 784, 512, device=device),
+        CrossEntropyProblem(4096, 10, device=device),
+        HeadProblem(64, 512, 10, device=device),
+    ]
+    cases = _cases(steps, _COMPILERS[1:]) + _cases(operations, _COMPILERS)
+    return Preset("quick", 5, cases)
+
+
+def _full(device: str) -> Preset:
+    on_gpu = device.startswith("cuda")
+    halves = ("bfloat16", "float16") if on_gpu else ("bfloat16",)
+    steps: list[Problem] = [StepProblem(REFERENCE, batch, device=device) for batch in (1, 8, 64, 512, 4096)]
+    for batch in (64, 4096):
+        steps += [StepProblem(REFERENCE, batch, optimizer=name, device=device) for name in ("nesterov", "adamw")]
+        steps.append(StepProblem(REFERENCE, batch, activation="relu", device=device))
+        steps += [StepProblem(REFERENCE, batch, dtype=dtype, device=device) for dtype in halves]
+    steps.append(StepProblem((784, 128, 128, 10), 4096, activation="relu", device=device))
+    if on_gpu:
+        steps.append(StepProblem((784, 128, 128, 10), 4096, "relu", bias=False, dtype="float16", device=device))
+    steps.append(OnlineProblem(REFERENCE, samples=1024, device=device))
+    operations: list[Problem] = []
+    for batch in (64, 4096):
+        shape = (batch, 784, 512)
+        operations += [LinearProblem(*shape, device=device), LinearProblem(*shape, dtype="bfloat16", device=device)]
+        operations += [LinearBackwardProblem(*shape, device=device), WgradProblem(*shape, device=device)]
+        operations += [CrossEntropyProblem(batch, 10, device=device), HeadProblem(batch, 512, 10, device=device)]
+    operations.append(LinearProblem(4096, 784, 512, "gelu", device=device))
+    operations.append(CrossEntropyProblem(4096, 1000, device=device))
+    return Preset("full", 15, _cases(steps) + _cases(operations))
+
+
+def _scaling(device: str) -> Preset:
+    from .rivals import RIVALS
+
+    leave_out = frozenset(rival.name for rival in RIVALS if rival.name not in _CURVES)
+    curves: list[tuple[str, int, tuple[int, ...], int, str]] = []
+    for dtype in ("float32", "bfloat16"):
+        curves += [("batch", batch, REFERENCE, batch, dtype) for batch in BATCHES]
+    curves += [("width", width, (784, width, width, 10), 64, "float32") for width in WIDTHS]
+    curves += [("depth", depth, (784, *[512] * depth, 10), 64, "float32") for depth in DEPTHS]
+    return Preset(
+        "scaling",
+        7,
+        tuple(
+            Case(StepProblem(sizes, batch, dtype=dtype, device=device), axis, value, leave_out)
+            for axis, value, sizes, batch, dtype in curves
+        ),
+    )

@@ -1,0 +1,214 @@
+"""bench/RESULTS.md and its plots, from the committed JSON alone: ``python -m bench report``."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastmlp.files import atomic_write
+
+from .figures import PLOTS, caption, draw
+from .machine import ROOT
+from .results import FOLDER, Document, load_all
+from .tables import by_rival, duration, median, ratio, spread, timed
+
+__all__ = ["NOT_MEASURED", "render", "write_report"]
+
+NOT_MEASURED = "not measured yet: run `fastmlp bench full` on a GPU"
+
+_SECTIONS = (
+    ("Training step", ("step",), "Forward, softmax cross-entropy, backward and update of one batch."),
+    ("Online training", ("online",), "Plain SGD, one sample a step; times are of the whole stretch of samples."),
+    (
+        "Single operations",
+        ("linear_act", "linear_act_backward", "wgrad", "cross_entropy", "head"),
+        "linear_act MxKxN: A = f(X W^T + b). linear_act_backward: (dX, dW, db). wgrad: (dW, db). cross_entropy MxC: "
+        "loss and gradient. head MxKxC: last layer, loss and their backward pass.",
+    ),
+)
+
+_INTRODUCTION = """# Results
+
+Generated from the JSON files under `bench/results/` by `python -m bench report`; edit nothing here. How the numbers
+are taken, and what they do not say, is in [README.md](README.md).
+
+Times are medians over rounds in which all contenders take turns, with half the distance between the quartiles as
+spread; "x" is how many times as fast as PyTorch eager in the same run. Every contender's result was compared with
+float64 before it was timed, and one that was wrong has no time.
+"""
+
+
+def write_report(folder: Path = FOLDER, target: Path = ROOT / "bench" / "RESULTS.md") -> list[Path]:
+    """Draw every plot and write the report; returns the paths.
+
+    Raises:
+        ValueError: a file below ``folder`` is not the JSON of a run.
+    """
+    documents = load_all(folder)
+    plots: dict[str, list[tuple[str, Path]]] = {}
+    paths = []
+    for document in documents:
+        for path in draw(document, folder / document["machine"]["slug"]):
+            plots.setdefault(path.stem, []).append((caption(document), path))
+            paths.append(path)
+    relative = {
+        stem: [(text, Path(os.path.relpath(path, target.parent)).as_posix()) for text, path in drawn]
+        for stem, drawn in plots.items()
+    }
+    atomic_write(target, render(documents, relative).encode())
+    return [target, *paths]
+
+
+def render(documents: list[Document], plots: dict[str, list[tuple[str, str]]]) -> str:
+    """The text of the report; ``plots``: stem -> [(caption, path relative to the report)]."""
+    times = [d for d in documents if d["kind"] == "times"]
+    parts = [_INTRODUCTION, _machines(documents)]
+    for title, kinds, text in _SECTIONS:
+        parts.append(f"## {title}\n\n{text}\n\n{_table(times, kinds)}")
+    parts.append(_accuracy([d for d in documents if d["kind"] == "accuracy"]))
+    parts.append(_figures(plots, documents))
+    parts.append(_absent(times))
+    return "\n".join(parts)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _head(cells: list[str]) -> list[str]:
+    return [_row(cells), _row(["---"] * len(cells))]
+
+
+def _machines(documents: list[Document]) -> str:
+    lines = ["## Machines\n", *_head(["run", "device", "threads", "versions", "commit", "date", "command"])]
+    for d in documents:
+        about = d["machine"]
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+        changed = " with changes" if about["changed_files"] else ""
+        threads = "" if about["is_gpu"] else str(about["threads"])
+        cells = [d["preset"], about["name"], threads, versions, f"{about['commit']}{changed}"]
+        lines.append(_row([*cells, d["started"], f"`{d['command']}`"]))
+    if not any(d["machine"]["is_gpu"] for d in documents):
+        lines.append(_row(["full", "GPU", "", NOT_MEASURED, "", "", ""]))
+    return "\n".join(lines) + "\n"
+
+
+def _table(documents: list[Document], kinds: tuple[str, ...]) -> str:
+    """One row a contender of a problem, one column a device; runs of the curves are left to the plots."""
+    devices: dict[str, tuple[str, bool]] = {}
+    cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    # The longer run of a device has the word where several have the same case.
+    for d in sorted(documents, key=lambda d: d["rounds"]):
+        slug, about = d["machine"]["slug"], d["machine"]
+        chosen = [c for c in d["cases"] if c["problem"]["kind"] in kinds and not c["axis"]]
+        if chosen:
+            devices[slug] = (about["name"], about["is_gpu"])
+        for case in chosen:
+            cases.setdefault((case["problem"]["kind"], case["problem"]["name"]), {})[slug] = case
+    gpu_is_missing = not any(is_gpu for _, is_gpu in devices.values())
+    columns = [f"{name}: median" for name, _ in devices.values()]
+    lines = _head(["problem", "contender", *_interleave(columns, "spread", "×"), *(["GPU"] if gpu_is_missing else [])])
+    for (kind, name), by_device in cases.items():
+        title = name if len(kinds) == 1 else f"{kind} {name}"
+        labels: dict[str, str] = {}
+        for case in by_device.values():
+            labels |= {entry["rival"]: entry["label"] for entry in sorted(timed(case), key=median)}
+        for number, (rival, label) in enumerate(labels.items()):
+            cells = [title if number == 0 else "", f"**{label}**" if rival == "fastmlp" else label]
+            for slug in devices:
+                found = by_device.get(slug)
+                cells += _cells(found, rival)
+            lines.append(_row([*cells, *([NOT_MEASURED if number == 0 else "″"] if gpu_is_missing else [])]))
+    if len(lines) == 2:
+        lines.append(_row([NOT_MEASURED if i == 1 else "" for i in range(3)]))
+    return "\n".join(lines) + "\n"
+
+
+def _interleave(names: list[str], *others: str) -> list[str]:
+    return [cell for name in names for cell in (name, *others)]
+
+
+def _cells(case: dict[str, Any] | None, rival: str) -> list[str]:
+    """Median, spread and ratio, or why there is none."""
+    entry = None if case is None else by_rival(case).get(rival)
+    if case is None or entry is None:
+        return ["", "", ""]
+    if entry["status"] != "ok":
+        return [f"{entry['status']}: {entry['reason']}", "", ""]
+    times = ratio(case, entry)
+    return [duration(median(entry)), spread(entry), "" if times is None else f"{times:.2f}"]
+
+
+def _accuracy(documents: list[Document]) -> str:
+    lines = [
+        "## Time to accuracy\n",
+        "Seconds of training until a model of 784-512-512-10 first reaches a test accuracy on FashionMNIST: mean and",
+        "standard deviation over the seeds, and in how many of the runs it was reached. Compilation and warm-up are",
+        "reported apart; evaluation is not counted.\n",
+    ]
+    gpu_is_missing = not any(d["machine"]["is_gpu"] for d in documents)
+    for d in documents:
+        targets = d["targets"]
+        lines += [f"{d['machine']['name']}, {d['seeds']} seeds, `{d['command']}`:\n"]
+        lines += _head(["contender", *(f"{100 * t:g} %" for t in targets), "best", "s an epoch", "set-up", "settings"])
+        for c in d["contenders"]:
+            if c["status"] != "ok":
+                lines.append(_row([c["label"], f"{c['status']}: {c['reason']}", *[""] * (len(targets) + 3)]))
+                continue
+            cells = [f"**{c['label']}**" if c["name"].startswith("fastmlp") else c["label"]]
+            for target in targets:
+                reached = [run["reached"][str(target)] for run in c["runs"]]
+                cells.append(_mean([s for s in reached if s is not None], len(reached)))
+            best = statistics.mean(max(p["accuracy"] for p in run["curve"]) for run in c["runs"])
+            epoch = statistics.mean(run["seconds"] / run["epochs"] for run in c["runs"])
+            cells += [f"{100 * best:.2f} %", f"{epoch:.2f}", f"{c['setup_s']:.1f} s", c["settings"]]
+            lines.append(_row(cells))
+        lines.append("")
+    if gpu_is_missing:
+        lines.append(f"GPU: {NOT_MEASURED}.\n")
+    return "\n".join(lines)
+
+
+def _mean(seconds: list[float], runs: int) -> str:
+    if not seconds:
+        return "not reached"
+    text = f"{statistics.mean(seconds):.1f}"
+    if len(seconds) > 1:
+        text += f" ± {statistics.stdev(seconds):.1f}"
+    return f"{text} s" if len(seconds) == runs else f"{text} s ({len(seconds)} of {runs} runs)"
+
+
+def _figures(plots: dict[str, list[tuple[str, str]]], documents: list[Document]) -> str:
+    lines = ["## Plots\n"]
+    gpu_is_missing = not any(d["machine"]["is_gpu"] for d in documents)
+    for stem, title in PLOTS.items():
+        lines.append(f"### {title}\n")
+        for text, path in plots.get(stem, []):
+            lines += [f"![{title}]({path})\n", f"{text}\n"]
+        if not plots.get(stem):
+            command = {"accuracy": "accuracy", "roofline": "full"}.get(stem, "scaling")
+            lines.append(f"CPU: not measured yet: run `fastmlp bench {command}`.\n")
+        if gpu_is_missing:
+            lines.append(f"GPU: {NOT_MEASURED}.\n")
+    return "\n".join(lines)
+
+
+def _absent(documents: list[Document]) -> str:
+    """Every contender that was not timed somewhere, and why."""
+    lines = ["## Not timed\n", *_head(["device", "contender", "reason", "problems"])]
+    found: dict[tuple[str, str, str], set[str]] = {}
+    for d in documents:
+        for case in d["cases"]:
+            for entry in case["results"]:
+                if entry["status"] in ("unavailable", "wrong", "failed"):
+                    reason = entry["reason"] if entry["status"] == "unavailable" else f"{entry['status']}: {entry['reason']}"
+                    key = (d["machine"]["name"], entry["label"], reason)
+                    found.setdefault(key, set()).add(case["problem"]["name"])
+    for (device, label, reason), problems in sorted(found.items()):
+        which = sorted(problems)
+        text = ", ".join(which) if len(which) <= 3 else f"{len(which)} problems"
+        lines.append(_row([device, label, reason, text]))
+    return "\n".join(lines) + "\n"

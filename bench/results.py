@@ -1,0 +1,58 @@
+"""The JSON of a run: what is in it, where it lies, how it is written and read.
+
+    {"format": 1, "kind": "times", "preset": ..., "command": ..., "started": ..., "machine": {...}, "peaks": {...},
+     "cases": [{"problem": {...}, "axis": ..., "value": ..., "flops": ..., "bytes": ..., "rows": ...,
+                "results": [{"rival": ..., "label": ..., "notes": ..., "status": ..., "reason": ...,
+                             "setup_s": ..., "calls": ..., "seconds": [...],
+                             "error": ..., "allowed": ..., "worst": ...}, ...]}, ...]}
+
+``status`` is "ok" (timed), "unavailable" (not installed, no GPU, ...), "wrong" (the gate is red), "failed" (it
+raised), or "left out" (not part of the preset); only "ok" has ``seconds``, one number a round. The other kind of
+run, "accuracy", is described in ``accuracy``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastmlp.files import atomic_write
+
+from .machine import ROOT
+
+__all__ = ["FOLDER", "FORMAT", "Document", "load", "load_all", "save"]
+
+FORMAT = 1
+FOLDER = ROOT / "bench" / "results"
+
+Document = dict[str, Any]
+
+
+def save(document: Document, folder: Path = FOLDER) -> Path:
+    """Write a run to ``folder``/DEVICE/PRESET.json; returns the path."""
+    path = folder / document["machine"]["slug"] / f"{document['preset']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, (json.dumps(document, indent=1) + "\n").encode())
+    return path
+
+
+def load(path: Path) -> Document:
+    """Read a run.
+
+    Raises:
+        ValueError: not the JSON of a run, or of another format.
+        OSError: the file cannot be read.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a run of the benchmarks in format {FORMAT}; measure again")
+    return document
+
+
+def load_all(folder: Path = FOLDER) -> list[Document]:
+    """Every run below ``folder``, in the order of their paths."""
+    return [load(path) for path in sorted(folder.glob("*/*.json"))]

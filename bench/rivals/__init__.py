@@ -1,0 +1,57 @@
+"""The contenders, each in a file of its own behind one protocol (``protocol.Rival``); ``rivals_for`` lists them.
+
+To add one: a module with a class of that protocol, and a line in ``RIVALS``.
+"""
+
+from __future__ import annotations
+
+from bench.problems import Problem
+
+from .apex_mlp import ApexMLP
+from .compiled import Compiled
+from .cuda_graph import CudaGraph
+from .eager import Eager, EagerFloat32
+from .fastmlp_step import FastMLP, FastMLPModules, FastMLPOneByOne
+from .inplace import InPlace
+from .jax_operations import JaxOperation
+from .jax_step import JaxStep
+from .liger import Liger
+from .numpy_loop import NumpyLoop
+from .operations import CompiledOperation, EagerOperation, FastMLPOperation
+from .protocol import Rival
+from .sklearn_mlp import SklearnMLP
+from .tiny_cuda_nn import TinyCudaNN
+
+__all__ = ["BASELINE", "OURS", "RIVALS", "rivals_for"]
+
+#: What ratios are relative to, and what they are given for first.
+BASELINE, OURS = "eager", "fastmlp"
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+
+RIVALS: tuple[Rival, ...] = (
+    FastMLP(),
+    FastMLPOneByOne(),
+    FastMLPModules(),
+    Eager(),
+    Eager(fused=True),
+    EagerFloat32(),
+    CudaGraph(),
+    *(Compiled(mode) for mode in COMPILE_MODES),
+    InPlace(),
+    JaxStep(),
+    SklearnMLP(),
+    NumpyLoop(),
+    ApexMLP(),
+    TinyCudaNN(),
+    FastMLPOperation(),
+    EagerOperation(),
+    *(CompiledOperation(mode) for mode in COMPILE_MODES),
+    JaxOperation(),
+    Liger(),
+)
+
+
+def rivals_for(problem: Problem) -> list[Rival]:
+    """Every contender of the problem's kind, available or not."""
+    return [rival for rival in RIVALS if problem.kind in rival.kinds]

@@ -1,0 +1,104 @@
+"""fastmlp: TrainStep, the online epoch, and its modules under autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastmlp
+from bench.problems import OPTIMIZERS, Problem
+from bench.rivals.protocol import OK, Availability, Run, needs
+from bench.rivals.training import TrainingProblem, TrainingRun, optimizer_of
+
+__all__ = ["FastMLP", "FastMLPModules", "FastMLPOneByOne"]
+
+
+def _model(problem: TrainingProblem) -> fastmlp.MLP:
+    dtype = torch.float64 if problem.dtype == "float64" else torch.float32
+    model = fastmlp.MLP(problem.sizes, problem.activation, problem.bias, device=problem.device, dtype=dtype)
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), problem.parameters(), strict=True):
+            parameter.copy_(value)
+    return model
+
+
+class _StepRun(TrainingRun):
+    def __init__(self, problem: TrainingProblem) -> None:
+        super().__init__(problem)
+        model = _model(problem)
+        self.params = list(model.parameters())
+        settings: dict[str, Any] = OPTIMIZERS[problem.optimizer]
+        self.train = fastmlp.TrainStep(
+            model, "adamw" if problem.optimizer == "adamw" else "sgd", dtype=problem.torch_dtype, **settings
+        )
+
+    def step(self, x: Tensor, y: Tensor) -> object:
+        return self.train(x, y)
+
+
+class _EpochRun(_StepRun):
+    def compute(self, *inputs: Tensor) -> object:
+        x, y = inputs
+        return self.train.epoch(x, y, 1)
+
+
+class _ModulesRun(TrainingRun):
+    def __init__(self, problem: TrainingProblem) -> None:
+        super().__init__(problem)
+        self.model, self.loss = _model(problem), fastmlp.CrossEntropyLoss()
+        self.params = list(self.model.parameters())
+        self.optimizer = optimizer_of(problem, self.params, fused=True)
+
+    def step(self, x: Tensor, y: Tensor) -> object:
+        loss = self.loss(self.model(x), y)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+
+class FastMLP:
+    """fastmlp.TrainStep; single samples are an epoch of batch size 1."""
+
+    name = "fastmlp"
+    label = "fastmlp TrainStep"
+    kinds = frozenset({"step", "online"})
+    notes = "float32 parameters; 16 bits: TrainStep(dtype=...); online: TrainStep.epoch(batch_size=1)"
+
+    def available(self, problem: Problem) -> Availability:
+        return OK
+
+    def build(self, problem: Problem) -> Run:
+        return (_EpochRun if problem.kind == "online" else _StepRun)(problem)  # type: ignore[arg-type]
+
+
+class FastMLPOneByOne:
+    """Online training by calling the step for each sample."""
+
+    name = "fastmlp_one_by_one"
+    label = "fastmlp TrainStep, called per sample"
+    kinds = frozenset({"online"})
+    notes = "one TrainStep call a sample"
+
+    def available(self, problem: Problem) -> Availability:
+        return OK
+
+    def build(self, problem: Problem) -> Run:
+        return _StepRun(problem)  # type: ignore[arg-type]
+
+
+class FastMLPModules:
+    """fastmlp.MLP as a drop-in module: autograd's tape, torch.optim."""
+
+    name = "fastmlp_modules"
+    label = "fastmlp modules, autograd"
+    kinds = frozenset({"step"})
+    notes = "fastmlp.MLP, fastmlp.CrossEntropyLoss, fused torch.optim"
+
+    def available(self, problem: Problem) -> Availability:
+        return needs((problem.itemsize >= 4, "16 bits go through TrainStep"))
+
+    def build(self, problem: Problem) -> Run:
+        return _ModulesRun(problem)  # type: ignore[arg-type]

@@ -1,0 +1,113 @@
+"""JAX: the whole step jitted with donated parameters; online training a jitted scan over the samples."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.problems import OPTIMIZERS, Problem, Results
+from bench.rivals.protocol import Availability, Run, installed, needs
+from bench.rivals.training import TrainingProblem
+
+__all__ = ["JaxStep", "import_jax"]
+
+
+def import_jax() -> Any:
+    """The jax module, set not to take most of a GPU's memory at once."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+
+    return jax
+
+
+def activation(jax: Any, name: str) -> Any:
+    """jax.nn's function of that name; gelu the exact one."""
+    if name == "gelu":
+        return lambda z: jax.nn.gelu(z, approximate=False)
+    return jax.numpy.tanh if name == "tanh" else getattr(jax.nn, name)
+
+
+class _JaxRun:
+    def __init__(self, problem: TrainingProblem) -> None:
+        self.jax = jax = import_jax()
+        jnp = jax.numpy
+        self.params = [jnp.array(p.numpy()) for p in problem.parameters()]
+        self.velocity = [jnp.zeros_like(p) for p in self.params] if problem.optimizer == "nesterov" else []
+        self.sets = [tuple(jnp.array(t.numpy()) for t in problem.make_inputs(i)) for i in range(problem.input_sets)]
+        self.sets = [(x, y.astype(jnp.int32)) for x, y in self.sets]
+        self.count = 0
+        settings = OPTIMIZERS[problem.optimizer]
+        lr, momentum = settings["lr"], settings.get("momentum", 0.0)
+        f = activation(jax, problem.activation)
+        compute = jnp.dtype(problem.dtype)
+        precision = jax.lax.Precision.HIGHEST if problem.dtype == "float32" else None
+
+        def loss_of(params: Any, x: Any, y: Any) -> Any:
+            a = x.astype(compute)
+            for i in range(0, len(params), 2):
+                w, b = params[i].astype(compute), params[i + 1].astype(compute)
+                a = jax.lax.dot_general(a, w, (((1,), (1,)), ((), ())), precision=precision) + b
+                a = f(a) if i < len(params) - 2 else a
+            log_p = jax.nn.log_softmax(a.astype(jnp.float32))
+            return -jnp.take_along_axis(log_p, y[:, None], 1).mean()
+
+        def step(params: Any, velocity: Any, x: Any, y: Any) -> Any:
+            loss, grads = jax.value_and_grad(loss_of)(params, x, y)
+            if not velocity:
+                return [p - lr * g for p, g in zip(params, grads, strict=True)], velocity, loss
+            velocity = [momentum * v + g for v, g in zip(velocity, grads, strict=True)]
+            moved = zip(params, velocity, grads, strict=True)
+            return [p - lr * (g + momentum * v) for p, v, g in moved], velocity, loss
+
+        def samples(params: Any, velocity: Any, x: Any, y: Any) -> Any:
+            def one(carry: Any, sample: Any) -> Any:
+                params, velocity, loss = step(carry[0], carry[1], sample[0][None], sample[1][None])
+                return (params, velocity), loss
+
+            (params, velocity), losses = jax.lax.scan(one, (params, velocity), (x, y))
+            return params, velocity, losses.mean()
+
+        self.step = jax.jit(samples if problem.kind == "online" else step, donate_argnums=(0, 1))
+        self.loss: Any = None
+
+    def __call__(self) -> object:
+        x, y = self.sets[self.count % len(self.sets)]
+        self.count += 1
+        self.params, self.velocity, self.loss = self.step(self.params, self.velocity, x, y)
+        return self.loss
+
+    def finish(self) -> None:
+        """Wait for the dispatched steps."""
+        self.jax.block_until_ready((self.params, self.loss))
+
+    def results(self) -> Results:
+        """The parameters."""
+        return {f"parameter {i}": torch.from_numpy(np.array(p)).double() for i, p in enumerate(self.params)}
+
+
+class JaxStep:
+    """jit with donated buffers: XLA sees the whole step."""
+
+    name = "jax"
+    label = "JAX jit"
+    kinds = frozenset({"step", "online"})
+    notes = "value_and_grad and update in one jit, parameters donated, XLA's own threads; online: lax.scan"
+
+    def available(self, problem: Problem) -> Availability:
+        here = installed("jax")
+        if not here.ok:
+            return here
+        on_gpu = problem.device.startswith("cuda")
+        platform = import_jax().default_backend()
+        return needs(
+            (getattr(problem, "bias", True), "written with biases"),
+            ((platform == "gpu") == on_gpu, f"this JAX computes on the {platform}"),
+            (problem.dtype in ("float32", "bfloat16"), "written without a loss scale"),
+            (getattr(problem, "optimizer", "") in ("sgd", "nesterov"), "its AdamW is Optax's, not JAX's"),
+        )
+
+    def build(self, problem: Problem) -> Run:
+        return _JaxRun(problem)  # type: ignore[arg-type]

@@ -1,0 +1,74 @@
+"""What the contenders for a training step that work on torch tensors share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.problems import OPTIMIZERS, OnlineProblem, Results, StepProblem
+from bench.rivals.protocol import OpRun
+
+__all__ = ["TrainingProblem", "TrainingRun", "optimizer_of", "torch_network"]
+
+TrainingProblem = StepProblem | OnlineProblem
+
+_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}
+
+
+def torch_network(problem: TrainingProblem, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """nn.Linear layers and activations with the problem's starting values, on its device."""
+    modules: list[nn.Module] = []
+    for k, n in zip(problem.sizes[:-1], problem.sizes[1:], strict=True):
+        modules += [nn.Linear(k, n, bias=problem.bias), _MODULES[problem.activation]()]
+    network = nn.Sequential(*modules[:-1])
+    with torch.no_grad():
+        for parameter, value in zip(network.parameters(), problem.parameters(), strict=True):
+            parameter.copy_(value)
+    return network.to(problem.device, dtype)
+
+
+def optimizer_of(problem: TrainingProblem, parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    """torch.optim's optimizer with the problem's settings."""
+    kind = torch.optim.AdamW if problem.optimizer == "adamw" else torch.optim.SGD
+    return kind(parameters, **OPTIMIZERS[problem.optimizer], **options)
+
+
+class TrainingRun(OpRun):
+    """A run that trains ``params`` (W_1, b_1, ...) in place; ``step(x, y)`` is one step on a batch.
+
+    Online problems take the samples of a call one by one, unless ``compute`` is overridden.
+    """
+
+    params: list[Tensor]
+
+    def __init__(self, problem: TrainingProblem) -> None:
+        super().__init__(problem, ())
+        self.problem = problem
+        self.online = isinstance(problem, OnlineProblem)
+
+    def step(self, x: Tensor, y: Tensor) -> object:
+        """Forward, loss, backward and update."""
+        raise NotImplementedError
+
+    def compute(self, *inputs: Tensor) -> object:
+        """The calls' steps."""
+        x, y = inputs
+        if not self.online:
+            return self.step(x, y)
+        last: object = None
+        for i in range(x.shape[0]):
+            last = self.step(x[i : i + 1], y[i : i + 1])
+        return last
+
+    def results(self) -> Results:
+        """The parameters."""
+        return {f"parameter {i}": p.detach().double().cpu().clone() for i, p in enumerate(self.params)}
