@@ -92,7 +92,9 @@ def _contender(
         runs = []
         for seed in range(seeds):
             runs.append(train_to(session, seed, epochs or learner.recipe.epochs, targets))
-            reached = ", ".join(f"{100 * float(t):g} %: {'-' if s is None else f'{s:.1f} s'}" for t, s in runs[-1]["reached"].items())
+            reached = ", ".join(
+                f"{100 * float(t):g} %: {'-' if s is None else f'{s:.1f} s'}" for t, s in runs[-1]["reached"].items()
+            )
             log(f"  seed {seed}: {reached}")
     except Exception as error:  # a contender that breaks must not end the run of the others
         return {**entry, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}

@@ -138,7 +138,9 @@ def full(
 
 @cli.command("accuracy")
 @click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="Runs of each contender.")
-@click.option("--target", "targets", type=float, multiple=True, help="Test accuracy, 0 to 1; may be given several times.")
+@click.option(
+    "--target", "targets", type=float, multiple=True, help="Test accuracy, 0 to 1; may be given several times."
+)
 @click.option("--epochs", type=click.IntRange(1), help="At most.  [default: the recipe's]")
 @click.option("--data", metavar="FOLDER", help="Of the full FashionMNIST, or 'bundled'.  [default: where it is found]")
 @_options
@@ -174,9 +176,7 @@ def _run_accuracy(
         loaded = load_data(data, device)
     except (OSError, RuntimeError, ValueError) as error:
         raise _Error(str(error)) from error
-    document = run_accuracy(
-        loaded, _command_line(ctx), _log, seeds=seeds, targets=targets or TARGETS, epochs=epochs
-    )
+    document = run_accuracy(loaded, _command_line(ctx), _log, seeds=seeds, targets=targets or TARGETS, epochs=epochs)
     _finish(document, out, report)
 
 

@@ -31,7 +31,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """"slower" or "faster" where the quartiles do not overlap and the medians differ by more than 5 %, else "same"."""
+        """slower, faster or same: quartiles that do not overlap, and medians that differ by more than 5 %."""
         low_a, _, high_a = quartiles(self.before["seconds"])
         low_b, _, high_b = quartiles(self.after["seconds"])
         if self.factor > 1 + TOLERANCE and low_b > high_a:

@@ -188,7 +188,9 @@ def _roofline(axes: Any, document: Document) -> bool:
         if dtype in dtypes and f"flops {dtype}" in peaks:
             peak = peaks[f"flops {dtype}"]
             roof = [min(peak, x * peaks["bytes"]) for x in grid]
-            axes.plot(grid, roof, color=colour, linewidth=1.2, label=f"measured peak, {dtype}: {peak / 1e9:,.0f} GFLOP/s")
+            axes.plot(
+                grid, roof, color=colour, linewidth=1.2, label=f"measured peak, {dtype}: {peak / 1e9:,.0f} GFLOP/s"
+            )
     for index, (key, values) in enumerate(sorted(points.items())):
         rival = "fastmlp" if key.startswith("fastmlp") else "eager"
         filled = key.endswith("float32")

@@ -161,7 +161,7 @@ class _QuickstartSession(_TorchSession):
                 VisionDataset.__init__(self, "", transform=ToTensor())
                 self.data, self.targets = data.images.cpu().view(-1, 28, 28), data.labels.cpu()
 
-        self.loader = torch.utils.data.DataLoader(InMemory(), batch_size=recipe.batch)
+        self.loader: Any = torch.utils.data.DataLoader(InMemory(), batch_size=recipe.batch)
         self.batches: Iterator[Any] = iter(())
         self.loss = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=recipe.lr)
@@ -194,7 +194,7 @@ class _ResidentSession(_TorchSession):
         loss = nn.CrossEntropyLoss()
 
         def loss_of(x: Tensor, y: Tensor) -> Tensor:
-            return loss(self.model(x.float() / 255), y)  # type: ignore[no-any-return]
+            return loss(self.model(x.float() / 255), y)
 
         self.loss_of: Any = torch.compile(loss_of) if compiled else loss_of
         self.update: Any = torch.compile(self.optimizer.step) if compiled else self.optimizer.step
@@ -308,7 +308,7 @@ class _JaxSession:
         return float(self.right(self.params, self.test_images, self.test_labels))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Quickstart:
     name: str = "quickstart"
     label: str = "PyTorch quickstart as written, tuned learning rate"
@@ -321,7 +321,7 @@ class _Quickstart:
         return _QuickstartSession(data, self.recipe)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Resident:
     name: str
     label: str
@@ -335,7 +335,7 @@ class _Resident:
         return _ResidentSession(data, self.recipe, compiled=self.compiled)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Jax:
     name: str = "jax"
     label: str = "JAX jit, data on the device"
@@ -352,7 +352,7 @@ class _Jax:
         return _JaxSession(data, self.recipe)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Fast:
     name: str = "fastmlp"
     label: str = "fastmlp TrainStep"

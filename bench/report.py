@@ -204,7 +204,9 @@ def _absent(documents: list[Document]) -> str:
         for case in d["cases"]:
             for entry in case["results"]:
                 if entry["status"] in ("unavailable", "wrong", "failed"):
-                    reason = entry["reason"] if entry["status"] == "unavailable" else f"{entry['status']}: {entry['reason']}"
+                    reason = (
+                        entry["reason"] if entry["status"] == "unavailable" else f"{entry['status']}: {entry['reason']}"
+                    )
                     key = (d["machine"]["name"], entry["label"], reason)
                     found.setdefault(key, set()).add(case["problem"]["name"])
     for (device, label, reason), problems in sorted(found.items()):

@@ -18,11 +18,14 @@ def median(entry: dict[str, Any]) -> float:
 
 def duration(seconds: float) -> str:
     """Three digits and a unit."""
-    for unit, factor in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= factor:
-            break
-    value = seconds / factor
-    return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
+            return f"{_digits(seconds / factor)} {unit}"
+    return f"{_digits(seconds / 1e-6)} µs"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def spread(entry: dict[str, Any]) -> str:
