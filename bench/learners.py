@@ -85,9 +85,17 @@ class Session(Protocol):
 class Learner(Protocol):
     """A way to train; ``recipe`` says with which settings."""
 
-    name: str
-    label: str
-    recipe: Recipe
+    @property
+    def name(self) -> str:
+        """One word, as in the results."""
+
+    @property
+    def label(self) -> str:
+        """A few words, as in tables."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Its settings."""
 
     def available(self, device: torch.device) -> Availability:
         """Whether it runs here."""
