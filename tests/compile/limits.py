@@ -72,7 +72,7 @@ EXCEPTIONS: tuple[LimitException, ...] = (
     _spill(
         "gfx1100/wgrad_update/float32/*",
         "gfx1100/wgrad_update/float32/32x64x32-4w2s/sgd",
-        "RDNA multiplies float32 without matrix units; two copies of the loop (first layer, others) share registers",
+        "RDNA multiplies float32 without matrix units; two copies of the loop (first layer, others) share them",
     ),
     _narrow(
         "*pixels*",
