@@ -2,7 +2,7 @@
 PYTHON ?= python
 PYTEST = $(PYTHON) -m pytest -q -n 2 --dist worksteal
 
-.PHONY: test lint types unit interpret compile launch execute fuzz test-gpu
+.PHONY: test lint types unit interpret compile compile-all launch execute fuzz test-gpu
 
 # The compile lane takes longer than all the others together; it is run apart.
 test: lint types unit interpret launch execute  ## everything that CI runs
@@ -22,6 +22,9 @@ interpret:  ## lane 1: the kernels in Triton's interpreter
 
 compile:  ## lane 2: every kernel compiled for every target, and the limits
 	$(PYTEST) -m compile
+
+compile-all:  ## the whole product of kernels, dtypes, tiles and variants, not the set that covers it: hours
+	$(PYTEST) -m compile --full
 
 launch:  ## lane 3: the launches of the whole library, recorded
 	$(PYTEST) -m launch
