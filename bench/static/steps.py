@@ -142,9 +142,10 @@ def fastmlp_step(target: str, batch: int, *, resident: bool = False) -> list[Ope
         return _recorded(target, lambda: step(x, y))
     images, labels = torch.empty(batch, SIZES[0], dtype=torch.uint8), torch.zeros(batch, dtype=torch.int64)
     order = torch.arange(batch)
+    twice = order.repeat(2)
     # Filling the tables of row numbers and learning rates is work of the whole epoch; a step is what one more adds.
     one = _recorded(target, lambda: step.epoch(images, labels, batch, order))
-    two = _recorded(target, lambda: step.epoch(images, labels, batch, order.repeat(2)))
+    two = _recorded(target, lambda: step.epoch(images, labels, batch, twice))
     return _difference(two, one)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["explicit_gradient", "jacobian", "run"]
 
 LR, BATCH = 0.5, 64
-EPOCHS, LEAST_ACCURACY = 3, 0.80
+EPOCHS, LEAST_ACCURACY = 8, 0.80
 QUICK_EPOCHS, QUICK_LEAST_ACCURACY = 3, 0.70
 
 
