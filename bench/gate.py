@@ -2,7 +2,8 @@
 
 A result passes when its error is no more than twice torch's own in the same dtype, plus a floor: one rounding to the
 dtype a call, and float32's rounding times the square root of the longest sum. Errors are norms over a whole tensor,
-relative to the norm of the right result; of a training step, the tensor is what the steps have changed.
+relative to the norm of the right result. Of a training step, the tensor is what the steps have changed, and each
+time that a parameter may be rounded on the way (``Problem.roundings``) adds float32's rounding of it.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def judge(problem: Problem, results: Results) -> Verdict:
     rounding = math.sqrt(GATE_CALLS) * torch.finfo(problem.torch_dtype).eps
     rounding += torch.finfo(torch.float32).eps * math.sqrt(problem.reduction)
     verdicts = []
+    rounded = torch.finfo(torch.promote_types(problem.torch_dtype, torch.float32)).eps * math.sqrt(problem.roundings)
+    norms = {name: value.norm().item() for name, value in expected.items()}
     for name, value in expected.items():
         if results[name].shape != value.shape:
             raise ValueError(f"expected {name} of shape {list(value.shape)}, got {list(results[name].shape)}")
@@ -59,5 +62,6 @@ def judge(problem: Problem, results: Results) -> Verdict:
         scale = max(value.norm().item(), torch.finfo(torch.float32).tiny)
         error = (results[name] - value).norm().item() / scale
         allowed = 2 * (own[name] - value).norm().item() / scale + rounding
+        allowed += rounded * norms[name] / scale
         verdicts.append(Verdict(error <= allowed, name, error, allowed))
     return max(verdicts, key=lambda v: math.inf if math.isnan(v.error) else v.error / v.allowed)

@@ -121,6 +121,11 @@ class Problem:
         """A short name: unique within its kind and device."""
         raise NotImplementedError
 
+    @property
+    def roundings(self) -> int:
+        """How often the calls before the comparison may round a result that they update in place; 0: they don't."""
+        return 0
+
     def describe(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return {"kind": self.kind, "name": self.name, **asdict(self)}
@@ -383,6 +388,11 @@ class _Training(Problem):
     @property
     def reduction(self) -> int:
         return max(self.batch, *self.sizes)
+
+    @property
+    def roundings(self) -> int:
+        # A GEMM that accumulates onto the weight itself rounds it at every row of the batch.
+        return GATE_CALLS * self.rows
 
     def judged(self, results: Results) -> Results:
         """What training has changed: the parameters less their starting values."""

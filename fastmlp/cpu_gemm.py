@@ -3,13 +3,14 @@
 aten's ``addmm``/``mm`` call MKL and write into a given buffer. oneDNN's fused linear adds bias and activation in the
 same pass but allocates its result. Which is faster depends on the processor (MKL's kernels hold back on AMD) and on
 the shape, so the first use of a shape times both on scratch data, for a few milliseconds, and the answer is kept for
-the process; batch sizes between two powers of two share one. The two round differently: where bitwise reproducibility
-between processes matters more than speed, call ``set_cpu_gemm("aten")`` (``torch.use_deterministic_algorithms(True)``
-implies it).
+the process; batch sizes between two powers of two share one, and so do all from 512 on. The two round differently:
+where bitwise reproducibility between processes matters more than speed, call ``set_cpu_gemm("aten")``
+(``torch.use_deterministic_algorithms(True)`` implies it).
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Literal, cast
@@ -25,8 +26,10 @@ CPU_GEMMS = ("auto", "aten", "onednn")
 #: Activations that oneDNN's linear applies in its epilogue.
 _FUSED = {"identity": "none", "sigmoid": "sigmoid", "relu": "relu", "tanh": "tanh"}
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-_ROUNDS = 5
-_BUDGET_S = 0.02
+#: What a shape's measurement takes: calls that are not counted (the first ones map memory), then rounds in turns.
+_WARM_UP, _ROUNDS = 2, 5
+#: From this many rows on, which library is faster no longer changes: larger batches are measured with so many.
+_MOST_ROWS = 512
 
 _mode = "auto"
 _choices: dict[tuple[object, ...], Library] = {}
@@ -57,7 +60,7 @@ def get_cpu_gemm() -> str:
 def choices() -> dict[tuple[object, ...], str]:
     """What was measured so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn".
 
-    M is the power of two at or below the batch sizes that the answer is used for.
+    M is the power of two at or below the batch sizes that the answer is used for, 512 for all larger ones.
     """
     return dict(_choices)
 
@@ -66,38 +69,79 @@ def _onednn_available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Make the C library keep freed blocks of up to 32 MiB instead of giving them back to the kernel.
+
+    oneDNN allocates its result anew at every call, and a result whose pages the kernel has to map again costs more
+    than a small product. glibc's thresholds for that rise to the largest block freed so far (mallopt(3), "dynamic
+    mmap threshold", up to 32 MiB), so freeing one that was never touched is enough; elsewhere this does nothing.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def _measured_rows(m: int) -> int:
+    """The power of two at or below ``m``, at most ``_MOST_ROWS``."""
+    return min(1 << m.bit_length() - 1, _MOST_ROWS)
+
+
 def _choose(
-    kind: str, m: int, k: int, n: int, dtype: torch.dtype, trials: Callable[[], dict[Library, Callable[[], object]]]
+    kind: str, m: int, k: int, n: int, dtype: torch.dtype, trials: Callable[[int], dict[Library, Callable[[], object]]]
 ) -> Library:
-    """The fastest by its best of a few interleaved rounds; ``trials`` makes the scratch data, if it comes to that."""
+    """The fastest by its best of a few interleaved rounds; ``trials`` makes scratch data of so many rows."""
     if dtype not in _ONEDNN_DTYPES or _mode == "aten" or not _onednn_available():
         return "aten"
     if _mode == "onednn":
         return "onednn"
     if torch.are_deterministic_algorithms_enabled():
         return "aten"
-    key = (kind, 1 << m.bit_length() - 1, k, n, dtype, torch.get_num_threads())
+    _keep_freed_memory()
+    key = (kind, _measured_rows(m), k, n, dtype, torch.get_num_threads())
     known = _choices.get(key)
     if known is not None:
         return known
     best: dict[Library, float] = {}
-    started = time.perf_counter()
-    candidates = trials()
-    for run in candidates.values():
-        run()
-    for round_ in range(_ROUNDS):
+    candidates = trials(_measured_rows(m))
+    for round_ in range(_WARM_UP + _ROUNDS):
         for name, run in candidates.items():
             begin = time.perf_counter()
             run()
-            best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
-        if round_ >= 1 and time.perf_counter() - started > _BUDGET_S:
-            break
+            if round_ >= _WARM_UP:
+                best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
     _choices[key] = winner = min(best, key=best.__getitem__)
     return winner
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str) -> Tensor:
-    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, epilogue, [], ""))
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, epilogue, [], ""))
+
+
+#: Rows whose dZ is transposed at a time (it stays in the caches), and from how many on transposing by halves pays.
+_TRANSPOSED_ROWS, _LEAST_ROWS = 4096, 1024
+
+
+def _onednn_wgrad(dz: Tensor, x: Tensor) -> Tensor:
+    """dZ^T X for dZ [M, N], X [M, K].
+
+    oneDNN's linear wants its first operand contiguous, and torch transposes dZ with one thread, element by element,
+    which for many rows takes a fifth of the time of the product. Shuffling the channels of an image with M/2 N
+    channels and two pixels transposes the two halves of the rows as blocks, one on each thread.
+    """
+    m, n = dz.shape
+    if m < _LEAST_ROWS or m % 2 or dz.dtype != torch.float32 or not dz.is_contiguous():
+        return _onednn_linear(dz.t(), x.t(), None, "none")
+    total = None
+    for some_dz, some_x in zip(dz.split(_TRANSPOSED_ROWS), x.split(_TRANSPOSED_ROWS), strict=True):
+        half = some_dz.shape[0] // 2
+        pixels = some_dz.view(1, 2, 1, half * n).permute(0, 3, 1, 2)
+        transposed = torch.native_channel_shuffle(pixels, half).permute(0, 2, 3, 1).view(2, n, half)
+        for dz_t, rows in zip(transposed, some_x.split(half), strict=True):
+            if total is None:
+                total = _onednn_linear(dz_t, rows.t(), None, "none")
+            else:
+                total = cast(Tensor, torch.ops.mkldnn._linear_pointwise.binary(dz_t, total, rows.t(), None, "add"))
+    assert total is not None
+    return total
 
 
 def linear(m: int, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor) -> Callable[[Tensor], Tensor]:
@@ -118,17 +162,20 @@ def linear(m: int, weight: Tensor, bias: Tensor | None, activation: str, out: Te
                 return z.tanh_()
         return z
 
-    def aten(x: Tensor) -> Tensor:
+    def aten_into(x: Tensor, into: Tensor) -> Tensor:
         if bias is None:
-            return finish(torch.mm(x, weight_t, out=out))
-        return finish(torch.addmm(bias, x, weight_t, out=out))
+            return finish(torch.mm(x, weight_t, out=into))
+        return finish(torch.addmm(bias, x, weight_t, out=into))
+
+    def aten(x: Tensor) -> Tensor:
+        return aten_into(x, out)
 
     def onednn(x: Tensor) -> Tensor:
         return _onednn_linear(x, weight, bias, epilogue)
 
-    def trials() -> dict[Library, Callable[[], object]]:
-        x = weight.new_ones((m, k))
-        return {"aten": lambda: aten(x), "onednn": lambda: onednn(x)}
+    def trials(rows: int) -> dict[Library, Callable[[], object]]:
+        x, into = weight.new_ones((rows, k)), out[:rows]
+        return {"aten": lambda: aten_into(x, into), "onednn": lambda: onednn(x)}
 
     return aten if _choose(f"linear {epilogue}", m, k, n, weight.dtype, trials) == "aten" else onednn
 
@@ -144,9 +191,9 @@ def dgrad(m: int, weight: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
     def onednn(dz: Tensor) -> Tensor:
         return _onednn_linear(dz, weight_t, None, "none")
 
-    def trials() -> dict[Library, Callable[[], object]]:
-        dz = weight.new_ones((m, n))
-        return {"aten": lambda: aten(dz), "onednn": lambda: onednn(dz)}
+    def trials(rows: int) -> dict[Library, Callable[[], object]]:
+        dz, into = weight.new_ones((rows, n)), out[:rows]
+        return {"aten": lambda: torch.mm(dz, weight, out=into), "onednn": lambda: onednn(dz)}
 
     return aten if _choose("dgrad", m, k, n, weight.dtype, trials) == "aten" else onednn
 
@@ -159,10 +206,10 @@ def wgrad(m: int, out: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         return torch.mm(dz.t(), x, out=out)
 
     def onednn(dz: Tensor, x: Tensor) -> Tensor:
-        return _onednn_linear(dz.t(), x.t(), None, "none")
+        return _onednn_wgrad(dz, x)
 
-    def trials() -> dict[Library, Callable[[], object]]:
-        dz, x, scratch = out.new_ones((m, n)), out.new_ones((m, k)), torch.empty_like(out)
+    def trials(rows: int) -> dict[Library, Callable[[], object]]:
+        dz, x, scratch = out.new_ones((rows, n)), out.new_ones((rows, k)), torch.empty_like(out)
         return {"aten": lambda: torch.mm(dz.t(), x, out=scratch), "onednn": lambda: onednn(dz, x)}
 
     return aten if _choose("wgrad", m, k, n, out.dtype, trials) == "aten" else onednn
@@ -176,13 +223,15 @@ def wgrad_update(m: int, weight: Tensor) -> Callable[[Tensor, Tensor, float], ob
     n, k = weight.shape
 
     def aten_into(w: Tensor) -> Callable[[Tensor, Tensor, float], object]:
+        if m == 1:  # an outer product: one pass over W, on all threads, where a GEMM packs it first
+            return lambda dz, x, lr: w.addcmul_(dz.t(), x, value=-lr)
         return lambda dz, x, lr: w.addmm_(dz.t(), x, alpha=-lr)
 
     def onednn_into(w: Tensor) -> Callable[[Tensor, Tensor, float], object]:
-        return lambda dz, x, lr: w.add_(_onednn_linear(dz.t(), x.t(), None, "none"), alpha=-lr)
+        return lambda dz, x, lr: w.add_(_onednn_wgrad(dz, x), alpha=-lr)
 
-    def trials() -> dict[Library, Callable[[], object]]:
-        dz, x, scratch = weight.new_ones((m, n)), weight.new_ones((m, k)), torch.zeros_like(weight)
+    def trials(rows: int) -> dict[Library, Callable[[], object]]:
+        dz, x, scratch = weight.new_ones((rows, n)), weight.new_ones((rows, k)), torch.zeros_like(weight)
         with_aten, with_onednn = aten_into(scratch), onednn_into(scratch)
         # Not a factor of 0, with which BLAS would not multiply at all.
         return {"aten": lambda: with_aten(dz, x, 1e-3), "onednn": lambda: with_onednn(dz, x, 1e-3)}

@@ -132,13 +132,13 @@ def test_measured_once_for_batch_sizes_that_are_near(monkeypatch):
 
 @needs_onednn
 def test_the_faster_one_is_chosen():
-    def trials(slow: str) -> Callable[[], dict]:
+    def trials(slow: str) -> Callable[[int], dict]:
         def wait(seconds: float) -> Callable[[], None]:
             from time import sleep
 
             return lambda: sleep(seconds)
 
-        return lambda: {name: wait(0.02 if name == slow else 0.0) for name in ("aten", "onednn")}
+        return lambda rows: {name: wait(0.02 if name == slow else 0.0) for name in ("aten", "onednn")}
 
     fastmlp.set_cpu_gemm("auto")
     assert cpu_gemm._choose("a", 1, 1, 1, torch.float32, trials("aten")) == "onednn"
