@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -37,6 +37,12 @@ class _Engine(Protocol):
     def gradients(self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> list[Tensor]: ...
 
     def update(self) -> None: ...
+
+    def parameter_state(self) -> dict[str, list[Tensor]]: ...
+
+    def counters(self) -> dict[str, float]: ...
+
+    def set_counters(self, counters: dict[str, float]) -> None: ...
 
 
 class TrainStep:
@@ -251,6 +257,50 @@ class TrainStep:
             raise RuntimeError("there are no gradients to apply; call gradients(x, y) before update()")
         self._has_gradients = False
         self._engine.update()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a run needs besides the model's own state_dict to go on exactly as if it had not stopped.
+
+        Copies, by name: for each trained parameter NAME, "NAME.momentum_buffer" with momentum, "NAME.exp_avg" and
+        "NAME.exp_avg_sq" with AdamW, and "NAME.master" in float32 where the parameter has 16 bits; AdamW's "step"
+        (updates so far); for float16 products "loss_scale" and "loss_scale_good_steps". Only tensors, so that
+        safetensors can store it; the same for both backends.
+        """
+        state = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._engine.counters().items()}
+        for name, tensor in self._parameter_state().items():
+            state[name] = tensor.clone()
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take up a state that ``state_dict`` returned; load the model's own first.
+
+        Raises:
+            ValueError: names or shapes are not those of this step (another optimizer, another model); nothing has
+                changed then.
+        """
+        own, counters = self._parameter_state(), self._engine.counters()
+        expected = own.keys() | counters.keys()
+        if state_dict.keys() != expected:
+            missing, unknown = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - expected)
+            raise ValueError(
+                f"the state does not fit this TrainStep ({self.config.name}, {self.dtype}): missing "
+                f"{', '.join(missing) or 'nothing'}; unexpected {', '.join(unknown) or 'nothing'}"
+            )
+        for name, tensor in own.items():
+            if state_dict[name].shape != tensor.shape:
+                raise ValueError(f"expected {name} of shape {list(tensor.shape)}, got {list(state_dict[name].shape)}")
+        for name, tensor in own.items():
+            tensor.copy_(state_dict[name])
+        self._engine.set_counters({name: float(state_dict[name]) for name in counters})
+        self._has_gradients = False
+
+    def _parameter_state(self) -> dict[str, Tensor]:
+        """The engine's tensors by name, live."""
+        return {
+            f"{name}.{kind}": tensor
+            for kind, tensors in self._engine.parameter_state().items()
+            for name, tensor in zip(self._names, tensors, strict=True)
+        }
 
     def _next_loss(self) -> Tensor:
         self._count = (self._count + 1) % _RING

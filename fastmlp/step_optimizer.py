@@ -50,6 +50,25 @@ class CpuOptimizer:
             self._grads = [torch.zeros_like(t) for t in self.params]
         return self._grads
 
+    def parameter_state(self) -> dict[str, list[Tensor]]:
+        """What belongs to each parameter, live."""
+        lists = {"momentum_buffer": self._momenta, "exp_avg": self._first, "exp_avg_sq": self._second}
+        return {name: tensors for name, tensors in lists.items() if tensors}
+
+    def counters(self) -> dict[str, float]:
+        """AdamW's number of updates; float16's loss scale and the good steps since it last moved."""
+        counters = {"step": float(self._step.item())} if self.config.name == "adamw" else {}
+        if self.scaled:
+            counters |= {"loss_scale": self.scale.item(), "loss_scale_good_steps": float(self._good_steps.item())}
+        return counters
+
+    def set_counters(self, counters: dict[str, float]) -> None:
+        """What ``counters`` returned."""
+        self._step.fill_(counters.get("step", 0.0))
+        if self.scaled:
+            self.scale.fill_(counters["loss_scale"])
+            self._good_steps.fill_(int(counters["loss_scale_good_steps"]))
+
     def update(self, *, scaled: bool) -> None:
         """Apply ``grads``; ``scaled`` says whether they are multiplied by ``scale``. May overwrite them."""
         grads, config = self.grads, self.config

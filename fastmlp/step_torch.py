@@ -202,6 +202,22 @@ class TorchStep:
         """Apply the optimizer to what ``gradients`` left."""
         self._update(scaled=False)
 
+    def parameter_state(self) -> dict[str, list[Tensor]]:
+        """What belongs to each trained parameter, live: optimizer state, and masters of 16 bits."""
+        state = self.optimizer.parameter_state()
+        if any(c.master is not c.data for layer in self.layers for c in layer.copies):
+            state["master"] = list(self.optimizer.params)
+        return state
+
+    def counters(self) -> dict[str, float]:
+        """AdamW's number of updates; float16's loss scale and the good steps since it last moved."""
+        return self.optimizer.counters()
+
+    def set_counters(self, counters: dict[str, float]) -> None:
+        """What ``counters`` returned; call it after ``parameter_state`` was written to."""
+        self.optimizer.set_counters(counters)
+        self._publish()
+
     def _update(self, *, scaled: bool) -> None:
         self.optimizer.update(scaled=scaled)
         self._publish()

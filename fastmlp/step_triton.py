@@ -106,6 +106,27 @@ class TritonStep:
         self._row: tuple[tuple[float, ...], Tensor] | None = None
         self._plans: dict[int, _Plan] = {}
         self.graphs = GraphCache() if cuda_graph and self.device.type == "cuda" else None
+        #: Parameters with a copy in another precision: (parameter, copy), and the versions that the copies are of.
+        self._copied = [
+            (param.detach(), copy)
+            for layer, *copies in zip(layers, self.masters, self.weights, self.bias_masters, self.biases, strict=True)
+            for param, copy in zip((layer.weight, layer.weight, layer.bias, layer.bias), copies, strict=True)
+            if param is not None and copy is not None and copy.data_ptr() != param.data_ptr()
+        ]
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> list[int]:
+        return [param._version for param, _ in self._copied]
+
+    def _follow(self) -> None:
+        """Follow changes that somebody else made to the parameters, such as load_state_dict."""
+        versions = self._current_versions()
+        if versions == self._versions:
+            return
+        for (param, copy), old, new in zip(self._copied, self._versions, versions, strict=True):
+            if new != old:
+                copy.copy_(param)
+        self._versions = versions
 
     def _master(self, param: Tensor) -> Tensor:
         data = param.detach()
@@ -315,9 +336,11 @@ class TritonStep:
         launch()
         for t, old in zip(self._state(), before, strict=True):
             t.copy_(old)
+        self._versions = self._current_versions()
 
     def step(self, x: Tensor, y: Tensor, out: Tensor) -> None:
         """One step on x [M, K] (the compute dtype or uint8) and targets; writes the mean loss into ``out`` (0-d)."""
+        self._follow()
         x = self._cast(x)
         plan = self._plan(x.shape[0])
         row = self._current_row()
@@ -338,7 +361,6 @@ class TritonStep:
 
             self.graphs.replay(("step", plan.m, *key, row.data_ptr()), launch, self._without_effect)
             out.copy_(loss)
-        self._write_back()
 
     def _current_row(self) -> Tensor:
         """The next step's values on the device; written anew only when they change."""
@@ -354,6 +376,7 @@ class TritonStep:
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Sequence[float], losses: Tensor
     ) -> None:
         """Steps over ``order``, each with its learning rate; writes each step's loss."""
+        self._follow()
         images = self._cast(images)
         n = order.shape[0]
         table = self._hyper_rows(lrs).to(self.device)
@@ -365,7 +388,6 @@ class TritonStep:
         if full < len(lrs):
             losses[full:] = self._chunk(images, labels, order[full * batch_size :].view(1, -1), table[full:])
         self.steps += len(lrs)
-        self._write_back()
 
     def _chunk(self, images: Tensor, labels: Tensor, rows: Tensor, table: Tensor) -> Tensor:
         """The losses of ``count`` steps of equal size, by one graph where there are graphs."""
@@ -397,6 +419,7 @@ class TritonStep:
         """Gradients of the trained parameters, float32, in the order of the parameters."""
         if self.grads is None:
             self.grads = torch.zeros(self.layout.total, device=self.device)
+        self._follow()
         x = self._cast(x)
         plan = self._plan(x.shape[0])
         partial = plan.partial
@@ -423,14 +446,39 @@ class TritonStep:
         row = self._current_row()
         self.steps += 1
         self._apply(row)
-        self._write_back()
 
     def _cast(self, x: Tensor) -> Tensor:
         x = x if x.dtype in (self.dtype, torch.uint8) else x.to(self.dtype)
         return x if x.stride(-1) == 1 else x.contiguous()
 
-    def _write_back(self) -> None:
-        """Copy masters into parameters that are neither the masters nor what the products read."""
-        for layer, master, used in zip(self.layers, self.masters, self.weights, strict=True):
-            if layer.weight.data_ptr() not in (master.data_ptr(), used.data_ptr()):
-                layer.weight.detach().copy_(master)
+    def parameter_state(self) -> dict[str, list[Tensor]]:
+        """What belongs to each trained parameter, live and float32: optimizer state, and masters of 16 bits."""
+        state: dict[str, list[Tensor]] = {}
+        if self.m_state is not None:
+            state["exp_avg" if self.v_state is not None else "momentum_buffer"] = self.layout.views(self.m_state)
+        if self.v_state is not None:
+            state["exp_avg_sq"] = self.layout.views(self.v_state)
+        if any(layer.weight.dtype != torch.float32 for layer in self.layers):
+            state["master"] = list(self.layout.params)
+        return state
+
+    def counters(self) -> dict[str, float]:
+        """AdamW's number of updates; float16's loss scale and the good steps since it last moved."""
+        counters = {"step": float(self.steps)} if self.hyper.optimizer == "adamw" else {}
+        if self.scaled:
+            counters |= {"loss_scale": self.scale.item(), "loss_scale_good_steps": self.good_steps.item()}
+        return counters
+
+    def set_counters(self, counters: dict[str, float]) -> None:
+        """What ``counters`` returned; call it after ``parameter_state`` was written to."""
+        self.steps = int(counters.get("step", 0))
+        if self.scaled:
+            self.scale.fill_(counters["loss_scale"])
+            self.good_steps.fill_(counters["loss_scale_good_steps"])
+            torch.reciprocal(self.scale, out=self.inverse_scale)
+        for param, copy in self._copied:
+            if copy.dtype == torch.float32:
+                param.copy_(copy)
+            else:
+                copy.copy_(param)
+        self._versions = self._current_versions()

@@ -123,6 +123,51 @@ def test_two_runs_are_bitwise_equal(lane):
     assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
 
 
+PRECISIONS = [(torch.float32, None), (torch.float32, torch.float16), (torch.float16, None)]
+
+
+@pytest.mark.parametrize(("parameters", "products"), PRECISIONS, ids=str)
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
+def test_goes_on_where_it_stopped(lane, optimizer, parameters, products):
+    """A new step, with the state of the one that stopped, and parameters loaded under both."""
+    settings = SETTINGS[optimizer]
+    torch.manual_seed(0)
+    model, other = (fastmlp.MLP((33, 17, 5)).to(lane, parameters) for _ in range(2))
+    images, labels = (t.to(lane) for t in data(16, 33, 5))
+    with use_backend("triton"):
+        step, resumed = (TrainStep(m, dtype=products, **settings) for m in (model, other))
+    resumed(images, labels)
+    for _ in range(2):
+        step(images, labels)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(step.state_dict())
+    for _ in range(2):
+        step(images, labels)
+        resumed(images, labels)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    if products is None:
+        with use_backend("torch"):
+            names = set(TrainStep(copy.deepcopy(model).cpu(), dtype=products, **settings).state_dict())
+        assert set(step.state_dict()) == names
+
+
+@pytest.mark.parametrize(("parameters", "products"), PRECISIONS[1:], ids=str)
+def test_follows_parameters_that_were_loaded(lane, parameters, products):
+    """Masters and 16-bit copies are of the parameters as they are now."""
+    torch.manual_seed(0)
+    model, other = (fastmlp.MLP((33, 17, 5)).to(lane, parameters) for _ in range(2))
+    images, labels = (t.to(lane) for t in data(16, 33, 5))
+    with use_backend("triton"):
+        step = TrainStep(model, dtype=products, lr=0.1)
+        step(images, labels)
+        model.load_state_dict(other.state_dict())
+        step(images, labels)
+        TrainStep(other, dtype=products, lr=0.1)(images, labels)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_graphs_give_what_launches_give():
