@@ -2,10 +2,10 @@
 
 aten's ``addmm``/``mm`` call MKL and write into a given buffer. oneDNN's fused linear adds bias and activation in the
 same pass but allocates its result. Which is faster depends on the processor (MKL's kernels hold back on AMD) and on
-the shape, so the first use of a shape times both on scratch data, for a few milliseconds, and the answer is kept for
-the process; batch sizes between two powers of two share one, and so do all from 512 on. The two round differently:
-where bitwise reproducibility between processes matters more than speed, call ``set_cpu_gemm("aten")``
-(``torch.use_deterministic_algorithms(True)`` implies it).
+the shape, so the first use of a shape times both on scratch data, for a few milliseconds, and the answer is kept, also
+for later processes (``fastmlp.cpu_choices``); batch sizes between two powers of two share one, and so do all from 512
+on. The two round differently: where results must be the same bits on another machine of the kind too, call
+``set_cpu_gemm("aten")`` (``torch.use_deterministic_algorithms(True)`` implies it).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-__all__ = ["CPU_GEMMS", "choices", "dgrad", "get_cpu_gemm", "linear", "set_cpu_gemm", "wgrad"]
+from . import cpu_choices
+
+__all__ = ["CPU_GEMMS", "choices", "dgrad", "get_cpu_gemm", "keep_choices", "linear", "set_cpu_gemm", "wgrad"]
 
 Library = Literal["aten", "onednn"]
 CPU_GEMMS = ("auto", "aten", "onednn")
@@ -33,6 +35,8 @@ _MOST_ROWS = 512
 
 _mode = "auto"
 _choices: dict[tuple[object, ...], Library] = {}
+#: Those of them that are not in the user's cache yet.
+_measured: dict[str, Library] = {}
 
 
 def set_cpu_gemm(mode: str) -> None:
@@ -58,7 +62,7 @@ def get_cpu_gemm() -> str:
 
 
 def choices() -> dict[tuple[object, ...], str]:
-    """What was measured so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn".
+    """What was chosen so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn".
 
     M is the power of two at or below the batch sizes that the answer is used for, 512 for all larger ones.
     """
@@ -100,6 +104,14 @@ def _choose(
     known = _choices.get(key)
     if known is not None:
         return known
+    label = f"{kind} {key[1]}x{k}x{n} {str(dtype).removeprefix('torch.')}, {key[-1]} threads"
+    match cpu_choices.kept().get(label):
+        case "aten":
+            _choices[key] = "aten"
+            return "aten"
+        case "onednn":
+            _choices[key] = "onednn"
+            return "onednn"
     best: dict[Library, float] = {}
     candidates = trials(_measured_rows(m))
     for round_ in range(_WARM_UP + _ROUNDS):
@@ -108,8 +120,15 @@ def _choose(
             run()
             if round_ >= _WARM_UP:
                 best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
-    _choices[key] = winner = min(best, key=best.__getitem__)
+    _choices[key] = _measured[label] = winner = min(best, key=best.__getitem__)
     return winner
+
+
+def keep_choices() -> None:
+    """Write what was measured since the last call into the user's cache."""
+    if _measured:
+        cpu_choices.keep(_measured)
+        _measured.clear()
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str) -> Tensor:

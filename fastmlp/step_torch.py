@@ -162,6 +162,7 @@ class TorchStep:
             plan.update.append(cpu_gemm.wgrad_update(m, layer.weight) if layer.in_place else None)
             stored = layer.train_w and not layer.in_place
             plan.wgrad.append(cpu_gemm.wgrad(m, self._wgrad_buffer(i)) if stored else None)
+        cpu_gemm.keep_choices()
         return plan
 
     def _wgrad_buffer(self, i: int) -> Tensor:

@@ -11,9 +11,12 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+
+from fastmlp import cpu_choices
 
 pytest_plugins = ["tests.fuzz.plugin"]
 
@@ -84,6 +87,17 @@ def uninitialized_is_nan() -> Iterator[None]:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cpu_choices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What tests measure under load stays out of the user's cache."""
+    path = tmp_path_factory.mktemp("cache") / "cpu-gemm.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_choices, "choices_path", lambda: path)
+        cpu_choices.kept.cache_clear()
+        yield path
+    cpu_choices.kept.cache_clear()
 
 
 @pytest.fixture

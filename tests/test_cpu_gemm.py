@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastmlp
-from fastmlp import cpu_gemm
+from fastmlp import cpu_choices, cpu_gemm
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.step_config import LOSSES
 
@@ -31,12 +32,20 @@ needs_onednn = pytest.mark.skipif(not cpu_gemm._onednn_available(), reason="torc
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch) -> Iterator[None]:
-    """No choice known, and the mode restored afterwards."""
-    monkeypatch.setattr(cpu_gemm, "_choices", {})
+def fresh(monkeypatch, tmp_path) -> Iterator[None]:
+    """No choice known or kept, and the mode restored afterwards."""
+    new_process(monkeypatch)
+    monkeypatch.setattr(cpu_choices, "choices_path", lambda: tmp_path / "cache" / "cpu-gemm.json")
     mode = fastmlp.get_cpu_gemm()
     yield
     fastmlp.set_cpu_gemm(mode)
+
+
+def new_process(monkeypatch) -> None:
+    """Forget what only lives as long as a process."""
+    monkeypatch.setattr(cpu_gemm, "_choices", {})
+    monkeypatch.setattr(cpu_gemm, "_measured", {})
+    cpu_choices.kept.cache_clear()
 
 
 def run(dtype: torch.dtype = torch.float32, optimizer: str = "sgd", steps: int = 5, **settings) -> Tensor:
@@ -143,6 +152,48 @@ def test_the_faster_one_is_chosen():
     fastmlp.set_cpu_gemm("auto")
     assert cpu_gemm._choose("a", 1, 1, 1, torch.float32, trials("aten")) == "onednn"
     assert cpu_gemm._choose("b", 1, 1, 1, torch.float32, trials("onednn")) == "aten"
+
+
+@needs_onednn
+def test_choices_last_longer_than_the_process(monkeypatch):
+    fastmlp.set_cpu_gemm("auto")
+    run()
+    choices, path = cpu_gemm.choices(), cpu_choices.choices_path()
+    content = json.loads(path.read_text())
+    ((machine, kept),) = content.items()
+    assert torch.__version__ in machine
+    assert len(kept) == len(choices)
+    # The opposite of every measurement: nothing but the file can be the reason for it.
+    swapped = {name: "aten" if choice == "onednn" else "onednn" for name, choice in kept.items()}
+    path.write_text(json.dumps({"another machine": kept, machine: swapped}))
+    new_process(monkeypatch)
+    run()
+    assert cpu_gemm.choices() == {key: "aten" if c == "onednn" else "onednn" for key, c in choices.items()}
+    run(optimizer="momentum")
+    content = json.loads(path.read_text())
+    assert content["another machine"] == kept
+    assert swapped.items() < content[machine].items()
+
+
+@needs_onednn
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": 3}', '{"a": {"b": 3}}', "\x00"])
+def test_a_file_of_something_else_is_replaced(content):
+    fastmlp.set_cpu_gemm("auto")
+    path = cpu_choices.choices_path()
+    path.parent.mkdir()
+    path.write_text(content)
+    run()
+    found = json.loads(path.read_text())
+    assert sorted(max(found.values(), key=len).values()) == sorted(cpu_gemm.choices().values())
+
+
+@needs_onednn
+def test_a_cache_that_cannot_be_written(tmp_path):
+    fastmlp.set_cpu_gemm("auto")
+    (tmp_path / "cache").write_text("not a folder")
+    run()
+    assert cpu_gemm.choices()
+    assert (tmp_path / "cache").read_text() == "not a folder"
 
 
 @pytest.mark.parametrize("why", ["float64", "mode", "deterministic", "no oneDNN"])

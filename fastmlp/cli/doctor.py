@@ -30,6 +30,7 @@ def command(data: str | None, as_json: bool) -> int:
         "versions": common.versions(),
         "platform": platform.platform(),
         **_devices(),
+        "cpu_products": _cpu_products(),
         "data": _data(data),
     }
     report["triton"] = _triton(report["gpus"])
@@ -67,6 +68,13 @@ def _devices() -> dict[str, Any]:
             }
         )
     return {"cuda": torch.version.cuda, "hip": torch.version.hip, "cpu": cpu_name(), "gpus": gpus}
+
+
+def _cpu_products() -> dict[str, Any]:
+    """How many shapes were measured on this machine to choose who multiplies on the CPU, and where that is kept."""
+    from fastmlp.cpu_choices import choices_path, kept
+
+    return {"measured_shapes": len(kept()), "file": str(choices_path())}
 
 
 def _data(folder: str | None) -> dict[str, Any]:
@@ -145,13 +153,14 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         f"{gpu['multiprocessors']} multiprocessors)"
         for gpu in report["gpus"]
     ]
-    data = report["data"]
+    data, products = report["data"], report["cpu_products"]
     missing = "not on this machine; training will download it, or else use the bundled subset"
     return [
         ("versions", versions),
         ("torch built for", built),
         ("platform", report["platform"]),
         ("processor", report["cpu"]),
+        ("CPU products", f"{products['measured_shapes']} shapes measured, kept in {products['file']}"),
         ("GPU", "; ".join(gpus) or "none that torch can use"),
         ("auto backend", report["auto_backend"]),
         ("data", data["problem"] or data["folder"] or missing),

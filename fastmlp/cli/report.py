@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -95,10 +94,6 @@ def cpu_name() -> str:
     """The processor's name as the operating system gives it, with its number of cores for torch."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            name = next((line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")), name)
-    except OSError:  # not Linux
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"
+    from fastmlp.cpu_choices import processor_name
+
+    return f"{processor_name()}, {torch.get_num_threads()} threads"

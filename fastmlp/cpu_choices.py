@@ -1,0 +1,76 @@
+"""What was measured about the CPU's libraries, kept in the user's cache from one process to the next.
+
+A choice between two libraries that round differently is part of a result. Kept in a file, it is made once for a
+machine, so that a seed gives the same bits in every later run, and only the first run spends time on measuring.
+
+    {"AMD EPYC 9654, torch 2.14.1": {"linear sigmoid 64x784x512 float32, 2 threads": "onednn", ...}, ...}
+
+Deleting the file has everything measured anew. A file that cannot be read or written is as good as none: every process
+then measures for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+__all__ = ["choices_path", "keep", "kept", "processor_name"]
+
+
+def choices_path() -> Path:
+    """The file, which need not exist."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("fastmlp") / "cpu-gemm.json"
+
+
+def processor_name() -> str:
+    """The processor's name as the operating system gives it."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as stream:
+        for line in stream:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _machine() -> str:
+    """What the choices hold for."""
+    return f"{processor_name()}, torch {torch.__version__}"
+
+
+def _read() -> dict[str, dict[str, str]]:
+    """The whole file; empty where it is missing or not what ``keep`` writes."""
+    try:
+        content = json.loads(choices_path().read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    return {
+        machine: {name: choice for name, choice in choices.items() if isinstance(choice, str)}
+        for machine, choices in content.items()
+        if isinstance(choices, dict)
+    }
+
+
+@functools.cache
+def kept() -> Mapping[str, str]:
+    """The choices that earlier processes made on this machine with this torch; read once."""
+    return _read().get(_machine(), {})
+
+
+def keep(choices: Mapping[str, str]) -> None:
+    """Add choices to the file; what another process has added meanwhile stays, and wins."""
+    from .files import atomic_write
+
+    content = _read()
+    content[_machine()] = {**choices, **content.get(_machine(), {})}
+    with contextlib.suppress(OSError):
+        atomic_write(choices_path(), json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
