@@ -23,6 +23,7 @@ from torch.autograd import Function
 
 from . import ops, reference, torch_backend
 from .activations import saved_for_grad
+from .autocast import is_autocast_enabled
 from .backend import Resolved
 
 __all__ = ["LinearAct", "MLPFunction"]
@@ -38,7 +39,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def _outside_autocast(*grads: Tensor | None) -> AbstractContextManager[object]:
     """The saved tensors have the dtypes of the forward pass; a backward() inside torch.autocast keeps to them."""
     device_type = next((g.device.type for g in grads if g is not None), "meta")
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -38,6 +39,10 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _default: Backend = "auto"
 _override: ContextVar[Backend | None] = ContextVar("fastmlp_backend", default=None)
+#: How many ``use_backend`` blocks are open, in all threads: torch.compile before torch 2.12 cannot trace the reading of
+#: a context variable, so it is read only where one may be set.
+_overrides = 0
+_lock = Lock()
 _triton_installed = importlib.util.find_spec("triton") is not None
 
 
@@ -69,16 +74,21 @@ def use_backend(name: Backend) -> Iterator[None]:
 
     The backward pass runs on the backend that its forward pass ran on, also outside the block.
     """
+    global _overrides
     token = _override.set(_known(name))
+    with _lock:
+        _overrides += 1
     try:
         yield
     finally:
+        with _lock:
+            _overrides -= 1
         _override.reset(token)
 
 
 def get_backend() -> Backend:
     """The backend in force here, as it was chosen: "auto", "triton" or "torch"."""
-    return _override.get() or _default
+    return (_override.get() or _default) if _overrides else _default
 
 
 def triton_available() -> bool:
@@ -98,7 +108,7 @@ def resolve(x: Tensor, dtype: torch.dtype | None = None) -> Resolved:
         RuntimeError: backend "triton" on a device that no kernel can run on, or inside a transform of torch.func.
         TypeError: backend "triton" with a dtype that the kernels do not compute in.
     """
-    name = _override.get() or _default
+    name = get_backend()
     if name == "torch":
         return "torch"
     if functorch_active():

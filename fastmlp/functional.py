@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .autocast import is_autocast_enabled
 from .autograd import LinearAct, MLPFunction
 from .backend import functorch_active, resolve
 from .checks import check_batch, check_input, check_layer, check_layer_activation, check_linear, check_tensor
@@ -32,7 +33,7 @@ __all__ = [
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that torch.autocast asks matrix products on x's device to run in, or None outside autocast."""
     device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

@@ -14,6 +14,7 @@ from torch.nn import _reduction
 from torch.nn import functional as F
 
 from . import ops, reference, torch_losses
+from .autocast import is_autocast_enabled
 from .backend import Resolved, functorch_active, resolve
 from .checks import check_same_device, check_tensor
 from .torch_losses import Settings
@@ -195,7 +196,7 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     check_tensor(input, "the input")
-    autocast = torch.amp.is_autocast_available(input.device.type) and torch.is_autocast_enabled(input.device.type)
+    autocast = is_autocast_enabled(input.device.type)
     _check(input, target, weight, ignore_index, reduction, label_smoothing, autocast)
     probabilities = target.is_floating_point()
     dtype = _result_dtype(input, target, weight, autocast)

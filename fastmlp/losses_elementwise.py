@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from . import ops
 from . import reference_losses as reference
+from .autocast import is_autocast_enabled
 from .backend import Resolved, functorch_active, resolve
 from .checks import check_same_device, check_tensor
 
@@ -56,8 +57,7 @@ def check_loss_arguments(input: Tensor, target: Tensor, reduction: str) -> None:
 
 def outside_autocast(*tensors: Tensor) -> list[Tensor]:
     """Under torch.autocast these losses are computed in float32, as torch computes its own."""
-    kind = tensors[0].device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if is_autocast_enabled(tensors[0].device.type):
         return [t.float() if t.is_floating_point() and t.itemsize < 4 else t for t in tensors]
     return list(tensors)
 

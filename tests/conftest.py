@@ -93,8 +93,13 @@ def uninitialized_is_nan() -> Iterator[None]:
 def own_cpu_choices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What tests measure under load stays out of the user's cache."""
     path = tmp_path_factory.mktemp("cache") / "cpu-gemm.json"
+
+    def choices_path() -> Path:
+        """A temporary file."""
+        return path
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_choices, "choices_path", lambda: path)
+        patch.setattr(cpu_choices, "choices_path", choices_path)
         cpu_choices.kept.cache_clear()
         yield path
     cpu_choices.kept.cache_clear()

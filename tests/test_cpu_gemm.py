@@ -217,7 +217,7 @@ def allocations(step: Callable[[], object], warm: int = 3, steps: int = 2) -> li
 
     for _ in range(warm):
         step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         for _ in range(steps):
             step()
     assert record.profiler is not None

@@ -1,0 +1,15 @@
+"""Whether torch.autocast is on for a device: asked at every call, also while torch.compile traces it."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["is_autocast_enabled"]
+
+#: Device types that have autocast. Asked once: to ask inside a traced call is beyond torch.compile before torch 2.12.
+_AVAILABLE = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind))
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """Whether products of tensors on such a device are under torch.autocast; False where there is no autocast."""
+    return device_type in _AVAILABLE and torch.is_autocast_enabled(device_type)
