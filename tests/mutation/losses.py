@@ -224,15 +224,15 @@ _OTHER_LOSSES = (
     Mutant(
         "reduce_sum",
         "mask dropped in the reduction tail",
-        "acc += tl.load(partial_ptr + offs, mask=offs < count, other=0.0)",
-        "acc += tl.load(partial_ptr + offs)",
+        "tail += tl.load(partial_ptr + offs, mask=offs < count, other=0.0)",
+        "tail += tl.load(partial_ptr + offs)",
         (ELEMENTWISE, "test_shapes and mse"),
     ),
     Mutant(
         "reduce_sum",
         "scale dropped",
-        "(tl.sum(acc, 0) * scale)",
-        "tl.sum(acc, 0)",
+        "((tl.sum(acc, 0) + tl.sum(tail, 0)) * scale)",
+        "(tl.sum(acc, 0) + tl.sum(tail, 0))",
         (ELEMENTWISE, "test_shapes and mse"),
     ),
     Mutant(
