@@ -347,8 +347,8 @@ _UPDATE = (
     Mutant(
         "optimizer",
         "16-bit copy not written",
-        "    if HAS_LOW:\n        tl.store(low_ptr + offs, w.to(low_ptr.dtype.element_ty), mask=mask)",
-        "    if HAS_LOW:\n        tl.store(low_ptr + offs, g.to(low_ptr.dtype.element_ty), mask=mask)",
+        "tl.store(low_ptrs, w.to(low_ptr.dtype.element_ty), mask=mask)",
+        "tl.store(low_ptrs, g.to(low_ptr.dtype.element_ty), mask=mask)",
         (UPDATE, "16_bit and direct and float16"),
     ),
 )
