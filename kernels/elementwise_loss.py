@@ -9,7 +9,8 @@
 torch's values where a logarithm or quotient is not finite: logarithms of bce are at least -100, a (1 - a) at least
 1e-12, and y = 0 makes nllm and its gradient 0. dL/dy follows each formula.
 
-Shapes: A, Y [M, C], any strides; results contiguous. Contiguous operands are read as one long row, whatever C. Dtypes: float32, float16, bfloat16; computed in float32.
+Shapes: A, Y [M, C], any strides; results contiguous. Contiguous operands are read as one long row, whatever C.
+Dtypes: float32, float16, bfloat16; computed in float32.
 Bytes: one pass reads A and Y and writes dA (3 M C items); forward reads 2 M C and writes a number a program; backward
 reads 2 M C and writes M C for each gradient wanted.
 Source: loss derivatives of lecture notes 7.5.13; sigmoid and NLL together, concept 50.
