@@ -266,6 +266,45 @@ def head(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
         yield Comparison(name, got, want, torch_result, terms)
 
 
+def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
+    """One layer's gradient and its update in float32, for every optimizer: the first step, from states of 0."""
+    from .kernels.wgrad_update import Hyper, Layer, Layout
+    from .kernels.wgrad_update import wgrad_update as launch
+
+    lr, momentum, decay, betas = 0.1, 0.9, 0.02, (0.9, 0.999)
+    rules: tuple[tuple[str, Hyper, Callable[..., torch.optim.Optimizer]], ...] = (
+        ("sgd", Hyper("sgd", weight_decay=decay), partial(torch.optim.SGD, lr=lr, weight_decay=decay)),
+        (
+            "nesterov",
+            Hyper("momentum", nesterov=True, momentum=momentum, weight_decay=decay),
+            partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=True, weight_decay=decay),
+        ),
+        # AdamW's first step is the gradient's sign unless eps is of the gradient's size.
+        (
+            "adamw",
+            Hyper("adamw", False, 0.0, decay, *betas, eps=0.1),
+            partial(torch.optim.AdamW, lr=lr, betas=betas, eps=0.1, weight_decay=decay),
+        ),
+    )
+    hyper_row = torch.tensor([lr, 1 - lr * decay, lr / (1 - betas[0]), (1 - betas[1]) ** -0.5], device=problem.device)
+    dz, x = problem.dz / problem.M**0.5, problem.x
+    start = (problem.weight.float(), problem.bias.float())
+    for name, hyper, rule in rules:
+        actual = [p.clone() for p in start]
+        layout = Layout([Layer(*actual)])
+        m_state, v_state = torch.zeros(2, layout.total, device=problem.device)
+        launch(layout, [dz], [x], hyper, hyper_row, m_state=m_state, v_state=v_state)
+        found = []
+        for dtype in (torch.float64, problem.dtype):
+            params = [p.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_() for p in start]
+            for p, gradient in zip(params, reference.linear_wgrad(dz.to(dtype), x.to(dtype)), strict=True):
+                p.grad = gradient.to(p.dtype)
+            rule(params).step()
+            found.append([p.detach() for p in params])
+        for what, got, want, own in zip(("W", "b"), actual, *found, strict=True):
+            yield Comparison(f"{what} ({name})", got, want, own, problem.M)
+
+
 CHECKS: Mapping[str, Check] = {
     check.__name__: check
     for check in (
@@ -277,11 +316,12 @@ CHECKS: Mapping[str, Check] = {
         elementwise_loss,
         softmax_squared_error,
         head,
+        wgrad_update,
     )
 }
 """Every check by the name of its kernel."""
 
-KERNELS_ONLY = frozenset({"head"})
+KERNELS_ONLY = frozenset({"head", "wgrad_update"})
 """The checks of kernels that have no counterpart on the torch backend."""
 
 #: M, K, N: ragged against every tile, small enough for the interpreter.

@@ -9,7 +9,8 @@
 torch's values where a logarithm or quotient is not finite: logarithms of bce are at least -100, a (1 - a) at least
 1e-12, and y = 0 makes nllm and its gradient 0. dL/dy follows each formula.
 
-Shapes: A, Y [M, C], any strides; results contiguous. Dtypes: float32, float16, bfloat16; computed in float32.
+Shapes: A, Y [M, C], any strides; results contiguous. Contiguous operands are read as one long row, whatever C.
+Dtypes: float32, float16, bfloat16; computed in float32.
 Bytes: one pass reads A and Y and writes dA (3 M C items); forward reads 2 M C and writes a number a program; backward
 reads 2 M C and writes M C for each gradient wanted.
 Source: loss derivatives of lecture notes 7.5.13; sigmoid and NLL together, concept 50.
@@ -99,14 +100,25 @@ def _loss_target_grad(a, y, LOSS: tl.constexpr):
 def _elementwise_loss_kernel(
     a_ptr, y_ptr, g_ptr, loss_ptr, partial_ptr, da_ptr, dy_ptr,
     scale, total, C, stride_am, stride_ac, stride_ym, stride_yc, stride_gm, stride_gc,
-    LOSS: tl.constexpr, BLOCK: tl.constexpr,
+    LOSS: tl.constexpr, DENSE: tl.constexpr, G_NUMBER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < total
-    m = offs // C
-    c = offs % C
-    a = tl.load(a_ptr + m * stride_am + c * stride_ac, mask=mask, other=0.5).to(tl.float32)
-    y = tl.load(y_ptr + m * stride_ym + c * stride_yc, mask=mask, other=0.0).to(tl.float32)
+    if DENSE:
+        # Addresses without a division by C, which would hide that neighbours are neighbours.
+        a_ptrs = a_ptr + offs
+        y_ptrs = y_ptr + offs
+        if g_ptr is not None:
+            g_ptrs = g_ptr + offs
+    else:
+        m = offs // C
+        c = offs % C
+        a_ptrs = a_ptr + m * stride_am + c * stride_ac
+        y_ptrs = y_ptr + m * stride_ym + c * stride_yc
+        if g_ptr is not None:
+            g_ptrs = g_ptr + m * stride_gm + c * stride_gc
+    a = tl.load(a_ptrs, mask=mask, other=0.5).to(tl.float32)
+    y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
     if loss_ptr is not None or partial_ptr is not None:
         loss = tl.where(mask, _loss(a, y, LOSS), 0.0)
         if loss_ptr is not None:
@@ -115,7 +127,10 @@ def _elementwise_loss_kernel(
             tl.store(partial_ptr + tl.program_id(0), tl.sum(loss, 0))
     g = scale
     if g_ptr is not None:
-        g = scale * tl.load(g_ptr + m * stride_gm + c * stride_gc, mask=mask, other=0.0).to(tl.float32)
+        if G_NUMBER:
+            g = scale * tl.load(g_ptr).to(tl.float32)
+        else:
+            g = scale * tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32)
     if da_ptr is not None:
         tl.store(da_ptr + offs, (g * _loss_grad(a, y, LOSS)).to(da_ptr.dtype.element_ty), mask=mask)
     if dy_ptr is not None:
@@ -135,11 +150,13 @@ def _launch(
     scale: float = 1.0,
 ) -> None:
     total, C = a.numel(), a.shape[1]
-    stride_g = (0, 0) if g is None or g.dim() == 0 else g.stride()
+    number = g is not None and not any(g.stride())  # 0-d, or expanded from one number
+    stride_g = (0, 0) if g is None or number else g.stride()
+    dense = all(t.is_contiguous() for t in (a, y, *(() if g is None or number else (g,))))
     _elementwise_loss_kernel[(cdiv(total, BLOCK),)](
         a, y, g, loss, partial, da, dy,
         float(scale), total, C, *a.stride(), *y.stride(), *stride_g,
-        LOSS=loss_name, BLOCK=BLOCK, num_warps=4,
+        LOSS=loss_name, DENSE=dense, G_NUMBER=number, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ from .tiling import dot, grouped_tile
 __all__ = ["linear_wgrad"]
 
 GROUP_N = 8
-REDUCE_BLOCK = 1024
+#: Four partial sums a thread: eight (16 bytes of a 16-bit result) would read half a sector at a time.
+REDUCE_BLOCK = 512
 
 
 @triton.jit

@@ -151,6 +151,9 @@ def _launch(
         *logits.stride(), target.stride(0), 0 if labels else target.stride(1),
         0 if g is None or g.dim() == 0 else g.stride(0), *stride_d,
         LABELS=labels, WHOLE=whole, BLOCK_M=rows, BLOCK_C=cols, num_warps=num_warps,
+        # A sum over lanes adds a lane's own square to another's. Fused, fma(d, d, other's), it would not round its own
+        # but the other's, and lanes that hold one row would end with different sums of it.
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 

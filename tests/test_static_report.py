@@ -341,4 +341,7 @@ def test_the_kept_report_is_complete(kept):
         name for row in report["steps"] for name in row["kernels"]
     }
     assert kernel_names() <= launched
+    assert Counter(row["kernel"] for row in report["step_execution"]) == {
+        "_linear_fwd_kernel": 2, "_head_kernel": 1, "_linear_dgrad_kernel": 1, "_wgrad_update_kernel": 1
+    }  # fmt: skip
     assert {row["mode"] for row in report["numerics"]} == {"float32", "tf32", "bfloat16", "float16"}

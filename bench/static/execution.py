@@ -16,18 +16,21 @@ from typing import Any
 
 import torch
 
+import fastmlp
 from tests.compile.targets import TARGETS
 from tests.ptxsim import Launch, PtxKernel, Stats
 
 from .gpus import MODES
 from .numbers import significant
 from .work import Work, work_of
-from .workloads import BATCHES, WORKLOADS, float32_precision
+from .workloads import BATCHES, SIZES, WORKLOADS, float32_precision, labels
 
-__all__ = ["EXECUTED_TARGETS", "MATRIX_FLOPS", "execute", "execution_rows"]
+__all__ = ["EXECUTED_TARGETS", "MATRIX_FLOPS", "STEP_BATCH", "execute", "execution_rows", "step_execution_rows"]
 
 #: Two generations of NVIDIA's warp-wide matrix instructions.
 EXECUTED_TARGETS = ("sm_80", "sm_120")
+#: Of the training step that is executed whole.
+STEP_BATCH = 64
 #: Of one launch, about as many are executed: some seconds' worth.
 MATRIX_FLOPS = 3e8
 
@@ -43,6 +46,21 @@ def execution_rows(target: str, mode: str) -> list[dict[str, Any]]:
                 workload.run(batch, getattr(torch, MODES[mode].dtype))
             for launch in gpu.launches:
                 rows.append({"target": target, "workload": workload.name, "mode": mode, "batch": batch, **_row(launch)})
+    return rows
+
+
+def step_execution_rows(target: str) -> list[dict[str, Any]]:
+    """One row for each launch of one ``fastmlp.TrainStep``, every program of it executed: float32, plain SGD."""
+    x, y = torch.rand(STEP_BATCH, SIZES[0], generator=torch.Generator().manual_seed(0)), labels(STEP_BATCH)
+    torch.manual_seed(0)
+    model = fastmlp.MLP(SIZES)
+    with TARGETS[target].simulated(execute=True) as gpu, fastmlp.use_backend("triton"):
+        fastmlp.TrainStep(model, lr=0.1)(x, y)
+    rows = []
+    for launch in gpu.launches:
+        assert launch.stats is not None
+        counts = _counts(launch.stats, work_of(launch), 1.0)
+        rows.append({"target": target, "kernel": launch.name, "programs": math.prod(launch.grid), **counts})
     return rows
 
 
@@ -89,6 +107,8 @@ def _counts(stats: Stats, work: Work, share: float) -> dict[str, Any]:
     wavefronts, conflicts = (sum(t[what] for t in shared) for what in ("wavefronts", "conflicts"))
     asked = 32 * (stats.global_load["sectors"] + stats.async_copy["sectors"])
     return {
+        "wavefronts": wavefronts,
+        "conflicts": conflicts,
         "warp_instructions": stats.warp_instructions,
         "warp_instructions_per_output": significant(stats.warp_instructions / outputs),
         "sectors": sectors,

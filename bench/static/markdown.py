@@ -59,6 +59,12 @@ the multiprocessor's with what limits them, waves (programs over what all multip
 instruction mix: each instruction counted once wherever it stands. Integer is also logic, moves and addresses.
 """
 
+_STEP_EXECUTION = """### A step executed
+
+The launches of one `fastmlp.TrainStep(x, y)` of the same network, float32, batch 64, every program executed on a
+simulated {}.
+"""
+
 _NUMERICS = """## Numerics
 
 Errors against float64 of the kernels (executed for sm_80) and of torch on a CPU in the same dtype: largest and
@@ -89,6 +95,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{_INTRODUCTION}\nCompiled with {versions}.\n",
         _findings(report["findings"]),
         _steps(report["steps"]),
+        _step_execution(report["step_execution"]),
         _rooflines(report["machine"]),
         _execution(report["execution"]),
         _numerics(report["numerics"]),
@@ -149,6 +156,22 @@ def _steps(rows: list[Row]) -> str:
             )
             text += f"\nRoofline on {gpu}, microseconds:\n\n" + table(header, times, left=2)
     return text
+
+
+def _step_execution(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    counted = ("programs", "warp_instructions", "sectors", "wavefronts", "conflicts", "barriers")
+    lines = [
+        (row["kernel"].strip("_"), *(f"{row[key]:,}" for key in counted), compact(row["sectors_over_minimum"]))
+        for row in rows
+    ]
+    lines.append(("all", *(f"{sum(row[key] for row in rows):,}" for key in counted), ""))
+    header = (
+        "kernel", "programs", "warp instructions", "sectors", "shared wavefronts", "of them conflicts", "barriers",
+        "sectors over min.",
+    )  # fmt: skip
+    return f"{_STEP_EXECUTION.format(rows[0]['target'])}\n" + table(header, lines)
 
 
 def _kernels(counts: dict[str, int]) -> str:

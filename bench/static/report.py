@@ -16,7 +16,7 @@ import torch
 from fastmlp.files import atomic_write
 from tests.compile.targets import TARGETS
 
-from .execution import EXECUTED_TARGETS, execution_rows
+from .execution import EXECUTED_TARGETS, execution_rows, step_execution_rows
 from .findings import findings
 from .gpus import GPUS
 from .machine import machine_rows
@@ -26,6 +26,7 @@ from .steps import STEP_TARGETS, step_rows
 
 __all__ = ["collect", "dump", "write"]
 
+SECTIONS = ("machine", "execution", "steps", "step_execution", "numerics")
 EXECUTED_MODES = ("float32", "bfloat16", "tf32")
 
 Part = tuple[str, Callable[..., list[dict[str, Any]]], tuple[str, ...]]
@@ -36,6 +37,7 @@ def parts() -> list[Part]:
     return [
         *(("execution", execution_rows, (target, mode)) for mode in EXECUTED_MODES for target in EXECUTED_TARGETS),
         *(("steps", step_rows, (target,)) for target in STEP_TARGETS),
+        ("step_execution", step_execution_rows, ("sm_80",)),
         *(("machine", machine_rows, (target,)) for target in TARGETS),
         *(("numerics", numerics_rows, (mode,)) for mode in NUMERICS_MODES),
     ]
@@ -57,7 +59,7 @@ def collect(jobs: int, progress: Callable[[str], None], chosen: Iterable[Part] |
             i = numbers[future]
             found[i] = future.result()
             progress(f"{todo[i][0]} {' '.join(todo[i][2])}: {len(found[i])} rows ({len(found)} of {len(todo)})")
-    sections: dict[str, list[dict[str, Any]]] = {name: [] for name in ("machine", "execution", "steps", "numerics")}
+    sections: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
     for i, (section, _, _) in enumerate(todo):
         sections[section] += found[i]
     return {

@@ -15,6 +15,8 @@ from .cases import KernelCases
 __all__ = ["KERNELS"]
 
 LOSSES = ("mse", "l1", "bce", "bce_with_logits", "nllm")
+#: The variants whose operands are column-major.
+COLUMNS = ("l1", "nllm-columns")
 Launcher = Callable[[torch.dtype, Any], object]
 
 
@@ -47,7 +49,7 @@ def _elementwise_cases(variants: dict[str, Launcher]) -> KernelCases:
         tiles=lambda dtype, device: (None,),
         variants=variants,
         force=lambda tile: nullcontext(),
-        aligned=lambda variant, dtype, tile: False,  # strides are run-time values and an index is divided by C
+        aligned=lambda variant, dtype, tile: variant not in COLUMNS,
     )
 
 
@@ -72,7 +74,7 @@ def _softmax_cases(variants: dict[str, Launcher], shapes: tuple[Logits, ...]) ->
 
 KERNELS = {
     "elementwise_loss": _elementwise_cases(
-        {f: _elementwise(kernels.elementwise_loss, f, columns=f == "l1") for f in LOSSES}
+        {f: _elementwise(kernels.elementwise_loss, f, columns=f in COLUMNS) for f in LOSSES}
     ),
     "elementwise_loss_fwd": _elementwise_cases(
         {

@@ -18,17 +18,13 @@ from fastmlp.kernels import linear_wgrad
 from tests.conftest import uninitialized_is_nan
 from tests.kernels.harness import assert_within_budget, poisoned
 from tests.kernels.launches import LAUNCHES
-from tests.ptxsim import SharedRace, SimulatedGPU
+from tests.ptxsim import SimulatedGPU
 
 pytestmark = pytest.mark.execute
 
 CPU = torch.device("cpu")
 #: Seeds for what passes data from one launch or program to another.
 SYNCHRONIZING_SEEDS = range(30)
-
-# d d is contracted with the first step of the sum over lanes, fma(d, d, other lane's d d), which rounds the lane's own
-# square and the other's differently: lanes disagree by a unit in the last place, and one of them is stored.
-_DISAGREE = pytest.mark.xfail(raises=SharedRace, strict=True, reason="lanes disagree on the last digit of a row's loss")
 
 
 def random_order(arch: int, seed: int) -> SimulatedGPU:
@@ -49,9 +45,7 @@ def both_ways(
 
 
 @pytest.mark.parametrize(("arch", "seed"), [(80, 0), (80, 1), (80, 2), (75, 0), (120, 0)])
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=_DISAGREE if n == "softmax_squared_error" else []) for n in LAUNCHES]
-)
+@pytest.mark.parametrize("name", LAUNCHES)
 def test_order_of_warps_and_programs_does_not_matter(name: str, arch: int, seed: int) -> None:
     for lockstep, shuffled in both_ways(lambda: LAUNCHES[name](CPU), arch, seed):
         if lockstep is not None:

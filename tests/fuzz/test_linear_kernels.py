@@ -61,7 +61,7 @@ def build_rows(spec: Spec | None, stored: int) -> Tensor | None:
     return poisoned(torch.randint(0, stored, spec.shape, generator=g), pad=spec.pad)
 
 
-@fuzz(35, forwards(), launches=True)
+@fuzz(25, forwards(), launches=True)
 def test_linear_fwd(lane, case: Forward):
     x, w = case.x.build(), case.weight.build()
     b = None if case.bias is None else case.bias.build()
@@ -135,7 +135,7 @@ def derivative(saved: Tensor | None, activation: str) -> Tensor | float:
     return reference.activation_grad(saved.double(), activation)
 
 
-@fuzz(30, input_gradients(), launches=True)
+@fuzz(20, input_gradients(), launches=True)
 def test_linear_dgrad(lane, case: InputGradient):
     dz, w = case.dz.build(), case.weight.build()
     saved = kept(case.z.values(), case.activation)
@@ -148,7 +148,7 @@ def test_linear_dgrad(lane, case: InputGradient):
     assert_within_budget(dx.cpu(), expected, torchs, reduction=w.shape[0], magnitude=largest(adz @ aw), what="dX")
 
 
-@fuzz(15, input_gradients(), launches=True)
+@fuzz(10, input_gradients(), launches=True)
 def test_activation_bwd(lane, case: InputGradient):
     da = Spec(case.z.shape, case.z.dtype, case.dz.layout, case.dz.pad, case.dz.scale, case.dz.seed).build()
     saved = kept(case.z.values(), case.activation)
@@ -183,7 +183,7 @@ def weight_gradients(draw: st.DrawFn) -> WeightGradient:
     )
 
 
-@fuzz(30, weight_gradients(), launches=True)
+@fuzz(20, weight_gradients(), launches=True)
 def test_linear_wgrad(lane, case: WeightGradient):
     dz, x = case.dz.build(), case.x.build()
     rows = build_rows(case.rows, x.shape[0])

@@ -115,7 +115,7 @@ def moved(lane: torch.device, *tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.to(lane) for t in tensors]
 
 
-@fuzz(30, cross_entropies(positions=False), launches=True)
+@fuzz(20, cross_entropies(positions=False), launches=True)
 def test_cross_entropy_one_pass(lane, case: CrossEntropy):
     z, target, weight = case.tensors()
     M, C = z.shape
@@ -135,7 +135,7 @@ def test_cross_entropy_one_pass(lane, case: CrossEntropy):
     assert_close(dz.cpu(), dz_expected, own_dz, reduction=C, magnitude=0.125 * size, what="dZ")
 
 
-@fuzz(30, cross_entropies(positions=True), launches=True)
+@fuzz(20, cross_entropies(positions=True), launches=True)
 def test_cross_entropy_two_passes(lane, case: CrossEntropy):
     z, target, weight = case.tensors()
     C, rows = z.shape[1], z.numel() // z.shape[1]
@@ -199,7 +199,7 @@ def elementwises(draw: st.DrawFn) -> Elementwise:
     )
 
 
-@fuzz(20, elementwises(), launches=True)
+@fuzz(15, elementwises(), launches=True)
 def test_elementwise_loss(lane, case: Elementwise):
     a, y = case.tensors()
     name, scale = case.loss, case.scale
@@ -247,7 +247,7 @@ def squared_errors(draw: st.DrawFn) -> SquaredError:
     )
 
 
-@fuzz(15, squared_errors(), launches=True)
+@fuzz(10, squared_errors(), launches=True)
 def test_softmax_squared_error(lane, case: SquaredError):
     z, target = case.z.build(), case.target.build()
     M, C = z.shape

@@ -186,13 +186,13 @@ def check(case: Network, forward: Forward) -> None:
         assert error <= allowed, f"{name}: error {error:.3e} is over {allowed:.3e}"
 
 
-@fuzz(20, networks(depth=1))
+@fuzz(15, networks(depth=1))
 def test_linear_act(case: Network):
     (layer,) = case.layers
     check(case, lambda x, w, b: fastmlp.functional.linear_act(x, w[0], b[0], layer.activation))
 
 
-@fuzz(20, networks(depth=3))
+@fuzz(15, networks(depth=3))
 def test_mlp(case: Network):
     names = [layer.activation for layer in case.layers]
     check(case, lambda x, w, b: fastmlp.functional.mlp(x, w, b, names))
@@ -242,7 +242,7 @@ def losses(draw: st.DrawFn) -> Loss:
     )
 
 
-@fuzz(25, losses())
+@fuzz(15, losses())
 def test_cross_entropy(case: Loss):
     z, target = case.z.build().to(DEVICE), case.target.build().to(DEVICE)
     weight = None if case.weight is None else case.weight.build().abs().to(DEVICE)

@@ -224,15 +224,15 @@ _OTHER_LOSSES = (
     Mutant(
         "reduce_sum",
         "mask dropped in the reduction tail",
-        "acc += tl.load(partial_ptr + offs, mask=offs < count, other=0.0)",
-        "acc += tl.load(partial_ptr + offs)",
+        "tail += tl.load(partial_ptr + offs, mask=offs < count, other=0.0)",
+        "tail += tl.load(partial_ptr + offs)",
         (ELEMENTWISE, "test_shapes and mse"),
     ),
     Mutant(
         "reduce_sum",
         "scale dropped",
-        "(tl.sum(acc, 0) * scale)",
-        "tl.sum(acc, 0)",
+        "((tl.sum(acc, 0) + tl.sum(tail, 0)) * scale)",
+        "(tl.sum(acc, 0) + tl.sum(tail, 0))",
         (ELEMENTWISE, "test_shapes and mse"),
     ),
     Mutant(
@@ -347,8 +347,8 @@ _UPDATE = (
     Mutant(
         "optimizer",
         "16-bit copy not written",
-        "    if HAS_LOW:\n        tl.store(low_ptr + offs, w.to(low_ptr.dtype.element_ty), mask=mask)",
-        "    if HAS_LOW:\n        tl.store(low_ptr + offs, g.to(low_ptr.dtype.element_ty), mask=mask)",
+        "tl.store(low_ptrs, w.to(low_ptr.dtype.element_ty), mask=mask)",
+        "tl.store(low_ptrs, g.to(low_ptr.dtype.element_ty), mask=mask)",
         (UPDATE, "16_bit and direct and float16"),
     ),
 )

@@ -109,6 +109,12 @@ PARAM_CASES = [
     ("ld.param.s8 %x0, [p0]; cvt.s64.s32 %o, %x0;", lambda t: 0xFFFFFFFFFFFFFFE1),
     ("ld.param.b32 %x0, [p3+4]; cvt.u64.u32 %o, %x0;", lambda t: 0x11223344),
     ("ld.param.v2.b32 {%x0, %x1}, [p3]; mov.b64 %o, {%x1, %x0};", lambda t: 0x5566778811223344),
+    # a register wider than what is loaded: sign-extended for .s, zero-extended for .u and .b
+    ("ld.param.s32 %o, [p2];", lambda t: 0xFFFFFFFFB4A59687),
+    ("ld.param.u32 %o, [p2];", lambda t: 0xB4A59687),
+    ("ld.param.b32 %o, [p2];", lambda t: 0xB4A59687),
+    ("mov.b64 %y0, p2; ld.param.s32 %o, [%y0];", lambda t: 0xFFFFFFFFB4A59687),
+    ("mov.b64 %y0, p2; ld.param.u32 %o, [%y0];", lambda t: 0xB4A59687),
     # by address: uniform, with offsets, narrower than the parameter, as a vector
     ("mov.b64 %y0, p4; ld.param.b64 %o, [%y0];", lambda t: VALUES[4]),
     ("mov.b64 %y0, p3; ld.param.b64 %o, [%y0+8];", lambda t: VALUES[4]),

@@ -1,0 +1,231 @@
+"""TrainStep whole against autograd and torch.optim in float64, and the value losses with their gradients.
+
+The backend is the kernels where they run (a GPU, Triton's interpreter) and plain torch otherwise.
+
+Budget of a step: rounding in one layer is an input error of the next, and the second step begins where the first one
+ended. Beside the floor for one sum and one rounding, the budget is therefore measured: the float64 training is run
+again with parameters and inputs off by up to one rounding of the products' dtype before every step. Results may be off
+by twice as much as these runs are, or torch's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastmlp
+from fastmlp import reference_losses
+from fastmlp.step_config import LOSSES
+from tests.conftest import HAS_GPU, INTERPRETING, uninitialized_is_nan
+from tests.fuzz.cases import Labels, Spec, dims, dtypes, fuzz, labels, specs
+from tests.kernels.harness import EPS32, assert_within_budget
+from tests.step_helpers import Batch, Reference, converted, network, problem
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    *([pytest.mark.interpret] if INTERPRETING else []),
+]
+DEVICE = torch.device("cuda" if HAS_GPU and not INTERPRETING else "cpu")
+BACKEND = "triton" if INTERPRETING or HAS_GPU else "torch"
+PERTURBED_RUNS = 6
+
+#: Where a gradient is nearly 0, AdamW's first steps are its sign, unless eps is large: then they are continuous in it.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.3, "weight_decay": 0.02},
+    "momentum": {"lr": 0.1, "momentum": 0.9},
+    "nesterov": {"lr": 0.1, "momentum": 0.8, "nesterov": True},
+    "clipping": {"lr": 0.5, "max_grad_norm": 0.05},
+    "adamw": {"optimizer": "adamw", "lr": 0.01, "betas": (0.8, 0.95), "eps": 0.01, "weight_decay": 0.1},
+}
+# What is not smooth moves by more than a rounding where Z is nearly 0, and so rarely that no perturbed run may show it.
+SMOOTH = ("identity", "sigmoid", "tanh", "gelu", "silu")
+
+
+@dataclass(frozen=True)
+class Training:
+    sizes: tuple[int, ...]
+    activations: tuple[str, ...]
+    bias: bool
+    loss: str
+    optimizer: str
+    dtype: torch.dtype | None  #: of the products, where it is not the parameters' float32
+    batch: int
+    rows: int  #: of the data set; the last batch of an epoch can be short
+    pixels: bool
+    epoch: bool  #: one epoch in random order, or two single steps
+    seed: int
+
+
+@st.composite
+def trainings(draw: st.DrawFn) -> Training:
+    sizes = draw(st.integers(2, 4).flatmap(dims))
+    batch = draw(st.sampled_from([1, 2, 7, 16, 33]))
+    epoch = draw(st.booleans())
+    return Training(
+        sizes=sizes,
+        activations=tuple(draw(st.sampled_from(SMOOTH)) for _ in sizes[2:]),
+        bias=draw(st.booleans()),
+        # l1's gradient is a sign.
+        loss=draw(st.sampled_from([loss for loss in LOSSES if loss != "l1"])),
+        optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
+        dtype=draw(st.sampled_from([None, torch.bfloat16, torch.float16])),
+        batch=batch,
+        rows=batch + draw(st.integers(0, batch)),
+        pixels=draw(st.booleans()),
+        epoch=epoch,
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def trained(case: Training, start: fastmlp.MLP, x: Tensor, y: Tensor, order: Tensor) -> list[Tensor]:
+    """[loss, parameter, ...] after the library's own steps."""
+    model = converted(start, torch.float32).to(DEVICE)
+    y = y.float() if y.is_floating_point() else y
+    x, y, order = ((x if case.pixels else x.float()).to(DEVICE), y.to(DEVICE), order.to(DEVICE))
+    with fastmlp.use_backend(BACKEND), uninitialized_is_nan():
+        step = fastmlp.TrainStep(model, loss=case.loss, dtype=case.dtype, **OPTIMIZERS[case.optimizer])
+        if case.epoch:
+            step.epoch(x, y, case.batch, order)
+            loss = step.losses[-1].clone()
+        else:
+            for rows in batches(case, order):
+                loss = step(x[rows], y[rows]).clone()
+    return [loss.cpu(), *(p.detach().cpu() for p in model.parameters())]
+
+
+def batches(case: Training, order: Tensor) -> list[Tensor]:
+    """The rows of every step: those of the epoch, or the first batch twice."""
+    return list(order.split(case.batch)) if case.epoch else [order[: case.batch]] * 2
+
+
+def by_torch(training: Reference, data: list[Batch], size: float = 0.0, seed: int = 0) -> list[Tensor]:
+    """[loss, parameter, ...] after torch's own steps; before each, everything is moved by up to ``size`` of itself."""
+    g = torch.Generator().manual_seed(seed)
+
+    def jitter(t: Tensor) -> Tensor:
+        return t * (1 + size * (2 * torch.rand(t.shape, generator=g, dtype=torch.float64) - 1))
+
+    for x, y in data:
+        if size:
+            with torch.no_grad():
+                for p in training.params.values():
+                    p.copy_(jitter(p))
+            x = jitter(x)
+        training.backward(x, y)
+        training.update()
+    return [torch.tensor(training.losses[-1], dtype=torch.float64), *(p.detach() for p in training.params.values())]
+
+
+@fuzz(15, trainings())
+def test_train_step(case: Training):
+    start = network(case.sizes, case.activations, bias=case.bias, seed=case.seed)
+    x, y = problem(case.sizes, case.rows, loss=case.loss, uint8=case.pixels, seed=case.seed)
+    order = torch.randperm(case.rows, generator=torch.Generator().manual_seed(case.seed))
+    got = trained(case, start, x, y, order)
+    wide = x.double() / 255 if case.pixels else x
+    settings = OPTIMIZERS[case.optimizer]
+    chosen = batches(case, order)
+    exact = by_torch(Reference(start, settings, case.loss), [(wide[r], y[r]) for r in chosen])
+    narrow = Reference(start, settings, case.loss, torch.float32, case.dtype)
+    own = by_torch(narrow, [(x[r] if case.pixels else x[r].float(), y[r]) for r in chosen])
+    eps = torch.finfo(case.dtype or torch.float32).eps
+    moved = [
+        by_torch(Reference(start, settings, case.loss), [(wide[r], y[r]) for r in chosen], eps, seed)
+        for seed in range(PERTURBED_RUNS)
+    ]
+    before = [p.detach() for p in start.parameters()]
+    longest = max(*case.sizes, case.batch)
+    names = ["loss", *(name for name, _ in start.named_parameters())]
+    for i, (name, ours, want, torchs) in enumerate(zip(names, got, exact, own, strict=True)):
+        far = max((run[i] - want).abs().max().item() for run in moved)
+        error = (ours.double() - want).abs().max().item()
+        # One rounding of what comes out of the products: the loss, or a parameter's change.
+        made = want if i == 0 else want - before[i - 1]
+        floor = eps * made.abs().max().item() + EPS32 * longest**0.5 * max(1.0, want.abs().max().item())
+        allowed = 2 * max((torchs.double() - want).abs().max().item(), far) + floor
+        assert error <= allowed, f"{name}: error {error:.3e} is over {allowed:.3e}"
+
+
+VALUE_LOSSES = {
+    "mse": fastmlp.functional.mse_loss,
+    "l1": fastmlp.functional.l1_loss,
+    "bce": fastmlp.functional.bce_loss,
+    "bce_with_logits": fastmlp.functional.bce_with_logits,
+    "softmax_squared_error": fastmlp.functional.softmax_squared_error,
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    loss: str
+    a: Spec
+    y: Spec | Labels
+    reduction: str
+    target_learns: bool
+
+
+@st.composite
+def values(draw: st.DrawFn) -> Value:
+    shape, dtype = draw(dims(2)), draw(dtypes)
+    loss = draw(st.sampled_from(sorted(VALUE_LOSSES)))
+    values_of_y = specs(shape, dtype, scales=(1.0, 0.1))
+    labels_of_y = labels(shape[:1], shape[1], ignoring=False)
+    return Value(
+        loss=loss,
+        a=draw(specs(shape, dtype, expanded=True, scales=(1.0, 0.1, 8.0))),
+        y=draw(values_of_y | labels_of_y if loss == "softmax_squared_error" else values_of_y),
+        reduction=draw(st.sampled_from(["none", "mean", "sum"])),
+        target_learns=draw(st.booleans()),
+    )
+
+
+def formula(case: Value, a: Tensor, y: Tensor) -> Tensor:
+    """The loss by the reference's formulas, on the tape."""
+    if case.loss == "softmax_squared_error":
+        y = y if y.is_floating_point() else torch.nn.functional.one_hot(y.long(), a.shape[1]).to(a.dtype)
+        loss = reference_losses.softmax_squared_error(a, y)
+    else:
+        loss = reference_losses.elementwise_loss(a, y, case.loss)
+    return {"none": loss, "mean": loss.mean(), "sum": loss.sum()}[case.reduction]
+
+
+@fuzz(15, values())
+def test_value_losses(case: Value):
+    a, y = case.a.build().to(DEVICE), case.y.build().to(DEVICE)
+    if case.loss == "bce":
+        # A quotient by a smaller number is beyond float16.
+        a = torch.sigmoid(a.float()).clamp(0.01, 0.99).to(a.dtype)
+    if case.loss in ("bce", "bce_with_logits"):
+        y = torch.sigmoid(y.float()).to(y.dtype)
+
+    def run(function: Any, dtype: torch.dtype | None) -> list[Tensor | None]:
+        ad = a.to(dtype or a.dtype).detach().requires_grad_()
+        yd = (y.to(dtype or y.dtype) if y.is_floating_point() else y).detach()
+        yd.requires_grad_(y.is_floating_point() and case.target_learns)
+        loss = function(ad, yd)
+        loss.sum().backward()
+        return [loss.detach(), ad.grad, yd.grad]
+
+    with fastmlp.use_backend(BACKEND), uninitialized_is_nan():
+        got = run(lambda p, q: VALUE_LOSSES[case.loss](p, q, case.reduction), None)
+    exact, own = (run(lambda p, q: formula(case, p, q), d) for d in (torch.float64, None))
+    terms = a.numel() if case.reduction == "sum" else 1
+    size = (1.0 + a.double().abs().max().item() + y.double().abs().max().item()) ** 2
+    if case.loss == "softmax_squared_error":
+        # Probabilities, whatever the logits, and a row's sum over targets of any size.
+        size = 1.0 if not y.is_floating_point() else (1.0 + y.double().abs().sum(1).max().item()) ** 2
+    for name, ours, want, torchs in zip(("loss", "dA", "dY"), got, exact, own, strict=True):
+        assert (ours is None) == (want is None), name
+        if ours is None or want is None or torchs is None:
+            continue
+        assert ours.dtype == a.dtype
+        reach = terms * size if name == "loss" else size
+        assert_within_budget(
+            ours.cpu(), want.cpu(), torchs.cpu(), reduction=a.numel() if name == "loss" else a.shape[1],
+            magnitude=reach, what=name,
+        )  # fmt: skip
