@@ -4,8 +4,7 @@ PYTEST = $(PYTHON) -m pytest -q -n 2 --dist worksteal
 
 .PHONY: test lint types unit interpret compile compile-all launch execute fuzz test-gpu
 
-# The compile lane takes longer than all the others together; it is run apart.
-test: lint types unit interpret launch execute  ## everything that CI runs
+test: lint types unit interpret compile launch execute  ## everything that CI runs
 
 lint:
 	$(PYTHON) -m ruff check .

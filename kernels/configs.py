@@ -1,11 +1,15 @@
 """Tile choice by shape and architecture: tables and one rule, nothing is tuned or measured at run time.
 
-A GEMM launcher asks ``gemm_tile(kind, rows, cols, depth, dtype, device)`` for the output shape [rows, cols] and
-the reduction length it has. The rule: of the candidates of its kind and dtype, largest tile first, take the first
-that gives every multiprocessor at least one program; where none does (small batches, which are bound by latency,
-not by arithmetic) take the smallest. ``fit`` then lowers the number of pipeline stages until the tile's shared
-memory fits the target. ``all_tiles`` lists every tile that the rule can return, so that the tests can compile
-each of them for each target.
+A GEMM launcher asks ``gemm_tile(kind, rows, cols, depth, dtype, device, wide=...)`` for the output shape [rows, cols]
+and the reduction length it has. The rule: of the candidates of its kind, dtype and operands, largest tile first, take
+the first that gives every multiprocessor at least one program; where none does (small batches, which are bound by
+latency, not by arithmetic) take the smallest. ``fit`` then lowers the number of pipeline stages until the tile's shared
+memory fits the target. ``all_tiles`` lists every tile that the rule can return, so that the tests can compile each of
+them for each target.
+
+Operands are ``wide`` when their rows can be loaded 16 bytes at a time (``loads_wide``). Others are loaded element by
+element: an element has an address of its own, and one of 2 bytes waits in a register, since no asynchronous copy is as
+small as that. They get smaller blocks, for which the registers suffice.
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .device import Device
 
-__all__ = ["GEMM_KINDS", "Tile", "all_tiles", "cdiv", "gemm_tile", "splits"]
+__all__ = ["GEMM_KINDS", "Tile", "all_tiles", "cdiv", "gemm_tile", "loads_wide", "splits"]
 
 #: fwd: A [M, N] over K.  dgrad: dX [M, K] over N.  wgrad: dW [N, K] over M.  update: wgrad with the optimizer behind.
 GEMM_KINDS = ("fwd", "dgrad", "wgrad", "update")
@@ -32,15 +37,18 @@ class Tile(NamedTuple):
     depth: int
     num_warps: int
     num_stages: int
+    #: A thread's registers (NVIDIA only). Given where ptxas, left to itself, spills some to fit one more program.
+    max_registers: int | None = None
 
     @property
     def compile_options(self) -> dict[str, int]:
         """The launch options that are not tile sizes."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
-# (float32 tiles, 16-bit tiles) of each family of matrix units, largest first. Every entry compiles without spilling
-# registers in all three kinds; what is missing is missing because it does not. A 16-bit block 64 deep is one 128-byte
+# (float32 tiles, 16-bit tiles) of each family of matrix units, largest first. No entry spills registers in a loop, in
+# any of the three kinds; what is missing is missing because it does. A 16-bit block 64 deep is one 128-byte
 # line a row. float32 blocks are shallower: the tf32 parts of both operands live in registers.
 _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     # mma.sync: Ampere, Ada, consumer Blackwell
@@ -49,16 +57,15 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
             Tile(128, 128, 16, 8, 4),
             Tile(64, 128, 32, 8, 3),
             Tile(64, 64, 32, 4, 3),
-            Tile(32, 64, 32, 4, 3),
+            Tile(32, 64, 32, 4, 3, 168),
             Tile(32, 32, 32, 4, 4),
             Tile(16, 32, 32, 2, 4),
         ),
         (
-            Tile(128, 256, 32, 8, 4),
             Tile(128, 128, 64, 8, 3),
-            Tile(64, 128, 64, 4, 3),
+            Tile(64, 128, 64, 8, 3),
             Tile(64, 64, 64, 4, 4),
-            Tile(32, 64, 64, 4, 4),
+            Tile(32, 64, 64, 4, 4, 168),
             Tile(32, 32, 64, 4, 4),
             Tile(16, 32, 64, 2, 4),
         ),
@@ -88,7 +95,7 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
         (
             Tile(128, 128, 32, 8, 3),
             Tile(64, 128, 32, 8, 3),
-            Tile(64, 64, 32, 4, 3),
+            Tile(64, 64, 32, 4, 3, 168),
             Tile(32, 64, 32, 4, 3),
             Tile(32, 32, 32, 4, 4),
             Tile(16, 32, 32, 2, 4),
@@ -97,7 +104,7 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
             Tile(128, 128, 64, 8, 3),
             Tile(64, 128, 64, 4, 3),
             Tile(64, 64, 64, 8, 4),
-            Tile(32, 64, 64, 4, 4),
+            Tile(32, 64, 64, 4, 4, 168),
             Tile(32, 32, 64, 4, 4),
             Tile(16, 32, 64, 2, 4),
         ),
@@ -140,21 +147,48 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     "interpreter": ((Tile(32, 32, 32, 1, 1),), (Tile(32, 32, 32, 1, 1),)),
 }
 
-# A program's pipeline holds one block of each operand a stage.
+# Operands that are not wide. (FMA blocks are small enough for both.)
+_NARROW_NVIDIA: tuple[tuple[Tile, ...], tuple[Tile, ...]] = (
+    (
+        Tile(64, 128, 16, 8, 4),
+        Tile(64, 64, 16, 4, 4),
+        Tile(32, 64, 32, 4, 3),
+        Tile(32, 32, 32, 4, 4),
+        Tile(16, 32, 32, 2, 4),
+    ),
+    (
+        Tile(64, 128, 32, 8, 3),
+        Tile(64, 64, 32, 4, 3),
+        Tile(32, 64, 32, 4, 3),
+        Tile(32, 32, 32, 4, 3),
+        Tile(16, 32, 32, 2, 3),
+    ),
+)
+_NARROW_TILES = {
+    "mma": _NARROW_NVIDIA,
+    "wgmma": _NARROW_NVIDIA,
+    "tcgen05": _NARROW_NVIDIA,
+    "hip": (_TILES["hip"][0], _TILES["hip"][1][2:]),
+}
+
 _MIN_DEPTH_PER_SPLIT = 256
 
 # The optimizer's state lives in registers beside the gradient, so blocks are smaller, or have more warps.
 _UPDATE_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     "mma": (
         (Tile(64, 64, 32, 8, 3), Tile(32, 64, 32, 4, 3), Tile(16, 32, 32, 2, 4)),
-        (Tile(64, 64, 64, 8, 4), Tile(32, 64, 64, 4, 4), Tile(32, 32, 64, 4, 4)),
+        (Tile(64, 64, 64, 8, 4), Tile(32, 64, 32, 4, 4), Tile(32, 32, 64, 4, 4)),
     ),
     "fma": (
         (Tile(32, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(16, 32, 16, 2, 2)),
         (Tile(32, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(16, 32, 16, 2, 2)),
     ),
+    "tcgen05": (
+        (Tile(64, 64, 32, 8, 3), Tile(32, 64, 32, 4, 3), Tile(16, 32, 32, 2, 4)),
+        (Tile(64, 64, 32, 8, 4), Tile(32, 64, 32, 4, 4), Tile(32, 32, 64, 4, 4)),
+    ),
     "hip": (
-        (Tile(32, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2), Tile(16, 32, 32, 2, 2)),
+        (Tile(32, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(16, 32, 16, 2, 2)),
         (Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2)),
     ),
     "interpreter": ((Tile(32, 32, 32, 1, 1),), (Tile(32, 32, 32, 1, 1),)),
@@ -176,13 +210,29 @@ def _family(device: Device) -> str:
     return {9: "wgmma", 10: "tcgen05"}.get(arch // 10, "mma")
 
 
-def _candidates(kind: str, dtype: torch.dtype, device: Device) -> list[Tile]:
-    float32, half = _TILES[_family(device)]
-    tiles = float32 if dtype == torch.float32 else half
+def loads_wide(*operands: Tensor) -> bool:
+    """Whether every matrix can be loaded 16 bytes at a time, as far as Triton knows.
+
+    That is: one dimension is contiguous, its length and the other's stride are multiples of 16 elements, and the data
+    begin at a multiple of 16 bytes. (Of an integer argument Triton knows whether 16 divides it, and nothing else.)
+    """
+    for t in operands:
+        first, second = t.stride()
+        inner, outer, length = (second, first, t.shape[1]) if second == 1 else (first, second, t.shape[0])
+        if inner != 1 or (outer | length | t.data_ptr()) % 16:
+            return False
+    return True
+
+
+def _candidates(kind: str, dtype: torch.dtype, device: Device, wide: bool) -> tuple[Tile, ...]:
+    family = _family(device)
     if kind == "update":
-        float32, half = _UPDATE_TILES.get(_family(device), _UPDATE_TILES["mma"])
-        tiles = float32 if dtype == torch.float32 else half
-    return list(tiles)
+        float32, half = _UPDATE_TILES.get(family, _UPDATE_TILES["mma"])
+    elif not wide and family in _NARROW_TILES:
+        float32, half = _NARROW_TILES[family]
+    else:
+        float32, half = _TILES[family]
+    return float32 if dtype == torch.float32 else half
 
 
 def fit(tile: Tile, itemsize: int, device: Device) -> Tile | None:
@@ -193,13 +243,17 @@ def fit(tile: Tile, itemsize: int, device: Device) -> Tile | None:
 
 
 @lru_cache(maxsize=4096)
-def gemm_tile(kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device) -> Tile:
+def gemm_tile(
+    kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, *, wide: bool
+) -> Tile:  # fmt: skip
     """The tile for an output of [rows, cols] reduced over ``depth``; see the module docstring for the rule.
+
+    ``wide``: what ``loads_wide`` says of the operands. The update's tiles suit any.
 
     wgrad's parallelism comes from splitting the reduction too (``splits``), so its tile is chosen as if the
     output were as many times larger as there are splits of the least worthwhile depth.
     """
-    tiles = [t for t in (fit(t, dtype.itemsize, device) for t in _candidates(kind, dtype, device)) if t is not None]
+    tiles = list(all_tiles(kind, dtype, device, wide=wide))
     copies = max(1, depth // _MIN_DEPTH_PER_SPLIT) if kind in ("wgrad", "update") else 1
     for tile in tiles:
         if tile.rows > max(16, 2 * rows) or tile.cols > max(16, 2 * cols):
@@ -217,9 +271,9 @@ def splits(tile: Tile, rows: int, cols: int, depth: int, device: Device) -> int:
     return max(1, min(wanted, most))
 
 
-def all_tiles(kind: str, dtype: torch.dtype, device: Device) -> Iterator[Tile]:
-    """Every tile that ``gemm_tile`` can return for this kind, dtype and device."""
-    for tile in _candidates(kind, dtype, device):
+def all_tiles(kind: str, dtype: torch.dtype, device: Device, *, wide: bool) -> Iterator[Tile]:
+    """Every tile that ``gemm_tile`` can return for this kind, dtype, device and operands."""
+    for tile in _candidates(kind, dtype, device, wide):
         fitted = fit(tile, dtype.itemsize, device)
         if fitted is not None:
             yield fitted

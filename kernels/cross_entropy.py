@@ -43,6 +43,12 @@ def _row_offsets(b, offs_p, stride_b, stride_p, ALIGN: tl.constexpr):
     return tl.multiple_of(b.to(tl.int64) * stride_b + offs_p.to(tl.int64) * stride_p, ALIGN)
 
 
+@triton.jit
+def _finite_reference(top):
+    """The maximum seen so far, 0 where nothing but -inf was: -inf - -inf would turn a sum into NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
 @triton.jit(do_not_specialize=["ignore_index", "M"])
 def _cross_entropy_kernel(
     z_ptr, target_ptr, w_ptr, rows_ptr, scale_ptr,
@@ -105,7 +111,6 @@ def _cross_entropy_kernel(
         # Every lane has its own running maximum, sum of exponentials, sum of q and of q (maximum - z). While a lane
         # saw nothing but -inf its reference is 0, so that -inf - -inf does not turn the sum into NaN.
         lane_top = tl.full((BLOCK_M, LANES), float("-inf"), tl.float32)
-        lane_ref = tl.zeros((BLOCK_M, LANES), tl.float32)
         lane_total = tl.zeros((BLOCK_M, LANES), tl.float32)
         lane_mass = tl.zeros((BLOCK_M, LANES), tl.float32)
         lane_cross = tl.zeros((BLOCK_M, LANES), tl.float32)
@@ -116,17 +121,16 @@ def _cross_entropy_kernel(
             z = tl.reshape(z.to(tl.float32), (BLOCK_M, UNROLL, LANES))
             seen_top = lane_top
             lane_top = tl.maximum(lane_top, tl.max(z, 1))
-            ref = tl.where(lane_top == float("-inf"), 0.0, lane_top)
+            ref = _finite_reference(lane_top)
             if HAS_Q:
                 t_ptrs = t_rows + offs_c.to(tl.int64)[None, :] * stride_tc
                 q = target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS, SMOOTH)
                 q = tl.reshape(q, (BLOCK_M, UNROLL, LANES))
                 inside = tl.reshape(mask, (BLOCK_M, UNROLL, LANES))
-                lane_cross += lane_mass * (ref - lane_ref)
+                lane_cross += lane_mass * (ref - _finite_reference(seen_top))
                 lane_cross += tl.sum(tl.where(inside, q * (ref[:, None, :] - z), 0.0), 1)
                 lane_mass += tl.sum(q, 1)
             lane_total = lane_total * tl.exp(seen_top - ref) + tl.sum(tl.exp(z - ref[:, None, :]), 1)
-            lane_ref = ref
         top = tl.max(lane_top, 1)
         total = tl.sum(lane_total * tl.exp(lane_top - top[:, None]), 1)
         log_sum = tl.log(total)
@@ -135,7 +139,7 @@ def _cross_entropy_kernel(
         if HAS_Q:
             q_mass = tl.sum(lane_mass, 1)
             mass += q_mass
-            loss += tl.sum(lane_cross + lane_mass * (top[:, None] - lane_ref), 1) + q_mass * log_sum
+            loss += tl.sum(lane_cross + lane_mass * (top[:, None] - _finite_reference(lane_top)), 1) + q_mass * log_sum
         if not PROBS:
             z_y = tl.load(
                 z_rows + tl.maximum(y, 0).to(tl.int64)[:, None] * stride_zc, mask=(y >= 0)[:, None], other=0.0
@@ -324,7 +328,7 @@ def cross_entropy(
         logits: [M, C] or [N, C, S].
         target: labels [M] or [N, S], int64 or uint8; or probabilities shaped as logits.
         scale: factor of dZ, 1/M for the mean over the batch; a float32 0-d device tensor is read by the kernel.
-        rows: int64 [M]; row m's label is then target[rows[m]] (2-D logits only).
+        rows: int64 [M], any stride; row m's label is then target[rows[m]] (2-D logits only).
         loss: output to reuse, contiguous, one value a row, any float dtype; default float32.
         dz: output to reuse, shaped as logits, any strides; default like logits.
         correct: output, contiguous, one value a row, any dtype: 1 where the label is the first largest logit, else 0.
@@ -333,6 +337,8 @@ def cross_entropy(
         dz = torch.empty_like(logits)
     if loss is None:
         loss = torch.empty(_loss_shape(logits), dtype=torch.float32, device=logits.device)
+    if rows is not None:
+        rows = rows.contiguous()
     if logits.numel():
         _launch_fwd(
             logits, target, weight=weight, ignore_index=ignore_index, smoothing=smoothing, loss=loss, rows=rows,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activation_grad
-from .configs import cdiv, gemm_tile
+from .configs import cdiv, gemm_tile, loads_wide
 from .device import current_device, input_precision
 from .tiling import dot, grouped_tile
 
@@ -87,7 +87,7 @@ def linear_dgrad(
     if M == 0 or K == 0:
         return dx
     device = current_device()
-    tile = gemm_tile("dgrad", M, K, N, weight.dtype, device)
+    tile = gemm_tile("dgrad", M, K, N, weight.dtype, device, wide=loads_wide(dz, weight))
     _linear_dgrad_kernel[(cdiv(M, tile.rows) * cdiv(K, tile.cols),)](
         dz, weight, saved, dx,
         M, N, K,

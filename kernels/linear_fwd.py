@@ -4,7 +4,7 @@ Shapes: X [M, K], W [N, K], b [N], A and Z [M, N]; any strides for X and W, A an
 Dtypes: X, W, b float32, float16 or bfloat16, all alike, accumulated in float32; or X uint8 pixels, which count as
 X / 255: the integers are exact in every dtype, so they go through the product as they are and the accumulator
 is scaled once.
-Optional: ``rows`` int64 [M] gathers the rows of X inside the kernel (row m of the product is X[rows[m]]);
+Optional: ``rows`` int64 [M], any stride, gathers the rows of X inside the kernel (row m of the product is X[rows[m]]);
 ``save_z`` also writes Z = X W^T + b, for activations whose derivative needs it.
 Bytes: reads X once a column of tiles, W once a row of tiles (neighbours share them in the L2 cache: grouped
 order), b; writes A (and Z) once. Least: (M K + N K + N + M N) items.
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .configs import cdiv, gemm_tile
+from .configs import cdiv, gemm_tile, loads_wide
 from .device import current_device, input_precision
 from .tiling import dot, grouped_tile
 
@@ -105,8 +105,10 @@ def linear_fwd(
         z = torch.empty_like(a)
     if M == 0 or N == 0:
         return a, z
+    if rows is not None:
+        rows = rows.contiguous()
     device = current_device()
-    tile = gemm_tile("fwd", M, N, K, weight.dtype, device)
+    tile = gemm_tile("fwd", M, N, K, weight.dtype, device, wide=loads_wide(x, weight))
     _linear_fwd_kernel[(cdiv(M, tile.rows) * cdiv(N, tile.cols),)](
         x, weight, bias, a, z, rows,
         M, N, K,

@@ -2,7 +2,7 @@
 
 Shapes: dZ [M, N], X [M, K], dW [N, K], db [N]; any strides for dZ and X, dW and db contiguous.
 Dtypes: dZ and X float32, float16 or bfloat16, alike, accumulated in float32; or X uint8 pixels, which count as
-X / 255 (the accumulator is scaled once). ``rows`` int64 [M] gathers the rows of X inside the kernel.
+X / 255 (the accumulator is scaled once). ``rows`` int64 [M], any stride, gathers the rows of X inside the kernel.
 
 The batch is the reduction. When the output has fewer tiles than the GPU has multiprocessors, each tile's batch is
 split over S programs: they write float32 partial sums to a workspace [S, N K + N], and a second kernel adds the
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import cdiv, gemm_tile, splits
+from .configs import cdiv, gemm_tile, loads_wide, splits
 from .device import current_device, input_precision
 from .tiling import dot, grouped_tile
 
@@ -47,8 +47,9 @@ def wgrad_tile(
     offs_m = tl.arange(0, BLOCK_M)
     mask_n = offs_n < N
     mask_k = offs_k < K
-    # dZ is read as its transpose, [BLOCK_N, BLOCK_M] with the contiguous axis first: the shared-memory layout that
-    # the tensor cores then read has no bank conflicts, which a transposition in the dot would have.
+    # dZ is read as its transpose, [BLOCK_N, BLOCK_M] with the contiguous axis first. Loaded as [BLOCK_M, BLOCK_N] and
+    # transposed in the dot, float32 would be stored to shared memory a second time, with bank conflicts, and 16-bit
+    # blocks would lose their asynchronous copies.
     row_m = (m_begin + offs_m).to(tl.int64)
     dz_ptrs = dz_ptr + offs_n.to(tl.int64)[:, None] * stride_zn + row_m[None, :] * stride_zm
     cols_k = x_ptr + offs_k.to(tl.int64)[None, :] * stride_xk
@@ -161,8 +162,10 @@ def linear_wgrad(
         db = torch.empty((N,), dtype=dz.dtype, device=dz.device)
     if N == 0 or K == 0:
         return dw, db if db is None else torch.sum(dz, 0, out=db)
+    if rows is not None:
+        rows = rows.contiguous()
     device = current_device()
-    tile = gemm_tile("wgrad", N, K, M, dz.dtype, device)
+    tile = gemm_tile("wgrad", N, K, M, dz.dtype, device, wide=loads_wide(dz, x))
     n_splits = splits(tile, N, K, M, device)
     m_per_split = cdiv(cdiv(M, tile.depth), n_splits) * tile.depth
     n_splits = max(1, cdiv(M, m_per_split)) if M else 1

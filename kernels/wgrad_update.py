@@ -269,7 +269,7 @@ def _plan(layout: Layout, m: int, dtype: torch.dtype) -> tuple[Tile, int, int]:
     device = current_device()
     largest = max((layer.weight for layer in layout.layers), key=lambda w: w.numel())
     n, k = largest.shape
-    tile = gemm_tile("update", n, k, m, dtype, device)
+    tile = gemm_tile("update", n, k, m, dtype, device, wide=False)
     rows = sum(cdiv(w.weight.shape[0], tile.rows) * cdiv(w.weight.shape[1], tile.cols) for w in layout.layers)
     wanted = splits(tile, rows * tile.rows, tile.cols, m, device)
     m_per_split = cdiv(cdiv(m, tile.depth), wanted) * tile.depth
@@ -303,7 +303,8 @@ def wgrad_update(
 ) -> None:
     """Launch gradient and update of every layer: dzs[l] [M, N_l] and xs[l] [M, K_l], inner stride 1, dZ contiguous.
 
-    ``rows`` gathers rows of xs[0] only, which may be uint8. ``unscale`` is a 0-d float32 factor of all gradients.
+    ``rows`` (int64, any stride) gathers rows of xs[0] only, which may be uint8. ``unscale`` is a 0-d float32 factor of
+    all gradients.
     With ``hyper.optimizer == "none"`` the gradients go to ``grads`` (flat, ``layout.total`` float32), added to what is
     there if ``accumulate``. ``partial`` is float32 workspace to reuse, [splits, layout.total].
     """
@@ -313,6 +314,8 @@ def wgrad_update(
     direct = n_splits == 1 and hyper.optimizer != "none"
     if not direct and partial is None:
         partial = torch.empty((n_splits, layout.total), dtype=torch.float32, device=dzs[0].device)
+    if rows is not None:
+        rows = rows.contiguous()
     layers = layout.layers
     first_tiles, tiles = [], 0
     for layer in layers:

@@ -43,7 +43,7 @@ class KernelCases:
 
     Attributes:
         kernels: the Triton functions that its launches consist of.
-        tiles: what configs can choose for a dtype and a device; ``(None,)`` for a kernel that has one tile.
+        tiles: what configs can choose for a dtype, a device and a variant; ``(None,)`` for a kernel that has one tile.
         variants: by name, a launch with a dtype and a tile.
         force: a context in which the launcher takes the given tile.
         aligned: whether a variant's operands are contiguous with rows of whole 16-byte pieces, for a dtype and a tile.
@@ -51,7 +51,7 @@ class KernelCases:
     """
 
     kernels: tuple[str, ...]
-    tiles: Callable[[torch.dtype, Device], Sequence[Any]]
+    tiles: Callable[[torch.dtype, Device, str], Sequence[Any]]
     variants: dict[str, Launcher]
     force: Callable[[Any], AbstractContextManager[None]]
     aligned: Callable[[str, torch.dtype, Any], bool]
@@ -114,8 +114,8 @@ def full() -> Iterator[Case]:
         device = target.device
         for kernel, entry in registry().items():
             for dtype in target.dtypes:
-                for tile in entry.tiles(dtype, device):
-                    for variant in entry.variants:
+                for variant in entry.variants:
+                    for tile in entry.tiles(dtype, device, variant):
                         yield Case(kernel, target, dtype, tile, variant)
 
 
@@ -124,21 +124,23 @@ def covering() -> Iterator[Case]:
     for number, target in enumerate(TARGETS.values()):
         device = target.device
         for kernel, entry in registry().items():
-            variants, places = list(entry.variants), _places(entry, target, number)
+            variants = list(entry.variants)
             chosen: set[Case] = set()
-            for size, tile in places:
-                picked = {_pick(variants, number, kernel, size, tile)}
-                if kernel in HOT and target.name in THOROUGH:
+            for size, tile, served in _places(entry, target, number):
+                picked = {_pick(served, number, kernel, size, tile)}
+                if kernel in HOT and target.name in THOROUGH and variants[0] in served:
                     picked.add(variants[0])
                 for variant in picked:
                     dtypes = [dtype for dtype in target.dtypes if dtype.itemsize == size]
                     chosen.add(Case(kernel, target, _pick(dtypes, number, tile, variant), tile, variant))
-            for variant in set(variants) - {case.variant for case in chosen}:
+            for variant in [v for v in variants if v not in {case.variant for case in chosen}]:
                 dtype = _pick(target.dtypes, number, kernel, variant)
-                chosen.add(Case(kernel, target, dtype, _pick(entry.tiles(dtype, device), number, variant), variant))
-            for dtype in set(target.dtypes) - {case.dtype for case in chosen}:
-                tile = _pick(entry.tiles(dtype, device), number, kernel, dtype)
-                chosen.add(Case(kernel, target, dtype, tile, _pick(variants, number, kernel, dtype)))
+                tile = _pick(entry.tiles(dtype, device, variant), number, variant)
+                chosen.add(Case(kernel, target, dtype, tile, variant))
+            for dtype in [d for d in target.dtypes if d not in {case.dtype for case in chosen}]:
+                variant = _pick(variants, number, kernel, dtype)
+                tile = _pick(entry.tiles(dtype, device, variant), number, kernel, dtype)
+                chosen.add(Case(kernel, target, dtype, tile, variant))
             yield from sorted(chosen, key=lambda case: case.name)
 
 
@@ -147,9 +149,15 @@ def _pick(items: Sequence[Any], number: int, *what: object) -> Any:
     return items[(crc32(repr(what).encode()) + number) % len(items)]
 
 
-def _places(entry: KernelCases, target: Target, number: int) -> list[tuple[int, Any]]:
-    """(operand size, tile): every pair for a kernel tiled by configs; for others every tile, the sizes in turn."""
-    tiles = entry.tiles(torch.float32, target.device)
-    if isinstance(tiles[0], Tile):
-        return [(d.itemsize, tile) for d in target.dtypes[:2] for tile in entry.tiles(d, target.device)]
-    return [((4, 2)[(i + number) % 2], tile) for i, tile in enumerate(tiles if len(tiles) > 1 else 2 * tiles)]
+def _places(entry: KernelCases, target: Target, number: int) -> list[tuple[int, Any, list[str]]]:
+    """(operand size, tile, variants that can have it): all for a kernel tiled by configs, else the sizes in turn."""
+    device, variants = target.device, list(entry.variants)
+    tiles = entry.tiles(torch.float32, device, variants[0])
+    if not isinstance(tiles[0], Tile):
+        return [((4, 2)[(i + number) % 2], t, variants) for i, t in enumerate(tiles if len(tiles) > 1 else 2 * tiles)]
+    served: dict[tuple[int, Tile], list[str]] = {}
+    for dtype in target.dtypes[:2]:
+        for variant in variants:
+            for tile in entry.tiles(dtype, device, variant):
+                served.setdefault((dtype.itemsize, tile), []).append(variant)
+    return [(size, tile, names) for (size, tile), names in served.items()]

@@ -36,7 +36,7 @@ def _variants() -> dict[str, Callable[[torch.dtype, None], object]]:
 KERNELS = {
     "activation_bwd": KernelCases(
         ("_activation_bwd_kernel",),
-        tiles=lambda dtype, device: (None,),
+        tiles=lambda dtype, device, variant: (None,),
         variants=_variants(),
         force=lambda tile: nullcontext(),
         aligned=lambda variant, dtype, tile: variant.startswith("dense"),

@@ -73,15 +73,20 @@ def _wgrad(
     return launch
 
 
-def _tiles(kind: str) -> Callable[[torch.dtype, Device], Sequence[Tile]]:
-    return lambda dtype, device: tuple(all_tiles(kind, dtype, device))
+def _tiles(kind: str) -> Callable[[torch.dtype, Device, str], Sequence[Tile]]:
+    return lambda dtype, device, variant: tuple(all_tiles(kind, dtype, device, wide=_wide(variant)))
 
 
 def _force(stem: str) -> Callable[[Tile], AbstractContextManager[None]]:
     @contextmanager
     def force(tile: Tile) -> Iterator[None]:
-        module = importlib.import_module(f"fastmlp.kernels.{stem}")
-        with mock.patch.object(module, "gemm_tile", return_value=tile):
+        def chosen(
+            kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, *, wide: bool
+        ) -> Tile:  # fmt: skip
+            assert tile in all_tiles(kind, dtype, device, wide=wide), f"configs never choose {tile} where wide={wide}"
+            return tile
+
+        with mock.patch.object(importlib.import_module(f"fastmlp.kernels.{stem}"), "gemm_tile", chosen):
             yield
 
     return force
@@ -91,12 +96,16 @@ def _gemm(kind: str, kernels: tuple[str, ...], variants: dict[str, Launcher]) ->
     return KernelCases(kernels, _tiles(kind), variants, _force(f"linear_{kind}"), _aligned, gemm=kernels[:1])
 
 
+def _wide(variant: str) -> bool:
+    return not {"odd", "n10"} & set(variant.split("-"))
+
+
 def _aligned(variant: str, dtype: torch.dtype, tile: Tile) -> bool:
-    return not {"odd", "columns", "n10"} & set(variant.split("-"))
+    return _wide(variant) and "columns" not in variant.split("-")
 
 
 # Names: the activation; k784 is FashionMNIST's input, no multiple of a depth of 32 but still aligned to 16; "odd"
-# operands are aligned to one element; "columns" have their first dimension contiguous.
+# operands are aligned to one element, as are rows of 10 (n10); "columns" have their first dimension contiguous.
 KERNELS = {
     "linear_fwd": _gemm(
         "fwd",

@@ -20,6 +20,7 @@ __all__ = ["EXCEPTIONS", "LIMITS", "LimitException", "exceptions_for", "violatio
 
 LIMITS = {
     "spill": "registers spilled to memory",
+    "spill in a loop": "registers spilled and reloaded in every round of a loop",
     "shared": "more shared memory than the target gives a program",
     "matrix unit": "a matrix product without the target's matrix instructions",
     "narrow load": "loads narrower than aligned, contiguous operands allow",
@@ -35,23 +36,28 @@ class LimitException:
         cases: a pattern of ``Case.name``, as in fnmatch: target/kernel/dtype/tile/variant.
         witness: the name of one of them that does exceed it.
         reason: why that is right, or the least bad.
+        most: of spills, the bytes a thread that are allowed.
     """
 
     limit: str
     cases: str
     witness: str
     reason: str
+    most: int = 0
 
 
-_ELEMENTWISE = (
-    "operands aligned to one element are loaded element by element, which no asynchronous copy can do, so that the "
-    "blocks on their way wait in registers; layers whose dimensions are multiples of 16 are loaded otherwise"
+_OUTSIDE = (
+    "outside its loops, so once a program, the code stores and reloads what would cost it a program a multiprocessor "
+    "(cross-entropy: from 2 to 1), by the choice of ptxas"
 )
-_FEW = "a few registers too many, 8 to 32 bytes a thread; no smaller tile has been shown to be faster"
+_EPILOGUE = (
+    "the accumulators take half of the registers or more, and the epilogue of silu, once a program, needs up to 12 too "
+    "many; the tile is the largest for its matrix units, and smaller ones load more bytes a product"
+)
 
 
-def _spill(cases: str, witness: str, reason: str) -> LimitException:
-    return LimitException("spill", cases, witness, reason)
+def _spill(cases: str, witness: str, most: int, reason: str) -> LimitException:
+    return LimitException("spill", cases, witness, reason, most)
 
 
 def _narrow(cases: str, witness: str, reason: str) -> LimitException:
@@ -59,20 +65,13 @@ def _narrow(cases: str, witness: str, reason: str) -> LimitException:
 
 
 EXCEPTIONS: tuple[LimitException, ...] = (
-    _spill("sm_*/linear_*odd*", "sm_80/linear_wgrad/float16/128x256x32-8w4s/odd", _ELEMENTWISE),
-    _spill("sm_*/linear_*n10-*", "sm_80/linear_dgrad/bfloat16/128x256x32-8w4s/n10-relu", _ELEMENTWISE),
-    _spill("sm_*/wgrad_update*odd*", "sm_89/wgrad_update/float16/32x64x64-4w4s/none-odd", _ELEMENTWISE),
-    _spill("sm_100/wgrad_update*64x64x64*", "sm_100/wgrad_update/float16/64x64x64-8w4s/split-adamw", _FEW),
-    _spill("sm_75/linear_*columns*", "sm_75/linear_dgrad/float16/32x32x16-4w2s/columns-tanh", _FEW),
-    _spill("sm_*/linear_wgrad*pixels*", "sm_86/linear_wgrad/float16/128x256x32-8w4s/pixels-nobias", _FEW),
-    _spill("sm_*/linear_dgrad*128x256*", "sm_89/linear_dgrad/bfloat16/128x256x32-8w4s/n48-silu", _FEW),
-    _spill("sm_*/linear_dgrad*32x64x*", "sm_80/linear_dgrad/float32/32x64x32-4w3s/leaky_relu", _FEW),
-    _spill("sm_*/cross_entropy*", "sm_80/cross_entropy/bfloat16/16x50257x1/step", _FEW),
-    _spill("sm_*/softmax_squared_error_bwd*", "sm_80/softmax_squared_error_bwd/bfloat16/16x50264/values-dy", _FEW),
     _spill(
-        "gfx1100/wgrad_update/float32/*",
-        "gfx1100/wgrad_update/float32/32x64x32-4w2s/sgd",
-        "RDNA multiplies float32 without matrix units; two copies of the loop (first layer, others) share them",
+        "sm_*/linear_*/float32/128x128x16*silu", "sm_80/linear_dgrad/float32/128x128x16-8w4s/n48-silu", 8, _EPILOGUE
+    ),
+    _spill("sm_90/linear_*128x256*silu*", "sm_90/linear_dgrad/float16/128x256x64-8w3s/n48-silu", 48, _EPILOGUE),
+    _spill("sm_*/cross_entropy*", "sm_80/cross_entropy/bfloat16/16x50257x1/step", 24, _OUTSIDE),
+    _spill(
+        "sm_*/softmax_squared_error_bwd*", "sm_80/softmax_squared_error_bwd/bfloat16/16x50264/values-dy", 8, _OUTSIDE
     ),
     _narrow(
         "*pixels*",
@@ -99,18 +98,20 @@ EXCEPTIONS: tuple[LimitException, ...] = (
 )
 
 
-def exceptions_for(case: Case) -> set[str]:
-    """The limits that a case is allowed to exceed."""
-    return {e.limit for e in EXCEPTIONS if fnmatchcase(case.name, e.cases)}
+def exceptions_for(case: Case) -> dict[str, LimitException]:
+    """The limits that a case is allowed to exceed, and why."""
+    return {e.limit: e for e in EXCEPTIONS if fnmatchcase(case.name, e.cases)}
 
 
-def violations(case: Case, launch: Launch) -> dict[str, str]:
-    """The limits that one launch of a case exceeds, with what was found."""
+def violations(case: Case, launch: Launch, *, spill: int = 0) -> dict[str, str]:
+    """The limits that one launch of a case exceeds, with what was found. ``spill``: bytes a thread that are allowed."""
     found = {}
     code = resources(launch)
-    if code.spilled:
+    if code.spilled > spill:
         unit = "bytes of local memory and stack" if "cubin" in launch.asm else "vector registers and bytes of scratch"
         found["spill"] = f"{code.spilled} {unit} a thread beside {code.registers} registers"
+    if code.spilled and (repeated := instructions(launch).spills_in_loops):
+        found["spill in a loop"] = f"{repeated} instructions"
     limit = case.target.device.shared_limit
     if code.shared > limit:
         found["shared"] = f"{code.shared} bytes, and the target has {limit}"

@@ -46,7 +46,7 @@ def _elementwise(launch: Callable[..., object], loss: str, *, columns: bool = Fa
 def _elementwise_cases(variants: dict[str, Launcher]) -> KernelCases:
     return KernelCases(
         ("_elementwise_loss_kernel", "_reduce_sum_kernel"),
-        tiles=lambda dtype, device: (None,),
+        tiles=lambda dtype, device, variant: (None,),
         variants=variants,
         force=lambda tile: nullcontext(),
         aligned=lambda variant, dtype, tile: variant not in COLUMNS,
@@ -65,7 +65,7 @@ def _softmax(launch: Callable[..., object], *, labels: bool, **options: Any) -> 
 def _softmax_cases(variants: dict[str, Launcher], shapes: tuple[Logits, ...]) -> KernelCases:
     return KernelCases(
         ("_softmax_squared_error_kernel", "_reduce_sum_kernel"),
-        tiles=lambda dtype, device: shapes,
+        tiles=lambda dtype, device, variant: shapes,
         variants=variants,
         force=lambda tile: nullcontext(),
         aligned=lambda variant, dtype, tile: tile.classes * dtype.itemsize % 16 == 0,

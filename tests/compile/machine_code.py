@@ -1,7 +1,8 @@
 """What a compiled kernel is made of, read from its machine code: registers, spills, shared memory, instructions.
 
-NVIDIA: ``cuobjdump`` and ``nvdisasm``, which come with Triton beside its ptxas. AMD: the assembly that Triton keeps,
-and the metadata at its end. What was read is kept in Triton's cache, beside the code.
+NVIDIA: ``cuobjdump`` and ``nvdisasm``, which come with Triton beside its ptxas. nvdisasm takes longer to start than to
+read a kernel, so ``disassemble`` gives it the code of many end to end. AMD: the assembly that Triton keeps, and the
+metadata at its end. What was read is kept in Triton's cache, beside the code.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 import subprocess
 import tempfile
-from collections import Counter
-from collections.abc import Callable
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +26,16 @@ from triton.runtime.cache import get_cache_manager
 
 from tests.ptxsim import Launch
 
-__all__ = ["Instructions", "MissingTool", "Resources", "digest", "instructions", "nvidia_tool", "resources"]
+__all__ = [
+    "Instructions",
+    "MissingTool",
+    "Resources",
+    "digest",
+    "disassemble",
+    "instructions",
+    "nvidia_tool",
+    "resources",
+]
 
 
 class MissingTool(RuntimeError):
@@ -52,10 +64,12 @@ class Instructions:
     Attributes:
         counts: how many there are by mnemonic without modifiers, e.g. "HMMA", "v_mfma_f32_16x16x16_f16".
         wide_loads: bytes a thread that the global loads of 16 bytes and more, asynchronous copies included, bring.
+        spills_in_loops: accesses to spilled registers that a loop repeats.
     """
 
     counts: dict[str, int]
     wide_loads: int
+    spills_in_loops: int
 
     def count(self, *prefixes: str) -> int:
         """Instructions whose mnemonic begins with one of ``prefixes``."""
@@ -68,8 +82,10 @@ def resources(launch: Launch) -> Resources:
     Raises:
         MissingTool: cuobjdump is not in the installed Triton.
     """
-    read = _cubin_resources if "cubin" in launch.asm else _amdgcn_resources
-    registers, spilled = _kept(launch, "resources", read)
+    kept = _Kept(launch, "resources")
+    if kept.value is None:
+        kept.put(_cubin_resources(launch) if "cubin" in launch.asm else _amdgcn_resources(launch))
+    registers, spilled = kept.value
     return Resources(registers, spilled, launch.shared)
 
 
@@ -79,7 +95,30 @@ def instructions(launch: Launch) -> Instructions:
     Raises:
         MissingTool: nvdisasm is not in the installed Triton.
     """
-    return Instructions(*_kept(launch, "instructions", _sass if "cubin" in launch.asm else _amdgcn))
+    disassemble([launch])
+    return Instructions(*_Kept(launch, "instructions").value)
+
+
+def disassemble(launches: Iterable[Launch]) -> None:
+    """Reads the instructions of many launches, so that ``instructions`` has them at hand.
+
+    Raises:
+        MissingTool: nvdisasm is not in the installed Triton.
+    """
+    unread: defaultdict[str, list[tuple[_Kept, bytes]]] = defaultdict(list)
+    for launch in launches:
+        kept = _Kept(launch, "instructions")
+        if kept.value is not None:
+            continue
+        if "cubin" in launch.asm:
+            target = re.search(r"^\.target sm_(\w+)", str(launch.asm["ptx"]), re.MULTILINE)
+            assert target is not None, "PTX names no target"
+            unread[target[1]].append((kept, _text_section(_binary(launch))))
+        else:
+            kept.put(_amdgcn(launch))
+    for target, codes in unread.items():
+        for (kept, _), counted in zip(codes, _sass(target, [code for _, code in codes]), strict=True):
+            kept.put(counted)
 
 
 def digest(launch: Launch) -> str:
@@ -93,15 +132,19 @@ def _binary(launch: Launch) -> bytes:
     return binary
 
 
-def _kept(launch: Launch, what: str, read: Callable[[Launch], tuple[Any, ...]]) -> list[Any]:
-    """``read(launch)``, or what it gave when the same binary was read before by the same code."""
-    key = f"{what} {digest(launch)} {_own_source()}"
-    cache = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
-    name = f"fastmlp_{what}.json"
-    file = cache.get_file(name)
-    if file is None:
-        file = cache.put(json.dumps(read(launch)), name, binary=False)
-    return json.loads(Path(file).read_text())
+class _Kept:
+    """What was read of one binary, from now on or from an earlier time by the same code; None before that."""
+
+    def __init__(self, launch: Launch, what: str) -> None:
+        key = f"{what} {digest(launch)} {_own_source()}"
+        self._cache = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+        self._name = f"fastmlp_{what}.json"
+        file = self._cache.get_file(self._name)
+        self.value: Any = None if file is None else json.loads(Path(file).read_text())
+
+    def put(self, value: tuple[Any, ...]) -> None:
+        self._cache.put(json.dumps(value), self._name, binary=False)
+        self.value = value
 
 
 @lru_cache
@@ -118,35 +161,68 @@ def nvidia_tool(name: str) -> str:
     return str(path)
 
 
-def _output_of(launch: Launch, tool: str, option: str) -> str:
+def _output_of(tool: str, *options: str, data: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(_binary(launch))
+        file.write(data)
         file.flush()
-        command = [nvidia_tool(tool), option, file.name]
+        command = [nvidia_tool(tool), *options, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-# `/*0b70*/  @P0 LDGSTS.E.BYPASS.128 [R17], desc[UR20][R6.64], P3 ;`
-_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_]*)((?:\.[A-Za-z0-9_]+)*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
 def _cubin_resources(launch: Launch) -> tuple[int, int]:
-    found = _RESOURCES.search(_output_of(launch, "cuobjdump", "--dump-resource-usage"))
+    found = _RESOURCES.search(_output_of("cuobjdump", "--dump-resource-usage", data=_binary(launch)))
     assert found is not None, "cuobjdump printed no resource usage"
     registers, stack, local = map(int, found.groups())
     return registers, stack + local
 
 
-def _sass(launch: Launch) -> tuple[dict[str, int], int]:
-    counts: Counter[str] = Counter()
-    wide_loads = 0
-    for name, modifiers in _SASS.findall(_output_of(launch, "nvdisasm", "-c")):
-        counts[name] += 1
+def _text_section(cubin: bytes) -> bytes:
+    """The code of a cubin, an ELF64 file with one kernel: its one section named .text.*."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    entry_size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * entry_size) for i in range(count)]
+    names = sections[names_index][4]
+    (code,) = (
+        cubin[offset : offset + size]
+        for name, _, _, _, offset, size in sections
+        if cubin.startswith(b".text.", names + name)
+    )
+    return code
+
+
+# `/*0b70*/  @P0 LDGSTS.E.BYPASS.128 [R17], desc[UR20][R6.64], P3 ;`
+_SASS = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][A-Z0-9_]*)((?:\.[A-Za-z0-9_]+)*)(.*)$", re.MULTILINE
+)
+_SPILL_SASS = ("LDL", "STL")
+
+
+def _sass(target: str, codes: list[bytes]) -> list[tuple[dict[str, int], int, int]]:
+    """The fields of ``Instructions`` of each code of one target, e.g. "90a"."""
+    starts = [0]
+    for code in codes[:-1]:
+        starts.append(starts[-1] + len(code))
+    counts: list[Counter[str]] = [Counter() for _ in codes]
+    wide_loads = [0] * len(codes)
+    spills: list[list[int]] = [[] for _ in codes]
+    loops: list[list[range]] = [[] for _ in codes]
+    lines = _SASS.findall(_output_of("nvdisasm", "-b", f"SM{target}", data=b"".join(codes)))
+    for address_text, name, modifiers, operands in lines:
+        address = int(address_text, 16)
+        i = bisect_right(starts, address) - 1
+        counts[i][name] += 1
+        if name in _SPILL_SASS:
+            spills[i].append(address)
+        if name == "BRA" and (to := re.search(r"0x[0-9a-f]+", operands)) and int(to[0], 16) < address:
+            loops[i].append(range(int(to[0], 16), address))
         if name in ("LDG", "LDGSTS"):
             bits = [int(m) for m in modifiers.split(".") if m.isdigit()]
-            wide_loads += bits[0] // 8 if bits and bits[0] >= 128 else 0
-    return dict(counts), wide_loads
+            wide_loads[i] += bits[0] // 8 if bits and bits[0] >= 128 else 0
+    in_loops = [sum(any(s in loop for loop in loops[i]) for s in spills[i]) for i in range(len(codes))]
+    return [(dict(count), wide, inside) for count, wide, inside in zip(counts, wide_loads, in_loops, strict=True)]
 
 
 _GCN_INSTRUCTION = re.compile(r"^\s+([a-z][a-z0-9_]+)(?=\s|$)", re.MULTILINE)
@@ -159,6 +235,8 @@ def _amdgcn_resources(launch: Launch) -> tuple[int, int]:
     return int(metadata["vgpr_count"]), spilled
 
 
-def _amdgcn(launch: Launch) -> tuple[dict[str, int], int]:
+def _amdgcn(launch: Launch) -> tuple[dict[str, int], int, int]:
     counts = Counter(_GCN_INSTRUCTION.findall(str(launch.asm["amdgcn"])))
-    return dict(counts), sum(16 * n for name, n in counts.items() if _GCN_WIDE_LOAD.match(name))
+    wide_loads = sum(16 * n for name, n in counts.items() if _GCN_WIDE_LOAD.match(name))
+    # Which of them loops repeat is not looked at: no exception is made for AMD.
+    return dict(counts), wide_loads, sum(n for name, n in counts.items() if name.startswith("scratch_"))

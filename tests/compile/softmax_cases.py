@@ -96,7 +96,7 @@ def _backward(*, probabilities: bool = False, weight: bool = False, mean: bool =
 def _cases(kernels: tuple[str, ...], shapes: tuple[Logits, ...], variants: dict[str, Launcher]) -> KernelCases:
     return KernelCases(
         kernels,
-        tiles=lambda dtype, device: shapes,
+        tiles=lambda dtype, device, variant: shapes,
         variants=variants,
         force=lambda tile: nullcontext(),
         aligned=lambda variant, dtype, tile: bool(tile.contiguous) and tile.classes * dtype.itemsize % 16 == 0,

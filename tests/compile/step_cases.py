@@ -114,7 +114,7 @@ def _reduce(optimizer: str, *, unscale: bool = False, accumulate: bool = False) 
 KERNELS = {
     "head": KernelCases(
         ("_head_kernel",),
-        tiles=lambda dtype, device: HEADS,
+        tiles=lambda dtype, device, variant: HEADS,
         variants={
             "sigmoid": _head("sigmoid"),
             "gelu-smoothing": _head("gelu", smoothing=0.1),
@@ -127,7 +127,7 @@ KERNELS = {
     ),
     "wgrad_update": KernelCases(
         ("_wgrad_update_kernel", "_reduce_update_kernel"),
-        tiles=lambda dtype, device: tuple(all_tiles("update", dtype, device)),
+        tiles=lambda dtype, device, variant: tuple(all_tiles("update", dtype, device, wide=False)),
         variants={
             "sgd": _update("sgd"),
             "momentum-pixels-gather": _update("momentum", nesterov=True, pixels=True),
@@ -141,7 +141,7 @@ KERNELS = {
     ),
     "reduce_update": KernelCases(
         ("_reduce_update_kernel",),
-        tiles=lambda dtype, device: (None,),
+        tiles=lambda dtype, device, variant: (None,),
         variants={
             "sgd": _reduce("sgd"),
             "adamw-unscale": _reduce("adamw", unscale=True),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastmlp import kernels, reference
-from fastmlp.kernels.configs import Tile
+from fastmlp.kernels.configs import Tile, all_tiles
 from tests.compile.cases import registry, tile_name
 from tests.compile.targets import TARGETS, Target
 from tests.kernels.harness import assert_within_budget
@@ -30,7 +30,7 @@ def _cases() -> list[object]:
     for target in (TARGETS["sm_80"], TARGETS["sm_120"]):
         for dtype in (torch.float32, torch.bfloat16):
             for kind in ("fwd", "dgrad", "wgrad"):
-                for tile in registry()[f"linear_{kind}"].tiles(dtype, target.device):
+                for tile in all_tiles(kind, dtype, target.device, wide=True):
                     name = f"{target.name}-{kind}-{str(dtype).removeprefix('torch.')}-{tile_name(tile)}"
                     cases.append(pytest.param(target, kind, dtype, tile, id=name))
     return cases

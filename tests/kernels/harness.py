@@ -24,12 +24,14 @@ def poisoned(values: Tensor, *, pad: int = 5, layout: str = "rows") -> Tensor:
     """A view equal to ``values``, embedded in larger storage that holds NaN (255 for integers) everywhere else.
 
     ``layout``: "rows" keeps the last dimension contiguous but rows apart by an odd stride; "columns" makes the
-    first dimension the contiguous one; "spread" leaves gaps in both; "dense" is contiguous with poison only before
+    first dimension the contiguous one; "spread" leaves gaps in all; "dense" is contiguous with poison only before
     and after.
     """
     fill = math.nan if values.is_floating_point() else torch.iinfo(values.dtype).max
     shape = values.shape
-    if values.ndim == 1 or layout == "dense":
+    if values.ndim == 1 and layout == "spread":
+        view = torch.full((3 * values.numel() + 2 * pad,), fill, dtype=values.dtype)[pad : pad + 3 * values.numel() : 3]
+    elif values.ndim == 1 or layout == "dense":
         storage = torch.full((values.numel() + 2 * pad * 16,), fill, dtype=values.dtype)
         view = storage[pad * 16 : pad * 16 + values.numel()].view(shape)
     elif layout == "rows":

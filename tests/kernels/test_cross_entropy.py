@@ -326,7 +326,8 @@ def test_all_rows_ignored(lane):
     assert (dz == 0).all()
 
 
-def test_training_step_arguments(lane):
+@pytest.mark.parametrize("layout", ["dense", "spread"])
+def test_training_step_arguments(lane, layout):
     """Labels gathered by row and of uint8, the scale read from the device, correct predictions counted."""
     z = logits_of(33, 10, torch.float32)
     z[4] = 0.0  # a tie: the first class is the prediction
@@ -338,7 +339,7 @@ def test_training_step_arguments(lane):
     loss, dz = cross_entropy(
         z.to(lane),
         poisoned(labels).to(lane),
-        rows=poisoned(rows).to(lane),
+        rows=poisoned(rows, layout=layout).to(lane),
         scale=torch.tensor(0.25).to(lane),
         correct=correct,
     )

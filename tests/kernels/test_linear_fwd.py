@@ -88,10 +88,11 @@ def test_uint8_pixels(lane, K, dtype):
     check(lane, x, w, None, "sigmoid", a)
 
 
-def test_gathered_rows(lane):
+@pytest.mark.parametrize("layout", ["dense", "spread"])
+def test_gathered_rows(lane, layout):
     x, w, b = case(40, 33, 17, torch.float32)
     rows = torch.tensor([39, 0, 7, 7, 12, 1, 38, 20, 5])
-    a, _ = linear_fwd(x.to(lane), w.to(lane), b.to(lane), "relu", rows=poisoned(rows).to(lane))
+    a, _ = linear_fwd(x.to(lane), w.to(lane), b.to(lane), "relu", rows=poisoned(rows, layout=layout).to(lane))
     check(lane, x[rows], w, b, "relu", a)
 
 

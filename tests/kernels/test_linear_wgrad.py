@@ -68,13 +68,14 @@ def test_expanded_gradient(lane):
     check(dz, x, *linear_wgrad(dz.to(lane), x.to(lane)))
 
 
+@pytest.mark.parametrize("layout", ["dense", "spread"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_uint8_pixels_gathered(lane, dtype):
+def test_uint8_pixels_gathered(lane, dtype, layout):
     g = torch.Generator().manual_seed(1)
     x = poisoned(torch.randint(0, 256, (50, 63), generator=g, dtype=torch.uint8))
     rows = torch.randint(0, 50, (70,), generator=g)
     dz, _ = case(70, 1, 17, dtype)
-    dw, db = linear_wgrad(dz.to(lane), x.to(lane), rows=poisoned(rows).to(lane), bias=False)
+    dw, db = linear_wgrad(dz.to(lane), x.to(lane), rows=poisoned(rows, layout=layout).to(lane), bias=False)
     assert db is None
     check(dz, x[rows], dw, None)
 

@@ -18,22 +18,30 @@ from tests.compile.cases import registry
 from tests.kernels.harness import assert_within_budget, poisoned
 
 KINDS = ("fwd", "dgrad", "wgrad")
+CONTIGUOUS = {"fwd": ("depth",), "dgrad": ("depth", "cols"), "wgrad": ("rows", "cols")}
 
 
-def shapes(tile: Tile, *, full: bool) -> Sequence[tuple[int, int, int]]:
-    """(rows, cols, depth) of the output and its reduction: a full tile and a few rows, columns and steps more."""
-    ragged = (tile.rows + 3, tile.cols + 5, 2 * tile.depth + 7)
+def shapes(kind: str, tile: Tile, *, wide: bool, full: bool) -> Sequence[tuple[int, int, int]]:
+    """(rows, cols, depth) of the output and its reduction: a full tile and a few rows, columns and steps more.
+
+    Of wide operands the contiguous dimensions have a multiple of 16 more.
+    """
+    contiguous = CONTIGUOUS[kind] if wide else ()
+    more = {"rows": 3, "cols": 5, "depth": tile.depth + 7} | dict.fromkeys(contiguous, 16)
+    ragged = (tile.rows + more["rows"], tile.cols + more["cols"], tile.depth + more["depth"])
     if not full:
         return [ragged]
-    return [ragged, (1, 1, 1), (tile.rows, tile.cols, tile.depth), (2 * tile.rows, 2 * tile.cols, 4096), (257, 129, 63)]
+    others = [(tile.rows, tile.cols, tile.depth), (2 * tile.rows, 2 * tile.cols, 4096)]
+    return [ragged, *others, *([] if wide else [(1, 1, 1), (257, 129, 63)])]
 
 
-def check(kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, lane: torch.device) -> None:
+def check(kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, lane: torch.device, *, wide: bool) -> None:
     """One product of this output shape and reduction, against float64."""
     g = torch.Generator().manual_seed(rows + cols + depth)
 
     def draw(*shape: int) -> torch.Tensor:
-        return poisoned((torch.randn(shape, generator=g) / shape[-1] ** 0.5).to(dtype))
+        values = (torch.randn(shape, generator=g) / shape[-1] ** 0.5).to(dtype)
+        return poisoned(values, pad=16 if wide else 5)
 
     if kind == "fwd":
         x, w, b = draw(rows, depth), draw(cols, depth), draw(cols)
@@ -52,11 +60,14 @@ def check(kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, lane:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_tile(lane: torch.device, kind: str, dtype: torch.dtype, pytestconfig: pytest.Config) -> None:
+@pytest.mark.parametrize("wide", [True, False], ids=["wide", "narrow"])
+def test_every_tile(
+    lane: torch.device, kind: str, dtype: torch.dtype, wide: bool, pytestconfig: pytest.Config
+) -> None:  # fmt: skip
     device = current_device()
     if device.arch == 75 and dtype == torch.bfloat16:
         pytest.skip("sm_75 has no bfloat16")
-    for tile in configs.all_tiles(kind, dtype, device):
+    for tile in configs.all_tiles(kind, dtype, device, wide=wide):
         with registry()[f"linear_{kind}"].force(tile):
-            for shape in shapes(tile, full=pytestconfig.getoption("--full")):
-                check(kind, *shape, dtype, lane)
+            for shape in shapes(kind, tile, wide=wide, full=pytestconfig.getoption("--full")):
+                check(kind, *shape, dtype, lane, wide=wide)

@@ -104,7 +104,8 @@ def test_depths_and_no_bias(lane, sizes):
     run(lane, "nesterov", sizes, 33, torch.float32, bias=False)
 
 
-def test_pixels_gathered_and_mean_loss(lane):
+@pytest.mark.parametrize("layout", ["dense", "spread"])
+def test_pixels_gathered_and_mean_loss(lane, layout):
     g = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (50, 63), generator=g, dtype=torch.uint8)
     rows = torch.randint(0, 50, (21,), generator=g)
@@ -118,7 +119,7 @@ def test_pixels_gathered_and_mean_loss(lane):
         [poisoned(images).to(lane), *on(lane, xs[1:])],
         Hyper("sgd"),
         hyper_row(1, lane),
-        rows=poisoned(rows).to(lane),
+        rows=poisoned(rows, layout=layout).to(lane),
         loss_rows=poisoned(loss_rows).to(lane),
         loss=loss,
     )
