@@ -49,7 +49,13 @@ def load_data(source: str | None, device: str) -> Data:
                 f"the time to accuracy needs the full FashionMNIST, found {len(train.labels)} images ({train.source}); "
                 "give its folder with --data"
             )
-    return Data(train.images, train.labels, test.images, test.labels, f"{train.source}, {test.source}")
+    return Data(
+        train.images,
+        train.labels,
+        test.images,
+        test.labels,
+        f"FashionMNIST, {len(train.labels):,} and {len(test.labels):,} images",
+    )
 
 
 def train_to(

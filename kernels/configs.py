@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from .device import Device
+from .tuned import tuned_tile
 
 __all__ = ["GEMM_KINDS", "Tile", "all_tiles", "cdiv", "gemm_tile", "splits"]
 
@@ -200,6 +201,8 @@ def gemm_tile(kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, d
     output were as many times larger as there are splits of the least worthwhile depth.
     """
     tiles = [t for t in (fit(t, dtype.itemsize, device) for t in _candidates(kind, dtype, device)) if t is not None]
+    if (measured := tuned_tile(kind, rows, cols, depth, dtype, device, tiles)) is not None:
+        return measured
     copies = max(1, depth // _MIN_DEPTH_PER_SPLIT) if kind in ("wgrad", "update") else 1
     for tile in tiles:
         if tile.rows > max(16, 2 * rows) or tile.cols > max(16, 2 * cols):
