@@ -54,7 +54,7 @@ def load_data(source: str | None, device: str) -> Data:
         train.labels,
         test.images,
         test.labels,
-        f"FashionMNIST, {len(train.labels):,} and {len(test.labels):,} images",
+        f"FashionMNIST, {len(train.labels):,} training and {len(test.labels):,} test images",
     )
 
 

@@ -46,14 +46,23 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    smoke = config.getoption("benchmark_disable")
     long = pytest.mark.skip(reason="minutes of compilation, left out of the smoke test")
+    once = pytest.mark.skip(reason="seconds of compilation, once an operation in the smoke test")
+    compiled = set()
     for item in items:
         if item.path.is_relative_to(machine.ROOT / "bench"):
             for foreign in FOREIGN:
                 item.add_marker(pytest.mark.filterwarnings(foreign))
             rival = item.callspec.params.get("rival") if isinstance(item, pytest.Function) else None
-            if config.getoption("benchmark_disable") and getattr(rival, "name", "") in LONG:
+            name = getattr(rival, "name", "")
+            if smoke and name in LONG:
                 item.add_marker(long)
+            elif smoke and name == "compile_default":
+                function = item.nodeid.partition("[")[0]
+                if function in compiled:
+                    item.add_marker(once)
+                compiled.add(function)
 
 
 @pytest.fixture(scope="session", autouse=True)
