@@ -97,7 +97,7 @@ def _contender(
         entry["setup_s"] = time.perf_counter() - begin
         runs = []
         for seed in range(seeds):
-            runs.append(train_to(session, seed, epochs or learner.recipe.epochs, targets))
+            runs.append(train_to(session, seed, learner.recipe.most_epochs(epochs), targets))
             reached = ", ".join(
                 f"{100 * float(t):g} %: {'-' if s is None else f'{s:.1f} s'}" for t, s in runs[-1]["reached"].items()
             )
@@ -116,7 +116,7 @@ def run_accuracy(
     targets: Sequence[float] = TARGETS,
     epochs: int | None = None,
 ) -> Document:
-    """Every learner, ``seeds`` runs each; ``epochs`` shortens the recipes."""
+    """Every learner, ``seeds`` runs each; ``epochs`` is asked for instead of the recipes' own."""
     started = datetime.datetime.now(datetime.timezone.utc)
     about = machine.describe(str(data.device))
     contenders = []

@@ -159,7 +159,9 @@ def full(
 @click.option(
     "--target", "targets", type=float, multiple=True, help="Test accuracy, 0 to 1; may be given several times."
 )
-@click.option("--epochs", type=click.IntRange(1), help="At most.  [default: the recipe's]")
+@click.option(
+    "--epochs", type=click.IntRange(1), help="At most; a falling learning rate ends earlier.  [default: the recipe's]"
+)
 @click.option("--data", metavar="FOLDER", help="Of the full FashionMNIST, or 'bundled'.  [default: where it is found]")
 @_options
 @click.pass_context
@@ -189,12 +191,14 @@ def _run_accuracy(
     report: bool,
 ) -> None:
     from .accuracy import TARGETS, load_data, run_accuracy
+    from .tables import print_accuracy
 
     try:
         loaded = load_data(data, device)
     except (OSError, RuntimeError, ValueError) as error:
         raise _Error(str(error)) from error
     document = run_accuracy(loaded, _command_line(ctx), _log, seeds=seeds, targets=targets or TARGETS, epochs=epochs)
+    print_accuracy(document)
     _finish(document, out, report)
 
 

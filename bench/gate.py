@@ -23,12 +23,13 @@ __all__ = ["Verdict", "judge", "worst"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """``error`` and ``allowed`` of the worst tensor, ``what``, relative to its norm."""
+    """``error`` and ``allowed`` of the worst tensor, ``what``, relative to its norm; ``overall`` of all together."""
 
     passed: bool
     what: str
     error: float
     allowed: float
+    overall: float
 
     def __str__(self) -> str:
         relation = "within" if self.passed else "over"
@@ -89,10 +90,13 @@ def worst(
     _check_shapes(results, expected)
     floor = math.sqrt(calls) * torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * math.sqrt(reduction) + more
     verdicts = []
+    squares = sum(value.norm().item() ** 2 for value in expected.values())
+    errors = sum((results[name].double().cpu() - value).norm().item() ** 2 for name, value in expected.items())
+    overall = math.sqrt(errors / max(squares, torch.finfo(torch.float32).tiny))
     for name, value in expected.items():
         scale = max(value.norm().item(), torch.finfo(torch.float32).tiny)
         error = (results[name].double().cpu() - value).norm().item() / scale
         allowed = 2 * (own[name].double() - value).norm().item() / scale + floor
         allowed += (0.0 if absolute is None else absolute[name]) / scale
-        verdicts.append(Verdict(error <= allowed, name, error, allowed))
+        verdicts.append(Verdict(error <= allowed, name, error, allowed, overall))
     return max(verdicts, key=lambda v: math.inf if math.isnan(v.error) else v.error / v.allowed)

@@ -45,9 +45,11 @@ def write_report(folder: Path = FOLDER, target: Path = ROOT / "bench" / "RESULTS
     """Draw every plot and write the report; returns the paths.
 
     Raises:
-        ValueError: a file below ``folder`` is not the JSON of a run.
+        ValueError: there is no run below ``folder``, or a file that is not the JSON of one.
     """
     documents = load_all(folder)
+    if not documents:
+        raise ValueError(f"there are no runs below {folder}; measure with 'fastmlp bench full' first")
     plots: dict[str, list[tuple[str, Path]]] = {}
     paths = []
     for document in documents:
