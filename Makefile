@@ -2,9 +2,9 @@
 PYTHON ?= python
 PYTEST = $(PYTHON) -m pytest -q -n 2 --dist worksteal
 
-.PHONY: test lint types unit interpret compile compile-all launch execute fuzz test-gpu
+.PHONY: test lint types unit interpret compile compile-all launch execute bench-smoke fuzz test-gpu
 
-test: lint types unit interpret compile launch execute  ## everything that CI runs
+test: lint types unit interpret compile launch execute bench-smoke  ## everything that CI runs
 
 lint:
 	$(PYTHON) -m ruff check .
@@ -30,6 +30,9 @@ launch:  ## lane 3: the launches of the whole library, recorded
 
 execute:  ## lane 4: the compiled kernels executed on a simulated GPU
 	$(PYTEST) -m execute
+
+bench-smoke:  ## every benchmark built, judged against float64 and called once; no times
+	$(PYTHON) -m pytest -q bench --benchmark-disable
 
 fuzz:  ## a night's worth of drawn cases
 	TRITON_INTERPRET=1 $(PYTEST) tests/fuzz --hypothesis-profile=night

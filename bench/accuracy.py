@@ -49,7 +49,13 @@ def load_data(source: str | None, device: str) -> Data:
                 f"the time to accuracy needs the full FashionMNIST, found {len(train.labels)} images ({train.source}); "
                 "give its folder with --data"
             )
-    return Data(train.images, train.labels, test.images, test.labels, f"{train.source}, {test.source}")
+    return Data(
+        train.images,
+        train.labels,
+        test.images,
+        test.labels,
+        f"FashionMNIST, {len(train.labels):,} training and {len(test.labels):,} test images",
+    )
 
 
 def train_to(
@@ -91,7 +97,7 @@ def _contender(
         entry["setup_s"] = time.perf_counter() - begin
         runs = []
         for seed in range(seeds):
-            runs.append(train_to(session, seed, epochs or learner.recipe.epochs, targets))
+            runs.append(train_to(session, seed, learner.recipe.most_epochs(epochs), targets))
             reached = ", ".join(
                 f"{100 * float(t):g} %: {'-' if s is None else f'{s:.1f} s'}" for t, s in runs[-1]["reached"].items()
             )
@@ -110,7 +116,7 @@ def run_accuracy(
     targets: Sequence[float] = TARGETS,
     epochs: int | None = None,
 ) -> Document:
-    """Every learner, ``seeds`` runs each; ``epochs`` shortens the recipes."""
+    """Every learner, ``seeds`` runs each; ``epochs`` is asked for instead of the recipes' own."""
     started = datetime.datetime.now(datetime.timezone.utc)
     about = machine.describe(str(data.device))
     contenders = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import click
 
 __all__ = ["cli"]
+
+
+#: Where click's context keeps the arguments.
+_ARGUMENTS = "bench.arguments"
 
 
 class _Error(click.ClickException):
@@ -45,8 +50,21 @@ def _device(name: str, threads: int | None) -> str:
     return str(device)
 
 
+#: Options that say where files lie, which is another place on the machine of who repeats a command.
+_PLACES = ("--out", "--data")
+
+
 def _command_line(ctx: click.Context) -> str:
-    return " ".join(["python -m bench", *ctx.meta.get("arguments", [ctx.info_name or ""])])
+    """The command as given, for captions, without the places of files."""
+    words, given = [], iter(ctx.meta[_ARGUMENTS])
+    for word in given:
+        if word in _PLACES:
+            next(given)
+        elif not word.startswith(tuple(f"{option}=" for option in _PLACES)):
+            words.append(word)
+    group = ctx.parent
+    assert group is not None
+    return f"{group.command_path} {shlex.join(words)}"
 
 
 def _finish(document: dict[str, Any], out: Path | None, report: bool) -> None:
@@ -75,7 +93,7 @@ class _Group(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
             args = ["quick", *args]
-        ctx.meta["arguments"] = list(args)
+        ctx.meta[_ARGUMENTS] = list(args)
         return super().parse_args(ctx, args)
 
 
@@ -141,7 +159,9 @@ def full(
 @click.option(
     "--target", "targets", type=float, multiple=True, help="Test accuracy, 0 to 1; may be given several times."
 )
-@click.option("--epochs", type=click.IntRange(1), help="At most.  [default: the recipe's]")
+@click.option(
+    "--epochs", type=click.IntRange(1), help="At most; a falling learning rate ends earlier.  [default: the recipe's]"
+)
 @click.option("--data", metavar="FOLDER", help="Of the full FashionMNIST, or 'bundled'.  [default: where it is found]")
 @_options
 @click.pass_context
@@ -171,12 +191,14 @@ def _run_accuracy(
     report: bool,
 ) -> None:
     from .accuracy import TARGETS, load_data, run_accuracy
+    from .tables import print_accuracy
 
     try:
         loaded = load_data(data, device)
     except (OSError, RuntimeError, ValueError) as error:
         raise _Error(str(error)) from error
     document = run_accuracy(loaded, _command_line(ctx), _log, seeds=seeds, targets=targets or TARGETS, epochs=epochs)
+    print_accuracy(document)
     _finish(document, out, report)
 
 
@@ -210,7 +232,14 @@ def report_command(results: Path | None, out: Path | None) -> None:
 
 @cli.command("tune")
 @click.option("--device", default="cuda", show_default=True, metavar="DEVICE", help="cuda or cuda:N.")
-@click.option("--dtype", "dtypes", multiple=True, default=("float32", "bfloat16"), show_default=True)
+@click.option(
+    "--dtype",
+    "dtypes",
+    type=click.Choice(("float32", "float16", "bfloat16")),
+    multiple=True,
+    default=("float32", "bfloat16"),
+    show_default=True,
+)
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(64, 512, 4096), show_default=True)
 def tune_command(device: str, dtypes: tuple[str, ...], batches: tuple[int, ...]) -> None:
     """Search the kernels' tile sizes on a GPU and keep the fastest in the user's cache, which the kernels prefer."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
+
+import click
 
 from .results import Document
 from .tables import by_rival, duration, median, spread
@@ -67,27 +70,20 @@ def compare(before: Document, after: Document) -> list[Change]:
 
 
 def print_changes(before: Document, after: Document, changes: list[Change]) -> None:
-    """All changes as one table on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
-    def title(document: Document) -> str:
+    """All changes on standard output, the largest slowdown first."""
+    for letter, document in (("A", before), ("B", after)):
         about = document["machine"]
-        return f"{about['name']}, {about['threads']} threads, commit {about['commit']}, {document['started']}"
-
-    table = Table(title=f"A: {title(before)}\nB: {title(after)}")
-    for name in ("problem", "contender", "A", "spread", "B", "spread", "B / A", ""):
-        table.add_column(name)
-    colours = {"slower": "red", "faster": "green", "same": "dim"}
-    for change in changes:
-        table.add_row(
-            change.problem,
-            change.label,
-            duration(median(change.before)),
-            spread(change.before),
-            duration(median(change.after)),
-            spread(change.after),
-            f"{change.factor:.2f}",
-            f"[{colours[change.verdict]}]{change.verdict}[/]",
+        click.echo(
+            f"{letter}: {document['preset']}, {about['name']}, {about['threads']} threads, commit {about['commit']}, "
+            f"{document['started']}"
         )
-    Console(soft_wrap=True).print(table)
+    if before["machine"]["slug"] != after["machine"]["slug"]:
+        click.echo("A and B were measured on different machines")
+    colours = {"slower": "red", "faster": "green", "same": None}
+    click.echo(f"\n{'':<7}{'B / A':>6}{'A':>9}{'spread':>8}{'B':>9}{'spread':>8}  contender, problem")
+    for change in changes:
+        sides = "".join(f"{duration(median(e)):>9}{spread(e):>8}" for e in (change.before, change.after))
+        line = f"{change.verdict:<7}{change.factor:>6.2f}{sides}  {change.label}, {change.problem}"
+        click.echo(click.style(line, fg=colours[change.verdict]))
+    counts = Counter(change.verdict for change in changes)
+    click.echo(f"\n{', '.join(f'{counts[verdict]} {verdict}' for verdict in colours)}")

@@ -46,7 +46,7 @@ def caption(document: Document) -> str:
     about = document["machine"]
     names = ("torch", "triton", "jax") if about["is_gpu"] else ("torch", "jax")
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in names if about["versions"].get(name))
-    threads = "" if about["is_gpu"] else f", {about['threads']} threads"
+    threads = "" if about["is_gpu"] else f", {about['threads']} thread{'s' if about['threads'] > 1 else ''}"
     changed = " with changes" if about["changed_files"] else ""
     return (
         f"{about['name']}{threads}; {versions}; commit {about['commit']}{changed}, {document['started'][:10]}; "
@@ -90,7 +90,8 @@ def _save(path: Path, title: str, document: Document, drawing: Callable[[Any, Do
     axes.grid(color="#dddddd", linewidth=0.6, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8)
+    if axes.get_legend() is None:
+        axes.legend(frameon=False, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,21 +151,20 @@ def _curve(axes: Any, document: Document, axis: str, dtype: str, label: str) -> 
 def _errors(axes: Any, document: Document) -> bool:
     found = False
     for dtype, line in (("float32", "-"), ("bfloat16", "--")):
-        series = _series(document, "batch", dtype, lambda case, entry: (entry["error"], entry["allowed"]))
+        series = _series(document, "batch", dtype, lambda case, entry: entry["overall"])
         for index, ((rival, name), points) in enumerate(series.items()):
             found = True
-            places, errors = [place for place, _ in points], [max(v[0], 1e-16) for _, v in points]
+            places, errors = [place for place, _ in points], [max(v, 1e-16) for _, v in points]
             axes.plot(places, errors, label=f"{name}, {dtype}", linestyle=line, **_style(rival, index))
-        if series:
-            points = next(iter(series.values()))
-            label = f"allowed, {dtype}"
-            axes.plot([p for p, _ in points], [v[1] for _, v in points], ":", color=GRAY, linewidth=1, label=label)
     if not found:
         return False
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    every = sorted({case["value"] for case in document["cases"] if case["axis"] == "batch"})
+    axes.set_xticks(every, [f"{place:,}" for place in every])
     axes.set_xlabel("batch size")
-    axes.set_ylabel("relative error of the worst parameter's update")
+    axes.set_ylabel("|update - float64's| / |float64's|, over all parameters")
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return True
 
 
@@ -206,7 +206,7 @@ def _roofline(axes: Any, document: Document) -> bool:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("FLOP by least byte of traffic (above the slope: the operands stay in the caches)")
+    axes.set_xlabel("FLOP / byte of the least traffic (above the slope: operands that stay in the caches)")
     axes.set_ylabel("FLOP/s")
     return True
 

@@ -3,30 +3,33 @@
 A result passes when its error is no more than twice torch's own in the same dtype, plus a floor: one rounding to the
 dtype a call, and float32's rounding times the square root of the longest sum. Errors are norms over a whole tensor,
 relative to the norm of the right result. Of a training step, the tensor is what the steps have changed, and each
-time that a parameter may be rounded on the way (``Problem.roundings``) adds float32's rounding of it.
+time that a parameter may be rounded on the way (``Problem.roundings``) adds float32's rounding of it;
+``Problem.conditioning`` adds what the optimizer's own scalars lose in float32.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from .problems import GATE_CALLS, Problem, Results
 
-__all__ = ["Verdict", "judge"]
+__all__ = ["Verdict", "judge", "worst"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``error`` and ``allowed`` of the worst tensor, ``what``, relative to its norm."""
+    """``error`` and ``allowed`` of the worst tensor, ``what``, relative to its norm; ``overall`` of all together."""
 
     passed: bool
     what: str
     error: float
     allowed: float
+    overall: float
 
     def __str__(self) -> str:
         relation = "within" if self.passed else "over"
@@ -46,22 +49,54 @@ def judge(problem: Problem, results: Results) -> Verdict:
         ValueError: the names or shapes are not the oracle's.
     """
     expected, own = _oracles(problem)
-    results = {name: value.double().cpu() for name, value in results.items()}
+    rounded = torch.finfo(torch.promote_types(problem.torch_dtype, torch.float32)).eps * math.sqrt(problem.roundings)
+    _check_shapes(results, expected)
+    return worst(
+        problem.judged({name: value.double().cpu() for name, value in results.items()}),
+        problem.judged(expected),
+        problem.judged(own),
+        dtype=problem.torch_dtype,
+        reduction=problem.reduction,
+        calls=GATE_CALLS,
+        more=problem.conditioning,
+        absolute={name: rounded * value.norm().item() for name, value in expected.items()},
+    )
+
+
+def _check_shapes(results: Results, expected: Results) -> None:
     if results.keys() != expected.keys():
         raise ValueError(f"expected results {sorted(expected)}, got {sorted(results)}")
-    rounding = math.sqrt(GATE_CALLS) * torch.finfo(problem.torch_dtype).eps
-    rounding += torch.finfo(torch.float32).eps * math.sqrt(problem.reduction)
-    verdicts = []
-    rounded = torch.finfo(torch.promote_types(problem.torch_dtype, torch.float32)).eps * math.sqrt(problem.roundings)
-    norms = {name: value.norm().item() for name, value in expected.items()}
     for name, value in expected.items():
         if results[name].shape != value.shape:
             raise ValueError(f"expected {name} of shape {list(value.shape)}, got {list(results[name].shape)}")
-    expected, own, results = problem.judged(expected), problem.judged(own), problem.judged(results)
+
+
+def worst(
+    results: Results,
+    expected: Results,
+    own: Results,
+    *,
+    dtype: torch.dtype,
+    reduction: int,
+    calls: int = 1,
+    more: float = 0.0,
+    absolute: Mapping[str, float] | None = None,
+) -> Verdict:
+    """The verdict on the tensor that is nearest to, or farthest over, what is allowed of it.
+
+    ``own`` is torch's result in ``dtype``, ``reduction`` the longest sum, ``calls`` how often a result is rounded to
+    ``dtype``; ``more`` is allowed on top relative to the norm, ``absolute`` by itself.
+    """
+    _check_shapes(results, expected)
+    floor = math.sqrt(calls) * torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * math.sqrt(reduction) + more
+    verdicts = []
+    squares = sum(value.norm().item() ** 2 for value in expected.values())
+    errors = sum((results[name].double().cpu() - value).norm().item() ** 2 for name, value in expected.items())
+    overall = math.sqrt(errors / max(squares, torch.finfo(torch.float32).tiny))
     for name, value in expected.items():
         scale = max(value.norm().item(), torch.finfo(torch.float32).tiny)
-        error = (results[name] - value).norm().item() / scale
-        allowed = 2 * (own[name] - value).norm().item() / scale + rounding
-        allowed += rounded * norms[name] / scale
-        verdicts.append(Verdict(error <= allowed, name, error, allowed))
+        error = (results[name].double().cpu() - value).norm().item() / scale
+        allowed = 2 * (own[name].double() - value).norm().item() / scale + floor
+        allowed += (0.0 if absolute is None else absolute[name]) / scale
+        verdicts.append(Verdict(error <= allowed, name, error, allowed, overall))
     return max(verdicts, key=lambda v: math.inf if math.isnan(v.error) else v.error / v.allowed)

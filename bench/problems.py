@@ -126,6 +126,11 @@ class Problem:
         """How often the calls before the comparison may round a result that they update in place; 0: they don't."""
         return 0
 
+    @property
+    def conditioning(self) -> float:
+        """By how much float32 rounds the scalars that all of a result is multiplied by; 0: they are exact."""
+        return 0.0
+
     def describe(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return {"kind": self.kind, "name": self.name, **asdict(self)}
@@ -324,6 +329,9 @@ class HeadProblem(Problem):
         return {"loss": loss.detach().double(), "dZ": dz.double(), "dH": dh.double()}
 
 
+#: torch.optim's default decay of the second moment.
+ADAM_BETA_2 = 0.999
+
 #: Settings of torch.optim by the name of a problem's optimizer.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.01},
@@ -393,6 +401,12 @@ class _Training(Problem):
     def roundings(self) -> int:
         # A GEMM that accumulates onto the weight itself rounds it at every row of the batch.
         return GATE_CALLS * self.rows
+
+    @property
+    def conditioning(self) -> float:
+        # Adam divides by sqrt(1 - beta_2^t), which optimizers that keep t on the device compute in float32. 1 - x with
+        # x near 1 has the rounding of x, eps / 2, against 1 - beta_2 at the first step; the root halves it.
+        return torch.finfo(torch.float32).eps / (4 * (1 - ADAM_BETA_2)) if self.optimizer == "adamw" else 0.0
 
     def judged(self, results: Results) -> Results:
         """What training has changed: the parameters less their starting values."""

@@ -13,7 +13,7 @@ from fastmlp.files import atomic_write
 from .figures import PLOTS, caption, draw
 from .machine import ROOT
 from .results import FOLDER, Document, load_all
-from .tables import by_rival, duration, median, ratio, spread, timed
+from .tables import by_rival, duration, epoch_seconds, median, ratio, reached, spread, timed
 
 __all__ = ["NOT_MEASURED", "render", "write_report"]
 
@@ -45,9 +45,11 @@ def write_report(folder: Path = FOLDER, target: Path = ROOT / "bench" / "RESULTS
     """Draw every plot and write the report; returns the paths.
 
     Raises:
-        ValueError: a file below ``folder`` is not the JSON of a run.
+        ValueError: there is no run below ``folder``, or a file that is not the JSON of one.
     """
     documents = load_all(folder)
+    if not documents:
+        raise ValueError(f"there are no runs below {folder}; measure with 'fastmlp bench full' first")
     plots: dict[str, list[tuple[str, Path]]] = {}
     paths = []
     for document in documents:
@@ -159,26 +161,14 @@ def _accuracy(documents: list[Document]) -> str:
                 lines.append(_row([c["label"], f"{c['status']}: {c['reason']}", *[""] * (len(targets) + 3)]))
                 continue
             cells = [f"**{c['label']}**" if c["name"].startswith("fastmlp") else c["label"]]
-            for target in targets:
-                reached = [run["reached"][str(target)] for run in c["runs"]]
-                cells.append(_mean([s for s in reached if s is not None], len(reached)))
+            cells += [reached(c, target) for target in targets]
             best = statistics.mean(max(p["accuracy"] for p in run["curve"]) for run in c["runs"])
-            epoch = statistics.mean(run["seconds"] / run["epochs"] for run in c["runs"])
-            cells += [f"{100 * best:.2f} %", f"{epoch:.2f}", f"{c['setup_s']:.1f} s", c["settings"]]
+            cells += [f"{100 * best:.2f} %", f"{epoch_seconds(c):.2f}", f"{c['setup_s']:.1f} s", c["settings"]]
             lines.append(_row(cells))
         lines.append("")
     if gpu_is_missing:
         lines.append(f"GPU: {NOT_MEASURED}.\n")
     return "\n".join(lines)
-
-
-def _mean(seconds: list[float], runs: int) -> str:
-    if not seconds:
-        return "not reached"
-    text = f"{statistics.mean(seconds):.1f}"
-    if len(seconds) > 1:
-        text += f" ± {statistics.stdev(seconds):.1f}"
-    return f"{text} s" if len(seconds) == runs else f"{text} s ({len(seconds)} of {runs} runs)"
 
 
 def _figures(plots: dict[str, list[tuple[str, str]]], documents: list[Document]) -> str:

@@ -4,11 +4,12 @@
      "cases": [{"problem": {...}, "axis": ..., "value": ..., "flops": ..., "bytes": ..., "rows": ...,
                 "results": [{"rival": ..., "label": ..., "notes": ..., "status": ..., "reason": ...,
                              "setup_s": ..., "calls": ..., "seconds": [...],
-                             "error": ..., "allowed": ..., "worst": ...}, ...]}, ...]}
+                             "error": ..., "allowed": ..., "worst": ..., "overall": ...}, ...]}, ...]}
 
 ``status`` is "ok" (timed), "unavailable" (not installed, no GPU, ...), "wrong" (the gate is red), "failed" (it
-raised), or "left out" (not part of the preset); only "ok" has ``seconds``, one number a round. The other kind of
-run, "accuracy", is described in ``accuracy``.
+raised), or "left out" (not part of the preset); only "ok" has ``seconds``, one number a round. Errors are relative
+to float64: ``error`` of the ``worst`` tensor beside what is ``allowed`` of it, and ``overall`` of all tensors together.
+The other kind of run, "accuracy", is described in ``accuracy``.
 """
 
 from __future__ import annotations

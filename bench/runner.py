@@ -42,7 +42,7 @@ def prepare(rival: Rival, case: Case) -> tuple[dict[str, Any], Run | None]:
     except Exception as error:  # a contender that breaks must not end the run of the others
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         return {**entry, "status": "failed", "reason": reason[:300]}, None
-    entry |= {"worst": verdict.what, "error": verdict.error, "allowed": verdict.allowed}
+    entry |= {"worst": verdict.what, "error": verdict.error, "allowed": verdict.allowed, "overall": verdict.overall}
     if not verdict.passed:
         return {**entry, "status": "wrong", "reason": str(verdict)}, None
     return {**entry, "status": "ok", "reason": ""}, run

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable
 from typing import Any
 
+import click
+
 from .results import Document
-from .rivals import BASELINE
+from .rivals import BASELINE, OURS
 from .timing import quartiles
 
-__all__ = ["by_rival", "duration", "median", "print_run", "ratio", "spread", "timed"]
+__all__ = [
+    "by_rival",
+    "duration",
+    "epoch_seconds",
+    "median",
+    "print_accuracy",
+    "print_run",
+    "ratio",
+    "reached",
+    "spread",
+    "timed",
+]
 
 
 def median(entry: dict[str, Any]) -> float:
@@ -50,28 +65,68 @@ def ratio(case: dict[str, Any], entry: dict[str, Any]) -> float | None:
     return median(base) / median(entry) if base is not None and base["status"] == "ok" else None
 
 
-def print_run(document: Document) -> None:
-    """The run as one table on standard output."""
-    from rich.console import Console
-    from rich.table import Table
+#: Wide enough for the longest label.
+_LABEL = 37
 
+
+def _line(label: str, cells: Iterable[str], ours: bool = False) -> None:
+    text = f"  {label:<{_LABEL}}" + "".join(f"{cell:>10}" for cell in cells)
+    click.echo(click.style(text, bold=True) if ours else text)
+
+
+def print_run(document: Document) -> None:
+    """The run on standard output, 80 columns wide: a block a problem, the fastest contender first."""
     about = document["machine"]
-    table = Table(title=f"{document['preset']}: {about['name']}, {about['threads']} threads, commit {about['commit']}")
-    for name, justify in (("problem", "left"), ("contender", "left"), ("median", "right"), ("spread", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("× eager", justify="right")
-    table.add_column("FLOP/s", justify="right")
+    click.echo(f"{document['preset']}: {about['name']}, {about['threads']} threads, commit {about['commit']}\n")
+    absent: dict[tuple[str, str], int] = {}
     for case in document["cases"]:
-        title = f"{case['problem']['kind']}: {case['problem']['name']}"
+        click.echo(f"{case['problem']['kind']}: {case['problem']['name']}")
+        _line("contender", ("median", "spread", "x eager", "GFLOP/s"))
         for entry in sorted(timed(case), key=median):
             times = ratio(case, entry)
-            flops = f"{case['flops'] / median(entry) / 1e9:,.1f} G" if case["flops"] else ""
+            flops = f"{case['flops'] / median(entry) / 1e9:,.1f}" if case["flops"] else ""
             row = (duration(median(entry)), spread(entry), "" if times is None else f"{times:.2f}", flops)
-            table.add_row(title, entry["label"], *row)
-            title = ""
+            _line(entry["label"], row, entry["rival"] == OURS)
         for entry in case["results"]:
-            if entry["status"] in ("wrong", "failed", "unavailable"):
-                table.add_row(title, entry["label"], f"[dim]{entry['status']}: {entry['reason']}[/dim]")
-                title = ""
-        table.add_section()
-    Console(soft_wrap=True).print(table)
+            if entry["status"] in ("wrong", "failed"):
+                click.echo(f"  {entry['label']}: {entry['status']}: {entry['reason']}")
+            elif entry["status"] == "unavailable":
+                key = entry["label"], entry["reason"]
+                absent[key] = absent.get(key, 0) + 1
+        click.echo()
+    if absent:
+        click.echo("not timed")
+    for (label, reason), count in sorted(absent.items()):
+        click.echo(f"  {label}: {reason} ({count} of {len(document['cases'])} problems)")
+
+
+def print_accuracy(document: Document) -> None:
+    """The time to accuracy on standard output: mean and standard deviation over the seeds."""
+    targets = document["targets"]
+    about = document["machine"]
+    click.echo(f"time to accuracy: {about['name']}, {about['threads']} threads, {document['seeds']} seeds\n")
+    for contender in document["contenders"]:
+        click.echo(f"{contender['label']} ({contender['settings']})")
+        if contender["status"] != "ok":
+            click.echo(f"  {contender['status']}: {contender['reason']}")
+            continue
+        for target in targets:
+            click.echo(f"  {100 * target:g} %: {reached(contender, target)}")
+        click.echo(f"  set-up {contender['setup_s']:.1f} s, {epoch_seconds(contender):.2f} s an epoch")
+
+
+def reached(contender: dict[str, Any], target: float) -> str:
+    """Seconds to a test accuracy, mean and standard deviation, and in how many runs if not in all."""
+    runs = [run["reached"][str(target)] for run in contender["runs"]]
+    seconds = [s for s in runs if s is not None]
+    if not seconds:
+        return "not reached"
+    text = f"{statistics.mean(seconds):.1f}"
+    if len(seconds) > 1:
+        text += f" ± {statistics.stdev(seconds):.1f}"
+    return f"{text} s" if len(seconds) == len(runs) else f"{text} s ({len(seconds)} of {len(runs)} runs)"
+
+
+def epoch_seconds(contender: dict[str, Any]) -> float:
+    """Mean seconds of training an epoch."""
+    return statistics.mean(run["seconds"] / run["epochs"] for run in contender["runs"])

@@ -71,7 +71,7 @@ def _warm_up(run: Run, turn_s: float) -> int:
     run()
     run.finish()
     calls, begin = 0, time.perf_counter()
-    while calls < 2 or time.perf_counter() - begin < min(WARM_UP_S, 3 * turn_s):
+    while calls < 1 or time.perf_counter() - begin < min(WARM_UP_S, 3 * turn_s):
         run()
         run.finish()
         calls += 1
@@ -79,8 +79,9 @@ def _warm_up(run: Run, turn_s: float) -> int:
 
 
 def _cpu_turn(run: Run, calls: int) -> float:
-    run()  # brings its code and weights into the caches, as in the middle of a training run
-    run.finish()
+    if calls > 1:
+        run()  # brings its code and weights into the caches, as in the middle of a training run
+        run.finish()
     begin = time.perf_counter()
     for _ in range(calls):
         run()

@@ -179,8 +179,9 @@ def cross_entropy(
         bfloat16 are computed in float32.
 
     Differentiable in input and probabilities, twice with ``create_graph=True``. Inside the transforms of torch.func,
-    inside torch.compile on plain torch, for empty inputs, and where probabilities have a class weight that requires
-    grad, torch.nn.functional.cross_entropy itself runs.
+    inside torch.compile on plain torch, for empty inputs, where probabilities have a class weight that requires grad,
+    and where it is as fast (labels on a CPU, but for many rows of few classes), torch.nn.functional.cross_entropy
+    itself runs.
 
     A label outside [0, C) that is not ignore_index raises IndexError on CPU. On a GPU labels are not checked, because
     that would wait for the device: there the loss and the gradient of that row are NaN, and so are the mean and the
@@ -210,7 +211,7 @@ def cross_entropy(
         _check_labels(input, target, ignore_index)
     settings = Settings(reduction, ignore_index, float(label_smoothing), dtype, nll)
     try:
-        if torchs:
+        if torchs or torch_losses.torch_is_as_fast(input, settings):
             return F.cross_entropy(
                 input,
                 target,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .device import Device
+from .tuned import tuned_tile
 
 __all__ = ["GEMM_KINDS", "Tile", "all_tiles", "cdiv", "gemm_tile", "loads_wide", "splits"]
 
@@ -254,6 +255,8 @@ def gemm_tile(
     output were as many times larger as there are splits of the least worthwhile depth.
     """
     tiles = list(all_tiles(kind, dtype, device, wide=wide))
+    if (measured := tuned_tile(kind, rows, cols, depth, dtype, device, tiles)) is not None:
+        return measured
     copies = max(1, depth // _MIN_DEPTH_PER_SPLIT) if kind in ("wgrad", "update") else 1
     for tile in tiles:
         if tile.rows > max(16, 2 * rows) or tile.cols > max(16, 2 * cols):

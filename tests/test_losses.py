@@ -16,7 +16,8 @@ from fastmlp.losses import CrossEntropyLoss, cross_entropy
 from tests.conftest import HAS_GPU, INTERPRETING
 
 C = 4
-SHAPES = [(C,), (5, C), (3, C, 2), (2, C, 3, 2)]
+# Many rows of few classes are computed transposed; few rows of labels are left to torch.
+SHAPES = [(C,), (5, C), (300, C), (3, C, 2), (2, C, 3, 2)]
 REDUCTIONS = ["none", "mean", "sum"]
 
 
@@ -153,14 +154,34 @@ def test_retain_graph_and_accumulation():
 
 
 def test_saved_tensors_are_checked():
-    """A logit changed between forward and backward is noticed, as in torch."""
-    z, y = logits((5, C)), labels((5, C))
+    """A logit changed between forward and backward is noticed."""
+    z, y = logits((300, C)), labels((300, C))
     hidden = z * 1
     loss = cross_entropy(hidden, y)
     with torch.no_grad():
         hidden.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [1, 10, 15, 16])
+def test_many_short_rows_on_a_cpu(classes, dtype):
+    """Both sides of the transposed softmax's limit: contiguous gradients, no further from float64 than torch's."""
+    z = (torch.randn(4096, classes, generator=torch.Generator().manual_seed(4)) * 3).to(dtype).requires_grad_()
+    y = torch.randint(0, classes, (4096,), generator=torch.Generator().manual_seed(5))
+    wide = z.detach().double().requires_grad_()
+
+    def loss_and_gradient(loss: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return loss.detach().double(), torch.autograd.grad(loss, z)[0]
+
+    ours = loss_and_gradient(cross_entropy(z, y), z)
+    torchs = loss_and_gradient(F.cross_entropy(z, y), z)
+    right = loss_and_gradient(F.cross_entropy(wide, y), wide)
+    assert ours[1].is_contiguous()
+    for a, b, c in zip(ours, torchs, right, strict=True):
+        floor = torch.finfo(dtype).eps * c.norm()
+        assert (a.double() - c).norm() <= 2 * (b.double() - c).norm() + floor
 
 
 def test_only_what_is_asked():

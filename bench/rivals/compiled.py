@@ -52,7 +52,11 @@ class Compiled:
 
     def available(self, problem: Problem) -> Availability:
         on_gpu = problem.device.startswith("cuda")
-        return needs((on_gpu or self.mode != "reduce-overhead", "is CUDA graphs: the default mode without a GPU"))
+        return needs(
+            (on_gpu or self.mode != "reduce-overhead", "is CUDA graphs: the default mode without a GPU"),
+            # On a CPU inductor's GEMM templates are for weights that no step changes.
+            (on_gpu or self.mode != "max-autotune", "tunes products of constant weights only: the default mode here"),
+        )
 
     def build(self, problem: Problem) -> Run:
         return _CompiledRun(problem, self.mode)  # type: ignore[arg-type]

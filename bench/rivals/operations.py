@@ -168,6 +168,7 @@ class CompiledOperation:
         from_output = getattr(problem, "activation", "identity") in ("identity", "sigmoid", "relu", "tanh")
         return needs(
             (on_gpu or self.mode != "reduce-overhead", "is CUDA graphs: the default mode without a GPU"),
+            (on_gpu or self.mode != "max-autotune", "tunes products of constant weights only: the default mode here"),
             (problem.kind != "linear_act_backward" or from_output, "written for derivatives of the output"),
         )
 

@@ -1,4 +1,4 @@
-"""The command line: ``fastmlp train | eval | predict | reproduce | doctor``, one module a command.
+"""The command line: ``fastmlp train | eval | predict | bench | reproduce | doctor``, one module a command.
 
 A command is a module of this package named in `COMMANDS` with a ``click.Command`` called ``command``. Modules import
 torch inside their functions only, so that ``--help`` does not wait for it.
@@ -18,7 +18,7 @@ import click
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("train", "eval", "predict", "reproduce", "doctor")
+COMMANDS = ("train", "eval", "predict", "bench", "reproduce", "doctor")
 """Every command, in the order of the help."""
 
 

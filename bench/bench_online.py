@@ -1,0 +1,13 @@
+"""Online training: a stretch of single-sample steps of the reference network."""
+
+from __future__ import annotations
+
+from bench.conftest import Contest, device, matches
+from bench.presets import REFERENCE
+from bench.problems import OnlineProblem, Problem
+from bench.rivals.protocol import Rival
+
+
+@matches([OnlineProblem(REFERENCE, samples=64, device=device())])
+def test_online(contest: Contest, problem: Problem, rival: Rival) -> None:
+    contest(problem, rival)

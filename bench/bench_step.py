@@ -1,0 +1,23 @@
+"""The whole training step of the reference network, and of a small one in other dtypes and with other optimizers."""
+
+from __future__ import annotations
+
+from bench.conftest import Contest, device, matches
+from bench.presets import REFERENCE
+from bench.problems import Problem, StepProblem
+from bench.rivals.protocol import Rival
+
+SMALL = (784, 64, 64, 10)
+PROBLEMS = [
+    *(StepProblem(REFERENCE, batch, device=device()) for batch in (1, 64, 512, 4096)),
+    StepProblem(SMALL, 64, optimizer="nesterov", device=device()),
+    StepProblem(SMALL, 64, optimizer="adamw", device=device()),
+    StepProblem(SMALL, 64, activation="relu", device=device()),
+    StepProblem(SMALL, 64, "relu", bias=False, dtype="float16", device=device()),
+    StepProblem(SMALL, 512, dtype="bfloat16", device=device()),
+]
+
+
+@matches(PROBLEMS)
+def test_step(contest: Contest, problem: Problem, rival: Rival) -> None:
+    contest(problem, rival)

@@ -1,0 +1,126 @@
+"""``pytest bench``: the same problems and contenders under pytest-benchmark, one group a problem.
+
+Each test first sends its contender through the correctness gate; where that is red the test fails and nothing is
+timed. With ``--benchmark-disable`` every contender is built, judged and called once: the smoke test. The contenders
+run one after the other here, not in turns as under ``python -m bench``, whose numbers are the ones to quote.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from bench import machine
+from bench.presets import Case
+from bench.problems import Problem
+from bench.rivals import rivals_for
+from bench.rivals.protocol import Rival
+from bench.runner import prepare
+
+#: The fixture of that name.
+Contest = Callable[[Problem, Rival], None]
+
+#: Minutes of compilation, for which the default mode stands in the smoke test.
+LONG = ("compile_max_autotune", "compile_reduce_overhead")
+
+#: Warnings of other libraries, which are errors under this project's settings, are not what is tested here; nor is
+#: pytest-benchmark's of tests that skip, and of pytest-xdist, under which it disables itself.
+FOREIGN: tuple[str, ...] = (
+    "ignore:::torch",
+    "ignore:::jax",
+    "ignore:::sklearn",
+    "ignore:::numpy",
+    "ignore:::scipy",
+    "ignore:::triton",
+)
+FOREIGN += ("ignore::pytest_benchmark.logger.PytestBenchmarkWarning",)
+
+
+def pytest_configure() -> None:
+    # torch.compile's trace, thousands of lines, which pytest would print with a failing test.
+    logging.getLogger("torch.__trace").propagate = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    smoke = config.getoption("benchmark_disable")
+    long = pytest.mark.skip(reason="minutes of compilation, left out of the smoke test")
+    once = pytest.mark.skip(reason="seconds of compilation, once an operation in the smoke test")
+    compiled = set()
+    for item in items:
+        if item.path.is_relative_to(machine.ROOT / "bench"):
+            for foreign in FOREIGN:
+                item.add_marker(pytest.mark.filterwarnings(foreign))
+            rival = item.callspec.params.get("rival") if isinstance(item, pytest.Function) else None
+            name = getattr(rival, "name", "")
+            if smoke and name in LONG:
+                item.add_marker(long)
+            elif smoke and name == "compile_default":
+                function = item.nodeid.partition("[")[0]
+                if function in compiled:
+                    item.add_marker(once)
+                compiled.add(function)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    """One thread a core, noted in every result."""
+    machine.pin_threads()
+
+
+@pytest.fixture(scope="session")
+def about() -> dict[str, Any]:
+    """The machine, for ``extra_info``."""
+    found = machine.describe(device())
+    keys = ("name", "processor", "threads", "cores", "thread_settings", "versions", "commit", "changed_files", "clocks")
+    return {key: found[key] for key in keys if key in found}
+
+
+def device() -> str:
+    """The GPU if there is one."""
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def matches(problems: Sequence[Problem]) -> pytest.MarkDecorator:
+    """Parametrize a test by ``problem`` and every contender of it."""
+    params = [
+        pytest.param(problem, rival, id=f"{problem.name}-{rival.name}")
+        for problem in problems
+        for rival in rivals_for(problem)
+    ]
+    return pytest.mark.parametrize(("problem", "rival"), params)
+
+
+@pytest.fixture
+def contest(benchmark: Any, about: dict[str, Any]) -> Contest:
+    """Judge a contender, then time it."""
+
+    def run(problem: Problem, rival: Rival) -> None:
+        entry, built = prepare(rival, Case(problem))
+        if entry["status"] == "unavailable":
+            pytest.skip(f"{rival.label}: {entry['reason']}")
+        assert built is not None, f"{rival.label}: {entry['status']}: {entry['reason']}"
+        benchmark.group = f"{problem.kind}: {problem.name}"
+        benchmark.extra_info |= {
+            **about,
+            "rival": rival.name,
+            "problem": problem.describe(),
+            "batch": problem.rows,
+            "dtype": problem.dtype,
+            "flops": problem.flops,
+            "bytes": problem.bytes,
+            "setup_s": entry["setup_s"],
+            "error": entry["error"],
+            "allowed": entry["allowed"],
+        }
+
+        def call() -> None:
+            built()
+            built.finish()
+
+        benchmark(call)
+
+    return run

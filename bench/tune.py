@@ -1,0 +1,268 @@
+"""The search for the fastest tiles of the GEMM kernels on a real GPU.
+
+For each kernel, dtype and product of the reference network's step, every tile that ``fastmlp.kernels.configs`` lists
+for the device is judged and timed: its result must pass the gate's rule against float64, and then GPU events with the
+L2 cache overwritten count. Only those tiles take part, because they are the ones that the tests compile for every
+target and run. The winners go to ``fastmlp.kernels.tuned.table_path``, which ``configs.gemm_tile`` prefers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastmlp import reference
+from fastmlp.files import atomic_write
+
+from .gate import worst
+from .presets import REFERENCE
+from .problems import Results, generator
+from .timing import FLUSH_BYTES
+
+if TYPE_CHECKING:
+    from fastmlp.kernels.configs import Tile
+
+__all__ = ["KINDS", "Product", "products", "save_table", "tune"]
+
+Log = Callable[[str], None]
+#: Seconds of a launch.
+Clock = Callable[[Callable[[], object]], float]
+
+#: A tile must be this much faster than the rule's to be worth an entry.
+GAIN = 1.03
+
+#: ``configs.GEMM_KINDS`` -> the module whose launcher asks for a tile of that kind.
+KINDS = {"fwd": "linear_fwd", "dgrad": "linear_dgrad", "wgrad": "linear_wgrad", "update": "wgrad_update"}
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product [rows, cols] over ``depth`` on a device: ``launch`` computes it, ``results`` is what it made."""
+
+    kind: str
+    rows: int
+    cols: int
+    depth: int
+    launch: Callable[[], object]
+    results: Callable[[], Results]
+    oracle: Callable[[torch.dtype], Results]
+
+
+def products(kind: str, batch: int, dtype: torch.dtype, device: str, sizes: Sequence[int] = REFERENCE) -> list[Product]:
+    """The products of a kind in one step of a network with ``sizes``, each shape once."""
+    layers = list(itertools.pairwise(sizes))
+    if kind == "update":
+        return [_update(layers, batch, dtype, device)]
+    shapes = {
+        "fwd": [(batch, n, k) for k, n in layers],
+        "dgrad": [(batch, k, n) for k, n in layers[1:]],
+        "wgrad": [(n, k, batch) for k, n in layers],
+    }[kind]
+    make = {"fwd": _fwd, "dgrad": _dgrad, "wgrad": _wgrad}[kind]
+    return [make(*shape, dtype, device) for shape in dict.fromkeys(shapes)]
+
+
+def _draw(dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """(float64 on the CPU, the same on the device) of each shape, in values that every dtype has exactly."""
+    drawn = [torch.randn(*shape, generator=generator(i)).bfloat16() for i, shape in enumerate(shapes)]
+    return [(t.double(), t.to(device, dtype)) for t in drawn]
+
+
+def _fwd(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str) -> Product:
+    from fastmlp import kernels
+
+    (x64, x), (w64, w), (b64, b) = _draw(dtype, device, (rows, depth), (cols, depth), (cols,))
+    a = x.new_empty(rows, cols)
+    return Product(
+        *("fwd", rows, cols, depth),
+        lambda: kernels.linear_fwd(x, w, b, "sigmoid", a=a),
+        lambda: {"A": a},
+        lambda wide: {"A": reference.linear_act(x64.to(wide), w64.to(wide), b64.to(wide), "sigmoid")},
+    )
+
+
+def _dgrad(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str) -> Product:
+    from fastmlp import kernels
+
+    (dz64, dz), (w64, w), (a64, a) = _draw(dtype, device, (rows, depth), (depth, cols), (rows, cols))
+    dx = a.new_empty(rows, cols)
+    return Product(
+        *("dgrad", rows, cols, depth),
+        lambda: kernels.linear_dgrad(dz, w, a, "tanh", dx=dx),
+        lambda: {"dX": dx},
+        lambda wide: {"dX": (dz64.to(wide) @ w64.to(wide)) * (1 - a64.to(wide) ** 2)},
+    )
+
+
+def _wgrad(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str) -> Product:
+    from fastmlp import kernels
+
+    (dz64, dz), (x64, x) = _draw(dtype, device, (depth, rows), (depth, cols))
+    dw, db = x.new_empty(rows, cols), x.new_empty(rows)
+
+    def oracle(wide: torch.dtype) -> Results:
+        return {"dW": dz64.to(wide).t() @ x64.to(wide), "db": dz64.to(wide).sum(0)}
+
+    launch = functools.partial(kernels.linear_wgrad, dz, x, dw=dw, db=db)
+    return Product("wgrad", rows, cols, depth, launch, lambda: {"dW": dw, "db": db}, oracle)
+
+
+def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, device: str) -> Product:
+    """Gradient and plain SGD of all layers in one launch, as in a step; its tile is asked for by the largest layer."""
+    # The package's attribute of a launcher's module is the launcher.
+    module: Any = importlib.import_module("fastmlp.kernels.wgrad_update")
+    dzs = _draw(dtype, device, *((batch, n) for _, n in layers))
+    xs = _draw(dtype, device, *((batch, k) for k, _ in layers))
+    weights = [torch.zeros(n, k, device=device) for k, n in layers]
+    biases = [torch.zeros(n, device=device) for _, n in layers]
+    layout = module.Layout([module.Layer(w, b) for w, b in zip(weights, biases, strict=True)])
+    row = torch.tensor([1.0, 0.0, 0.0, 0.0], device=device)  # a learning rate of 1: W - dW
+    partial = torch.empty(0)
+
+    def launch() -> object:
+        nonlocal partial
+        wanted = module.workspace(layout, batch, dtype, row.device, direct=True)
+        if wanted is not None and wanted.shape != partial.shape:
+            partial = wanted
+        used = None if wanted is None else partial
+        return module.wgrad_update(
+            layout, [t for _, t in dzs], [t for _, t in xs], module.Hyper("sgd"), row, partial=used
+        )
+
+    def results() -> Results:
+        """dW and db of one launch, from parameters of zero."""
+        for parameter in (*weights, *biases):
+            parameter.zero_()
+        launch()
+        named = {f"dW {i}": -w for i, w in enumerate(weights)}
+        return named | {f"db {i}": -b for i, b in enumerate(biases)}
+
+    def oracle(wide: torch.dtype) -> Results:
+        # Gradients of float32 parameters keep float32's digits, whatever the dtype of the factors.
+        wide = torch.promote_types(wide, torch.float32)
+        pairs = [(dz.to(wide), x.to(wide)) for (dz, _), (x, _) in zip(dzs, xs, strict=True)]
+        named = {f"dW {i}": dz.t() @ x for i, (dz, x) in enumerate(pairs)}
+        return named | {f"db {i}": dz.sum(0) for i, (dz, _) in enumerate(pairs)}
+
+    k, n = max(layers, key=lambda layer: layer[0] * layer[1])
+    return Product("update", n, k, batch, launch, results, oracle)
+
+
+@contextmanager
+def _replaced(module: str, name: str, value: object) -> Iterator[None]:
+    """``fastmlp.kernels.<module>.<name>`` is ``value`` while the block lasts."""
+    where = importlib.import_module(f"fastmlp.kernels.{module}")
+    before = getattr(where, name)
+    setattr(where, name, value)
+    try:
+        yield
+    finally:
+        setattr(where, name, before)
+
+
+def _events(device: str) -> Clock:
+    """Median seconds of a launch by GPU events, the L2 cache overwritten before each."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def seconds(launch: Callable[[], object], repeats: int = 30) -> float:
+        for _ in range(3):
+            launch()
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        for start, stop in events:
+            flush.zero_()
+            start.record()
+            launch()
+            stop.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(stop) for start, stop in events) / 1e3
+
+    return seconds
+
+
+def _price(product: Product, tile: Tile, dtype: torch.dtype, clock: Clock, log: Log) -> float:
+    """Seconds of a launch with ``tile``; infinite, and said so, where its result is wrong or it does not fit."""
+    from triton.runtime.errors import OutOfResources
+
+    with _replaced(KINDS[product.kind], "gemm_tile", lambda *_, **__: tile):
+        try:
+            product.launch()
+            results = product.results()
+        except OutOfResources as error:
+            log(f"  {tuple(tile)} left out: {error}")
+            return math.inf
+        expected, own = product.oracle(torch.float64), product.oracle(dtype)
+        verdict = worst(results, expected, own, dtype=dtype, reduction=product.depth)
+        if not verdict.passed:
+            log(f"  {tuple(tile)} left out: {verdict}")
+            return math.inf
+        return clock(product.launch)
+
+
+def tune(
+    device: str,
+    dtypes: Sequence[str],
+    batches: Sequence[int],
+    log: Log,
+    *,
+    kinds: Sequence[str] = tuple(KINDS),
+    sizes: Sequence[int] = REFERENCE,
+    clock: Clock | None = None,
+) -> dict[str, Any]:
+    """Time every tile for every product of a network's step; returns the table, see ``fastmlp.kernels.tuned``.
+
+    ``clock`` gives the seconds of a launch; GPU events by default.
+    """
+    import triton
+
+    from fastmlp.kernels import configs
+    from fastmlp.kernels.device import current_device
+    from fastmlp.kernels.tuned import device_key
+
+    on_gpu = device.startswith("cuda")
+    used: AbstractContextManager[object] = torch.cuda.device(device) if on_gpu else nullcontext()
+    entries = []
+    with used:
+        here = current_device()
+        clock = _events(device) if clock is None else clock
+        for name, kind, batch in itertools.product(dtypes, kinds, batches):
+            dtype = getattr(torch, name)
+            for product in products(kind, batch, dtype, device, sizes):
+                shape = product.rows, product.cols, product.depth
+                wide = all(length % 16 == 0 for length in shape)  # what the launcher finds out of its operands
+                with _replaced("configs", "tuned_tile", lambda *_: None):
+                    rule = configs.gemm_tile.__wrapped__(kind, *shape, dtype, here, wide=wide)
+                prices = {
+                    tile: _price(product, tile, dtype, clock, log)
+                    for tile in dict.fromkeys([rule, *configs.all_tiles(kind, dtype, here, wide=wide)])
+                }
+                tile = min(prices, key=lambda tile: prices[tile])
+                times = f"{prices[rule] * 1e6:.1f} to {prices[tile] * 1e6:.1f} us"
+                log(f"{kind} {name} [{shape[0]}, {shape[1]}] over {shape[2]}: {times}, {tuple(tile[:5])}")
+                if prices[tile] * GAIN < prices[rule]:
+                    entry = {"kind": kind, "dtype": name, "rows": shape[0], "cols": shape[1], "depth": shape[2]}
+                    timed = {"seconds": prices[tile], "rule": list(rule[:5]), "rule_seconds": prices[rule]}
+                    entries.append({**entry, "tile": list(tile[:5]), **timed})
+        return {"device": device_key(here), "triton": triton.__version__, "entries": entries}
+
+
+def save_table(table: dict[str, Any]) -> Path:
+    """Write a table to the user's cache, in place of the one before, and use it from now on; returns the path."""
+    from fastmlp.kernels.tuned import table_path, use_new_table
+
+    path = table_path(table["device"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, (json.dumps(table, indent=1) + "\n").encode())
+    use_new_table()
+    return path

@@ -1,0 +1,84 @@
+"""Tiles that were measured on this machine: a table in the user's cache, which ``configs.gemm_tile`` prefers.
+
+``fastmlp bench tune`` writes it: one JSON file a device, made for one version of Triton. An entry holds for shapes
+whose three sizes have the same powers of two above them as the measured one, as long as ``configs`` lists its tile.
+
+    {"device": ..., "triton": ..., "entries": [{"kind": "fwd", "dtype": "float32", "rows": 64, "cols": 512,
+     "depth": 784, "tile": [rows, cols, depth, num_warps, num_stages], "seconds": ..., "rule": [...],
+     "rule_seconds": ...}, ...]}
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+
+from .device import Device
+
+__all__ = ["device_key", "table_path", "tuned_tile", "use_new_table"]
+
+Key = tuple[str, str, int, int, int]
+T = TypeVar("T", bound=tuple[int, ...])
+
+
+def device_key(device: Device) -> str:
+    """The file's stem for a device: devices of one architecture and size share a table."""
+    return f"{device.backend}-{device.arch}-{device.multiprocessors}"
+
+
+def table_path(key: str) -> Path:
+    """Where the table of the device of that ``device_key`` is, or would be."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("fastmlp") / "tiles" / f"{key}.json"
+
+
+def _key(kind: str, dtype: str, rows: int, cols: int, depth: int) -> Key:
+    return kind, dtype, (rows - 1).bit_length(), (cols - 1).bit_length(), (depth - 1).bit_length()
+
+
+@lru_cache(maxsize=16)
+def _table(key: str) -> dict[Key, tuple[int, ...]]:
+    path = table_path(key)
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found["triton"] != triton.__version__:
+            return {}
+        return {
+            _key(e["kind"], e["dtype"], e["rows"], e["cols"], e["depth"]): tuple(int(n) for n in e["tile"])
+            for e in found["entries"]
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"the tile table {path} cannot be used ({type(error).__name__}: {error}); delete it, or write it anew with "
+            "'fastmlp bench tune'",
+            stacklevel=2,
+        )
+        return {}
+
+
+def tuned_tile(
+    kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, tiles: Sequence[T]
+) -> T | None:
+    """That of ``tiles`` which was measured to be the fastest on this device; None where nothing was measured."""
+    if device.backend == "interpreter":
+        return None
+    measured = _table(device_key(device)).get(_key(kind, str(dtype).removeprefix("torch."), rows, cols, depth))
+    return next((tile for tile in tiles if tile[:5] == measured), None)
+
+
+def use_new_table() -> None:
+    """Read the tables again; launches from now on use what they say."""
+    from .configs import gemm_tile
+
+    _table.cache_clear()
+    gemm_tile.cache_clear()

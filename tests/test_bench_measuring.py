@@ -1,0 +1,211 @@
+"""The benchmarks' own parts: quartiles, the gate, what is timed and what is not, and what changed between two runs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from bench.compare import compare, print_changes
+from bench.gate import judge, worst
+from bench.presets import NAMES, Case, preset
+from bench.problems import GATE_CALLS, LinearProblem, StepProblem
+from bench.rivals import RIVALS, rivals_for
+from bench.rivals.protocol import OK, Availability, OpRun
+from bench.runner import run_case
+from bench.timing import interleaved, quartiles
+
+PROBLEM = LinearProblem(8, 12, 6)
+
+
+class Forward(OpRun):
+    """A contender for linear_act that is ``wrong`` by a factor, or not."""
+
+    def __init__(self, problem, wrong=1.0):
+        super().__init__(problem, ("A",))
+        self.wrong = wrong
+
+    def compute(self, *inputs):
+        x, w, b, _ = inputs
+        return torch.sigmoid(x @ w.t() + b) * self.wrong
+
+
+class Contender:
+    """``build`` is called only where the contender is available."""
+
+    kinds = frozenset({"linear_act"})
+    notes = ""
+
+    def __init__(self, name, build, available=OK):
+        self.name = self.label = name
+        self.build = build
+        self._available = available
+
+    def available(self, problem):
+        return self._available
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([3.0], (3, 3, 3)), ([1.0, 2.0], (1.25, 1.5, 1.75)), ([5.0, 1.0, 2.0, 3.0, 4.0], (2, 3, 4))],
+)
+def test_quartiles(values, expected):
+    assert quartiles(values) == pytest.approx(expected)
+
+
+def test_every_contender_has_its_turn_in_every_round():
+    order = []
+
+    class Noted(Forward):
+        def __init__(self, name):
+            super().__init__(PROBLEM)
+            self.name = name
+
+        def __call__(self):
+            order.append(self.name)
+            return super().__call__()
+
+    runs = {name: Noted(name) for name in "abc"}
+    samples = interleaved(runs, 3, "cpu", turn_s=1e-9)
+    assert {name: len(s.seconds) for name, s in samples.items()} == {"a": 3, "b": 3, "c": 3}
+    assert all(seconds > 0 for s in samples.values() for seconds in s.seconds)
+    # One call fills a turn of no length, and the next round begins with another contender.
+    assert "".join(order).endswith("abc" + "bca" + "cab")
+
+
+def test_gate_passes_the_right_result_and_rejects_a_wrong_one():
+    for wrong, passed in ((1.0, True), (1 + 1e-4, False), (float("nan"), False)):
+        run = Forward(PROBLEM, wrong)
+        for _ in range(GATE_CALLS):
+            run()
+        assert judge(PROBLEM, run.results()).passed is passed
+
+
+@pytest.mark.parametrize(
+    ("results", "message"), [({}, r"\['A'\], got \[\]"), ({"A": torch.zeros(8, 5)}, r"\[8, 6\], got \[8, 5\]")]
+)
+def test_gate_says_what_is_missing(results, message):
+    with pytest.raises(ValueError, match=message):
+        judge(PROBLEM, results)
+
+
+def test_gate_judges_by_the_worst_tensor():
+    right = {"small": torch.ones(3, dtype=torch.double), "large": torch.full((3,), 100.0, dtype=torch.double)}
+    wrong = {"small": right["small"] * 1.01, "large": right["large"]}
+    verdict = worst(wrong, right, right, dtype=torch.float32, reduction=1)
+    assert (verdict.passed, verdict.what) == (False, "small")
+    assert verdict.error == pytest.approx(0.01)
+    assert verdict.overall == pytest.approx(0.01 / 100, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+def test_gate_notices_a_step_that_is_off_by_a_thousandth(optimizer):
+    problem = StepProblem((12, 8, 4), 16, optimizer=optimizer)
+    right = problem.oracle(torch.float32)
+    assert judge(problem, right).passed
+    start = dict(zip(right, problem.parameters(), strict=True))
+    off = {name: start[name] + (value - start[name]) * 1.001 for name, value in right.items()}
+    assert not judge(problem, off).passed
+
+
+def test_nothing_is_timed_of_a_wrong_failed_absent_or_unwanted_contender(monkeypatch):
+    def broken(problem):
+        raise RuntimeError("out of order\nand more")
+
+    contenders = [
+        Contender("right", Forward),
+        Contender("wrong", lambda problem: Forward(problem, 1.01)),
+        Contender("failed", broken),
+        Contender("absent", broken, Availability(False, "not installed")),
+        Contender("unwanted", broken),
+    ]
+    monkeypatch.setattr("bench.runner.rivals_for", lambda problem: contenders)
+    lines: list[str] = []
+    case = run_case(Case(PROBLEM, leave_out=frozenset({"unwanted"})), 2, lines.append, 1e-9)
+    by_name = {entry["rival"]: entry for entry in case["results"]}
+    status = {name: entry["status"] for name, entry in by_name.items()}
+    assert status == {
+        "right": "ok",
+        "wrong": "wrong",
+        "failed": "failed",
+        "absent": "unavailable",
+        "unwanted": "left out",
+    }
+    assert [name for name, entry in by_name.items() if "seconds" in entry] == ["right"]
+    assert len(by_name["right"]["seconds"]) == 2
+    assert by_name["failed"]["reason"] == "RuntimeError: out of order"
+    assert by_name["absent"]["reason"] == "not installed"
+    assert len(lines) == 2
+
+
+def test_contenders_have_names_of_their_own():
+    for kind in {kind for rival in RIVALS for kind in rival.kinds}:
+        names = [rival.name for rival in RIVALS if kind in rival.kinds]
+        assert len(names) == len(set(names)), kind
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_presets_have_a_baseline_and_ours_in_every_case(name, device):
+    cases = preset(name, device).cases
+    assert len({(case.problem, case.axis) for case in cases}) == len(cases)
+    for case in cases:
+        contenders = {rival.name for rival in rivals_for(case.problem)} - case.leave_out
+        assert {"fastmlp", "eager"} <= contenders
+    if name == "scaling":
+        assert {case.value for case in cases if case.axis == "batch"} >= {1, 65536}
+        assert {case.value for case in cases if case.axis == "width"} >= {64, 4096}
+        assert {case.value for case in cases if case.axis == "depth"} >= {1, 16}
+
+
+# Two runs beside each other
+
+
+def document(seconds: dict[str, list[float]], **more: Any) -> dict[str, Any]:
+    """A run of one case with these times."""
+    results = [
+        {"rival": name, "label": name, "status": "ok", "reason": "", "seconds": times}
+        for name, times in seconds.items()
+    ]
+    problem = {"kind": "step", "name": "small", "dtype": "float32"}
+    machine = {"name": "CPU", "slug": "cpu", "threads": 2, "commit": "abc"}
+    case = {"problem": problem, "axis": "", "value": 0, "flops": 10, "bytes": 10, "rows": 1, "results": results}
+    return {"kind": "times", "preset": "quick", "started": "now", "machine": machine, "cases": [case], **more}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ([1.0, 1.0, 1.0], [1.2, 1.2, 1.2], "slower"),
+        ([1.2, 1.2, 1.2], [1.0, 1.0, 1.0], "faster"),
+        ([1.0, 1.0, 1.0], [1.04, 1.04, 1.04], "same"),  # less than the tolerance
+        ([1.0, 1.2, 1.4], [1.2, 1.35, 1.5], "same"),  # the spreads overlap
+    ],
+)
+def test_verdicts(before, after, verdict):
+    (change,) = compare(document({"a": before}), document({"a": after}))
+    assert change.verdict == verdict
+
+
+def test_changes_are_sorted_and_printed_with_their_spread(capsys):
+    before = document({"a": [1.0, 1.0, 1.0], "b": [1.0, 1.0, 1.0], "gone": [1.0]})
+    after = document({"a": [0.5, 0.5, 0.5], "b": [1.9, 2.0, 2.1]})
+    changes = compare(before, after)
+    assert [(change.label, change.verdict) for change in changes] == [("b", "slower"), ("a", "faster")]
+    print_changes(before, after, changes)
+    lines = capsys.readouterr().out.splitlines()
+    slower = next(line for line in lines if line.startswith("slower"))
+    assert "2.00" in slower
+    assert "±3 %" in slower or "±2 %" in slower
+    assert lines[-1] == "1 slower, 1 faster, 0 same"
+
+
+def test_runs_without_a_common_case_are_an_error():
+    other = copy.deepcopy(document({"a": [1.0]}))
+    other["cases"][0]["problem"]["name"] = "large"
+    with pytest.raises(ValueError, match="no case in common"):
+        compare(document({"a": [1.0]}), other)
+    with pytest.raises(ValueError, match="accuracy"):
+        compare(document({"a": [1.0]}), document({}, kind="accuracy"))
