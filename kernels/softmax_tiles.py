@@ -103,8 +103,8 @@ def fwd_tile(shape: LogitsShape, itemsize: int, reduce: bool, has_q: bool, devic
         if device.backend == "interpreter":
             return SoftmaxTile(min(16, _power(P)), max(4, WHOLE_ROW), 2, 1)
         # 8,192 classes a step, 16-byte loads. Many warps a row: few rows at a time, so that the second reading
-        # finds them in the L2 cache.
-        return SoftmaxTile(1, 8192, itemsize, 16)
+        # finds them in the L2 cache. Half as many where q takes registers beside Z.
+        return SoftmaxTile(1, 4096, itemsize // 2, 16) if has_q else SoftmaxTile(1, 8192, itemsize, 16)
     if reduce and shape.batch == 1 and _power(P) * cols <= 4096:
         return SoftmaxTile(_power(P), cols, 0, 4)
     if device.backend == "interpreter":
