@@ -1,14 +1,15 @@
-"""Times of several contenders, taken in turns: one turn of each a round, every round in another order.
+"""Times of several contenders, taken in turns: one turn of each a round, every round in another drawn order.
 
 What disturbs the machine for a while (another process, the clock of a warm processor) then disturbs all of them
 alike. A turn is as many calls as fill ``TURN_S``, and its time is divided by them. On a CPU the threads of the
-contender before may still be spinning, so each turn starts after a short pause. On a GPU every call is timed by a
-pair of events, with the L2 cache overwritten before, and a turn's time is their median.
+contender before may still be spinning (OpenBLAS's do for 30 ms), so each turn starts after a pause. On a GPU every call
+is timed by a pair of events, with the L2 cache overwritten before, and a turn's time is their median.
 """
 
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from .rivals.protocol import Run
 __all__ = ["Samples", "interleaved", "quartiles"]
 
 TURN_S = 0.1
-PAUSE_S = 0.01
+PAUSE_S = 0.05
 WARM_UP_S = 0.3
 #: More than the L2 cache of any GPU.
 FLUSH_BYTES = 256 << 20
@@ -54,8 +55,8 @@ def interleaved(runs: Mapping[str, Run], rounds: int, device: str, *, turn_s: fl
     gc.disable()
     try:
         for round_ in range(rounds):
-            first = round_ % len(names)
-            for name in names[first:] + names[:first]:
+            # Drawn, not rotated: nobody should always come after the same contender.
+            for name in random.Random(round_).sample(names, len(names)):
                 time.sleep(PAUSE_S)
                 calls = samples[name].calls
                 seconds = _gpu_turn(runs[name], calls, flush) if flush is not None else _cpu_turn(runs[name], calls)

@@ -28,8 +28,9 @@ CPU_GEMMS = ("auto", "aten", "onednn")
 #: Activations that oneDNN's linear applies in its epilogue.
 _FUSED = {"identity": "none", "sigmoid": "sigmoid", "relu": "relu", "tanh": "tanh"}
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-#: What a shape's measurement takes: calls that are not counted (the first ones map memory), then rounds in turns.
-_WARM_UP, _ROUNDS = 2, 5
+#: What a shape's measurement takes: calls that are not counted (the first ones map memory), then rounds in turns, five
+#: at least, and as many more as fit the time.
+_WARM_UP, _LEAST_ROUNDS, _MOST_ROUNDS, _BUDGET_S = 2, 5, 25, 0.02
 #: From this many rows on, which library is faster no longer changes: larger batches are measured with so many.
 _MOST_ROWS = 512
 
@@ -114,7 +115,10 @@ def _choose(
             return "onednn"
     best: dict[Library, float] = {}
     candidates = trials(_measured_rows(m))
-    for round_ in range(_WARM_UP + _ROUNDS):
+    started = time.perf_counter()
+    for round_ in range(_WARM_UP + _MOST_ROUNDS):
+        if round_ >= _WARM_UP + _LEAST_ROUNDS and time.perf_counter() - started > _BUDGET_S:
+            break
         for name, run in candidates.items():
             begin = time.perf_counter()
             run()
