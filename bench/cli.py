@@ -78,10 +78,14 @@ def _finish(document: dict[str, Any], out: Path | None, report: bool) -> None:
 
 def _report(folder: Path, target: Path | None) -> None:
     from .machine import ROOT
+    from .readme import update_readme
     from .report import write_report
+    from .results import FOLDER, load_all
 
     try:
         paths = write_report(folder, target or ROOT / "bench" / "RESULTS.md")
+        if folder == FOLDER and target is None:
+            update_readme(load_all(folder))
     except (OSError, ValueError) as error:
         raise _Error(str(error)) from error
     _log(f"report: {paths[0]}, {len(paths) - 1} plots")
@@ -224,7 +228,7 @@ def compare_command(before: Path, after: Path, check: bool) -> int:
 @click.option("--results", type=click.Path(path_type=Path, file_okay=False), help="Instead of bench/results.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Instead of bench/RESULTS.md.")
 def report_command(results: Path | None, out: Path | None) -> None:
-    """Write RESULTS.md and the plots anew, from the JSON files alone."""
+    """Write RESULTS.md, the plots and the speed figures of README.md anew, from the JSON files alone."""
     from .results import FOLDER
 
     _report(FOLDER if results is None else results, out)

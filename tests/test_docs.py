@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import fastmlp
+from bench import readme
+from bench.results import FOLDER, load_all
 from fastmlp.backend import triton_available
 
 ROOT = Path(__file__).parent.parent
@@ -115,3 +117,10 @@ def test_table_names_launchers_and_references_that_exist():
             assert name in references, f"{name} is no reference function"
         found += 1
     assert found >= 10
+
+
+def test_speed_figures_are_those_of_the_results():
+    """README.md says what `fastmlp bench report` writes from the committed JSON."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition(readme.BEGIN)[2].partition(readme.END)[0]
+    assert section.strip() == readme.speed_section(load_all(FOLDER)).strip()

@@ -1,0 +1,83 @@
+"""The speed figures of README.md, between two markers, from the committed JSON alone (``fastmlp bench report``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastmlp.files import atomic_write
+
+from .figures import caption
+from .machine import ROOT
+from .presets import REFERENCE
+from .results import Document
+from .tables import by_rival, duration, epoch_seconds, median, ratio, spread
+
+__all__ = ["BEGIN", "END", "speed_section", "update_readme"]
+
+BEGIN = "<!-- speed: written by `fastmlp bench report` -->"
+END = "<!-- end of speed -->"
+
+#: Contenders of the table, by name, and their column.
+_COLUMNS = {
+    "fastmlp": "fastmlp",
+    "eager": "PyTorch eager",
+    "eager_fused": "eager, fused SGD",
+    "compile_default": "torch.compile",
+    "inplace": "in-place loop by hand",
+    "jax": "JAX jit",
+}
+_GPU = "not measured yet: run `fastmlp bench full` on a GPU"
+
+
+def _shown(case: dict[str, Any]) -> bool:
+    problem = case["problem"]
+    of_the_readme = problem["kind"] in ("step", "online") and tuple(problem["sizes"]) == REFERENCE
+    return of_the_readme and problem["optimizer"] == "sgd" and problem["activation"] == "sigmoid" and not case["axis"]
+
+
+def _title(problem: dict[str, Any]) -> str:
+    if problem["kind"] == "online":
+        return f"{problem['samples']} samples one by one"
+    return f"batch {problem['batch']:,}" + ("" if problem["dtype"] == "float32" else f", {problem['dtype']}")
+
+
+def _cell(case: dict[str, Any], rival: str) -> str:
+    entry = by_rival(case).get(rival)
+    if entry is None or entry["status"] != "ok":
+        return "–"
+    times = ratio(case, entry)
+    text = f"{duration(median(entry))} {spread(entry)}"
+    return text if rival == "eager" or times is None else f"{text} ({times:.2f}×)"
+
+
+def speed_section(documents: list[Document]) -> str:
+    """The text between the markers: a table of the ``quick`` runs, and the seconds an epoch of the accuracy runs."""
+    lines = []
+    for d in (d for d in documents if d["kind"] == "times" and d["preset"] == "quick"):
+        header = ["one training step", *_COLUMNS.values(), "GPU"]
+        lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for number, case in enumerate(case for case in d["cases"] if _shown(case)):
+            cells = [_title(case["problem"]), *(_cell(case, rival) for rival in _COLUMNS), "″" if number else _GPU]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", f"*{caption(d)}*", ""]
+    for d in (d for d in documents if d["kind"] == "accuracy"):
+        seconds = {c["label"]: epoch_seconds(c) for c in d["contenders"] if c["status"] == "ok"}
+        text = "; ".join(f"{label}: {value:.2f} s" for label, value in seconds.items())
+        lines += [f"Seconds of training an epoch of 60,000 images, mean of {d['seeds']} seeds: {text}.", ""]
+        lines += [f"*{caption(d)}*", ""]
+    return "\n".join(lines)
+
+
+def update_readme(documents: list[Document], readme: Path = ROOT / "README.md") -> None:
+    """Replace what is between the markers.
+
+    Raises:
+        ValueError: the file does not have both markers.
+    """
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{readme} does not have the lines {BEGIN} and {END}")
+    atomic_write(readme, f"{before}{BEGIN}\n\n{speed_section(documents)}\n{END}{after}".encode())
