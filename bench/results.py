@@ -55,5 +55,5 @@ def load(path: Path) -> Document:
 
 
 def load_all(folder: Path = FOLDER) -> list[Document]:
-    """Every run below ``folder``, in the order of their paths."""
-    return [load(path) for path in sorted(folder.glob("*/*.json"))]
+    """Every run below ``folder``, in the order of their paths; ``static`` beside them has no runs (bench.static)."""
+    return [load(path) for path in sorted(folder.glob("*/*.json")) if path.parent.name != "static"]
