@@ -32,7 +32,7 @@ execute:  ## lane 4: the compiled kernels executed on a simulated GPU
 	$(PYTEST) -m execute
 
 bench-smoke:  ## every benchmark built, judged against float64 and called once; no times
-	$(PYTHON) -m pytest -q bench --benchmark-disable
+	$(PYTEST) bench --benchmark-disable
 
 fuzz:  ## a night's worth of drawn cases
 	TRITON_INTERPRET=1 $(PYTEST) tests/fuzz --hypothesis-profile=night
