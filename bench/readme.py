@@ -10,6 +10,7 @@ from fastmlp.files import atomic_write
 from .figures import caption
 from .machine import ROOT
 from .presets import REFERENCE
+from .report import NOT_MEASURED
 from .results import Document
 from .tables import by_rival, duration, epoch_seconds, median, ratio, spread
 
@@ -27,7 +28,6 @@ _COLUMNS = {
     "inplace": "in-place loop by hand",
     "jax": "JAX jit",
 }
-_GPU = "not measured yet: run `fastmlp bench full` on a GPU"
 
 
 def _shown(case: dict[str, Any]) -> bool:
@@ -58,7 +58,8 @@ def speed_section(documents: list[Document]) -> str:
         header = ["one training step", *_COLUMNS.values(), "GPU"]
         lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         for number, case in enumerate(case for case in d["cases"] if _shown(case)):
-            cells = [_title(case["problem"]), *(_cell(case, rival) for rival in _COLUMNS), "″" if number else _GPU]
+            gpu = "″" if number else NOT_MEASURED
+            cells = (_title(case["problem"]), *(_cell(case, rival) for rival in _COLUMNS), gpu)
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", f"*{caption(d)}*", ""]
     for d in (d for d in documents if d["kind"] == "accuracy"):

@@ -254,7 +254,12 @@ def test_interrupt_in_process(capsys, tmp_path, monkeypatch):
 def test_ctrl_c(tmp_path):
     argv = ["train", "--data", "bundled", "--epochs", "500", "--sizes", "784-32-10", "--out", str(tmp_path / "run")]
     with subprocess.Popen(
-        [sys.executable, "-m", "fastmlp", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fastmlp", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what it runs in the background with the interrupt ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as child:
         for line in child.stdout:
             if line.startswith("epoch "):
