@@ -7,6 +7,7 @@ simulated GPU, which executes the compiled PTX.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -103,6 +104,20 @@ def own_cpu_choices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         cpu_choices.kept.cache_clear()
         yield path
     cpu_choices.kept.cache_clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_tuned_tiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache may hold tiles for the very device that is simulated; tests are about the rule's."""
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from fastmlp.kernels import tuned
+
+    folder = tmp_path_factory.mktemp("tiles")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuned, "table_path", lambda key: folder / f"{key}.json")
+        yield
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from tests.ptxsim import SimulatedGPU
 A100 = Device("cuda", 80, 108, 166912)
 SHAPE = (64, 512, 784)
 KEY = "cuda-80-108"
+#: Taken at import: while tests run, another one keeps the user's cache out of them.
+table_path = tuned.table_path
 
 
 def by_rule(device: Device = A100) -> configs.Tile:
@@ -28,6 +30,7 @@ def by_rule(device: Device = A100) -> configs.Tile:
 def cache(tmp_path, monkeypatch):
     """An empty cache of the user's, and nothing remembered of another one."""
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(tuned, "table_path", table_path)
     tuned.use_new_table()
     yield tmp_path / "fastmlp" / "tiles" / f"{KEY}.json"
     tuned.use_new_table()
