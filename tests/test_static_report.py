@@ -92,7 +92,7 @@ def test_occupancy_is_that_of_nvidias_calculator(tmp_path):
 @pytest.mark.parametrize("target", ["gfx90a", "gfx942", "gfx1100"])
 @pytest.mark.parametrize("workload", ["head", "activation_bwd"])
 def test_occupancy_by_registers_is_llvms(target, workload):
-    with TARGETS[target].simulated() as gpu:
+    with TARGETS[target].simulated(assemble=True) as gpu:
         WORKLOADS[workload].run(64, torch.bfloat16)
     (launch,) = gpu.launches
     mp, needs = MULTIPROCESSORS[target], resources(launch)
@@ -197,7 +197,7 @@ def test_instruction_groups():
 @pytest.mark.compile
 @pytest.mark.parametrize("target", ["sm_90", "gfx1100"])
 def test_every_instruction_of_a_kernel_has_a_group(target):
-    with TARGETS[target].simulated() as gpu:
+    with TARGETS[target].simulated(assemble=True) as gpu:
         WORKLOADS["head"].run(64, torch.float16)
     counts = instructions(gpu.launches[0]).counts
     constants = re.compile(r"U?LDCU?$|s_load_b\d+$|s_load_dword|s_buffer_load")

@@ -39,7 +39,7 @@ def machine_rows(name: str) -> list[dict[str, Any]]:
     for workload in WORKLOADS.values():
         for mode in modes_of(target, workload):
             for batch in BATCHES:
-                with target.simulated() as gpu, float32_precision(mode):
+                with target.simulated(assemble=True) as gpu, float32_precision(mode):
                     workload.run(batch, getattr(torch, MODES[mode].dtype))
                 rows += [_row(target, workload, mode, batch, launch) for launch in gpu.launches]
     return rows

@@ -85,7 +85,8 @@ class Case:
         return self.entry.aligned(self.variant, self.dtype, self.tile)
 
     def run(self, **simulation: Any) -> list[Launch]:
-        """The launches that the launcher makes on the simulated target; by default they are only recorded."""
+        """The launches that the launcher makes on the simulated target; by default only assembled and recorded."""
+        simulation.setdefault("assemble", not simulation.get("execute"))
         with self.target.simulated(**simulation) as gpu, self.entry.force(self.tile):
             self.entry.variants[self.variant](self.dtype, self.tile)
         return gpu.launches

@@ -2,7 +2,8 @@
 
 Inside `with SimulatedGPU(arch=80) as gpu:` every ordinary `kernel[grid](...)` on CPU tensors is specialised and
 compiled by Triton for that architecture and, instead of going to a device, recorded in `gpu.launches` and executed
-by `PtxKernel`. Everything of Triton but the driver is real: binder, specialisation, compiler, ptxas.
+by `PtxKernel`. Everything of Triton but the driver is real: binder, specialisation, compiler and, on request, the
+assembler, whose machine code nothing here executes.
 """
 
 from __future__ import annotations
@@ -49,6 +50,16 @@ _PROPERTIES = {
 _device_numbers: dict[tuple[str, int | str], int] = {}
 
 
+def _leave_out_assembler(
+    backend: Any = None, stages: dict[str, Any] | None = None, *options: Any
+) -> tuple[str, str] | None:
+    """Triton's hook into its list of stages; called without arguments it names itself for Triton's caches."""
+    if stages is None:
+        return "no machine code", "no machine code"
+    stages["cubin" if "cubin" in stages else "hsaco"] = lambda source, metadata: b""
+    return None
+
+
 def flatten(name: str, value: Any, kind: Any) -> Iterator[tuple[str, Any]]:
     """The run-time parts of one argument, in PTX order, with names: those of a tuple are "name[0]", "name[1]".
 
@@ -84,7 +95,8 @@ class Launch:
         arguments: every argument by name, tensors as they were passed.
         constexprs: what was compiled in, by name: the tl.constexpr arguments, and run-time arguments that Triton makes
             constant (None, and an int equal to 1). Parts of a tuple are "name[0]", "name[1]".
-        asm: what Triton made of the kernel, by stage: "ttgir", "ptx", "cubin", "amdgcn" and so on.
+        asm: what Triton made of the kernel, by stage: "ttgir", "ptx", "amdgcn" and so on; the machine code, "cubin" or
+            "hsaco", is empty unless it was asked for.
         stats: counts of the execution; None when it was only recorded.
     """
 
@@ -167,6 +179,7 @@ class SimulatedGPU:
     Args:
         arch: a compute capability (75, 80, 86, 89, 90, 100, 120), ("hip", "gfx942") and the like, or a GPUTarget.
         execute: execute the launches; False only records them, and then any target that Triton compiles for will do.
+        assemble: make machine code too, for who wants to read it; it takes a fifth of the compiler's time.
         multiprocessors: what the device says it has; by default what a well-known one of its architecture has.
         launch_options: options of `PtxKernel.launch` for every launch: mode, seed, races and so on.
 
@@ -183,6 +196,7 @@ class SimulatedGPU:
         self,
         arch: int | tuple[str, int | str] | GPUTarget = 80,
         execute: bool = True,
+        assemble: bool = False,
         multiprocessors: int | None = None,
         **launch_options: Any,
     ) -> None:
@@ -193,20 +207,20 @@ class SimulatedGPU:
             arch = GPUTarget(backend, name, 64 if str(name).startswith("gfx9") else 32)
         if execute and arch.backend != "cuda":
             raise ValueError(f"{arch.backend} {arch.arch} cannot be executed, only recorded: pass execute=False")
-        self.target, self.execute, self.launch_options = arch, execute, launch_options
+        self.target, self.execute, self.assemble, self.launch_options = arch, execute, assemble, launch_options
         self.launches: list[Launch] = []
         known = _PROPERTIES.get((arch.backend, arch.arch), _Properties(65536, 108))
         self.max_shared_mem = known.max_shared_mem
         self.multiprocessor_count = multiprocessors or known.multiprocessor_count
         self._device = _device_numbers.setdefault((arch.backend, arch.arch), len(_device_numbers))
         self._starting: CompiledKernel | None = None
-        self._replaced: list[tuple[Any, Callable[[CompiledKernel], None]]] = []
+        self._replaced: list[tuple[Any, Callable[[CompiledKernel], None], Any]] = []
 
     def __enter__(self) -> SimulatedGPU:
         if knobs.runtime.interpret:
             raise RuntimeError("TRITON_INTERPRET=1 is set, and interpreted kernels are not launched: unset it")
         original = CompiledKernel._init_handles
-        self._replaced.append((driver._active, original))
+        self._replaced.append((driver._active, original, knobs.runtime.add_stages_inspection_hook))
 
         def init_handles(compiled: CompiledKernel) -> None:
             # launcher_cls is not given the compiled code, so remember whose turn it is.
@@ -217,13 +231,14 @@ class SimulatedGPU:
                 self._starting = None
 
         CompiledKernel._init_handles = init_handles
+        knobs.runtime.add_stages_inspection_hook = None if self.assemble else _leave_out_assembler
         driver.set_active(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        active, CompiledKernel._init_handles = self._replaced.pop()
+        active, CompiledKernel._init_handles, knobs.runtime.add_stages_inspection_hook = self._replaced.pop()
         driver.set_active(active)
 
     # What Triton asks of a driver.

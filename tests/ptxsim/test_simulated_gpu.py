@@ -71,7 +71,7 @@ def test_launch_runs_the_compiled_kernel(arch: int, n: int) -> None:
     assert (launch.num_warps, launch.shared) == (4, 0)
     assert launch.num_stages >= 1
     assert ".entry scale" in launch.asm["ptx"]
-    assert launch.asm["cubin"][:4] == b"\x7fELF"
+    assert launch.asm["cubin"] == b""
 
 
 def test_tuple_of_tensors() -> None:
@@ -117,13 +117,13 @@ def test_two_architectures_in_one_process_keep_apart() -> None:
 @pytest.mark.parametrize("target", RECORD_ONLY, ids=str)
 def test_record_only_leaves_memory_alone(target: Any) -> None:
     x, y = torch.randn(8), torch.zeros(8)
-    with SimulatedGPU(target, execute=False) as gpu:
+    with SimulatedGPU(target, execute=False, assemble=True) as gpu:
         scale[(1,)](x, y, 8, 1.0, BLOCK=16)
     assert torch.equal(y, torch.zeros(8))
     (launch,) = gpu.launches
     assert launch.stats is None
     assert launch.arch == (target if isinstance(target, int) else target[1])
-    assert ("cubin" if isinstance(target, int) else "hsaco") in launch.asm
+    assert launch.asm["cubin" if isinstance(target, int) else "hsaco"][:4] == b"\x7fELF"
 
 
 def test_recording_and_executing_share_a_kernel() -> None:
