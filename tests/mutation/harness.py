@@ -117,7 +117,8 @@ def plant(mutant: Mutant | None, folder: Path) -> Path:
 def check(folder: Path, tests: tuple[str, str]) -> Outcome:
     """Run ``tests`` (file, -k expression), in a process whose fastmlp.kernels is the copy in ``folder``."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastmlp", "triton", "triton.language", "pytest"])
+    # What every test loads, but nothing that loads the kernels; gluon is what Triton's interpreter loads when it runs.
+    context.set_forkserver_preload(["fastmlp", "triton", "triton.experimental.gluon", "pytest", "numpy.testing"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(str(folder), *tests, sender))
     process.start()
@@ -143,9 +144,9 @@ def _run(folder: str, path: str, keyword: str, sender: Connection) -> None:
     os.dup2(quiet, 2)
     os.chdir(ROOT)
     recorder = _Recorder()
-    # Plugins that these tests do not need would have to be loaded for every mutant.
-    unneeded = ("cacheprovider", "xdist", "benchmark", "hypothesispytest", "tests.fuzz.plugin")
-    options = ["-x", "-q", "--rootdir", str(ROOT), *(f"-pno:{name}" for name in unneeded), "-k", keyword]
+    # Plugins and tracebacks that these tests do not need would cost every mutant more than its tests.
+    unneeded = ("cacheprovider", "xdist", "benchmark", "hypothesispytest", "tests.fuzz.plugin", "unraisableexception")
+    options = ["-x", "-q", "--tb=no", "--rootdir", str(ROOT), *(f"-pno:{name}" for name in unneeded), "-k", keyword]
     try:
         _replace_kernels(Path(folder))
         code = int(pytest.main([path, *options], plugins=[recorder]))
