@@ -4,7 +4,8 @@ PYTEST = $(PYTHON) -m pytest -q -n 2 --dist worksteal
 
 .PHONY: test lint types unit interpret compile compile-all launch execute bench-smoke fuzz test-gpu
 
-test: lint types unit interpret compile launch execute bench-smoke  ## everything that CI runs
+test: lint types interpret  ## everything that CI runs: the other lanes and the benchmarks share one run of pytest
+	$(PYTEST) tests bench --benchmark-disable -m "not interpret"
 
 lint:
 	$(PYTHON) -m ruff check .

@@ -21,6 +21,11 @@ _VARIABLE = re.compile(
     re.S,
 )
 
+_LOC = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)")
+_ONE_STATEMENT = re.compile(r"\s*([^\s{};:][^;:]*);\s*$")
+_GUARDED = re.compile(r"@(!?)\s*([%\w$]+)\s+(.*)$", re.S)
+_OPCODE = re.compile(r"([\w.:]+)\s*(.*)$", re.S)
+
 
 class Instruction:
     """One PTX instruction as written, and what the decoder makes of it."""
@@ -68,6 +73,8 @@ class Instruction:
 
 def split_operands(s: str) -> list[str]:
     """Split at the commas that no bracket encloses."""
+    if not any(bracket in s for bracket in "[{("):
+        return [operand.strip() for operand in s.split(",")] if s.strip() else []
     out, depth, cur = [], 0, ""
     for ch in s:
         if ch in "[{(":
@@ -176,9 +183,16 @@ class Module:
         cur, loc, start = "", None, line
         for ln in text.split("\n"):
             code = ln.split("//")[0] if '"' not in ln else re.sub(r"//.*", "", ln)
-            m = re.match(r"\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)", code)
+            m = _LOC.match(code)
             if m:
                 loc = (int(m.group(1)), int(m.group(2)))
+                line += 1
+                continue
+            # Nearly every line is one statement; what is not goes character by character.
+            m = None if cur.strip() else _ONE_STATEMENT.match(code)
+            if m:
+                self._statement(m.group(1), line, loc, scopes)
+                cur = ""
                 line += 1
                 continue
             for ch in code + "\n":
@@ -244,16 +258,16 @@ class Module:
                     self.regs[unique] = bits
 
     def _instruction(self, s: str, ins: Instruction, scopes: list[dict[str, Any]]) -> None:
-        ins.scope, labels = {}, {}
-        for scope in scopes:
-            ins.scope.update(scope)
-            labels.update(scope.get(LABELS, {}))
-        # In a block its own table, not a copy: a branch may come before its label.
-        ins.scope[LABELS] = scopes[-1].setdefault(LABELS, {}) if len(scopes) > 1 else labels
-        m = re.match(r"@(!?)\s*([%\w$]+)\s+(.*)$", s, re.S)
+        if len(scopes) == 1:
+            ins.scope = scopes[0]
+        else:
+            ins.scope = {name: unique for scope in scopes for name, unique in scope.items()}
+        # The block's own table, not a copy: a branch may come before its label.
+        ins.scope[LABELS] = scopes[-1].setdefault(LABELS, {})
+        m = _GUARDED.match(s) if s.startswith("@") else None
         if m:
             ins.guard_negated, ins.guard, s = bool(m.group(1)), m.group(2), m.group(3)
-        m = re.match(r"([\w.:]+)\s*(.*)$", s, re.S)
+        m = _OPCODE.match(s)
         ins.op, *ins.mods = m.group(1).split(".")
         ins.ops = split_operands(m.group(2))
         ins.pc = len(self.raw)
