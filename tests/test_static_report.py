@@ -17,7 +17,7 @@ import triton
 
 from bench.static.__main__ import RESULTS
 from bench.static.execution import execute
-from bench.static.findings import LIMITS, findings
+from bench.static.findings import EXCEPTIONS, LIMITS, LimitException, findings
 from bench.static.gpus import GPUS, MODES, Mode, roofline, total_roofline
 from bench.static.instructions import GROUPS, group_of, mix
 from bench.static.markdown import markdown, table
@@ -297,6 +297,14 @@ def test_findings(section, changes, limit):
     assert limit in LIMITS
 
 
+def test_an_exception_has_a_reason_and_an_end(monkeypatch):
+    exception = LimitException("sectors", "linear_fwd", "_linear_fwd_kernel", 1.25, "because")
+    monkeypatch.setattr("bench.static.findings.EXCEPTIONS", (exception,))
+    for sectors, reason in ((1.2, "because"), (1.3, "")):
+        (found,) = findings([], [_row(sectors_over_minimum=sectors)], [])
+        assert found.reason == reason
+
+
 def test_errors_are_shares_of_the_budget():
     exact = torch.linspace(1, 2, 100, dtype=torch.float64)
     own = exact.float() * (1 + 1e-5)
@@ -344,4 +352,7 @@ def test_the_kept_report_is_complete(kept):
     assert Counter(row["kernel"] for row in report["step_execution"]) == {
         "_linear_fwd_kernel": 2, "_head_kernel": 1, "_linear_dgrad_kernel": 1, "_wgrad_update_kernel": 1
     }  # fmt: skip
+    assert [row for row in report["findings"] if not row["reason"]] == []
+    # An exception that nothing needs any more goes.
+    assert len({row["reason"] for row in report["findings"]}) == len({e.reason for e in EXCEPTIONS})
     assert {row["mode"] for row in report["numerics"]} == {"float32", "tf32", "bfloat16", "float16"}

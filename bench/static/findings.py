@@ -1,4 +1,4 @@
-"""What breaks a limit, found in the rows of the report."""
+"""What breaks a limit, found in the rows of the report, and what may, each with its reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from .gpus import MODES
 
-__all__ = ["LIMITS", "Finding", "findings"]
+__all__ = ["EXCEPTIONS", "LIMITS", "Finding", "LimitException", "findings"]
 
 Row = dict[str, Any]
 
@@ -26,12 +26,32 @@ _SECTORS, _CONFLICTS, _PRODUCTS = 1.1, 0.1, 1.5
 
 
 @dataclass(frozen=True)
+class LimitException:
+    """A kernel of a workload that may break a limit.
+
+    Attributes:
+        most: how far, in the unit that ``LIMITS`` speaks of.
+        reason: why that is right, or the least bad.
+    """
+
+    limit: str
+    workload: str
+    kernel: str
+    most: float
+    reason: str
+
+
+EXCEPTIONS: tuple[LimitException, ...] = ()
+
+
+@dataclass(frozen=True)
 class Finding:
     """One kernel of one workload that breaks one limit.
 
     Attributes:
         places: target, mode and batch of each case.
         worst: the largest excess, in the unit that ``LIMITS`` speaks of.
+        reason: that of its exception; "" if it has none, or goes further than it may.
     """
 
     limit: str
@@ -39,6 +59,7 @@ class Finding:
     kernel: str
     places: tuple[str, ...]
     worst: float
+    reason: str = ""
 
 
 def findings(machine: list[Row], execution: list[Row], numerics: list[Row]) -> list[Finding]:
@@ -50,12 +71,15 @@ def findings(machine: list[Row], execution: list[Row], numerics: list[Row]) -> l
         found.setdefault((limit, str(workload), row["kernel"]), []).append((place, value))
     order = list(LIMITS)
     return sorted(
-        (
-            Finding(*key, places=tuple(place for place, _ in cases), worst=max(value for _, value in cases))
-            for key, cases in found.items()
-        ),
+        (_finding(key, cases) for key, cases in found.items()),
         key=lambda finding: (order.index(finding.limit), -finding.worst, finding.workload),
     )
+
+
+def _finding(key: tuple[str, str, str], cases: list[tuple[str, float]]) -> Finding:
+    worst = max(value for _, value in cases)
+    allowed = [e for e in EXCEPTIONS if (e.limit, e.workload, e.kernel) == key and worst <= e.most]
+    return Finding(*key, tuple(place for place, _ in cases), worst, allowed[0].reason if allowed else "")
 
 
 def _machine(rows: list[Row]) -> Iterator[tuple[str, Row, float]]:

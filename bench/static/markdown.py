@@ -119,15 +119,18 @@ def _label(row: Row) -> str:
 def _findings(rows: list[Row]) -> str:
     text = "## Findings\n\nThe limits, and what breaks them:\n\n"
     for limit, says in LIMITS.items():
-        broken = [row for row in rows if row["limit"] == limit]
-        text += f"- {limit}: {says}. " + ("Kept everywhere.\n" if not broken else f"{len(broken)} broken.\n")
+        reasons = [row["reason"] for row in rows if row["limit"] == limit]
+        broken, excepted = reasons.count(""), sum(map(bool, reasons))
+        counts = [f"{count} {word}" for count, word in ((broken, "broken"), (excepted, "excepted")) if count]
+        text += f"- {limit}: {says}. {', '.join(counts) or 'Kept everywhere'}.\n"
     if not rows:
         return text
     cells = [
-        (r["limit"], r["workload"], f"`{r['kernel'].strip('_')}`", _some(r["places"]), compact(r["worst"]))
+        (r["limit"], r["workload"], f"`{r['kernel'].strip('_')}`", _some(r["places"]), compact(r["worst"]), r["reason"])
         for r in rows
     ]
-    return text + "\n" + table(("limit", "workload", "kernel", "where", "worst"), cells, left=4)
+    lines = table(("limit", "workload", "kernel", "where", "worst", "why that may be"), cells, left=4)
+    return f"{text}\n{lines}"
 
 
 def _some(places: Sequence[str], most: int = 4) -> str:

@@ -7,8 +7,8 @@ simulated GPU that records, with the choice of the tile replaced.
 The covering set takes, for every target, every tile of every kernel (of a matrix product for float32 and a 16-bit
 dtype) with one variant, the next one for the next target; and further cases until every variant and dtype meets every
 target. Which one it is hangs on the case alone, so that a change to the tables leaves the other cases as they are.
-The ``THOROUGH`` targets also compile the first variant of every tile of the ``HOT`` kernels.
-The full product is for ``make compile-all``.
+Of the ``HOT`` kernels, on one target of each family, it is the first variant. The full product is for
+``make compile-all``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .targets import TARGETS, Target
 __all__ = ["Case", "KernelCases", "covering", "full"]
 
 #: One target of each family of matrix units, and the kernels on whose first variant speed hangs most.
-THOROUGH = ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
+FAMILIES = ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
 HOT = ("linear_fwd", "linear_dgrad", "linear_wgrad")
 
 Launcher = Callable[[torch.dtype, Any], object]
@@ -128,12 +128,10 @@ def covering() -> Iterator[Case]:
             variants = list(entry.variants)
             chosen: set[Case] = set()
             for size, tile, served in _places(entry, target, number):
-                picked = {_pick(served, number, kernel, size, tile)}
-                if kernel in HOT and target.name in THOROUGH and variants[0] in served:
-                    picked.add(variants[0])
-                for variant in picked:
-                    dtypes = [dtype for dtype in target.dtypes if dtype.itemsize == size]
-                    chosen.add(Case(kernel, target, _pick(dtypes, number, tile, variant), tile, variant))
+                hot = kernel in HOT and target.name in FAMILIES and variants[0] in served
+                variant = variants[0] if hot else _pick(served, number, kernel, size, tile)
+                dtypes = [dtype for dtype in target.dtypes if dtype.itemsize == size]
+                chosen.add(Case(kernel, target, _pick(dtypes, number, tile, variant), tile, variant))
             for variant in [v for v in variants if v not in {case.variant for case in chosen}]:
                 dtype = _pick(target.dtypes, number, kernel, variant)
                 tile = _pick(entry.tiles(dtype, device, variant), number, variant)

@@ -17,7 +17,7 @@ from fastmlp import kernels
 from fastmlp.kernels.configs import Tile
 
 from . import limits
-from .cases import HOT, THOROUGH, Case, covering, full, registry
+from .cases import FAMILIES, HOT, Case, covering, full, registry
 from .machine_code import digest, disassemble, instructions, nvidia_tool
 from .targets import TARGETS
 
@@ -106,7 +106,7 @@ def test_the_covering_set_covers() -> None:
     ):
         assert {key(c) for c in chosen} == {key(c) for c in everything}, entry
     hot = Counter(c.target.name for c in chosen if c.kernel in HOT and c.variant == next(iter(c.entry.variants)))
-    for name in THOROUGH:
+    for name in FAMILIES:
         tiles = {
             (c.kernel, c.dtype.itemsize, c.tile)
             for c in everything

@@ -46,7 +46,7 @@ def test_linear_sigmoid(arch: int, dt: torch.dtype, prec: str, stages: int) -> N
 
 
 @pytest.mark.parametrize(("arch", "dt", "prec"), LINEAR_CASES[:5], ids=case_id)
-@pytest.mark.parametrize("stages", [1, 3, 4])
+@pytest.mark.parametrize("stages", [1, 3])
 def test_linear_warpwise_equals_lockstep(arch: int, dt: torch.dtype, prec: str, stages: int) -> None:
     """random warp order, races and asynchronous copies checked; the bits are those of lockstep"""
     for M, N, K, pad in ((32, 64, 160, 0), (45, 51, 117, 3)):
