@@ -61,9 +61,15 @@ def _cross_entropy(m: int, c: int, dtype: torch.dtype) -> LossFunction:
     log_p, da = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
     minus_one = torch.full((m, 1), -1.0, dtype=dtype)
     total_weight = torch.empty((), dtype=dtype)
+    # torch vectorizes log-softmax along rows of 16 numbers and more, and across the rows of a transposed matrix.
+    by_columns = torch.empty((2, c, m), dtype=dtype).unbind() if c < 16 and m >= 512 else None
 
     def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
-        _aten._log_softmax.out(a, 1, False, out=log_p)
+        if by_columns is None:
+            _aten._log_softmax.out(a, 1, False, out=log_p)
+        else:
+            a_t, log_p_t = by_columns
+            log_p.copy_(_aten._log_softmax.out(a_t.copy_(a.t()), 0, False, out=log_p_t).t())
         _aten.nll_loss_forward.output(log_p, y, None, 1, -1, output=out, total_weight=total_weight)
         torch.exp(log_p, out=da)
         return da.scatter_add_(1, y.view(m, 1), minus_one).mul_(mean)

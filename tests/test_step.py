@@ -70,6 +70,14 @@ def test_losses_of_large_outputs(loss):
     check_against_torch(model, [(x, y)], {"lr": 10.0}, loss=loss)
 
 
+@pytest.mark.parametrize("classes", [2, 10, 15, 16, 100])
+def test_losses_of_long_batches(classes):
+    """With few classes and many rows log-softmax runs along the columns."""
+    x, y = problem((5, classes), 700)
+    data = [(x[:rows], y[:rows]) for rows in (700, 512, 511, 700)]
+    check_against_torch(network((5, classes)), data, {"lr": 1.0})
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(
