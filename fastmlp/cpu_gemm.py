@@ -241,13 +241,18 @@ def wgrad(m: int, out: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 def wgrad_update(m: int, weight: Tensor) -> Callable[[Tensor, Tensor, float], object]:
     """A function (dZ, X, lr) that does W -= lr dZ^T X in place: the plain SGD step of a layer's weight.
 
-    aten does gradient and update in one GEMM; oneDNN's product is subtracted in a second pass.
+    aten does gradient and update in one GEMM; oneDNN's product is subtracted in a second pass. So is aten's where dW is
+    slim: there BLAS adds row after row to its result, and each addition would round the weight.
     """
     n, k = weight.shape
+    slim = m >= 64 and min(n, k) < 16
 
     def aten_into(w: Tensor) -> Callable[[Tensor, Tensor, float], object]:
         if m == 1:  # an outer product: one pass over W, on all threads, where a GEMM packs it first
             return lambda dz, x, lr: w.addcmul_(dz.t(), x, value=-lr)
+        if slim:
+            dw = torch.empty_like(w)
+            return lambda dz, x, lr: w.add_(torch.mm(dz.t(), x, out=dw), alpha=-lr)
         return lambda dz, x, lr: w.addmm_(dz.t(), x, alpha=-lr)
 
     def onednn_into(w: Tensor) -> Callable[[Tensor, Tensor, float], object]:
