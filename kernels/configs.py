@@ -59,7 +59,7 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
             Tile(64, 128, 32, 8, 3),
             Tile(64, 64, 32, 4, 3),
             Tile(32, 64, 32, 4, 3, 168),
-            Tile(32, 32, 32, 4, 4),
+            Tile(32, 32, 32, 2, 4),
             Tile(16, 32, 32, 2, 4),
         ),
         (
@@ -78,7 +78,7 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
             Tile(64, 128, 32, 8, 3),
             Tile(64, 64, 32, 4, 3),
             Tile(32, 64, 32, 4, 3),
-            Tile(32, 32, 32, 4, 4),
+            Tile(32, 32, 32, 2, 4),
             Tile(16, 32, 32, 2, 4),
         ),
         (
@@ -98,7 +98,7 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
             Tile(64, 128, 32, 8, 3),
             Tile(64, 64, 32, 4, 3, 168),
             Tile(32, 64, 32, 4, 3),
-            Tile(32, 32, 32, 4, 4),
+            Tile(32, 32, 32, 2, 4),
             Tile(16, 32, 32, 2, 4),
         ),
         (
@@ -123,7 +123,7 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
             Tile(128, 64, 16, 8, 2),
             Tile(64, 64, 16, 4, 2),
             Tile(32, 64, 16, 4, 2),
-            Tile(32, 32, 16, 4, 2),
+            Tile(32, 32, 16, 4, 2, 168),
             Tile(16, 32, 16, 2, 2),
         ),
     ),
@@ -148,13 +148,13 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     "interpreter": ((Tile(32, 32, 32, 1, 1),), (Tile(32, 32, 32, 1, 1),)),
 }
 
-# Operands that are not wide. (FMA blocks are small enough for both.)
+# Operands that are not wide: every element has an address of its own, in registers too.
 _NARROW_NVIDIA: tuple[tuple[Tile, ...], tuple[Tile, ...]] = (
     (
         Tile(64, 128, 16, 8, 4),
         Tile(64, 64, 16, 4, 4),
         Tile(32, 64, 32, 4, 3),
-        Tile(32, 32, 32, 4, 4),
+        Tile(32, 32, 32, 2, 4),
         Tile(16, 32, 32, 2, 4),
     ),
     (
@@ -169,6 +169,7 @@ _NARROW_TILES = {
     "mma": _NARROW_NVIDIA,
     "wgmma": _NARROW_NVIDIA,
     "tcgen05": _NARROW_NVIDIA,
+    "fma": (_TILES["fma"][0][1:], _TILES["fma"][1][2:]),
     "hip": (_TILES["hip"][0], _TILES["hip"][1][2:]),
 }
 
@@ -177,7 +178,7 @@ _MIN_DEPTH_PER_SPLIT = 256
 # The optimizer's state lives in registers beside the gradient, so blocks are smaller, or have more warps.
 _UPDATE_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     "mma": (
-        (Tile(64, 64, 32, 8, 3), Tile(32, 64, 32, 4, 3), Tile(16, 32, 32, 2, 4)),
+        (Tile(64, 64, 16, 4, 4), Tile(32, 64, 32, 4, 3), Tile(16, 32, 32, 2, 4)),
         (Tile(64, 64, 64, 8, 4), Tile(32, 64, 32, 4, 4), Tile(32, 32, 64, 4, 4)),
     ),
     "fma": (
@@ -185,7 +186,7 @@ _UPDATE_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
         (Tile(32, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(16, 32, 16, 2, 2)),
     ),
     "tcgen05": (
-        (Tile(64, 64, 32, 8, 3), Tile(32, 64, 32, 4, 3), Tile(16, 32, 32, 2, 4)),
+        (Tile(64, 64, 16, 4, 4), Tile(32, 64, 32, 4, 3), Tile(16, 32, 32, 2, 4)),
         (Tile(64, 64, 32, 8, 4, 128), Tile(32, 64, 32, 4, 4), Tile(32, 32, 64, 4, 4)),
     ),
     "hip": (

@@ -41,7 +41,32 @@ class LimitException:
     reason: str
 
 
-EXCEPTIONS: tuple[LimitException, ...] = ()
+EXCEPTIONS: tuple[LimitException, ...] = (
+    LimitException(
+        "repeated products",
+        "head",
+        "_head_kernel",
+        7.5,
+        "10 classes are padded to the 16 of a matrix instruction; and where rows make too few blocks, up to 8 programs "
+        "share one, each on a multiprocessor that would be idle, and each computes Z anew rather than wait for another",
+    ),
+    LimitException(
+        "sectors",
+        "wgrad_update",
+        "_wgrad_update_kernel",
+        1.25,
+        "a thread updates 8 neighbouring weights, 16 bytes in bfloat16 and twice 16 bytes of the float32 master: the "
+        "second load finds the other half of its sectors in the L1 cache",
+    ),
+    LimitException(
+        "sectors",
+        "linear_fwd of pixels",
+        "_linear_fwd_kernel",
+        1.2,
+        "a block is 16 pixels deep, half a sector of each row: the next round of the loop finds the other half in the "
+        "L1 cache",
+    ),
+)
 
 
 @dataclass(frozen=True)

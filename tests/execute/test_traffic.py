@@ -1,7 +1,7 @@
-"""Memory traffic of every tile of every matrix product, counted in the executed code.
+"""Memory traffic and products of every tile of every matrix product, counted in the executed code.
 
-Operands are contiguous and every block is full, so each request can be whole 32-byte sectors, and shared memory can
-be read and written without bank conflicts.
+Operands are contiguous and every block is full, so each request can be whole 32-byte sectors, shared memory can be
+read and written without bank conflicts, and no product is computed twice.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 
 from fastmlp import kernels, reference
 from fastmlp.kernels.configs import Tile, all_tiles
+from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
 from tests.compile.cases import registry, tile_name
 from tests.compile.targets import TARGETS, Target
 from tests.kernels.harness import assert_within_budget
@@ -25,18 +26,18 @@ MOST_SECTORS = 1.1
 MOST_CONFLICTS = 0.1
 
 
-def _cases() -> list[object]:
+def _cases(*kinds: str) -> list[object]:
     cases = []
     for target in (TARGETS["sm_80"], TARGETS["sm_120"]):
         for dtype in (torch.float32, torch.bfloat16):
-            for kind in ("fwd", "dgrad", "wgrad"):
+            for kind in kinds:
                 for tile in all_tiles(kind, dtype, target.device, wide=True):
                     name = f"{target.name}-{kind}-{str(dtype).removeprefix('torch.')}-{tile_name(tile)}"
                     cases.append(pytest.param(target, kind, dtype, tile, id=name))
     return cases
 
 
-@pytest.mark.parametrize(("target", "kind", "dtype", "tile"), _cases())
+@pytest.mark.parametrize(("target", "kind", "dtype", "tile"), _cases("fwd", "dgrad", "wgrad"))
 def test_sectors_and_bank_conflicts(target: Target, kind: str, dtype: torch.dtype, tile: Tile) -> None:
     """Two by two tiles of output, three blocks deep; the product itself is checked on the way."""
     g = torch.Generator().manual_seed(0)
@@ -64,6 +65,26 @@ def test_sectors_and_bank_conflicts(target: Target, kind: str, dtype: torch.dtyp
     (launch,) = gpu.launches
     assert launch.stats is not None
     check(launch.stats)
+    check_products(launch.stats, rows * cols * depth, dtype)
+
+
+@pytest.mark.parametrize(("target", "kind", "dtype", "tile"), _cases("update"))
+def test_products_of_the_update(target: Target, kind: str, dtype: torch.dtype, tile: Tile) -> None:
+    """Two by two tiles of a weight, three blocks of samples; its values are tested with the kernel."""
+    g = torch.Generator().manual_seed(0)
+    n, k, m = 2 * tile.rows, 2 * tile.cols, 3 * tile.depth
+    weight, dz, x = (torch.randn(shape, generator=g) for shape in ((n, k), (m, n), (m, k)))
+    layout = Layout([Layer(weight, None, None if dtype == torch.float32 else weight.to(dtype), None)])
+    with target.simulated(execute=True) as gpu, registry()["wgrad_update"].force(tile):
+        wgrad_update(layout, [dz.to(dtype)], [x.to(dtype)], Hyper("sgd"), torch.tensor((0.1, 1.0, 0.1, 1.0)))
+    (launch,) = gpu.launches
+    assert launch.stats is not None
+    check_products(launch.stats, n * k * m, dtype)
+
+
+def check_products(stats: Stats, multiplications: int, dtype: torch.dtype) -> None:
+    """Once each; a float32 product is three of tf32 parts."""
+    assert stats.mma_flops == 2 * multiplications * (3 if dtype == torch.float32 else 1)
 
 
 def check(stats: Stats) -> None:
