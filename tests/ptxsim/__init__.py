@@ -14,10 +14,11 @@ from .errors import (
 )
 from .kernel import PtxKernel
 from .shared_memory import bank_wavefronts
-from .simulated_gpu import Launch, SimulatedGPU
+from .simulated_gpu import TRITON, Launch, SimulatedGPU
 from .stats import Stats
 
 __all__ = [
+    "TRITON",
     "AsyncHazard",
     "Deadlock",
     "Divergence",

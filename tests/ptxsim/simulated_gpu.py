@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
@@ -45,6 +46,9 @@ _PROPERTIES = {
     ("hip", "gfx950"): _Properties(163840, 256),
     ("hip", "gfx1100"): _Properties(65536, 48),
 }
+
+#: Triton's version.
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # Triton keeps compiled kernels and the limit of shared memory by device number: every target has its own.
 _device_numbers: dict[tuple[str, int | str], int] = {}
@@ -96,7 +100,7 @@ class Launch:
         constexprs: what was compiled in, by name: the tl.constexpr arguments, and run-time arguments that Triton makes
             constant (None, and an int equal to 1). Parts of a tuple are "name[0]", "name[1]".
         asm: what Triton made of the kernel, by stage: "ttgir", "ptx", "amdgcn" and so on; the machine code, "cubin" or
-            "hsaco", is empty unless it was asked for.
+            "hsaco", is empty unless it was asked for (before Triton 3.8 it is always there).
         stats: counts of the execution; None when it was only recorded.
     """
 
@@ -231,7 +235,9 @@ class SimulatedGPU:
                 self._starting = None
 
         CompiledKernel._init_handles = init_handles
-        knobs.runtime.add_stages_inspection_hook = None if self.assemble else _leave_out_assembler
+        # Before 3.8 Triton's caches do not keep kernels of other stages apart.
+        leave_out = TRITON >= (3, 8) and not self.assemble
+        knobs.runtime.add_stages_inspection_hook = _leave_out_assembler if leave_out else None
         driver.set_active(self)
         return self
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.ptxsim import Misaligned, OutOfBounds, PtxKernel, SimulatedGPU, compile_triton, run_triton
+from tests.ptxsim import TRITON, Misaligned, OutOfBounds, PtxKernel, SimulatedGPU, compile_triton, run_triton
 from tests.ptxsim.samples.linear import MODES
 
 pytestmark = pytest.mark.execute
@@ -55,10 +55,11 @@ def check(args: dict) -> None:
 def test_members_chosen_at_run_time(arch: int, mode: str) -> None:
     args = members()
     compiled, _ = compile_triton(scale_members, args, {"COUNT": 3, "BLOCK": 256}, arch)
-    assert len(BY_REGISTER.findall(compiled.asm["ptx"])) == 5, "Triton no longer loads parameters by register"
     stats = run_triton(scale_members, args, {"COUNT": 3, "BLOCK": 256}, (3,), arch, mode=mode)
     check(args)
-    assert stats.by_class["ld.param"] >= 5 * 3 * 4  # five of them in each of four warps of three programs
+    if TRITON >= (3, 8):  # before, it loads every member and selects
+        assert len(BY_REGISTER.findall(compiled.asm["ptx"])) == 5, "Triton no longer loads parameters by register"
+        assert stats.by_class["ld.param"] >= 5 * 3 * 4  # five of them in each of four warps of three programs
 
 
 @pytest.mark.parametrize("mode", MODES)
