@@ -133,6 +133,7 @@ def _preset_command(name: str, text: str) -> None:
 
 _preset_command("quick", "The reference network at four batch sizes and one of each operation; under 2 minutes.")
 _preset_command("scaling", "A training step against batch size, width and depth: the curves of the report.")
+_preset_command("online", "60,000 samples one by one, in five stretches, beside numpy.")
 
 
 @cli.command("full")
@@ -153,7 +154,7 @@ def full(
 ) -> None:
     """Everything: all operations and steps, the curves of scaling, and the time to accuracy."""
     used = _device(device, threads)
-    for name in ("full", "scaling"):
+    for name in ("full", "scaling", "online"):
         _run(name, ctx, used, rounds, out, False)
     _run_accuracy(ctx, used, data, seeds, (), None, out, report)
 

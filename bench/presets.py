@@ -3,6 +3,7 @@
 - quick: the reference network at four batch sizes, one of each operation; under 2 minutes on 2 cores
 - full: every optimizer and dtype, each operation at several shapes, every mode of torch.compile
 - scaling: one training step against batch size, width and depth
+- online: 60,000 samples one by one, in five stretches, beside the numpy loop of the source documents
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ BATCHES = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 DEPTHS = (1, 2, 4, 8, 16)
 
-NAMES = ("quick", "full", "scaling")
+NAMES = ("quick", "full", "scaling", "online")
 
 _COMPILERS = ("compile_default", "compile_reduce_overhead", "compile_max_autotune")
 #: The contenders of the curves: the tutorial, the fastest of each way to do it, and ours.
@@ -60,7 +61,7 @@ class Preset:
 
 def preset(name: str, device: str) -> Preset:
     """The preset of that name for a device; KeyError for an unknown name."""
-    return {"quick": _quick, "full": _full, "scaling": _scaling}[name](device)
+    return {"quick": _quick, "full": _full, "scaling": _scaling, "online": _online}[name](device)
 
 
 def _cases(problems: Iterable[Problem], leave_out: Iterable[str] = ()) -> tuple[Case, ...]:
@@ -105,13 +106,19 @@ def _full(device: str) -> Preset:
     return Preset("full", 11, _cases(steps) + _cases(operations))
 
 
-def _scaling(device: str) -> Preset:
+def _all_but(*names: str) -> frozenset[str]:
     from .rivals import RIVALS
 
-    leave_out = {
-        dtype: frozenset(rival.name for rival in RIVALS if rival.name not in names)
-        for dtype, names in (("float32", _CURVES), ("bfloat16", _CURVES_HALF))
-    }
+    return frozenset(rival.name for rival in RIVALS if rival.name not in names)
+
+
+def _online(device: str) -> Preset:
+    problem = OnlineProblem(REFERENCE, samples=12_000, device=device)
+    return Preset("online", 5, (Case(problem, leave_out=_all_but("fastmlp", "numpy")),))
+
+
+def _scaling(device: str) -> Preset:
+    leave_out = {"float32": _all_but(*_CURVES), "bfloat16": _all_but(*_CURVES_HALF)}
     curves: list[tuple[str, int, tuple[int, ...], int, str]] = []
     for dtype in ("float32", "bfloat16"):
         curves += [("batch", batch, REFERENCE, batch, dtype) for batch in BATCHES]
