@@ -133,7 +133,7 @@ def _preset_command(name: str, text: str) -> None:
 
 _preset_command("quick", "The reference network at four batch sizes and one of each operation; under 2 minutes.")
 _preset_command("scaling", "A training step against batch size, width and depth: the curves of the report.")
-_preset_command("online", "60,000 samples one by one, in five stretches, beside numpy.")
+_preset_command("online", "60,000 samples one by one, in five stretches.")
 
 
 @cli.command("full")
