@@ -157,7 +157,7 @@ def _tile(M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: boo
     Slices are 256 bytes deep, which the counts of the simulated GPU show to read shared memory without bank
     conflicts. They are shallower where K or the shared memory ends before, where rows are not aligned (every element
     then has an address of its own), and where products run on few registers instead of matrix units (before
-    Ampere; AMD's RDNA). None of these tiles spills on any target.
+    Ampere; AMD's RDNA). None of these tiles spills in a loop on any target.
     """
     classes = max(16, triton.next_power_of_2(C))
     if device.backend == "interpreter":
@@ -170,6 +170,8 @@ def _tile(M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: boo
         depth, cols, num_warps, num_stages = 16, 32, 4 if classes < 64 else 8, 1
     elif not aligned:
         depth, cols = 16, 32
+    elif itemsize == 4 and str(device.arch).startswith("10") and rows > 16:
+        cols = 32
     while depth > 16 and (slices * depth >= 2 * K or slices * depth * (rows + classes) * itemsize > 49152):
         depth //= 2
     splits = 1

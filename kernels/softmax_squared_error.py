@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import cdiv
+from .device import current_device
 from .reduce_sum import reduce_sum
 from .softmax import softmax_block
 
@@ -144,6 +145,8 @@ def _launch(
         rows = max(1, min(triton.next_power_of_2(M), 512 * num_warps // cols))
     else:
         num_warps, rows, cols = 8, 1, BLOCK_C
+    # Left to itself, ptxas spills registers in the loops over a long row to fit a third program.
+    options = {"maxnreg": 128} if not whole and current_device().backend == "cuda" else {}
     stride_d = next((t.stride() for t in (dz, dy) if t is not None), (0, 0))
     _softmax_squared_error_kernel[(cdiv(M, rows),)](
         logits, target, g, loss, dz, dy,
@@ -154,6 +157,7 @@ def _launch(
         # A sum over lanes adds a lane's own square to another's. Fused, fma(d, d, other's), it would not round its own
         # but the other's, and lanes that hold one row would end with different sums of it.
         enable_fp_fusion=False,
+        **options,
     )  # fmt: skip
 
 
