@@ -74,7 +74,7 @@ EXCEPTIONS: tuple[LimitException, ...] = (
         "sm_120/linear_fwd/float32/32x64x32*pixels-gather*",
         "sm_120/linear_fwd/float32/32x64x32-4w3s/k784-pixels-gather-tanh",
         8,
-        "outside its loop, so once a program, 8 bytes; without them a multiprocessor would have two programs, not three",
+        "outside its loop, so once a program, 8 bytes; without them a multiprocessor would have 2 programs, not 3",
     ),
     _spill(
         "sm_90/head/float32/64x50x512/*smoothing*",
