@@ -54,8 +54,8 @@ def caption(document: Document) -> str:
     )
 
 
-def draw(document: Document, folder: Path) -> list[Path]:
-    """Draw what a run has data for into ``folder``; returns the paths of the PNG files."""
+def draw(document: Document, folder: Path, *, roofline: bool) -> list[Path]:
+    """Draw what a run has data for into ``folder``, its roofline on request; returns the paths of the PNG files."""
     drawings: dict[str, Callable[[Any, Document], bool]] = {
         "batch": lambda axes, d: _curve(axes, d, "batch", "float32", "batch size"),
         "batch-bfloat16": lambda axes, d: _curve(axes, d, "batch", "bfloat16", "batch size"),
@@ -67,7 +67,7 @@ def draw(document: Document, folder: Path) -> list[Path]:
     }
     paths = []
     for stem, drawing in drawings.items():
-        if stem == "roofline" and document["preset"] != "full":
+        if stem == "roofline" and not roofline:
             continue
         path = folder / f"{stem}.png"
         if _save(path, PLOTS[stem], document, drawing):

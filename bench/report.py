@@ -52,8 +52,11 @@ def write_report(folder: Path = FOLDER, target: Path = ROOT / "bench" / "RESULTS
         raise ValueError(f"there are no runs below {folder}; measure with 'fastmlp bench full' first")
     plots: dict[str, list[tuple[str, Path]]] = {}
     paths = []
+    measured_in_full = {d["machine"]["slug"] for d in documents if d["preset"] == "full"}
     for document in documents:
-        for path in draw(document, folder / document["machine"]["slug"]):
+        slug = document["machine"]["slug"]
+        roofline = document["preset"] == ("full" if slug in measured_in_full else "quick")
+        for path in draw(document, folder / slug, roofline=roofline):
             plots.setdefault(path.stem, []).append((caption(document), path))
             paths.append(path)
     relative = {
@@ -179,7 +182,7 @@ def _figures(plots: dict[str, list[tuple[str, str]]], documents: list[Document])
         for text, path in plots.get(stem, []):
             lines += [f"![{title}]({path})\n", f"{text}\n"]
         if not plots.get(stem):
-            command = {"accuracy": "accuracy", "roofline": "full"}.get(stem, "scaling")
+            command = {"accuracy": "accuracy", "roofline": "quick"}.get(stem, "scaling")
             lines.append(f"CPU: not measured yet: run `fastmlp bench {command}`.\n")
         if gpu_is_missing:
             lines.append(f"GPU: {NOT_MEASURED}.\n")

@@ -111,6 +111,15 @@ def test_report_from_json_alone(results, tmp_path):
     assert text.count(NOT_MEASURED) >= 9  # the machine, the tables, the accuracy and every plot
 
 
+def test_the_roofline_is_of_the_quick_run_where_there_is_no_full_one(results, tmp_path):
+    folder = results / MACHINE["slug"]
+    quick = json.loads((folder / "full.json").read_text()) | {"preset": "quick"}
+    (folder / "quick.json").write_text(json.dumps(quick))
+    (folder / "full.json").unlink()
+    assert run("report", "--results", results, "--out", tmp_path / "RESULTS.md") == 0
+    assert (folder / "roofline.png").exists()
+
+
 def test_report_of_a_gpu_has_no_such_marks(results, tmp_path):
     for path in results.glob("*/*.json"):
         document = json.loads(path.read_text())
