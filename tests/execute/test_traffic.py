@@ -15,7 +15,7 @@ from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
 from tests.compile.cases import registry, tile_name
 from tests.compile.targets import TARGETS, Target
 from tests.kernels.harness import assert_within_budget
-from tests.ptxsim import Stats, run_triton
+from tests.ptxsim import TRITON, Stats, run_triton
 from tests.ptxsim.samples.linear import k_linear
 
 pytestmark = pytest.mark.execute
@@ -64,7 +64,8 @@ def test_sectors_and_bank_conflicts(target: Target, kind: str, dtype: torch.dtyp
     assert_within_budget(result, expected, own, reduction=depth)
     (launch,) = gpu.launches
     assert launch.stats is not None
-    check(launch.stats)
+    if TRITON >= (3, 8):  # what the tables were made with; 3.6 sums the bias gradient with bank conflicts
+        check(launch.stats)
     check_products(launch.stats, rows * cols * depth, dtype)
 
 
