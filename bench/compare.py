@@ -1,7 +1,14 @@
-"""Two runs beside each other: what became slower or faster by more than their spread."""
+"""Two runs beside each other: what became slower or faster by more than their spread.
+
+A contender is compared by its time in units of the baseline's in the same round, which a machine that is slower today
+changes little; the baseline, and contenders of runs without it, by their times. The spread of n rounds is their whole
+range: of two runs of n rounds that nothing but chance tells apart, the ranges do not overlap once in C(2n, n) / 2 (for
+n = 5, 126).
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -9,39 +16,53 @@ from typing import Any
 import click
 
 from .results import Document
-from .tables import by_rival, duration, median, spread
-from .timing import quartiles
+from .rivals import BASELINE
+from .tables import by_rival, duration, median, ratio_with_range, ratios, spread
 
 __all__ = ["Change", "compare", "print_changes"]
 
 #: Less than this is no change, however narrow the spreads are.
 TOLERANCE = 0.05
 
+_Case = dict[str, Any]
+_Entry = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Change:
-    """One contender in one case of both runs; ``factor`` is the new time by the old."""
+    """One contender in one case of both runs, each with the case it is of."""
 
     problem: str
     label: str
-    before: dict[str, Any]
-    after: dict[str, Any]
+    before: tuple[_Case, _Entry]
+    after: tuple[_Case, _Entry]
+
+    @property
+    def relative(self) -> bool:
+        """Whether times are taken in units of the baseline's."""
+        own = self.before[1]["rival"] == BASELINE
+        return not own and bool(ratios(*self.before)) and bool(ratios(*self.after))
+
+    def _times(self, side: tuple[_Case, _Entry]) -> list[float]:
+        return [1 / r for r in ratios(*side)] if self.relative else side[1]["seconds"]
 
     @property
     def factor(self) -> float:
         """New median time by old."""
-        return median(self.after) / median(self.before)
+        return statistics.median(self._times(self.after)) / statistics.median(self._times(self.before))
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the ranges of the rounds overlap."""
+        a, b = self._times(self.before), self._times(self.after)
+        return min(a) <= max(b) and min(b) <= max(a)
 
     @property
     def verdict(self) -> str:
-        """slower, faster or same: quartiles that do not overlap, and medians that differ by more than 5 %."""
-        low_a, _, high_a = quartiles(self.before["seconds"])
-        low_b, _, high_b = quartiles(self.after["seconds"])
-        if self.factor > 1 + TOLERANCE and low_b > high_a:
-            return "slower"
-        if self.factor < 1 / (1 + TOLERANCE) and high_b < low_a:
-            return "faster"
-        return "same"
+        """slower, faster or same: ranges that do not overlap, and medians that differ by more than 5 %."""
+        if self.agrees or 1 / (1 + TOLERANCE) <= self.factor <= 1 + TOLERANCE:
+            return "same"
+        return "slower" if self.factor > 1 else "faster"
 
 
 def compare(before: Document, after: Document) -> list[Change]:
@@ -54,7 +75,7 @@ def compare(before: Document, after: Document) -> list[Change]:
         if document["kind"] != "times":
             raise ValueError(f"expected two runs of times, got one of kind {document['kind']!r}")
 
-    def cases(document: Document) -> dict[tuple[str, str], dict[str, Any]]:
+    def cases(document: Document) -> dict[tuple[str, str], _Case]:
         return {(case["problem"]["kind"], case["problem"]["name"]): case for case in document["cases"]}
 
     old, new = cases(before), cases(after)
@@ -63,7 +84,8 @@ def compare(before: Document, after: Document) -> list[Change]:
         first, second = by_rival(old[key]), by_rival(new[key])
         for name in first.keys() & second.keys():
             if first[name]["status"] == second[name]["status"] == "ok":
-                changes.append(Change(": ".join(key), first[name]["label"], first[name], second[name]))
+                sides = (old[key], first[name]), (new[key], second[name])
+                changes.append(Change(": ".join(key), first[name]["label"], *sides))
     if not changes:
         raise ValueError("the two runs have no case in common; compare runs of one preset")
     return sorted(changes, key=lambda change: (-change.factor, change.problem, change.label))
@@ -80,10 +102,20 @@ def print_changes(before: Document, after: Document, changes: list[Change]) -> N
     if before["machine"]["slug"] != after["machine"]["slug"]:
         click.echo("A and B were measured on different machines")
     colours = {"slower": "red", "faster": "green", "same": None}
-    click.echo(f"\n{'':<7}{'B / A':>6}{'A':>9}{'spread':>8}{'B':>9}{'spread':>8}  contender, problem")
+    click.echo(f"\n{'':<7}{'B / A':>6}{'A':>24}{'B':>24}  contender, problem")
     for change in changes:
-        sides = "".join(f"{duration(median(e)):>9}{spread(e):>8}" for e in (change.before, change.after))
+        sides = "".join(f"{_side(change, side):>24}" for side in (change.before, change.after))
         line = f"{change.verdict:<7}{change.factor:>6.2f}{sides}  {change.label}, {change.problem}"
         click.echo(click.style(line, fg=colours[change.verdict]))
     counts = Counter(change.verdict for change in changes)
-    click.echo(f"\n{', '.join(f'{counts[verdict]} {verdict}' for verdict in colours)}")
+    agree = sum(change.agrees for change in changes)
+    click.echo(
+        f"\n{', '.join(f'{counts[verdict]} {verdict}' for verdict in colours)}; "
+        f"{agree} of {len(changes)} agree within their spread"
+    )
+
+
+def _side(change: Change, side: tuple[_Case, _Entry]) -> str:
+    if change.relative:
+        return f"{ratio_with_range(*side)} x"
+    return f"{duration(median(side[1]))} {spread(side[1])}"

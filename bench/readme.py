@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from .machine import ROOT
 from .presets import REFERENCE
 from .report import NOT_MEASURED
 from .results import Document
-from .tables import by_rival, duration, epoch_seconds, median, ratio, spread
+from .tables import by_rival, duration, epoch_seconds, median, ratios, spread
 
 __all__ = ["BEGIN", "END", "speed_section", "update_readme"]
 
@@ -46,9 +47,10 @@ def _cell(case: dict[str, Any], rival: str) -> str:
     entry = by_rival(case).get(rival)
     if entry is None or entry["status"] != "ok":
         return "–"
-    times = ratio(case, entry)
-    text = f"{duration(median(entry))} {spread(entry)}"
-    return text if rival == "eager" or times is None else f"{text} ({times:.2f}×)"
+    times, text = ratios(case, entry), duration(median(entry))
+    if rival == "eager" or not times:
+        return f"{text} {spread(entry)}"
+    return f"{text}: {statistics.median(times):.2f}× ({min(times):.2f}–{max(times):.2f})"
 
 
 def speed_section(documents: list[Document]) -> str:

@@ -13,7 +13,7 @@ from fastmlp.files import atomic_write
 from .figures import PLOTS, caption, draw
 from .machine import ROOT
 from .results import FOLDER, Document, load_all
-from .tables import by_rival, duration, epoch_seconds, median, ratio, reached, spread, timed
+from .tables import by_rival, duration, epoch_seconds, median, ratio_with_range, reached, spread, timed
 
 __all__ = ["NOT_MEASURED", "render", "write_report"]
 
@@ -35,9 +35,9 @@ _INTRODUCTION = """# Results
 Generated from the JSON files under `bench/results/` by `python -m bench report`; edit nothing here. How the numbers
 are taken, and what they do not say, is in [README.md](README.md).
 
-Times are medians over rounds in which all contenders take turns, with half the distance between the quartiles as
-spread; "x" is how many times as fast as PyTorch eager in the same run. Every contender's result was compared with
-float64 before it was timed, and one that was wrong has no time.
+Times are medians over rounds in which all contenders take turns; the spread is half the distance between the fastest
+and the slowest round. "×" is how many times as fast as PyTorch eager in the same round: median, smallest and largest.
+Every contender's result was compared with float64 before it was timed, and one that was wrong has no time.
 """
 
 
@@ -143,8 +143,7 @@ def _cells(case: dict[str, Any] | None, rival: str) -> list[str]:
         return ["", "", ""]
     if entry["status"] != "ok":
         return [f"{entry['status']}: {entry['reason']}", "", ""]
-    times = ratio(case, entry)
-    return [duration(median(entry)), spread(entry), "" if times is None else f"{times:.2f}"]
+    return [duration(median(entry)), spread(entry), ratio_with_range(case, entry)]
 
 
 def _accuracy(documents: list[Document]) -> str:

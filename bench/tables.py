@@ -10,7 +10,6 @@ import click
 
 from .results import Document
 from .rivals import BASELINE, OURS
-from .timing import quartiles
 
 __all__ = [
     "by_rival",
@@ -20,6 +19,8 @@ __all__ = [
     "print_accuracy",
     "print_run",
     "ratio",
+    "ratio_with_range",
+    "ratios",
     "reached",
     "spread",
     "timed",
@@ -28,7 +29,7 @@ __all__ = [
 
 def median(entry: dict[str, Any]) -> float:
     """Median seconds a call of a result that was timed."""
-    return quartiles(entry["seconds"])[1]
+    return statistics.median(entry["seconds"])
 
 
 def duration(seconds: float) -> str:
@@ -44,9 +45,9 @@ def _digits(value: float) -> str:
 
 
 def spread(entry: dict[str, Any]) -> str:
-    """Half the distance between the quartiles, in percent of the median."""
-    low, middle, high = quartiles(entry["seconds"])
-    return f"±{50 * (high - low) / middle:.0f} %"
+    """Half the distance between the fastest and the slowest round, in percent of the median."""
+    seconds = entry["seconds"]
+    return f"±{50 * (max(seconds) - min(seconds)) / median(entry):.0f} %"
 
 
 def timed(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -59,10 +60,27 @@ def by_rival(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {entry["rival"]: entry for entry in case["results"]}
 
 
-def ratio(case: dict[str, Any], entry: dict[str, Any]) -> float | None:
-    """How many times as fast as the baseline; None where that was not timed."""
+def ratios(case: dict[str, Any], entry: dict[str, Any]) -> list[float]:
+    """How many times as fast as the baseline, round by round; empty where that was not timed."""
     base = by_rival(case).get(BASELINE)
-    return median(base) / median(entry) if base is not None and base["status"] == "ok" else None
+    if base is None or base["status"] != "ok":
+        return []
+    return [theirs / own for theirs, own in zip(base["seconds"], entry["seconds"], strict=True)]
+
+
+def ratio(case: dict[str, Any], entry: dict[str, Any]) -> float | None:
+    """Median of ``ratios``; None where there are none."""
+    found = ratios(case, entry)
+    return statistics.median(found) if found else None
+
+
+def ratio_with_range(case: dict[str, Any], entry: dict[str, Any]) -> str:
+    """Median, smallest and largest of ``ratios``; the median alone of the baseline's own, which are all 1."""
+    found = ratios(case, entry)
+    if not found:
+        return ""
+    text = f"{statistics.median(found):.2f}"
+    return text if entry["rival"] == BASELINE else f"{text} ({min(found):.2f}–{max(found):.2f})"
 
 
 #: Wide enough for the longest label.
@@ -70,7 +88,8 @@ _LABEL = 37
 
 
 def _line(label: str, cells: Iterable[str], ours: bool = False) -> None:
-    text = f"  {label:<{_LABEL}}" + "".join(f"{cell:>10}" for cell in cells)
+    *numbers, last = cells
+    text = f"  {label:<{_LABEL}}" + "".join(f"{cell:>9}" for cell in numbers) + f"  {last}"
     click.echo(click.style(text, bold=True) if ours else text)
 
 
@@ -81,11 +100,11 @@ def print_run(document: Document) -> None:
     absent: dict[tuple[str, str], int] = {}
     for case in document["cases"]:
         click.echo(f"{case['problem']['kind']}: {case['problem']['name']}")
-        _line("contender", ("median", "spread", "x eager", "GFLOP/s"))
+        _line("contender", ("median", "GFLOP/s", "x eager (range)"))
         for entry in sorted(timed(case), key=median):
-            times = ratio(case, entry)
             flops = f"{case['flops'] / median(entry) / 1e9:,.1f}" if case["flops"] else ""
-            row = (duration(median(entry)), spread(entry), "" if times is None else f"{times:.2f}", flops)
+            compared = entry["rival"] != BASELINE and ratio_with_range(case, entry)
+            row = (duration(median(entry)), flops, compared or f"time {spread(entry)}")
             _line(entry["label"], row, entry["rival"] == OURS)
         for entry in case["results"]:
             if entry["status"] in ("wrong", "failed"):

@@ -19,7 +19,7 @@ import torch
 
 from .rivals.protocol import Run
 
-__all__ = ["Samples", "interleaved", "quartiles"]
+__all__ = ["Samples", "interleaved"]
 
 TURN_S = 0.1
 PAUSE_S = 0.05
@@ -34,14 +34,6 @@ class Samples:
 
     calls: int
     seconds: list[float] = field(default_factory=list)
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """(lower quartile, median, upper quartile), with linear interpolation; a single value is all three."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, median, high
 
 
 def interleaved(runs: Mapping[str, Run], rounds: int, device: str, *, turn_s: float = TURN_S) -> dict[str, Samples]:

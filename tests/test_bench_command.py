@@ -101,7 +101,7 @@ def test_report_from_json_alone(results, tmp_path):
     for stem in drawn:
         assert f"](results/{MACHINE['slug']}/{stem}.png)" in text
     assert "Test CPU, 2 threads; torch 2.14.1; commit abcdef123456, 2026-01-02; command: fastmlp bench full" in text
-    assert "**fastmlp TrainStep** | 70.4 ms | ±5 % | 2.00" in text  # 1.1e-3 x 64; eager takes twice as long
+    assert "**fastmlp TrainStep** | 70.4 ms | ±9 % | 2.00 (1.83–2.20)" in text  # 1.1e-3 x 64; eager takes twice as long
     assert "| fastmlp" not in text.partition("## Time to accuracy")[0].replace("**fastmlp", "")
     assert "5.0 ± 1.0 s" in text  # 4, 5 and 6 seconds
     assert "not reached" in text
