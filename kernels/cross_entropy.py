@@ -49,6 +49,12 @@ def _finite_reference(top):
     return tl.where(top == float("-inf"), 0.0, top)
 
 
+@triton.jit
+def _by_lane(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """A block [rows, classes] as [rows, loads, LANES, VECTOR]: a lane loads VECTOR neighbouring classes at a time."""
+    return tl.reshape(x, (x.shape[0], x.shape[1] // (LANES * VECTOR), LANES, VECTOR))
+
+
 @triton.jit(do_not_specialize=["ignore_index", "M"])
 def _cross_entropy_kernel(
     z_ptr, target_ptr, w_ptr, rows_ptr, scale_ptr,
@@ -108,6 +114,7 @@ def _cross_entropy_kernel(
             tl.store(d_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     else:
         LANES: tl.constexpr = BLOCK_C // UNROLL
+        VECTOR: tl.constexpr = min(ALIGN, 16 * 8 // z_ptr.dtype.element_ty.primitive_bitwidth, UNROLL)
         # Every lane has its own running maximum, sum of exponentials, sum of q and of q (maximum - z). While a lane
         # saw nothing but -inf its reference is 0, so that -inf - -inf does not turn the sum into NaN.
         lane_top = tl.full((BLOCK_M, LANES), float("-inf"), tl.float32)
@@ -118,19 +125,20 @@ def _cross_entropy_kernel(
             offs_c = c + tl.arange(0, BLOCK_C)
             mask = mask_m[:, None] & (offs_c < C)[None, :]
             z = tl.load(z_rows + offs_c.to(tl.int64)[None, :] * stride_zc, mask=mask, other=float("-inf"))
-            z = tl.reshape(z.to(tl.float32), (BLOCK_M, UNROLL, LANES))
+            z = _by_lane(z.to(tl.float32), LANES, VECTOR)
             seen_top = lane_top
-            lane_top = tl.maximum(lane_top, tl.max(z, 1))
+            lane_top = tl.maximum(lane_top, tl.max(tl.max(z, 3), 1))
             ref = _finite_reference(lane_top)
+            shift = z - ref[:, None, :, None]
             if HAS_Q:
                 t_ptrs = t_rows + offs_c.to(tl.int64)[None, :] * stride_tc
                 q = target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS, SMOOTH)
-                q = tl.reshape(q, (BLOCK_M, UNROLL, LANES))
-                inside = tl.reshape(mask, (BLOCK_M, UNROLL, LANES))
+                q = _by_lane(q, LANES, VECTOR)
+                inside = _by_lane(mask, LANES, VECTOR)
                 lane_cross += lane_mass * (ref - _finite_reference(seen_top))
-                lane_cross += tl.sum(tl.where(inside, q * (ref[:, None, :] - z), 0.0), 1)
-                lane_mass += tl.sum(q, 1)
-            lane_total = lane_total * tl.exp(seen_top - ref) + tl.sum(tl.exp(z - ref[:, None, :]), 1)
+                lane_cross -= tl.sum(tl.sum(tl.where(inside, q * shift, 0.0), 3), 1)
+                lane_mass += tl.sum(tl.sum(q, 3), 1)
+            lane_total = lane_total * tl.exp(seen_top - ref) + tl.sum(tl.sum(tl.exp(shift), 3), 1)
         top = tl.max(lane_top, 1)
         total = tl.sum(lane_total * tl.exp(lane_top - top[:, None]), 1)
         log_sum = tl.log(total)
@@ -299,7 +307,7 @@ def _launch_fwd(
         *shape.strides, *stride_t, 0 if weight is None else weight.stride(0), *stride_d,
         PROBS=probs, SMOOTH=smoothing != 0.0, REDUCE=reduction, WHOLE=tile.unroll == 0,
         ALIGN=alignment(shape, shape.strides, stride_d, *([stride_t] if probs else [])),
-        BLOCK_M=tile.rows, BLOCK_C=tile.cols, UNROLL=tile.unroll, num_warps=tile.num_warps,
+        BLOCK_M=tile.rows, BLOCK_C=tile.cols, UNROLL=tile.unroll, **tile.compile_options(device),
     )  # fmt: skip
     if partial is not None:
         _reduce_kernel[(1,)](partial, loss, denominator, programs, REDUCE=reduction, BLOCK=1024, num_warps=4)

@@ -172,6 +172,8 @@ def _tile(M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: boo
         depth, cols = 16, 32
     elif itemsize == 4 and str(device.arch).startswith("10") and rows > 16:
         cols = 32
+    if aligned and classes > 32 and itemsize == 4 and device.has_tf32:
+        num_warps = 8
     while depth > 16 and (slices * depth >= 2 * K or slices * depth * (rows + classes) * itemsize > 49152):
         depth //= 2
     splits = 1

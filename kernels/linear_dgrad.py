@@ -20,7 +20,7 @@ from torch import Tensor
 from .activations import activation_grad
 from .configs import cdiv, gemm_tile, loads_wide
 from .device import current_device, input_precision
-from .tiling import dot, grouped_tile
+from .tiling import EPILOGUE_SIZE, dot, grouped_tile, halves
 
 __all__ = ["linear_dgrad"]
 
@@ -62,13 +62,25 @@ def _linear_dgrad_kernel(
         dz_ptrs += step_z
         w_ptrs += step_w
 
-    offs_x = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
-    mask_x = mask_m[:, None] & mask_k[None, :]
-    saved = acc
-    if HAS_SAVED:
-        saved = tl.load(saved_ptr + offs_x, mask=mask_x, other=0.0).to(tl.float32)
-    dx = activation_grad(acc, saved, ACTIVATION)
-    tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
+    _store_dx(acc, saved_ptr, dx_ptr, offs_m, pid_k * BLOCK_K, M, K, ACTIVATION, HAS_SAVED)
+
+
+@triton.jit
+def _store_dx(acc, saved_ptr, dx_ptr, offs_m, first_k, M, K, ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr):
+    """The epilogue: multiply a block of dZ W by f' and store it. Large blocks are halved, see ``EPILOGUE_SIZE``."""
+    if acc.numel > EPILOGUE_SIZE:
+        left, right = halves(acc)
+        _store_dx(left, saved_ptr, dx_ptr, offs_m, first_k, M, K, ACTIVATION, HAS_SAVED)
+        _store_dx(right, saved_ptr, dx_ptr, offs_m, first_k + left.shape[1], M, K, ACTIVATION, HAS_SAVED)
+    else:
+        offs_k = first_k + tl.arange(0, acc.shape[1])
+        offs_x = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
+        mask_x = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+        saved = acc
+        if HAS_SAVED:
+            saved = tl.load(saved_ptr + offs_x, mask=mask_x, other=0.0).to(tl.float32)
+        dx = activation_grad(acc, saved, ACTIVATION)
+        tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
 
 
 def linear_dgrad(

@@ -21,7 +21,7 @@ from torch import Tensor
 from .activations import activate
 from .configs import cdiv, gemm_tile, loads_wide
 from .device import current_device, input_precision
-from .tiling import dot, grouped_tile
+from .tiling import EPILOGUE_SIZE, dot, grouped_tile, halves
 
 __all__ = ["linear_fwd"]
 
@@ -78,11 +78,23 @@ def _linear_fwd_kernel(
     if HAS_BIAS:
         acc += tl.load(b_ptr + offs_n.to(tl.int64) * stride_b, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 
-    offs_a = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    mask_a = mask_m[:, None] & mask_n[None, :]
-    if SAVE_Z:
-        tl.store(z_ptr + offs_a, acc.to(z_ptr.dtype.element_ty), mask=mask_a)
-    tl.store(a_ptr + offs_a, activate(acc, ACTIVATION).to(a_ptr.dtype.element_ty), mask=mask_a)
+    _store_a(acc, a_ptr, z_ptr, offs_m, pid_n * BLOCK_N, M, N, ACTIVATION, SAVE_Z)
+
+
+@triton.jit
+def _store_a(z, a_ptr, z_ptr, offs_m, first_n, M, N, ACTIVATION: tl.constexpr, SAVE_Z: tl.constexpr):
+    """The epilogue: store a block of A = f(Z), and of Z. Large blocks are halved, see ``EPILOGUE_SIZE``."""
+    if z.numel > EPILOGUE_SIZE:
+        left, right = halves(z)
+        _store_a(left, a_ptr, z_ptr, offs_m, first_n, M, N, ACTIVATION, SAVE_Z)
+        _store_a(right, a_ptr, z_ptr, offs_m, first_n + left.shape[1], M, N, ACTIVATION, SAVE_Z)
+    else:
+        offs_n = first_n + tl.arange(0, z.shape[1])
+        offs_a = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+        mask_a = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        if SAVE_Z:
+            tl.store(z_ptr + offs_a, z.to(z_ptr.dtype.element_ty), mask=mask_a)
+        tl.store(a_ptr + offs_a, activate(z, ACTIVATION).to(a_ptr.dtype.element_ty), mask=mask_a)
 
 
 def linear_fwd(

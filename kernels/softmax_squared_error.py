@@ -145,8 +145,8 @@ def _launch(
         rows = max(1, min(triton.next_power_of_2(M), 512 * num_warps // cols))
     else:
         num_warps, rows, cols = 8, 1, BLOCK_C
-    # Left to itself, ptxas spills registers in the loops over a long row to fit a third program.
-    options = {"maxnreg": 128} if not whole and current_device().backend == "cuda" else {}
+    # Left to itself, ptxas spills registers of long rows to fit one more program on a multiprocessor.
+    options = {"maxnreg": 128} if cols > 512 and current_device().backend == "cuda" else {}
     stride_d = next((t.stride() for t in (dz, dy) if t is not None), (0, 0))
     _softmax_squared_error_kernel[(cdiv(M, rows),)](
         logits, target, g, loss, dz, dy,

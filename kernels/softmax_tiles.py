@@ -33,8 +33,15 @@ class SoftmaxTile(NamedTuple):
 
     rows: int
     cols: int
-    unroll: int  #: blocks of ``cols / unroll`` classes that a lane folds before it rescales; 0: a row is one block
+    unroll: int  #: classes that a lane folds before it rescales; 0: a row is one block
     num_warps: int
+    #: A thread's registers (NVIDIA only). Given where ptxas, left to itself, spills some to fit one more program.
+    max_registers: int | None = None
+
+    def compile_options(self, device: Device) -> dict[str, int]:
+        """The launch options that are not tile sizes."""
+        options = {"num_warps": self.num_warps}
+        return options | {"maxnreg": self.max_registers} if self.max_registers and device.backend == "cuda" else options
 
 
 class LogitsShape(NamedTuple):
@@ -102,9 +109,12 @@ def fwd_tile(shape: LogitsShape, itemsize: int, reduce: bool, has_q: bool, devic
     if whole_row < C:
         if device.backend == "interpreter":
             return SoftmaxTile(min(16, _power(P)), max(4, WHOLE_ROW), 2, 1)
-        # 8,192 classes a step, 16-byte loads. Many warps a row: few rows at a time, so that the second reading
-        # finds them in the L2 cache. Half as many where q takes registers beside Z.
-        return SoftmaxTile(1, 4096, itemsize // 2, 16) if has_q else SoftmaxTile(1, 8192, itemsize, 16)
+        # 32 bytes a lane and step; 8 classes at most where loads are narrow, with an address each; half of either where
+        # q takes registers beside Z. Many warps a row: few rows at a time, so that the second reading finds them in
+        # the L2 cache.
+        wide = alignment(shape, shape.strides) * itemsize >= 16
+        unroll = (32 // itemsize if wide else 8) // (2 if has_q else 1)
+        return SoftmaxTile(1, 512 * unroll, unroll, 16, 64)
     if reduce and shape.batch == 1 and _power(P) * cols <= 4096:
         return SoftmaxTile(_power(P), cols, 0, 4)
     if device.backend == "interpreter":
@@ -114,7 +124,7 @@ def fwd_tile(shape: LogitsShape, itemsize: int, reduce: bool, has_q: bool, devic
     for warps in (4, 2):
         rows = 512 * warps // cols
         if shape.batch * cdiv(P, rows) >= device.multiprocessors:
-            return SoftmaxTile(rows, cols, 0, warps)
+            return SoftmaxTile(rows, cols, 0, warps, 96 if cols > 64 else None)
     return SoftmaxTile(max(1, 512 // cols), cols, 0, 1)
 
 

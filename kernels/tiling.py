@@ -5,6 +5,9 @@ import triton.language as tl
 
 from .device import interpreting
 
+#: Epilogues take so many elements at a time: a larger block, and all that its epilogue loads, overflow the registers.
+EPILOGUE_SIZE: tl.constexpr = tl.constexpr(64 * 128)
+
 _INTERPRETING: tl.constexpr = tl.constexpr(interpreting())
 
 
@@ -50,6 +53,14 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     else:
         acc = tl.dot(a, b, acc)
     return acc
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of the columns of a block."""
+    rows: tl.constexpr = x.shape[0]
+    cols: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, (rows, 2, cols)), (0, 2, 1)))
 
 
 @triton.jit

@@ -20,7 +20,6 @@ __all__ = ["EXCEPTIONS", "LIMITS", "LimitException", "exceptions_for", "violatio
 
 LIMITS = {
     "spill": "registers spilled to memory",
-    "spill in a loop": "registers spilled and reloaded in every round of a loop",
     "shared": "more shared memory than the target gives a program",
     "matrix unit": "a matrix product without the target's matrix instructions",
     "narrow load": "loads narrower than aligned, contiguous operands allow",
@@ -36,28 +35,12 @@ class LimitException:
         cases: a pattern of ``Case.name``, as in fnmatch: target/kernel/dtype/tile/variant.
         witness: the name of one of them that does exceed it.
         reason: why that is right, or the least bad.
-        most: of spills, the bytes a thread that are allowed.
     """
 
     limit: str
     cases: str
     witness: str
     reason: str
-    most: int = 0
-
-
-_OUTSIDE = (
-    "outside its loops, so once a program, the code stores and reloads what would cost it a program a multiprocessor "
-    "(cross-entropy: from 2 to 1), by the choice of ptxas"
-)
-_EPILOGUE = (
-    "the accumulators take half of the registers or more, and the epilogue of silu, once a program, needs up to 12 too "
-    "many; the tile is the largest for its matrix units, and smaller ones load more bytes a product"
-)
-
-
-def _spill(cases: str, witness: str, most: int, reason: str) -> LimitException:
-    return LimitException("spill", cases, witness, reason, most)
 
 
 def _narrow(cases: str, witness: str, reason: str) -> LimitException:
@@ -65,23 +48,6 @@ def _narrow(cases: str, witness: str, reason: str) -> LimitException:
 
 
 EXCEPTIONS: tuple[LimitException, ...] = (
-    _spill(
-        "sm_*/linear_*/float32/128x128x16*silu", "sm_80/linear_dgrad/float32/128x128x16-8w4s/n48-silu", 8, _EPILOGUE
-    ),
-    _spill("sm_90/linear_*128x256*silu*", "sm_90/linear_dgrad/float16/128x256x64-8w3s/n48-silu", 48, _EPILOGUE),
-    _spill("sm_*/cross_entropy*", "sm_80/cross_entropy/bfloat16/16x50257x1/step", 24, _OUTSIDE),
-    _spill(
-        "sm_120/linear_fwd/float32/32x64x32*pixels-gather*",
-        "sm_120/linear_fwd/float32/32x64x32-4w3s/k784-pixels-gather-tanh",
-        8,
-        "outside its loop, so once a program, 8 bytes; without them a multiprocessor would have 2 programs, not 3",
-    ),
-    _spill(
-        "sm_90/head/float32/64x50x512/*smoothing*",
-        "sm_90/head/float32/64x50x512/gelu-smoothing",
-        8,
-        "outside its loops, so once a program, 8 bytes more than the 255 registers that a thread can have",
-    ),
     _narrow(
         "*pixels*",
         "sm_80/linear_wgrad/float32/64x64x32-4w3s/split-k784-pixels-gather",
@@ -112,15 +78,13 @@ def exceptions_for(case: Case) -> dict[str, LimitException]:
     return {e.limit: e for e in EXCEPTIONS if fnmatchcase(case.name, e.cases)}
 
 
-def violations(case: Case, launch: Launch, *, spill: int = 0) -> dict[str, str]:
-    """The limits that one launch of a case exceeds, with what was found. ``spill``: bytes a thread that are allowed."""
+def violations(case: Case, launch: Launch) -> dict[str, str]:
+    """The limits that one launch of a case exceeds, with what was found."""
     found = {}
     code = resources(launch)
-    if code.spilled > spill:
+    if code.spilled:
         unit = "bytes of local memory and stack" if "cubin" in launch.asm else "vector registers and bytes of scratch"
         found["spill"] = f"{code.spilled} {unit} a thread beside {code.registers} registers"
-    if code.spilled and (repeated := instructions(launch).spills_in_loops):
-        found["spill in a loop"] = f"{repeated} instructions"
     limit = case.target.device.shared_limit
     if code.shared > limit:
         found["shared"] = f"{code.shared} bytes, and the target has {limit}"

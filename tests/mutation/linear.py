@@ -12,8 +12,17 @@ WGRAD = "tests/kernels/test_linear_wgrad.py"
 ACTIVATION = "tests/kernels/test_activation_bwd.py"
 LARGE = "tests/kernels/test_large_offsets.py"
 ORDER = "tests/kernels/test_program_order.py"
+TILES = "tests/execute/test_traffic.py"
 
 _LINEAR_FWD = (
+    Mutant(
+        "linear_fwd",
+        "the halves of a block at one place",
+        "first_n + left.shape[1]",
+        "first_n",
+        (TILES, "sm_80-fwd-float32-128x128"),
+        lane="execute",
+    ),
     Mutant(
         "linear_fwd",
         "mask dropped in a load",
@@ -24,15 +33,15 @@ _LINEAR_FWD = (
     Mutant(
         "linear_fwd",
         "mask dropped in a store",
-        "tl.store(a_ptr + offs_a, activate(acc, ACTIVATION).to(a_ptr.dtype.element_ty), mask=mask_a)",
-        "tl.store(a_ptr + offs_a, activate(acc, ACTIVATION).to(a_ptr.dtype.element_ty))",
+        "tl.store(a_ptr + offs_a, activate(z, ACTIVATION).to(a_ptr.dtype.element_ty), mask=mask_a)",
+        "tl.store(a_ptr + offs_a, activate(z, ACTIVATION).to(a_ptr.dtype.element_ty))",
         (FWD, "test_no_bias_and_given_outputs"),
     ),
     Mutant(
         "linear_fwd",
         "mask dropped in a store",
-        "tl.store(a_ptr + offs_a, activate(acc, ACTIVATION).to(a_ptr.dtype.element_ty), mask=mask_a)",
-        "tl.store(a_ptr + offs_a, activate(acc, ACTIVATION).to(a_ptr.dtype.element_ty))",
+        "tl.store(a_ptr + offs_a, activate(z, ACTIVATION).to(a_ptr.dtype.element_ty), mask=mask_a)",
+        "tl.store(a_ptr + offs_a, activate(z, ACTIVATION).to(a_ptr.dtype.element_ty))",
         (FWD, "test_no_bias_and_given_outputs and sm_80 and float32"),
         lane="execute",
     ),
@@ -101,13 +110,21 @@ _LINEAR_FWD = (
     Mutant(
         "linear_fwd",
         "the wrong tensor saved",
-        "tl.store(z_ptr + offs_a, acc.to(",
-        "tl.store(z_ptr + offs_a, activate(acc, ACTIVATION).to(",
+        "tl.store(z_ptr + offs_a, z.to(",
+        "tl.store(z_ptr + offs_a, activate(z, ACTIVATION).to(",
         (FWD, "test_no_bias_and_given_outputs"),
     ),
 )
 
 _LINEAR_DGRAD = (
+    Mutant(
+        "linear_dgrad",
+        "the halves of a block at one place",
+        "first_k + left.shape[1]",
+        "first_k",
+        (TILES, "sm_80-dgrad-float32-128x128"),
+        lane="execute",
+    ),
     Mutant(
         "linear_dgrad",
         "mask dropped in a load",
@@ -119,7 +136,7 @@ _LINEAR_DGRAD = (
         "linear_dgrad",
         "mask dropped in a store",
         "tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)",
-        "tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None])",
+        "tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=(offs_m < M)[:, None])",
         (DGRAD, "test_strides"),
     ),
     Mutant(

@@ -25,6 +25,7 @@ KINDS = {
     "missing int64",
     "partials buffer one short",
     "reduce before the partials are written",
+    "the halves of a block at one place",
     "transposed store",
     "uint8 scale dropped",
     "wrong stride",
