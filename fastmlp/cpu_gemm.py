@@ -139,26 +139,35 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, epilogue, [], ""))
 
 
-#: Rows whose dZ is transposed at a time (it stays in the caches), and from how many on transposing by halves pays.
+#: Rows whose dZ is transposed at a time (it stays in the caches), and from how many on by two threads, in halves.
 _TRANSPOSED_ROWS, _LEAST_ROWS = 4096, 1024
+#: Elements of a dZ from which on a shuffle's vector code makes up for the cost of calling it.
+_LEAST_SHUFFLED = 1 << 14
+
+
+def _transposed(dz: Tensor, blocks: int) -> Tensor:
+    """dZ [M, N] as [blocks, N, M/blocks]: the transposes of blocks of rows, each by a thread.
+
+    torch transposes a matrix with one thread, element by element. Shuffling the channels of an image with M/blocks x N
+    channels and one pixel a block does it with vector registers, and with a thread for every block.
+    """
+    m, n = dz.shape
+    rows = m // blocks
+    pixels = dz.view(1, blocks, 1, rows * n).permute(0, 3, 1, 2)
+    return torch.native_channel_shuffle(pixels, rows).permute(0, 2, 3, 1).view(blocks, n, rows)
 
 
 def _onednn_wgrad(dz: Tensor, x: Tensor) -> Tensor:
-    """dZ^T X for dZ [M, N], X [M, K].
-
-    oneDNN's linear wants its first operand contiguous, and torch transposes dZ with one thread, element by element,
-    which for many rows takes a fifth of the time of the product. Shuffling the channels of an image with M/2 N
-    channels and two pixels transposes the two halves of the rows as blocks, one on each thread.
-    """
-    m, n = dz.shape
-    if m < _LEAST_ROWS or m % 2 or dz.dtype != torch.float32 or not dz.is_contiguous():
+    """dZ^T X for dZ [M, N], X [M, K]. oneDNN's linear wants its first operand contiguous."""
+    m = dz.shape[0]
+    if dz.dtype != torch.float32 or not dz.is_contiguous() or dz.numel() < _LEAST_SHUFFLED:
         return _onednn_linear(dz.t(), x.t(), None, "none")
+    if m < _LEAST_ROWS or m % 2:
+        return _onednn_linear(_transposed(dz, 1)[0], x.t(), None, "none")
     total = None
     for some_dz, some_x in zip(dz.split(_TRANSPOSED_ROWS), x.split(_TRANSPOSED_ROWS), strict=True):
         half = some_dz.shape[0] // 2
-        pixels = some_dz.view(1, 2, 1, half * n).permute(0, 3, 1, 2)
-        transposed = torch.native_channel_shuffle(pixels, half).permute(0, 2, 3, 1).view(2, n, half)
-        for dz_t, rows in zip(transposed, some_x.split(half), strict=True):
+        for dz_t, rows in zip(_transposed(some_dz, 2), some_x.split(half), strict=True):
             if total is None:
                 total = _onednn_linear(dz_t, rows.t(), None, "none")
             else:
