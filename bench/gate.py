@@ -4,7 +4,8 @@ A result passes when its error is no more than twice torch's own in the same dty
 dtype a call, and float32's rounding times the square root of the longest sum. Errors are norms over a whole tensor,
 relative to the norm of the right result. Of a training step, the tensor is what the steps have changed, and each
 time that a parameter may be rounded on the way (``Problem.roundings``) adds float32's rounding of it;
-``Problem.conditioning`` adds what the optimizer's own scalars lose in float32.
+``Problem.conditioning`` adds what the optimizer's own scalars lose in float32, ``Problem.unsettled`` what depends on
+which side of a kink of the activation a rounding error falls.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Verdict:
 
 
 @functools.lru_cache(maxsize=4)
-def _oracles(problem: Problem) -> tuple[Results, Results]:
-    """(float64, the problem's dtype by plain torch on the CPU); one pair serves all contenders of a problem."""
-    return problem.oracle(torch.float64), problem.oracle(problem.torch_dtype)
+def _oracles(problem: Problem) -> tuple[Results, Results, Results]:
+    """(float64, the problem's dtype by plain torch on the CPU, what is unsettled); all contenders share them."""
+    return problem.oracle(torch.float64), problem.oracle(problem.torch_dtype), problem.unsettled()
 
 
 def judge(problem: Problem, results: Results) -> Verdict:
@@ -48,9 +49,12 @@ def judge(problem: Problem, results: Results) -> Verdict:
     Raises:
         ValueError: the names or shapes are not the oracle's.
     """
-    expected, own = _oracles(problem)
+    expected, own, unsettled = _oracles(problem)
     rounded = torch.finfo(torch.promote_types(problem.torch_dtype, torch.float32)).eps * math.sqrt(problem.roundings)
     _check_shapes(results, expected)
+    absolute = {name: rounded * value.norm().item() for name, value in expected.items()}
+    for name, change in unsettled.items():
+        absolute[name] += change.norm().item()
     return worst(
         problem.judged({name: value.double().cpu() for name, value in results.items()}),
         problem.judged(expected),
@@ -59,7 +63,7 @@ def judge(problem: Problem, results: Results) -> Verdict:
         reduction=problem.reduction,
         calls=GATE_CALLS,
         more=problem.conditioning,
-        absolute={name: rounded * value.norm().item() for name, value in expected.items()},
+        absolute=absolute,
     )
 
 

@@ -140,6 +140,18 @@ def test_contenders_have_names_of_their_own():
         assert len(names) == len(set(names)), kind
 
 
+def test_units_at_a_kink_may_have_either_derivative():
+    """A z may be so near to 0 that float32 has its sign by chance; the gate allows what hangs on it, and no more."""
+    problem = StepProblem((40, 30, 10), 8192, "relu")
+    unsettled = problem.unsettled()
+    assert set(unsettled) == set(problem.oracle(torch.float64))
+    far = {name: value.norm().item() for name, value in unsettled.items()}
+    moved = {name: value.norm().item() for name, value in problem.judged(problem.oracle(torch.float64)).items()}
+    assert 0 < far["parameter 0"] < 1e-2 * moved["parameter 0"]
+    assert StepProblem((40, 30, 10), 8192, "sigmoid").unsettled() == {}
+    assert StepProblem((40, 30, 10), 8192, "relu", dtype="bfloat16").unsettled() == {}
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_presets_have_a_baseline_and_ours_in_every_case(name, device):

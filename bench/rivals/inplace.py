@@ -32,6 +32,8 @@ class _InPlaceRun(TrainingRun):
         self.a = [new((m, n)) for n in problem.sizes[1:]]
         self.da = [new((m, n)) for n in problem.sizes[1:]]
         self.db = [new(n) for n in problem.sizes[1:]]
+        # BLAS adds row after row of a long batch to a slim weight itself, which rounds it every time.
+        self.dw = [new(w.shape) if m >= 64 and min(w.shape) < 16 else None for w in self.weights]
         self.activate, self.derive = _ACTIVATE[problem.activation], _DERIVE[problem.activation]
         self.lr = OPTIMIZERS[problem.optimizer]["lr"]
         self.scale = 1 / m
@@ -50,19 +52,22 @@ class _InPlaceRun(TrainingRun):
         for i in range(last, -1, -1):
             below = self.a[i - 1] if i else x
             da = torch.mm(dz, self.weights[i], out=self.da[i - 1]) if i else dz
-            self.weights[i].addmm_(dz.t(), below, alpha=-self.lr)
+            if (dw := self.dw[i]) is None:
+                self.weights[i].addmm_(dz.t(), below, alpha=-self.lr)
+            else:
+                self.weights[i].add_(torch.mm(dz.t(), below, out=dw), alpha=-self.lr)
             self.biases[i].add_(torch.sum(dz, 0, out=self.db[i]), alpha=-self.lr)
             dz = self.derive(da, below) if i else dz
         return loss
 
 
 class InPlace:
-    """Plain SGD only: gradient and update of a weight are one addmm_."""
+    """Plain SGD only: gradient and update of a weight are one addmm_, but for the last layer of a long batch."""
 
     name = "inplace"
     label = "hand-written in-place loop"
     kinds = frozenset({"step", "online"})
-    notes = "aten on preallocated buffers, W.addmm_(dZ.T, X, alpha=-lr), no tape"
+    notes = "aten on preallocated buffers, W.addmm_(dZ.T, X, alpha=-lr) but for slim W, no tape"
 
     def available(self, problem: Problem) -> Availability:
         return needs(

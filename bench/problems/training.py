@@ -1,0 +1,208 @@
+"""Whole training steps of a network: one batch, or a stretch of samples one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastmlp import reference
+
+from .base import GATE_CALLS, Problem, Results, generator, randn
+
+__all__ = ["OPTIMIZERS", "OnlineProblem", "StepProblem"]
+
+#: Activations whose derivative steps at 0, by the slope below it.
+_KINKED = {"relu": 0.0, "leaky_relu": 0.01}
+_WIDE = (torch.float32, torch.float64)
+
+#: torch.optim's default decay of the second moment.
+ADAM_BETA_2 = 0.999
+
+#: Settings of torch.optim by the name of a problem's optimizer.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.01},
+    "nesterov": {"lr": 0.01, "momentum": 0.9, "nesterov": True},
+    "adamw": {"lr": 1e-3, "weight_decay": 0.01},
+}
+
+
+@dataclass(frozen=True)
+class _Training(Problem):
+    sizes: tuple[int, ...]
+    batch: int
+    activation: str = "sigmoid"
+    optimizer: str = "sgd"
+    bias: bool = True
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """float32 at least: to round its inputs belongs to a mixed-precision step."""
+        return torch.promote_types(self.torch_dtype, torch.float32)
+
+    def parameters(self) -> list[Tensor]:
+        """W_1, b_1, W_2, b_2, ... (without biases W_1, W_2, ...): the starting values, float32 on the CPU."""
+        out = []
+        for i, (k, n) in enumerate(zip(self.sizes[:-1], self.sizes[1:], strict=True)):
+            out += [randn(n, k, seed=100 + i, scale=k**-0.5), *([torch.zeros(n)] if self.bias else [])]
+        return out
+
+    def make_inputs(self, index: int) -> tuple[Tensor, ...]:
+        """X [M, K] in [0, 1) and labels int64 [M]."""
+        g = generator(10 + index)
+        x = torch.rand(self.batch, self.sizes[0], generator=g).bfloat16().float()
+        return x, torch.randint(0, self.sizes[-1], (self.batch,), generator=g)
+
+    @property
+    def rows(self) -> int:
+        return self.batch
+
+    @property
+    def shape_words(self) -> list[str]:
+        """The network in words."""
+        return ["-".join(map(str, self.sizes)), self.activation, *([] if self.bias else ["no bias"])]
+
+    @property
+    def weights(self) -> int:
+        """Weights of all layers, biases left out."""
+        return sum(k * n for k, n in zip(self.sizes[:-1], self.sizes[1:], strict=True))
+
+    @property
+    def flops(self) -> int:
+        # Forward and dW of every layer, dX of all but the first: 2 M K N each.
+        return 2 * self.batch * (3 * self.weights - self.sizes[0] * self.sizes[1])
+
+    @property
+    def bytes(self) -> int:
+        # W read forward, for dX and for the update, and written; optimizer state read and written; every activation
+        # written once and read twice, every dZ written once and read twice.
+        state = {"sgd": 0, "nesterov": 2, "adamw": 4}[self.optimizer]
+        passes = 4 * self.weights - self.sizes[0] * self.sizes[1] + state * self.weights
+        return self.itemsize * (passes + self.batch * (2 * self.sizes[0] + 6 * sum(self.sizes[1:])))
+
+    @property
+    def reduction(self) -> int:
+        return max(self.batch, *self.sizes)
+
+    @property
+    def roundings(self) -> int:
+        # A GEMM that accumulates onto the weight itself rounds it once a panel of the batch, and BLAS libraries make
+        # panels of 256 rows or more.
+        return GATE_CALLS * (1 + self.rows // 256)
+
+    @property
+    def conditioning(self) -> float:
+        # Adam divides by sqrt(1 - beta_2^t), which optimizers that keep t on the device compute in float32. 1 - x with
+        # x near 1 has the rounding of x, eps / 2, against 1 - beta_2 at the first step; the root halves it.
+        return torch.finfo(torch.float32).eps / (4 * (1 - ADAM_BETA_2)) if self.optimizer == "adamw" else 0.0
+
+    def judged(self, results: Results) -> Results:
+        """What training has changed: the parameters less their starting values."""
+        start = self.parameters()
+        return {name: value - p for (name, value), p in zip(results.items(), start, strict=True)}
+
+    def batches(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """The batches of the calls that are compared."""
+        return [(x, y) for x, y in (self.inputs(i) for i in range(GATE_CALLS))]
+
+    def oracle(self, dtype: torch.dtype, *, kink: float = 0.0) -> Results:
+        """``kink``: where the derivative of relu or leaky_relu steps."""
+        wide = torch.promote_types(dtype, torch.float32)
+        params = [p.to(wide, copy=True).requires_grad_() for p in self.parameters()]
+        weights = params[::2] if self.bias else params
+        biases = params[1::2] if self.bias else [None] * len(params)
+        kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.SGD
+        optimizer = kind(params, **OPTIMIZERS[self.optimizer])
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15, enabled=dtype == torch.float16)
+        activations = [*[self.activation] * (len(self.sizes) - 2), "identity"]
+        for x, y in self.batches():
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype, enabled=wide != dtype):
+                a = x.to(wide)
+                for w, b, f in zip(weights, biases, activations, strict=True):
+                    z = F.linear(a, w, b)
+                    a = _stepping_at(kink, z, f) if kink else reference.activate(z, f)
+            scaler.scale(F.cross_entropy(a.to(wide), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return {f"parameter {i}": p.detach().double() for i, p in enumerate(params)}
+
+    def unsettled(self) -> Results:
+        # A unit whose z is nearer to a kink than float32's error has either derivative, by chance. In 16 bits so many
+        # units are that torch's own error has its share of them.
+        if self.activation not in _KINKED or self.torch_dtype != torch.float32:
+            return {}
+        error = max((a - b).abs().max().item() for a, b in zip(*map(self._first_z, _WIDE), strict=True))
+        after, before = (self.oracle(torch.float64, kink=sign * 2 * error) for sign in (1, -1))
+        return {name: after[name] - before[name] for name in after}
+
+    def _first_z(self, dtype: torch.dtype) -> list[Tensor]:
+        """Z of the hidden layers, of the first batch and the starting values, in float64."""
+        (x, _), params = self.inputs(0), [p.to(dtype) for p in self.parameters()]
+        weights, biases = (params[::2], params[1::2]) if self.bias else (params, [None] * len(params))
+        a, found = x.to(dtype), []
+        for w, b in list(zip(weights, biases, strict=True))[:-1]:
+            z = F.linear(a, w, b)
+            found.append(z.double())
+            a = reference.activate(z, self.activation)
+        return found
+
+
+def _stepping_at(kink: float, z: Tensor, activation: str) -> Tensor:
+    """A = f(Z), with the derivative that f has on this side of ``kink``."""
+    if activation not in _KINKED:
+        return reference.activate(z, activation)
+    slope = torch.where(z > kink, 1.0, _KINKED[activation]).to(z.dtype)
+    return reference.activate(z, activation).detach() + slope * (z - z.detach())
+
+
+@dataclass(frozen=True)
+class StepProblem(_Training):
+    """One training step: forward, softmax cross-entropy, backward and update on a batch [M, sizes[0]]."""
+
+    kind: ClassVar[str] = "step"
+
+    @property
+    def name(self) -> str:
+        words = [*self.shape_words, f"batch {self.batch}", self.optimizer, self.dtype]
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class OnlineProblem(_Training):
+    """``samples`` steps of plain SGD, each on one sample, in order: a stretch of an online epoch."""
+
+    kind: ClassVar[str] = "online"
+    batch: int = 1
+    samples: int = 256
+
+    @property
+    def name(self) -> str:
+        return " ".join([*self.shape_words, f"{self.samples} samples", self.dtype])
+
+    @property
+    def rows(self) -> int:
+        return self.samples
+
+    @property
+    def flops(self) -> int:
+        return super().flops * self.samples
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes * self.samples
+
+    def make_inputs(self, index: int) -> tuple[Tensor, ...]:
+        """X [samples, K] in [0, 1) and labels int64 [samples]."""
+        g = generator(10 + index)
+        x = torch.rand(self.samples, self.sizes[0], generator=g).bfloat16().float()
+        return x, torch.randint(0, self.sizes[-1], (self.samples,), generator=g)
+
+    def batches(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Single samples."""
+        sets = [self.inputs(i) for i in range(GATE_CALLS)]
+        return [(x[j : j + 1], y[j : j + 1]) for x, y in sets for j in range(self.samples)]
