@@ -96,4 +96,5 @@ def cpu_name() -> str:
 
     from fastmlp.cpu_choices import processor_name
 
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} thread{'s' if threads != 1 else ''}"
