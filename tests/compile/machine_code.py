@@ -64,12 +64,10 @@ class Instructions:
     Attributes:
         counts: how many there are by mnemonic without modifiers, e.g. "HMMA", "v_mfma_f32_16x16x16_f16".
         wide_loads: bytes a thread that the global loads of 16 bytes and more, asynchronous copies included, bring.
-        spills_in_loops: accesses to spilled registers that a loop repeats.
     """
 
     counts: dict[str, int]
     wide_loads: int
-    spills_in_loops: int
 
     def count(self, *prefixes: str) -> int:
         """Instructions whose mnemonic begins with one of ``prefixes``."""
@@ -195,34 +193,25 @@ def _text_section(cubin: bytes) -> bytes:
 
 # `/*0b70*/  @P0 LDGSTS.E.BYPASS.128 [R17], desc[UR20][R6.64], P3 ;`
 _SASS = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][A-Z0-9_]*)((?:\.[A-Za-z0-9_]+)*)(.*)$", re.MULTILINE
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][A-Z0-9_]*)((?:\.[A-Za-z0-9_]+)*)", re.MULTILINE
 )
-_SPILL_SASS = ("LDL", "STL")
 
 
-def _sass(target: str, codes: list[bytes]) -> list[tuple[dict[str, int], int, int]]:
+def _sass(target: str, codes: list[bytes]) -> list[tuple[dict[str, int], int]]:
     """The fields of ``Instructions`` of each code of one target, e.g. "90a"."""
     starts = [0]
     for code in codes[:-1]:
         starts.append(starts[-1] + len(code))
     counts: list[Counter[str]] = [Counter() for _ in codes]
     wide_loads = [0] * len(codes)
-    spills: list[list[int]] = [[] for _ in codes]
-    loops: list[list[range]] = [[] for _ in codes]
     lines = _SASS.findall(_output_of("nvdisasm", "-b", f"SM{target}", data=b"".join(codes)))
-    for address_text, name, modifiers, operands in lines:
-        address = int(address_text, 16)
-        i = bisect_right(starts, address) - 1
+    for address, name, modifiers in lines:
+        i = bisect_right(starts, int(address, 16)) - 1
         counts[i][name] += 1
-        if name in _SPILL_SASS:
-            spills[i].append(address)
-        if name == "BRA" and (to := re.search(r"0x[0-9a-f]+", operands)) and int(to[0], 16) < address:
-            loops[i].append(range(int(to[0], 16), address))
         if name in ("LDG", "LDGSTS"):
             bits = [int(m) for m in modifiers.split(".") if m.isdigit()]
             wide_loads[i] += bits[0] // 8 if bits and bits[0] >= 128 else 0
-    in_loops = [sum(any(s in loop for loop in loops[i]) for s in spills[i]) for i in range(len(codes))]
-    return [(dict(count), wide, inside) for count, wide, inside in zip(counts, wide_loads, in_loops, strict=True)]
+    return [(dict(count), wide) for count, wide in zip(counts, wide_loads, strict=True)]
 
 
 _GCN_INSTRUCTION = re.compile(r"^\s+([a-z][a-z0-9_]+)(?=\s|$)", re.MULTILINE)
@@ -235,8 +224,7 @@ def _amdgcn_resources(launch: Launch) -> tuple[int, int]:
     return int(metadata["vgpr_count"]), spilled
 
 
-def _amdgcn(launch: Launch) -> tuple[dict[str, int], int, int]:
+def _amdgcn(launch: Launch) -> tuple[dict[str, int], int]:
     counts = Counter(_GCN_INSTRUCTION.findall(str(launch.asm["amdgcn"])))
     wide_loads = sum(16 * n for name, n in counts.items() if _GCN_WIDE_LOAD.match(name))
-    # Which of them loops repeat is not looked at: no exception is made for AMD.
-    return dict(counts), wide_loads, sum(n for name, n in counts.items() if name.startswith("scratch_"))
+    return dict(counts), wide_loads
