@@ -31,6 +31,14 @@ class _Layer(Problem):
     def name(self) -> str:
         return f"{self.M}x{self.K}x{self.N} {self.activation} {self.dtype}"
 
+    @property
+    def flops(self) -> int:
+        return 2 * self.M * self.K * self.N
+
+    @property
+    def bytes(self) -> int:
+        return self.itemsize * (self.M * self.K + self.N * self.K + self.N + self.M * self.N)
+
     def make_inputs(self, index: int) -> tuple[Tensor, ...]:
         """X [M, K], W [N, K], b [N], dA [M, N]."""
         w, b = randn(self.N, self.K, seed=1, scale=self.K**-0.5), randn(self.N, seed=2, scale=0.1)
@@ -42,14 +50,6 @@ class LinearProblem(_Layer):
     """A = f(X W^T + b), without a tape."""
 
     kind: ClassVar[str] = "linear_act"
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.M * self.K * self.N
-
-    @property
-    def bytes(self) -> int:
-        return self.itemsize * (self.M * self.K + self.N * self.K + self.N + self.M * self.N)
 
     @property
     def reduction(self) -> int:
@@ -90,14 +90,6 @@ class WgradProblem(_Layer):
 
     kind: ClassVar[str] = "wgrad"
     activation: str = "identity"
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.M * self.K * self.N
-
-    @property
-    def bytes(self) -> int:
-        return self.itemsize * (self.M * self.K + self.N * self.K + self.N + self.M * self.N)
 
     @property
     def reduction(self) -> int:

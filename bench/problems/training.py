@@ -51,6 +51,12 @@ class _Training(Problem):
             out += [randn(n, k, seed=100 + i, scale=k**-0.5), *([torch.zeros(n)] if self.bias else [])]
         return out
 
+    def layers(self, params: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """(W, b) of every layer, b None without biases, from what ``parameters`` orders."""
+        if self.bias:
+            return list(zip(params[::2], params[1::2], strict=True))
+        return [(w, None) for w in params]
+
     def make_inputs(self, index: int) -> tuple[Tensor, ...]:
         """X [M, K] in [0, 1) and labels int64 [M]."""
         g = generator(10 + index)
@@ -113,8 +119,6 @@ class _Training(Problem):
         """``kink``: where the derivative of relu or leaky_relu steps."""
         wide = torch.promote_types(dtype, torch.float32)
         params = [p.to(wide, copy=True).requires_grad_() for p in self.parameters()]
-        weights = params[::2] if self.bias else params
-        biases = params[1::2] if self.bias else [None] * len(params)
         kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.SGD
         optimizer = kind(params, **OPTIMIZERS[self.optimizer])
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15, enabled=dtype == torch.float16)
@@ -123,7 +127,7 @@ class _Training(Problem):
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype, enabled=wide != dtype):
                 a = x.to(wide)
-                for w, b, f in zip(weights, biases, activations, strict=True):
+                for (w, b), f in zip(self.layers(params), activations, strict=True):
                     z = F.linear(a, w, b)
                     a = _stepping_at(kink, z, f) if kink else reference.activate(z, f)
             scaler.scale(F.cross_entropy(a.to(wide), y)).backward()
@@ -142,10 +146,9 @@ class _Training(Problem):
 
     def _first_z(self, dtype: torch.dtype) -> list[Tensor]:
         """Z of the hidden layers, of the first batch and the starting values, in float64."""
-        (x, _), params = self.inputs(0), [p.to(dtype) for p in self.parameters()]
-        weights, biases = (params[::2], params[1::2]) if self.bias else (params, [None] * len(params))
+        x, _ = self.inputs(0)
         a, found = x.to(dtype), []
-        for w, b in list(zip(weights, biases, strict=True))[:-1]:
+        for w, b in self.layers([p.to(dtype) for p in self.parameters()])[:-1]:
             z = F.linear(a, w, b)
             found.append(z.double())
             a = reference.activate(z, self.activation)
