@@ -24,7 +24,7 @@ from torch import Tensor
 from .device import Device
 from .tuned import tuned_tile
 
-__all__ = ["GEMM_KINDS", "Tile", "all_tiles", "cdiv", "gemm_tile", "loads_wide", "splits"]
+__all__ = ["GEMM_KINDS", "Tile", "all_tiles", "cdiv", "gemm_tile", "loads_wide", "register_limit", "splits"]
 
 #: fwd: A [M, N] over K.  dgrad: dX [M, K] over N.  wgrad: dW [N, K] over M.  update: wgrad with the optimizer behind.
 GEMM_KINDS = ("fwd", "dgrad", "wgrad", "update")
@@ -195,6 +195,11 @@ _UPDATE_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     ),
     "interpreter": ((Tile(32, 32, 32, 1, 1),), (Tile(32, 32, 32, 1, 1),)),
 }
+
+
+def register_limit(most: int | None, device: Device) -> dict[str, int]:
+    """The launch option that bounds a thread's registers: none without a bound, or on a device other than NVIDIA's."""
+    return {"maxnreg": most} if most is not None and device.backend == "cuda" else {}
 
 
 def cdiv(a: int, b: int) -> int:

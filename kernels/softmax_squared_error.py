@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import cdiv
+from .configs import cdiv, register_limit
 from .device import current_device
 from .reduce_sum import reduce_sum
 from .softmax import softmax_block
@@ -146,7 +146,7 @@ def _launch(
     else:
         num_warps, rows, cols = 8, 1, BLOCK_C
     # Left to itself, ptxas spills registers of long rows to fit one more program on a multiprocessor.
-    options = {"maxnreg": 128} if cols > 512 and current_device().backend == "cuda" else {}
+    options = register_limit(128 if cols > 512 else None, current_device())
     stride_d = next((t.stride() for t in (dz, dy) if t is not None), (0, 0))
     _softmax_squared_error_kernel[(cdiv(M, rows),)](
         logits, target, g, loss, dz, dy,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .configs import cdiv
+from .configs import cdiv, register_limit
 from .device import Device
 
 __all__ = [
@@ -40,8 +40,7 @@ class SoftmaxTile(NamedTuple):
 
     def compile_options(self, device: Device) -> dict[str, int]:
         """The launch options that are not tile sizes."""
-        options = {"num_warps": self.num_warps}
-        return options | {"maxnreg": self.max_registers} if self.max_registers and device.backend == "cuda" else options
+        return {"num_warps": self.num_warps} | register_limit(self.max_registers, device)
 
 
 class LogitsShape(NamedTuple):
