@@ -3,7 +3,7 @@
 A choice between two libraries that round differently is part of a result. Kept in a file, it is made once for a
 machine, so that a seed gives the same bits in every later run, and only the first run spends time on measuring.
 
-    {"AMD EPYC 9654, torch 2.14.1": {"linear sigmoid 64x784x512 float32, 2 threads": "onednn", ...}, ...}
+    {"AMD EPYC 9654, AVX512, torch 2.14.1": {"linear sigmoid 64x784x512 float32, 2 threads": "onednn", ...}, ...}
 
 Deleting the file has everything measured anew. A file that cannot be read or written is as good as none: every process
 then measures for itself.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["choices_path", "keep", "kept", "processor_name"]
+__all__ = ["choices_path", "instruction_set", "keep", "kept", "processor_name"]
 
 
 def choices_path() -> Path:
@@ -39,10 +39,17 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def instruction_set() -> str:
+    """The vector instructions that torch computes with, such as AVX2 or AVX512: one name may stand for processors with
+    either, above all on virtual machines.
+    """
+    return torch.backends.cpu.get_cpu_capability()
+
+
 @functools.cache
 def _machine() -> str:
     """What the choices hold for."""
-    return f"{processor_name()}, torch {torch.__version__}"
+    return f"{processor_name()}, {instruction_set()}, torch {torch.__version__}"
 
 
 def _read() -> dict[str, dict[str, str]]:

@@ -161,17 +161,17 @@ class TorchStep:
             plan.dgrad.append(cpu_gemm.dgrad(m, layer.weight, new((m, k))) if i > self.lowest else None)
             plan.update.append(cpu_gemm.wgrad_update(m, layer.weight) if layer.in_place else None)
             stored = layer.train_w and not layer.in_place
-            plan.wgrad.append(cpu_gemm.wgrad(m, self._wgrad_buffer(i)) if stored else None)
+            plan.wgrad.append(cpu_gemm.wgrad(m, self._wgrad_buffer(i), dtype) if stored else None)
         cpu_gemm.keep_choices()
         return plan
 
     def _wgrad_buffer(self, i: int) -> Tensor:
-        """Where dW of a layer is computed: the gradient itself, or a 16-bit tensor that is then widened into it."""
-        layer = self.layers[i]
-        if layer.master_w.dtype == self.dtype:
+        """Where dW of a layer is computed: the gradient itself, or a narrower tensor that is then widened into it."""
+        layer, dtype = self.layers[i], cpu_gemm.product_dtype(self.dtype)
+        if layer.master_w.dtype == dtype:
             return self.optimizer.grads[layer.grad_w]
         if i not in self._wgrad_out:
-            self._wgrad_out[i] = torch.empty_like(layer.weight)
+            self._wgrad_out[i] = torch.empty_like(layer.weight, dtype=dtype)
         return self._wgrad_out[i]
 
     def step(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None) -> None:

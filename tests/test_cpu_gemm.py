@@ -283,8 +283,11 @@ def test_with_onednn_nothing_is_left_allocated(name, epoch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", ["aten", "auto"])
-def test_in_16_bits_nothing_is_left_allocated(mode, dtype):
-    """Inside their products torch's 16-bit libraries have scratch of their own."""
+@pytest.mark.parametrize("native", [True, False], ids=["as the processor does", "by way of float32"])
+def test_in_16_bits_nothing_is_left_allocated(monkeypatch, native, mode, dtype):
+    """Inside their products torch's 16-bit libraries have scratch of their own, and so has a sum in float32."""
+    if not native:
+        monkeypatch.setattr(cpu_gemm, "product_dtype", lambda dtype: torch.promote_types(dtype, torch.float32))
     fastmlp.set_cpu_gemm(mode)
     step = one_step(dtype, momentum=0.9)
     few, many = allocations(step, steps=2), allocations(step, steps=12)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastmlp
+from fastmlp import cpu_gemm
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.step_config import LOSSES
 
@@ -60,6 +61,15 @@ def half_run(
 @pytest.mark.parametrize("compute", HALVES, ids=str)
 def test_every_optimizer(compute, params, optimizer):
     half_run(compute, compute if params == "compute" else params, optimizer)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "clipping"])
+@pytest.mark.parametrize("params", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("compute", HALVES, ids=str)
+def test_a_processor_without_16_bit_products(monkeypatch, compute, params, optimizer):
+    """They are made in float32 there, and whatever this machine has, that is no less accurate."""
+    monkeypatch.setattr(cpu_gemm, "product_dtype", lambda dtype: torch.promote_types(dtype, torch.float32))
+    half_run(compute, params, optimizer)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -91,10 +91,10 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name as the operating system gives it, with its number of cores for torch."""
+    """The processor's name as the operating system gives it, its vector instructions, and torch's number of threads."""
     import torch
 
-    from fastmlp.cpu_choices import processor_name
+    from fastmlp.cpu_choices import instruction_set, processor_name
 
     threads = torch.get_num_threads()
-    return f"{processor_name()}, {threads} thread{'s' if threads != 1 else ''}"
+    return f"{processor_name()} ({instruction_set()}), {threads} thread{'s' if threads != 1 else ''}"
