@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastmlp.cli.report import cpu_name
+from fastmlp.cpu_gemm import product_dtype
 
 __all__ = ["ROOT", "describe", "device_name", "peaks", "pin_threads", "slug"]
 
@@ -117,7 +118,8 @@ def _clocks() -> str | None:
 def peaks(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> dict[str, float]:
     """Measured here and now: FLOP/s of a large square product by dtype, bytes/s of a copy too large for the caches.
 
-    On a CPU the product is that of the faster library: what torch.mm calls, or oneDNN.
+    On a CPU the product is that of the faster library, what torch.mm calls or oneDNN, in the dtype that
+    ``fastmlp.cpu_gemm.product_dtype`` says.
     """
 
     def best(run: Any, repeats: int = 5) -> float:
@@ -134,13 +136,14 @@ def peaks(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> dic
 
     n = 8192 if device.startswith("cuda") else 2048
     out = {}
-    for dtype in dtypes:
-        a = torch.rand(n, n, device=device).to(getattr(torch, dtype))
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        a = torch.rand(n, n, device=device).to(product_dtype(dtype) if device == "cpu" else dtype)
         seconds = best(partial(torch.mm, a, a, out=torch.empty_like(a)))
         if device == "cpu" and torch.backends.mkldnn.is_available():
             onednn = partial(torch.ops.mkldnn._linear_pointwise, a, a, None, "none", [], "")
             seconds = min(seconds, best(onednn))
-        out[f"flops {dtype}"] = 2 * n**3 / seconds
+        out[f"flops {name}"] = 2 * n**3 / seconds
     source = torch.rand(64 << 20, device=device)
     target = torch.empty_like(source)
     out["bytes"] = 2 * source.nbytes / best(lambda: target.copy_(source))

@@ -11,6 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
+from fastmlp.cpu_gemm import product_dtype
+
 from .problems import (
     CrossEntropyProblem,
     HeadProblem,
@@ -68,9 +72,16 @@ def _cases(problems: Iterable[Problem], leave_out: Iterable[str] = ()) -> tuple[
     return tuple(Case(problem, leave_out=frozenset(leave_out)) for problem in problems)
 
 
+def _halves(device: str) -> tuple[str, ...]:
+    """The 16-bit dtypes whose products the device has: where a CPU has none, torch's take seconds a step."""
+    if device.startswith("cuda"):
+        return ("bfloat16", "float16")
+    return ("bfloat16",) if product_dtype(torch.bfloat16) == torch.bfloat16 else ()
+
+
 def _quick(device: str) -> Preset:
     steps = [StepProblem(REFERENCE, batch, device=device) for batch in (1, 64, 512, 4096)]
-    steps.append(StepProblem(REFERENCE, 4096, dtype="bfloat16", device=device))
+    steps += [StepProblem(REFERENCE, 4096, dtype=dtype, device=device) for dtype in _halves(device)[:1]]
     operations = [
         OnlineProblem(REFERENCE, samples=128, device=device),
         LinearProblem(64, 784, 512, device=device),
@@ -84,8 +95,7 @@ def _quick(device: str) -> Preset:
 
 
 def _full(device: str) -> Preset:
-    on_gpu = device.startswith("cuda")
-    halves = ("bfloat16", "float16") if on_gpu else ("bfloat16",)
+    on_gpu, halves = device.startswith("cuda"), _halves(device)
     steps: list[Problem] = [StepProblem(REFERENCE, batch, device=device) for batch in (1, 8, 64, 512, 4096)]
     for batch in (64, 4096):
         steps += [StepProblem(REFERENCE, batch, optimizer=name, device=device) for name in ("nesterov", "adamw")]
@@ -98,7 +108,7 @@ def _full(device: str) -> Preset:
     operations: list[Problem] = []
     for batch in (64, 4096):
         shape = (batch, 784, 512)
-        operations += [LinearProblem(*shape, device=device), LinearProblem(*shape, dtype="bfloat16", device=device)]
+        operations += [LinearProblem(*shape, dtype=dtype, device=device) for dtype in ("float32", *halves[:1])]
         operations += [LinearBackwardProblem(*shape, device=device), WgradProblem(*shape, device=device)]
         operations += [CrossEntropyProblem(batch, 10, device=device), HeadProblem(batch, 512, 10, device=device)]
     operations.append(LinearProblem(4096, 784, 512, "gelu", device=device))
@@ -120,7 +130,7 @@ def _online(device: str) -> Preset:
 def _scaling(device: str) -> Preset:
     leave_out = {"float32": _all_but(*_CURVES), "bfloat16": _all_but(*_CURVES_HALF)}
     curves: list[tuple[str, int, tuple[int, ...], int, str]] = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", *_halves(device)[:1]):
         curves += [("batch", batch, REFERENCE, batch, dtype) for batch in BATCHES]
     curves += [("width", width, (784, width, width, 10), 64, "float32") for width in WIDTHS]
     curves += [("depth", depth, (784, *[512] * depth, 10), 64, "float32") for depth in DEPTHS]

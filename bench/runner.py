@@ -80,7 +80,7 @@ def run_preset(
 ) -> Document:
     """Run every case; ``log`` gets a line a case and one a contender that went wrong."""
     started = datetime.datetime.now(datetime.timezone.utc)
-    about = machine.describe(device)
+    about, peaks = machine.describe(device), machine.peaks(device)
     cases = []
     for number, case in enumerate(chosen.cases, 1):
         begin = time.perf_counter()
@@ -95,6 +95,6 @@ def run_preset(
         "started": started.isoformat(timespec="seconds"),
         "rounds": rounds or chosen.rounds,
         "machine": about,
-        "peaks": machine.peaks(device),
+        "peaks": peaks,
         "cases": cases,
     }
