@@ -17,6 +17,8 @@ from .step_losses import takes_classes
 __all__ = ["TrainStep"]
 
 _RING = 1024
+#: Up to so many labels are compared faster as numbers of Python than by an operator and two reads of its results.
+_FEW_LABELS = 16
 
 
 class _Engine(Protocol):
@@ -366,8 +368,12 @@ class TrainStep:
         if y.dtype != torch.int64:
             raise RuntimeError(f"expected class numbers of dtype int64, got {y.dtype}; convert them with .long()")
         if y.device.type == "cpu" and rows:
-            torch.aminmax(y, out=(self._least, self._largest))
-            low, high = self._least.item(), self._largest.item()
+            if rows <= _FEW_LABELS:
+                numbers = y.tolist()
+                low, high = min(numbers), max(numbers)
+            else:
+                torch.aminmax(y, out=(self._least, self._largest))
+                low, high = self._least.item(), self._largest.item()
             if not 0 <= low <= high < classes:
                 bad = low if low < 0 else high
                 raise IndexError(f"class number {bad} is out of range; the model has classes 0 to {classes - 1}")

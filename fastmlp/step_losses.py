@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .torch_losses import vector_width
+
 __all__ = ["LossFunction", "loss_function", "takes_classes"]
 
 #: (A_L [M, C], target, 0-d loss to write) -> dA_L
@@ -61,8 +63,9 @@ def _cross_entropy(m: int, c: int, dtype: torch.dtype) -> LossFunction:
     log_p, da = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
     minus_one = torch.full((m, 1), -1.0, dtype=dtype)
     total_weight = torch.empty((), dtype=dtype)
-    # torch vectorizes log-softmax along rows of 16 numbers and more, and across the rows of a transposed matrix.
-    by_columns = torch.empty((2, c, m), dtype=dtype).unbind() if c < 16 and m >= 512 else None
+    # torch vectorizes log-softmax along rows that fill a vector register, and across the rows of a transposed matrix.
+    short = c < vector_width(dtype) and m >= 512
+    by_columns = torch.empty((2, c, m), dtype=dtype).unbind() if short else None
 
     def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
         if by_columns is None:
@@ -72,7 +75,8 @@ def _cross_entropy(m: int, c: int, dtype: torch.dtype) -> LossFunction:
             log_p.copy_(_aten._log_softmax.out(a_t.copy_(a.t()), 0, False, out=log_p_t).t())
         _aten.nll_loss_forward.output(log_p, y, None, 1, -1, output=out, total_weight=total_weight)
         torch.exp(log_p, out=da)
-        return da.scatter_add_(1, y.view(m, 1), minus_one).mul_(mean)
+        da.scatter_add_(1, y.view(m, 1), minus_one)
+        return da if m == 1 else da.mul_(mean)
 
     return compute
 

@@ -89,7 +89,7 @@ class _Layer:
         self.saves_z = saved_for_grad(self.activation) == "z"
         self.weight, self.master_w, self.train_w = weight.used, weight.master, weight.trained
         self.bias = None if bias is None else bias.used
-        self.master_b = None if bias is None else bias.master
+        self.row_b = None if bias is None else bias.master.unsqueeze(0)
         self.train_b = bias is not None and bias.trained
         self.in_place = plain and self.train_w and self.master_w is self.weight
         self.grad_w, self.grad_b = index, index + self.train_w
@@ -131,7 +131,7 @@ class TorchStep:
         copies = [c for layer in self.layers for c in layer.copies if not c.is_one]
         self._copies, self._trained_copies = copies, [c for c in copies if c.trained]
         self._db = [
-            torch.empty_like(layer.master_b) if self.plain and layer.train_b and layer.master_b is not None else None
+            torch.empty_like(layer.row_b) if self.plain and layer.train_b and layer.row_b is not None else None
             for layer in self.layers
         ]
         # A tensor, as torch would make one of a Python number at every step.
@@ -289,8 +289,10 @@ class TorchStep:
             if grad.dtype != layer.master_w.dtype:
                 grad = self.optimizer.grads[layer.grad_w].copy_(grad)
             layer.master_w.add_(grad, alpha=-lr)
-        if db is not None and layer.master_b is not None:
-            layer.master_b.add_(torch.sum(dz, 0, dtype=db.dtype, out=db), alpha=-lr)
+        if db is not None and layer.row_b is not None:
+            # Of a single row, dZ is its own sum.
+            summed = dz if dz.shape[0] == 1 else torch.sum(dz, 0, True, dtype=db.dtype, out=db)
+            layer.row_b.add_(summed, alpha=-lr)
 
     def _store(self, plan: _Plan, i: int, dz: Tensor, x: Tensor) -> None:
         """Write dW and db into the gradients."""

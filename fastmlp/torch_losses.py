@@ -7,17 +7,17 @@ through torch's nll_loss operators, which check and mask them.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Settings", "cross_entropy_bwd", "cross_entropy_fwd", "torch_is_as_fast"]
+from .cpu_choices import instruction_set
 
+__all__ = ["Settings", "cross_entropy_bwd", "cross_entropy_fwd", "torch_is_as_fast", "vector_width"]
 
-#: float32 values in the widest vector registers of CPUs (AVX-512).
-_VECTOR = 16
 #: Rows from which the softmax of short ones gains more than a node of the tape in Python costs.
 _MANY_ROWS = 256
 
@@ -65,12 +65,19 @@ def _labels(z: Tensor, target: Tensor, weight: Tensor | None, s: Settings) -> tu
     return y, torch.where(usable, w_y, torch.where(ignored, 0.0, math.nan).to(s.compute_dtype)), ignored
 
 
+@functools.cache
+def vector_width(dtype: torch.dtype) -> int:
+    """Numbers in one of the vector registers that torch computes with: of 64 bytes with AVX-512, of 32 elsewhere."""
+    return (64 if instruction_set() == "AVX512" else 32) // dtype.itemsize
+
+
 def _rows_are_short(z: Tensor) -> bool:
     """Whether rows of Z [M, C] are shorter than a vector register, and enough of them to be worth a transposed copy.
 
-    torch's softmax takes a row of 10 classes element by element, and is ten times as fast over the columns of Z^T.
+    torch's softmax takes such a row element by element: with AVX-512 one of 10 classes, ten times as slowly as the
+    columns of Z^T; with AVX2 none but those of fewer than 8 classes.
     """
-    return z.shape[1] < _VECTOR and z.shape[0] >= _MANY_ROWS
+    return z.shape[0] >= _MANY_ROWS and z.shape[1] < vector_width(torch.promote_types(z.dtype, torch.float32))
 
 
 def torch_is_as_fast(z: Tensor, s: Settings) -> bool:
