@@ -25,14 +25,21 @@ from . import cpu_choices
 
 __all__ = [
     "CPU_GEMMS",
+    "EPILOGUES",
     "choices",
     "dgrad",
+    "dgrad_library",
+    "finished",
     "get_cpu_gemm",
     "keep_choices",
     "linear",
+    "linear_library",
+    "onednn_linear",
+    "onednn_wgrad",
     "product_dtype",
     "set_cpu_gemm",
     "wgrad",
+    "wgrad_library",
     "wgrad_update",
 ]
 
@@ -40,7 +47,7 @@ Library = Literal["aten", "onednn"]
 CPU_GEMMS = ("auto", "aten", "onednn")
 
 #: Activations that oneDNN's linear applies in its epilogue.
-_FUSED = {"identity": "none", "sigmoid": "sigmoid", "relu": "relu", "tanh": "tanh"}
+EPILOGUES = {"identity": "none", "sigmoid": "sigmoid", "relu": "relu", "tanh": "tanh"}
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 #: What a shape's measurement takes: calls that are not counted (the first ones map memory), then rounds in turns, five
 #: at least, and as many more as fit the time.
@@ -55,9 +62,10 @@ _measured: dict[str, Library] = {}
 
 
 def set_cpu_gemm(mode: str) -> None:
-    """Choose who multiplies matrices in CPU training steps: "auto" (measured per shape), "aten" or "onednn".
+    """Choose who multiplies matrices on a CPU: "auto" (measured per shape), "aten" or "onednn".
 
-    Takes effect for steps planned afterwards.
+    Takes effect for following calls of modules and functions, and for training steps planned afterwards. Modules and
+    functions leave to aten what is small, not contiguous, traced or watched (``fastmlp.torch_products``).
 
     Raises:
         ValueError: unknown mode.
@@ -137,8 +145,14 @@ def _choose(
         case "onednn":
             _choices[key] = "onednn"
             return "onednn"
+    with torch.no_grad():
+        _choices[key] = _measured[label] = winner = _fastest(trials(_measured_rows(m)))
+    return winner
+
+
+def _fastest(candidates: dict[Library, Callable[[], object]]) -> Library:
+    """The one with the smallest time of all rounds."""
     best: dict[Library, float] = {}
-    candidates = trials(_measured_rows(m))
     started = time.perf_counter()
     for round_ in range(_WARM_UP + _MOST_ROUNDS):
         if round_ >= _WARM_UP + _LEAST_ROUNDS and time.perf_counter() - started > _BUDGET_S:
@@ -148,8 +162,7 @@ def _choose(
             run()
             if round_ >= _WARM_UP:
                 best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
-    _choices[key] = _measured[label] = winner = min(best, key=best.__getitem__)
-    return winner
+    return min(best, key=best.__getitem__)
 
 
 def keep_choices() -> None:
@@ -159,7 +172,8 @@ def keep_choices() -> None:
         _measured.clear()
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str) -> Tensor:
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str) -> Tensor:
+    """f(X W^T + b) by oneDNN, new memory; ``epilogue`` is a value of ``EPILOGUES``."""
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, epilogue, [], ""))
 
 
@@ -181,33 +195,83 @@ def _transposed(dz: Tensor, blocks: int) -> Tensor:
     return torch.native_channel_shuffle(pixels, rows).permute(0, 2, 3, 1).view(blocks, n, rows)
 
 
-def _onednn_wgrad(dz: Tensor, x: Tensor) -> Tensor:
+def onednn_wgrad(dz: Tensor, x: Tensor) -> Tensor:
     """dZ^T X for dZ [M, N], X [M, K]. oneDNN's linear wants its first operand contiguous."""
     m = dz.shape[0]
     if dz.dtype != torch.float32 or not dz.is_contiguous() or dz.numel() < _LEAST_SHUFFLED:
-        return _onednn_linear(dz.t(), x.t(), None, "none")
+        return onednn_linear(dz.t(), x.t(), None, "none")
     if m < _LEAST_ROWS or m % 2:
-        return _onednn_linear(_transposed(dz, 1)[0], x.t(), None, "none")
+        return onednn_linear(_transposed(dz, 1)[0], x.t(), None, "none")
     total = None
     for some_dz, some_x in zip(dz.split(_TRANSPOSED_ROWS), x.split(_TRANSPOSED_ROWS), strict=True):
         half = some_dz.shape[0] // 2
         for dz_t, rows in zip(_transposed(some_dz, 2), some_x.split(half), strict=True):
             if total is None:
-                total = _onednn_linear(dz_t, rows.t(), None, "none")
+                total = onednn_linear(dz_t, rows.t(), None, "none")
             else:
                 total = cast(Tensor, torch.ops.mkldnn._linear_pointwise.binary(dz_t, total, rows.t(), None, "add"))
     assert total is not None
     return total
 
 
+def finished(z: Tensor, epilogue: str) -> Tensor:
+    """f(Z) in place, for the names that oneDNN has for its epilogues."""
+    match epilogue:
+        case "sigmoid":
+            return z.sigmoid_()
+        case "relu":
+            return z.relu_()
+        case "tanh":
+            return z.tanh_()
+    return z
+
+
+def linear_library(m: int, weight: Tensor, bias: Tensor | None, epilogue: str) -> Library:
+    """Which library is faster at f(X W^T + b) for X [m, K]."""
+    n, k = weight.shape
+
+    def trials(rows: int) -> dict[Library, Callable[[], object]]:
+        x, into = weight.new_ones((rows, k)), weight.new_empty((rows, n))
+        b = weight.new_zeros(n) if bias is None else bias
+        return {
+            "aten": lambda: finished(torch.addmm(b, x, weight.t(), out=into), epilogue),
+            "onednn": lambda: onednn_linear(x, weight, bias, epilogue),
+        }
+
+    return _choose(f"linear {epilogue}", m, k, n, weight.dtype, trials)
+
+
+def dgrad_library(m: int, weight: Tensor) -> Library:
+    """Which library is faster at dZ W for dZ [m, N]."""
+    n, k = weight.shape
+
+    def trials(rows: int) -> dict[Library, Callable[[], object]]:
+        dz, into = weight.new_ones((rows, n)), weight.new_empty((rows, k))
+        return {
+            "aten": lambda: torch.mm(dz, weight, out=into),
+            "onednn": lambda: onednn_linear(dz, weight.t(), None, "none"),
+        }
+
+    return _choose("dgrad", m, k, n, weight.dtype, trials)
+
+
+def wgrad_library(m: int, k: int, n: int, dtype: torch.dtype) -> Library:
+    """Which library is faster at dZ^T X for dZ [m, n], X [m, k]."""
+
+    def trials(rows: int) -> dict[Library, Callable[[], object]]:
+        dz, x, into = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((rows, n), (rows, k), (n, k)))
+        return {"aten": lambda: torch.mm(dz.t(), x, out=into), "onednn": lambda: onednn_wgrad(dz, x)}
+
+    return _choose("wgrad", m, k, n, dtype, trials)
+
+
 def linear(m: int, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor) -> Callable[[Tensor], Tensor]:
     """A function X -> X W^T + b for X [m, K], with the activation already applied if it is identity, sigmoid, relu
     or tanh; the result is ``out`` [m, N] or, where oneDNN is faster, a new tensor.
     """
-    n, k = weight.shape
     wide = product_dtype(weight.dtype)
     if wide != weight.dtype:
-        wide_x, wide_w = weight.new_empty((m, k), dtype=wide), weight.to(wide)
+        wide_x, wide_w = weight.new_empty((m, weight.shape[1]), dtype=wide), weight.to(wide)
         wide_b = None if bias is None else bias.to(wide)
         product = linear(m, wide_w, wide_b, activation, torch.empty_like(out, dtype=wide))
 
@@ -219,42 +283,24 @@ def linear(m: int, weight: Tensor, bias: Tensor | None, activation: str, out: Te
 
         return widened
     weight_t = weight.t()
-    epilogue = _FUSED.get(activation, "none")
-
-    def finish(z: Tensor) -> Tensor:
-        match epilogue:
-            case "sigmoid":
-                return z.sigmoid_()
-            case "relu":
-                return z.relu_()
-            case "tanh":
-                return z.tanh_()
-        return z
-
-    def aten_into(x: Tensor, into: Tensor) -> Tensor:
-        if bias is None:
-            return finish(torch.mm(x, weight_t, out=into))
-        return finish(torch.addmm(bias, x, weight_t, out=into))
+    epilogue = EPILOGUES.get(activation, "none")
 
     def aten(x: Tensor) -> Tensor:
-        return aten_into(x, out)
+        if bias is None:
+            return finished(torch.mm(x, weight_t, out=out), epilogue)
+        return finished(torch.addmm(bias, x, weight_t, out=out), epilogue)
 
     def onednn(x: Tensor) -> Tensor:
-        return _onednn_linear(x, weight, bias, epilogue)
+        return onednn_linear(x, weight, bias, epilogue)
 
-    def trials(rows: int) -> dict[Library, Callable[[], object]]:
-        x, into = weight.new_ones((rows, k)), out[:rows]
-        return {"aten": lambda: aten_into(x, into), "onednn": lambda: onednn(x)}
-
-    return aten if _choose(f"linear {epilogue}", m, k, n, weight.dtype, trials) == "aten" else onednn
+    return aten if linear_library(m, weight, bias, epilogue) == "aten" else onednn
 
 
 def dgrad(m: int, weight: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
     """A function dZ -> dZ W for dZ [m, N]; the result is ``out`` [m, K] or a new tensor."""
-    n, k = weight.shape
     wide = product_dtype(weight.dtype)
     if wide != weight.dtype:
-        wide_dz, wide_w = weight.new_empty((m, n), dtype=wide), weight.to(wide)
+        wide_dz, wide_w = weight.new_empty((m, weight.shape[0]), dtype=wide), weight.to(wide)
         product = dgrad(m, wide_w, torch.empty_like(out, dtype=wide))
 
         def widened(dz: Tensor) -> Tensor:
@@ -268,13 +314,9 @@ def dgrad(m: int, weight: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
         return torch.mm(dz, weight, out=out)
 
     def onednn(dz: Tensor) -> Tensor:
-        return _onednn_linear(dz, weight_t, None, "none")
+        return onednn_linear(dz, weight_t, None, "none")
 
-    def trials(rows: int) -> dict[Library, Callable[[], object]]:
-        dz, into = weight.new_ones((rows, n)), out[:rows]
-        return {"aten": lambda: torch.mm(dz, weight, out=into), "onednn": lambda: onednn(dz)}
-
-    return aten if _choose("dgrad", m, k, n, weight.dtype, trials) == "aten" else onednn
+    return aten if dgrad_library(m, weight) == "aten" else onednn
 
 
 def wgrad(m: int, out: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
@@ -290,14 +332,7 @@ def wgrad(m: int, out: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor],
     def aten(dz: Tensor, x: Tensor) -> Tensor:
         return torch.mm(dz.t(), x, out=out)
 
-    def onednn(dz: Tensor, x: Tensor) -> Tensor:
-        return _onednn_wgrad(dz, x)
-
-    def trials(rows: int) -> dict[Library, Callable[[], object]]:
-        dz, x, scratch = out.new_ones((rows, n)), out.new_ones((rows, k)), torch.empty_like(out)
-        return {"aten": lambda: torch.mm(dz.t(), x, out=scratch), "onednn": lambda: onednn(dz, x)}
-
-    return aten if _choose("wgrad", m, k, n, out.dtype, trials) == "aten" else onednn
+    return aten if wgrad_library(m, k, n, out.dtype) == "aten" else onednn_wgrad
 
 
 def wgrad_update(m: int, weight: Tensor) -> Callable[[Tensor, Tensor, float], object]:
@@ -318,7 +353,7 @@ def wgrad_update(m: int, weight: Tensor) -> Callable[[Tensor, Tensor, float], ob
         return lambda dz, x, lr: w.addmm_(dz.t(), x, alpha=-lr)
 
     def onednn_into(w: Tensor) -> Callable[[Tensor, Tensor, float], object]:
-        return lambda dz, x, lr: w.add_(_onednn_wgrad(dz, x), alpha=-lr)
+        return lambda dz, x, lr: w.add_(onednn_wgrad(dz, x), alpha=-lr)
 
     def trials(rows: int) -> dict[Library, Callable[[], object]]:
         dz, x, scratch = weight.new_ones((rows, n)), weight.new_ones((rows, k)), torch.zeros_like(weight)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import torch_products
 from .activations import LEAKY_SLOPE
+from .cpu_gemm import EPILOGUES
 
 __all__ = ["activation_bwd", "linear_dgrad", "linear_fwd", "linear_wgrad"]
 
@@ -44,7 +46,9 @@ def linear_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N]."""
     x = _pixels(x, weight.dtype)
-    z = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    if not save_z and activation in EPILOGUES:
+        return torch_products.linear(x, weight, bias, activation), None
+    z = torch_products.linear(x, weight, bias, "identity")
     return _activate(z, activation, keep_z=save_z), z if save_z else None
 
 
@@ -77,9 +81,9 @@ def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, inplace
 
 def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
     """DX = (dZ W) * f' with f the activation of the layer below."""
-    return activation_bwd(torch.mm(dz, weight), saved, activation, inplace=True)
+    return activation_bwd(torch_products.dgrad(dz, weight), saved, activation, inplace=True)
 
 
 def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
     """(dW, db or None): dW = dZ^T X, db = sum over the batch of dZ."""
-    return torch.mm(dz.t(), _pixels(x, dz.dtype)), dz.sum(0) if bias else None
+    return torch_products.wgrad(dz, _pixels(x, dz.dtype)), dz.sum(0) if bias else None
