@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ __all__ = [
     "wgrad_update",
 ]
 
-Library = Literal["aten", "onednn"]
+Library = Literal["aten", "onednn", "addmm"]
+LIBRARIES: tuple[Library, ...] = get_args(Library)
 CPU_GEMMS = ("auto", "aten", "onednn")
 
 #: Activations that oneDNN's linear applies in its epilogue.
@@ -54,6 +55,9 @@ _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 _WARM_UP, _LEAST_ROUNDS, _MOST_ROUNDS, _BUDGET_S = 2, 5, 25, 0.02
 #: From this many rows on, which library is faster no longer changes: larger batches are measured with so many.
 _MOST_ROWS = 512
+#: Multiplications of a product below which aten has it unasked: oneDNN's result is new memory each time, which costs a
+#: step more than the few microseconds by which its small products may be faster on their own.
+_WORTH_MEASURING = 1 << 20
 
 _mode = "auto"
 _choices: dict[tuple[object, ...], Library] = {}
@@ -85,7 +89,8 @@ def get_cpu_gemm() -> str:
 
 
 def choices() -> dict[tuple[object, ...], str]:
-    """What was chosen so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn".
+    """What was chosen so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn", for the
+    update by a single sample "aten" or "addmm".
 
     M is the power of two at or below the batch sizes that the answer is used for, 512 for all larger ones.
     """
@@ -123,14 +128,24 @@ def _measured_rows(m: int) -> int:
 
 
 def _choose(
-    kind: str, m: int, k: int, n: int, dtype: torch.dtype, trials: Callable[[int], dict[Library, Callable[[], object]]]
+    kind: str,
+    m: int,
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+    trials: Callable[[int], dict[Library, Callable[[], object]]],
+    least: int | None = None,
 ) -> Library:
-    """The fastest by its best of a few interleaved rounds; ``trials`` makes scratch data of so many rows."""
+    """The fastest by its best of a few interleaved rounds; ``trials`` makes scratch data of so many rows.
+
+    aten, unmeasured, below ``least`` multiplications (default ``_WORTH_MEASURING``).
+    """
+    least = _WORTH_MEASURING if least is None else least
     if dtype not in _ONEDNN_DTYPES or _mode == "aten" or not _onednn_available():
         return "aten"
     if _mode == "onednn":
         return "onednn"
-    if torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled() or m * k * n < least:
         return "aten"
     _keep_freed_memory()
     key = (kind, _measured_rows(m), k, n, dtype, torch.get_num_threads())
@@ -138,13 +153,11 @@ def _choose(
     if known is not None:
         return known
     label = f"{kind} {key[1]}x{k}x{n} {str(dtype).removeprefix('torch.')}, {key[-1]} threads"
-    match cpu_choices.kept().get(label):
-        case "aten":
-            _choices[key] = "aten"
-            return "aten"
-        case "onednn":
-            _choices[key] = "onednn"
-            return "onednn"
+    kept = cpu_choices.kept().get(label)
+    for library in LIBRARIES:
+        if kept == library:
+            _choices[key] = library
+            return library
     with torch.no_grad():
         _choices[key] = _measured[label] = winner = _fastest(trials(_measured_rows(m)))
     return winner
@@ -342,11 +355,11 @@ def wgrad_update(m: int, weight: Tensor) -> Callable[[Tensor, Tensor, float], ob
     slim: there BLAS adds row after row to its result, and each addition would round the weight.
     """
     n, k = weight.shape
+    if m == 1:
+        return _outer_update(weight)
     slim = m >= 64 and min(n, k) < 16
 
     def aten_into(w: Tensor) -> Callable[[Tensor, Tensor, float], object]:
-        if m == 1:  # an outer product: one pass over W, on all threads, where a GEMM packs it first
-            return lambda dz, x, lr: w.addcmul_(dz.t(), x, value=-lr)
         if slim:
             dw = torch.empty_like(w)
             return lambda dz, x, lr: w.add_(torch.mm(dz.t(), x, out=dw), alpha=-lr)
@@ -363,3 +376,27 @@ def wgrad_update(m: int, weight: Tensor) -> Callable[[Tensor, Tensor, float], ob
 
     winner = _choose("wgrad_update", m, k, n, weight.dtype, trials)
     return (aten_into if winner == "aten" else onednn_into)(weight)
+
+
+def _outer_update(weight: Tensor) -> Callable[[Tensor, Tensor, float], object]:
+    """W -= lr d x^T for one sample: an elementwise operation or, "addmm", a product of depth 1.
+
+    Each shares the rows of W among the threads in its own way, and what one core has updated the other must not want
+    next: so each is measured together with the product that reads W.
+    """
+    n, k = weight.shape
+
+    def trials(rows: int) -> dict[Library, Callable[[], object]]:
+        d, x, w = weight.new_ones((rows, n)), weight.new_ones((rows, k)), torch.zeros_like(weight)
+        w_t, z = w.t(), weight.new_empty((rows, n))
+        return {
+            "aten": lambda: (torch.mm(x, w_t, out=z), w.addcmul_(d.t(), x, value=-1e-3)),
+            "addmm": lambda: (torch.mm(x, w_t, out=z), w.addmm_(d.t(), x, alpha=-1e-3)),
+        }
+
+    match _choose("outer_update", 1, k, n, weight.dtype, trials, 0):
+        case "addmm":
+            return lambda dz, x, lr: weight.addmm_(dz.t(), x, alpha=-lr)
+        case "onednn":
+            return lambda dz, x, lr: weight.add_(onednn_wgrad(dz, x), alpha=-lr)
+    return lambda dz, x, lr: weight.addcmul_(dz.t(), x, value=-lr)

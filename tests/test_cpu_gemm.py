@@ -33,8 +33,9 @@ needs_onednn = pytest.mark.skipif(not cpu_gemm._onednn_available(), reason="torc
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path) -> Iterator[None]:
-    """No choice known or kept, and the mode restored afterwards."""
+    """No choice known or kept, all products large enough for one, and the mode restored afterwards."""
     new_process(monkeypatch)
+    monkeypatch.setattr(cpu_gemm, "_WORTH_MEASURING", 0)
     monkeypatch.setattr(cpu_choices, "choices_path", lambda: tmp_path / "cache" / "cpu-gemm.json")
     mode = fastmlp.get_cpu_gemm()
     yield
@@ -121,6 +122,33 @@ def test_what_was_measured():
     assert set(cpu_gemm.choices().values()) <= {"aten", "onednn"}
     run(optimizer="momentum")
     assert {key[0] for key in cpu_gemm.choices()} == {"linear sigmoid", "linear none", "dgrad", "wgrad", "wgrad_update"}
+
+
+@needs_onednn
+def test_small_products_are_not_measured(monkeypatch):
+    monkeypatch.setattr(cpu_gemm, "_WORTH_MEASURING", 24 * 13 * 17)
+    fastmlp.set_cpu_gemm("auto")
+    run()
+    assert {key[:4] for key in cpu_gemm.choices()} == {("linear sigmoid", 16, 13, 17), ("wgrad_update", 16, 13, 17)}
+
+
+@needs_onednn
+@pytest.mark.parametrize("choice", ["aten", "addmm", "onednn"])
+def test_every_update_by_a_single_sample(monkeypatch, choice):
+    """Measured for every layer, and equal to rounding whatever is chosen."""
+    fastmlp.set_cpu_gemm("auto")
+    model = converted(network(SIZES), torch.float32)
+    x, y = for_step(*problem(SIZES, 6), torch.float32)
+    expected = Reference(model, OPTIMIZERS["sgd"]).train([(x[i : i + 1], y[i : i + 1]) for i in range(6)]).flat()
+    fastmlp.TrainStep(converted(model, torch.float32), **OPTIMIZERS["sgd"])(x[:1], y[:1])
+    assert {key[:4] for key in cpu_gemm.choices() if key[0] == "outer_update"} == {
+        ("outer_update", 1, k, n) for k, n in ((13, 17), (17, 11), (11, 5))
+    }
+    monkeypatch.setattr(cpu_gemm, "_choices", dict.fromkeys(cpu_gemm.choices(), choice))
+    step = fastmlp.TrainStep(model, **OPTIMIZERS["sgd"])
+    for i in range(6):
+        step(x[i : i + 1], y[i : i + 1])
+    torch.testing.assert_close(flat(model), expected, rtol=1e-5, atol=1e-6)
 
 
 @needs_onednn
