@@ -8,7 +8,7 @@ on. The two round differently: where results must be the same bits on another ma
 ``set_cpu_gemm("aten")`` (``torch.use_deterministic_algorithms(True)`` implies it).
 
 A processor without instructions for 16-bit products makes them in float32, rounded once at the end: aten's own loops
-for that case are three to fifty times as slow (on an EPYC with AVX2).
+for that case are slower by far.
 """
 
 from __future__ import annotations

@@ -21,16 +21,18 @@ def _pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _activate(z: Tensor, activation: str, *, keep_z: bool) -> Tensor:
-    """f(Z), in place unless Z must be kept or is a view into somebody's data."""
+    """f(Z), in place where torch can, unless Z must be kept. (``torch_products.linear`` applies sigmoid, relu and tanh
+    itself otherwise.)
+    """
     match activation:
         case "identity":
             return z
         case "sigmoid":
-            return torch.sigmoid(z) if keep_z else z.sigmoid_()
+            return torch.sigmoid(z)
         case "relu":
-            return torch.relu(z) if keep_z else z.relu_()
+            return torch.relu(z)
         case "tanh":
-            return torch.tanh(z) if keep_z else z.tanh_()
+            return torch.tanh(z)
         case "step":
             return (z >= 0).to(z.dtype)
         case "leaky_relu":

@@ -34,9 +34,9 @@ def _unseen(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _is_wide(a: Tensor, b: Tensor) -> bool:
-    """False where the product is to be made in ``cpu_gemm.product_dtype``."""
-    return a.dtype.itemsize != 2 or not _unseen(a, b) or cpu_gemm.product_dtype(a.dtype) == a.dtype
+def _product_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    """``cpu_gemm.product_dtype`` where it is this function's to choose, else the operands' own."""
+    return cpu_gemm.product_dtype(a.dtype) if a.dtype.itemsize == 2 and _unseen(a, b) else a.dtype
 
 
 def _may_choose(work: int, a: Tensor, b: Tensor) -> bool:
@@ -46,8 +46,8 @@ def _may_choose(work: int, a: Tensor, b: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """f(X W^T + b), new memory; ``activation`` is one of ``cpu_gemm.EPILOGUES``."""
-    if not _is_wide(x, weight):
-        wide = cpu_gemm.product_dtype(weight.dtype)
+    wide = _product_dtype(x, weight)
+    if wide != weight.dtype:
         wide_b = None if bias is None else bias.to(wide)
         return linear(x.to(wide), weight.to(wide), wide_b, activation).to(weight.dtype)
     epilogue = cpu_gemm.EPILOGUES[activation]
@@ -62,8 +62,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> T
 
 def dgrad(dz: Tensor, weight: Tensor) -> Tensor:
     """dZ W, new memory."""
-    if not _is_wide(dz, weight):
-        wide = cpu_gemm.product_dtype(weight.dtype)
+    wide = _product_dtype(dz, weight)
+    if wide != weight.dtype:
         return dgrad(dz.to(wide), weight.to(wide)).to(weight.dtype)
     if _may_choose(dz.shape[0] * weight.numel(), dz, weight):
         library = cpu_gemm.dgrad_library(dz.shape[0], weight)
@@ -75,8 +75,8 @@ def dgrad(dz: Tensor, weight: Tensor) -> Tensor:
 
 def wgrad(dz: Tensor, x: Tensor) -> Tensor:
     """dZ^T X, new memory."""
-    if not _is_wide(dz, x):
-        wide = cpu_gemm.product_dtype(dz.dtype)
+    wide = _product_dtype(dz, x)
+    if wide != dz.dtype:
         return wgrad(dz.to(wide), x.to(wide)).to(dz.dtype)
     (m, n), k = dz.shape, x.shape[1]
     if _may_choose(m * n * k, dz, x):

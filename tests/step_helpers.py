@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastmlp
-from fastmlp import reference, reference_losses
+from fastmlp import cpu_choices, cpu_gemm, reference, reference_losses
 
 Batch = tuple[Tensor, Tensor]
 
@@ -25,6 +26,29 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the choices of library that only live as long as a process."""
+    monkeypatch.setattr(cpu_gemm, "_choices", {})
+    monkeypatch.setattr(cpu_gemm, "_measured", {})
+    cpu_choices.kept.cache_clear()
+
+
+@pytest.fixture
+def fresh_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No choice of library known or kept, and the mode restored afterwards."""
+    new_process(monkeypatch)
+    monkeypatch.setattr(cpu_choices, "choices_path", lambda: tmp_path / "cache" / "cpu-gemm.json")
+    mode = fastmlp.get_cpu_gemm()
+    yield
+    fastmlp.set_cpu_gemm(mode)
+    cpu_choices.kept.cache_clear()
+
+
+def widen_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a processor without 16-bit products."""
+    monkeypatch.setattr(cpu_gemm, "product_dtype", lambda dtype: torch.promote_types(dtype, torch.float32))
 
 
 #: Every setting of the optimizers, by a name for the test.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,9 +22,12 @@ from .step_helpers import (
     converted,
     flat,
     for_step,
+    fresh_choices,  # noqa: F401
     network,
+    new_process,
     one_thread,  # noqa: F401
     problem,
+    widen_16_bits,
 )
 
 SIZES = (13, 17, 11, 5)
@@ -32,21 +35,9 @@ needs_onednn = pytest.mark.skipif(not cpu_gemm._onednn_available(), reason="torc
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch, tmp_path) -> Iterator[None]:
-    """No choice known or kept, all products large enough for one, and the mode restored afterwards."""
-    new_process(monkeypatch)
+def fresh(monkeypatch, fresh_choices) -> None:  # noqa: F811
+    """And all products are large enough for a choice."""
     monkeypatch.setattr(cpu_gemm, "_WORTH_MEASURING", 0)
-    monkeypatch.setattr(cpu_choices, "choices_path", lambda: tmp_path / "cache" / "cpu-gemm.json")
-    mode = fastmlp.get_cpu_gemm()
-    yield
-    fastmlp.set_cpu_gemm(mode)
-
-
-def new_process(monkeypatch) -> None:
-    """Forget what only lives as long as a process."""
-    monkeypatch.setattr(cpu_gemm, "_choices", {})
-    monkeypatch.setattr(cpu_gemm, "_measured", {})
-    cpu_choices.kept.cache_clear()
 
 
 def run(dtype: torch.dtype = torch.float32, optimizer: str = "sgd", steps: int = 5, **settings) -> Tensor:
@@ -315,7 +306,7 @@ def test_with_onednn_nothing_is_left_allocated(name, epoch):
 def test_in_16_bits_nothing_is_left_allocated(monkeypatch, native, mode, dtype):
     """Inside their products torch's 16-bit libraries have scratch of their own, and so has a sum in float32."""
     if not native:
-        monkeypatch.setattr(cpu_gemm, "product_dtype", lambda dtype: torch.promote_types(dtype, torch.float32))
+        widen_16_bits(monkeypatch)
     fastmlp.set_cpu_gemm(mode)
     step = one_step(dtype, momentum=0.9)
     few, many = allocations(step, steps=2), allocations(step, steps=12)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import fastmlp
-from fastmlp import cpu_gemm
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.step_config import LOSSES
 
@@ -22,6 +21,7 @@ from .step_helpers import (
     network,
     one_thread,  # noqa: F401
     problem,
+    widen_16_bits,
 )
 
 SIZES = (13, 17, 11, 5)
@@ -68,7 +68,7 @@ def test_every_optimizer(compute, params, optimizer):
 @pytest.mark.parametrize("compute", HALVES, ids=str)
 def test_a_processor_without_16_bit_products(monkeypatch, compute, params, optimizer):
     """They are made in float32 there, and whatever this machine has, that is no less accurate."""
-    monkeypatch.setattr(cpu_gemm, "product_dtype", lambda dtype: torch.promote_types(dtype, torch.float32))
+    widen_16_bits(monkeypatch)
     half_run(compute, params, optimizer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,23 +15,13 @@ import fastmlp
 from fastmlp import cpu_choices, cpu_gemm, torch_products
 from fastmlp.activations import ACTIVATIONS
 
+from .step_helpers import fresh_choices, widen_16_bits  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("fresh_choices")
 needs_onednn = pytest.mark.skipif(not cpu_gemm._onednn_available(), reason="torch was built without oneDNN")
 
 #: The first two products of each layer are large enough for a choice, the last layer's are not.
 M, SIZES = 96, (257, 256, 200, 10)
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch, tmp_path) -> Iterator[None]:
-    """No choice known or kept, and the mode restored afterwards."""
-    monkeypatch.setattr(cpu_gemm, "_choices", {})
-    monkeypatch.setattr(cpu_gemm, "_measured", {})
-    cpu_choices.kept.cache_clear()
-    monkeypatch.setattr(cpu_choices, "choices_path", lambda: tmp_path / "cache" / "cpu-gemm.json")
-    mode = fastmlp.get_cpu_gemm()
-    yield
-    fastmlp.set_cpu_gemm(mode)
-    cpu_choices.kept.cache_clear()
 
 
 @pytest.fixture
@@ -107,14 +97,14 @@ def test_what_was_measured():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("m", [3, M])
 def test_16_bits_by_way_of_float32(monkeypatch, m, dtype):
-    monkeypatch.setattr(cpu_gemm, "product_dtype", lambda dtype: torch.promote_types(dtype, torch.float32))
+    widen_16_bits(monkeypatch)
     model, x, y = model_and_batch(dtype, m=m)
     assert model(x).dtype == dtype
     assert_within_budget(model, x, y)
 
 
 def test_autocast_by_way_of_float32(monkeypatch):
-    monkeypatch.setattr(cpu_gemm, "product_dtype", lambda dtype: torch.promote_types(dtype, torch.float32))
+    widen_16_bits(monkeypatch)
     model, x, _y = model_and_batch()
     with torch.autocast("cpu"):
         logits = model(x)
