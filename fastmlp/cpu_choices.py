@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import platform
 from collections.abc import Mapping
@@ -31,12 +32,18 @@ def choices_path() -> Path:
 
 
 def processor_name() -> str:
-    """The processor's name as the operating system gives it."""
+    """The processor's name as the operating system gives it; where that names a whole series ("AMD EPYC", in virtual
+    machines), followed by the CPUID family and model, which tell its generations apart.
+    """
+    about: dict[str, str] = {}
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as stream:
-        for line in stream:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        for line in itertools.takewhile(str.strip, stream):  # of the first core
+            key, _, value = line.partition(":")
+            about[key.strip()] = value.strip()
+    name = about.get("model name") or platform.processor() or platform.machine()
+    if any(c.isdigit() for c in name) or not {"cpu family", "model"} <= about.keys():
+        return name
+    return f"{name} family {about['cpu family']} model {about['model']}"
 
 
 def instruction_set() -> str:

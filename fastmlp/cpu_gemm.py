@@ -26,7 +26,9 @@ from . import cpu_choices
 __all__ = [
     "CPU_GEMMS",
     "EPILOGUES",
+    "Library",
     "choices",
+    "choose",
     "dgrad",
     "dgrad_library",
     "finished",
@@ -43,7 +45,7 @@ __all__ = [
     "wgrad_update",
 ]
 
-Library = Literal["aten", "onednn", "addmm"]
+Library = Literal["aten", "onednn", "addmm", "rows"]
 LIBRARIES: tuple[Library, ...] = get_args(Library)
 CPU_GEMMS = ("auto", "aten", "onednn")
 
@@ -89,8 +91,8 @@ def get_cpu_gemm() -> str:
 
 
 def choices() -> dict[tuple[object, ...], str]:
-    """What was chosen so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn", for the
-    update by a single sample "aten" or "addmm".
+    """What was chosen so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn", for a single sample one of
+    the ways of ``fastmlp.cpu_sample``.
 
     M is the power of two at or below the batch sizes that the answer is used for, 512 for all larger ones.
     """
@@ -127,7 +129,7 @@ def _measured_rows(m: int) -> int:
     return min(1 << m.bit_length() - 1, _MOST_ROWS)
 
 
-def _choose(
+def choose(
     kind: str,
     m: int,
     k: int,
@@ -251,7 +253,7 @@ def linear_library(m: int, weight: Tensor, bias: Tensor | None, epilogue: str) -
             "onednn": lambda: onednn_linear(x, weight, bias, epilogue),
         }
 
-    return _choose(f"linear {epilogue}", m, k, n, weight.dtype, trials)
+    return choose(f"linear {epilogue}", m, k, n, weight.dtype, trials)
 
 
 def dgrad_library(m: int, weight: Tensor) -> Library:
@@ -265,7 +267,7 @@ def dgrad_library(m: int, weight: Tensor) -> Library:
             "onednn": lambda: onednn_linear(dz, weight.t(), None, "none"),
         }
 
-    return _choose("dgrad", m, k, n, weight.dtype, trials)
+    return choose("dgrad", m, k, n, weight.dtype, trials)
 
 
 def wgrad_library(m: int, k: int, n: int, dtype: torch.dtype) -> Library:
@@ -275,7 +277,7 @@ def wgrad_library(m: int, k: int, n: int, dtype: torch.dtype) -> Library:
         dz, x, into = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((rows, n), (rows, k), (n, k)))
         return {"aten": lambda: torch.mm(dz.t(), x, out=into), "onednn": lambda: onednn_wgrad(dz, x)}
 
-    return _choose("wgrad", m, k, n, dtype, trials)
+    return choose("wgrad", m, k, n, dtype, trials)
 
 
 def linear(m: int, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor) -> Callable[[Tensor], Tensor]:
@@ -342,6 +344,9 @@ def wgrad(m: int, out: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor],
         product = wgrad(m, out, out.dtype)
         return lambda dz, x: product(wide_dz.copy_(dz), wide_x.copy_(x))
 
+    if m == 1:  # one product an element, which BLAS computes several times as slowly
+        return lambda dz, x: torch.mul(dz.t(), x, out=out)
+
     def aten(dz: Tensor, x: Tensor) -> Tensor:
         return torch.mm(dz.t(), x, out=out)
 
@@ -355,8 +360,6 @@ def wgrad_update(m: int, weight: Tensor) -> Callable[[Tensor, Tensor, float], ob
     slim: there BLAS adds row after row to its result, and each addition would round the weight.
     """
     n, k = weight.shape
-    if m == 1:
-        return _outer_update(weight)
     slim = m >= 64 and min(n, k) < 16
 
     def aten_into(w: Tensor) -> Callable[[Tensor, Tensor, float], object]:
@@ -374,29 +377,5 @@ def wgrad_update(m: int, weight: Tensor) -> Callable[[Tensor, Tensor, float], ob
         # Not a factor of 0, with which BLAS would not multiply at all.
         return {"aten": lambda: with_aten(dz, x, 1e-3), "onednn": lambda: with_onednn(dz, x, 1e-3)}
 
-    winner = _choose("wgrad_update", m, k, n, weight.dtype, trials)
+    winner = choose("wgrad_update", m, k, n, weight.dtype, trials)
     return (aten_into if winner == "aten" else onednn_into)(weight)
-
-
-def _outer_update(weight: Tensor) -> Callable[[Tensor, Tensor, float], object]:
-    """W -= lr d x^T for one sample: an elementwise operation or, "addmm", a product of depth 1.
-
-    Each shares the rows of W among the threads in its own way, and what one core has updated the other must not want
-    next: so each is measured together with the product that reads W.
-    """
-    n, k = weight.shape
-
-    def trials(rows: int) -> dict[Library, Callable[[], object]]:
-        d, x, w = weight.new_ones((rows, n)), weight.new_ones((rows, k)), torch.zeros_like(weight)
-        w_t, z = w.t(), weight.new_empty((rows, n))
-        return {
-            "aten": lambda: (torch.mm(x, w_t, out=z), w.addcmul_(d.t(), x, value=-1e-3)),
-            "addmm": lambda: (torch.mm(x, w_t, out=z), w.addmm_(d.t(), x, alpha=-1e-3)),
-        }
-
-    match _choose("outer_update", 1, k, n, weight.dtype, trials, 0):
-        case "addmm":
-            return lambda dz, x, lr: weight.addmm_(dz.t(), x, alpha=-lr)
-        case "onednn":
-            return lambda dz, x, lr: weight.add_(onednn_wgrad(dz, x), alpha=-lr)
-    return lambda dz, x, lr: weight.addcmul_(dz.t(), x, value=-lr)

@@ -17,7 +17,8 @@ writes every W at every sample.
   matrix X X^T, from which each A a_j is read off. W is touched three times a block.
 - Later layers: a_j depends on all samples before, so W_0 is read twice a sample, but never written. A is kept in the
   rows below W_0, so W_0 a_j and A a_j are one matrix-vector product, and so are W_0^T d_j and the correction.
-- Layers with few weights (`SMALL`) are cheaper updated in place.
+- Layers with few weights (`SMALL`) are cheaper updated in place, and so are larger ones where the threads can share
+  their rows alike in all three products (``fastmlp.cpu_sample``).
 
 Biases are a last column of W, with 1 as last entry of every a_j. d_j is scaled by lr_j at the loss, which scales all
 of them, since back-propagation is linear.
@@ -35,6 +36,8 @@ from torch import Tensor
 from . import reference
 from .activations import LEAKY_SLOPE, NEEDS_Z
 from .checks import check_activation, check_input, check_layer, check_tensor
+from .cpu_gemm import keep_choices
+from .cpu_sample import row_blocks, sample_way
 
 __all__ = ["BLOCK", "SMALL", "online_epoch"]
 
@@ -232,6 +235,36 @@ class _SmallLayer(_Layer):
         self.copy.addr_(dz, self.augmented[j], alpha=-1)
 
 
+class _SharedLayer(_SmallLayer):
+    """Updated in place at every sample, with its rows shared alike by the threads of all three products."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str, rows: int) -> None:
+        super().__init__(weight, bias, activation, rows)
+        blocks = row_blocks(self.N, self.K)
+        shared = self.storage.view(blocks, self.N // blocks, -1)
+        self.shared, self.shared_t = shared[:, :, : self.K], shared[:, :, : self.width].transpose(1, 2)
+        self.input = self.augmented[0].expand(blocks, 1, self.width)
+        self.z_blocks = self.z.view(blocks, 1, -1)
+        self.dz_blocks = self.dz[0].view(blocks, 1, -1)
+        self.parts = weight.new_empty(blocks, 1, self.K)
+        self.column, self.row = self.dz[0].unsqueeze(1), self.augmented[0].unsqueeze(0)
+
+    def forward(self, j: int) -> None:
+        torch.bmm(self.input, self.shared_t, out=self.z_blocks)
+        if self.activate is None:
+            self.outputs[j].copy_(self.z)
+        else:
+            self.activate(self.z, self.outputs[j])
+
+    def backward(self, j: int) -> None:
+        if self.derive is not None:
+            self.derive(self.da, self.saved[j], self.dz[j])
+        assert self.below is not None
+        torch.bmm(self.dz_blocks, self.shared, out=self.parts)
+        torch.sum(self.parts, (0, 1), out=self.below.gradient_goes_to(j))
+        self.copy.addcmul_(self.column, self.row, value=-1)
+
+
 @torch.no_grad()
 def online_epoch(
     weights: Sequence[Tensor],
@@ -320,12 +353,21 @@ def _layers(
 ) -> list[_Layer]:
     layers: list[_Layer] = []
     for index, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
-        kind = _FirstLayer if index == 0 else _SmallLayer if weight.numel() <= SMALL else _DeferredLayer
+        kind = _kind(index, weight)
         layers.append(kind(weight.detach(), None if bias is None else bias.detach(), activation, rows))
     for below, layer in itertools.pairwise(layers):
         below.write_to(layer.inputs)
         layer.below = below
+    keep_choices()
     return layers
+
+
+def _kind(index: int, weight: Tensor) -> Callable[[Tensor, Tensor | None, str, int], _Layer]:
+    if index == 0:
+        return _FirstLayer
+    if weight.numel() <= SMALL:
+        return _SmallLayer
+    return _SharedLayer if sample_way(weight) == "rows" else _DeferredLayer
 
 
 def _checked(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import cpu_gemm
 from .activations import LEAKY_SLOPE, saved_for_grad
+from .cpu_sample import sample_products
 from .nn import Linear
 from .online import online_epoch
 from .step_config import OptimizerConfig
@@ -156,10 +157,17 @@ class TorchStep:
         for i, layer in enumerate(layers):
             n, k = layer.weight.shape
             fused = layer.activation if layer.activation in _FUSED else "identity"
-            plan.linear.append(cpu_gemm.linear(m, layer.weight, layer.bias, fused, new((m, n))))
+            out, dx = new((m, n)), new((m, k)) if i > self.lowest else None
+            if m == 1:
+                of_sample = sample_products(layer.weight, layer.bias, fused, out, dx)
+                plan.linear.append(of_sample.linear)
+                plan.dgrad.append(of_sample.dgrad)
+                plan.update.append(of_sample.update if layer.in_place else None)
+            else:
+                plan.linear.append(cpu_gemm.linear(m, layer.weight, layer.bias, fused, out))
+                plan.dgrad.append(None if dx is None else cpu_gemm.dgrad(m, layer.weight, dx))
+                plan.update.append(cpu_gemm.wgrad_update(m, layer.weight) if layer.in_place else None)
             plan.kept_a.append(None if layer.activation in _FUSED else new((m, n)))
-            plan.dgrad.append(cpu_gemm.dgrad(m, layer.weight, new((m, k))) if i > self.lowest else None)
-            plan.update.append(cpu_gemm.wgrad_update(m, layer.weight) if layer.in_place else None)
             stored = layer.train_w and not layer.in_place
             plan.wgrad.append(cpu_gemm.wgrad(m, self._wgrad_buffer(i), dtype) if stored else None)
         cpu_gemm.keep_choices()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 
@@ -124,25 +125,6 @@ def test_small_products_are_not_measured(monkeypatch):
 
 
 @needs_onednn
-@pytest.mark.parametrize("choice", ["aten", "addmm", "onednn"])
-def test_every_update_by_a_single_sample(monkeypatch, choice):
-    """Measured for every layer, and equal to rounding whatever is chosen."""
-    fastmlp.set_cpu_gemm("auto")
-    model = converted(network(SIZES), torch.float32)
-    x, y = for_step(*problem(SIZES, 6), torch.float32)
-    expected = Reference(model, OPTIMIZERS["sgd"]).train([(x[i : i + 1], y[i : i + 1]) for i in range(6)]).flat()
-    fastmlp.TrainStep(converted(model, torch.float32), **OPTIMIZERS["sgd"])(x[:1], y[:1])
-    assert {key[:4] for key in cpu_gemm.choices() if key[0] == "outer_update"} == {
-        ("outer_update", 1, k, n) for k, n in ((13, 17), (17, 11), (11, 5))
-    }
-    monkeypatch.setattr(cpu_gemm, "_choices", dict.fromkeys(cpu_gemm.choices(), choice))
-    step = fastmlp.TrainStep(model, **OPTIMIZERS["sgd"])
-    for i in range(6):
-        step(x[i : i + 1], y[i : i + 1])
-    torch.testing.assert_close(flat(model), expected, rtol=1e-5, atol=1e-6)
-
-
-@needs_onednn
 def test_measured_once_for_batch_sizes_that_are_near(monkeypatch):
     fastmlp.set_cpu_gemm("auto")
     model = converted(network(SIZES), torch.float32)
@@ -169,8 +151,8 @@ def test_the_faster_one_is_chosen():
         return lambda rows: {name: wait(0.02 if name == slow else 0.0) for name in ("aten", "onednn")}
 
     fastmlp.set_cpu_gemm("auto")
-    assert cpu_gemm._choose("a", 1, 1, 1, torch.float32, trials("aten")) == "onednn"
-    assert cpu_gemm._choose("b", 1, 1, 1, torch.float32, trials("onednn")) == "aten"
+    assert cpu_gemm.choose("a", 1, 1, 1, torch.float32, trials("aten")) == "onednn"
+    assert cpu_gemm.choose("b", 1, 1, 1, torch.float32, trials("onednn")) == "aten"
 
 
 @needs_onednn
@@ -311,3 +293,18 @@ def test_in_16_bits_nothing_is_left_allocated(monkeypatch, native, mode, dtype):
     step = one_step(dtype, momentum=0.9)
     few, many = allocations(step, steps=2), allocations(step, steps=12)
     assert sum(many) <= max(0, sum(few))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel\t\t: 2\n", "AMD EPYC family 25 model 17"),
+        ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC 9755\n\n", "AMD EPYC 9755"),
+        ("model name\t: Cortex\n", "Cortex"),
+        ("Processor\t: 0\n", "riscv"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(monkeypatch, cpuinfo, name):
+    monkeypatch.setattr(cpu_choices, "open", lambda *args, **kwargs: io.StringIO(cpuinfo), raising=False)
+    monkeypatch.setattr(cpu_choices.platform, "processor", lambda: "riscv")
+    assert cpu_choices.processor_name() == name

@@ -26,10 +26,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["in place", "deferred"])
+@pytest.fixture(params=["in place", "deferred", "shared"])
 def later_layers(request, monkeypatch):
-    """The later layers of a small network take one path, or the path of large ones."""
+    """The later layers of a small network take one path, or one of those of large ones."""
     monkeypatch.setattr(online, "SMALL", 10**9 if request.param == "in place" else 0)
+    monkeypatch.setattr(online, "sample_way", lambda weight: "rows" if request.param == "shared" else "aten")
+    # As many blocks as divide the rows, as if there were so many threads.
+    monkeypatch.setattr(online, "row_blocks", lambda rows, columns: next(b for b in (3, 2, 1) if rows % b == 0))
 
 
 def network(sizes: Sequence[int], activations: Sequence[str], *, bias: bool = True, seed: int = 0) -> Network:
