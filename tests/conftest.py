@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from fastmlp import cpu_choices
+from tests.covering import left_out
 
 pytest_plugins = ["tests.fuzz.plugin"]
 
@@ -38,8 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Nothing is compiled or launched in a process whose kernels are interpreted."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Nothing is compiled or launched in a process whose kernels are interpreted; not every grid is executed whole."""
+    if not config.getoption("--full"):
+        unneeded = set(left_out(items))
+        config.hook.pytest_deselected(items=list(unneeded))
+        items[:] = [item for item in items if item not in unneeded]
     if INTERPRETING:
         skip = pytest.mark.skip(reason="TRITON_INTERPRET=1: nothing is compiled in this process")
         for item in items:

@@ -19,6 +19,7 @@ def gradient(da, z, activation):
     return torch.autograd.grad(reference.activate(z, activation), z, da)[0]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("layout", ["dense", "rows", "columns", "expanded"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -55,12 +55,14 @@ def check(lane, a: Tensor, y: Tensor, loss: str) -> None:
     assert_within_budget(out.cpu(), want, own, reduction=1, what="dA, one pass")
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(lane, shape, loss):
     check(lane, *operands(shape, loss, torch.float32), loss)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_dtypes(lane, dtype, loss):

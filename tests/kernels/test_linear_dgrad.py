@@ -30,6 +30,7 @@ def expected(dz, w, z, activation):
     return truth, own
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(lane, shape, dtype):
@@ -38,6 +39,7 @@ def test_shapes(lane, shape, dtype):
     assert_within_budget(dx.cpu(), *expected(dz, w, z, "identity"), reduction=shape[2])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_of_the_layer_below(lane, activation, dtype):

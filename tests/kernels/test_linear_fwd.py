@@ -32,6 +32,7 @@ def check(lane, x, w, b, activation, a, z=None):
             assert_within_budget(got.cpu(), expected, reference.linear_act(x, w, b, f), reduction=K, what=what)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(lane, shape, dtype):
@@ -41,6 +42,7 @@ def test_shapes(lane, shape, dtype):
     check(lane, x, w, b, "sigmoid", a)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(lane, activation, dtype):

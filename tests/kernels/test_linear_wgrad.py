@@ -30,6 +30,7 @@ def check(dz, x, dw, db):
             assert_within_budget(got.cpu(), want, torchs, reduction=dz.shape[0], what=what)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(lane, shape, dtype):

@@ -92,6 +92,7 @@ def launched(monkeypatch) -> list[str]:
     return seen
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(lane, activation, dtype, launched):
@@ -102,6 +103,7 @@ def test_activations(lane, activation, dtype, launched):
     assert launched == ["linear_fwd"] * 3 + last + ["linear_wgrad", "linear_dgrad"] * 3
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("rows", "sizes"), [(1, (1, 1, 1)), (17, (63, 130, 1)), (130, (5, 17, 63)), (63, (130, 10))])
 def test_ragged_shapes(lane, rows, sizes, dtype):

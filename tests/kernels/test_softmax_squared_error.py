@@ -89,6 +89,7 @@ def check(lane, z: Tensor, target: Tensor, *, scale: float = 0.125) -> None:
     assert torch.equal(z, before), "the logits are the caller's"
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", ["labels", "values"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(lane, shape, kind):

@@ -1,0 +1,53 @@
+"""A part of a grid of parameters in which every value of every parameter occurs.
+
+The execute lane compiles every case before it executes it, and compiling is most of its time. What the whole grid has
+beyond the values themselves, such as each activation in each dtype, is computed in the interpreter's lane, and is
+executed with ``--full``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+__all__ = ["diagonal", "left_out"]
+
+
+def diagonal(grid: Sequence[Sequence[object]], start: int = 0) -> list[bool]:
+    """Which cases of a full grid (rows of parameters' values) to take: those on its diagonal, where all parameters
+    count through their values together, over and over until the longest has come to its end.
+
+    Parameters that only change together count as one. The last one begins with its value number ``start``, so that
+    another start pairs the values in another way.
+    """
+    columns = []
+    for values in zip(*(map(repr, case) for case in grid), strict=True):
+        numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+        columns.append(tuple(numbers[value] for value in values))
+    columns = list(dict.fromkeys(columns))
+    counts = [max(column) + 1 for column in columns]
+    starts = [0] * (len(counts) - 1) + [start]
+    taken = {tuple((s + i) % n for s, n in zip(starts, counts, strict=True)) for i in range(max(counts))}
+    return [case in taken for case in zip(*columns, strict=True)]
+
+
+def left_out(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """What the execute lane leaves out of the tests that are marked "covering"."""
+    grids: defaultdict[tuple[str, str], list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("covering"):
+            lane = item.callspec.params["lane"]
+            if item.get_closest_marker("execute"):
+                grids[item.nodeid.partition("[")[0], str(lane)].append(item)
+    out: list[pytest.Item] = []
+    lanes = sorted({lane for _, lane in grids})
+    for (_, lane), grid in grids.items():
+        # sm_75 has no bfloat16: those cases skip themselves.
+        able = [item for item in grid if not (lane == "sm_75" and torch.bfloat16 in item.callspec.params.values())]
+        values = [[value for name, value in item.callspec.params.items() if name != "lane"] for item in able]
+        out += [item for item, taken in zip(able, diagonal(values, lanes.index(lane)), strict=True) if not taken]
+        out += [item for item in grid if item not in able]
+    return out
