@@ -7,6 +7,7 @@ simulated GPU, which executes the compiled PTX.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections import Counter
@@ -50,6 +51,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if any(item.get_closest_marker(name) for name in ("compile", "launch", "execute")):
                 item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector need not look at thousands of collected tests again and again: a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -147,6 +147,8 @@ def _run(folder: str, path: str, keyword: str, sender: Connection) -> None:
     # Plugins and tracebacks that these tests do not need would cost every mutant more than its tests.
     unneeded = ("cacheprovider", "xdist", "benchmark", "hypothesispytest", "tests.fuzz.plugin", "unraisableexception")
     options = ["-x", "-q", "--tb=no", "--rootdir", str(ROOT), *(f"-pno:{name}" for name in unneeded), "-k", keyword]
+    # Its own temporary folder: without, pytest removes those of earlier runs, which the processes beside it do too.
+    options.append(f"--basetemp={Path(folder).parent / 'temporary'}")
     try:
         _replace_kernels(Path(folder))
         code = int(pytest.main([path, *options], plugins=[recorder]))
