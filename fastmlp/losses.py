@@ -302,6 +302,9 @@ def _check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> No
 
 
 def _check_label_shape(input: Tensor, target: Tensor) -> None:
+    if input.dim() == 2 and target.dim() == 1 and input.shape[0] == target.shape[0] and input.shape[1] > 0:
+        _check_label_dtype(input, target)
+        return
     got = f"input {list(input.shape)} and target {list(target.shape)}"
     if input.dim() == 0:
         raise RuntimeError(f"expected logits of shape [C], [N, C] or [N, C, d1, ...], got {got}")
@@ -316,6 +319,10 @@ def _check_label_shape(input: Tensor, target: Tensor) -> None:
         raise RuntimeError(f"expected labels [N, d1, ...] for logits [N, C, d1, ...], got {got}")
     if input.shape[min(1, input.dim() - 1)] == 0 and target.numel() > 0:
         raise IndexError(f"there are no classes for a label to name: got {got}")
+    _check_label_dtype(input, target)
+
+
+def _check_label_dtype(input: Tensor, target: Tensor) -> None:
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(
             f"expected labels of dtype int64 or uint8, got {target.dtype}; convert them with .long(), or give class "
