@@ -61,7 +61,7 @@ def sample_way(weight: Tensor, *, dgrad: bool = True) -> cpu_gemm.Library:
     blocks = row_blocks(n, k)
 
     def trials(rows: int) -> dict[cpu_gemm.Library, Callable[[], object]]:
-        a, dz, w = weight.new_ones((rows, k)), weight.new_ones((rows, n)), torch.zeros((n, k))
+        a, dz, w = weight.new_ones((rows, k)), weight.new_ones((rows, n)), weight.new_zeros((n, k))
         z, da = torch.empty_like(dz), torch.empty_like(a) if dgrad else None
         ways: dict[cpu_gemm.Library, SampleProducts] = {
             "aten": _by_blas(w, z, da, _elementwise_update(w)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -247,3 +247,18 @@ def check_against_torch(
         step(*for_step(x, y, torch.float32))
     eps = torch.finfo(torch.float32).eps
     assert_run_within_budget(flat(narrow), expected.flat(), own.flat(), steps, eps)
+
+
+def allocations(step: Callable[[], object], warm: int = 3, steps: int = 2) -> list[int]:
+    """Bytes of every allocation (positive) and release (negative) by torch in ``steps`` steps, after ``warm`` more."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(warm):
+        step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+        for _ in range(steps):
+            step()
+    assert record.profiler is not None
+    assert record.profiler.kineto_results is not None
+    events = record.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]"]

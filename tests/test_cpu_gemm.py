@@ -18,6 +18,7 @@ from fastmlp.step_config import LOSSES
 from .step_helpers import (
     OPTIMIZERS,
     Reference,
+    allocations,
     assert_run_within_budget,
     batches,
     converted,
@@ -210,21 +211,6 @@ def test_aten_without_a_measurement(monkeypatch, why):
     finally:
         torch.use_deterministic_algorithms(False)
     assert cpu_gemm.choices() == {}
-
-
-def allocations(step: Callable[[], object], warm: int = 3, steps: int = 2) -> list[int]:
-    """Bytes of every allocation (positive) and release (negative) by torch in ``steps`` steps, after ``warm`` more."""
-    from torch.profiler import ProfilerActivity, profile
-
-    for _ in range(warm):
-        step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        for _ in range(steps):
-            step()
-    assert record.profiler is not None
-    assert record.profiler.kineto_results is not None
-    events = record.profiler.kineto_results.events()
-    return [event.nbytes() for event in events if event.name() == "[memory]"]
 
 
 def one_step(dtype: torch.dtype = torch.float32, *, epoch: bool = False, uint8: bool = False, **settings):

@@ -12,6 +12,7 @@ from fastmlp.activations import ACTIVATIONS
 from .step_helpers import (
     OPTIMIZERS,
     Reference,
+    allocations,
     assert_run_within_budget,
     converted,
     flat,
@@ -71,6 +72,15 @@ def test_products(monkeypatch, way):
     products.update(dz, a, 0.25)
     torch.testing.assert_close(weight, (before - 0.25 * dz.double().t() @ a.double()).float())
     assert cpu_sample.sample_products(weight, bias, "tanh", torch.empty(1, n), None).dgrad is None
+
+
+@pytest.mark.parametrize("way", ["aten", "addmm", "rows"])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+def test_a_step_allocates_nothing(monkeypatch, way, optimizer):
+    take(monkeypatch, way)
+    x, y = for_step(*problem(SIZES, 1), torch.float32)
+    step = fastmlp.TrainStep(converted(network(SIZES), torch.float32), **OPTIMIZERS[optimizer])
+    assert allocations(lambda: step(x, y)) == []
 
 
 @needs_onednn
