@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -255,9 +256,15 @@ def allocations(step: Callable[[], object], warm: int = 3, steps: int = 2) -> li
 
     for _ in range(warm):
         step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        for _ in range(steps):
-            step()
+    # What the collector frees of other tests' garbage is not the step's.
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+            for _ in range(steps):
+                step()
+    finally:
+        gc.enable()
     assert record.profiler is not None
     assert record.profiler.kineto_results is not None
     events = record.profiler.kineto_results.events()

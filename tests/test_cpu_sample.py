@@ -35,7 +35,9 @@ def two_blocks(monkeypatch, fresh_choices) -> None:  # noqa: F811
 
 
 def take(monkeypatch, way: str) -> None:
-    monkeypatch.setattr(cpu_gemm, "choose", lambda *args: way)
+    """For single samples; other products are aten's, or all oneDNN's."""
+    other = "onednn" if way == "onednn" else "aten"
+    monkeypatch.setattr(cpu_gemm, "choose", lambda kind, *args: way if kind.startswith("sample") else other)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
