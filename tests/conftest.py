@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastmlp import cpu_choices
-from tests.covering import left_out
+from tests.covering import SIMULATED, left_out
 
 pytest_plugins = ["tests.fuzz.plugin"]
 
@@ -86,7 +86,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     else:
         # Every architecture for the ragged shapes, one for all else: the code differs little, and time is short.
         everywhere = metafunc.config.getoption("full") or "shapes" in metafunc.function.__name__
-        archs = (75, 80, 120) if everywhere else (80,)
+        archs = sorted(SIMULATED) if everywhere else [80]
         lanes = [pytest.param(f"sm_{arch}", marks=pytest.mark.execute) for arch in archs]
     metafunc.parametrize("lane", lanes, indirect=True)
 

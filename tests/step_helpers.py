@@ -19,6 +19,8 @@ from fastmlp import cpu_choices, cpu_gemm, reference, reference_losses
 
 Batch = tuple[Tensor, Tensor]
 
+needs_onednn = pytest.mark.skipif(not cpu_gemm._onednn_available(), reason="torch was built without oneDNN")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:

@@ -25,6 +25,7 @@ from .step_helpers import (
     flat,
     for_step,
     fresh_choices,  # noqa: F401
+    needs_onednn,
     network,
     new_process,
     one_thread,  # noqa: F401
@@ -33,7 +34,6 @@ from .step_helpers import (
 )
 
 SIZES = (13, 17, 11, 5)
-needs_onednn = pytest.mark.skipif(not cpu_gemm._onednn_available(), reason="torch was built without oneDNN")
 
 
 @pytest.fixture(autouse=True)

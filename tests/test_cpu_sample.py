@@ -18,12 +18,12 @@ from .step_helpers import (
     flat,
     for_step,
     fresh_choices,  # noqa: F401
+    needs_onednn,
     network,
     problem,
 )
 
 SIZES = (13, 16, 12, 6)
-needs_onednn = pytest.mark.skipif(not cpu_gemm._onednn_available(), reason="torch was built without oneDNN")
 WAYS = ["aten", "addmm", pytest.param("onednn", marks=needs_onednn), "rows"]
 
 
