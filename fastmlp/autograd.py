@@ -25,6 +25,7 @@ from . import ops, reference, torch_backend
 from .activations import saved_for_grad
 from .autocast import is_autocast_enabled
 from .backend import Resolved
+from .ops import BackwardOperations
 
 __all__ = ["LinearAct", "MLPFunction"]
 
@@ -36,47 +37,43 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
+_AS_IT_IS = nullcontext()
+
+
 def _outside_autocast(*grads: Tensor | None) -> AbstractContextManager[object]:
     """The saved tensors have the dtypes of the forward pass; a backward() inside torch.autocast keeps to them."""
-    device_type = next((g.device.type for g in grads if g is not None), "meta")
-    if is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    for g in grads:
+        if g is not None:
+            device_type = g.device.type
+            return torch.autocast(device_type, enabled=False) if is_autocast_enabled(device_type) else _AS_IT_IS
+    return _AS_IT_IS
 
 
-class _Layers:
-    """The operations of a backward pass: fused, or (``create_graph``) differentiable."""
+class _Differentiable:
+    """The operations of a backward pass on the tape, for ``create_graph=True``."""
 
-    def __init__(self, backend: Resolved) -> None:
-        self.backend: Resolved = backend
-        self.differentiable = torch.is_grad_enabled()
-
-    def activation_bwd(self, da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
+    @staticmethod
+    def activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
         """DZ = dA * f'."""
-        if not self.differentiable:
-            return ops.activation_bwd(da, saved, activation, backend=self.backend)
         if activation == "silu":  # the one backward operation of torch that has no derivative itself
             assert saved is not None
             return da * reference.activation_grad(saved, activation)
         return torch_backend.activation_bwd(da, saved, activation)
 
-    def dgrad(self, dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
+    @staticmethod
+    def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
         """DX = (dZ W) * f'."""
-        if self.differentiable:
-            return self.activation_bwd(reference.linear_dgrad(dz, weight), saved, activation)
-        return ops.linear_dgrad(dz, weight, saved, activation, backend=self.backend)
+        return _Differentiable.activation_bwd(reference.linear_dgrad(dz, weight), saved, activation)
 
-    def param_grads(
-        self, dz: Tensor, x: Tensor | None, need_weight: bool, need_bias: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(dW, db), each None where nobody asked for it."""
-        if not need_weight:
-            return None, dz.sum(0) if need_bias else None
-        assert x is not None
-        if not self.differentiable:
-            return ops.linear_wgrad(dz, x, bias=need_bias, backend=self.backend)
+    @staticmethod
+    def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
+        """(dW, db or None)."""
         dw, db = reference.linear_wgrad(dz, x)
-        return dw, db if need_bias else None
+        return dw, db if bias else None
+
+
+def _backward_operations(backend: Resolved) -> BackwardOperations:
+    return _Differentiable if torch.is_grad_enabled() else ops.on(backend)
 
 
 class LinearAct(Function):
@@ -93,7 +90,7 @@ class LinearAct(Function):
         """Keep A (or Z) for f', X for dW and W for dX, each only if that gradient is wanted."""
         need_x, need_weight = ctx.needs_input_grad[:2]
         kind = saved_for_grad(activation)
-        a, z = ops.linear_fwd(x, weight, bias, activation, save_z=kind == "z", backend=backend)
+        a, z = ops.on(backend).linear_fwd(x, weight, bias, activation, save_z=kind == "z")
         ctx.save_for_backward(
             x if need_weight else None, weight if need_x else None, {"a": a, "z": z, None: None}[kind]
         )
@@ -104,16 +101,26 @@ class LinearAct(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """DZ = dA * f'(Z), then dX = dZ W, dW = dZ^T X, db = sum_m dZ."""
-        da, dz_extra = grads
+        dz, dz_extra = grads
         x, weight, saved = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        layers = _Layers(ctx.backend)
+        do = _backward_operations(ctx.backend)
+        dx: Tensor | None = None
+        dw: Tensor | None = None
+        db: Tensor | None = None
         with _outside_autocast(*grads):
-            dz = _sum(None if da is None else layers.activation_bwd(da, saved, ctx.activation), dz_extra)
-            if dz is None:
-                return None, None, None, None, None
-            dw, db = layers.param_grads(dz, x, need_weight, need_bias)
-            return layers.dgrad(dz, weight) if need_x else None, dw, db, None, None
+            if dz is not None:
+                dz = do.activation_bwd(dz, saved, ctx.activation)
+            if dz_extra is not None:
+                dz = _sum(dz, dz_extra)
+            if dz is not None:
+                if need_weight:
+                    dw, db = do.linear_wgrad(dz, x, bias=need_bias)
+                elif need_bias:
+                    db = dz.sum(0)
+                if need_x:
+                    dx = do.linear_dgrad(dz, weight)
+        return dx, dw, db, None, None
 
 
 class MLPFunction(Function):
@@ -132,9 +139,10 @@ class MLPFunction(Function):
         ctx: Any, x: Tensor, activations: tuple[str, ...], backend: Resolved, *params: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Keep A_l or Z_l of each layer for its f', A_{l-1} for each dW_l that is wanted, W_l for each dgrad."""
-        weights, biases = params[0::2], params[1::2]
+        weights = params[0::2]
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         last = len(activations) - 1
+        linear_fwd = ops.on(backend).linear_fwd
         inputs: list[Tensor | None] = []
         saved: list[Tensor | None] = []
         hidden: list[Tensor | None] = []
@@ -144,12 +152,11 @@ class MLPFunction(Function):
             assert weight is not None
             kind = saved_for_grad(activation)
             inputs.append(a if needs[2 * layer] else None)
-            a, z = ops.linear_fwd(a, weight, biases[layer], activation, save_z=kind == "z", backend=backend)
-            saved.append({"a": a, "z": z, None: None}[kind])
+            a, z = linear_fwd(a, weight, params[2 * layer + 1], activation, save_z=kind == "z")
+            saved.append(a if kind == "a" else z)
             read_later = kind == "a" or (layer < last and needs[2 * layer + 2])
-            hidden += [a if layer < last and read_later else None, z]
-        kept_weights = [weights[0] if need_x else None, *weights[1:]]
-        ctx.save_for_backward(*inputs, *kept_weights, *saved)
+            hidden += (a if layer < last and read_later else None, z)
+        ctx.save_for_backward(*inputs, weights[0] if need_x else None, *weights[1:], *saved)
         ctx.activations, ctx.backend = activations, backend
         ctx.set_materialize_grads(False)
         return a, *([None] * len(hidden) if torch.compiler.is_compiling() else hidden)
@@ -161,34 +168,36 @@ class MLPFunction(Function):
         In a second derivative dA_l and dZ_l also receive what flows into the saved A_l and Z_l; such a layer takes
         the product and the derivative apart.
         """
-        count = len(ctx.activations)
+        activations = ctx.activations
+        count = len(activations)
         tensors = ctx.saved_tensors
         inputs, weights, saved = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        da, da_extra, dz_extra = grads[0], grads[1::2], grads[2::2]
-        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        layers = _Layers(ctx.backend)
-        out: list[Tensor | None] = [None] * (2 * count)
-        dx: Tensor | None = None
+        needs = ctx.needs_input_grad
+        out: list[Tensor | None] = [None] * len(needs)
+        do = _backward_operations(ctx.backend)
         with _outside_autocast(*grads):
-            dz = None if da is None else layers.activation_bwd(da, saved[-1], ctx.activations[-1])
+            dz = grads[0]
+            if dz is not None:
+                dz = do.activation_bwd(dz, saved[-1], activations[-1])
             for layer in range(count - 1, -1, -1):
-                dz = _sum(dz, dz_extra[layer])
-                if dz is not None:
-                    out[2 * layer : 2 * layer + 2] = layers.param_grads(dz, inputs[layer], *needs[2 * layer :][:2])
+                da_extra, dz_extra = grads[2 * layer - 1], grads[2 * layer + 2]
+                if dz_extra is not None:
+                    dz = _sum(dz, dz_extra)
+                w, b = 3 + 2 * layer, 4 + 2 * layer
+                if dz is None:
+                    pass
+                elif needs[w]:
+                    out[w], out[b] = do.linear_wgrad(dz, inputs[layer], bias=needs[b])
+                elif needs[b]:
+                    out[b] = dz.sum(0)
                 if layer == 0:
-                    dx = layers.dgrad(dz, weights[0]) if need_x and dz is not None else None
+                    break
+                below, kept = activations[layer - 1], saved[layer - 1]
+                if da_extra is None:
+                    dz = None if dz is None else do.linear_dgrad(dz, weights[layer], kept, below)
                 else:
-                    dz = MLPFunction._below(
-                        layers, dz, weights[layer], saved[layer - 1], ctx.activations[layer - 1], da_extra[layer - 1]
-                    )
-        return dx, None, None, *out
-
-    @staticmethod
-    def _below(
-        layers: _Layers, dz: Tensor | None, weight: Tensor, saved: Tensor | None, activation: str, extra: Tensor | None
-    ) -> Tensor | None:
-        """DZ_{l-1} = (dZ_l W_l + extra) * f'_{l-1}, in one kernel when there is nothing extra."""
-        if extra is None:
-            return None if dz is None else layers.dgrad(dz, weight, saved, activation)
-        da = extra if dz is None else layers.dgrad(dz, weight) + extra
-        return layers.activation_bwd(da, saved, activation)
+                    da = da_extra if dz is None else do.linear_dgrad(dz, weights[layer]) + da_extra
+                    dz = do.activation_bwd(da, kept, below)
+            if needs[0] and dz is not None:
+                out[0] = do.linear_dgrad(dz, weights[0])
+        return tuple(out)

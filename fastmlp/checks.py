@@ -56,33 +56,46 @@ def check_same_device(named: Sequence[tuple[str, Tensor | None]]) -> None:
             )
 
 
-def check_layer(weight: Tensor, bias: Tensor | None, weight_name: str = "weight", bias_name: str = "bias") -> None:
-    """Check W [N, K] and b [N] of one layer against each other.
+def _names(layer: int | None) -> tuple[str, str]:
+    """What an error calls W and b: put together only for an error."""
+    return ("weight", "bias") if layer is None else (f"weights[{layer}]", f"biases[{layer}]")
+
+
+def check_layer(weight: Tensor, bias: Tensor | None, layer: int | None = None) -> None:
+    """Check W [N, K] and b [N], those of the layer of that number among several, against each other.
 
     Raises:
         TypeError: not tensors.
         RuntimeError: wrong rank or shape, dtypes that differ or are not floating-point, different devices.
     """
-    check_tensor(weight, weight_name)
+    if not isinstance(weight, Tensor):
+        check_tensor(weight, _names(layer)[0])
     if weight.dim() != 2:
-        raise RuntimeError(f"expected {weight_name} of shape [out_features, in_features], got {list(weight.shape)}")
+        raise RuntimeError(
+            f"expected {_names(layer)[0]} of shape [out_features, in_features], got {list(weight.shape)}"
+        )
     if not weight.is_floating_point():
-        raise RuntimeError(f"expected a floating-point {weight_name}, got {weight.dtype}; convert it with .float()")
+        raise RuntimeError(
+            f"expected a floating-point {_names(layer)[0]}, got {weight.dtype}; convert it with .float()"
+        )
     if bias is None:
         return
-    check_tensor(bias, bias_name)
-    if bias.shape != weight.shape[:1]:
+    if not isinstance(bias, Tensor):
+        check_tensor(bias, _names(layer)[1])
+    if bias.dim() != 1 or bias.size(0) != weight.size(0):
+        w, b = _names(layer)
         raise RuntimeError(
-            f"expected {bias_name} of shape [{weight.shape[0]}], one value for each row of {weight_name} "
-            f"{list(weight.shape)}, got {list(bias.shape)}"
+            f"expected {b} of shape [{weight.shape[0]}], one value for each row of {w} {list(weight.shape)}, got "
+            f"{list(bias.shape)}"
         )
     if bias.dtype != weight.dtype:
+        w, b = _names(layer)
         raise RuntimeError(
-            f"expected {bias_name} and {weight_name} of the same dtype, got {bias.dtype} and {weight.dtype}; "
-            f"convert one of them with .to(dtype)"
+            f"expected {b} and {w} of the same dtype, got {bias.dtype} and {weight.dtype}; convert one of them with "
+            ".to(dtype)"
         )
     if bias.device != weight.device:
-        check_same_device(((weight_name, weight), (bias_name, bias)))
+        check_same_device(tuple(zip(_names(layer), (weight, bias), strict=True)))
 
 
 def check_input(x: Tensor, weight: Tensor, weight_name: str = "weight") -> None:
@@ -95,7 +108,7 @@ def check_input(x: Tensor, weight: Tensor, weight_name: str = "weight") -> None:
         raise RuntimeError(
             "expected an input with at least 1 dimension, [*, in_features], got a 0-d tensor; reshape it"
         )
-    if x.shape[-1] != weight.shape[1]:
+    if x.size(-1) != weight.size(1):
         raise RuntimeError(
             f"expected an input with {weight.shape[1]} features ({weight_name} is {list(weight.shape)}), got "
             f"{x.shape[-1]} from an input of shape {list(x.shape)}; reshape the input or build the layer with "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .activations import LAYER_ACTIVATIONS
 from .autocast import is_autocast_enabled
 from .autograd import LinearAct, MLPFunction
 from .backend import functorch_active, resolve
@@ -89,7 +90,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     if torch.is_grad_enabled() and (_needs_grad(x) or _needs_grad(weight) or _needs_grad(bias)):
         a, _ = LinearAct.apply(x2d, weight, bias, activation, backend)
     else:
-        a, _ = ops.linear_fwd(x2d, weight, bias, activation, save_z=False, backend=backend)
+        a, _ = ops.on(backend).linear_fwd(x2d, weight, bias, activation)
     return a if x.dim() == 2 else a.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -114,7 +115,8 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
         ValueError: no layers, or not as many weights as biases and activations.
     """
     for activation in activations:
-        check_layer_activation(activation)
+        if activation not in LAYER_ACTIVATIONS:
+            check_layer_activation(activation)
     if not len(weights) == len(biases) == len(activations) or not weights:
         raise ValueError(
             f"expected as many weights as biases and activations, at least one of each, got {len(weights)} weights, "
@@ -144,10 +146,11 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
     elif not x.requires_grad:
         while first < len(weights) and not (_needs_grad(weights[first]) or _needs_grad(biases[first])):
             first += 1
-    for w, b, activation in zip(weights[:first], biases[:first], activations[:first], strict=True):
-        x, _ = ops.linear_fwd(x, w, b, activation, save_z=False, backend=backend)
-    if first == len(weights):
-        return x
+    if first:
+        for w, b, activation in zip(weights[:first], biases[:first], activations[:first], strict=True):
+            x, _ = ops.on(backend).linear_fwd(x, w, b, activation)
+        if first == len(weights):
+            return x
     params = [p for pair in zip(weights[first:], biases[first:], strict=True) for p in pair]
     a, *_ = MLPFunction.apply(x, tuple(activations[first:]), backend, *params)
     return a
@@ -156,11 +159,11 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
 def _check_chain(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
     """Each layer by itself, and each against the layer below."""
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        check_layer(weight, bias, f"weights[{layer}]", f"biases[{layer}]")
+        check_layer(weight, bias, layer)
         if layer == 0:
             continue
         below = weights[layer - 1]
-        if weight.shape[1] != below.shape[0]:
+        if weight.size(1) != below.size(0):
             raise RuntimeError(
                 f"expected weights[{layer}] of shape [out_features, {below.shape[0]}] to follow weights[{layer - 1}] "
                 f"of shape {list(below.shape)}, got {list(weight.shape)}"

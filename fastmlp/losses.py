@@ -13,11 +13,12 @@ from torch.autograd import Function
 from torch.nn import _reduction
 from torch.nn import functional as F
 
-from . import ops, reference, torch_losses
+from . import reference, torch_losses
 from .autocast import is_autocast_enabled
-from .backend import Resolved, functorch_active, resolve
+from .backend import Resolved, functorch_active, get_backend, resolve
 from .checks import check_same_device, check_tensor
 from .torch_losses import Settings
+from .triton_backend import device_of
 
 __all__ = ["CrossEntropyLoss", "SoftmaxCrossEntropy", "cross_entropy"]
 
@@ -33,7 +34,7 @@ def _forward(
         return torch_losses.cross_entropy_fwd(z, target, weight, s)
     from .kernels import cross_entropy_fwd as launch
 
-    with ops._device_of(z):
+    with device_of(z):
         return launch(
             z,
             target,
@@ -64,7 +65,7 @@ def _backward(
         )
     from .kernels import cross_entropy_bwd as launch
 
-    with ops._device_of(z):
+    with device_of(z):
         return launch(
             dloss,
             z,
@@ -197,6 +198,9 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     check_tensor(input, "the input")
+    check_tensor(target, "the target")
+    if torch_losses.torch_is_as_fast(input, target, label_smoothing) and get_backend() != "triton":
+        return _torchs(input, target, weight, ignore_index, reduction, label_smoothing)
     autocast = is_autocast_enabled(input.device.type)
     _check(input, target, weight, ignore_index, reduction, label_smoothing, autocast)
     probabilities = target.is_floating_point()
@@ -210,21 +214,33 @@ def cross_entropy(
     if on_cpu and not (nll or torchs):
         _check_labels(input, target, ignore_index)
     settings = Settings(reduction, ignore_index, float(label_smoothing), dtype, nll)
+    if torchs:
+        return _torchs(input, target, weight, ignore_index, reduction, label_smoothing)
     try:
-        if torchs or torch_losses.torch_is_as_fast(input, settings):
-            return F.cross_entropy(
-                input,
-                target,
-                weight,
-                ignore_index=ignore_index,
-                reduction=reduction,
-                label_smoothing=label_smoothing,
-            )
         if torch.is_grad_enabled() and (input.requires_grad or (probabilities and target.requires_grad)):
             return SoftmaxCrossEntropy.apply(input, target, weight, settings, backend)
         return _unbatched(_forward(*_batched(input, target), weight, settings, backend)[0], input)
-    except IndexError:  # from torch's own check: ours says which label it was
-        if not functorch_active():
+    except IndexError:  # from nll_loss's own check: ours says which label it was
+        _check_labels(input, target, ignore_index)
+        raise
+
+
+def _torchs(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    """torch's own cross-entropy. It checks its arguments itself; ours say more about what is wrong with them."""
+    try:
+        return F.cross_entropy(
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+    except Exception:
+        _check(input, target, weight, ignore_index, reduction, label_smoothing, is_autocast_enabled(input.device.type))
+        if target.is_cpu and not (functorch_active() or target.is_floating_point()):
             _check_labels(input, target, ignore_index)
         raise
 
@@ -263,7 +279,6 @@ def _check(
     autocast: bool,
 ) -> None:
     """Everything that can be seen without looking at values; see ``cross_entropy`` for the exceptions."""
-    check_tensor(target, "the target")
     if weight is not None:
         check_tensor(weight, "weight")
     if not isinstance(ignore_index, int):

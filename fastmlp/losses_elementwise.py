@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from . import ops
 from . import reference_losses as reference
 from .autocast import is_autocast_enabled
 from .backend import Resolved, functorch_active, resolve
 from .checks import check_same_device, check_tensor
+from .triton_backend import device_of
 
 __all__ = ["ElementwiseLoss", "bce_loss", "bce_with_logits", "l1_loss", "mse_loss", "multiclass_nll"]
 
@@ -103,7 +103,7 @@ class ElementwiseLoss(Function):
             from .kernels import elementwise_loss_fwd as launch
 
             scale = None if reduction == "none" else _scale(a, loss, reduction)
-            with ops._device_of(a):
+            with device_of(a):
                 out = launch(_rows(a), _rows(y), loss, scale=scale)
             return out.view(a.shape) if reduction == "none" else out
         if loss in _TORCH:
@@ -127,7 +127,7 @@ class ElementwiseLoss(Function):
             return da, dy, None, None, None
         from .kernels import elementwise_loss_bwd as launch
 
-        with ops._device_of(a):
+        with device_of(a):
             da, dy = launch(
                 _rows(g) if g.dim() else g, _rows(a), _rows(y), ctx.loss, scale=scale, want_da=need_a, want_dy=need_y
             )

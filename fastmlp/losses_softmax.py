@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops
 from . import reference_losses as reference
 from .backend import Resolved, functorch_active, resolve
 from .checks import check_same_device, check_tensor
 from .losses_elementwise import REDUCTIONS, check_loss_arguments, outside_autocast, reduced, wide
+from .triton_backend import device_of
 
 __all__ = ["Softmax", "SoftmaxSquaredError", "softmax", "softmax_squared_error"]
 
@@ -64,7 +64,7 @@ class SoftmaxSquaredError(Function):
         if backend == "triton":
             from .kernels import softmax_squared_error_fwd as launch
 
-            with ops._device_of(z):
+            with device_of(z):
                 return launch(z, target, scale=None if reduction == "none" else _scale(z, reduction))
         rows = reference.softmax_squared_error(wide(z), _values(target, wide(z)))
         return reduced(rows, reduction, len(z)).to(z.dtype)
@@ -82,7 +82,7 @@ class SoftmaxSquaredError(Function):
             return dz.to(z.dtype) if need_z else None, dy.to(target.dtype) if need_y else None, None, None
         from .kernels import softmax_squared_error_bwd as launch
 
-        with ops._device_of(z):
+        with device_of(z):
             dz_out, dy_out = launch(g, z, target, scale=scale, want_dz=need_z, want_dy=need_y)
         return dz_out, dy_out, None, None
 

@@ -111,15 +111,15 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, sizes[0]] (or [B, ...]) to [B, sizes[-1]]."""
         layers = self._linears()
-        if _has_any_global_hook() or not all(_only_computes(layer) for layer in layers):
+        if _has_any_global_hook() or not all(map(_only_computes, layers)):
             check_batch(x, self.sizes[0])
             x = x.flatten(1) if x.dim() > 2 else x
             for layer in layers:
                 x = layer(x)
             return x
-        return functional.mlp(
-            x, [layer.weight for layer in layers], [layer.bias for layer in layers], [f.activation for f in layers]
-        )
+        weights = [_parameter(layer, "weight") for layer in layers]
+        biases = [_parameter(layer, "bias") for layer in layers]
+        return functional.mlp(x, weights, biases, [layer.activation for layer in layers])  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """The sizes; the layers print themselves."""
@@ -232,6 +232,12 @@ def _per_layer(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
 def _only_computes(layer: nn.Module) -> bool:
     """True if calling ``layer`` does nothing but ``Linear.forward``: no hook, no other class, no patched forward."""
     return type(layer).forward is Linear.forward and not _has_hooks(layer) and "forward" not in layer.__dict__
+
+
+def _parameter(layer: nn.Module, name: str) -> Tensor | None:
+    """``layer.weight`` or ``layer.bias``, without the long way that attributes of a module take."""
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else getattr(layer, name)
 
 
 def _has_hooks(layer: nn.Module) -> bool:

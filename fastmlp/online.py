@@ -389,7 +389,7 @@ def _checked(
         raise ValueError(f"block is a number of samples, expected at least 1, got {block}")
     for index, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
         check_activation(activation)
-        check_layer(weight, bias, f"weights[{index}]", f"biases[{index}]")
+        check_layer(weight, bias, index)
         if weight.dtype not in (torch.float32, torch.float64) or weight.device.type != "cpu":
             raise RuntimeError(
                 f"expected weights in float32 or float64 on the CPU, got weights[{index}] in {weight.dtype} on "

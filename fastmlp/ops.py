@@ -1,6 +1,7 @@
-"""The fused operations without autograd: each sends its tensors to the Triton kernel or to plain torch.
+"""The fused operations without autograd: on which backend they run.
 
-While torch.compile traces, the kernels are the operators of ``fastmlp.library``.
+``ops.on(backend)`` is the module whose functions ``linear_fwd``, ``linear_dgrad``, ``linear_wgrad`` and
+``activation_bwd`` do them: ``fastmlp.triton_backend`` or ``fastmlp.torch_backend``.
 
 ``backend`` is what ``fastmlp.backend.resolve`` returned for the operation's input. A backward pass is given the
 backend of its forward pass, because it runs on another thread and possibly outside the ``use_backend`` block.
@@ -9,78 +10,40 @@ Arguments were validated by the callers in ``fastmlp.functional``.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from . import library, torch_backend
+from . import torch_backend, triton_backend
 from .backend import Resolved
 
-__all__ = ["activation_bwd", "linear_dgrad", "linear_fwd", "linear_wgrad"]
+__all__ = ["BackwardOperations", "Operations", "on"]
 
 
-def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, torch operations on their tensors': make them the same."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return nullcontext()
+class BackwardOperations(Protocol):
+    """DZ [M, N], X [M, K], W [N, K]; ``saved`` is what f' needs (``fastmlp.activations.saved_for_grad``)."""
+
+    def linear_dgrad(
+        self, dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity"
+    ) -> Tensor:
+        """DX = (dZ W) * f' with f the activation of the layer below."""
+
+    def linear_wgrad(self, dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
+        """(dW, db or None) of a linear layer with input X."""
+
+    def activation_bwd(self, da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
+        """DZ = dA * f'."""
 
 
-def _dense(saved: Tensor | None) -> Tensor | None:
-    """The kernels address a saved tensor as contiguous; saved_tensors_hooks may have returned any strides."""
-    return None if saved is None else saved.contiguous()
+class Operations(BackwardOperations, Protocol):
+    """Those, and the forward pass with b [N]."""
+
+    def linear_fwd(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, save_z: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(A, Z or None) of A = f(X W^T + b)."""
 
 
-def linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, save_z: bool, backend: Resolved
-) -> tuple[Tensor, Tensor | None]:
-    """(A, Z or None) of A = f(X W^T + b)."""
-    if backend == "torch":
-        return torch_backend.linear_fwd(x, weight, bias, activation, save_z=save_z)
-    if torch.compiler.is_compiling():
-        a, z = library.linear_fwd(x, weight, bias, activation, save_z)
-        return a, z if save_z else None
-    from .kernels import linear_fwd as launch
-
-    with _device_of(x):
-        return launch(x, weight, bias, activation, save_z=save_z)
-
-
-def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None, activation: str, *, backend: Resolved) -> Tensor:
-    """DX = (dZ W) * f' with f the activation of the layer below and ``saved`` what its derivative needs."""
-    if backend == "torch":
-        return torch_backend.linear_dgrad(dz, weight, saved, activation)
-    if torch.compiler.is_compiling():
-        return library.linear_dgrad(dz, weight, saved, activation)
-    from .kernels import linear_dgrad as launch
-
-    with _device_of(dz):
-        return launch(dz, weight, _dense(saved), activation)
-
-
-def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool, backend: Resolved) -> tuple[Tensor, Tensor | None]:
-    """(dW, db or None) of a linear layer with input X."""
-    if backend == "torch":
-        return torch_backend.linear_wgrad(dz, x, bias=bias)
-    if torch.compiler.is_compiling():
-        dw, db = library.linear_wgrad(dz, x, bias)
-        return dw, db if bias else None
-    from .kernels import linear_wgrad as launch
-
-    with _device_of(dz):
-        return launch(dz, x, bias=bias)
-
-
-def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, backend: Resolved) -> Tensor:
-    """DZ = dA * f'."""
-    if activation == "identity":
-        return da
-    if backend == "torch":
-        return torch_backend.activation_bwd(da, saved, activation)
-    if torch.compiler.is_compiling():
-        return library.activation_bwd(da, saved, activation)
-    from .kernels import activation_bwd as launch
-
-    with _device_of(da):
-        return launch(da, _dense(saved), activation)
+def on(backend: Resolved) -> Operations:
+    """The operations on a backend."""
+    return torch_backend if backend == "torch" else triton_backend

@@ -124,7 +124,7 @@ def linear_fwd(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     w, b = problem.weight, problem.bias
     for x, activation in [(problem.pixels, "sigmoid"), *((problem.x, f) for f in ACTIVATIONS)]:
         save_z = saved_for_grad(activation) == "z"
-        a, z = ops.linear_fwd(x, w, b, activation, save_z=save_z, backend=backend)
+        a, z = ops.on(backend).linear_fwd(x, w, b, activation, save_z=save_z)
         what = f"{activation}, uint8" if x.dtype == torch.uint8 else activation
         for name, actual, f in (("A", a, activation), ("Z", z, "identity")):
             if actual is not None:
@@ -149,7 +149,7 @@ def linear_dgrad(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     dz, w = problem.dz, problem.weight
     for activation in ACTIVATIONS:
         saved, z = _saved(problem, activation)
-        actual = ops.linear_dgrad(dz, w, saved, activation, backend=backend)
+        actual = ops.on(backend).linear_dgrad(dz, w, saved, activation)
         yield Comparison(
             f"dX ({activation})",
             actual,
@@ -164,7 +164,7 @@ def linear_wgrad(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     dz = problem.dz
     for x in (problem.x, problem.pixels):
         what = "uint8" if x.dtype == torch.uint8 else "float"
-        dw, db = ops.linear_wgrad(dz, x, bias=True, backend=backend)
+        dw, db = ops.on(backend).linear_wgrad(dz, x)
         assert db is not None
         (dw64, db64), (dw_torch, db_torch) = (
             reference.linear_wgrad(dz.double(), _double(x)),
@@ -181,7 +181,7 @@ def activation_bwd(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
         saved, z = _saved(problem, activation)
         yield Comparison(
             f"dZ ({activation})",
-            ops.activation_bwd(da, saved, activation, backend=backend),
+            ops.on(backend).activation_bwd(da, saved, activation),
             da.double() * reference.activation_grad(z.double(), activation),
             da * reference.activation_grad(z, activation),
             1,

@@ -16,8 +16,8 @@ from .cpu_gemm import EPILOGUES
 __all__ = ["activation_bwd", "linear_dgrad", "linear_fwd", "linear_wgrad"]
 
 
-def _pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x
+def _scaled(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    return pixels.to(dtype).div_(255)
 
 
 def _activate(z: Tensor, activation: str, *, keep_z: bool) -> Tensor:
@@ -47,7 +47,8 @@ def linear_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, save_z: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N]."""
-    x = _pixels(x, weight.dtype)
+    if x.dtype == torch.uint8:
+        x = _scaled(x, weight.dtype)
     if not save_z and activation in EPILOGUES:
         return torch_products.linear(x, weight, bias, activation), None
     z = torch_products.linear(x, weight, bias, "identity")
@@ -83,9 +84,12 @@ def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, inplace
 
 def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
     """DX = (dZ W) * f' with f the activation of the layer below."""
-    return activation_bwd(torch_products.dgrad(dz, weight), saved, activation, inplace=True)
+    da = torch_products.dgrad(dz, weight)
+    return da if activation == "identity" else activation_bwd(da, saved, activation, inplace=True)
 
 
 def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
     """(dW, db or None): dW = dZ^T X, db = sum over the batch of dZ."""
-    return torch_products.wgrad(dz, _pixels(x, dz.dtype)), dz.sum(0) if bias else None
+    if x.dtype == torch.uint8:
+        x = _scaled(x, dz.dtype)
+    return torch_products.wgrad(dz, x), dz.sum(0) if bias else None

@@ -18,6 +18,8 @@ from .cpu_choices import instruction_set
 
 __all__ = ["Settings", "cross_entropy_bwd", "cross_entropy_fwd", "torch_is_as_fast", "vector_width"]
 
+_WIDE = (torch.float32, torch.float64)
+_LABELS = (torch.int64, torch.uint8)
 #: Rows from which the softmax of short ones gains more than a node of the tape in Python costs.
 _MANY_ROWS = 256
 
@@ -77,12 +79,21 @@ def _rows_are_short(z: Tensor) -> bool:
     torch's softmax takes such a row element by element: with AVX-512 one of 10 classes, ten times as slowly as the
     columns of Z^T; with AVX2 none but those of fewer than 8 classes.
     """
-    return z.shape[0] >= _MANY_ROWS and z.shape[1] < vector_width(torch.promote_types(z.dtype, torch.float32))
+    return z.size(0) >= _MANY_ROWS and z.shape[1] < vector_width(torch.promote_types(z.dtype, torch.float32))
 
 
-def torch_is_as_fast(z: Tensor, s: Settings) -> bool:
+def torch_is_as_fast(z: Tensor, target: Tensor, smoothing: float) -> bool:
     """Whether torch.nn.functional.cross_entropy does the same work in the same precision, without a node in Python."""
-    return s.nll and s.dtype == z.dtype == s.compute_dtype and not _rows_are_short(z)
+    return (
+        z.is_cpu
+        and target.is_cpu
+        and z.dim() == 2
+        and z.dtype in _WIDE
+        and target.dtype in _LABELS
+        and isinstance(smoothing, (int, float))
+        and smoothing == 0
+        and not _rows_are_short(z)
+    )
 
 
 def cross_entropy_fwd(

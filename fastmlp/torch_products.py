@@ -8,6 +8,8 @@ of torch.func, a dispatch mode, a subclass of Tensor) goes to aten, whose operat
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -20,6 +22,11 @@ __all__ = ["dgrad", "linear", "wgrad"]
 #: Multiplications of a product that repay asking which library is faster: 64 rows and a layer of 256 x 256.
 _LARGE = 1 << 22
 _PLAIN = (Tensor, Parameter)
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid_,
+    "relu": torch.relu_,
+    "tanh": torch.tanh_,
+}
 
 
 def _unseen(a: Tensor, b: Tensor) -> bool:
@@ -34,54 +41,62 @@ def _unseen(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _product_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """``cpu_gemm.product_dtype`` where it is this function's to choose, else the operands' own."""
-    return cpu_gemm.product_dtype(a.dtype) if a.dtype.itemsize == 2 and _unseen(a, b) else a.dtype
+def _wide(a: Tensor, b: Tensor) -> torch.dtype | None:
+    """float32 for 16 bits that the processor cannot multiply, where that is this function's to choose; else None."""
+    if not _unseen(a, b):
+        return None
+    wide = cpu_gemm.product_dtype(a.dtype)
+    return None if wide == a.dtype else wide
 
 
-def _may_choose(work: int, a: Tensor, b: Tensor) -> bool:
-    """Whether it is worth asking for the faster library, with ``work`` multiplications."""
-    return work >= _LARGE and _unseen(a, b) and a.is_contiguous() and b.is_contiguous()
+def _may_choose(a: Tensor, b: Tensor) -> bool:
+    """Whether the library is this function's to choose, for a product that is large enough."""
+    return _unseen(a, b) and a.is_contiguous() and b.is_contiguous()
+
+
+def _chosen(library: cpu_gemm.Library) -> cpu_gemm.Library:
+    """What was measured to find out is kept for later processes."""
+    cpu_gemm.keep_choices()
+    return library
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """f(X W^T + b), new memory; ``activation`` is one of ``cpu_gemm.EPILOGUES``."""
-    wide = _product_dtype(x, weight)
-    if wide != weight.dtype:
+    if weight.dtype.itemsize == 2 and (wide := _wide(x, weight)) is not None:
         wide_b = None if bias is None else bias.to(wide)
         return linear(x.to(wide), weight.to(wide), wide_b, activation).to(weight.dtype)
-    epilogue = cpu_gemm.EPILOGUES[activation]
-    if _may_choose(x.shape[0] * weight.numel(), x, weight):
-        library = cpu_gemm.linear_library(x.shape[0], weight, bias, epilogue)
-        cpu_gemm.keep_choices()
-        if library == "onednn":
+    if x.size(0) * weight.numel() >= _LARGE and _may_choose(x, weight):
+        epilogue = cpu_gemm.EPILOGUES[activation]
+        if _chosen(cpu_gemm.linear_library(x.size(0), weight, bias, epilogue)) == "onednn":
             return cpu_gemm.onednn_linear(x, weight, bias, epilogue)
-    z = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-    return cpu_gemm.finished(z, epilogue)
+    z = torch.nn.functional.linear(x, weight, bias)
+    return z if activation == "identity" else _IN_PLACE[activation](z)
 
 
 def dgrad(dz: Tensor, weight: Tensor) -> Tensor:
     """dZ W, new memory."""
-    wide = _product_dtype(dz, weight)
-    if wide != weight.dtype:
+    if weight.dtype.itemsize == 2 and (wide := _wide(dz, weight)) is not None:
         return dgrad(dz.to(wide), weight.to(wide)).to(weight.dtype)
-    if _may_choose(dz.shape[0] * weight.numel(), dz, weight):
-        library = cpu_gemm.dgrad_library(dz.shape[0], weight)
-        cpu_gemm.keep_choices()
-        if library == "onednn":
-            return cpu_gemm.onednn_linear(dz, weight.t(), None, "none")
+    if (
+        dz.size(0) * weight.numel() >= _LARGE
+        and _may_choose(dz, weight)
+        and _chosen(cpu_gemm.dgrad_library(dz.size(0), weight)) == "onednn"
+    ):
+        return cpu_gemm.onednn_linear(dz, weight.t(), None, "none")
     return torch.mm(dz, weight)
 
 
 def wgrad(dz: Tensor, x: Tensor) -> Tensor:
     """dZ^T X, new memory."""
-    wide = _product_dtype(dz, x)
-    if wide != dz.dtype:
+    if dz.dtype.itemsize == 2 and (wide := _wide(dz, x)) is not None:
         return wgrad(dz.to(wide), x.to(wide)).to(dz.dtype)
-    (m, n), k = dz.shape, x.shape[1]
-    if _may_choose(m * n * k, dz, x):
-        library = cpu_gemm.wgrad_library(m, k, n, dz.dtype)
-        cpu_gemm.keep_choices()
-        if library == "onednn":
-            return cpu_gemm.onednn_wgrad(dz, x)
+    m = x.size(0)
+    if m == 1:  # one product an element, which BLAS computes several times as slowly
+        return torch.mul(dz.t(), x)
+    if (
+        dz.size(1) * x.numel() >= _LARGE
+        and _may_choose(dz, x)
+        and _chosen(cpu_gemm.wgrad_library(m, x.size(1), dz.size(1), dz.dtype)) == "onednn"
+    ):
+        return cpu_gemm.onednn_wgrad(dz, x)
     return torch.mm(dz.t(), x)

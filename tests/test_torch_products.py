@@ -103,6 +103,19 @@ def test_16_bits_by_way_of_float32(monkeypatch, m, dtype):
     assert_within_budget(model, x, y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_single_samples(dtype):
+    """Outer products: one multiplication an element, the gradients as contiguous as any."""
+    model, x, y = model_and_batch(dtype, m=1)
+    assert_within_budget(model, x, y)
+    spread = torch.randn(SIZES[0], 3).to(dtype)[:, :1].t()
+    for row in (x, spread, x[:, :1].expand(1, SIZES[0])):
+        dz = torch.randn(1, 5).to(dtype)
+        dw = torch_products.wgrad(dz, row)
+        assert dw.is_contiguous()
+        assert torch.equal(dw, dz[0].unsqueeze(1) * row)
+
+
 def test_autocast_by_way_of_float32(monkeypatch):
     widen_16_bits(monkeypatch)
     model, x, _y = model_and_batch()

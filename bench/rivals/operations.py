@@ -111,7 +111,7 @@ class _FastRun(_TapeRun):
         return fastmlp.functional.cross_entropy(z, y)
 
     def wgrad(self, dz: Tensor, x: Tensor) -> object:
-        return ops.linear_wgrad(dz, x, bias=True, backend=self.backend)
+        return ops.on(self.backend).linear_wgrad(dz, x)
 
     def compute(self, *inputs: Tensor) -> object:
         if not self.fused_head:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import reference, torch_backend
 from .. import reference_losses as losses_reference
 from ..activations import saved_for_grad
 from ..functional import cross_entropy, linear_act, softmax
@@ -56,7 +56,7 @@ def _slope(z: Tensor, activation: str) -> Tensor:
     """f'(z) as the backward pass has it: from what the forward pass keeps, dA = 1."""
     a = reference.activate(z, activation).unsqueeze(0)
     saved = a if saved_for_grad(activation) else None
-    return ops.activation_bwd(torch.ones_like(a), saved, activation, backend="torch")[0]
+    return torch_backend.activation_bwd(torch.ones_like(a), saved, activation)[0]
 
 
 def _activations(recorder: Recorder) -> None:
@@ -118,7 +118,7 @@ def _layer_identities(recorder: Recorder) -> None:
 def _layer_kernels(recorder: Recorder) -> None:
     """The same identities as the operations compute them, on rows: X [M, K], W [N, K]."""
     x, w, dz = _draw(5, 4), _draw(3, 4, seed=1), _draw(5, 3, seed=2)
-    dw, db = ops.linear_wgrad(dz, x, bias=True, backend="torch")
+    dw, db = torch_backend.linear_wgrad(dz, x)
     numeric = derivative(lambda w: (dz * (x @ w.t())).sum(), w)
     recorder.close("002", "dL/dW = l_prev^T dL/dl, a sum of outer products", dw, numeric, TOLERANCE)
     recorder.close(
@@ -130,10 +130,10 @@ def _layer_kernels(recorder: Recorder) -> None:
     )
     assert db is not None
     recorder.close("002", "dL/db = dL/dl", db, derivative(lambda b: (dz * (x @ w.t() + b)).sum(), _draw(3)), TOLERANCE)
-    dx = ops.linear_dgrad(dz, w, None, "identity", backend="torch")
+    dx = torch_backend.linear_dgrad(dz, w)
     recorder.close("002", "dL/dl_prev = dL/dl W^T", dx, derivative(lambda x: (dz * (x @ w.t())).sum(), x), TOLERANCE)
     a = torch.sigmoid(_draw(5, 4, seed=6))
-    fused = ops.linear_dgrad(dz, w, a, "sigmoid", backend="torch")
+    fused = torch_backend.linear_dgrad(dz, w, a, "sigmoid")
     recorder.close("002", "with sigmoid below: (dL/dl W^T) * phi'", fused, (dz @ w) * a * (1 - a), 1e-14)
 
 

@@ -157,7 +157,7 @@ def loss_and_gradients(
         inputs.append(a)
         is_last = len(inputs) == len(weights)
         fused = "identity" if activation == "softmax" or (is_last and direct) else activation
-        z, _ = ops.linear_fwd(a, w, b, fused, save_z=False, backend=backend)
+        z, _ = ops.on(backend).linear_fwd(a, w, b, fused)
         a = torch.softmax(z, 1) if activation == "softmax" and not (is_last and direct) else z
     if direct == "cross_entropy":  # concept 50: dL/dZ^L = softmax(Z^L) - y, here for any y of sum 1
         value, dz = reference.cross_entropy(z, y, reduction="sum"), torch.softmax(z, 1).sub_(y)
@@ -170,7 +170,7 @@ def loss_and_gradients(
         dz = _within(losses_reference.elementwise_loss_grad(a, y, kind), a, activations[-1], backend)
     dws, dbs = [], []
     for layer in range(len(weights) - 1, -1, -1):
-        dw, db = ops.linear_wgrad(dz, inputs[layer], bias=True, backend=backend)
+        dw, db = ops.on(backend).linear_wgrad(dz, inputs[layer])
         assert db is not None
         dws.append(dw)
         dbs.append(db)
@@ -182,16 +182,16 @@ def loss_and_gradients(
 def _below(dz: Tensor, weight: Tensor, a: Tensor, activation: str, backend: Resolved) -> Tensor:
     """Link two layers, then within the lower one, in one product where the activation is elementwise."""
     if activation == "softmax":
-        return _within(ops.linear_dgrad(dz, weight, None, "identity", backend=backend), a, activation, backend)
+        return _within(ops.on(backend).linear_dgrad(dz, weight), a, activation, backend)
     saved = a if saved_for_grad(activation) else None
-    return ops.linear_dgrad(dz, weight, saved, activation, backend=backend)
+    return ops.on(backend).linear_dgrad(dz, weight, saved, activation)
 
 
 def _within(da: Tensor, a: Tensor, activation: str, backend: Resolved) -> Tensor:
     """DL/dZ of a layer from dL/dA and its output A."""
     if activation == "softmax":
         return losses_reference.softmax_backward(da, a)
-    return ops.activation_bwd(da, a if saved_for_grad(activation) else None, activation, backend=backend)
+    return ops.on(backend).activation_bwd(da, a if saved_for_grad(activation) else None, activation)
 
 
 def _step_size(step_size: float | Callable[[int], float], t: int) -> float:
