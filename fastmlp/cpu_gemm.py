@@ -32,6 +32,7 @@ __all__ = [
     "dgrad",
     "dgrad_library",
     "finished",
+    "finished_into",
     "get_cpu_gemm",
     "keep_choices",
     "linear",
@@ -45,7 +46,7 @@ __all__ = [
     "wgrad_update",
 ]
 
-Library = Literal["aten", "onednn", "addmm", "rows"]
+Library = Literal["aten", "onednn", "addmm", "rows", "each"]
 LIBRARIES: tuple[Library, ...] = get_args(Library)
 CPU_GEMMS = ("auto", "aten", "onednn")
 
@@ -91,8 +92,8 @@ def get_cpu_gemm() -> str:
 
 
 def choices() -> dict[tuple[object, ...], str]:
-    """What was chosen so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn", for a single sample one of
-    the ways of ``fastmlp.cpu_sample``.
+    """What was chosen so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn", for few rows one of the
+    ways of ``fastmlp.cpu_layer``.
 
     M is the power of two at or below the batch sizes that the answer is used for, 512 for all larger ones.
     """
@@ -239,6 +240,19 @@ def finished(z: Tensor, epilogue: str) -> Tensor:
         case "tanh":
             return z.tanh_()
     return z
+
+
+def finished_into(out: Tensor, z: Tensor, epilogue: str) -> None:
+    """f(Z) into ``out``, of any strides."""
+    match epilogue:
+        case "sigmoid":
+            torch.sigmoid(z, out=out)
+        case "relu":
+            torch.ops.aten.relu.out(z, out=out)
+        case "tanh":
+            torch.tanh(z, out=out)
+        case _:
+            out.copy_(z)
 
 
 def linear_library(m: int, weight: Tensor, bias: Tensor | None, epilogue: str) -> Library:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import cpu_gemm
 from .activations import LEAKY_SLOPE, saved_for_grad
-from .cpu_sample import sample_products
+from .cpu_layer import Products, layer_products
 from .nn import Linear
 from .online import online_epoch
 from .step_config import OptimizerConfig
@@ -104,11 +104,8 @@ class _Plan:
     x: Tensor
     pixels: Tensor | None
     y: Tensor | None
-    linear: list[Callable[[Tensor], Tensor]]
+    products: list[Products]
     kept_a: list[Tensor | None]
-    dgrad: list[Callable[[Tensor], Tensor] | None]
-    wgrad: list[Callable[[Tensor, Tensor], Tensor] | None]
-    update: list[Callable[[Tensor, Tensor, float], object] | None]
     loss: LossFunction
 
 
@@ -153,23 +150,15 @@ class TorchStep:
         new = layers[0].weight.new_empty
         loss = loss_function(self.loss, m, layers[-1].weight.shape[0], dtype, self._scale)
         y = torch.empty(m, dtype=torch.int64) if takes_classes(self.loss) else None
-        plan = _Plan(new((m, layers[0].weight.shape[1])), None, y, [], [], [], [], [], loss)
+        plan = _Plan(new((m, layers[0].weight.shape[1])), None, y, [], [], loss)
         for i, layer in enumerate(layers):
             n, k = layer.weight.shape
             fused = layer.activation if layer.activation in _FUSED else "identity"
             out, dx = new((m, n)), new((m, k)) if i > self.lowest else None
-            if m == 1:
-                of_sample = sample_products(layer.weight, layer.bias, fused, out, dx)
-                plan.linear.append(of_sample.linear)
-                plan.dgrad.append(of_sample.dgrad)
-                plan.update.append(of_sample.update if layer.in_place else None)
-            else:
-                plan.linear.append(cpu_gemm.linear(m, layer.weight, layer.bias, fused, out))
-                plan.dgrad.append(None if dx is None else cpu_gemm.dgrad(m, layer.weight, dx))
-                plan.update.append(cpu_gemm.wgrad_update(m, layer.weight) if layer.in_place else None)
+            dw = self._wgrad_buffer(i) if layer.train_w and not layer.in_place else None
+            products = layer_products(m, layer.weight, layer.bias, fused, out, dx, update=layer.in_place, dw=dw)
+            plan.products.append(products)
             plan.kept_a.append(None if layer.activation in _FUSED else new((m, n)))
-            stored = layer.train_w and not layer.in_place
-            plan.wgrad.append(cpu_gemm.wgrad(m, self._wgrad_buffer(i), dtype) if stored else None)
         cpu_gemm.keep_choices()
         return plan
 
@@ -248,9 +237,9 @@ class TorchStep:
             y = torch.index_select(y, 0, rows, out=plan.y)
         a = self._input(plan, x, rows)
         inputs, outputs = [], []
-        for layer, linear, kept in zip(self.layers, plan.linear, plan.kept_a, strict=True):
+        for layer, products, kept in zip(self.layers, plan.products, plan.kept_a, strict=True):
             inputs.append(a)
-            z = linear(a)
+            z = products.linear(a)
             a = z if kept is None else _activate_into(kept, z, layer.activation)
             outputs.append(z if layer.saves_z else a)
         return plan, inputs, outputs, plan.loss(a, y, out)
@@ -281,7 +270,7 @@ class TorchStep:
         """From the last layer down; ``consume(plan, layer, dZ, X)`` takes each layer's gradient."""
         for i in range(len(self.layers) - 1, self.lowest - 1, -1):
             dz = activation_bwd(da, outputs[i], self.layers[i].activation, inplace=True)
-            dgrad = plan.dgrad[i]
+            dgrad = plan.products[i].dgrad
             if dgrad is not None:  # before the weight changes
                 da = dgrad(dz)
             consume(plan, i, dz, inputs[i])
@@ -289,11 +278,11 @@ class TorchStep:
     def _apply_plain(self, plan: _Plan, i: int, dz: Tensor, x: Tensor) -> None:
         """W -= lr dZ^T X, b -= lr sum dZ."""
         layer, lr = self.layers[i], self.config.lr
-        update, wgrad, db = plan.update[i], plan.wgrad[i], self._db[i]
-        if update is not None:
-            update(dz, x, lr)
-        elif wgrad is not None:
-            grad = wgrad(dz, x)
+        products, db = plan.products[i], self._db[i]
+        if products.update is not None:
+            products.update(dz, x, lr)
+        elif products.wgrad is not None:
+            grad = products.wgrad(dz, x)
             if grad.dtype != layer.master_w.dtype:
                 grad = self.optimizer.grads[layer.grad_w].copy_(grad)
             layer.master_w.add_(grad, alpha=-lr)
@@ -306,7 +295,7 @@ class TorchStep:
         """Write dW and db into the gradients."""
         layer, grads = self.layers[i], self.optimizer.grads
         if layer.train_w:
-            wgrad, into = plan.wgrad[i], grads[layer.grad_w]
+            wgrad, into = plan.products[i].wgrad, grads[layer.grad_w]
             if wgrad is None:
                 torch.mm(dz.t(), x, out=into)
             else:

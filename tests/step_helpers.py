@@ -258,8 +258,10 @@ def allocations(step: Callable[[], object], warm: int = 3, steps: int = 2) -> li
 
     for _ in range(warm):
         step()
-    # What the collector frees of other tests' garbage is not the step's.
+    # What the collector frees of other tests' garbage is not the step's. What it leaves (after a thousand compiled
+    # kernels it takes a second to look through) need not be looked at by the next test again.
     gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:

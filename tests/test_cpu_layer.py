@@ -1,0 +1,164 @@
+"""The products of few rows: every way of them, what is measured, and the blocks that threads share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastmlp
+from fastmlp import cpu_gemm, cpu_layer, reference
+from fastmlp.activations import ACTIVATIONS
+
+from .step_helpers import (
+    OPTIMIZERS,
+    Reference,
+    allocations,
+    assert_run_within_budget,
+    converted,
+    flat,
+    for_step,
+    fresh_choices,  # noqa: F401
+    needs_onednn,
+    network,
+    problem,
+)
+
+SIZES = (13, 16, 12, 6)
+#: (rows, way of doing their products)
+WAYS = [
+    (1, "aten"),
+    (1, "addmm"),
+    pytest.param(1, "onednn", marks=needs_onednn),
+    (1, "rows"),
+    (3, "each"),
+    pytest.param(3, "onednn", marks=needs_onednn),
+    (3, "rows"),
+]
+
+
+@pytest.fixture(autouse=True)
+def two_blocks(monkeypatch, fresh_choices) -> None:  # noqa: F811
+    """Every layer of ``SIZES`` is large enough to be shared by two threads."""
+    monkeypatch.setattr(cpu_layer, "row_blocks", lambda rows, columns: 2)
+    fastmlp.set_cpu_gemm("auto")
+
+
+def take(monkeypatch, way: str) -> None:
+    """For few rows; products by themselves are aten's, or all oneDNN's."""
+    other = "onednn" if way == "onednn" else "aten"
+    monkeypatch.setattr(
+        cpu_gemm, "choose", lambda kind, *args: way if kind.startswith(("sample", "few rows")) else other
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+@pytest.mark.parametrize(("rows", "way"), WAYS)
+def test_every_way_trains(monkeypatch, rows, way, optimizer, activation, bias):
+    """Six steps are those of torch.optim in float64, to rounding."""
+    take(monkeypatch, way)
+    model = network(SIZES, activation, bias=bias)
+    x, y = problem(SIZES, 6 * rows)
+    batches, settings = list(zip(x.split(rows), y.split(rows), strict=True)), OPTIMIZERS[optimizer]
+    expected = Reference(model, settings).train(batches).flat()
+    own = Reference(model, settings, master=torch.float32).train(batches).flat()
+    model = converted(model, torch.float32)
+    step = fastmlp.TrainStep(model, **settings)
+    for batch in batches:
+        step(*for_step(*batch, torch.float32))
+    assert_run_within_budget(flat(model), expected, own, 6, torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("activation", ["identity", "sigmoid", "relu", "tanh"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("rows", "way"), WAYS)
+def test_products(monkeypatch, rows, way, bias, activation):
+    """Each of them against float64; nothing of what was in the buffers is left."""
+    take(monkeypatch, way)
+    n, k = 16, 13
+    weight, b = torch.randn(n, k), torch.randn(n) if bias else None
+    x, dz = torch.randn(rows, k), torch.randn(rows, n)
+    before = weight.double()
+    out, dx, dw = (torch.full(shape, float("nan")) for shape in ((rows, n), (rows, k), (n, k)))
+    stored = cpu_layer.layer_products(rows, weight, b, activation, out, dx, dw=dw)
+    assert stored.update is None
+    assert stored.wgrad is not None
+    products = cpu_layer.layer_products(rows, weight, b, activation, out, dx, update=True)
+    assert products.wgrad is None
+    assert products.update is not None
+    assert products.dgrad is not None
+    exact = reference.linear_act(x.double(), before, None if b is None else b.double(), activation)
+    torch.testing.assert_close(products.linear(x), exact.float())
+    torch.testing.assert_close(products.dgrad(dz), (dz.double() @ before).float())
+    exact_dw = dz.double().t() @ x.double()
+    torch.testing.assert_close(stored.wgrad(dz, x), exact_dw.float())
+    assert torch.equal(weight, before.float())
+    products.update(dz, x, 0.25)
+    torch.testing.assert_close(weight, (before - 0.25 * exact_dw).float())
+    frozen = cpu_layer.layer_products(rows, weight, b, activation, out, None)
+    assert frozen[1:] == (None, None, None)
+
+
+@pytest.mark.parametrize(("rows", "way"), [w for w in WAYS if type(w) is tuple])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+def test_a_step_allocates_nothing(monkeypatch, rows, way, optimizer):
+    take(monkeypatch, way)
+    x, y = for_step(*problem(SIZES, rows), torch.float32)
+    step = fastmlp.TrainStep(converted(network(SIZES), torch.float32), **OPTIMIZERS[optimizer])
+    assert allocations(lambda: step(x, y)) == []
+
+
+@needs_onednn
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_every_layer_is_measured_once(rows, optimizer):
+    model = converted(network(SIZES), torch.float32)
+    x, y = for_step(*problem(SIZES, 2 * rows), torch.float32)
+    step = fastmlp.TrainStep(model, **OPTIMIZERS[optimizer])
+    for i in range(2):
+        step(x[i * rows : (i + 1) * rows], y[i * rows : (i + 1) * rows])
+    kind, stored = ("sample", "") if rows == 1 else ("few rows", " stored" if optimizer == "adamw" else "")
+    measured_rows = {1: 1, 5: 4}[rows]
+    assert set(cpu_gemm.choices()) == {
+        (kind + what + stored, measured_rows, k, n, torch.float32, torch.get_num_threads())
+        for what, k, n in ((" without dgrad", 13, 16), ("", 16, 12), ("", 12, 6))
+    }
+    assert set(cpu_gemm.choices().values()) <= ({"aten", "addmm", "rows"} if rows == 1 else {"each", "rows"})
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes_are_not_measured(dtype, rows):
+    weight = torch.randn(16, 12).to(dtype)
+    out, dx = weight.new_empty(rows, 16), weight.new_empty(rows, 12)
+    cpu_layer.layer_products(rows, weight, None, "identity", out, dx, update=True)
+    assert cpu_gemm.choices() == {}
+
+
+def test_many_rows_are_not_measured_together(monkeypatch):
+    monkeypatch.setattr(cpu_layer, "_by_rows", None)
+    take(monkeypatch, "rows")
+    rows = cpu_layer.FEW_ROWS + 1
+    weight = torch.randn(16, 12)
+    cpu_layer.layer_products(rows, weight, None, "identity", torch.empty(rows, 16), torch.empty(rows, 12), update=True)
+
+
+def test_blocks(monkeypatch):
+    """As aten shares elements: 32,768 for a thread at least, and one block unless all are whole rows."""
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert [cpu_layer.row_blocks(*shape) for shape in ((64, 512), (128, 512), (512, 512), (66, 4096), (10, 4096))] == [
+        1, 2, 4, 1, 2,
+    ]  # fmt: skip
+    assert cpu_layer.row_blocks(0, 5) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_way_that_was_kept_for_other_blocks_is_not_taken(monkeypatch, rows):
+    """A cache that says "rows" where the rows cannot be shared alike leaves the products to BLAS."""
+    take(monkeypatch, "rows")
+    monkeypatch.setattr(cpu_layer, "row_blocks", lambda rows, columns: 1)
+    monkeypatch.setattr(cpu_layer, "_by_rows", None)
+    weight = torch.randn(16, 12)
+    cpu_layer.layer_products(rows, weight, None, "identity", torch.empty(rows, 16), torch.empty(rows, 12))
