@@ -3,7 +3,8 @@
 A contender is compared by its time in units of the baseline's in the same round, which a machine that is slower today
 changes little; the baseline, and contenders of runs without it, by their times. The spread of n rounds is their whole
 range: of two runs of n rounds that nothing but chance tells apart, the ranges do not overlap once in C(2n, n) / 2 (for
-n = 5, 126).
+n = 5, 126). But no less than 5 % either side of the median: a process keeps to its places in memory, whatever the
+rounds, and the next one has others.
 """
 
 from __future__ import annotations
@@ -17,12 +18,9 @@ import click
 
 from .results import Document
 from .rivals import BASELINE
-from .tables import by_rival, duration, median, ratio_with_range, ratios, spread
+from .tables import by_rival, duration, median, ratio_with_range, ratios, spread, stated_range
 
 __all__ = ["Change", "compare", "print_changes"]
-
-#: Less than this is no change, however narrow the spreads are.
-TOLERANCE = 0.05
 
 _Case = dict[str, Any]
 _Entry = dict[str, Any]
@@ -53,14 +51,14 @@ class Change:
 
     @property
     def agrees(self) -> bool:
-        """Whether the ranges of the rounds overlap."""
-        a, b = self._times(self.before), self._times(self.after)
-        return min(a) <= max(b) and min(b) <= max(a)
+        """Whether the stated ranges overlap."""
+        a, b = stated_range(self._times(self.before)), stated_range(self._times(self.after))
+        return a[0] <= b[1] and b[0] <= a[1]
 
     @property
     def verdict(self) -> str:
-        """slower, faster or same: ranges that do not overlap, and medians that differ by more than 5 %."""
-        if self.agrees or 1 / (1 + TOLERANCE) <= self.factor <= 1 + TOLERANCE:
+        """slower, faster or same."""
+        if self.agrees:
             return "same"
         return "slower" if self.factor > 1 else "faster"
 

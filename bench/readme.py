@@ -13,7 +13,7 @@ from .machine import ROOT
 from .presets import REFERENCE
 from .report import NOT_MEASURED
 from .results import Document
-from .tables import by_rival, duration, epoch_seconds, median, ratios, spread
+from .tables import by_rival, duration, epoch_seconds, median, ratios, spread, stated_range
 
 __all__ = ["BEGIN", "END", "speed_section", "update_readme"]
 
@@ -50,7 +50,8 @@ def _cell(case: dict[str, Any], rival: str) -> str:
     times, text = ratios(case, entry), duration(median(entry))
     if rival == "eager" or not times:
         return f"{text} {spread(entry)}"
-    return f"{text}: {statistics.median(times):.2f}× ({min(times):.2f}–{max(times):.2f})"
+    smallest, largest = stated_range(times)
+    return f"{text}: {statistics.median(times):.2f}× ({smallest:.2f}–{largest:.2f})"
 
 
 def speed_section(documents: list[Document]) -> str:

@@ -37,6 +37,7 @@ are taken, and what they do not say, is in [README.md](README.md).
 
 Times are medians over rounds in which all contenders take turns; the spread is half the distance between the fastest
 and the slowest round. "×" is how many times as fast as PyTorch eager in the same round: median, smallest and largest.
+Neither spread is stated as less than 5 % either way, by which one process may differ from the next.
 Every contender's result was compared with float64 before it was timed, and one that was wrong has no time.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from . import machine
@@ -14,11 +14,14 @@ from .problems import GATE_CALLS
 from .results import FORMAT, Document
 from .rivals import rivals_for
 from .rivals.protocol import Rival, Run
-from .timing import TURN_S, interleaved
+from .timing import TURN_S, Turns, take_turns
 
-__all__ = ["prepare", "run_case", "run_preset"]
+__all__ = ["BuiltCase", "groups", "prepare", "run_preset"]
 
 Log = Callable[[str], None]
+
+#: What the cases of a group may take together, with so many contenders each.
+GROUP_BYTES, _CONTENDERS = 4 << 30, 10
 
 
 def prepare(rival: Rival, case: Case) -> tuple[dict[str, Any], Run | None]:
@@ -48,52 +51,81 @@ def prepare(rival: Rival, case: Case) -> tuple[dict[str, Any], Run | None]:
     return {**entry, "status": "ok", "reason": ""}, run
 
 
-def run_case(case: Case, rounds: int, log: Log, turn_s: float = TURN_S) -> dict[str, Any]:
-    """The case's entry in the JSON."""
-    problem = case.problem
-    entries, runs = [], {}
-    for rival in rivals_for(problem):
-        entry, run = prepare(rival, case)
-        entries.append(entry)
-        if run is not None:
-            runs[rival.name] = run
-        elif entry["status"] in ("wrong", "failed"):
-            log(f"  {rival.label}: {entry['status']}: {entry['reason']}")
-    samples = interleaved(runs, rounds, problem.device, turn_s=turn_s) if runs else {}
-    for entry in entries:
-        if entry["rival"] in samples:
-            taken = samples[entry["rival"]]
-            entry |= {"calls": taken.calls, "seconds": taken.seconds}
-    return {
-        "problem": problem.describe(),
-        "axis": case.axis,
-        "value": case.value,
-        "flops": problem.flops,
-        "bytes": problem.bytes,
-        "rows": problem.rows,
-        "results": entries,
-    }
+class BuiltCase:
+    """A case whose contenders are built, judged and warmed up."""
+
+    def __init__(self, case: Case, log: Log, turn_s: float = TURN_S) -> None:
+        self.case = case
+        self._entries, runs = [], {}
+        for rival in rivals_for(case.problem):
+            entry, run = prepare(rival, case)
+            self._entries.append(entry)
+            if run is not None:
+                runs[rival.name] = run
+            elif entry["status"] in ("wrong", "failed"):
+                log(f"  {rival.label}: {entry['status']}: {entry['reason']}")
+        self.turns = Turns(runs, case.problem.device, turn_s=turn_s)
+
+    def entry(self) -> dict[str, Any]:
+        """The case in the JSON, with the times taken so far."""
+        problem = self.case.problem
+        for entry in self._entries:
+            if entry["rival"] in self.turns.samples:
+                taken = self.turns.samples[entry["rival"]]
+                entry |= {"calls": taken.calls, "seconds": taken.seconds}
+        return {
+            "problem": problem.describe(),
+            "axis": self.case.axis,
+            "value": self.case.value,
+            "flops": problem.flops,
+            "bytes": problem.bytes,
+            "rows": problem.rows,
+            "results": self._entries,
+        }
+
+
+def groups(cases: Sequence[Case]) -> Iterator[list[Case]]:
+    """Cases in their order, as many at a time as fit the memory: those of a group take their rounds together."""
+    group: list[Case] = []
+    taken = 0
+    for case in cases:
+        size = _CONTENDERS * case.problem.memory
+        if group and taken + size > GROUP_BYTES:
+            yield group
+            group, taken = [], 0
+        group.append(case)
+        taken += size
+    if group:
+        yield group
 
 
 def run_preset(
     chosen: Preset, device: str, command: str, log: Log, *, rounds: int | None = None, turn_s: float = TURN_S
 ) -> Document:
-    """Run every case; ``log`` gets a line a case and one a contender that went wrong."""
+    """Run every case; ``log`` gets a line a case, one a contender that went wrong, and one when times were taken."""
     started = datetime.datetime.now(datetime.timezone.utc)
     about, peaks = machine.describe(device), machine.peaks(device)
+    rounds = rounds or chosen.rounds
+    numbers = {id(case): number for number, case in enumerate(chosen.cases, 1)}
     cases = []
-    for number, case in enumerate(chosen.cases, 1):
+    for group in groups(chosen.cases):
+        built = []
+        for case in group:
+            begin = time.perf_counter()
+            log(f"[{numbers[id(case)]}/{len(chosen.cases)}] {case.problem.kind}: {case.problem.name}")
+            built.append(BuiltCase(case, log, turn_s))
+            log(f"  built in {time.perf_counter() - begin:.0f} s")
         begin = time.perf_counter()
-        log(f"[{number}/{len(chosen.cases)}] {case.problem.kind}: {case.problem.name}")
-        cases.append(run_case(case, rounds or chosen.rounds, log, turn_s))
-        log(f"  {time.perf_counter() - begin:.0f} s")
+        take_turns([case.turns for case in built], rounds)
+        log(f"{rounds} rounds of {len(group)} in {time.perf_counter() - begin:.0f} s")
+        cases += [case.entry() for case in built]
     return {
         "format": FORMAT,
         "kind": "times",
         "preset": chosen.name,
         "command": command,
         "started": started.isoformat(timespec="seconds"),
-        "rounds": rounds or chosen.rounds,
+        "rounds": rounds,
         "machine": about,
         "peaks": peaks,
         "cases": cases,

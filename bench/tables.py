@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
@@ -23,6 +23,7 @@ __all__ = [
     "ratios",
     "reached",
     "spread",
+    "stated_range",
     "timed",
 ]
 
@@ -44,10 +45,21 @@ def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+#: What a spread is stated as at least. The rounds of one process do not show by how much the next one differs, whose
+#: memory lies elsewhere.
+LEAST_SPREAD = 0.05
+
+
+def stated_range(values: Sequence[float]) -> tuple[float, float]:
+    """From the smallest to the largest, and no less than ``LEAST_SPREAD`` either side of the median."""
+    middle = statistics.median(values)
+    return min(*values, middle / (1 + LEAST_SPREAD)), max(*values, middle * (1 + LEAST_SPREAD))
+
+
 def spread(entry: dict[str, Any]) -> str:
-    """Half the distance between the fastest and the slowest round, in percent of the median."""
-    seconds = entry["seconds"]
-    return f"±{50 * (max(seconds) - min(seconds)) / median(entry):.0f} %"
+    """Half the stated range of the rounds, in percent of the median."""
+    smallest, largest = stated_range(entry["seconds"])
+    return f"±{50 * (largest - smallest) / median(entry):.0f} %"
 
 
 def timed(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -75,12 +87,15 @@ def ratio(case: dict[str, Any], entry: dict[str, Any]) -> float | None:
 
 
 def ratio_with_range(case: dict[str, Any], entry: dict[str, Any]) -> str:
-    """Median, smallest and largest of ``ratios``; the median alone of the baseline's own, which are all 1."""
+    """Median and stated range of ``ratios``; the median alone of the baseline's own, which are all 1."""
     found = ratios(case, entry)
     if not found:
         return ""
     text = f"{statistics.median(found):.2f}"
-    return text if entry["rival"] == BASELINE else f"{text} ({min(found):.2f}–{max(found):.2f})"
+    if entry["rival"] == BASELINE:
+        return text
+    smallest, largest = stated_range(found)
+    return f"{text} ({smallest:.2f}–{largest:.2f})"
 
 
 #: Wide enough for the longest label.

@@ -14,8 +14,8 @@ from bench.presets import NAMES, Case, preset
 from bench.problems import GATE_CALLS, LinearProblem, StepProblem
 from bench.rivals import RIVALS, rivals_for
 from bench.rivals.protocol import OK, Availability, OpRun
-from bench.runner import run_case
-from bench.timing import interleaved
+from bench.runner import GROUP_BYTES, BuiltCase, groups
+from bench.timing import Turns, take_turns
 
 PROBLEM = LinearProblem(8, 12, 6)
 
@@ -60,13 +60,34 @@ def test_every_contender_has_its_turn_in_every_round():
             return super().__call__()
 
     runs = {name: Noted(name) for name in "abc"}
-    samples = interleaved(runs, 3, "cpu", turn_s=1e-9)
+    turns = Turns(runs, "cpu", turn_s=1e-9)
+    take_turns([turns], 3)
+    samples = turns.samples
     assert {name: len(s.seconds) for name, s in samples.items()} == {"a": 3, "b": 3, "c": 3}
     assert all(seconds > 0 for s in samples.values() for seconds in s.seconds)
     # One call fills a turn of no length, and the next round begins with another contender.
-    turns = ["".join(order[-9:])[i : i + 3] for i in (0, 3, 6)]
-    assert [sorted(turn) for turn in turns] == [["a", "b", "c"]] * 3
-    assert len(set(turns)) > 1
+    rounds = ["".join(order[-9:])[i : i + 3] for i in (0, 3, 6)]
+    assert [sorted(turn) for turn in rounds] == [["a", "b", "c"]] * 3
+    assert len(set(rounds)) > 1
+
+
+def test_a_round_goes_through_all_problems(monkeypatch):
+    order = []
+    problems = [Turns({}, "cpu"), Turns({}, "cpu")]
+    monkeypatch.setattr(Turns, "round", lambda turns, number: order.append((problems.index(turns), number)))
+    take_turns(problems, 2)
+    assert order == [(0, 0), (1, 0), (0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_are_the_cases_in_their_order(name):
+    """All of quick at once; what is larger than a group's memory goes alone."""
+    cases = preset(name, "cpu").cases
+    found = list(groups(cases))
+    assert [case for group in found for case in group] == list(cases)
+    assert len(found) == 1 or name != "quick"
+    for group in found:
+        assert len(group) == 1 or 10 * sum(case.problem.memory for case in group) <= GROUP_BYTES
 
 
 def test_gate_passes_the_right_result_and_rejects_a_wrong_one():
@@ -117,7 +138,9 @@ def test_nothing_is_timed_of_a_wrong_failed_absent_or_unwanted_contender(monkeyp
     ]
     monkeypatch.setattr("bench.runner.rivals_for", lambda problem: contenders)
     lines: list[str] = []
-    case = run_case(Case(PROBLEM, leave_out=frozenset({"unwanted"})), 2, lines.append, 1e-9)
+    built = BuiltCase(Case(PROBLEM, leave_out=frozenset({"unwanted"})), lines.append, 1e-9)
+    take_turns([built.turns], 2)
+    case = built.entry()
     by_name = {entry["rival"]: entry for entry in case["results"]}
     status = {name: entry["status"] for name, entry in by_name.items()}
     assert status == {
@@ -216,7 +239,7 @@ def test_contenders_are_compared_in_units_of_the_baseline(capsys):
     assert [(change.label, change.verdict) for change in changes] == [("eager", "slower"), ("a", "same")]
     assert changes[1].factor == pytest.approx(1)
     print_changes(before, after, changes)
-    assert "1.92 (1.83–2.00) x" in capsys.readouterr().out
+    assert "1.92 (1.83–2.01) x" in capsys.readouterr().out
 
 
 def test_runs_without_a_common_case_are_an_error():

@@ -92,6 +92,11 @@ class Problem:
         raise NotImplementedError
 
     @property
+    def memory(self) -> int:
+        """Bytes that a contender keeps, roughly: what a call reads and writes."""
+        return self.bytes
+
+    @property
     def rows(self) -> int:
         """Samples a call."""
         raise NotImplementedError

@@ -199,6 +199,10 @@ class OnlineProblem(_Training):
     def bytes(self) -> int:
         return super().bytes * self.samples
 
+    @property
+    def memory(self) -> int:
+        return super().bytes
+
     def make_inputs(self, index: int) -> tuple[Tensor, ...]:
         """X [samples, K] in [0, 1) and labels int64 [samples]."""
         g = generator(10 + index)
