@@ -63,12 +63,13 @@ def plot_history(
         axes[1].set_ylabel("test accuracy (%)")
         axes[1].yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
         axes[1].annotate(
-            f"{accuracies[-1]:.2f} %",
-            (epochs[-1], accuracies[-1]),
-            xytext=(0, -14),
+            f"{accuracies[-1]:.2f} % after epoch {epochs[-1]}",
+            (1, 0),  # the lower right corner, which a rising curve leaves free
+            xycoords="axes fraction",
+            xytext=(-8, 8),
             textcoords="offset points",
             ha="right",
-            va="top",
+            va="bottom",
             color=GREEN,
             fontweight="bold",
         )
