@@ -106,13 +106,12 @@ def run_preset(
     started = datetime.datetime.now(datetime.timezone.utc)
     about, peaks = machine.describe(device), machine.peaks(device)
     rounds = rounds or chosen.rounds
-    numbers = {id(case): number for number, case in enumerate(chosen.cases, 1)}
-    cases = []
+    cases: list[dict[str, Any]] = []
     for group in groups(chosen.cases):
-        built = []
+        built: list[BuiltCase] = []
         for case in group:
             begin = time.perf_counter()
-            log(f"[{numbers[id(case)]}/{len(chosen.cases)}] {case.problem.kind}: {case.problem.name}")
+            log(f"[{len(cases) + len(built) + 1}/{len(chosen.cases)}] {case.problem.kind}: {case.problem.name}")
             built.append(BuiltCase(case, log, turn_s))
             log(f"  built in {time.perf_counter() - begin:.0f} s")
         begin = time.perf_counter()

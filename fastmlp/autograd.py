@@ -30,13 +30,6 @@ from .ops import BackwardOperations
 __all__ = ["LinearAct", "MLPFunction"]
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """A + B where None is zero."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
-
-
 _AS_IT_IS = nullcontext()
 
 
@@ -91,9 +84,7 @@ class LinearAct(Function):
         need_x, need_weight = ctx.needs_input_grad[:2]
         kind = saved_for_grad(activation)
         a, z = ops.on(backend).linear_fwd(x, weight, bias, activation, save_z=kind == "z")
-        ctx.save_for_backward(
-            x if need_weight else None, weight if need_x else None, {"a": a, "z": z, None: None}[kind]
-        )
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None, a if kind == "a" else z)
         ctx.activation, ctx.backend = activation, backend
         ctx.set_materialize_grads(False)
         return a, None if torch.compiler.is_compiling() else z
@@ -112,7 +103,7 @@ class LinearAct(Function):
             if dz is not None:
                 dz = do.activation_bwd(dz, saved, ctx.activation)
             if dz_extra is not None:
-                dz = _sum(dz, dz_extra)
+                dz = dz_extra if dz is None else dz + dz_extra
             if dz is not None:
                 if need_weight:
                     dw, db = do.linear_wgrad(dz, x, bias=need_bias)
@@ -180,9 +171,9 @@ class MLPFunction(Function):
             if dz is not None:
                 dz = do.activation_bwd(dz, saved[-1], activations[-1])
             for layer in range(count - 1, -1, -1):
-                da_extra, dz_extra = grads[2 * layer - 1], grads[2 * layer + 2]
+                dz_extra = grads[2 * layer + 2]
                 if dz_extra is not None:
-                    dz = _sum(dz, dz_extra)
+                    dz = dz_extra if dz is None else dz + dz_extra
                 w, b = 3 + 2 * layer, 4 + 2 * layer
                 if dz is None:
                     pass
@@ -192,7 +183,7 @@ class MLPFunction(Function):
                     out[b] = dz.sum(0)
                 if layer == 0:
                     break
-                below, kept = activations[layer - 1], saved[layer - 1]
+                below, kept, da_extra = activations[layer - 1], saved[layer - 1], grads[2 * layer - 1]
                 if da_extra is None:
                     dz = None if dz is None else do.linear_dgrad(dz, weights[layer], kept, below)
                 else:

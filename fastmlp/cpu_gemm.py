@@ -230,16 +230,16 @@ def onednn_wgrad(dz: Tensor, x: Tensor) -> Tensor:
     return total
 
 
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid_,
+    "relu": torch.relu_,
+    "tanh": torch.tanh_,
+}
+
+
 def finished(z: Tensor, epilogue: str) -> Tensor:
     """f(Z) in place, for the names that oneDNN has for its epilogues."""
-    match epilogue:
-        case "sigmoid":
-            return z.sigmoid_()
-        case "relu":
-            return z.relu_()
-        case "tanh":
-            return z.tanh_()
-    return z
+    return z if epilogue == "none" else _IN_PLACE[epilogue](z)
 
 
 def finished_into(out: Tensor, z: Tensor, epilogue: str) -> None:

@@ -97,11 +97,10 @@ def layer_products(
         way = _few_rows_way(layer)
     if way == "rows":
         return _by_rows(layer, row_blocks(*weight.shape))
-    products = _each(layer)
-    if m == 1 and update:
-        ways = {"addmm": _product_update, "onednn": _onednn_update}
-        products = products._replace(update=ways.get(way, _elementwise_update)(weight))
-    return products
+    if m > 1 or not update:
+        return _each(layer)
+    ways = {"addmm": _product_update, "onednn": _onednn_update}
+    return _each(layer._replace(update=False))._replace(update=ways.get(way, _elementwise_update)(weight))
 
 
 def row_blocks(rows: int, columns: int) -> int:

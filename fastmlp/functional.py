@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .activations import LAYER_ACTIVATIONS
 from .autocast import is_autocast_enabled
 from .autograd import LinearAct, MLPFunction
 from .backend import functorch_active, resolve
@@ -115,8 +114,7 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
         ValueError: no layers, or not as many weights as biases and activations.
     """
     for activation in activations:
-        if activation not in LAYER_ACTIVATIONS:
-            check_layer_activation(activation)
+        check_layer_activation(activation)
     if not len(weights) == len(biases) == len(activations) or not weights:
         raise ValueError(
             f"expected as many weights as biases and activations, at least one of each, got {len(weights)} weights, "

@@ -17,7 +17,7 @@ from . import reference, torch_losses
 from .autocast import is_autocast_enabled
 from .backend import Resolved, functorch_active, get_backend, resolve
 from .checks import check_same_device, check_tensor
-from .torch_losses import Settings
+from .torch_losses import LABELS, Settings
 from .triton_backend import device_of
 
 __all__ = ["CrossEntropyLoss", "SoftmaxCrossEntropy", "cross_entropy"]
@@ -338,7 +338,7 @@ def _check_label_shape(input: Tensor, target: Tensor) -> None:
 
 
 def _check_label_dtype(input: Tensor, target: Tensor) -> None:
-    if target.dtype not in (torch.int64, torch.uint8):
+    if target.dtype not in LABELS:
         raise RuntimeError(
             f"expected labels of dtype int64 or uint8, got {target.dtype}; convert them with .long(), or give class "
             f"probabilities of the input's shape {list(input.shape)}"

@@ -15,6 +15,7 @@ from . import reference_losses as reference
 from .backend import Resolved, functorch_active, resolve
 from .checks import check_same_device, check_tensor
 from .losses_elementwise import REDUCTIONS, check_loss_arguments, outside_autocast, reduced, wide
+from .torch_losses import LABELS
 from .triton_backend import device_of
 
 __all__ = ["Softmax", "SoftmaxSquaredError", "softmax", "softmax_squared_error"]
@@ -142,7 +143,7 @@ def _check_labels(input: Tensor, target: Tensor, reduction: str) -> None:
         raise ValueError(f"unknown reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
     if not input.is_floating_point():
         raise RuntimeError(f"expected floating-point logits, got {input.dtype}; convert them with .float()")
-    if target.dtype not in (torch.int64, torch.uint8):
+    if target.dtype not in LABELS:
         raise RuntimeError(f"expected labels in int64 or uint8, got {target.dtype}; convert them with .long()")
     if target.shape != input.shape[:-1]:
         raise ValueError(

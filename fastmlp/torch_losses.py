@@ -16,10 +16,11 @@ from torch import Tensor
 
 from .cpu_choices import instruction_set
 
-__all__ = ["Settings", "cross_entropy_bwd", "cross_entropy_fwd", "torch_is_as_fast", "vector_width"]
+__all__ = ["LABELS", "Settings", "cross_entropy_bwd", "cross_entropy_fwd", "torch_is_as_fast", "vector_width"]
 
 _WIDE = (torch.float32, torch.float64)
-_LABELS = (torch.int64, torch.uint8)
+#: Dtypes of labels.
+LABELS = (torch.int64, torch.uint8)
 #: Rows from which the softmax of short ones gains more than a node of the tape in Python costs.
 _MANY_ROWS = 256
 
@@ -89,7 +90,7 @@ def torch_is_as_fast(z: Tensor, target: Tensor, smoothing: float) -> bool:
         and target.is_cpu
         and z.dim() == 2
         and z.dtype in _WIDE
-        and target.dtype in _LABELS
+        and target.dtype in LABELS
         and isinstance(smoothing, (int, float))
         and smoothing == 0
         and not _rows_are_short(z)

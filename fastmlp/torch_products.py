@@ -8,8 +8,6 @@ of torch.func, a dispatch mode, a subclass of Tensor) goes to aten, whose operat
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -22,11 +20,6 @@ __all__ = ["dgrad", "linear", "wgrad"]
 #: Multiplications of a product that repay asking which library is faster: 64 rows and a layer of 256 x 256.
 _LARGE = 1 << 22
 _PLAIN = (Tensor, Parameter)
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid_,
-    "relu": torch.relu_,
-    "tanh": torch.tanh_,
-}
 
 
 def _unseen(a: Tensor, b: Tensor) -> bool:
@@ -65,12 +58,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> T
     if weight.dtype.itemsize == 2 and (wide := _wide(x, weight)) is not None:
         wide_b = None if bias is None else bias.to(wide)
         return linear(x.to(wide), weight.to(wide), wide_b, activation).to(weight.dtype)
-    if x.size(0) * weight.numel() >= _LARGE and _may_choose(x, weight):
-        epilogue = cpu_gemm.EPILOGUES[activation]
-        if _chosen(cpu_gemm.linear_library(x.size(0), weight, bias, epilogue)) == "onednn":
-            return cpu_gemm.onednn_linear(x, weight, bias, epilogue)
-    z = torch.nn.functional.linear(x, weight, bias)
-    return z if activation == "identity" else _IN_PLACE[activation](z)
+    epilogue = cpu_gemm.EPILOGUES[activation]
+    if (
+        x.size(0) * weight.numel() >= _LARGE
+        and _may_choose(x, weight)
+        and _chosen(cpu_gemm.linear_library(x.size(0), weight, bias, epilogue)) == "onednn"
+    ):
+        return cpu_gemm.onednn_linear(x, weight, bias, epilogue)
+    return cpu_gemm.finished(torch.nn.functional.linear(x, weight, bias), epilogue)
 
 
 def dgrad(dz: Tensor, weight: Tensor) -> Tensor:

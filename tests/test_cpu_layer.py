@@ -144,6 +144,15 @@ def test_many_rows_are_not_measured_together(monkeypatch):
     cpu_layer.layer_products(rows, weight, None, "identity", torch.empty(rows, 16), torch.empty(rows, 12), update=True)
 
 
+def test_the_update_of_a_single_row_is_not_measured_twice(monkeypatch):
+    """Its way of updating is part of what was measured; ``cpu_gemm`` is not asked for another."""
+    take(monkeypatch, "addmm")
+    monkeypatch.setattr(cpu_gemm, "wgrad_update", None)
+    weight = torch.randn(16, 12)
+    products = cpu_layer.layer_products(1, weight, None, "identity", torch.empty(1, 16), None, update=True)
+    assert products.update is not None
+
+
 def test_blocks(monkeypatch):
     """As aten shares elements: 32,768 for a thread at least, and one block unless all are whole rows."""
     monkeypatch.undo()

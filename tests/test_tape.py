@@ -20,7 +20,7 @@ from tests.test_autograd import NAMES, close, run, tensors
 def calls(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:
     """(operation, shape of its result) of every fused operation that runs; elementwise ones without work left out."""
     seen: list[tuple[str, tuple[int, ...]]] = []
-    for name in ("linear_fwd", "linear_dgrad", "linear_wgrad", "activation_bwd"):
+    for name in torch_backend.__all__:
         original = getattr(torch_backend, name)
 
         def spy(*args, _original=original, _name=name, **kwargs):
