@@ -13,9 +13,10 @@ for that case are slower by far.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, cast, get_args
 
 import torch
@@ -39,14 +40,16 @@ __all__ = [
     "linear_library",
     "onednn_linear",
     "onednn_wgrad",
+    "only_aten",
     "product_dtype",
     "set_cpu_gemm",
     "wgrad",
     "wgrad_library",
     "wgrad_update",
+    "worth_measuring",
 ]
 
-Library = Literal["aten", "onednn", "addmm", "rows", "each"]
+Library = Literal["aten", "onednn", "addmm", "rows", "each", "alone"]
 LIBRARIES: tuple[Library, ...] = get_args(Library)
 CPU_GEMMS = ("auto", "aten", "onednn")
 
@@ -93,7 +96,7 @@ def get_cpu_gemm() -> str:
 
 def choices() -> dict[tuple[object, ...], str]:
     """What was chosen so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn", for few rows one of the
-    ways of ``fastmlp.cpu_layer``.
+    ways of ``fastmlp.cpu_layer``, for whole steps one of those of ``fastmlp.cpu_step``.
 
     M is the power of two at or below the batch sizes that the answer is used for, 512 for all larger ones.
     """
@@ -143,12 +146,11 @@ def choose(
 
     aten, unmeasured, below ``least`` multiplications (default ``_WORTH_MEASURING``).
     """
-    least = _WORTH_MEASURING if least is None else least
     if dtype not in _ONEDNN_DTYPES or _mode == "aten" or not _onednn_available():
         return "aten"
     if _mode == "onednn":
         return "onednn"
-    if torch.are_deterministic_algorithms_enabled() or m * k * n < least:
+    if torch.are_deterministic_algorithms_enabled() or not worth_measuring(m * k * n, least):
         return "aten"
     _keep_freed_memory()
     key = (kind, _measured_rows(m), k, n, dtype, torch.get_num_threads())
@@ -164,6 +166,22 @@ def choose(
     with torch.no_grad():
         _choices[key] = _measured[label] = winner = _fastest(trials(_measured_rows(m)))
     return winner
+
+
+def worth_measuring(multiplications: int, least: int | None = None) -> bool:
+    """Whether there are so many (default ``_WORTH_MEASURING``) that a product need not be aten's."""
+    return multiplications >= (_WORTH_MEASURING if least is None else least)
+
+
+@contextlib.contextmanager
+def only_aten() -> Iterator[None]:
+    """Everything that is chosen meanwhile is aten."""
+    global _mode
+    mode, _mode = _mode, "aten"
+    try:
+        yield
+    finally:
+        _mode = mode
 
 
 def _fastest(candidates: dict[Library, Callable[[], object]]) -> Library:

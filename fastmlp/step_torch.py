@@ -1,8 +1,9 @@
 """The training step on a CPU: in-place BLAS on buffers allocated once, no tape.
 
-For each batch size a plan holds the buffers and, per layer, the functions that were chosen for its three products
-(``fastmlp.cpu_gemm``). A step then is a fixed list of calls: forward, loss and dA, and from the last layer down
-dX, activation derivative, dW with its update. Plain SGD updates each weight inside its gradient's GEMM.
+For each batch size a plan holds the buffers and, per layer, the functions that were chosen for its three products: by
+``fastmlp.cpu_step`` for a step, ``fastmlp.cpu_layer`` for a layer, ``fastmlp.cpu_gemm`` for a product. A step then is a
+fixed list of calls: forward, loss and dA, and from the last layer down dX, activation derivative, dW with its update.
+Plain SGD updates each weight inside its gradient's GEMM.
 
 Parameters of 16 bits, and a 16-bit compute dtype, have float32 masters that the optimizer works on; float16 also
 scales the loss and skips a step whose gradients overflow.
@@ -11,14 +12,17 @@ scales the loss and skips a step whose gradients overflow.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import cpu_gemm
+from . import cpu_gemm, cpu_threads
 from .activations import LEAKY_SLOPE, saved_for_grad
 from .cpu_layer import Products, layer_products
+from .cpu_step import scratch_batch, scratch_layers, step_way
 from .nn import Linear
 from .online import online_epoch
 from .step_config import OptimizerConfig
@@ -107,6 +111,7 @@ class _Plan:
     products: list[Products]
     kept_a: list[Tensor | None]
     loss: LossFunction
+    alone: bool  #: whether steps run on one thread
 
 
 class TorchStep:
@@ -114,6 +119,7 @@ class TorchStep:
 
     def __init__(self, layers: list[Linear], config: OptimizerConfig, loss: str, dtype: torch.dtype) -> None:
         self.config, self.loss, self.dtype = config, loss, dtype
+        self._modules = layers
         scaled = dtype == torch.float16
         # Gradients and optimizer state exist only where the optimizer needs them all at once.
         self.plain = config.is_plain_sgd and not scaled
@@ -142,15 +148,28 @@ class TorchStep:
         if plan is None:
             if len(self._plans) == _PLANS:
                 del self._plans[next(iter(self._plans))]
-            plan = self._plans[m] = self._new_plan(m)
+            way = step_way(self._modules, self.config, self.loss, self.dtype, m, self._trials)
+            plan = self._plans[m] = self._new_plan(m, way)
+            cpu_gemm.keep_choices()
         return plan
 
-    def _new_plan(self, m: int) -> _Plan:
+    def _trials(self, m: int, ways: Sequence[cpu_gemm.Library]) -> dict[cpu_gemm.Library, Callable[[], object]]:
+        """Steps of ``m`` rows, one for each way, that touch nothing of this one's."""
+        layers = scratch_layers(self._modules)
+        step = TorchStep(layers, replace(self.config, lr=1e-3), self.loss, self.dtype)
+        x, y, out = scratch_batch(m, layers, self.loss, self.dtype)
+        return {way: partial(step._run, step._step, step._new_plan(m, way), x, y, out) for way in ways}
+
+    def _new_plan(self, m: int, way: cpu_gemm.Library) -> _Plan:
+        with nullcontext() if way == "each" else cpu_gemm.only_aten():
+            return self._plan_products(m, alone=way == "alone")
+
+    def _plan_products(self, m: int, *, alone: bool) -> _Plan:
         layers, dtype = self.layers, self.dtype
         new = layers[0].weight.new_empty
         loss = loss_function(self.loss, m, layers[-1].weight.shape[0], dtype, self._scale)
         y = torch.empty(m, dtype=torch.int64) if takes_classes(self.loss) else None
-        plan = _Plan(new((m, layers[0].weight.shape[1])), None, y, [], [], loss)
+        plan = _Plan(new((m, layers[0].weight.shape[1])), None, y, [], [], loss, alone)
         for i, layer in enumerate(layers):
             n, k = layer.weight.shape
             fused = layer.activation if layer.activation in _FUSED else "identity"
@@ -159,7 +178,6 @@ class TorchStep:
             products = layer_products(m, layer.weight, layer.bias, fused, out, dx, update=layer.in_place, dw=dw)
             plan.products.append(products)
             plan.kept_a.append(None if layer.activation in _FUSED else new((m, n)))
-        cpu_gemm.keep_choices()
         return plan
 
     def _wgrad_buffer(self, i: int) -> Tensor:
@@ -176,7 +194,17 @@ class TorchStep:
 
         ``rows`` int64 [M] takes those rows of x and y.
         """
-        plan, inputs, outputs, da = self._forward(x, y, out, rows)
+        plan = self._plan(x.shape[0] if rows is None else rows.shape[0])
+        self._run(self._step, plan, x, y, out, rows)
+
+    def _run(self, work: Callable[..., None], plan: _Plan, *args: Tensor | None) -> None:
+        if plan.alone:
+            cpu_threads.alone(work, plan, *args)
+        else:
+            work(plan, *args)
+
+    def _step(self, plan: _Plan, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
+        inputs, outputs, da = self._forward(plan, x, y, out, rows)
         if self.plain:
             self._backward(plan, inputs, outputs, da, self._apply_plain)
             self._publish()
@@ -187,14 +215,18 @@ class TorchStep:
     def gradients(self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> list[Tensor]:
         """Gradients of the trained masters, in the order of the parameters; parameters stay as they are."""
         kept = [g.clone() for g in self.optimizer.grads] if accumulate else None
-        plan, inputs, outputs, da = self._forward(x, y, out, None)
-        self._backward(plan, inputs, outputs, da, self._store)
+        plan = self._plan(x.shape[0])
+        self._run(self._gradients, plan, x, y, out)
         grads = self.optimizer.grads
         if self._scale is not None:
             torch._foreach_mul_(grads, 1 / self._scale)
         if kept is not None:
             torch._foreach_add_(grads, kept)
         return grads
+
+    def _gradients(self, plan: _Plan, x: Tensor, y: Tensor, out: Tensor) -> None:
+        inputs, outputs, da = self._forward(plan, x, y, out, None)
+        self._backward(plan, inputs, outputs, da, self._store)
 
     def update(self) -> None:
         """Apply the optimizer to what ``gradients`` left."""
@@ -225,12 +257,11 @@ class TorchStep:
             copies.publish()
 
     def _forward(
-        self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None
-    ) -> tuple[_Plan, list[Tensor], list[Tensor], Tensor]:
+        self, plan: _Plan, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Inputs A_{l-1} of every layer, what each activation's derivative needs, and dA_L."""
         for copies in self._copies:
             copies.refresh()
-        plan = self._plan(x.shape[0] if rows is None else rows.shape[0])
         if rows is not None:
             if plan.y is None or plan.y.dtype != y.dtype:
                 plan.y = y.new_empty((rows.shape[0], *y.shape[1:]))
@@ -242,7 +273,7 @@ class TorchStep:
             z = products.linear(a)
             a = z if kept is None else _activate_into(kept, z, layer.activation)
             outputs.append(z if layer.saves_z else a)
-        return plan, inputs, outputs, plan.loss(a, y, out)
+        return inputs, outputs, plan.loss(a, y, out)
 
     def _input(self, plan: _Plan, x: Tensor, rows: Tensor | None) -> Tensor:
         """X in the compute dtype: gathered, converted, pixels scaled; x itself when nothing is to be done."""

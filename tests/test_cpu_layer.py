@@ -120,11 +120,12 @@ def test_every_layer_is_measured_once(rows, optimizer):
         step(x[i * rows : (i + 1) * rows], y[i * rows : (i + 1) * rows])
     kind, stored = ("sample", "") if rows == 1 else ("few rows", " stored" if optimizer == "adamw" else "")
     measured_rows = {1: 1, 5: 4}[rows]
-    assert set(cpu_gemm.choices()) == {
+    choices = {key: choice for key, choice in cpu_gemm.choices().items() if not str(key[0]).startswith("step")}
+    assert set(choices) == {
         (kind + what + stored, measured_rows, k, n, torch.float32, torch.get_num_threads())
         for what, k, n in ((" without dgrad", 13, 16), ("", 16, 12), ("", 12, 6))
     }
-    assert set(cpu_gemm.choices().values()) <= ({"aten", "addmm", "rows"} if rows == 1 else {"each", "rows"})
+    assert set(choices.values()) <= ({"aten", "addmm", "rows"} if rows == 1 else {"each", "rows"})
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -1,0 +1,199 @@
+"""Whole steps on a CPU: every way of running them, what is measured, and that measuring leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastmlp
+from fastmlp import cpu_gemm, cpu_step, cpu_threads, step_torch
+from fastmlp.step_config import LOSSES
+
+from .step_helpers import (
+    OPTIMIZERS,
+    Batch,
+    Reference,
+    allocations,
+    assert_run_within_budget,
+    batches,
+    converted,
+    flat,
+    for_step,
+    fresh_choices,  # noqa: F401
+    needs_onednn,
+    network,
+    new_process,
+    problem,
+)
+
+SIZES = (13, 17, 11, 5)
+WAYS = ("each", "aten", "alone")
+
+
+@pytest.fixture(autouse=True)
+def two_threads(fresh_choices) -> Iterator[None]:  # noqa: F811
+    """And "auto", whose choices of this test end with it."""
+    fastmlp.set_cpu_gemm("auto")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def take(monkeypatch: pytest.MonkeyPatch, way: str) -> list[int]:
+    """Have steps run in that way; the threads that each of their losses sees are added to the list."""
+    monkeypatch.setattr(step_torch, "step_way", lambda *args: way)
+    seen, loss_function = [], step_torch.loss_function
+
+    def watched(*args: Any) -> step_torch.LossFunction:
+        compute = loss_function(*args)
+
+        def with_threads(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
+            seen.append(torch.get_num_threads())
+            return compute(a, y, out)
+
+        return with_threads
+
+    monkeypatch.setattr(step_torch, "loss_function", watched)
+    return seen
+
+
+def data(rows: int, steps: int, loss: str = "cross_entropy") -> list[Batch]:
+    return batches(*problem(SIZES, 70, loss=loss), rows, steps)
+
+
+@needs_onednn
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_trains(monkeypatch, way, rows, optimizer, loss):
+    seen = take(monkeypatch, way)
+    model, settings, steps = network(SIZES), OPTIMIZERS[optimizer], data(rows, 6, loss)
+    expected = Reference(model, settings, loss).train(steps).flat()
+    own = Reference(model, settings, loss, torch.float32).train(steps).flat()
+    model = converted(model, torch.float32)
+    step = fastmlp.TrainStep(model, loss=loss, **settings)
+    for batch in steps:
+        step(*for_step(*batch, torch.float32))
+    assert_run_within_budget(flat(model), expected, own, 6, torch.finfo(torch.float32).eps)
+    assert seen == [1 if way == "alone" and cpu_threads.available() else 2] * 6
+    assert torch.get_num_threads() == 2
+
+
+def test_gradients_alone(monkeypatch):
+    seen = take(monkeypatch, "alone")
+    x, y = for_step(*problem(SIZES, 40), torch.float32)
+    step = fastmlp.TrainStep(converted(network(SIZES), torch.float32), lr=0.1)
+    gradients = step.gradients(x, y)
+    assert seen == [1 if cpu_threads.available() else 2]
+    model = converted(network(SIZES), torch.float32)
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("way", ["aten", "alone"])
+def test_a_step_allocates_nothing(monkeypatch, way, rows, optimizer):
+    take(monkeypatch, way)
+    x, y = for_step(*problem(SIZES, rows), torch.float32)
+    step = fastmlp.TrainStep(converted(network(SIZES), torch.float32), **OPTIMIZERS[optimizer])
+    assert allocations(lambda: step(x, y)) == []
+
+
+@needs_onednn
+@pytest.mark.parametrize("fastest", WAYS)
+def test_the_fastest_is_taken_and_kept(monkeypatch, fastest):
+    """A later process does not measure, and one with other threads measures again."""
+    ways = {"each": "each", "aten": "aten", "alone": "alone" if cpu_threads.available() else "each"}
+    plans = []
+    new_plan = step_torch.TorchStep._new_plan
+    monkeypatch.setattr(step_torch.TorchStep, "_new_plan", lambda *args: plans.append(args[2]) or new_plan(*args))
+    monkeypatch.setattr(cpu_gemm, "_fastest", lambda candidates: ways[fastest] if "each" in candidates else "aten")
+    x, y = for_step(*problem(SIZES, 40), torch.float32)
+
+    def one_step() -> None:
+        fastmlp.TrainStep(converted(network(SIZES), torch.float32), lr=0.1)(x, y)
+
+    one_step()
+    assert plans == [*WAYS[: len(set(ways.values()))], ways[fastest]]
+    ((kind, *shape),) = [key for key in cpu_gemm.choices() if "step" in key[0]]
+    assert kind == "step to 17-11-5 identity sigmoid cross_entropy sgd"
+    assert shape == [32, 13, 5, torch.float32, 2]
+    plans.clear()
+    new_process(monkeypatch)
+    one_step()
+    assert plans == [ways[fastest]]
+    plans.clear()
+    torch.set_num_threads(3)
+    one_step()
+    assert len(plans) > 1
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "clipping, momentum"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", ["step", "tanh"]], ids=str)
+def test_measuring_touches_nothing(activation, optimizer, dtype):
+    """Parameters, optimizer, learning rate and torch's random numbers are as without it."""
+
+    def train(state: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, float]:
+        torch.set_rng_state(state)
+        model = converted(network(SIZES, activation), dtype)
+        model.layers[1].weight.requires_grad_(False)
+        step = fastmlp.TrainStep(model, **OPTIMIZERS[optimizer])
+        for batch in data(40, 3):
+            step(*for_step(*batch, dtype))
+        return flat(model), step.state_dict(), torch.rand(3), step.lr
+
+    state = torch.get_rng_state()
+    measured = train(state)
+    assert any("step" in key[0] for key in cpu_gemm.choices())
+    known = dict(cpu_gemm.choices())
+    again = train(state)
+    assert cpu_gemm.choices() == known
+    assert torch.equal(measured[0], again[0])
+    assert measured[1].keys() == again[1].keys()
+    assert all(torch.equal(value, again[1][name]) for name, value in measured[1].items())
+    assert torch.equal(measured[2], again[2])
+    assert measured[3] == again[3]
+
+
+@needs_onednn
+@pytest.mark.parametrize("why", ["long", "mode", "deterministic", "one thread and short", "float64"])
+def test_not_measured(monkeypatch, why):
+    rows = 40
+    if why == "long":
+        monkeypatch.setattr(cpu_step, "_LONG", rows * (13 * 17 + 17 * 11 + 11 * 5))
+    elif why == "mode":
+        fastmlp.set_cpu_gemm("aten")
+    elif why == "deterministic":
+        torch.use_deterministic_algorithms(True)
+    elif why == "one thread and short":
+        torch.set_num_threads(1)
+    dtype = torch.float64 if why == "float64" else torch.float32
+    seen = []
+    monkeypatch.setattr(step_torch.TorchStep, "_trials", lambda *args: seen.append(args))
+    try:
+        step = fastmlp.TrainStep(converted(network(SIZES), dtype), lr=0.1)
+        step(*for_step(*problem(SIZES, rows), dtype))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == []
+
+
+def test_only_aten_ends_with_an_error():
+    def fail() -> None:
+        with cpu_gemm.only_aten():
+            assert cpu_gemm.get_cpu_gemm() == "aten"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert cpu_gemm.get_cpu_gemm() == "auto"

@@ -1,0 +1,100 @@
+"""One thread for a while: inside, afterwards, elsewhere, and where that is not possible."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastmlp import cpu_threads
+
+
+@pytest.fixture(autouse=True)
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+needs_setters = pytest.mark.skipif(cpu_threads._setters() is None, reason="torch was built without OpenMP or MKL")
+
+
+def mkl_threads() -> int:
+    """The calling thread's own number."""
+    setters = cpu_threads._setters()
+    assert setters is not None
+    threads = setters[1](1)
+    setters[1](threads)
+    return threads
+
+
+@needs_setters
+def test_one_thread_inside_and_all_of_them_afterwards():
+    mkl = mkl_threads()
+    assert cpu_threads.available()
+    assert cpu_threads.alone(lambda x, *, y: (x, y, torch.get_num_threads(), mkl_threads()), 1, y=2) == (1, 2, 1, 1)
+    assert (torch.get_num_threads(), mkl_threads()) == (3, mkl)
+
+
+@needs_setters
+def test_all_of_them_after_an_error():
+    mkl = mkl_threads()
+    with pytest.raises(ZeroDivisionError):
+        cpu_threads.alone(lambda: 1 // 0)
+    assert (torch.get_num_threads(), mkl_threads()) == (3, mkl)
+
+
+@needs_setters
+def test_one_inside_of_another():
+    assert cpu_threads.alone(cpu_threads.alone, torch.get_num_threads) == 1
+    assert torch.get_num_threads() == 3
+
+
+@needs_setters
+def test_other_threads_keep_theirs():
+    """Also those that start while this one is alone."""
+    seen = []
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+
+    cpu_threads.alone(elsewhere)
+    assert seen == [3]
+
+
+@needs_setters
+def test_large_operations_use_all_threads_again():
+    """What OpenMP keeps of its threads is as good as before."""
+    x = torch.rand(1 << 20)
+    expected = x.sum()
+    for _ in range(3):
+        cpu_threads.alone(torch.mm, torch.rand(3, 3), torch.rand(3, 3))
+        assert torch.equal(x.sum(), expected)
+
+
+def test_where_it_is_not_possible(monkeypatch):
+    """As it would be called anyway."""
+    monkeypatch.setattr(cpu_threads, "_setters", lambda: None)
+    assert not cpu_threads.available()
+    assert cpu_threads.alone(torch.get_num_threads) == 3
+
+
+def test_one_thread_to_begin_with(monkeypatch):
+    torch.set_num_threads(1)
+    assert not cpu_threads.available()
+    assert cpu_threads.alone(torch.get_num_threads) == 1
+
+
+@pytest.mark.parametrize("missing", ["file", "function"])
+def test_another_build_of_torch(monkeypatch, tmp_path, missing):
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    if missing == "function":
+        (tmp_path / "lib").mkdir()
+        (tmp_path / "lib" / "libtorch_cpu.so").touch()
+        monkeypatch.setattr(cpu_threads.ctypes, "CDLL", lambda path: object())
+    assert cpu_threads._setters.__wrapped__() is None
