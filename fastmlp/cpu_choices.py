@@ -3,7 +3,8 @@
 A choice between two libraries that round differently is part of a result. Kept in a file, it is made once for a
 machine, so that a seed gives the same bits in every later run, and only the first run spends time on measuring.
 
-    {"AMD EPYC 9654, AVX512, torch 2.14.1": {"linear sigmoid 64x784x512 float32, 2 threads": "onednn", ...}, ...}
+    {"AMD EPYC 9654, AVX512, torch 2.14.1, fastmlp 0.1.0": {
+        "linear sigmoid 64x784x512 float32, 2 threads": "onednn", ...}, ...}
 
 Deleting the file has everything measured anew. A file that cannot be read or written is as good as none: every process
 then measures for itself.
@@ -56,7 +57,9 @@ def instruction_set() -> str:
 @functools.cache
 def _machine() -> str:
     """What the choices hold for."""
-    return f"{processor_name()}, {instruction_set()}, torch {torch.__version__}"
+    from . import __version__
+
+    return f"{processor_name()}, {instruction_set()}, torch {torch.__version__}, fastmlp {__version__}"
 
 
 def _read() -> dict[str, dict[str, str]]:

@@ -174,16 +174,20 @@ class TorchStep:
             n, k = layer.weight.shape
             fused = layer.activation if layer.activation in _FUSED else "identity"
             out, dx = new((m, n)), new((m, k)) if i > self.lowest else None
-            dw = self._wgrad_buffer(i) if layer.train_w and not layer.in_place else None
+            narrow = layer.train_w and layer.weight.dtype != layer.master_w.dtype
+            wide = narrow and cpu_gemm.wide_wgrad(m, layer.master_w, dtype, update=self.plain)
+            dw = self._wgrad_buffer(i, wide=wide) if layer.train_w and not layer.in_place else None
             products = layer_products(m, layer.weight, layer.bias, fused, out, dx, update=layer.in_place, dw=dw)
+            if wide and self.plain:
+                products = products._replace(update=cpu_gemm.wide_update(m, layer.master_w, dtype))
             plan.products.append(products)
             plan.kept_a.append(None if layer.activation in _FUSED else new((m, n)))
         return plan
 
-    def _wgrad_buffer(self, i: int) -> Tensor:
+    def _wgrad_buffer(self, i: int, *, wide: bool) -> Tensor:
         """Where dW of a layer is computed: the gradient itself, or a narrower tensor that is then widened into it."""
         layer, dtype = self.layers[i], cpu_gemm.product_dtype(self.dtype)
-        if layer.master_w.dtype == dtype:
+        if layer.master_w.dtype == dtype or (wide and not self.plain):
             return self.optimizer.grads[layer.grad_w]
         if i not in self._wgrad_out:
             self._wgrad_out[i] = torch.empty_like(layer.weight, dtype=dtype)
@@ -319,7 +323,8 @@ class TorchStep:
             layer.master_w.add_(grad, alpha=-lr)
         if db is not None and layer.row_b is not None:
             # Of a single row, dZ is its own sum.
-            summed = dz if dz.shape[0] == 1 else torch.sum(dz, 0, True, dtype=db.dtype, out=db)
+            alone = dz.shape[0] == 1 and dz.dtype == db.dtype
+            summed = dz if alone else torch.sum(dz, 0, True, dtype=db.dtype, out=db)
             layer.row_b.add_(summed, alpha=-lr)
 
     def _store(self, plan: _Plan, i: int, dz: Tensor, x: Tensor) -> None:

@@ -169,7 +169,7 @@ def test_choices_last_longer_than_the_process(monkeypatch):
     choices, path = cpu_gemm.choices(), cpu_choices.choices_path()
     content = json.loads(path.read_text())
     ((machine, kept),) = content.items()
-    assert torch.__version__ in machine
+    assert f"torch {torch.__version__}, fastmlp {fastmlp.__version__}" in machine
     assert len(kept) == len(choices)
     # The opposite of every measurement: nothing but the file can be the reason for it.
     swapped = {name: "aten" if choice == "onednn" else "onednn" for name, choice in kept.items()}

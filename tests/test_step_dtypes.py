@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastmlp
+from fastmlp import cpu_gemm, step_torch
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.step_config import LOSSES
 
@@ -18,6 +19,8 @@ from .step_helpers import (
     batches,
     converted,
     flat,
+    fresh_choices,  # noqa: F401
+    needs_onednn,
     network,
     one_thread,  # noqa: F401
     problem,
@@ -36,11 +39,12 @@ def half_run(
     *,
     loss: str = "cross_entropy",
     activation: str = "sigmoid",
+    rows: int = 24,
     steps: int = 60,
 ) -> None:
     """Against float64, beside autocast with float32 masters; the masters' roundings to ``params`` come on top."""
     model = network(SIZES, activation)
-    data = batches(*problem(SIZES, 70, loss=loss), 24, steps)
+    data = batches(*problem(SIZES, 70, loss=loss), rows, steps)
     settings = OPTIMIZERS[optimizer]
     expected = Reference(model, settings, loss).train(data).flat()
     own = Reference(model, settings, loss, torch.float32, compute).train(data)
@@ -61,6 +65,45 @@ def half_run(
 @pytest.mark.parametrize("compute", HALVES, ids=str)
 def test_every_optimizer(compute, params, optimizer):
     half_run(compute, compute if params == "compute" else params, optimizer)
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["gradients in float32", "gradients in bfloat16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "clipping", "adamw"])
+@pytest.mark.parametrize("params", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 24])
+def test_both_ways_to_a_gradient(monkeypatch, rows, params, optimizer, wide):
+    monkeypatch.setattr(cpu_gemm, "wide_wgrad", lambda *args, update: wide)
+    half_run(torch.bfloat16, params, optimizer, rows=rows)
+
+
+@needs_onednn
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("wide", [True, False], ids=["gradients in float32", "gradients in bfloat16"])
+def test_the_faster_way_to_a_gradient_is_taken(monkeypatch, fresh_choices, wide, optimizer):  # noqa: F811
+    """A gradient made in float32 is not rounded to 16 bits; plain SGD has it added to the weight at once."""
+    fastmlp.set_cpu_gemm("auto")
+    ways = {"aten", "wide"}
+    monkeypatch.setattr(cpu_gemm, "_fastest", lambda c: "wide" if c.keys() == ways and wide else "aten")
+    monkeypatch.setattr(step_torch, "step_way", lambda *args: "each")
+    model = converted(network(SIZES), torch.float32)
+    x, y = problem(SIZES, 24)
+    step = fastmlp.TrainStep(model, lr=1.0, optimizer=optimizer, dtype=torch.bfloat16)
+    if optimizer == "sgd":
+        before = [p.detach().clone() for p in model.parameters()]
+        step(x.bfloat16(), y)
+        gradients = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+    else:
+        gradients = list(step.gradients(x.bfloat16(), y).values())
+    chosen = {choice for key, choice in cpu_gemm.choices().items() if "wide" in key[0]}
+    assert chosen == {"wide" if wide else "aten"}
+    if optimizer == "adamw":
+        rounded = [torch.equal(g, g.bfloat16().float()) for g in gradients[::2]]
+        assert rounded == [not wide] * 3
+    exact = Reference(network(SIZES), {"lr": 1.0})
+    exact.backward(x, y)
+    for gradient, (name, parameter) in zip(gradients, exact.params.items(), strict=True):
+        error = (gradient - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 2 * torch.finfo(torch.bfloat16).eps, name
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "clipping"])
