@@ -16,6 +16,7 @@ from .activations import ACTIVATIONS, LAYER_ACTIVATIONS
 __all__ = [
     "check_activation",
     "check_batch",
+    "check_classes",
     "check_input",
     "check_layer",
     "check_layer_activation",
@@ -54,6 +55,14 @@ def check_same_device(named: Sequence[tuple[str, Tensor | None]]) -> None:
                 f"expected all tensors to be on the same device, but {first_name} is on {first.device} and {name} on "
                 f"{tensor.device}; move one of them with .to(device)"
             )
+
+
+def check_classes(y: Tensor, classes: int) -> None:
+    """IndexError unless all of ``y``, int64 and not empty, are class numbers in [0, classes)."""
+    low, high = (int(value) for value in torch.aminmax(y))
+    if not 0 <= low <= high < classes:
+        bad = low if low < 0 else high
+        raise IndexError(f"class number {bad} is out of range; the model has classes 0 to {classes - 1}")
 
 
 def _names(layer: int | None) -> tuple[str, str]:

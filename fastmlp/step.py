@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .backend import resolve
-from .checks import check_same_device, check_tensor
+from .checks import check_classes, check_same_device, check_tensor
 from .nn import MLP, Linear, _only_computes
 from .step_config import LOSSES, OptimizerConfig
 from .step_losses import takes_classes
@@ -17,8 +17,6 @@ from .step_losses import takes_classes
 __all__ = ["TrainStep"]
 
 _RING = 1024
-#: Up to so many labels are compared faster as numbers of Python than by an operator and two reads of its results.
-_FEW_LABELS = 16
 
 
 class _Engine(Protocol):
@@ -128,7 +126,8 @@ class TrainStep:
         self._inputs = {dtype, first.dtype, torch.uint8}
         if dtype.itemsize == 2:
             self._inputs |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-        self._least, self._largest = torch.zeros(2, dtype=torch.int64, device=self.device).unbind()
+        #: Whether nothing else finds a class number that is out of range: torch's losses do.
+        self._checks_classes = self.backend == "triton"
         self._has_gradients = False
         layers = model._linears()
         #: Where each parameter is kept, under which name, and where its memory was.
@@ -171,12 +170,13 @@ class TrainStep:
             it to keep it longer). On a GPU an out-of-range class number makes it NaN, on a CPU it raises IndexError
             before anything changes.
         """
-        x, y = self._check_batch(x, y)
+        x, y = self._check_batch(x, y, in_range=self._checks_classes)
         loss = self._next_loss()
-        self._has_gradients = False
         if x.shape[0] == 0:
-            return loss.fill_(float("nan"))
-        self._engine.step(x, y, loss)
+            loss.fill_(float("nan"))
+        else:
+            self._engine.step(x, y, loss)
+        self._has_gradients = False
         return loss
 
     def epoch(
@@ -200,7 +200,7 @@ class TrainStep:
             The mean loss of the n rows, each at the parameters of its step: 0-d float32 on the device. ``losses`` has
             the loss of each step.
         """
-        images, labels = self._check_batch(images, labels)
+        images, labels = self._check_batch(images, labels, in_range=True)
         if not (isinstance(batch_size, int) and batch_size > 0):
             raise ValueError(f"expected a batch_size of at least 1, a whole number, got {batch_size!r}")
         if order is None:
@@ -241,7 +241,7 @@ class TrainStep:
         Raises:
             ValueError: an empty batch, whose mean loss has no gradient; and what a step raises.
         """
-        x, y = self._check_batch(x, y)
+        x, y = self._check_batch(x, y, in_range=self._checks_classes)
         if x.shape[0] == 0:
             raise ValueError("expected at least one row; the mean loss of an empty batch has no gradient")
         grads = self._engine.gradients(x, y, self._next_loss(), accumulate=accumulate and self._has_gradients)
@@ -318,8 +318,11 @@ class TrainStep:
                     "a new TrainStep"
                 )
 
-    def _check_batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """X flattened to [B, K] and Y, both off the tape; raises what torch would for arguments that do not fit."""
+    def _check_batch(self, x: Tensor, y: Tensor, *, in_range: bool) -> tuple[Tensor, Tensor]:
+        """X flattened to [B, K] and Y, both off the tape; raises what torch would for arguments that do not fit.
+
+        With ``in_range``, for class numbers on a CPU too.
+        """
         check_tensor(x, "the input")
         check_tensor(y, "the target")
         if torch.is_inference_mode_enabled():
@@ -347,11 +350,12 @@ class TrainStep:
             raise ValueError(
                 f"expected as many targets as inputs, got inputs {list(x.shape)} and targets {list(y.shape)}"
             )
-        check_same_device((("the parameters", self._ring[0]), ("the input", x), ("the target", y)))
-        self._check_targets(y, x.shape[0])
+        if not x.device == y.device == self.device:
+            check_same_device((("the parameters", self._ring[0]), ("the input", x), ("the target", y)))
+        self._check_targets(y, x.shape[0], in_range=in_range)
         return x, y
 
-    def _check_targets(self, y: Tensor, rows: int) -> None:
+    def _check_targets(self, y: Tensor, rows: int, *, in_range: bool) -> None:
         classes = self.model.sizes[-1]
         if not takes_classes(self.loss):
             if y.shape != (rows, classes):
@@ -367,16 +371,8 @@ class TrainStep:
             raise RuntimeError(f"expected class numbers of shape [{rows}], got {list(y.shape)}")
         if y.dtype != torch.int64:
             raise RuntimeError(f"expected class numbers of dtype int64, got {y.dtype}; convert them with .long()")
-        if y.device.type == "cpu" and rows:
-            if rows <= _FEW_LABELS:
-                numbers = y.tolist()
-                low, high = min(numbers), max(numbers)
-            else:
-                torch.aminmax(y, out=(self._least, self._largest))
-                low, high = self._least.item(), self._largest.item()
-            if not 0 <= low <= high < classes:
-                bad = low if low < 0 else high
-                raise IndexError(f"class number {bad} is out of range; the model has classes 0 to {classes - 1}")
+        if rows and in_range and self.device.type == "cpu":
+            check_classes(y, classes)
 
 
 def _check_layers(model: MLP) -> None:

@@ -8,6 +8,9 @@ torch's default reduction, into the 0-d tensor it is given. All of them compute 
     l1                      |A - y|, mean over elements                   dA = sign(A - y) / (M C)
     bce                     sigmoid NLL of logits, mean over elements     dA = (sigmoid(A) - y) / (M C)
     softmax_squared_error   |p - onehot|^2, p = softmax(A), over rows     dA = p * (g - sum g p), g = 2 (p - onehot) / M
+
+A class number out of range raises IndexError, found by torch while it computes the loss: to look for it beforehand
+takes longer than the loss of a small batch does.
 """
 
 from __future__ import annotations
@@ -17,13 +20,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .checks import check_classes
 from .torch_losses import vector_width
 
 __all__ = ["LossFunction", "loss_function", "takes_classes"]
 
 #: (A_L [M, C], target, 0-d loss to write) -> dA_L
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-_aten = torch.ops.aten
+#: A label that nll_loss ignores, out of range like all negative ones but far from what anybody writes.
+_NO_CLASS = torch.iinfo(torch.int64).min
+#: Looked up once: to find an operator among torch.ops costs as much as a small one takes.
+_nll_loss = torch.ops.aten.nll_loss_forward.output
+_softmax = torch.ops.aten._softmax.out
 
 
 def takes_classes(loss: str) -> bool:
@@ -69,13 +77,16 @@ def _cross_entropy(m: int, c: int, dtype: torch.dtype) -> LossFunction:
 
     def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
         if by_columns is None:
-            _aten._log_softmax.out(a, 1, False, out=log_p)
+            torch.log_softmax(a, 1, out=log_p)
         else:
             a_t, log_p_t = by_columns
-            log_p.copy_(_aten._log_softmax.out(a_t.copy_(a.t()), 0, False, out=log_p_t).t())
-        _aten.nll_loss_forward.output(log_p, y, None, 1, -1, output=out, total_weight=total_weight)
-        torch.exp(log_p, out=da)
-        da.scatter_add_(1, y.view(m, 1), minus_one)
+            log_p.copy_(torch.log_softmax(a_t.copy_(a.t()), 0, out=log_p_t).t())
+        try:
+            _nll_loss(log_p, y, None, 1, _NO_CLASS, output=out, total_weight=total_weight)
+            torch.exp(log_p, out=da).scatter_add_(1, y.view(m, 1), minus_one)
+        except (IndexError, RuntimeError):
+            check_classes(y, c)
+            raise
         return da if m == 1 else da.mul_(mean)
 
     return compute
@@ -88,8 +99,12 @@ def _softmax_squared_error(m: int, c: int, dtype: torch.dtype) -> LossFunction:
     minus_one = torch.full((m, 1), -1.0, dtype=dtype)
 
     def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
-        _aten._softmax.out(a, 1, False, out=p)
-        g.copy_(p).scatter_add_(1, y.view(m, 1), minus_one)
+        _softmax(a, 1, False, out=p)
+        try:
+            g.copy_(p).scatter_add_(1, y.view(m, 1), minus_one)
+        except RuntimeError:
+            check_classes(y, c)
+            raise
         torch.sum(torch.mul(g, g, out=square), out=out, dim=(0, 1)).mul_(mean)
         g.mul_(twice_mean)
         torch.sum(torch.mul(g, p, out=square), 1, keepdim=True, out=inner)

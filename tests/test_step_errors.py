@@ -134,6 +134,17 @@ CALLS = [
     ({"y": Y.index_fill(0, torch.tensor([7]), 5)}, IndexError, "class number 5 is out of range.*classes 0 to 4"),
     ({"y": Y.index_fill(0, torch.tensor([7]), -1)}, IndexError, "class number -1 is out of range"),
     ({"y": Y.index_fill(0, torch.tensor([7]), -100)}, IndexError, "class number -100"),
+    (
+        {"y": Y.index_fill(0, torch.tensor([7]), torch.iinfo(torch.int64).min)},
+        IndexError,
+        "class number -9223372036854",
+    ),
+    (
+        {"loss": "softmax_squared_error", "y": Y.index_fill(0, torch.tensor([7]), 5)},
+        IndexError,
+        "class number 5 is out",
+    ),
+    ({"loss": "softmax_squared_error", "y": Y.index_fill(0, torch.tensor([7]), -1)}, IndexError, "class number -1 is"),
     ({"x": X.to("meta")}, RuntimeError, "the parameters is on cpu and the input on meta"),
     ({"y": Y.to("meta")}, RuntimeError, "the target on meta"),
     ({"loss": "mse", "y": VALUES[:, :4]}, RuntimeError, r"shape \[24, 5\] for mse, got \[24, 4\]"),
@@ -152,6 +163,20 @@ def test_batches(arguments, error, message, call):
     with pytest.raises(error, match=message):
         {"step": step, "gradients": step.gradients, "epoch": lambda x, y: step.epoch(x, y, 16)}[call](x, y)
     assert torch.equal(flat(model), flat(network(SIZES)))
+
+
+def test_gradients_outlive_a_batch_that_is_refused():
+    model, twin = network(SIZES), network(SIZES)
+    step, other = fastmlp.TrainStep(model, lr=0.3), fastmlp.TrainStep(twin, lr=0.3)
+    step.gradients(X, Y)
+    for call in (step, step.gradients):
+        with pytest.raises(IndexError, match="class number 9"):
+            call(X, Y.index_fill(0, torch.tensor([7]), 9))
+    step.update()
+    other.gradients(X, Y)
+    other.update()
+    assert torch.equal(flat(model), flat(twin))
+    assert not torch.equal(flat(model), flat(network(SIZES)))
 
 
 EPOCHS = [
