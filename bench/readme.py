@@ -54,22 +54,39 @@ def _cell(case: dict[str, Any], rival: str) -> str:
     return f"{text}: {statistics.median(times):.2f}× ({smallest:.2f}–{largest:.2f})"
 
 
+def _newest_first(documents: list[Document], kind: str, preset: str) -> list[Document]:
+    chosen = [d for d in documents if d["kind"] == kind and d["preset"] == preset]
+    return sorted(chosen, key=lambda d: str(d["started"]), reverse=True)
+
+
+def _table(document: Document) -> list[str]:
+    header = ["one training step", *_COLUMNS.values(), "GPU"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for number, case in enumerate(case for case in document["cases"] if _shown(case)):
+        gpu = "″" if number else NOT_MEASURED
+        cells = (_title(case["problem"]), *(_cell(case, rival) for rival in _COLUMNS), gpu)
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", f"*{caption(document)}*", ""]
+
+
+def _epochs(document: Document) -> list[str]:
+    seconds = {c["label"]: epoch_seconds(c) for c in document["contenders"] if c["status"] == "ok"}
+    text = "; ".join(f"{label}: {value:.2f} s" for label, value in seconds.items())
+    about = f"Seconds of training an epoch of 60,000 images, mean of {document['seeds']} seeds: {text}."
+    return [about, "", f"*{caption(document)}*", ""]
+
+
 def speed_section(documents: list[Document]) -> str:
-    """The text between the markers: a table of the ``quick`` runs, and the seconds an epoch of the accuracy runs."""
-    lines = []
-    for d in (d for d in documents if d["kind"] == "times" and d["preset"] == "quick"):
-        header = ["one training step", *_COLUMNS.values(), "GPU"]
-        lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        for number, case in enumerate(case for case in d["cases"] if _shown(case)):
-            gpu = "″" if number else NOT_MEASURED
-            cells = (_title(case["problem"]), *(_cell(case, rival) for rival in _COLUMNS), gpu)
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", f"*{caption(d)}*", ""]
-    for d in (d for d in documents if d["kind"] == "accuracy"):
-        seconds = {c["label"]: epoch_seconds(c) for c in d["contenders"] if c["status"] == "ok"}
-        text = "; ".join(f"{label}: {value:.2f} s" for label, value in seconds.items())
-        lines += [f"Seconds of training an epoch of 60,000 images, mean of {d['seeds']} seeds: {text}.", ""]
-        lines += [f"*{caption(d)}*", ""]
+    """The text between the markers: a table of the ``quick`` runs, and the seconds an epoch of the accuracy runs.
+
+    Those of the newest run are seen at once, those of other machines unfold.
+    """
+    steps, epochs = _newest_first(documents, "times", "quick"), _newest_first(documents, "accuracy", "accuracy")
+    lines = [line for d in steps[:1] for line in _table(d)] + [line for d in epochs[:1] for line in _epochs(d)]
+    older = [line for d in steps[1:] for line in _table(d)] + [line for d in epochs[1:] for line in _epochs(d)]
+    if older:
+        names = " and ".join(dict.fromkeys(str(d["machine"]["name"]) for d in (*steps[1:], *epochs[1:])))
+        lines += [f"<details><summary>The same on {names}</summary>", "", *older, "</details>", ""]
     return "\n".join(lines)
 
 
