@@ -29,7 +29,7 @@ __all__ = ["LossFunction", "loss_function", "takes_classes"]
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 #: A label that nll_loss ignores, out of range like all negative ones but far from what anybody writes.
 _NO_CLASS = torch.iinfo(torch.int64).min
-#: Looked up once: to find an operator among torch.ops costs as much as a small one takes.
+#: Operators that torch has no function for; where it has one, as for log-softmax, calling it costs half as much.
 _nll_loss = torch.ops.aten.nll_loss_forward.output
 _softmax = torch.ops.aten._softmax.out
 
