@@ -46,8 +46,6 @@ __all__ = [
     "wgrad",
     "wgrad_library",
     "wgrad_update",
-    "wide_update",
-    "wide_wgrad",
     "worth_measuring",
 ]
 
@@ -75,6 +73,8 @@ _measured: dict[str, Library] = {}
 
 def set_cpu_gemm(mode: str) -> None:
     """Choose who multiplies matrices on a CPU: "auto" (measured per shape), "aten" or "onednn".
+
+    With "auto", training steps of small networks are measured whole, and may run on one thread (``fastmlp.cpu_step``).
 
     Takes effect for following calls of modules and functions, and for training steps planned afterwards. Modules and
     functions leave to aten what is small, not contiguous, traced or watched (``fastmlp.torch_products``).
@@ -385,46 +385,6 @@ def wgrad(m: int, out: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor],
         return torch.mm(dz.t(), x, out=out)
 
     return aten if wgrad_library(m, k, n, out.dtype) == "aten" else onednn_wgrad
-
-
-def wide_wgrad(m: int, master: Tensor, dtype: torch.dtype, *, update: bool) -> bool:
-    """Whether dZ^T X of bfloat16 matrices is better made in float32, which ``master`` [N, K] has, than in bfloat16.
-
-    Of few rows: then it costs what moving dW costs, and to widen dZ and X is cheaper than to widen dW. It is not
-    rounded to 16 bits either. ``update`` says whether master -= lr dW follows, or dW is kept in float32.
-    """
-    n, k = master.shape
-
-    def trials(rows: int) -> dict[Library, Callable[[], object]]:
-        dz, x = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((rows, n), (rows, k)))
-        scratch, dw = torch.zeros_like(master), torch.empty((n, k), dtype=dtype, device="cpu")
-        narrow = wgrad(rows, dw, dtype)
-        if update:
-            into = wide_update(rows, scratch, dtype)
-            return {
-                "aten": lambda: scratch.add_(narrow(dz, x), alpha=-1e-3),
-                "wide": lambda: into(dz, x, 1e-3),
-            }
-        wide = wgrad(rows, scratch, dtype)
-        return {"aten": lambda: scratch.copy_(narrow(dz, x)), "wide": lambda: wide(dz, x)}
-
-    if dtype != torch.bfloat16 or master.dtype != torch.float32:
-        return False
-    if product_dtype(dtype) != dtype:
-        return True
-    return choose(f"wide wgrad{'_update' if update else ''}", m, k, n, dtype, trials, 0) == "wide"
-
-
-def wide_update(m: int, master: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor, float], object]:
-    """A function (dZ, X, lr) that does W -= lr dZ^T X in place, for dZ [m, N] and X [m, K] in ``dtype``, which is
-    narrower than ``master``'s.
-    """
-    n, k = master.shape
-    wide_dz, wide_x = master.new_empty((m, n)), master.new_empty((m, k))
-    if m == 1:
-        return lambda dz, x, lr: master.addcmul_(wide_dz.copy_(dz).t(), wide_x.copy_(x), value=-lr)
-    into = wgrad_update(m, master)
-    return lambda dz, x, lr: into(wide_dz.copy_(dz), wide_x.copy_(x), lr)
 
 
 def wgrad_update(m: int, weight: Tensor) -> Callable[[Tensor, Tensor, float], object]:

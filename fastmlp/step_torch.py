@@ -23,6 +23,7 @@ from . import cpu_gemm, cpu_threads
 from .activations import LEAKY_SLOPE, saved_for_grad
 from .cpu_layer import Products, layer_products
 from .cpu_step import scratch_batch, scratch_layers, step_way
+from .cpu_wide import wide_update, wide_wgrad
 from .nn import Linear
 from .online import online_epoch
 from .step_config import OptimizerConfig
@@ -175,11 +176,11 @@ class TorchStep:
             fused = layer.activation if layer.activation in _FUSED else "identity"
             out, dx = new((m, n)), new((m, k)) if i > self.lowest else None
             narrow = layer.train_w and layer.weight.dtype != layer.master_w.dtype
-            wide = narrow and cpu_gemm.wide_wgrad(m, layer.master_w, dtype, update=self.plain)
+            wide = narrow and wide_wgrad(m, layer.master_w, dtype, update=self.plain)
             dw = self._wgrad_buffer(i, wide=wide) if layer.train_w and not layer.in_place else None
             products = layer_products(m, layer.weight, layer.bias, fused, out, dx, update=layer.in_place, dw=dw)
             if wide and self.plain:
-                products = products._replace(update=cpu_gemm.wide_update(m, layer.master_w, dtype))
+                products = products._replace(update=wide_update(m, layer.master_w, dtype))
             plan.products.append(products)
             plan.kept_a.append(None if layer.activation in _FUSED else new((m, n)))
         return plan

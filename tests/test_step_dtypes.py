@@ -72,7 +72,7 @@ def test_every_optimizer(compute, params, optimizer):
 @pytest.mark.parametrize("params", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 24])
 def test_both_ways_to_a_gradient(monkeypatch, rows, params, optimizer, wide):
-    monkeypatch.setattr(cpu_gemm, "wide_wgrad", lambda *args, update: wide)
+    monkeypatch.setattr(step_torch, "wide_wgrad", lambda *args, update: wide)
     half_run(torch.bfloat16, params, optimizer, rows=rows)
 
 
