@@ -399,6 +399,8 @@ def test_doctor_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
     assert out.count("FAILED") == 6
     assert "FAILED  RuntimeError: no kernel image is available" in out
     assert "FAILED  dW (" in out
+    verdicts = [line.split() for line in out.splitlines() if line.split()[:2] == ["torch", "cpu"]]
+    assert {kernel for _, _, kernel, *_ in verdicts} == set(selfcheck.CHECKS) - selfcheck.KERNELS_ONLY
 
 
 @pytest.mark.parametrize(

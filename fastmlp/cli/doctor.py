@@ -169,7 +169,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _verdict(check: dict[str, Any]) -> str:
-    name = f"{check['backend']:<7}{check['device']:<6}{check['kernel']:<16}{check['dtype']:<10}"
+    name = f"{check['backend']:<7}{check['device']:<6}{check['kernel']:<23}{check['dtype']:<10}"
     if not check["passed"]:
         return f"{name}FAILED  {' '.join(check['message'].split())}"
     return f"{name}ok      largest error {check['error']:.1e} of {check['allowed']:.1e} allowed ({check['worst']})"
