@@ -324,8 +324,8 @@ class TorchStep:
             layer.master_w.add_(grad, alpha=-lr)
         if db is not None and layer.row_b is not None:
             # Of a single row, dZ is its own sum.
-            alone = dz.shape[0] == 1 and dz.dtype == db.dtype
-            summed = dz if alone else torch.sum(dz, 0, True, dtype=db.dtype, out=db)
+            is_sum = dz.shape[0] == 1 and dz.dtype == db.dtype
+            summed = dz if is_sum else torch.sum(dz, 0, True, dtype=db.dtype, out=db)
             layer.row_b.add_(summed, alpha=-lr)
 
     def _store(self, plan: _Plan, i: int, dz: Tensor, x: Tensor) -> None:

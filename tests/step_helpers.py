@@ -49,6 +49,11 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     cpu_choices.kept.cache_clear()
 
 
+def choices_of_products() -> dict[tuple[object, ...], str]:
+    """What was chosen so far, but for whole steps."""
+    return {key: choice for key, choice in cpu_gemm.choices().items() if not str(key[0]).startswith("step")}
+
+
 def widen_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a processor without 16-bit products."""
     monkeypatch.setattr(cpu_gemm, "product_dtype", lambda dtype: torch.promote_types(dtype, torch.float32))
@@ -235,7 +240,7 @@ def check_against_torch(
     loss: str = "cross_entropy",
 ) -> None:
     """Train by TrainStep and by torch: parameters and losses, float64 to 1e-10, float32 within the budget."""
-    steps, before = len(data), flat(model)
+    before = flat(model)
     expected = Reference(model, settings, loss).train(data)
     start = converted(model, torch.float64)
     step = fastmlp.TrainStep(model, loss=loss, **settings)
@@ -243,13 +248,33 @@ def check_against_torch(
     assert (flat(model) - expected.flat()).norm() <= 1e-10 * expected.flat().norm()
     assert losses == pytest.approx(expected.losses, rel=1e-9, abs=1e-12)
     assert (expected.flat() - before).norm() > 1e-3 * before.norm(), "nothing was learned"
-    own = Reference(start, settings, loss, torch.float32).train(data)
-    narrow = converted(start, torch.float32)
+    check_float32(start, data, settings, loss=loss, expected=expected.flat())
+
+
+def check_float32(
+    model: fastmlp.MLP,
+    data: Sequence[Batch],
+    settings: dict[str, Any],
+    *,
+    loss: str = "cross_entropy",
+    expected: Tensor | None = None,
+) -> None:
+    """A copy of ``model`` trained by TrainStep in float32 is within the budget of what float64 trains, ``expected``."""
+    if expected is None:
+        expected = Reference(model, settings, loss).train(data).flat()
+    own = Reference(model, settings, loss, torch.float32).train(data).flat()
+    narrow = converted(model, torch.float32)
     step = fastmlp.TrainStep(narrow, loss=loss, **settings)
     for x, y in data:
         step(*for_step(x, y, torch.float32))
-    eps = torch.finfo(torch.float32).eps
-    assert_run_within_budget(flat(narrow), expected.flat(), own.flat(), steps, eps)
+    assert_run_within_budget(flat(narrow), expected, own, len(data), torch.finfo(torch.float32).eps)
+
+
+def float32_step(sizes: Sequence[int], rows: int, optimizer: str) -> Callable[[], object]:
+    """A function that takes a step on one batch of so many rows."""
+    x, y = for_step(*problem(sizes, rows), torch.float32)
+    step = fastmlp.TrainStep(converted(network(sizes), torch.float32), **OPTIMIZERS[optimizer])
+    return lambda: step(x, y)
 
 
 def allocations(step: Callable[[], object], warm: int = 3, steps: int = 2) -> list[int]:

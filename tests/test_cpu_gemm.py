@@ -19,8 +19,9 @@ from .step_helpers import (
     OPTIMIZERS,
     Reference,
     allocations,
-    assert_run_within_budget,
     batches,
+    check_float32,
+    choices_of_products,
     converted,
     flat,
     for_step,
@@ -56,12 +57,7 @@ def run(dtype: torch.dtype = torch.float32, optimizer: str = "sgd", steps: int =
 def test_onednn_within_the_budget(activation, optimizer):
     """The library that the measurement may have passed over on this machine."""
     fastmlp.set_cpu_gemm("onednn")
-    data = batches(*problem(SIZES, 70), 24, 20)
-    model = network(SIZES, activation)
-    expected = Reference(model, OPTIMIZERS[optimizer]).train(data).flat()
-    own = Reference(model, OPTIMIZERS[optimizer], master=torch.float32).train(data).flat()
-    actual = run(activation=activation, optimizer=optimizer, steps=20)
-    assert_run_within_budget(actual, expected, own, 20, torch.finfo(torch.float32).eps)
+    check_float32(network(SIZES, activation), batches(*problem(SIZES, 70), 24, 20), OPTIMIZERS[optimizer])
 
 
 @needs_onednn
@@ -99,11 +95,6 @@ def test_errors(monkeypatch):
         fastmlp.set_cpu_gemm("onednn")
 
 
-def of_products() -> dict[tuple[object, ...], str]:
-    """The choices, but for those of whole steps."""
-    return {key: choice for key, choice in cpu_gemm.choices().items() if not str(key[0]).startswith("step")}
-
-
 @needs_onednn
 def test_what_was_measured():
     """Each product of each layer once, by the power of two below the batch size."""
@@ -116,10 +107,11 @@ def test_what_was_measured():
     expected |= {("linear none", 16, *shapes[2], torch.float32, threads)}
     expected |= {("dgrad", 16, k, n, torch.float32, threads) for k, n in shapes[1:]}
     expected |= {("wgrad_update", 16, k, n, torch.float32, threads) for k, n in shapes}
-    assert set(of_products()) == expected
-    assert set(of_products().values()) <= {"aten", "onednn"}
+    assert set(choices_of_products()) == expected
+    assert set(choices_of_products().values()) <= {"aten", "onednn"}
     run(optimizer="momentum")
-    assert {key[0] for key in of_products()} == {"linear sigmoid", "linear none", "dgrad", "wgrad", "wgrad_update"}
+    kinds = {"linear sigmoid", "linear none", "dgrad", "wgrad", "wgrad_update"}
+    assert {key[0] for key in choices_of_products()} == kinds
 
 
 @needs_onednn

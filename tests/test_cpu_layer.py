@@ -11,11 +11,11 @@ from fastmlp.activations import ACTIVATIONS
 
 from .step_helpers import (
     OPTIMIZERS,
-    Reference,
     allocations,
-    assert_run_within_budget,
+    check_float32,
+    choices_of_products,
     converted,
-    flat,
+    float32_step,
     for_step,
     fresh_choices,  # noqa: F401
     needs_onednn,
@@ -58,16 +58,9 @@ def take(monkeypatch, way: str) -> None:
 def test_every_way_trains(monkeypatch, rows, way, optimizer, activation, bias):
     """Six steps are those of torch.optim in float64, to rounding."""
     take(monkeypatch, way)
-    model = network(SIZES, activation, bias=bias)
     x, y = problem(SIZES, 6 * rows)
-    batches, settings = list(zip(x.split(rows), y.split(rows), strict=True)), OPTIMIZERS[optimizer]
-    expected = Reference(model, settings).train(batches).flat()
-    own = Reference(model, settings, master=torch.float32).train(batches).flat()
-    model = converted(model, torch.float32)
-    step = fastmlp.TrainStep(model, **settings)
-    for batch in batches:
-        step(*for_step(*batch, torch.float32))
-    assert_run_within_budget(flat(model), expected, own, 6, torch.finfo(torch.float32).eps)
+    batches = list(zip(x.split(rows), y.split(rows), strict=True))
+    check_float32(network(SIZES, activation, bias=bias), batches, OPTIMIZERS[optimizer])
 
 
 @pytest.mark.parametrize("activation", ["identity", "sigmoid", "relu", "tanh"])
@@ -104,9 +97,7 @@ def test_products(monkeypatch, rows, way, bias, activation):
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
 def test_a_step_allocates_nothing(monkeypatch, rows, way, optimizer):
     take(monkeypatch, way)
-    x, y = for_step(*problem(SIZES, rows), torch.float32)
-    step = fastmlp.TrainStep(converted(network(SIZES), torch.float32), **OPTIMIZERS[optimizer])
-    assert allocations(lambda: step(x, y)) == []
+    assert allocations(float32_step(SIZES, rows, optimizer)) == []
 
 
 @needs_onednn
@@ -120,7 +111,7 @@ def test_every_layer_is_measured_once(rows, optimizer):
         step(x[i * rows : (i + 1) * rows], y[i * rows : (i + 1) * rows])
     kind, stored = ("sample", "") if rows == 1 else ("few rows", " stored" if optimizer == "adamw" else "")
     measured_rows = {1: 1, 5: 4}[rows]
-    choices = {key: choice for key, choice in cpu_gemm.choices().items() if not str(key[0]).startswith("step")}
+    choices = choices_of_products()
     assert set(choices) == {
         (kind + what + stored, measured_rows, k, n, torch.float32, torch.get_num_threads())
         for what, k, n in ((" without dgrad", 13, 16), ("", 16, 12), ("", 12, 6))

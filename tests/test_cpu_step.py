@@ -16,12 +16,12 @@ from fastmlp.step_config import LOSSES
 from .step_helpers import (
     OPTIMIZERS,
     Batch,
-    Reference,
     allocations,
-    assert_run_within_budget,
     batches,
+    check_float32,
     converted,
     flat,
+    float32_step,
     for_step,
     fresh_choices,  # noqa: F401
     needs_onednn,
@@ -73,14 +73,7 @@ def data(rows: int, steps: int, loss: str = "cross_entropy") -> list[Batch]:
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_trains(monkeypatch, way, rows, optimizer, loss):
     seen = take(monkeypatch, way)
-    model, settings, steps = network(SIZES), OPTIMIZERS[optimizer], data(rows, 6, loss)
-    expected = Reference(model, settings, loss).train(steps).flat()
-    own = Reference(model, settings, loss, torch.float32).train(steps).flat()
-    model = converted(model, torch.float32)
-    step = fastmlp.TrainStep(model, loss=loss, **settings)
-    for batch in steps:
-        step(*for_step(*batch, torch.float32))
-    assert_run_within_budget(flat(model), expected, own, 6, torch.finfo(torch.float32).eps)
+    check_float32(network(SIZES), data(rows, 6, loss), OPTIMIZERS[optimizer], loss=loss)
     assert seen == [1 if way == "alone" and cpu_threads.available() else 2] * 6
     assert torch.get_num_threads() == 2
 
@@ -102,9 +95,7 @@ def test_gradients_alone(monkeypatch):
 @pytest.mark.parametrize("way", ["aten", "alone"])
 def test_a_step_allocates_nothing(monkeypatch, way, rows, optimizer):
     take(monkeypatch, way)
-    x, y = for_step(*problem(SIZES, rows), torch.float32)
-    step = fastmlp.TrainStep(converted(network(SIZES), torch.float32), **OPTIMIZERS[optimizer])
-    assert allocations(lambda: step(x, y)) == []
+    assert allocations(float32_step(SIZES, rows, optimizer)) == []
 
 
 @needs_onednn
