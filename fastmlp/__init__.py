@@ -1,6 +1,6 @@
 """fastmlp: multilayer perceptrons trained and run as fast as the machine allows, from ordinary PyTorch code."""
 
-from . import functional, reference
+from . import _checkout, functional, reference  # noqa: F401
 from .backend import get_backend, set_backend, use_backend
 from .checkpoint import load_checkpoint, save_checkpoint
 from .cpu_gemm import get_cpu_gemm, set_cpu_gemm

@@ -22,14 +22,14 @@ from pathlib import Path
 
 import torch
 
+from .files import atomic_write, cache_folder
+
 __all__ = ["choices_path", "instruction_set", "keep", "kept", "processor_name"]
 
 
 def choices_path() -> Path:
     """The file, which need not exist."""
-    import platformdirs
-
-    return platformdirs.user_cache_path("fastmlp") / "cpu-gemm.json"
+    return cache_folder() / "cpu-gemm.json"
 
 
 def processor_name() -> str:
@@ -85,8 +85,6 @@ def kept() -> Mapping[str, str]:
 
 def keep(choices: Mapping[str, str]) -> None:
     """Add choices to the file; what another process has added meanwhile stays, and wins."""
-    from .files import atomic_write
-
     content = _read()
     content[_machine()] = {**choices, **content.get(_machine(), {})}
     with contextlib.suppress(OSError):

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
 import torch
 
+from . import files
 from .datasets import fashion_mnist, fetch
 from .datasets.fashion_mnist import FileSet
 from .datasets.fetch import SourceUnavailable
@@ -201,7 +201,7 @@ def find_fashion_mnist(root: str | os.PathLike[str] | None = None) -> Path | Non
 
 def cache_folder() -> Path:
     """Where downloads of FashionMNIST are kept: ``fashion-mnist`` in the user's cache folder of fastmlp."""
-    return platformdirs.user_cache_path("fastmlp") / "fashion-mnist"
+    return files.cache_folder() / "fashion-mnist"
 
 
 def _usable_device(device: torch.device | str | None) -> torch.device:

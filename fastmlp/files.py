@@ -1,10 +1,23 @@
-"""Writing files so that a reader never sees half of one."""
+"""The user's cache folder, and writing files so that a reader never sees half of one."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import sys
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where fastmlp keeps what it may lose: ``fastmlp`` in the operating system's folder for caches.
+
+    That is $XDG_CACHE_HOME or ~/.cache on Linux, ~/Library/Caches on macOS, %LOCALAPPDATA% on Windows.
+    """
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or "~/AppData/Local").expanduser() / "fastmlp" / "Cache"
+    default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    # os.path's does not raise for a user without a home.
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or default)) / "fastmlp"
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | bytearray | memoryview) -> None:

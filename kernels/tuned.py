@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 
+from ..files import cache_folder
 from .device import Device
 
 __all__ = ["device_key", "table_path", "tuned_tile", "use_new_table"]
@@ -35,9 +36,7 @@ def device_key(device: Device) -> str:
 
 def table_path(key: str) -> Path:
     """Where the table of the device of that ``device_key`` is, or would be."""
-    import platformdirs
-
-    return platformdirs.user_cache_path("fastmlp") / "tiles" / f"{key}.json"
+    return cache_folder() / "tiles" / f"{key}.json"
 
 
 def _key(kind: str, dtype: str, rows: int, cols: int, depth: int) -> Key:

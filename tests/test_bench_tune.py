@@ -29,7 +29,7 @@ def by_rule(device: Device = A100) -> configs.Tile:
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """An empty cache of the user's, and nothing remembered of another one."""
-    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuned, "table_path", table_path)
     tuned.use_new_table()
     yield tmp_path / "fastmlp" / "tiles" / f"{KEY}.json"

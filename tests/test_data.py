@@ -310,11 +310,10 @@ class TestCache:
         program = """
             import json, sys, time
             from pathlib import Path
-            import platformdirs
-            from fastmlp import data
+            from fastmlp import data, files
             from fastmlp.datasets import fashion_mnist, fetch
             folder, me = Path(sys.argv[1]), sys.argv[2]
-            platformdirs.user_cache_path = lambda name: folder / "caches"
+            files.cache_folder = lambda: folder / "caches"
             fetch.SYSTEM_FOLDER = folder / "system"
             fashion_mnist.FULL = fashion_mnist._file_set(40, 20, json.loads((folder / "sums").read_text()))
             def fetched(staging):

@@ -9,6 +9,7 @@ import inspect
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,34 @@ def test_import_is_light():
     heavy = ("triton", "torchvision", "matplotlib", "PIL", "rich", "click", "torch._dynamo", "fastmlp.kernels")
     names = python("import sys, fastmlp; print('\\n'.join(sys.modules))").split()
     assert [name for name in heavy if name in names] == []
+
+
+def test_a_bare_checkout_needs_no_installation(tmp_path):
+    """No environment, no installed fastmlp, no home: the package and its kernels are those of the checkout."""
+    for name in ("fastmlp", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    # Without `-S` the editable installation of this environment would serve what the checkout does not.
+    paths = [str(tmp_path), *(p for p in sys.path if p.endswith("-packages"))]
+    code = f"""
+import sys
+sys.path[:0] = {paths!r}
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name == "platformdirs":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+import fastmlp
+print(fastmlp.__file__)
+if {triton_available()}:
+    import fastmlp.kernels.wgrad_update as kernel
+    print(kernel.__file__)
+    from fastmlp.kernels.tuned import table_path
+    assert table_path("x").name == "x.json"
+"""
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env={}, cwd="/")
+    assert done.returncode == 0, done.stderr
+    files = done.stdout.split()
+    assert files == [str(tmp_path / name) for name in ("fastmlp/__init__.py", "kernels/wgrad_update.py")][: len(files)]
 
 
 def test_import_changes_nothing_global():
