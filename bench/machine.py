@@ -138,7 +138,7 @@ def peaks(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> dic
     out = {}
     for name in dtypes:
         dtype = getattr(torch, name)
-        a = torch.rand(n, n, device=device).to(product_dtype(dtype) if device == "cpu" else dtype)
+        a = torch.rand(n, n, device=device).to(product_dtype(dtype, torch.device(device)))
         seconds = best(partial(torch.mm, a, a, out=torch.empty_like(a)))
         if device == "cpu" and torch.backends.mkldnn.is_available():
             onednn = partial(torch.ops.mkldnn._linear_pointwise, a, a, None, "none", [], "")

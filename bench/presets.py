@@ -76,7 +76,7 @@ def _halves(device: str) -> tuple[str, ...]:
     """The 16-bit dtypes whose products the device has: where a CPU has none, torch's take seconds a step."""
     if device.startswith("cuda"):
         return ("bfloat16", "float16")
-    return ("bfloat16",) if product_dtype(torch.bfloat16) == torch.bfloat16 else ()
+    return ("bfloat16",) if product_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16 else ()
 
 
 def _quick(device: str) -> Preset:

@@ -109,11 +109,13 @@ def _onednn_available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What products of ``dtype`` run in: itself, or float32 for 16 bits that a CPU cannot multiply."""
+    return dtype if dtype.itemsize != 2 or device.type != "cpu" else _product_dtype_here(dtype)
+
+
 @functools.cache
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What products of ``dtype`` run in: itself, or float32 for 16 bits that this processor cannot multiply."""
-    if dtype.itemsize != 2:
-        return dtype
+def _product_dtype_here(dtype: torch.dtype) -> torch.dtype:
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
     native = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
     return dtype if native else torch.float32
@@ -127,7 +129,7 @@ def _keep_freed_memory() -> None:
     than a small product. glibc's thresholds for that rise to the largest block freed so far (mallopt(3), "dynamic
     mmap threshold", up to 32 MiB), so freeing one that was never touched is enough; elsewhere this does nothing.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def _measured_rows(m: int) -> int:
@@ -318,7 +320,7 @@ def linear(m: int, weight: Tensor, bias: Tensor | None, activation: str, out: Te
     """A function X -> X W^T + b for X [m, K], with the activation already applied if it is identity, sigmoid, relu
     or tanh; the result is ``out`` [m, N] or, where oneDNN is faster, a new tensor.
     """
-    wide = product_dtype(weight.dtype)
+    wide = product_dtype(weight.dtype, weight.device)
     if wide != weight.dtype:
         wide_x, wide_w = weight.new_empty((m, weight.shape[1]), dtype=wide), weight.to(wide)
         wide_b = None if bias is None else bias.to(wide)
@@ -347,7 +349,7 @@ def linear(m: int, weight: Tensor, bias: Tensor | None, activation: str, out: Te
 
 def dgrad(m: int, weight: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
     """A function dZ -> dZ W for dZ [m, N]; the result is ``out`` [m, K] or a new tensor."""
-    wide = product_dtype(weight.dtype)
+    wide = product_dtype(weight.dtype, weight.device)
     if wide != weight.dtype:
         wide_dz, wide_w = weight.new_empty((m, weight.shape[0]), dtype=wide), weight.to(wide)
         product = dgrad(m, wide_w, torch.empty_like(out, dtype=wide))

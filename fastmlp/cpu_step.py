@@ -74,6 +74,8 @@ def scratch_layers(layers: Sequence[Linear]) -> list[Linear]:
 def scratch_batch(m: int, layers: Sequence[Linear], loss: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """X of ones, a target for ``loss``, and where its value goes."""
     c = layers[-1].out_features
-    y = torch.zeros(m, dtype=torch.int64) if takes_classes(loss) else torch.zeros((m, c), dtype=dtype)
+    y = torch.zeros(m, dtype=torch.int64, device="cpu")
+    if not takes_classes(loss):
+        y = y.new_zeros((m, c), dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    return torch.ones((m, layers[0].in_features), dtype=dtype), y, torch.empty((), dtype=wide)
+    return y.new_ones((m, layers[0].in_features), dtype=dtype), y, y.new_empty((), dtype=wide)

@@ -39,7 +39,7 @@ def wide_wgrad(m: int, master: Tensor, dtype: torch.dtype, *, update: bool) -> b
 
     if dtype != torch.bfloat16 or master.dtype != torch.float32:
         return False
-    if cpu_gemm.product_dtype(dtype) != dtype:
+    if cpu_gemm.product_dtype(dtype, master.device) != dtype:
         return True
     return cpu_gemm.choose(f"wide wgrad{'_update' if update else ''}", m, k, n, dtype, trials, 0) == "wide"
 

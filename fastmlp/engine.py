@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .loss_scale import LossScale
 from .losses import CrossEntropyLoss
 from .nn import MLP
 from .step import TrainStep
@@ -93,8 +94,7 @@ class AutogradEngine:
     """Forward, ``loss.backward()`` and ``torch.optim.SGD``: the steps as ordinary PyTorch code writes them.
 
     Parameters of 16 bits are rounded copies of float32 ones, which the optimizer works on: an update smaller than
-    half a unit in the last place would otherwise be lost. float16 also scales the loss by 2^10 before the backward
-    pass, and the gradients back, to keep small ones above the least float16.
+    half a unit in the last place would otherwise be lost. float16 also scales the loss (``fastmlp.loss_scale``).
 
     Args:
         model: maps [B, features] to logits [B, classes].
@@ -126,7 +126,8 @@ class AutogradEngine:
         self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         if not self.params:
             raise ValueError("the model has no parameter that requires a gradient; there is nothing to train")
-        self.scale = 1024.0 if any(p.dtype == torch.float16 for p in self.params) else 1.0
+        half = any(p.dtype == torch.float16 for p in self.params)
+        self.loss_scale = LossScale(self.params[0].device) if half else None
         self.has_masters = any(p.dtype.itemsize < 4 for p in self.params)
         self.masters = [p.detach().float() for p in self.params] if self.has_masters else self.params
         self.optimizer = torch.optim.SGD(
@@ -147,7 +148,7 @@ class AutogradEngine:
             loss = self.loss(self.model(images.index_select(0, rows)), labels.index_select(0, rows))
             for param in self.params:
                 param.grad = None
-            (loss if self.scale == 1.0 else loss * self.scale).backward()
+            (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
             self._update(self.lr * factor)
             total.add_(loss.detach(), alpha=len(rows))
         return total / len(order)
@@ -159,7 +160,12 @@ class AutogradEngine:
             self.optimizer.step()
             return
         for param, master in zip(self.params, self.masters, strict=True):
-            master.grad = None if param.grad is None else param.grad.float().mul_(1 / self.scale)
+            master.grad = None if param.grad is None else param.grad.float()
+        if self.loss_scale is not None:
+            self.loss_scale.check([m.grad for m in self.masters if m.grad is not None], scaled=True)
+            self.loss_scale.adjust()
+            if self.loss_scale.overflow:
+                return
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(self.params, self.masters)

@@ -316,11 +316,11 @@ def online_epoch(
     assert isinstance(first, _FirstLayer)
     classes = last.N
     hot = list(torch.eye(classes, dtype=dtype))
-    probabilities = torch.empty(classes, dtype=dtype)
-    logits = torch.empty(block, classes, dtype=dtype)
+    probabilities = torch.empty(classes, dtype=dtype, device="cpu")
+    logits = torch.empty(block, classes, dtype=dtype, device="cpu")
     last.write_to(list(logits))
     down = layers[::-1]
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for begin in range(0, steps, block):
         count = min(block, steps - begin)
         first.load(images[begin : begin + count] if rows is None else images[rows[begin : begin + count]])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .backend import resolve
-from .checks import check_classes, check_same_device, check_tensor
+from .checks import check_classes, check_rows, check_same_device, check_tensor
 from .nn import MLP, Linear, _only_computes
 from .step_config import LOSSES, OptimizerConfig
 from .step_losses import takes_classes
@@ -30,7 +31,7 @@ class _Engine(Protocol):
         labels: Tensor,
         batch_size: int,
         order: Tensor,
-        lrs: Sequence[float],
+        lrs: Tensor,
         losses: Tensor,
     ) -> None: ...
 
@@ -52,6 +53,9 @@ class TrainStep:
     graph; on a CPU it is in-place BLAS on buffers allocated once. Results agree with autograd and torch.optim to
     rounding.
 
+    A step belongs to one thread and, on a GPU, one stream at a time: its buffers are shared by all its calls, so calls
+    from two threads or two streams at once race on them.
+
     Args:
         model: the MLP. Parameters with ``requires_grad=False`` stay as they are, and nothing is computed for them.
         optimizer: "sgd" or "adamw", with the update rules and the argument names of torch.optim.SGD and AdamW.
@@ -64,7 +68,7 @@ class TrainStep:
             logits) or "softmax_squared_error" (class numbers); each a mean as torch's default reduction.
         dtype: of the products: default the parameters' own; float32 parameters with float16 or bfloat16 products are
             mixed precision with float32 masters.
-        cuda_graph: capture steps in CUDA graphs (default True; without effect on a CPU).
+        cuda_graph: capture steps in CUDA graphs at their second use (default True; only with backend "triton").
 
     Attributes:
         lr: the learning rate of the next step.
@@ -117,8 +121,8 @@ class TrainStep:
         self.model, self.loss = model, loss
         self.device, self.dtype = first.device, dtype
         self.backend = resolve(first, dtype)
-        self.losses = torch.zeros(0, device=self.device)
         wide = torch.promote_types(dtype, torch.float32)
+        self.losses = torch.zeros(0, dtype=wide, device=self.device)
         # Losses are handed out as elements of a ring, so that a step neither allocates nor copies; one stays valid
         # for the next _RING - 1 steps.
         self._ring = list(torch.zeros(_RING, dtype=wide, device=self.device).unbind())
@@ -137,15 +141,20 @@ class TrainStep:
             for name, parameter in layer._parameters.items()
             if parameter is not None
         ]
+        #: Kernels go to the current device; the model's need not be that.
+        self._on_device: AbstractContextManager[object] = nullcontext()
+        if self.device.type == "cuda":
+            self._on_device = torch.cuda.device(self.device)
         self._engine: _Engine
-        if self.backend == "triton":
-            from .step_triton import TritonStep
+        with self._on_device:
+            if self.backend == "triton":
+                from .step_triton import TritonStep
 
-            self._engine = TritonStep(layers, self.config, loss, dtype, cuda_graph=cuda_graph)
-        else:
-            from .step_torch import TorchStep
+                self._engine = TritonStep(layers, self.config, loss, dtype, cuda_graph=cuda_graph)
+            else:
+                from .step_torch import TorchStep
 
-            self._engine = TorchStep(layers, self.config, loss, dtype)
+                self._engine = TorchStep(layers, self.config, loss, dtype)
 
     @property
     def lr(self) -> float:
@@ -167,15 +176,16 @@ class TrainStep:
 
         Returns:
             The loss before the step: 0-d, on the device, without waiting for it; valid for the next 1,023 steps (clone
-            it to keep it longer). On a GPU an out-of-range class number makes it NaN, on a CPU it raises IndexError
-            before anything changes.
+            it to keep it longer). On a CPU an out-of-range class number raises IndexError before anything changes. On a
+            GPU it makes the loss NaN; without the kernels (backend "torch") it is a device-side assertion of torch's.
         """
         x, y = self._check_batch(x, y, in_range=self._checks_classes)
         loss = self._next_loss()
-        if x.shape[0] == 0:
-            loss.fill_(float("nan"))
-        else:
-            self._engine.step(x, y, loss)
+        with self._on_device:
+            if x.shape[0] == 0:
+                loss.fill_(float("nan"))
+            else:
+                self._engine.step(x, y, loss)
         self._has_gradients = False
         return loss
 
@@ -193,7 +203,8 @@ class TrainStep:
             images: [N, sizes[0]] or [N, ...], uint8 or floating point, on the model's device.
             labels: int64 [N] (or values [N, C]), on the same device.
             batch_size: rows of a step; the last step takes what is left.
-            order: int64 [n], the rows in the order of use; default all rows in order.
+            order: int64 [n], the rows in the order of use; default all rows in order. On a CPU a row out of range is
+                an IndexError. On a GPU it makes its step's loss NaN, and the nearest row takes its place.
             lr_factors: one factor of ``lr`` for each step; default all 1.
 
         Returns:
@@ -211,22 +222,23 @@ class TrainStep:
         check_same_device((("the images", images), ("order", order)))
         n = order.shape[0]
         steps = -(-n // batch_size)
-        factors = [1.0] * steps if lr_factors is None else [float(f) for f in lr_factors]
-        if len(factors) != steps:
-            raise ValueError(f"expected {steps} lr_factors, one for each step, got {len(factors)}")
-        if self.device.type == "cpu" and n and not (int(order.min()) >= 0 and int(order.max()) < images.shape[0]):
-            raise IndexError(
-                f"order has rows from {int(order.min())} to {int(order.max())}, but the data has rows 0 to "
-                f"{images.shape[0] - 1}"
-            )
-        losses = torch.full((steps,), float("nan"), dtype=self._ring[0].dtype, device=self.device)
+        if lr_factors is None:
+            lrs = torch.full((steps,), self.lr, dtype=torch.float64, device="cpu")
+        else:
+            lrs = torch.tensor(lr_factors, dtype=torch.float64, device="cpu") * self.lr
+        if lrs.shape != (steps,):
+            raise ValueError(f"expected {steps} lr_factors, one for each step, got {len(lrs)}")
         self._has_gradients = False
-        self.losses = losses
+        self.losses = losses = torch.full((steps,), float("nan"), dtype=self._ring[0].dtype, device=self.device)
         if not steps:
-            return torch.full((), float("nan"), device=self.device)
-        self._engine.epoch(images, labels, batch_size, order, [self.lr * f for f in factors], losses)
-        last = n - (steps - 1) * batch_size
-        return ((losses[:-1].sum() * batch_size + losses[-1] * last) / n).float()
+            return torch.full((), float("nan"), dtype=torch.float32, device=self.device)
+        with self._on_device:
+            order, outside = check_rows(order, images.shape[0], batch_size)
+            self._engine.epoch(images, labels, batch_size, order, lrs, losses)
+            if outside is not None:
+                losses.masked_fill_(outside, float("nan"))
+            last = n - (steps - 1) * batch_size
+            return ((losses[:-1].sum() * batch_size + losses[-1] * last) / n).float()
 
     def gradients(self, x: Tensor, y: Tensor, *, accumulate: bool = False) -> dict[str, Tensor]:
         """Gradients of the mean loss by parameter name, in float32 or wider; the parameters stay as they are.
@@ -244,7 +256,8 @@ class TrainStep:
         x, y = self._check_batch(x, y, in_range=self._checks_classes)
         if x.shape[0] == 0:
             raise ValueError("expected at least one row; the mean loss of an empty batch has no gradient")
-        grads = self._engine.gradients(x, y, self._next_loss(), accumulate=accumulate and self._has_gradients)
+        with self._on_device:
+            grads = self._engine.gradients(x, y, self._next_loss(), accumulate=accumulate and self._has_gradients)
         self._has_gradients = True
         return dict(zip(self._names, grads, strict=True))
 
@@ -258,7 +271,8 @@ class TrainStep:
         if not self._has_gradients:
             raise RuntimeError("there are no gradients to apply; call gradients(x, y) before update()")
         self._has_gradients = False
-        self._engine.update()
+        with self._on_device:
+            self._engine.update()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a run needs besides the model's own state_dict to go on exactly as if it had not stopped.
@@ -268,7 +282,8 @@ class TrainStep:
         (updates so far); for float16 products "loss_scale" and "loss_scale_good_steps". Only tensors, so that
         safetensors can store it; the same for both backends.
         """
-        state = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._engine.counters().items()}
+        counters = self._engine.counters().items()
+        state = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in counters}
         for name, tensor in self._parameter_state().items():
             state[name] = tensor.clone()
         return state

@@ -1,71 +1,101 @@
-"""CUDA graphs of training steps: captured once, replayed for every further call with the same key."""
+"""CUDA graphs of training steps: launched plainly at first, captured at the second use, replayed ever after.
+
+The first use compiles and loads the kernels, which a capture does not allow. A key that is used once is never captured.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["GraphCache"]
+__all__ = ["GraphCache", "GraphEntry", "can_capture"]
 
-_KEPT = 16
+#: Graphs that are kept, and the calls that lie at least between two captures for which another graph is dropped. Sizes
+#: that keep changing are launched plainly: a capture takes as long as dozens of plain steps.
+_KEPT, _CALLS_PER_EVICTION = 16, 64
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether launches on ``device`` can be captured in a graph."""
+    return device.type == "cuda"
+
+
+@dataclass
+class GraphEntry:
+    """What belongs to a key: static tensors, filled before every use, and the graph once it is captured."""
+
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    graph: torch.cuda.CUDAGraph | None = None
+    used: bool = False
 
 
 class GraphCache:
-    """Captured launches by key. All graphs share one memory pool; the oldest makes room for a seventeenth."""
+    """Graphs of one device by key, the least recently used dropped for a new one. All share one memory pool."""
 
-    def __init__(self) -> None:
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._buffers: dict[Hashable, dict[str, Tensor]] = {}
-        self._scalars: dict[Hashable, Tensor] = {}
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._entries: OrderedDict[tuple[Hashable, ...], GraphEntry] = OrderedDict()
+        self._calls = self._last_eviction = 0
+        self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
-    def buffers(self, key: Hashable) -> dict[str, Tensor]:
-        """Static tensors that belong to a graph: empty for a new key, the same dictionary ever after."""
-        return self._buffers.setdefault(key, {})
+    def entry(self, key: tuple[Hashable, ...]) -> GraphEntry | None:
+        """The entry of a key, new ones without buffers; None where launches should be plain, outside any graph.
 
-    def scalar(self, key: Hashable, device: torch.device) -> Tensor:
-        """A static 0-d float32 that belongs to a graph."""
-        if key not in self._scalars:
-            self._scalars[key] = torch.zeros((), device=device)
-        return self._scalars[key]
-
-    def replay(self, key: Hashable, launch: Callable[[], None], warm_up: Callable[[Callable[[], None]], None]) -> None:
-        """Replay the graph of ``launch``, capturing it first where the key is new.
-
-        ``warm_up(launch)`` must run the launches outside the capture without lasting effect: kernels are compiled
-        and loaded then, which a capture does not allow.
+        A key begins with the number of rows of a batch.
 
         Raises:
-            RuntimeError: the launches cannot be captured; the message says why and how to go without.
+            RuntimeError: the caller is capturing a graph.
         """
-        graph = self._graphs.get(key)
-        if graph is None:
-            while len(self._graphs) >= _KEPT:
-                oldest = next(iter(self._graphs))
-                del self._graphs[oldest]
-                self._buffers.pop(oldest, None)
-            graph = self._graphs[key] = self._capture(launch, warm_up)
-        graph.replay()
-
-    def _capture(
-        self, launch: Callable[[], None], warm_up: Callable[[Callable[[], None]], None]
-    ) -> torch.cuda.CUDAGraph:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a CUDA graph is being captured already, and graphs do not nest; build the step with "
                 "TrainStep(..., cuda_graph=False) to have its launches captured by yours"
             )
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            warm_up(launch)
-        torch.cuda.current_stream().wait_stream(stream)
+        self._calls += 1
+        entry = self._entries.get(key)
+        if entry is None:
+            if len(self._entries) >= _KEPT:
+                if self._calls - self._last_eviction < _CALLS_PER_EVICTION:
+                    return None
+                self._entries.popitem(last=False)
+                self._last_eviction = self._calls
+            entry = self._entries[key] = GraphEntry()
+        self._entries.move_to_end(key)
+        return entry
+
+    def run(self, entry: GraphEntry, launch: Callable[[], None]) -> None:
+        """Launch, or replay: ``launch`` reads and writes the entry's buffers and other tensors that stay in place.
+
+        Raises:
+            RuntimeError: the launches cannot be captured; the message says why and how to go without.
+        """
+        if entry.used and entry.graph is None:
+            entry.graph = self._capture(launch)
+        entry.used = True
+        if entry.graph is None:
+            launch()
+        else:
+            entry.graph.replay()
+
+    def drop(self, rows: int) -> None:
+        """Forget the graphs of batches of so many rows, since their buffers are given up."""
+        for key in [key for key in self._entries if key[0] == rows]:
+            del self._entries[key]
+
+    def _capture(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        # Not torch's own stream for captures: that one is of the device which captured first.
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # "thread_local": other threads may allocate meanwhile, as pin_memory and NCCL do.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 launch()
         except RuntimeError as error:
             raise RuntimeError(

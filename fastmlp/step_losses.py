@@ -23,12 +23,12 @@ from torch import Tensor
 from .checks import check_classes
 from .torch_losses import vector_width
 
-__all__ = ["LossFunction", "loss_function", "takes_classes"]
+__all__ = ["NO_CLASS", "LossFunction", "loss_function", "takes_classes"]
 
 #: (A_L [M, C], target, 0-d loss to write) -> dA_L
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-#: A label that nll_loss ignores, out of range like all negative ones but far from what anybody writes.
-_NO_CLASS = torch.iinfo(torch.int64).min
+#: The label that the losses of a step ignore: no user writes it, so that every label out of range is found.
+NO_CLASS = torch.iinfo(torch.int64).min
 #: Operators that torch has no function for; where it has one, as for log-softmax, calling it costs half as much.
 _nll_loss = torch.ops.aten.nll_loss_forward.output
 _softmax = torch.ops.aten._softmax.out
@@ -39,7 +39,9 @@ def takes_classes(loss: str) -> bool:
     return loss in ("cross_entropy", "softmax_squared_error")
 
 
-def loss_function(loss: str, m: int, c: int, dtype: torch.dtype, scale: Tensor | None = None) -> LossFunction:
+def loss_function(
+    loss: str, m: int, c: int, dtype: torch.dtype, device: torch.device, scale: Tensor | None = None
+) -> LossFunction:
     """The function for batches of ``m`` rows with ``c`` outputs in ``dtype``; ``loss`` is one of LOSSES.
 
     dA comes multiplied by ``scale`` (0-d), before it is rounded to 16 bits.
@@ -52,28 +54,28 @@ def loss_function(loss: str, m: int, c: int, dtype: torch.dtype, scale: Tensor |
         "l1": _l1,
         "bce": _bce,
     }[loss]
-    compute = make(m, c, wide)
+    compute = make(m, c, wide, device)
     if wide == dtype:
         return compute
-    a_wide, da_narrow = torch.empty((m, c), dtype=wide), torch.empty((m, c), dtype=dtype)
+    a_wide, da_narrow = torch.empty((m, c), dtype=wide, device=device), torch.empty((m, c), dtype=dtype, device=device)
     if scale is None:
         return lambda a, y, out: da_narrow.copy_(compute(a_wide.copy_(a), y, out))
     return lambda a, y, out: da_narrow.copy_(compute(a_wide.copy_(a), y, out).mul_(scale))
 
 
-def _number(value: float, dtype: torch.dtype) -> Tensor:
+def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A factor as a tensor, once: torch would make one of a Python number at every step."""
-    return torch.full((), value, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
-def _cross_entropy(m: int, c: int, dtype: torch.dtype) -> LossFunction:
-    mean = _number(1 / m, dtype)
-    log_p, da = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
-    minus_one = torch.full((m, 1), -1.0, dtype=dtype)
-    total_weight = torch.empty((), dtype=dtype)
+def _cross_entropy(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+    mean = _number(1 / m, dtype, device)
+    log_p, da = torch.empty((m, c), dtype=dtype, device=device), torch.empty((m, c), dtype=dtype, device=device)
+    minus_one = torch.full((m, 1), -1.0, dtype=dtype, device=device)
+    total_weight = torch.empty((), dtype=dtype, device=device)
     # torch vectorizes log-softmax along rows that fill a vector register, and across the rows of a transposed matrix.
-    short = c < vector_width(dtype) and m >= 512
-    by_columns = torch.empty((2, c, m), dtype=dtype).unbind() if short else None
+    short = device.type == "cpu" and c < vector_width(dtype) and m >= 512
+    by_columns = torch.empty((2, c, m), dtype=dtype, device=device).unbind() if short else None
 
     def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
         if by_columns is None:
@@ -82,7 +84,7 @@ def _cross_entropy(m: int, c: int, dtype: torch.dtype) -> LossFunction:
             a_t, log_p_t = by_columns
             log_p.copy_(torch.log_softmax(a_t.copy_(a.t()), 0, out=log_p_t).t())
         try:
-            _nll_loss(log_p, y, None, 1, _NO_CLASS, output=out, total_weight=total_weight)
+            _nll_loss(log_p, y, None, 1, NO_CLASS, output=out, total_weight=total_weight)
             torch.exp(log_p, out=da).scatter_add_(1, y.view(m, 1), minus_one)
         except (IndexError, RuntimeError):
             check_classes(y, c)
@@ -92,11 +94,11 @@ def _cross_entropy(m: int, c: int, dtype: torch.dtype) -> LossFunction:
     return compute
 
 
-def _softmax_squared_error(m: int, c: int, dtype: torch.dtype) -> LossFunction:
-    mean, twice_mean = _number(1 / m, dtype), _number(2 / m, dtype)
-    p, g = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
-    square, inner = torch.empty((m, c), dtype=dtype), torch.empty((m, 1), dtype=dtype)
-    minus_one = torch.full((m, 1), -1.0, dtype=dtype)
+def _softmax_squared_error(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+    mean, twice_mean = _number(1 / m, dtype, device), _number(2 / m, dtype, device)
+    p, g = torch.empty((m, c), dtype=dtype, device=device), torch.empty((m, c), dtype=dtype, device=device)
+    square, inner = torch.empty((m, c), dtype=dtype, device=device), torch.empty((m, 1), dtype=dtype, device=device)
+    minus_one = torch.full((m, 1), -1.0, dtype=dtype, device=device)
 
     def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
         _softmax(a, 1, False, out=p)
@@ -113,9 +115,9 @@ def _softmax_squared_error(m: int, c: int, dtype: torch.dtype) -> LossFunction:
     return compute
 
 
-def _mse(m: int, c: int, dtype: torch.dtype) -> LossFunction:
-    mean, twice_mean = _number(1 / (m * c), dtype), _number(2 / (m * c), dtype)
-    da, square = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
+def _mse(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+    mean, twice_mean = _number(1 / (m * c), dtype, device), _number(2 / (m * c), dtype, device)
+    da, square = torch.empty((m, c), dtype=dtype, device=device), torch.empty((m, c), dtype=dtype, device=device)
 
     def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
         torch.sub(a, y, out=da)
@@ -125,9 +127,9 @@ def _mse(m: int, c: int, dtype: torch.dtype) -> LossFunction:
     return compute
 
 
-def _l1(m: int, c: int, dtype: torch.dtype) -> LossFunction:
-    mean = _number(1 / (m * c), dtype)
-    da, magnitude = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
+def _l1(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+    mean = _number(1 / (m * c), dtype, device)
+    da, magnitude = torch.empty((m, c), dtype=dtype, device=device), torch.empty((m, c), dtype=dtype, device=device)
 
     def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
         torch.sub(a, y, out=da)
@@ -137,10 +139,10 @@ def _l1(m: int, c: int, dtype: torch.dtype) -> LossFunction:
     return compute
 
 
-def _bce(m: int, c: int, dtype: torch.dtype) -> LossFunction:
-    mean = _number(1 / (m * c), dtype)
-    da, term = torch.empty((m, c), dtype=dtype), torch.empty((m, c), dtype=dtype)
-    product = torch.empty((m, c), dtype=dtype)
+def _bce(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+    mean = _number(1 / (m * c), dtype, device)
+    da, term = torch.empty((m, c), dtype=dtype, device=device), torch.empty((m, c), dtype=dtype, device=device)
+    product = torch.empty((m, c), dtype=dtype, device=device)
 
     def compute(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
         # -y log s(a) - (1 - y) log(1 - s(a)) = max(a, 0) - a y + log(1 + e^-|a|)

@@ -1,4 +1,4 @@
-"""The training step on a CPU: in-place BLAS on buffers allocated once, no tape.
+"""The training step on plain torch: in-place BLAS on buffers allocated once, no tape. It is what a CPU runs.
 
 For each batch size a plan holds the buffers and, per layer, the functions that were chosen for its three products: by
 ``fastmlp.cpu_step`` for a step, ``fastmlp.cpu_layer`` for a layer, ``fastmlp.cpu_gemm`` for a product. A step then is a
@@ -7,6 +7,8 @@ Plain SGD updates each weight inside its gradient's GEMM.
 
 Parameters of 16 bits, and a 16-bit compute dtype, have float32 masters that the optimizer works on; float16 also
 scales the loss and skips a step whose gradients overflow.
+
+On another device than a CPU (float64 on a GPU) aten makes all products, and nothing is measured.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from .activations import LEAKY_SLOPE, saved_for_grad
 from .cpu_layer import Products, layer_products
 from .cpu_step import scratch_batch, scratch_layers, step_way
 from .cpu_wide import wide_update, wide_wgrad
+from .loss_scale import LossScale
 from .nn import Linear
 from .online import online_epoch
 from .step_config import OptimizerConfig
 from .step_losses import LossFunction, loss_function, takes_classes
-from .step_optimizer import CpuOptimizer
+from .step_optimizer import TorchOptimizer
 from .torch_backend import activation_bwd
 
 __all__ = ["TorchStep"]
@@ -116,14 +119,14 @@ class _Plan:
 
 
 class TorchStep:
-    """Forward, backward and update of an MLP on a CPU; ``fastmlp.TrainStep`` is the public way to it."""
+    """Forward, backward and update of an MLP in torch operations; ``fastmlp.TrainStep`` is the public way to it."""
 
     def __init__(self, layers: list[Linear], config: OptimizerConfig, loss: str, dtype: torch.dtype) -> None:
         self.config, self.loss, self.dtype = config, loss, dtype
-        self._modules = layers
-        scaled = dtype == torch.float16
+        self._modules, self.device = layers, layers[0].weight.device
+        loss_scale = LossScale(self.device) if dtype == torch.float16 else None
         # Gradients and optimizer state exist only where the optimizer needs them all at once.
-        self.plain = config.is_plain_sgd and not scaled
+        self.plain = config.is_plain_sgd and loss_scale is None
         self.layers: list[_Layer] = []
         masters: list[Tensor] = []
         for module in layers:
@@ -131,8 +134,8 @@ class TorchStep:
             masters += [c.master for c in layer.copies if c.trained]
             self.layers.append(layer)
         self.lowest = next(i for i, layer in enumerate(self.layers) if layer.train_w or layer.train_b)
-        self.optimizer = CpuOptimizer(masters, config, scaled=scaled)
-        self._scale = self.optimizer.scale if scaled else None
+        self.optimizer = TorchOptimizer(masters, config, loss_scale)
+        self._scale = None if loss_scale is None else loss_scale.scale
         copies = [c for layer in self.layers for c in layer.copies if not c.is_one]
         self._copies, self._trained_copies = copies, [c for c in copies if c.trained]
         self._db = [
@@ -149,7 +152,9 @@ class TorchStep:
         if plan is None:
             if len(self._plans) == _PLANS:
                 del self._plans[next(iter(self._plans))]
-            way = step_way(self._modules, self.config, self.loss, self.dtype, m, self._trials)
+            way: cpu_gemm.Library = "aten"
+            if self.device.type == "cpu":
+                way = step_way(self._modules, self.config, self.loss, self.dtype, m, self._trials)
             plan = self._plans[m] = self._new_plan(m, way)
             cpu_gemm.keep_choices()
         return plan
@@ -168,8 +173,8 @@ class TorchStep:
     def _plan_products(self, m: int, *, alone: bool) -> _Plan:
         layers, dtype = self.layers, self.dtype
         new = layers[0].weight.new_empty
-        loss = loss_function(self.loss, m, layers[-1].weight.shape[0], dtype, self._scale)
-        y = torch.empty(m, dtype=torch.int64) if takes_classes(self.loss) else None
+        loss = loss_function(self.loss, m, layers[-1].weight.shape[0], dtype, self.device, self._scale)
+        y = torch.empty(m, dtype=torch.int64, device=self.device) if takes_classes(self.loss) else None
         plan = _Plan(new((m, layers[0].weight.shape[1])), None, y, [], [], loss, alone)
         for i, layer in enumerate(layers):
             n, k = layer.weight.shape
@@ -187,7 +192,7 @@ class TorchStep:
 
     def _wgrad_buffer(self, i: int, *, wide: bool) -> Tensor:
         """Where dW of a layer is computed: the gradient itself, or a narrower tensor that is then widened into it."""
-        layer, dtype = self.layers[i], cpu_gemm.product_dtype(self.dtype)
+        layer, dtype = self.layers[i], cpu_gemm.product_dtype(self.dtype, self.device)
         if layer.master_w.dtype == dtype or (wide and not self.plain):
             return self.optimizer.grads[layer.grad_w]
         if i not in self._wgrad_out:
@@ -351,10 +356,10 @@ class TorchStep:
         labels: Tensor,
         batch_size: int,
         order: Tensor,
-        lrs: Sequence[float],
+        lrs: Tensor,
         losses: Tensor,
     ) -> None:
-        """Steps over ``order``, each with its learning rate; writes each step's loss."""
+        """Steps over ``order``, each with its learning rate (float64 on the host); writes each step's loss."""
         if batch_size == 1 and self._is_online(images):
             online_epoch(
                 [layer.weight for layer in self.layers],
@@ -362,14 +367,14 @@ class TorchStep:
                 [layer.activation for layer in self.layers],
                 images,
                 labels,
-                lrs,
+                lrs.tolist(),
                 order,
                 losses=losses,
             )
             return
         base = self.config.lr
         try:
-            for rows, lr, out in zip(order.split(batch_size), lrs, losses.unbind(), strict=True):
+            for rows, lr, out in zip(order.split(batch_size), lrs.tolist(), losses.unbind(), strict=True):
                 self.config.lr = lr
                 self.step(images, labels, out, rows)
         finally:
@@ -379,6 +384,7 @@ class TorchStep:
         """Whether single-sample steps are those of the exact blocked recurrence (``fastmlp.online``)."""
         return (
             self.plain
+            and self.device.type == "cpu"
             and self.loss == "cross_entropy"
             and self.dtype in (torch.float32, torch.float64)
             and images.dtype in (self.dtype, torch.uint8)

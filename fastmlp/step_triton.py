@@ -10,15 +10,15 @@ more (the reduction of split sums), clipping and float16's loss scale a few more
 Losses other than cross-entropy, more classes than the head takes, or an activation behind the last layer put
 linear_fwd, the loss kernel and a dgrad in the place of the head.
 
-Every buffer is allocated once a batch size. An epoch is captured in graphs of at most ``CHUNK`` steps, each step with
-its own places in static tables of row numbers, learning rates and losses, which are filled before a replay: so one
-capture serves every epoch and any order.
+Buffers are allocated once per batch size, and given up when many sizes would hold too much memory. An epoch is captured
+in graphs of at most ``CHUNK`` steps. Each step has its own places in static tables of row numbers, learning rates and
+losses, which are filled before a replay: one capture serves every epoch and any order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,18 +35,21 @@ from .kernels import (
     softmax_squared_error,
 )
 from .kernels.head import MAX_CLASSES
-from .kernels.optimizer import HYPER_COLUMNS
 from .kernels.wgrad_update import Hyper, Layer, Layout, reduce_update, wgrad_update, workspace
+from .loss_scale import LossScale
 from .nn import Linear
 from .step_config import OptimizerConfig
-from .step_graph import GraphCache
-from .step_losses import takes_classes
+from .step_graph import GraphCache, GraphEntry, can_capture
+from .step_losses import NO_CLASS, takes_classes
 
 __all__ = ["CHUNK", "TritonStep"]
 
 #: Steps of one captured graph.
 CHUNK = 512
-_SCALE_START, _SCALE_GROWTH_STEPS = 2.0**16, 2000
+#: Batch sizes whose buffers are kept, and bytes of all of them together; the latest is kept whatever its size.
+_PLANS, _PLAN_BYTES = 16, 1 << 30
+#: Most rows of AdamW's values that are computed ahead.
+_AHEAD = 256
 
 
 @dataclass
@@ -59,7 +62,12 @@ class _Plan:
     dz: list[Tensor | None]
     loss_rows: Tensor
     partial: Tensor | None
-    static: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them: what one step writes and the next one does not read."""
+        every = [*self.a, *self.z, *self.dz, self.loss_rows, self.partial]
+        return [t for t in every if t is not None]
 
 
 class TritonStep:
@@ -95,17 +103,23 @@ class TritonStep:
         self.hyper = Hyper(
             name, config.nesterov, config.momentum, config.weight_decay, config.betas[0], config.betas[1], config.eps
         )
-        zeros = torch.zeros(self.layout.total, device=self.device)
+        zeros = torch.zeros(self.layout.total, dtype=torch.float32, device=self.device)
         self.m_state = zeros.clone() if name != "sgd" else None
         self.v_state = zeros.clone() if name == "adamw" else None
         self.grads = zeros if self.all_first else None
-        self.scale = torch.tensor(_SCALE_START if self.scaled else 1.0, device=self.device)
-        self.inverse_scale = 1 / self.scale
-        self.good_steps = torch.zeros((), device=self.device)
+        self.loss_scale = LossScale(self.device) if self.scaled else None
         self.steps = 0
-        self._row: tuple[tuple[float, ...], Tensor] | None = None
-        self._plans: dict[int, _Plan] = {}
-        self.graphs = GraphCache() if cuda_graph and self.device.type == "cuda" else None
+        #: AdamW's number of updates where only the device knows which steps were skipped, and what a row is made of.
+        self.count: Tensor | None = None
+        if self.scaled and name == "adamw":
+            self.count = torch.zeros((), dtype=torch.float64, device=self.device)
+            self._count_rule = torch.tensor(
+                ((0.0, 0.0, *config.betas), (1.0, 1.0, -1.0, -0.5)), dtype=torch.float64, device=self.device
+            ).unbind()
+        self._ahead: tuple[float, int, list[Tensor]] = (-1.0, 0, [])
+        self._plans: OrderedDict[int, _Plan] = OrderedDict()
+        self._converted: Tensor | None = None
+        self.graphs = GraphCache(self.device) if cuda_graph and can_capture(self.device) else None
         #: Parameters with a copy in another precision: (parameter, copy), and the versions that the copies are of.
         self._copied = [
             (param.detach(), copy)
@@ -158,32 +172,57 @@ class TritonStep:
     def _plan(self, m: int) -> _Plan:
         plan = self._plans.get(m)
         if plan is None:
-
-            def buffer(n: int) -> Tensor:
-                return torch.empty((m, n), dtype=self.dtype, device=self.device)
-
-            outputs = [layer.out_features for layer in self.layers]
-            elements = 1 if takes_classes(self.loss) else outputs[-1]
-            plan = self._plans[m] = _Plan(
-                m,
-                [buffer(n) for n in outputs],
-                [
-                    buffer(n) if saved_for_grad(f) == "z" else None
-                    for n, f in zip(outputs, self.activations, strict=True)
-                ],
-                [buffer(n) if i >= self.lowest else None for i, n in enumerate(outputs)],
-                torch.empty(m * elements, dtype=torch.float32, device=self.device),
-                workspace(self.layout, m, self.dtype, self.device, direct=not self.all_first),
-            )
+            plan = self._plans[m] = self._new_plan(m)
+            held = sum(t.nbytes for p in self._plans.values() for t in p.tensors)
+            while len(self._plans) > 1 and (held > _PLAN_BYTES or len(self._plans) > _PLANS):
+                oldest, dropped = self._plans.popitem(last=False)
+                held -= sum(t.nbytes for t in dropped.tensors)
+                if self.graphs is not None:
+                    self.graphs.drop(oldest)
+        self._plans.move_to_end(m)
         return plan
 
-    def _hyper_rows(self, lrs: Sequence[float]) -> Tensor:
-        """One row of step-dependent values for each of the next steps, on the host."""
-        rows = []
+    def _new_plan(self, m: int) -> _Plan:
+        def buffer(n: int) -> Tensor:
+            return torch.empty((m, n), dtype=self.dtype, device=self.device)
+
+        outputs = [layer.out_features for layer in self.layers]
+        elements = 1 if takes_classes(self.loss) else outputs[-1]
+        return _Plan(
+            m,
+            [buffer(n) for n in outputs],
+            [buffer(n) if saved_for_grad(f) == "z" else None for n, f in zip(outputs, self.activations, strict=True)],
+            [buffer(n) if i >= self.lowest else None for i, n in enumerate(outputs)],
+            torch.empty(m * elements, dtype=torch.float32, device=self.device),
+            workspace(self.layout, m, self.dtype, self.device, direct=not self.all_first),
+        )
+
+    def _rows_of(self, lrs: Tensor) -> Tensor:
+        """One row of step-dependent values for each of the next steps, [steps, HYPER_COLUMNS] on the device.
+
+        ``lrs`` is float64 on the host. Where the device counts the updates, ``_apply`` puts their number in.
+        """
         (beta1, beta2), decay = self.config.betas, self.config.weight_decay
-        for t, lr in enumerate(lrs, start=self.steps + 1):
-            rows.append((lr, 1 - lr * decay, lr / (1 - beta1**t), (1 - beta2**t) ** -0.5))
-        return torch.tensor(rows, dtype=torch.float32).view(-1, HYPER_COLUMNS)
+        t = torch.arange(self.steps + 1, self.steps + 1 + lrs.shape[0], dtype=torch.float64, device="cpu")
+        counted = self.count is not None
+        step = lrs if counted else lrs / (1 - beta1**t)
+        inverse = torch.ones_like(t) if counted else (1 - beta2**t) ** -0.5
+        rows = torch.stack((lrs, 1 - lrs * decay, step, inverse), 1).float()
+        if self.device.type == "cuda":
+            return rows.pin_memory().to(self.device, non_blocking=True)
+        return rows.to(self.device)
+
+    def _row(self) -> Tensor:
+        """The next step's row; AdamW's are computed ahead, more and more of them while the learning rate stays."""
+        lr, first, rows = self._ahead
+        changes = self.hyper.optimizer == "adamw" and self.count is None
+        i = self.steps - first if changes else 0
+        if lr != self.config.lr or not 0 <= i < len(rows):
+            more = min(2 * len(rows), _AHEAD) if lr == self.config.lr and changes else 1
+            rates = torch.full((max(1, more),), self.config.lr, dtype=torch.float64, device="cpu")
+            rows, i = list(self._rows_of(rates).unbind()), 0
+            self._ahead = self.config.lr, self.steps, rows
+        return rows[i]
 
     def _saved(self, plan: _Plan, i: int) -> Tensor | None:
         """What f'_i is computed from."""
@@ -211,7 +250,7 @@ class TritonStep:
     def _forward_backward(self, plan: _Plan, x: Tensor, y: Tensor, rows: Tensor | None) -> None:
         """Everything up to dZ of every trained layer, and the loss of every row."""
         last = len(self.layers) - 1
-        scale = self.scale / plan.m if self.scaled else 1 / plan.m
+        scale = 1 / plan.m if self.loss_scale is None else self.loss_scale.scale / plan.m
         fused = self.loss == "cross_entropy" and self.activations[last] == "identity"
         if fused and self.layers[last].out_features <= MAX_CLASSES:
             below = last - 1 if last > self.lowest else None
@@ -224,7 +263,7 @@ class TritonStep:
                 activation="identity" if below is None else self.activations[below],
                 saved=None if below is None else self._saved(plan, below),
                 scale=scale,
-                ignore_index=-1,
+                ignore_index=NO_CLASS,
                 rows=rows,
                 gather_h=rows is not None and last == 0,
                 want_dz_prev=below is not None,
@@ -250,7 +289,7 @@ class TritonStep:
         dz = plan.dz[last]
         assert dz is not None
         if self.loss == "cross_entropy":
-            cross_entropy(a, y, ignore_index=-1, scale=scale, rows=rows, loss=plan.loss_rows, dz=dz)
+            cross_entropy(a, y, ignore_index=NO_CLASS, scale=scale, rows=rows, loss=plan.loss_rows, dz=dz)
         else:
             # These kernels take their factor from the host; float16's scale joins on the device.
             host = 1 / plan.m if takes_classes(self.loss) else 1 / (plan.m * a.shape[1])
@@ -259,8 +298,8 @@ class TritonStep:
             else:
                 name = "bce_with_logits" if self.loss == "bce" else self.loss
                 elementwise_loss(a, y, name, scale=host, loss=plan.loss_rows.view(a.shape), da=dz)
-            if self.scaled:
-                dz.mul_(self.scale)
+            if self.loss_scale is not None:
+                dz.mul_(self.loss_scale.scale)
         if self.activations[last] != "identity":
             activation_bwd(dz, self._saved(plan, last), self.activations[last], dz=dz)
 
@@ -291,18 +330,25 @@ class TritonStep:
         if not self.all_first:
             self._weights_step(plan, x, rows, self.hyper, row, loss)
             return
-        unscale = self.inverse_scale if self.scaled else None
-        self._weights_step(plan, x, rows, Hyper("none"), row, loss, grads=self.grads, unscale=unscale)
+        self._weights_step(plan, x, rows, Hyper("none"), row, loss, grads=self.grads, unscale=self._unscale)
         self._apply(row)
+
+    @property
+    def _unscale(self) -> Tensor | None:
+        return None if self.loss_scale is None else self.loss_scale.inverse
 
     def _apply(self, row: Tensor) -> None:
         """Update from the flat gradients: clipped, and skipped where float16 overflowed, all on the device."""
         grads = self.grads
         assert grads is not None
         factor, skip = None, None
-        if self.scaled:
-            finite = grads.isfinite().all()
-            skip = (~finite).int()
+        if self.loss_scale is not None:
+            self.loss_scale.check([grads], scaled=False)
+            skip = self.loss_scale.overflow
+            if self.count is not None:
+                self.count.add_(1 - skip)
+                betas, powers = self._count_rule
+                row = (row * (1 - betas**self.count) ** powers).float()
         if self.config.max_grad_norm is not None:
             norm = torch.linalg.vector_norm(grads)
             factor = torch.clamp(self.config.max_grad_norm / (norm + 1e-6), max=1.0)
@@ -317,108 +363,82 @@ class TritonStep:
             unscale=factor,
             skip=skip,
         )
-        if self.scaled:
-            self.good_steps.add_(1).mul_(finite)
-            grown = self.good_steps >= _SCALE_GROWTH_STEPS
-            self.good_steps.mul_(~grown)
-            self.scale.mul_(torch.where(finite, torch.where(grown, 2.0, 1.0), 0.5)).clamp_(min=1.0)
-            torch.reciprocal(self.scale, out=self.inverse_scale)
-
-    def _state(self) -> list[Tensor]:
-        """Every tensor that a step changes and the next one reads."""
-        tensors = [*self.layout.params, *self.layout.low, self.m_state, self.v_state]
-        tensors += [self.scale, self.inverse_scale, self.good_steps]
-        return [t for t in tensors if t is not None]
-
-    def _without_effect(self, launch: Callable[[], None]) -> None:
-        """Run ``launch`` once, so that its kernels are compiled and loaded, and undo what it did."""
-        before = [t.clone() for t in self._state()]
-        launch()
-        for t, old in zip(self._state(), before, strict=True):
-            t.copy_(old)
-        self._versions = self._current_versions()
+        if self.loss_scale is not None:
+            self.loss_scale.adjust()
 
     def step(self, x: Tensor, y: Tensor, out: Tensor) -> None:
         """One step on x [M, K] (the compute dtype or uint8) and targets; writes the mean loss into ``out`` (0-d)."""
         self._follow()
         x = self._cast(x)
-        plan = self._plan(x.shape[0])
-        row = self._current_row()
+        m = x.shape[0]
+        plan, row = self._plan(m), self._row()
         self.steps += 1
-        if self.graphs is None:
+        entry = self.graphs.entry((m, x.dtype, y.dtype, y.shape[1:])) if self.graphs is not None else None
+        if self.graphs is None or entry is None:
             self._launch(plan, x, y, None, row, out)
-        else:
-            key = (x.dtype, y.dtype, y.shape)
-            if key not in plan.static:
-                plan.static[key] = torch.empty_like(x).contiguous(), torch.empty_like(y).contiguous()
-            static_x, static_y = plan.static[key]
-            static_x.copy_(x)
-            static_y.copy_(y)
-            loss = self.graphs.scalar(("step", plan.m, *key), self.device)
-
-            def launch() -> None:
-                self._launch(plan, static_x, static_y, None, row, loss)
-
-            self.graphs.replay(("step", plan.m, *key, row.data_ptr()), launch, self._without_effect)
-            out.copy_(loss)
-
-    def _current_row(self) -> Tensor:
-        """The next step's values on the device; written anew only when they change."""
-        values = tuple(self._hyper_rows([self.config.lr])[0].tolist())
-        if self._row is None:
-            self._row = values, torch.tensor(values, device=self.device)
-        elif self._row[0] != values:
-            self._row[1].copy_(torch.tensor(values), non_blocking=True)
-            self._row = values, self._row[1]
-        return self._row[1]
+            return
+        buffers = entry.buffers
+        if not buffers:
+            buffers["x"] = torch.empty(x.shape, dtype=x.dtype, device=self.device)
+            buffers["y"] = torch.empty(y.shape, dtype=y.dtype, device=self.device)
+            buffers["row"], buffers["loss"] = torch.empty_like(row), torch.empty_like(out)
+        buffers["x"].copy_(x)
+        buffers["y"].copy_(y)
+        if buffers.get("source") is not row:
+            buffers["source"] = row
+            buffers["row"].copy_(row)
+        self.graphs.run(
+            entry, lambda: self._launch(plan, buffers["x"], buffers["y"], None, buffers["row"], buffers["loss"])
+        )
+        out.copy_(buffers["loss"])
 
     def epoch(
-        self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Sequence[float], losses: Tensor
+        self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Tensor, losses: Tensor
     ) -> None:
-        """Steps over ``order``, each with its learning rate; writes each step's loss."""
+        """Steps over ``order``, each with its learning rate (float64 on the host); writes each step's loss."""
         self._follow()
-        images = self._cast(images)
+        images = self._cast_once(images)
         n = order.shape[0]
-        table = self._hyper_rows(lrs).to(self.device)
+        table = self._rows_of(lrs)
         full = n // batch_size
         for begin in range(0, full, CHUNK):
             count = min(CHUNK, full - begin)
             rows = order[begin * batch_size : (begin + count) * batch_size].view(count, batch_size)
-            losses[begin : begin + count] = self._chunk(images, labels, rows, table[begin : begin + count])
-        if full < len(lrs):
-            losses[full:] = self._chunk(images, labels, order[full * batch_size :].view(1, -1), table[full:])
-        self.steps += len(lrs)
+            self._chunk(images, labels, rows, table[begin : begin + count], losses[begin : begin + count])
+        if full < lrs.shape[0]:
+            self._chunk(images, labels, order[full * batch_size :].view(1, -1), table[full:], losses[full:])
+        self.steps += lrs.shape[0]
 
-    def _chunk(self, images: Tensor, labels: Tensor, rows: Tensor, table: Tensor) -> Tensor:
-        """The losses of ``count`` steps of equal size, by one graph where there are graphs."""
+    def _chunk(self, images: Tensor, labels: Tensor, rows: Tensor, table: Tensor, out: Tensor) -> None:
+        """``count`` steps of equal size, by one graph where there are graphs; writes their losses."""
         count, m = rows.shape
         plan = self._plan(m)
-        # 16 bytes a step keep every pointer aligned alike, so that all steps share one compiled kernel.
-        width = m + m % 2
-        key = ("chunk", count, m, images.data_ptr(), labels.data_ptr(), images.shape, images.dtype, labels.dtype)
-        buffers = self.graphs.buffers(key) if self.graphs is not None else {}
+        # A graph reads the memory at these addresses, whichever tensor lies there at its replay.
+        data = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (images, labels)]
+        entry = self.graphs.entry((m, count, *data)) if self.graphs is not None else None
+        buffers = GraphEntry().buffers if entry is None else entry.buffers
         if not buffers:
-            buffers["rows"] = torch.zeros((count, width), dtype=torch.int64, device=self.device)
-            buffers["table"] = torch.empty((count, HYPER_COLUMNS), device=self.device)
-            buffers["losses"] = torch.zeros((count, 4), device=self.device)
-            buffers["images"], buffers["labels"] = images, labels
+            # 16 bytes per step keep every pointer aligned alike, so that all steps share one compiled kernel.
+            buffers["rows"] = torch.zeros((count, m + m % 2), dtype=torch.int64, device=self.device)
+            buffers["table"] = torch.empty_like(table)
+            buffers["losses"] = torch.zeros((count, 4), dtype=torch.float32, device=self.device)
         buffers["rows"][:, :m].copy_(rows)
         buffers["table"].copy_(table)
 
-        def launch(steps: int = count) -> None:
-            for i in range(steps):
+        def launch() -> None:
+            for i in range(count):
                 self._launch(plan, images, labels, buffers["rows"][i, :m], buffers["table"][i], buffers["losses"][i, 0])
 
-        if self.graphs is None:
+        if self.graphs is None or entry is None:
             launch()
         else:
-            self.graphs.replay(key, launch, lambda _: self._without_effect(lambda: launch(1)))
-        return buffers["losses"][:, 0]
+            self.graphs.run(entry, launch)
+        out.copy_(buffers["losses"][:, 0])
 
     def gradients(self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> list[Tensor]:
         """Gradients of the trained parameters, float32, in the order of the parameters."""
         if self.grads is None:
-            self.grads = torch.zeros(self.layout.total, device=self.device)
+            self.grads = torch.zeros(self.layout.total, dtype=torch.float32, device=self.device)
         self._follow()
         x = self._cast(x)
         plan = self._plan(x.shape[0])
@@ -426,16 +446,15 @@ class TritonStep:
         if partial is None:
             plan.partial = workspace(self.layout, plan.m, self.dtype, self.device, direct=False)
         self._forward_backward(plan, x, y, None)
-        unscale = self.inverse_scale if self.scaled else None
         self._weights_step(
             plan,
             x,
             None,
             Hyper("none"),
-            self._current_row(),
+            self._row(),
             out,
             grads=self.grads,
-            unscale=unscale,
+            unscale=self._unscale,
             accumulate=accumulate,
         )
         plan.partial = partial
@@ -443,13 +462,23 @@ class TritonStep:
 
     def update(self) -> None:
         """Apply the optimizer to the gradients of the last ``gradients``."""
-        row = self._current_row()
+        row = self._row()
         self.steps += 1
         self._apply(row)
 
     def _cast(self, x: Tensor) -> Tensor:
         x = x if x.dtype in (self.dtype, torch.uint8) else x.to(self.dtype)
         return x if x.stride(-1) == 1 else x.contiguous()
+
+    def _cast_once(self, images: Tensor) -> Tensor:
+        """As ``_cast``, into the same memory at every epoch, so that graphs find it again."""
+        if images.dtype in (self.dtype, torch.uint8) and images.stride(-1) == 1:
+            return images
+        dtype = torch.uint8 if images.dtype == torch.uint8 else self.dtype
+        if self._converted is None or (self._converted.shape, self._converted.dtype) != (images.shape, dtype):
+            self._converted = None  # given up before the next one is allocated
+            self._converted = torch.empty(images.shape, dtype=dtype, device=self.device)
+        return self._converted.copy_(images)
 
     def parameter_state(self) -> dict[str, list[Tensor]]:
         """What belongs to each trained parameter, live and float32: optimizer state, and masters of 16 bits."""
@@ -464,18 +493,19 @@ class TritonStep:
 
     def counters(self) -> dict[str, float]:
         """AdamW's number of updates; float16's loss scale and the good steps since it last moved."""
-        counters = {"step": float(self.steps)} if self.hyper.optimizer == "adamw" else {}
-        if self.scaled:
-            counters |= {"loss_scale": self.scale.item(), "loss_scale_good_steps": self.good_steps.item()}
-        return counters
+        counters: dict[str, float] = {}
+        if self.hyper.optimizer == "adamw":
+            counters["step"] = float(self.steps if self.count is None else self.count.item())
+        return counters | (self.loss_scale.counters() if self.loss_scale is not None else {})
 
     def set_counters(self, counters: dict[str, float]) -> None:
         """What ``counters`` returned; call it after ``parameter_state`` was written to."""
         self.steps = int(counters.get("step", 0))
-        if self.scaled:
-            self.scale.fill_(counters["loss_scale"])
-            self.good_steps.fill_(counters["loss_scale_good_steps"])
-            torch.reciprocal(self.scale, out=self.inverse_scale)
+        self._ahead = (-1.0, 0, [])
+        if self.count is not None:
+            self.count.fill_(self.steps)
+        if self.loss_scale is not None:
+            self.loss_scale.set_counters(counters)
         for param, copy in self._copied:
             if copy.dtype == torch.float32:
                 param.copy_(copy)

@@ -38,7 +38,7 @@ def _wide(a: Tensor, b: Tensor) -> torch.dtype | None:
     """float32 for 16 bits that the processor cannot multiply, where that is this function's to choose; else None."""
     if not _unseen(a, b):
         return None
-    wide = cpu_gemm.product_dtype(a.dtype)
+    wide = cpu_gemm.product_dtype(a.dtype, a.device)
     return None if wide == a.dtype else wide
 
 

@@ -56,7 +56,7 @@ def choices_of_products() -> dict[tuple[object, ...], str]:
 
 def widen_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a processor without 16-bit products."""
-    monkeypatch.setattr(cpu_gemm, "product_dtype", lambda dtype: torch.promote_types(dtype, torch.float32))
+    monkeypatch.setattr(cpu_gemm, "product_dtype", lambda dtype, device: torch.promote_types(dtype, torch.float32))
 
 
 #: Every setting of the optimizers, by a name for the test.

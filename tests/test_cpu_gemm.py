@@ -221,7 +221,8 @@ def one_step(dtype: torch.dtype = torch.float32, *, epoch: bool = False, uint8: 
     if not epoch:
         return lambda: step(x, y)
     order, losses = torch.randperm(40), torch.zeros(3, dtype=dtype)
-    return lambda: step._engine.epoch(x, y, 16, order, [0.1] * 3, losses)
+    lrs = torch.full((3,), 0.1, dtype=torch.float64)
+    return lambda: step._engine.epoch(x, y, 16, order, lrs, losses)
 
 
 def test_allocations_are_seen():

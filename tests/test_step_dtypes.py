@@ -195,7 +195,7 @@ class TestLossScale:
 
     @staticmethod
     def scale(step):
-        return step._engine.optimizer.scale.item()
+        return step._engine.optimizer.loss_scale.scale.item()
 
     def test_small_gradients_survive(self):
         """Gradients near 1e-8, which float16 rounds to 0: its least number is 6e-8."""
@@ -216,7 +216,7 @@ class TestLossScale:
         step = fastmlp.TrainStep(model, lr=0.3, momentum=0.9, dtype=torch.float16)
         x, y = problem(SIZES, 24)
         start = self.scale(step)
-        step._engine.optimizer.scale.fill_(2.0**30)
+        step._engine.optimizer.loss_scale.scale.fill_(2.0**30)
         assert step(x, y).isfinite()
         assert torch.equal(flat(model), before)
         assert self.scale(step) == 2.0**29
