@@ -153,24 +153,18 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_input(x, weight)
 
 
-def check_rows(order: Tensor, rows: int, batch_size: int) -> tuple[Tensor, Tensor | None]:
-    """Row numbers that can be read, and which steps of ``batch_size`` had others; no GPU is waited for.
-
-    Args:
-        order: int64 [n], n > 0.
-        rows: the data has rows 0 to ``rows`` - 1.
-
-    Returns:
-        ``order`` itself and None on a CPU; elsewhere ``order`` clamped, and bool [ceil(n / batch_size)].
-
-    Raises:
-        IndexError: a row is out of range on a CPU, or there are no rows at all.
-    """
-    if order.device.type != "cpu" and rows:
-        clamped = order.clamp(0, rows - 1)
-        outside = torch.nn.functional.pad(clamped != order, (0, -order.shape[0] % batch_size))
-        return clamped, outside.view(-1, batch_size).any(1)
-    least, most = (0, order.shape[0] - 1) if order.device.type != "cpu" else (int(order.min()), int(order.max()))
+def check_rows(order: Tensor, rows: int) -> None:
+    """IndexError unless all of a non-empty ``order`` are rows of data that has so many; waits for a GPU."""
+    least, most = int(order.min()), int(order.max())
     if least < 0 or most >= rows:
         raise IndexError(f"order has rows from {least} to {most}, but the data has rows 0 to {rows - 1}")
-    return order, None
+
+
+def readable_rows(order: Tensor, rows: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    """``order`` with the nearest of ``rows`` rows (at least one) for those out of range, and which steps had such.
+
+    Nothing waits for a GPU. The second tensor is bool [ceil(n / batch_size)].
+    """
+    readable = order.clamp(0, rows - 1)
+    outside = torch.nn.functional.pad(readable != order, (0, -order.shape[0] % batch_size))
+    return readable, outside.view(-1, batch_size).any(1)

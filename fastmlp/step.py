@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backend import resolve
-from .checks import check_classes, check_rows, check_same_device, check_tensor
+from .checks import check_classes, check_rows, check_same_device, check_tensor, readable_rows
 from .nn import MLP, Linear, _only_computes
 from .step_config import LOSSES, OptimizerConfig
 from .step_losses import takes_classes
@@ -233,7 +233,11 @@ class TrainStep:
         if not steps:
             return torch.full((), float("nan"), dtype=torch.float32, device=self.device)
         with self._on_device:
-            order, outside = check_rows(order, images.shape[0], batch_size)
+            outside = None
+            if self.device.type == "cpu" or images.shape[0] == 0:
+                check_rows(order, images.shape[0])
+            else:
+                order, outside = readable_rows(order, images.shape[0], batch_size)
             self._engine.epoch(images, labels, batch_size, order, lrs, losses)
             if outside is not None:
                 losses.masked_fill_(outside, float("nan"))

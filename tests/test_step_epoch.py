@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastmlp
 from fastmlp import step_torch
+from fastmlp.checks import readable_rows
 
 from .step_helpers import (
     OPTIMIZERS,
@@ -249,3 +250,18 @@ def test_a_loss_stays_for_the_next_1023_steps():
     assert len({loss.data_ptr() for loss in [first, *later]}) == 1024
     assert step(x, y).data_ptr() == first.data_ptr()
     assert first.item() < value
+
+
+@pytest.mark.parametrize(
+    ("order", "readable", "outside"),
+    [
+        ([0, 1, 2, 3, 9], [0, 1, 2, 3, 9], [False, False, False]),
+        ([0, -1, 2, 3, 10], [0, 0, 2, 3, 9], [True, False, True]),
+        ([2**62, 1], [9, 1], [True]),
+    ],
+)
+def test_rows_out_of_range_where_nothing_may_wait(order, readable, outside):
+    """A GPU is given rows that it can read, and which steps had others."""
+    rows, bad = readable_rows(torch.tensor(order), 10, 2)
+    assert rows.tolist() == readable
+    assert bad.tolist() == outside

@@ -168,6 +168,46 @@ def test_follows_parameters_that_were_loaded(lane, parameters, products):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("label", [-1, -100, 5])
+@pytest.mark.parametrize("classes", [5, 80], ids=["head", "more classes than the head takes"])
+def test_a_label_out_of_range_makes_the_loss_nan(lane, monkeypatch, classes, label):
+    """Also the labels that torch ignores by default, or that others use for "ignored"."""
+    monkeypatch.setattr("fastmlp.step.check_classes", lambda y, classes: None)  # as on a GPU, where it would wait
+    model = fastmlp.MLP((33, 17, classes)).to(lane)
+    images, labels = data(16, 33, 5)
+    labels[3] = label if label < 0 else classes
+    with use_backend("triton"):
+        step = TrainStep(model, lr=0.1)
+        assert step.gradients(images.to(lane), labels.to(lane))["layers.1.bias"].isnan().any()
+        assert step._ring[step._count].isnan()
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's, interpreting
+def test_skipped_steps_do_not_count(lane):
+    """AdamW in float16: the first step overflows, so that the second one is the optimizer's first."""
+    torch.manual_seed(0)
+    start = fastmlp.MLP((33, 17, 5)).to(lane)
+    images, labels = (t.to(lane) for t in data(16, 33, 5))
+    settings = {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1, "dtype": torch.float16}
+    results = []
+    for overflow in (True, False):
+        model = copy.deepcopy(start)
+        with use_backend("triton"):
+            step = TrainStep(model, **settings)
+            if overflow:
+                step._engine.loss_scale.scale.fill_(2.0**30)
+                step(images, labels)
+                assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start.parameters(), strict=True))
+                step._engine.loss_scale.scale.fill_(2.0**15)
+                step._engine.loss_scale.inverse.fill_(2.0**-15)
+            for _ in range(2):
+                step(images, labels)
+        state = step.state_dict()
+        assert state["step"] == 2
+        results.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_graphs_give_what_launches_give():
