@@ -194,7 +194,7 @@ def _reduce_update_kernel(
         tl.store(grad_ptr + flat, g, mask=mask)
     else:
         if skip_ptr is not None:
-            mask = mask & (tl.load(skip_ptr) == 0)
+            mask = mask & (tl.load(skip_ptr).to(tl.int32) == 0)
         update_block(
             g, w_ptr, low_ptr, m_ptr, v_ptr, offs, flat, mask, hyper_ptr,
             momentum, weight_decay, one_minus_beta1, beta2, one_minus_beta2, eps, OPTIMIZER, NESTEROV, HAS_LOW,
@@ -366,7 +366,7 @@ def reduce_update(
 ) -> None:
     """Launch g = sum of the slices of ``partial``, times ``unscale``, then the update (or store g in ``grads``).
 
-    ``skip`` is a 0-d int32: nothing is updated unless it is 0.
+    ``skip`` is a 0-d float32: nothing is updated unless it is 0.
     """
     _reduce_update_kernel[(layout.total // SEGMENT,)](
         partial, tuple(layout.params), tuple(layout.low), grads, m_state, v_state, hyper_row, unscale, skip,
