@@ -23,17 +23,15 @@ import torch
 from torch import Tensor
 
 from . import cpu_choices
+from .activations import ACTIVATIONS
 
 __all__ = [
     "CPU_GEMMS",
-    "EPILOGUES",
     "Library",
     "choices",
     "choose",
     "dgrad",
     "dgrad_library",
-    "finished",
-    "finished_into",
     "get_cpu_gemm",
     "keep_choices",
     "linear",
@@ -53,8 +51,6 @@ Library = Literal["aten", "onednn", "addmm", "rows", "each", "alone", "wide"]
 LIBRARIES: tuple[Library, ...] = get_args(Library)
 CPU_GEMMS = ("auto", "aten", "onednn")
 
-#: Activations that oneDNN's linear applies in its epilogue.
-EPILOGUES = {"identity": "none", "sigmoid": "sigmoid", "relu": "relu", "tanh": "tanh"}
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 #: What a shape's measurement takes: calls that are not counted (the first ones map memory), then rounds in turns, five
 #: at least, and as many more as fit the time.
@@ -211,7 +207,7 @@ def keep_choices() -> None:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str) -> Tensor:
-    """f(X W^T + b) by oneDNN, new memory; ``epilogue`` is a value of ``EPILOGUES``."""
+    """f(X W^T + b) by oneDNN, new memory; ``epilogue`` is ``Activation.epilogue``."""
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, epilogue, [], ""))
 
 
@@ -252,40 +248,18 @@ def onednn_wgrad(dz: Tensor, x: Tensor) -> Tensor:
     return total
 
 
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid_,
-    "relu": torch.relu_,
-    "tanh": torch.tanh_,
-}
-
-
-def finished(z: Tensor, epilogue: str) -> Tensor:
-    """f(Z) in place, for the names that oneDNN has for its epilogues."""
-    return z if epilogue == "none" else _IN_PLACE[epilogue](z)
-
-
-def finished_into(out: Tensor, z: Tensor, epilogue: str) -> None:
-    """f(Z) into ``out``, of any strides."""
-    match epilogue:
-        case "sigmoid":
-            torch.sigmoid(z, out=out)
-        case "relu":
-            torch.ops.aten.relu.out(z, out=out)
-        case "tanh":
-            torch.tanh(z, out=out)
-        case _:
-            out.copy_(z)
-
-
-def linear_library(m: int, weight: Tensor, bias: Tensor | None, epilogue: str) -> Library:
-    """Which library is faster at f(X W^T + b) for X [m, K]."""
+def linear_library(m: int, weight: Tensor, bias: Tensor | None, activation: str) -> Library:
+    """Which library is faster at f(X W^T + b) for X [m, K], f one that oneDNN has."""
     n, k = weight.shape
+    f = ACTIVATIONS[activation]
+    epilogue = f.epilogue
+    assert epilogue is not None
 
     def trials(rows: int) -> dict[Library, Callable[[], object]]:
         x, into = weight.new_ones((rows, k)), weight.new_empty((rows, n))
         b = weight.new_zeros(n) if bias is None else bias
         return {
-            "aten": lambda: finished(torch.addmm(b, x, weight.t(), out=into), epilogue),
+            "aten": lambda: f.overwrite(torch.addmm(b, x, weight.t(), out=into)),
             "onednn": lambda: onednn_linear(x, weight, bias, epilogue),
         }
 
@@ -317,8 +291,8 @@ def wgrad_library(m: int, k: int, n: int, dtype: torch.dtype) -> Library:
 
 
 def linear(m: int, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function X -> X W^T + b for X [m, K], with the activation already applied if it is identity, sigmoid, relu
-    or tanh; the result is ``out`` [m, N] or, where oneDNN is faster, a new tensor.
+    """A function X -> X W^T + b for X [m, K], with the activation already applied if it is one that oneDNN has; the
+    result is ``out`` [m, N] or, where oneDNN is faster, a new tensor.
     """
     wide = product_dtype(weight.dtype, weight.device)
     if wide != weight.dtype:
@@ -334,17 +308,20 @@ def linear(m: int, weight: Tensor, bias: Tensor | None, activation: str, out: Te
 
         return widened
     weight_t = weight.t()
-    epilogue = EPILOGUES.get(activation, "none")
+    activation = activation if ACTIVATIONS[activation].epilogue else "identity"
+    f = ACTIVATIONS[activation]
+    epilogue = f.epilogue
+    assert epilogue is not None
 
     def aten(x: Tensor) -> Tensor:
         if bias is None:
-            return finished(torch.mm(x, weight_t, out=out), epilogue)
-        return finished(torch.addmm(bias, x, weight_t, out=out), epilogue)
+            return f.overwrite(torch.mm(x, weight_t, out=out))
+        return f.overwrite(torch.addmm(bias, x, weight_t, out=out))
 
     def onednn(x: Tensor) -> Tensor:
         return onednn_linear(x, weight, bias, epilogue)
 
-    return aten if linear_library(m, weight, bias, epilogue) == "aten" else onednn
+    return aten if linear_library(m, weight, bias, activation) == "aten" else onednn
 
 
 def dgrad(m: int, weight: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:

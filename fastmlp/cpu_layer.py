@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_gemm
+from .activations import ACTIVATIONS
 
 __all__ = ["FEW_ROWS", "Products", "layer_products", "row_blocks", "sample_way"]
 
@@ -40,7 +41,7 @@ Update = Callable[[Tensor, Tensor, float], object]
 class Products(NamedTuple):
     """Functions of X [m, K] and dZ [m, N]. Where oneDNN multiplies, results are new tensors."""
 
-    linear: Callable[[Tensor], Tensor]  #: X -> f(X W^T + b), with f if it is one of ``cpu_gemm.EPILOGUES``
+    linear: Callable[[Tensor], Tensor]  #: X -> f(X W^T + b), with f if oneDNN has it
     dgrad: Callable[[Tensor], Tensor] | None  #: dZ -> dZ W
     update: Update | None  #: (dZ, X, lr): W -= lr dZ^T X, in place
     wgrad: Callable[[Tensor, Tensor], Tensor] | None  #: (dZ, X) -> dZ^T X
@@ -84,7 +85,7 @@ def layer_products(
 
     Args:
         bias: [N] or None.
-        activation: applied by ``linear`` if it is one of ``cpu_gemm.EPILOGUES``.
+        activation: applied by ``linear`` if oneDNN has it (``Activation.epilogue``).
         out, dx: [m, N] and [m, K] for the results; without ``dx`` there is no dgrad.
         update: whether ``weight`` is updated in place.
         dw: [N, K] in ``cpu_gemm.product_dtype``, for wgrad's result; without it there is none.
@@ -186,7 +187,7 @@ def _by_blas(layer: _Layer, update: Update) -> Products:
 def _by_rows(layer: _Layer, blocks: int) -> Products:
     m, weight, dw, dx = layer.m, layer.weight, layer.dw, layer.dx
     n, k = weight.shape
-    shared, epilogue = weight.view(blocks, n // blocks, k), cpu_gemm.EPILOGUES[layer.activation]
+    shared, f = weight.view(blocks, n // blocks, k), ACTIVATIONS[layer.activation]
     shared_t = shared.transpose(1, 2)
     # Of a single row the blocks of Z lie one after the other in ``out``; of several they are gathered into it.
     out, out_blocks = layer.out, layer.out.view(m, blocks, n // blocks).transpose(0, 1)
@@ -200,8 +201,8 @@ def _by_rows(layer: _Layer, blocks: int) -> Products:
         else:
             torch.baddbmm(b, x.expand(blocks, m, k), shared_t, out=z)
         if m == 1:
-            return cpu_gemm.finished(out, epilogue)
-        cpu_gemm.finished_into(out_blocks, z, epilogue)
+            return f.overwrite(out)
+        f.into(z, out_blocks)
         return out
 
     def dgrad(dz: Tensor) -> Tensor:

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
-from .activations import LEAKY_SLOPE
+from .activations import ACTIVATIONS, LEAKY_SLOPE
 from .checks import check_batch, check_layer_activation
 
 __all__ = ["MLP", "Linear"]
 
-_TORCH_MODULES: dict[str, type[nn.Module]] = {
-    "identity": nn.Identity,
-    "sigmoid": nn.Sigmoid,
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "leaky_relu": nn.LeakyReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-}
+#: torch's modules by the name of the activation, with the attributes that tell their variants apart.
+_TORCH_MODULES = {name: f.module for name, f in ACTIVATIONS.items() if f.module is not None}
 
 
 class Linear(nn.Linear):
@@ -194,7 +186,8 @@ class MLP(nn.Module):
             if layer.activation not in _TORCH_MODULES:
                 raise ValueError(f"torch has no module for the activation {layer.activation!r}")
             if layer.activation != "identity":
-                modules.append(_TORCH_MODULES[layer.activation]())
+                kind, settings = _TORCH_MODULES[layer.activation]
+                modules.append(kind(**settings))
         return nn.Sequential(*modules)
 
 
@@ -255,12 +248,11 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
 def _activation_name(module: nn.Module) -> str:
     if type(module) is nn.Softmax and module.dim in (1, -1):
         return "softmax"
-    settings: dict[str, Any] = {"negative_slope": LEAKY_SLOPE, "approximate": "none"}
-    for name, kind in _TORCH_MODULES.items():
-        if type(module) is kind and all(getattr(module, k, v) == v for k, v in settings.items()):
+    for name, (kind, settings) in _TORCH_MODULES.items():
+        if type(module) is kind and all(getattr(module, key) == value for key, value in settings.items()):
             return name
     raise TypeError(
         f"an MLP has no place for {module}; expected nn.Linear, nn.Flatten or one of "
-        f"{', '.join(kind.__name__ for kind in _TORCH_MODULES.values())}, Softmax "
+        f"{', '.join(kind.__name__ for kind, _ in _TORCH_MODULES.values())}, Softmax "
         f"(LeakyReLU with slope {LEAKY_SLOPE}, exact GELU, Softmax over the features)"
     )

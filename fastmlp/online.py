@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .activations import LEAKY_SLOPE, NEEDS_Z
+from .activations import ACTIVATIONS
 from .checks import check_activation, check_input, check_layer, check_tensor
 from .cpu_gemm import keep_choices
 from .cpu_layer import row_blocks, sample_way
@@ -45,31 +45,6 @@ __all__ = ["BLOCK", "SMALL", "online_epoch"]
 BLOCK = 32
 #: Later layers of at most this many weights are updated in place at every sample.
 SMALL = 16_384
-
-_aten = torch.ops.aten
-
-# f(z, out=a). The out= forms write into the next layer's input, and skip the dispatcher's search for an overload.
-_FORWARD: dict[str, Callable[[Tensor, Tensor], object]] = {
-    "sigmoid": lambda z, a: torch.sigmoid(z, out=a),
-    "relu": lambda z, a: torch.clamp_min(z, 0, out=a),
-    "tanh": lambda z, a: torch.tanh(z, out=a),
-    "step": lambda z, a: torch.ge(z, 0, out=a),
-    "leaky_relu": lambda z, a: _aten.leaky_relu.out(z, LEAKY_SLOPE, out=a),
-    "gelu": lambda z, a: _aten.gelu.out(z, out=a),
-    "silu": lambda z, a: _aten.silu.out(z, out=a),
-}
-# da * f' into dz; ``saved`` is z for gelu and silu, else a.
-_BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
-    "sigmoid": lambda da, saved, dz: _aten.sigmoid_backward.grad_input(da, saved, grad_input=dz),
-    "relu": lambda da, saved, dz: _aten.threshold_backward.grad_input(da, saved, 0, grad_input=dz),
-    "tanh": lambda da, saved, dz: _aten.tanh_backward.grad_input(da, saved, grad_input=dz),
-    "step": lambda da, saved, dz: dz.zero_(),
-    "leaky_relu": lambda da, saved, dz: _aten.leaky_relu_backward.grad_input(
-        da, saved, LEAKY_SLOPE, True, grad_input=dz
-    ),
-    "gelu": lambda da, saved, dz: _aten.gelu_backward.grad_input(da, saved, grad_input=dz),
-    "silu": lambda da, saved, dz: _aten.silu_backward.grad_input(da, saved, grad_input=dz),
-}
 
 
 class _Layer:
@@ -108,9 +83,10 @@ class _Layer:
         """Fix where the activations go."""
         self.outputs = outputs
         self.linear = self.activation == "identity"
-        self.activate = _FORWARD.get(self.activation)
-        self.derive = _BACKWARD.get(self.activation)
-        self.saved = [self.z[: self.N]] * len(outputs) if self.activation in NEEDS_Z else outputs
+        f = ACTIVATIONS[self.activation]
+        self.activate = None if self.linear else f.into
+        self.derive = None if self.linear else f.backward_into
+        self.saved = [self.z[: self.N]] * len(outputs) if f.saved == "z" else outputs
 
     def gradient_goes_to(self, j: int) -> Tensor:
         """Where dL/da_j is wanted."""

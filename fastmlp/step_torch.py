@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_gemm, cpu_threads
-from .activations import LEAKY_SLOPE, saved_for_grad
+from .activations import ACTIVATIONS
 from .cpu_layer import Products, layer_products
 from .cpu_step import scratch_batch, scratch_layers, step_way
 from .cpu_wide import wide_update, wide_wgrad
@@ -32,25 +32,11 @@ from .online import online_epoch
 from .step_config import OptimizerConfig
 from .step_losses import LossFunction, loss_function, takes_classes
 from .step_optimizer import TorchOptimizer
-from .torch_backend import activation_bwd
 
 __all__ = ["TorchStep"]
 
-_FUSED = ("identity", "sigmoid", "relu", "tanh")
 #: Batch sizes whose buffers are kept; a further one takes the place of the first.
 _PLANS = 8
-
-
-def _activate_into(out: Tensor, z: Tensor, activation: str) -> Tensor:
-    """A = f(Z) into ``out``, for the activations that no GEMM applies."""
-    match activation:
-        case "step":  # not torch.ge(z, 0), which makes a tensor of the number
-            return torch.ge(z, out.zero_(), out=out)
-        case "leaky_relu":
-            return torch.ops.aten.leaky_relu.out(z, LEAKY_SLOPE, out=out)
-        case "gelu":
-            return torch.ops.aten.gelu.out(z, out=out)
-    return torch.ops.aten.silu.out(z, out=out)
 
 
 class _Copies:
@@ -95,7 +81,8 @@ class _Layer:
         weight = _Copies(module.weight, dtype)
         bias = None if module.bias is None else _Copies(module.bias, dtype)
         self.activation: str = module.activation
-        self.saves_z = saved_for_grad(self.activation) == "z"
+        self.f = ACTIVATIONS[module.activation]
+        self.saves_z = self.f.saved == "z"
         self.weight, self.master_w, self.train_w = weight.used, weight.master, weight.trained
         self.bias = None if bias is None else bias.used
         self.row_b = None if bias is None else bias.master.unsqueeze(0)
@@ -178,7 +165,7 @@ class TorchStep:
         plan = _Plan(new((m, layers[0].weight.shape[1])), None, y, [], [], loss, alone)
         for i, layer in enumerate(layers):
             n, k = layer.weight.shape
-            fused = layer.activation if layer.activation in _FUSED else "identity"
+            fused = layer.activation if layer.f.epilogue else "identity"
             out, dx = new((m, n)), new((m, k)) if i > self.lowest else None
             narrow = layer.train_w and layer.weight.dtype != layer.master_w.dtype
             wide = narrow and wide_wgrad(m, layer.master_w, dtype, update=self.plain)
@@ -187,7 +174,7 @@ class TorchStep:
             if wide and self.plain:
                 products = products._replace(update=wide_update(m, layer.master_w, dtype))
             plan.products.append(products)
-            plan.kept_a.append(None if layer.activation in _FUSED else new((m, n)))
+            plan.kept_a.append(None if layer.f.epilogue else new((m, n)))
         return plan
 
     def _wgrad_buffer(self, i: int, *, wide: bool) -> Tensor:
@@ -281,7 +268,7 @@ class TorchStep:
         for layer, products, kept in zip(self.layers, plan.products, plan.kept_a, strict=True):
             inputs.append(a)
             z = products.linear(a)
-            a = z if kept is None else _activate_into(kept, z, layer.activation)
+            a = z if kept is None else layer.f.into(z, kept)
             outputs.append(z if layer.saves_z else a)
         return inputs, outputs, plan.loss(a, y, out)
 
@@ -310,7 +297,7 @@ class TorchStep:
     ) -> None:
         """From the last layer down; ``consume(plan, layer, dZ, X)`` takes each layer's gradient."""
         for i in range(len(self.layers) - 1, self.lowest - 1, -1):
-            dz = activation_bwd(da, outputs[i], self.layers[i].activation, inplace=True)
+            dz = self.layers[i].f.backward(da, outputs[i], inplace=True)
             dgrad = plan.products[i].dgrad
             if dgrad is not None:  # before the weight changes
                 da = dgrad(dz)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import cpu_gemm
+from .activations import ACTIVATIONS
 from .backend import functorch_active
 
 __all__ = ["dgrad", "linear", "wgrad"]
@@ -54,18 +55,18 @@ def _chosen(library: cpu_gemm.Library) -> cpu_gemm.Library:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """f(X W^T + b), new memory; ``activation`` is one of ``cpu_gemm.EPILOGUES``."""
+    """f(X W^T + b), new memory; ``activation`` is one that oneDNN has (``Activation.epilogue``)."""
     if weight.dtype.itemsize == 2 and (wide := _wide(x, weight)) is not None:
         wide_b = None if bias is None else bias.to(wide)
         return linear(x.to(wide), weight.to(wide), wide_b, activation).to(weight.dtype)
-    epilogue = cpu_gemm.EPILOGUES[activation]
+    f = ACTIVATIONS[activation]
     if (
         x.size(0) * weight.numel() >= _LARGE
         and _may_choose(x, weight)
-        and _chosen(cpu_gemm.linear_library(x.size(0), weight, bias, epilogue)) == "onednn"
+        and _chosen(cpu_gemm.linear_library(x.size(0), weight, bias, activation)) == "onednn"
     ):
-        return cpu_gemm.onednn_linear(x, weight, bias, epilogue)
-    return cpu_gemm.finished(torch.nn.functional.linear(x, weight, bias), epilogue)
+        return cpu_gemm.onednn_linear(x, weight, bias, f.epilogue or "none")
+    return f.overwrite(torch.nn.functional.linear(x, weight, bias))
 
 
 def dgrad(dz: Tensor, weight: Tensor) -> Tensor:

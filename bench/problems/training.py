@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmlp import reference
+from fastmlp.activations import ACTIVATIONS
 
 from .base import GATE_CALLS, Problem, Results, generator, randn
 
 __all__ = ["OPTIMIZERS", "OnlineProblem", "StepProblem"]
 
-#: Activations whose derivative steps at 0, by the slope below it.
-_KINKED = {"relu": 0.0, "leaky_relu": 0.01}
 _WIDE = (torch.float32, torch.float64)
 
 #: torch.optim's default decay of the second moment.
@@ -138,7 +137,7 @@ class _Training(Problem):
     def unsettled(self) -> Results:
         # A unit whose z is nearer to a kink than float32's error has either derivative, by chance. In 16 bits so many
         # units are that torch's own error has its share of them.
-        if self.activation not in _KINKED or self.torch_dtype != torch.float32:
+        if ACTIVATIONS[self.activation].kink is None or self.torch_dtype != torch.float32:
             return {}
         error = max((a - b).abs().max().item() for a, b in zip(*map(self._first_z, _WIDE), strict=True))
         after, before = (self.oracle(torch.float64, kink=sign * 2 * error) for sign in (1, -1))
@@ -157,9 +156,10 @@ class _Training(Problem):
 
 def _stepping_at(kink: float, z: Tensor, activation: str) -> Tensor:
     """A = f(Z), with the derivative that f has on this side of ``kink``."""
-    if activation not in _KINKED:
+    below = ACTIVATIONS[activation].kink
+    if below is None:
         return reference.activate(z, activation)
-    slope = torch.where(z > kink, 1.0, _KINKED[activation]).to(z.dtype)
+    slope = torch.where(z > kink, 1.0, below).to(z.dtype)
     return reference.activate(z, activation).detach() + slope * (z - z.detach())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.problems import Problem
+from fastmlp.activations import ACTIVATIONS
 
 __all__ = ["RESULTS", "activation_of", "formula"]
 
@@ -22,19 +23,10 @@ RESULTS: dict[str, tuple[str, ...]] = {
     "head": ("loss", "dZ", "dH"),
 }
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda z: z,
-    "sigmoid": torch.sigmoid,
-    "relu": torch.relu,
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
-
 
 def activation_of(problem: Problem) -> Callable[[Tensor], Tensor]:
     """The problem's activation as torch's function."""
-    return _ACTIVATIONS[getattr(problem, "activation", "identity")]
+    return ACTIVATIONS[getattr(problem, "activation", "identity")].new
 
 
 def _cross_entropy(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

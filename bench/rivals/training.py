@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,25 +10,21 @@ from torch import Tensor, nn
 
 from bench.problems import OPTIMIZERS, OnlineProblem, Results, StepProblem
 from bench.rivals.protocol import OpRun
+from fastmlp.activations import ACTIVATIONS
 
 __all__ = ["TrainingProblem", "TrainingRun", "optimizer_of", "torch_network"]
 
 TrainingProblem = StepProblem | OnlineProblem
 
-_MODULES: dict[str, Callable[[], nn.Module]] = {
-    "sigmoid": nn.Sigmoid,
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-}
-
 
 def torch_network(problem: TrainingProblem, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """nn.Linear layers and activations with the problem's starting values, on its device."""
     modules: list[nn.Module] = []
+    module = ACTIVATIONS[problem.activation].module
+    assert module is not None
+    activation = partial(module[0], **module[1])
     for k, n in zip(problem.sizes[:-1], problem.sizes[1:], strict=True):
-        modules += [nn.Linear(k, n, bias=problem.bias), _MODULES[problem.activation]()]
+        modules += [nn.Linear(k, n, bias=problem.bias), activation()]
     network = nn.Sequential(*modules[:-1])
     with torch.no_grad():
         for parameter, value in zip(network.parameters(), problem.parameters(), strict=True):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmlp import kernels, reference
+from fastmlp.activations import ACTIVATIONS
 from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
 from tests.kernels.harness import budget
 from tests.ptxsim import SimulatedGPU
@@ -161,7 +162,7 @@ def _activation_bwd(dtype: torch.dtype, cut: Rounding) -> Iterator[Result]:
     exact = da.double() * reference.activation_grad_from_output(a.double(), "sigmoid")
     own = da * reference.activation_grad_from_output(a, "sigmoid")
     yield Result("dZ, sigmoid", kernels.activation_bwd(da, a, "sigmoid"), exact, own, 1)
-    for f in ("gelu", "silu"):
+    for f in (name for name, f in ACTIVATIONS.items() if f.saved == "z"):
         exact = da.double() * reference.activation_grad(z.double(), f)
         leaf = z.clone().requires_grad_()
         (own,) = torch.autograd.grad(reference.activate(leaf, f), leaf, da)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastmlp.activations import ACTIVATIONS
 from tests.ptxsim import Launch
 
 __all__ = ["WORK", "Work", "work_of"]
@@ -86,7 +87,7 @@ def _linear_fwd(a: Arguments, grid: tuple[int, ...]) -> Work:
     m, n, k = a["M"], a["N"], a["K"]
     return Work(
         matrix_flops=2 * m * n * k,
-        vector_flops=(1 + _ACTIVATION[a["ACTIVATION"]]) * m * n,
+        vector_flops=(1 + ACTIVATIONS[a["ACTIVATION"]].operations[0]) * m * n,
         read=_rows_of(a["x_ptr"], a["rows_ptr"]) + touched(a["w_ptr"], a["b_ptr"], a["rows_ptr"]),
         written=touched(a["a_ptr"], a["z_ptr"]),
         outputs=m * n,
@@ -97,7 +98,7 @@ def _linear_dgrad(a: Arguments, grid: tuple[int, ...]) -> Work:
     m, n, k = a["M"], a["N"], a["K"]
     return Work(
         matrix_flops=2 * m * n * k,
-        vector_flops=_ACTIVATION_GRAD[a["ACTIVATION"]] * m * k,
+        vector_flops=ACTIVATIONS[a["ACTIVATION"]].operations[1] * m * k,
         read=touched(a["dz_ptr"], a["w_ptr"], a["saved_ptr"]),
         written=touched(a["dx_ptr"]),
         outputs=m * k,
@@ -183,7 +184,7 @@ def _head(a: Arguments, grid: tuple[int, ...]) -> Work:
     m, c, k = a["M"], a["C"], a["K"]
     h, saved, previous = a["h_ptr"], a["saved_ptr"], a["dz_prev_ptr"]
     other = saved if saved is not None and saved.data_ptr() != h.data_ptr() else None
-    below = 0 if previous is None else _ACTIVATION_GRAD[a["ACTIVATION"]] * m * k
+    below = 0 if previous is None else ACTIVATIONS[a["ACTIVATION"]].operations[1] * m * k
     return Work(
         matrix_flops=2 * m * c * k * (1 if previous is None else 2),
         vector_flops=_SOFTMAX_LOSS_AND_GRAD * m * c + below,
@@ -253,20 +254,13 @@ def _reduce_sum(a: Arguments, grid: tuple[int, ...]) -> Work:
 
 def _activation_bwd(a: Arguments, grid: tuple[int, ...]) -> Work:
     return Work(
-        vector_flops=_ACTIVATION_GRAD[a["ACTIVATION"]] * a["total"],
+        vector_flops=ACTIVATIONS[a["ACTIVATION"]].operations[1] * a["total"],
         read=touched(a["da_ptr"], a["saved_ptr"]),
         written=touched(a["dz_ptr"]),
         outputs=a["total"],
     )
 
 
-# Operations an element: f, and f' times the upstream gradient.
-_ACTIVATION = {
-    "identity": 0, "sigmoid": 4, "relu": 1, "tanh": 5, "step": 1, "leaky_relu": 2, "gelu": 5, "silu": 5,
-}  # fmt: skip
-_ACTIVATION_GRAD = {
-    "identity": 0, "sigmoid": 3, "relu": 1, "tanh": 3, "step": 1, "leaky_relu": 2, "gelu": 8, "silu": 8,
-}  # fmt: skip
 # Maximum, shift, exponential, sum; then quotient, minus the target, scale.
 _SOFTMAX_LOSS, _SOFTMAX_GRAD, _SOFTMAX_LOSS_AND_GRAD = 4, 5, 7
 

@@ -36,7 +36,11 @@ A folder given with --out that has a run already is refused unless --overwrite i
 @click.command("train", short_help="Train an MLP on FashionMNIST.", epilog=EPILOG)
 @click.option("--sizes", type=common.Sizes(), default="784-512-512-10", show_default=True, help="Layer sizes.")
 @click.option(
-    "--activation", type=click.Choice(ACTIVATIONS), default="sigmoid", show_default=True, help="Of the hidden layers."
+    "--activation",
+    type=click.Choice(tuple(ACTIVATIONS)),
+    default="sigmoid",
+    show_default=True,
+    help="Of the hidden layers.",
 )
 @click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="Passes over the data.")
 @click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Images a step.")
