@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import cpu_gemm, cpu_threads
 from .nn import Linear
-from .step_config import OptimizerConfig
+from .step_config import Optimizer
 from .step_losses import takes_classes
 
 __all__ = ["scratch_batch", "scratch_layers", "step_way"]
@@ -36,7 +36,7 @@ Trials = Callable[[int, Sequence[cpu_gemm.Library]], dict[cpu_gemm.Library, Call
 
 
 def step_way(
-    layers: Sequence[Linear], config: OptimizerConfig, loss: str, dtype: torch.dtype, m: int, trials: Trials
+    layers: Sequence[Linear], rule: Optimizer, loss: str, dtype: torch.dtype, m: int, trials: Trials
 ) -> cpu_gemm.Library:
     """The fastest way, measured or known, for steps of ``m`` rows that compute in ``dtype``."""
     products = [m * layer.weight.numel() for layer in layers]
@@ -45,15 +45,15 @@ def step_way(
         return "each"
     ways: list[cpu_gemm.Library] = ["each", "aten", "alone"] if with_threads else ["each", "aten"]
     k, n = layers[0].in_features, layers[-1].out_features
-    way = cpu_gemm.choose(_kind(layers, config, loss), m, k, n, dtype, lambda rows: trials(rows, ways), 0)
+    way = cpu_gemm.choose(_kind(layers, rule, loss), m, k, n, dtype, lambda rows: trials(rows, ways), 0)
     return way if way in ("aten", "alone") else "each"
 
 
-def _kind(layers: Sequence[Linear], config: OptimizerConfig, loss: str) -> str:
+def _kind(layers: Sequence[Linear], rule: Optimizer, loss: str) -> str:
     """What the time of a step hangs on, besides the batch size, the dtype and the threads."""
     sizes = [str(layer.out_features) for layer in layers]
     names = sorted({layer.activation for layer in layers})
-    optimizer = f"{config.name}{' momentum' if config.momentum else ''}"
+    optimizer = f"{rule.name}{' momentum' if 'momentum_buffer' in rule.states else ''}"
     return f"step to {'-'.join(sizes)} {' '.join(names)} {loss} {optimizer}"
 
 

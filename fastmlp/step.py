@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from .backend import resolve
 from .checks import check_classes, check_rows, check_same_device, check_tensor, readable_rows
 from .nn import MLP, Linear, _only_computes
-from .step_config import LOSSES, OptimizerConfig
+from .step_config import LOSSES, optimizer_of
 from .step_losses import takes_classes
 
 __all__ = ["TrainStep"]
@@ -105,7 +105,9 @@ class TrainStep:
             )
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}; expected one of {', '.join(LOSSES)}")
-        self.config = OptimizerConfig(optimizer, lr, momentum, weight_decay, nesterov, betas, eps, max_grad_norm)
+        settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        settings |= {"betas": betas, "eps": eps, "max_grad_norm": max_grad_norm}
+        self.rule = optimizer_of(optimizer, settings)
         _check_layers(model)
         named = list(model.named_parameters())
         self._names = [name for name, parameter in named if parameter.requires_grad]
@@ -150,22 +152,22 @@ class TrainStep:
             if self.backend == "triton":
                 from .step_triton import TritonStep
 
-                self._engine = TritonStep(layers, self.config, loss, dtype, cuda_graph=cuda_graph)
+                self._engine = TritonStep(layers, self.rule, loss, dtype, cuda_graph=cuda_graph)
             else:
                 from .step_torch import TorchStep
 
-                self._engine = TorchStep(layers, self.config, loss, dtype)
+                self._engine = TorchStep(layers, self.rule, loss, dtype)
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        return self.config.lr
+        return self.rule.lr
 
     @lr.setter
     def lr(self, value: float) -> None:
         if not value >= 0:
             raise ValueError(f"expected a learning rate of at least 0, got lr={value}")
-        self.config.lr = value
+        self.rule.lr = value
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """One optimizer step on a batch.
@@ -304,7 +306,7 @@ class TrainStep:
         if state_dict.keys() != expected:
             missing, unknown = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - expected)
             raise ValueError(
-                f"the state does not fit this TrainStep ({self.config.name}, {self.dtype}): missing "
+                f"the state does not fit this TrainStep ({self.rule.name}, {self.dtype}): missing "
                 f"{', '.join(missing) or 'nothing'}; unexpected {', '.join(unknown) or 'nothing'}"
             )
         for name, tensor in own.items():

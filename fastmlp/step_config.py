@@ -1,64 +1,249 @@
-"""What a training step does, apart from how: the optimizer's settings and the loss, validated."""
+"""The optimizers of a training step: one class per update rule.
+
+A rule has its settings and their checks, the names of what it keeps per parameter, its update in torch, and the row of
+numbers that changes from step to step, which ``kernels/optimizer.py`` reads. Adding a rule means a class here, its
+arithmetic there, and its name in ``OPTIMIZERS``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Real
+from typing import Any, ClassVar
 
-__all__ = ["LOSSES", "OPTIMIZERS", "OptimizerConfig"]
+import torch
+from torch import Tensor
 
-OPTIMIZERS = ("sgd", "adamw")
+__all__ = ["LOSSES", "OPTIMIZERS", "SGD", "AdamW", "Optimizer", "optimizer_of"]
+
 LOSSES = ("cross_entropy", "mse", "l1", "bce", "softmax_squared_error")
 
 
 @dataclass
-class OptimizerConfig:
-    """Settings of torch.optim.SGD or torch.optim.AdamW under their names there; ``lr`` may be changed any time.
+class Optimizer:
+    """What all rules have.
 
-    Raises:
-        ValueError: an unknown optimizer or a setting outside its range, as the torch optimizer.
-        TypeError: a setting that is no number.
+    Attributes:
+        lr: learning rate; it may change at any time.
+        weight_decay: as the torch optimizer of this name has it.
+        max_grad_norm: most that the global 2-norm of the gradients may be; None: gradients are not clipped.
+        name: what ``TrainStep`` calls the rule.
+        counted: whether an update depends on the number of updates before it.
     """
 
-    name: str
     lr: float
-    momentum: float = 0.0
     weight_decay: float = 0.0
-    nesterov: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
     max_grad_norm: float | None = None
+    name: ClassVar[str]
+    counted: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.name!r}; expected one of {', '.join(OPTIMIZERS)}")
-        if len(self.betas) != 2:
-            raise ValueError(f"expected betas=(beta1, beta2), got {len(self.betas)} values: {self.betas}")
-        named = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay, "eps": self.eps}
-        named |= {"beta1": self.betas[0], "beta2": self.betas[1]}
-        if self.max_grad_norm is not None:
-            named["max_grad_norm"] = self.max_grad_norm
-        for name, value in named.items():
-            if not isinstance(value, Real):
-                raise TypeError(f"expected {name} to be a number, got {value!r} of type {type(value).__name__}")
-        if not self.lr >= 0:
-            raise ValueError(f"expected a learning rate of at least 0, got lr={self.lr}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"expected a momentum in [0, 1), got {self.momentum}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"expected a weight_decay of at least 0, got {self.weight_decay}")
-        if self.nesterov and not (self.name == "sgd" and self.momentum > 0):
-            raise ValueError("nesterov=True needs optimizer='sgd' and a momentum above 0")
-        if self.name == "adamw" and self.momentum:
-            raise ValueError("momentum is SGD's setting; AdamW has betas=(beta1, beta2)")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"expected betas in [0, 1), got {self.betas}")
-        if not self.eps >= 0:
-            raise ValueError(f"expected an eps of at least 0, got {self.eps}")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"expected a max_grad_norm above 0 or None, got {self.max_grad_norm}")
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the tensors kept per parameter, as torch.optim names them."""
+        return ()
+
+    @property
+    def kernel(self) -> dict[str, Any]:
+        """The arguments of ``kernels.wgrad_update.Hyper``."""
+        raise NotImplementedError
 
     @property
     def is_plain_sgd(self) -> bool:
-        """W -= lr dW and nothing else, so that gradient and update can be one GEMM."""
-        return self.name == "sgd" and not self.momentum and not self.weight_decay and self.max_grad_norm is None
+        """W -= lr dW and nothing else, so that gradient and update can be one product."""
+        return False
+
+    def rows(self, lrs: Tensor, count: Tensor | None) -> Tensor:
+        """float32 [steps, 4]: lr, 1 - lr weight_decay, and what else depends on the step.
+
+        Args:
+            lrs: float64 [steps].
+            count: float64 [steps], the number of each update, from 1 on; None leaves out what depends on it.
+        """
+        one = torch.ones_like(lrs)
+        return torch.stack((lrs, 1 - lrs * self.weight_decay, lrs, one), 1).float()
+
+    def recounted(self, row: Tensor, count: Tensor) -> Tensor:
+        """A row that was made without a count, for update number ``count`` (0-d float64 on the row's device)."""
+        return row
+
+    def update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: Sequence[list[Tensor]],
+        count: Tensor,
+        skip: Tensor | None,
+    ) -> None:
+        """Update ``params`` and ``states`` (a list per name) in place; nothing changes where ``skip`` (0-d) is 1.
+
+        ``count`` (0-d float32) is the number of this update.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class SGD(Optimizer):
+    """torch.optim.SGD without dampening."""
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    name: ClassVar[str] = "sgd"
+
+    def __post_init__(self) -> None:
+        if self.nesterov and not self.momentum > 0:
+            raise ValueError("nesterov=True needs optimizer='sgd' and a momentum above 0")
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The momentum buffer, with momentum."""
+        return ("momentum_buffer",) if self.momentum else ()
+
+    @property
+    def kernel(self) -> dict[str, Any]:
+        """Without momentum a rule of its own."""
+        rule = "momentum" if self.momentum else "sgd"
+        settings = {"momentum": self.momentum, "nesterov": self.nesterov, "weight_decay": self.weight_decay}
+        return {"optimizer": rule, **settings}
+
+    @property
+    def is_plain_sgd(self) -> bool:
+        """Without momentum, weight decay and clipping."""
+        return not self.momentum and not self.weight_decay and self.max_grad_norm is None
+
+    def update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: Sequence[list[Tensor]],
+        count: Tensor,
+        skip: Tensor | None,
+    ) -> None:
+        """torch's fused update."""
+        torch._fused_sgd_(
+            params,
+            grads,
+            states[0] if states else [],
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            lr=self.lr,
+            dampening=0.0,
+            nesterov=self.nesterov,
+            maximize=False,
+            is_first_step=False,
+            found_inf=skip,
+        )
+
+
+@dataclass
+class AdamW(Optimizer):
+    """torch.optim.AdamW."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    name: ClassVar[str] = "adamw"
+    counted: ClassVar[bool] = True
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The first and the second moment."""
+        return ("exp_avg", "exp_avg_sq")
+
+    @property
+    def kernel(self) -> dict[str, Any]:
+        """The two betas apart."""
+        settings = {"weight_decay": self.weight_decay, "beta1": self.betas[0], "beta2": self.betas[1], "eps": self.eps}
+        return {"optimizer": "adamw", **settings}
+
+    def rows(self, lrs: Tensor, count: Tensor | None) -> Tensor:
+        """Third column lr / (1 - beta1^t), fourth 1 / sqrt(1 - beta2^t)."""
+        if count is None:
+            return super().rows(lrs, count)
+        beta1, beta2 = self.betas
+        columns = (lrs, 1 - lrs * self.weight_decay, lrs / (1 - beta1**count), (1 - beta2**count) ** -0.5)
+        return torch.stack(columns, 1).float()
+
+    def recounted(self, row: Tensor, count: Tensor) -> Tensor:
+        """The third and the fourth column by the count, with nothing copied from the host."""
+        beta1, beta2 = self.betas
+        return torch.cat((row[:2], (row[2] / (1 - beta1**count)).view(1), ((1 - beta2**count) ** -0.5).view(1))).float()
+
+    def update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: Sequence[list[Tensor]],
+        count: Tensor,
+        skip: Tensor | None,
+    ) -> None:
+        """torch's fused update."""
+        first, second = states
+        torch._fused_adamw_(
+            params,
+            grads,
+            first,
+            second,
+            [],
+            [count] * len(grads),
+            lr=self.lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+            found_inf=skip,
+        )
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {rule.name: rule for rule in (SGD, AdamW)}
+#: What is said of a setting that another rule has.
+_HINTS = {
+    "momentum": "momentum is SGD's setting; AdamW has betas=(beta1, beta2)",
+    "nesterov": "nesterov=True needs optimizer='sgd' and a momentum above 0",
+}
+
+
+def optimizer_of(name: str, settings: Mapping[str, Any]) -> Optimizer:
+    """The rule of that name with the settings that it has; the other ones must have their defaults.
+
+    Raises:
+        ValueError: an unknown rule, a setting outside its range, or a setting of another rule.
+        TypeError: a setting that is no number.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}")
+    _check(settings)
+    rule = OPTIMIZERS[name]
+    own = {field.name for field in fields(rule)}
+    defaults = {field.name: field.default for other in OPTIMIZERS.values() for field in fields(other)}
+    for setting, value in settings.items():
+        if setting not in own and value != defaults[setting]:
+            raise ValueError(_HINTS.get(setting, f"{setting}={value!r} is not a setting of optimizer {name!r}"))
+    return rule(**{setting: value for setting, value in settings.items() if setting in own})
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """Whether each value can be what its name says, whichever rule has it."""
+    betas = settings["betas"]
+    if len(betas) != 2:
+        raise ValueError(f"expected betas=(beta1, beta2), got {len(betas)} values: {betas}")
+    named = {name: settings[name] for name in ("lr", "momentum", "weight_decay", "eps")}
+    named |= {"beta1": betas[0], "beta2": betas[1]}
+    if settings["max_grad_norm"] is not None:
+        named["max_grad_norm"] = settings["max_grad_norm"]
+    for name, value in named.items():
+        if not isinstance(value, Real):
+            raise TypeError(f"expected {name} to be a number, got {value!r} of type {type(value).__name__}")
+    if not settings["lr"] >= 0:
+        raise ValueError(f"expected a learning rate of at least 0, got lr={settings['lr']}")
+    if not 0 <= settings["momentum"] < 1:
+        raise ValueError(f"expected a momentum in [0, 1), got {settings['momentum']}")
+    if not settings["weight_decay"] >= 0:
+        raise ValueError(f"expected a weight_decay of at least 0, got {settings['weight_decay']}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"expected betas in [0, 1), got {betas}")
+    if not settings["eps"] >= 0:
+        raise ValueError(f"expected an eps of at least 0, got {settings['eps']}")
+    if settings["max_grad_norm"] is not None and not settings["max_grad_norm"] > 0:
+        raise ValueError(f"expected a max_grad_norm above 0 or None, got {settings['max_grad_norm']}")

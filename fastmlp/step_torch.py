@@ -29,7 +29,7 @@ from .cpu_wide import wide_update, wide_wgrad
 from .loss_scale import LossScale
 from .nn import Linear
 from .online import online_epoch
-from .step_config import OptimizerConfig
+from .step_config import Optimizer
 from .step_losses import LossFunction, loss_function, takes_classes
 from .step_optimizer import TorchOptimizer
 
@@ -108,12 +108,12 @@ class _Plan:
 class TorchStep:
     """Forward, backward and update of an MLP in torch operations; ``fastmlp.TrainStep`` is the public way to it."""
 
-    def __init__(self, layers: list[Linear], config: OptimizerConfig, loss: str, dtype: torch.dtype) -> None:
-        self.config, self.loss, self.dtype = config, loss, dtype
+    def __init__(self, layers: list[Linear], rule: Optimizer, loss: str, dtype: torch.dtype) -> None:
+        self.rule, self.loss, self.dtype = rule, loss, dtype
         self._modules, self.device = layers, layers[0].weight.device
         loss_scale = LossScale(self.device) if dtype == torch.float16 else None
         # Gradients and optimizer state exist only where the optimizer needs them all at once.
-        self.plain = config.is_plain_sgd and loss_scale is None
+        self.plain = rule.is_plain_sgd and loss_scale is None
         self.layers: list[_Layer] = []
         masters: list[Tensor] = []
         for module in layers:
@@ -121,7 +121,7 @@ class TorchStep:
             masters += [c.master for c in layer.copies if c.trained]
             self.layers.append(layer)
         self.lowest = next(i for i, layer in enumerate(self.layers) if layer.train_w or layer.train_b)
-        self.optimizer = TorchOptimizer(masters, config, loss_scale)
+        self.optimizer = TorchOptimizer(masters, rule, loss_scale)
         self._scale = None if loss_scale is None else loss_scale.scale
         copies = [c for layer in self.layers for c in layer.copies if not c.is_one]
         self._copies, self._trained_copies = copies, [c for c in copies if c.trained]
@@ -141,7 +141,7 @@ class TorchStep:
                 del self._plans[next(iter(self._plans))]
             way: cpu_gemm.Library = "aten"
             if self.device.type == "cpu":
-                way = step_way(self._modules, self.config, self.loss, self.dtype, m, self._trials)
+                way = step_way(self._modules, self.rule, self.loss, self.dtype, m, self._trials)
             plan = self._plans[m] = self._new_plan(m, way)
             cpu_gemm.keep_choices()
         return plan
@@ -149,7 +149,7 @@ class TorchStep:
     def _trials(self, m: int, ways: Sequence[cpu_gemm.Library]) -> dict[cpu_gemm.Library, Callable[[], object]]:
         """Steps of ``m`` rows, one for each way, that touch nothing of this one's."""
         layers = scratch_layers(self._modules)
-        step = TorchStep(layers, replace(self.config, lr=1e-3), self.loss, self.dtype)
+        step = TorchStep(layers, replace(self.rule, lr=1e-3), self.loss, self.dtype)
         x, y, out = scratch_batch(m, layers, self.loss, self.dtype)
         return {way: partial(step._run, step._step, step._new_plan(m, way), x, y, out) for way in ways}
 
@@ -305,7 +305,7 @@ class TorchStep:
 
     def _apply_plain(self, plan: _Plan, i: int, dz: Tensor, x: Tensor) -> None:
         """W -= lr dZ^T X, b -= lr sum dZ."""
-        layer, lr = self.layers[i], self.config.lr
+        layer, lr = self.layers[i], self.rule.lr
         products, db = plan.products[i], self._db[i]
         if products.update is not None:
             products.update(dz, x, lr)
@@ -359,13 +359,13 @@ class TorchStep:
                 losses=losses,
             )
             return
-        base = self.config.lr
+        base = self.rule.lr
         try:
             for rows, lr, out in zip(order.split(batch_size), lrs.tolist(), losses.unbind(), strict=True):
-                self.config.lr = lr
+                self.rule.lr = lr
                 self.step(images, labels, out, rows)
         finally:
-            self.config.lr = base
+            self.rule.lr = base
 
     def _is_online(self, images: Tensor) -> bool:
         """Whether single-sample steps are those of the exact blocked recurrence (``fastmlp.online``)."""

@@ -38,7 +38,7 @@ from .kernels.head import MAX_CLASSES
 from .kernels.wgrad_update import Hyper, Layer, Layout, reduce_update, wgrad_update, workspace
 from .loss_scale import LossScale
 from .nn import Linear
-from .step_config import OptimizerConfig
+from .step_config import Optimizer
 from .step_graph import GraphCache, GraphEntry, can_capture
 from .step_losses import NO_CLASS, takes_classes
 
@@ -74,9 +74,9 @@ class TritonStep:
     """Forward, backward and update of an MLP with the kernels; ``fastmlp.TrainStep`` is the public way to it."""
 
     def __init__(
-        self, layers: list[Linear], config: OptimizerConfig, loss: str, dtype: torch.dtype, *, cuda_graph: bool
+        self, layers: list[Linear], rule: Optimizer, loss: str, dtype: torch.dtype, *, cuda_graph: bool
     ) -> None:
-        self.layers, self.config, self.loss, self.dtype = layers, config, loss, dtype
+        self.layers, self.rule, self.loss, self.dtype = layers, rule, loss, dtype
         self.device = layers[0].weight.device
         self.activations = [layer.activation for layer in layers]
         if "softmax" in self.activations:
@@ -98,24 +98,18 @@ class TritonStep:
         self.lowest = min(self.trained)
         self.layout = Layout([self._trained_layer(i) for i in self.trained])
         self.scaled = dtype == torch.float16
-        self.all_first = self.scaled or config.max_grad_norm is not None
-        name = {"sgd": "momentum" if config.momentum else "sgd", "adamw": "adamw"}[config.name]
-        self.hyper = Hyper(
-            name, config.nesterov, config.momentum, config.weight_decay, config.betas[0], config.betas[1], config.eps
-        )
+        self.all_first = self.scaled or rule.max_grad_norm is not None
+        self.hyper = Hyper(**rule.kernel)
         zeros = torch.zeros(self.layout.total, dtype=torch.float32, device=self.device)
-        self.m_state = zeros.clone() if name != "sgd" else None
-        self.v_state = zeros.clone() if name == "adamw" else None
+        states = [zeros.clone() for _ in rule.states]
+        self.m_state, self.v_state = (*states, None, None)[:2]
         self.grads = zeros if self.all_first else None
         self.loss_scale = LossScale(self.device) if self.scaled else None
         self.steps = 0
-        #: AdamW's number of updates where only the device knows which steps were skipped, and what a row is made of.
+        #: The number of updates where only the device knows which steps were skipped.
         self.count: Tensor | None = None
-        if self.scaled and name == "adamw":
+        if self.scaled and rule.counted:
             self.count = torch.zeros((), dtype=torch.float64, device=self.device)
-            self._count_rule = torch.tensor(
-                ((0.0, 0.0, *config.betas), (1.0, 1.0, -1.0, -0.5)), dtype=torch.float64, device=self.device
-            ).unbind()
         self._ahead: tuple[float, int, list[Tensor]] = (-1.0, 0, [])
         self._plans: OrderedDict[int, _Plan] = OrderedDict()
         self._converted: Tensor | None = None
@@ -202,12 +196,10 @@ class TritonStep:
 
         ``lrs`` is float64 on the host. Where the device counts the updates, ``_apply`` puts their number in.
         """
-        (beta1, beta2), decay = self.config.betas, self.config.weight_decay
-        t = torch.arange(self.steps + 1, self.steps + 1 + lrs.shape[0], dtype=torch.float64, device="cpu")
-        counted = self.count is not None
-        step = lrs if counted else lrs / (1 - beta1**t)
-        inverse = torch.ones_like(t) if counted else (1 - beta2**t) ** -0.5
-        rows = torch.stack((lrs, 1 - lrs * decay, step, inverse), 1).float()
+        count = None
+        if self.count is None:
+            count = torch.arange(self.steps + 1, self.steps + 1 + lrs.shape[0], dtype=torch.float64, device="cpu")
+        rows = self.rule.rows(lrs, count)
         if self.device.type == "cuda":
             return rows.pin_memory().to(self.device, non_blocking=True)
         return rows.to(self.device)
@@ -215,13 +207,13 @@ class TritonStep:
     def _row(self) -> Tensor:
         """The next step's row; AdamW's are computed ahead, more and more of them while the learning rate stays."""
         lr, first, rows = self._ahead
-        changes = self.hyper.optimizer == "adamw" and self.count is None
+        changes = self.rule.counted and self.count is None
         i = self.steps - first if changes else 0
-        if lr != self.config.lr or not 0 <= i < len(rows):
-            more = min(2 * len(rows), _AHEAD) if lr == self.config.lr and changes else 1
-            rates = torch.full((max(1, more),), self.config.lr, dtype=torch.float64, device="cpu")
+        if lr != self.rule.lr or not 0 <= i < len(rows):
+            more = min(2 * len(rows), _AHEAD) if lr == self.rule.lr and changes else 1
+            rates = torch.full((max(1, more),), self.rule.lr, dtype=torch.float64, device="cpu")
             rows, i = list(self._rows_of(rates).unbind()), 0
-            self._ahead = self.config.lr, self.steps, rows
+            self._ahead = self.rule.lr, self.steps, rows
         return rows[i]
 
     def _saved(self, plan: _Plan, i: int) -> Tensor | None:
@@ -347,11 +339,10 @@ class TritonStep:
             skip = self.loss_scale.overflow
             if self.count is not None:
                 self.count.add_(1 - skip)
-                betas, powers = self._count_rule
-                row = (row * (1 - betas**self.count) ** powers).float()
-        if self.config.max_grad_norm is not None:
+                row = self.rule.recounted(row, self.count)
+        if self.rule.max_grad_norm is not None:
             norm = torch.linalg.vector_norm(grads)
-            factor = torch.clamp(self.config.max_grad_norm / (norm + 1e-6), max=1.0)
+            factor = torch.clamp(self.rule.max_grad_norm / (norm + 1e-6), max=1.0)
         reduce_update(
             self.layout,
             grads,
@@ -483,10 +474,9 @@ class TritonStep:
     def parameter_state(self) -> dict[str, list[Tensor]]:
         """What belongs to each trained parameter, live and float32: optimizer state, and masters of 16 bits."""
         state: dict[str, list[Tensor]] = {}
-        if self.m_state is not None:
-            state["exp_avg" if self.v_state is not None else "momentum_buffer"] = self.layout.views(self.m_state)
-        if self.v_state is not None:
-            state["exp_avg_sq"] = self.layout.views(self.v_state)
+        for name, flat in zip(self.rule.states, (self.m_state, self.v_state), strict=False):
+            assert flat is not None
+            state[name] = self.layout.views(flat)
         if any(layer.weight.dtype != torch.float32 for layer in self.layers):
             state["master"] = list(self.layout.params)
         return state
@@ -494,7 +484,7 @@ class TritonStep:
     def counters(self) -> dict[str, float]:
         """AdamW's number of updates; float16's loss scale and the good steps since it last moved."""
         counters: dict[str, float] = {}
-        if self.hyper.optimizer == "adamw":
+        if self.rule.counted:
             counters["step"] = float(self.steps if self.count is None else self.count.item())
         return counters | (self.loss_scale.counters() if self.loss_scale is not None else {})
 

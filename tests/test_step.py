@@ -90,7 +90,7 @@ def test_every_depth(sizes, bias, optimizer):
 
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=2, max_size=5).map(tuple),
-    activation=st.sampled_from(ACTIVATIONS),
+    activation=st.sampled_from(tuple(ACTIVATIONS)),
     rows=st.integers(1, 70),
     bias=st.booleans(),
     loss=st.sampled_from(LOSSES),

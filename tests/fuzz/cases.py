@@ -88,7 +88,7 @@ def dims(count: int) -> st.SearchStrategy[tuple[int, ...]]:
 
 
 dtypes = st.sampled_from(FLOATS)
-activations = st.sampled_from(ACTIVATIONS)
+activations = st.sampled_from(tuple(ACTIVATIONS))
 
 
 @dataclass(frozen=True)
