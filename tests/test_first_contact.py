@@ -1,0 +1,204 @@
+"""bench/first_contact.py: stages that crash, hang and shout beside good ones, and the cheap stages rehearsed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import first_contact
+from bench.contact.document import FILE_BYTES, Document
+from bench.contact.pool import ROOT, Stage
+from bench.contact.verdict import LENGTH, verdict
+
+STUBS = "tests.first_contact_stubs"
+
+
+def load(out: Path) -> dict[str, Any]:
+    return json.loads((out / "first_contact.json").read_text())
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
+    """One run: a stage whose module is missing, one whose units go wrong, one that never ends, one for which no time
+    is left, a good one; with the verdict and the items by unit.
+    """
+    out = tmp_path_factory.mktemp("contact") / "new" / "folder"
+    stages = (
+        Stage("missing", "tests.no_such_module", 10),
+        Stage("wrong", STUBS, 30, workers=2, unit_s=6),
+        Stage("unaffordable", STUBS, 1, least=1000),
+        Stage("imports", "bench.contact.versions", 30),
+    )
+    text = first_contact.run(out, 150, rehearse=True, stages=stages)
+    items: dict[str, Any] = {}
+    for item in load(out)["items"]:
+        if item["stage"] == "wrong":
+            items.setdefault(item["unit"], []).append(item)
+    return out, text, items
+
+
+def test_every_unit_has_its_result_whatever_the_others_do(broken: tuple[Path, str, dict[str, Any]]) -> None:
+    _, _, items = broken
+    status = {unit: found[-1]["status"] for unit, found in items.items()}
+    assert status == {
+        "good": "ok", "raises": "failed", "crashes": "crashed", "hangs": "hung", "shouts": "ok", "huge": "failed",
+        "garbage": "crashed", "NaN": "wrong", "last": "ok",
+    }  # fmt: skip
+    assert items["raises"][0]["reason"] == "ValueError: a kernel that raises"
+    assert items["crashes"][0]["name"] == "before the crash"
+    assert "SIGABRT" in items["crashes"][1]["reason"]
+    assert items["NaN"][0]["share"] == "nan"
+
+
+def test_a_hanging_process_is_killed_with_its_children(broken: tuple[Path, str, dict[str, Any]]) -> None:
+    out, _, _ = broken
+    assert not alive(int((out / "child.pid").read_text()))
+
+
+def test_a_stage_that_does_not_start_or_has_no_time_stops_no_other(broken: tuple[Path, str, dict[str, Any]]) -> None:
+    stages = load(broken[0])["stages"]
+    assert {name: about["status"] for name, about in stages.items()} == {
+        "missing": "failed", "wrong": "failed", "unaffordable": "skipped", "imports": "ok", "5 verdict": "ok",
+    }  # fmt: skip
+    assert "no_such_module" in stages["missing"]["reason"]
+    assert "it needs 1000" in stages["unaffordable"]["reason"]
+
+
+def test_the_versions_are_those_of_this_process(broken: tuple[Path, str, dict[str, Any]]) -> None:
+    import torch
+
+    found = {item["name"]: item for item in load(broken[0])["items"] if item["stage"] == "imports"}
+    assert found["packages"]["torch"] == torch.__version__.partition("+")[0] or found["packages"]["torch"] in (
+        torch.__version__
+    )
+    assert found["device"]["capability"] == "80"
+    assert found["import fastmlp.kernels"]["file"] == str(ROOT / "kernels" / "__init__.py")
+
+
+def test_files_and_verdict_are_small(broken: tuple[Path, str, dict[str, Any]]) -> None:
+    out, text, _ = broken
+    files = [path for path in out.iterdir() if path.name != "child.pid"]
+    assert {path.name for path in files} == {"first_contact.json", "verdict.txt", "log.txt"}
+    assert all(path.stat().st_size < FILE_BYTES for path in files)
+    assert "the end of the shouting" in (out / "log.txt").read_text()
+    assert (out / "log.txt").stat().st_size < 1 << 20
+    assert text == (out / "verdict.txt").read_text()
+    assert text.startswith("NOT OK: first contact, rehearsal without a GPU; no time is given")
+    assert "hangs" in text
+
+
+def test_the_verdict_has_at_most_ten_thousand_characters() -> None:
+    items = [
+        {"stage": "3", "unit": "u", "name": f"{kind} {i} " + 300 * "x", "status": "wrong", "reason": 900 * "y", **more}
+        for i in range(400)
+        for kind, more in (("kernel", {"share": 2.0, "kind": str(i)}), ("step", {"table": "facts", "us": 1.5}))
+    ]
+    stages = {f"stage {i}": {"status": "failed", "reason": 1000 * "z"} for i in range(12)}
+    text = verdict({"rehearsal": False, "stages": stages, "items": items})
+    assert len(text) <= LENGTH
+    assert text.startswith("NOT OK")
+    assert "... cut" in text
+
+
+def test_a_verdict_shows_times_beside_the_prediction_only_if_they_were_taken() -> None:
+    step = {"stage": "3", "unit": "u", "status": "info", "table": "step", "mode": "bfloat16", "batch": 64}
+    items = [{**step, "name": "a", "who": "fastmlp", "us": 12.25}, {**step, "name": "b", "who": "eager", "us": None}]
+    text = verdict({"rehearsal": False, "stages": {"3": {"status": "ok"}}, "items": items})
+    assert text.startswith("OK")
+    assert [line.split() for line in text.splitlines() if line.startswith("bfloat16")] == [
+        ["bfloat16", "64", "12.2", "24", "/", "105-120"]
+    ]
+    assert "12.2" not in verdict({"rehearsal": True, "stages": {}, "items": items})
+
+
+def test_the_file_is_whole_at_any_time(tmp_path: Path) -> None:
+    document = Document(tmp_path, rehearsal=True)
+    seen, done = [], threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append(len(load(tmp_path)["items"]))
+
+    document.stage("s", status="running")
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(300):
+        document.item("s", str(i), status="ok", value=i)
+    done.set()
+    reader.join()
+    assert seen == sorted(seen)
+    assert len(load(tmp_path)["items"]) == 300
+    assert [path.name for path in tmp_path.iterdir()] == ["first_contact.json"]
+
+
+def test_a_file_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+    document = Document(tmp_path, rehearsal=True)
+    document.stage("s", status="ok")
+    (tmp_path / ".first_contact.json.tmp").mkdir()
+    document.item("s", "u", status="ok")
+    assert "Directory" in document.unwritten
+    (tmp_path / ".first_contact.json.tmp").rmdir()
+    document.item("s", "u", status="ok")
+    assert document.unwritten == ""
+    assert len(load(tmp_path)["items"]) == 2
+
+
+def test_the_file_stays_below_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.contact.document.FILE_BYTES", 40_000)
+    document = Document(tmp_path, rehearsal=True)
+    for i in range(100):
+        document.item("s", str(i), status="ok", reason=1000 * "x")
+    assert (tmp_path / "first_contact.json").stat().st_size < 40_000
+    assert load(tmp_path)["items_left_out"] > 50
+
+
+def test_the_driver_imports_neither_torch_nor_fastmlp() -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['first_contact.py', '--help']\n"
+        "try: runpy.run_path('bench/first_contact.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'triton', 'numpy', 'fastmlp'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "bench/first_contact.py", "--out", str(tmp_path / "file" / "x"), "--limit", "9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cannot be written to" in done.stderr
+
+
+def test_told_to_end_it_still_gives_its_verdict(tmp_path: Path) -> None:
+    """Started as a file from another folder with an empty environment, and ended in the middle of a stage."""
+    command = [sys.executable, str(ROOT / "bench" / "first_contact.py"), "--out", "out", "--limit", "600", "--rehearse"]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("0 versions")
+        while not load(tmp_path / "out").get("items"):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        text = process.communicate(timeout=60)[0]
+    assert "NOT FINISHED: first contact, rehearsal" in text
+    assert "0 versions        stopped" in text
+    assert load(tmp_path / "out")["items"][0]["python"]
