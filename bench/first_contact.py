@@ -65,7 +65,6 @@ def _environment(scratch: Path) -> dict[str, str]:
     environment.setdefault("TRITON_CACHE_DIR", str(scratch / "triton"))
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "inductor"))
     environment["XDG_CACHE_HOME"] = str(scratch / "cache")  # no tiles and no choices that somebody measured before
-    environment["PYTHONPYCACHEPREFIX"] = str(scratch / "pycache")  # the checkout stays as it is
     environment.pop("TRITON_INTERPRET", None)
     return environment
 
