@@ -37,14 +37,14 @@ _MANY = 14
 
 #: In their order; README.md beside this file says what each does. ``seconds`` are shares of the limit.
 STAGES = (
-    Stage("0 versions", _MODULES + "versions", 8, least=3),
-    Stage("1 kernels once", _MODULES + "kernels_once", 30, least=10, workers=_MANY, unit_s=60),
-    Stage("2a tiles", _MODULES + "tiles", 90, least=15, workers=_MANY, unit_s=60),
-    Stage("2b network", _MODULES + "network", 50, least=15, workers=8, unit_s=90),
-    Stage("2c tests", _MODULES + "tests", 110, least=30, workers=1),
-    Stage("3 timings", _MODULES + "timings", 170, least=20, workers=1, unit_s=60),
-    Stage("3x alternatives", _MODULES + "alternatives", 40, least=10, workers=1, unit_s=30),
-    Stage("4 profile", _MODULES + "profile", 35, least=10, workers=1, unit_s=40),
+    Stage("0 versions", _MODULES + "versions", 15, 25, least=3),
+    Stage("1 kernels once", _MODULES + "kernels_once", 30, 120, least=10, workers=_MANY, unit_s=60),
+    Stage("2a tiles", _MODULES + "tiles", 90, 80, least=15, workers=_MANY, unit_s=60),
+    Stage("2b network", _MODULES + "network", 50, 150, least=15, workers=8, unit_s=90),
+    Stage("2c tests", _MODULES + "tests", 110, 30, least=15),
+    Stage("3 timings", _MODULES + "timings", 170, 80, least=20, unit_s=60),
+    Stage("3x alternatives", _MODULES + "alternatives", 40, 30, least=10, unit_s=30),
+    Stage("4 profile", _MODULES + "profile", 35, 60, least=10, unit_s=40),
 )
 #: Seconds kept for the verdict and for ending what is left.
 RESERVE = 5.0
@@ -89,7 +89,8 @@ def run(out: Path, limit: float, *, rehearse: bool = False, stages: Sequence[Sta
             for number, stage in enumerate(stages):
                 left = limit - RESERVE - (time.monotonic() - begin)
                 # What earlier stages did not use goes to all that follow.
-                seconds = left * stage.seconds / sum(later.seconds for later in stages[number:])
+                shares = [later.rehearsed if rehearse else later.seconds for later in stages[number:]]
+                seconds = left * shares[0] / sum(shares)
                 if seconds < stage.least:
                     reason = f"{max(0.0, seconds):.0f} s are left for it, and it needs {stage.least:.0f}"
                     document.stage(stage.name, status="skipped", reason=reason, seconds=0.0)

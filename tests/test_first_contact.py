@@ -9,8 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -41,10 +44,10 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[st
     """
     out = tmp_path_factory.mktemp("contact") / "new" / "folder"
     stages = (
-        Stage("missing", "tests.no_such_module", 10),
-        Stage("wrong", STUBS, 30, workers=2, unit_s=6),
-        Stage("unaffordable", STUBS, 1, least=1000),
-        Stage("imports", "bench.contact.versions", 30),
+        Stage("missing", "tests.no_such_module", 10, 10),
+        Stage("wrong", STUBS, 30, 30, workers=2, unit_s=6),
+        Stage("unaffordable", STUBS, 1, 1, least=1000),
+        Stage("imports", "bench.contact.versions", 30, 30),
     )
     text = first_contact.run(out, 150, rehearse=True, stages=stages)
     items: dict[str, Any] = {}
@@ -90,6 +93,19 @@ def test_the_versions_are_those_of_this_process(broken: tuple[Path, str, dict[st
     )
     assert found["device"]["capability"] == "80"
     assert found["import fastmlp.kernels"]["file"] == str(ROOT / "kernels" / "__init__.py")
+
+
+def test_what_is_killed_at_the_end_of_its_stage_is_unfinished_and_not_wrong(tmp_path: Path) -> None:
+    hanging = Stage("slow", "tests.first_contact_stubs", 1, 1, unit_s=600)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(first_contact, "RESERVE", 0.0)
+        patch.setenv("FIRST_CONTACT_UNITS", "good,hangs,last")
+        text = first_contact.run(tmp_path, 8, rehearse=True, stages=(hanging,))
+    assert [(item["unit"], item["status"]) for item in load(tmp_path)["items"]] == [
+        ("good", "ok"), ("hangs", "unfinished"), ("", "skipped"),
+    ]  # fmt: skip
+    assert load(tmp_path)["stages"]["slow"]["status"] == "not finished"
+    assert text.startswith("NOT FINISHED")
 
 
 def test_files_and_verdict_are_small(broken: tuple[Path, str, dict[str, Any]]) -> None:
@@ -203,3 +219,94 @@ def test_told_to_end_it_still_gives_its_verdict(tmp_path: Path) -> None:
     assert "NOT FINISHED: first contact, rehearsal" in text
     assert "0 versions        stopped" in text
     assert load(tmp_path / "out")["items"][0]["python"]
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """torch.cuda's events, streams and graphs as stand-ins that record, beside tensors of a GPU that is not there.
+
+    Each has the methods and the signatures of what it stands for, so that a call that torch does not know raises.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    calls: list[str] = []
+
+    def recorded(name: str, value: Any = None) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return value
+
+        return call
+
+    event = create_autospec(torch.cuda.Event)
+    event.return_value.record.side_effect = recorded("record")
+    event.return_value.elapsed_time.side_effect = recorded("elapsed", 5.0)
+    stream = create_autospec(torch.cuda.Stream)
+    graph = create_autospec(torch.cuda.CUDAGraph)
+    graph.return_value.replay.side_effect = recorded("replay")
+
+    @contextmanager
+    def capturing(cuda_graph: Any, pool: Any = None) -> Iterator[None]:
+        calls.append("capture begins")
+        yield
+        calls.append("capture ends")
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream.return_value)
+    monkeypatch.setattr(torch.cuda, "stream", lambda chosen: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", recorded("synchronize"))
+    with FakeTensorMode():
+        yield calls
+
+
+def test_a_capture_has_one_run_before_it(cuda: list[str]) -> None:
+    from bench.contact.device import Gpu
+
+    replay = Gpu().capture(lambda: cuda.append("launch"))
+    replay()
+    assert cuda == ["launch", "capture begins", "launch", "capture ends", "replay"]
+
+
+def test_times_are_read_after_waiting(cuda: list[str]) -> None:
+    from bench.contact.device import Gpu
+
+    def launch() -> None:
+        cuda.append("launch")
+
+    assert Gpu().chain(launch, 4) == 5000.0 / 4
+    assert cuda == [*3 * ["launch"], "synchronize", "record", *4 * ["launch"], "record", "synchronize", "elapsed"]
+    cuda.clear()
+    assert Gpu().cold(launch, 2) == 5000.0
+    assert cuda == ["launch", *2 * ["record", "launch", "record"], "synchronize", "elapsed", "elapsed"]
+    cuda.clear()
+    assert Gpu().host(launch, 2) > 0
+    assert cuda == [*3 * ["launch"], "synchronize", *2 * ["launch"], "synchronize"]
+
+
+def test_a_rehearsal_has_every_method_of_a_gpu_and_no_time() -> None:
+    from bench.contact.device import Gpu, Rehearsal
+
+    methods = {name for name, value in vars(Gpu).items() if callable(value)}
+    assert methods == {name for name, value in vars(Rehearsal).items() if callable(value)}
+    here = Rehearsal()
+    runs: list[int] = []
+    for timed in (here.chain, here.cold, here.host):
+        assert timed(lambda: runs.append(1), 100) is None
+    assert len(runs) == 3
+
+
+def test_nvidia_smi_is_asked_field_by_field_where_it_does_not_know_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench.contact.device import Gpu
+
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\ncase "$*" in *odd*) exit 2;; *name,power*) echo "H, 5 W";; *) echo " H ";; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert Gpu().query("name power") == {"name": "H", "power": "5 W"}
+    assert Gpu().query("name odd power") == {"name": "H", "power": "H"}

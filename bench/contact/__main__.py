@@ -9,8 +9,16 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from .report import Report
+
+
+def _listed(stage: Any, report: Report) -> dict[str, Any]:
+    try:
+        return {"units": list(stage.units(report))}
+    except Exception as error:
+        return {"reason": f"{type(error).__name__}: {error}"}
 
 
 def main() -> None:
@@ -34,7 +42,7 @@ def main() -> None:
         for line in sys.stdin:
             command, _, rest = line.rstrip("\n").partition(" ")
             if command == "list":
-                report.send({"units": list(stage.units(report))})
+                report.send(_listed(stage, report))
                 continue
             seconds, _, unit = rest.partition(" ")
             report.until = time.monotonic() + float(seconds)

@@ -139,16 +139,19 @@ class Gpu:
 
     def query(self, fields: str) -> dict[str, str]:
         """What nvidia-smi says, one value per field; a field that it does not know is left out."""
-        found: dict[str, str] = {}
         tool = shutil.which("nvidia-smi")
-        for field in fields.split() if tool else ():
-            done = subprocess.run(
-                [tool or "", "-i", "0", f"--query-gpu={field}", "--format=csv,noheader"],
-                capture_output=True, text=True, timeout=10, check=False,
-            )  # fmt: skip
-            if done.returncode == 0:
-                found[field] = done.stdout.strip()
-        return found
+        if tool is None:
+            return {}
+
+        def ask(*names: str) -> list[str]:
+            command = [tool or "", "-i", "0", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+            return [value.strip() for value in done.stdout.split(",")] if done.returncode == 0 else []
+
+        names = fields.split()
+        if len(values := ask(*names)) == len(names):
+            return dict(zip(names, values, strict=True))
+        return {name: values[0] for name in names if (values := ask(name))}
 
 
 class Rehearsal(Gpu):

@@ -5,7 +5,7 @@
      "items": [{"stage": ..., "unit": ..., "name": ..., "status": ..., "reason": ..., ...}, ...]}
 
 An item's status is "ok", "info" (a fact that nothing judges), "wrong" (a result over its budget), "failed" (an
-exception), "crashed", "hung" or "skipped".
+exception), "crashed", "hung", "unfinished" (killed at the end of its stage) or "skipped".
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ class Stage:
         name: as the tables call it.
         module: with ``units`` and ``run``.
         seconds: its share of the time, relative to the other stages'.
+        rehearsed: the same in a rehearsal, which spends its time on compiling and simulating.
         least: with fewer seconds than this it is skipped.
         workers: processes at most; the cores of the machine bound them too.
         unit_s: seconds that one unit may take.
@@ -50,6 +51,7 @@ class Stage:
     name: str
     module: str
     seconds: float
+    rehearsed: float = 1.0
     least: float = 1.0
     workers: int = 1
     unit_s: float = 600.0
@@ -214,8 +216,10 @@ class _Run:
             self.drop(worker)
         except TimeoutError:
             log = self.drop(worker)[1]
-            seconds = time.monotonic() - begin
-            self.document.item(name, unit, status="hung", reason=f"killed after {seconds:.0f} s; {_last(log)}")
+            # At the stage's end a unit may just have been slow.
+            word, what = ("unfinished", ", at the end of its stage") if until == self.until else ("hung", "")
+            reason = f"killed after {time.monotonic() - begin:.0f} s{what}; {_last(log)}"
+            self.document.item(name, unit, status=word, reason=reason)
         except _Ended as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(1)  # its pipe is closed a moment before it has a status
@@ -266,19 +270,21 @@ def run_stage(
         run.stopped = True
         for worker in list(run.workers):
             run.drop(worker)
-    bad = sum(item.get("status") in BAD for item in document.items(stage.name))
-    left = len(run.units)
-    if left:
-        reason, units = f"{left} of {planned} units: no time left", list(run.units)[:200]
-        document.item(stage.name, "", status="skipped", reason=reason, units=units)
-    status = "failed" if bad or (run.reasons and (left or not planned)) else "not finished" if left else "ok"
+    if run.units:
+        reason = f"{len(run.units)} of {planned} units: no time left"
+        document.item(stage.name, "", status="skipped", reason=reason, units=list(run.units)[:200])
+    items = document.items(stage.name)
+    bad = sum(item.get("status") in BAD for item in items)
+    unfinished = run.units or any(item.get("status") == "unfinished" for item in items)
+    failed = bad or not planned or (run.units and run.reasons)
+    status = "failed" if failed else "not finished" if unfinished else "ok"
     document.stage(
         stage.name,
         status=status,
         reason="; ".join(dict.fromkeys(run.reasons))[-1500:],
         seconds=round(time.monotonic() - begin, 1),
         units=planned,
-        units_left=left,
+        units_left=len(run.units),
         bad=bad,
     )
     return run.logs

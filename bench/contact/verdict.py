@@ -37,6 +37,7 @@ def verdict(data: dict[str, Any]) -> str:
     """The whole text; it begins with OK only if every stage is finished and nothing is wrong."""
     items: list[Item] = data["items"]
     bad = [item for item in items if item.get("status") in BAD]
+    slow = [item for item in items if item.get("status") == "unfinished"]
     unfinished = [name for name, about in data["stages"].items() if about.get("status") != "ok"]
     word = "NOT OK" if bad else "NOT FINISHED" if unfinished else "OK"
     what = "rehearsal without a GPU; no time is given" if data["rehearsal"] else _device(items)
@@ -46,7 +47,7 @@ def verdict(data: dict[str, Any]) -> str:
         _stages(data["stages"], items),
         _shares(items),
         "\n".join(_times(items)) if not data["rehearsal"] else "",
-        _bad(bad),
+        _listed([*bad, *slow]),
     ]
     text = "\n\n".join(part for part in parts if part)
     note = "\n... cut; the rest is in first_contact.json\n"
@@ -94,17 +95,18 @@ def _shares(items: list[Item]) -> str:
     return "\n".join(["largest error as a share of its budget (above 1: wrong)", *lines])
 
 
-def _bad(bad: list[Item]) -> str:
-    if not bad:
+def _listed(items: list[Item]) -> str:
+    """One line per item, with its reason."""
+    if not items:
         return ""
     lines = []
-    for item in bad:
+    for item in items:
         share = f" share {item['share']}" if "share" in item else ""
         name = item.get("name") or item.get("unit", "")
         text = f"{item['stage']} | {name} | {item['status']}{share} {item.get('reason', '')}"
         lines.append(" ".join(text.split())[:_LINE])
     more = [f"... and {len(lines) - _BAD_LINES} more"] if len(lines) > _BAD_LINES else []
-    return "\n".join(["wrong or failed", *lines[:_BAD_LINES], *more])
+    return "\n".join(["wrong, failed or unfinished", *lines[:_BAD_LINES], *more])
 
 
 def _us(value: Any) -> str:

@@ -49,11 +49,15 @@ def run(unit: str, report: Report) -> None:
             about = machine.describe("cpu")
             keys = ("processor", "cores", "load_before", "platform", "commit", "changed_files")
             report.item(unit, "info", **{key: about[key] for key in keys})
-        case "device" | "nvidia-smi":
+        case "device":
             from .device import opened
 
             with opened(rehearsal=report.rehearsal) as device:
-                report.item(unit, "info", **(device.properties() if unit == "device" else device.query(_FIELDS)))
+                report.item(unit, "info", **device.properties())
+        case "nvidia-smi":
+            from .device import Gpu, Rehearsal
+
+            report.item(unit, "info", **(Rehearsal() if report.rehearsal else Gpu()).query(_FIELDS))
         case "compiler":
             _compiler(report)
 
