@@ -108,6 +108,27 @@ def test_what_is_killed_at_the_end_of_its_stage_is_unfinished_and_not_wrong(tmp_
     assert text.startswith("NOT FINISHED")
 
 
+def test_what_runs_when_the_command_is_ended_is_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIRST_CONTACT_UNITS", "good,hangs,last")
+    before = signal.signal(signal.SIGTERM, first_contact._stop)
+    stages = [Stage(name, STUBS, 1, 1, workers=2) for name in ("first", "second")]
+
+    def end_it() -> None:
+        while not (tmp_path / "child.pid").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_it).start()
+    try:
+        text = first_contact.run(tmp_path, 100, rehearse=True, stages=stages)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert {item["unit"]: item["status"] for item in load(tmp_path)["items"]}["hangs"] == "unfinished"
+    assert {about["status"] for about in load(tmp_path)["stages"].values()} == {"stopped", "ok"}
+    assert text.startswith("NOT FINISHED")
+    assert not alive(int((tmp_path / "child.pid").read_text()))
+
+
 def test_files_and_verdict_are_small(broken: tuple[Path, str, dict[str, Any]]) -> None:
     out, text, _ = broken
     files = [path for path in out.iterdir() if path.name != "child.pid"]

@@ -224,8 +224,9 @@ class _Run:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(1)  # its pipe is closed a moment before it has a status
             status, log = self.drop(worker)
+            word = "unfinished" if self.stopped else "crashed"
             self.document.item(
-                name, unit, status="crashed", reason=f"{error}, {_status(status)}; {_last(log)}", log=log[-1500:]
+                name, unit, status=word, reason=f"{error}, {_status(status)}; {_last(log)}", log=log[-1500:]
             )
         return False
 
@@ -291,16 +292,19 @@ def run_stage(
 
 
 def _join(threads: list[threading.Thread], run: _Run) -> None:
+    def wait() -> None:
+        # Not join: in Python 3.11 a join that a signal interrupts takes the thread for ended.
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(0.05)
+
     for thread in threads:
         thread.start()
     try:
-        for thread in threads:
-            thread.join()
+        wait()
     except BaseException:  # the command is being ended: the processes first, then their threads
         run.stopped = True
         for worker in list(run.workers):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(worker.process.pid, signal.SIGKILL)
-        for thread in threads:
-            thread.join()
+        wait()
         raise
