@@ -40,7 +40,7 @@ STAGES = (
     Stage("0 versions", _MODULES + "versions", 15, 25, least=3),
     Stage("1 kernels once", _MODULES + "kernels_once", 30, 120, least=10, workers=_MANY, unit_s=60),
     Stage("2a tiles", _MODULES + "tiles", 90, 80, least=15, workers=_MANY, unit_s=60),
-    Stage("2b network", _MODULES + "network", 50, 150, least=15, workers=8, unit_s=90),
+    Stage("2b network", _MODULES + "network", 50, 150, least=15, workers=_MANY, unit_s=90),
     Stage("2c tests", _MODULES + "tests", 110, 30, least=15),
     Stage("3 timings", _MODULES + "timings", 170, 80, least=20, unit_s=60),
     Stage("3x alternatives", _MODULES + "alternatives", 40, 30, least=10, unit_s=30),

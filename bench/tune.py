@@ -70,24 +70,33 @@ class Product:
     oracle: Callable[..., Results]
 
 
-def products(kind: str, batch: int, dtype: torch.dtype, device: str, sizes: Sequence[int] = REFERENCE) -> list[Product]:
-    """The products of a kind in one step of a network with ``sizes``, each shape once."""
+def products(
+    kind: str, batch: int, dtype: torch.dtype, device: str, sizes: Sequence[int] = REFERENCE, *, bias: bool = True
+) -> list[Product]:
+    """The products of a kind in one step of a network with ``sizes``, each shape once.
+
+    Without ``bias`` weight gradients come without those of the biases.
+    """
     layers = list(itertools.pairwise(sizes))
     if kind == "update":
-        return [_update(layers, batch, dtype, device)]
+        return [_update(layers, batch, dtype, device, bias=bias)]
     shapes = {
         "fwd": [(batch, n, k) for k, n in layers],
         "dgrad": [(batch, k, n) for k, n in layers[1:]],
         "wgrad": [(n, k, batch) for k, n in layers],
     }[kind]
-    return [product(kind, *shape, dtype, device) for shape in dict.fromkeys(shapes)]
+    return [product(kind, *shape, dtype, device, bias=bias) for shape in dict.fromkeys(shapes)]
 
 
-def product(kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: str) -> Product:
+def product(
+    kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: str, *, bias: bool = True
+) -> Product:
     """A product of this kind and shape."""
     if kind == "update":
-        return _update([(cols, rows)], depth, dtype, device)
-    return {"fwd": _fwd, "dgrad": _dgrad, "wgrad": _wgrad}[kind](rows, cols, depth, dtype, device)
+        return _update([(cols, rows)], depth, dtype, device, bias=bias)
+    if kind == "wgrad":
+        return _wgrad(rows, cols, depth, dtype, device, bias=bias)
+    return {"fwd": _fwd, "dgrad": _dgrad}[kind](rows, cols, depth, dtype, device)
 
 
 def forced(kind: str, tile: Tile) -> AbstractContextManager[None]:
@@ -126,28 +135,29 @@ def _dgrad(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str) ->
     return Product("dgrad", rows, cols, depth, launch, lambda: {"dX": dx}, oracle)
 
 
-def _wgrad(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str) -> Product:
+def _wgrad(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str, *, bias: bool) -> Product:
     from fastmlp import kernels
 
     dz, x = _draw(dtype, device, (depth, rows), (depth, cols))
     dw, db = x.new_empty(rows, cols), x.new_empty(rows)
 
     def oracle(wide: torch.dtype, cut: Cut = _exactly) -> Results:
-        return {"dW": cut(dz.to(wide)).t() @ cut(x.to(wide)), "db": dz.to(wide).sum(0)}
+        sums = {"db": dz.to(wide).sum(0)} if bias else {}
+        return {"dW": cut(dz.to(wide)).t() @ cut(x.to(wide)), **sums}
 
-    launch = functools.partial(kernels.linear_wgrad, dz, x, dw=dw, db=db)
-    return Product("wgrad", rows, cols, depth, launch, lambda: {"dW": dw, "db": db}, oracle)
+    launch = functools.partial(kernels.linear_wgrad, dz, x, bias=bias, dw=dw, db=db if bias else None)
+    return Product("wgrad", rows, cols, depth, launch, lambda: {"dW": dw} | ({"db": db} if bias else {}), oracle)
 
 
-def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, device: str) -> Product:
+def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, device: str, *, bias: bool) -> Product:
     """Gradient and plain SGD of all layers in one launch, as in a step; its tile is asked for by the largest layer."""
     # The package's attribute of a launcher's module is the launcher.
     module: Any = importlib.import_module("fastmlp.kernels.wgrad_update")
     dzs = _draw(dtype, device, *((batch, n) for _, n in layers))
     xs = _draw(dtype, device, *((batch, k) for k, _ in layers))
     weights = [torch.zeros(n, k, device=device) for k, n in layers]
-    biases = [torch.zeros(n, device=device) for _, n in layers]
-    layout = module.Layout([module.Layer(w, b) for w, b in zip(weights, biases, strict=True)])
+    biases = [torch.zeros(n, device=device) for _, n in layers] if bias else []
+    layout = module.Layout([module.Layer(w, b) for w, b in itertools.zip_longest(weights, biases)])
     row = torch.tensor([1.0, 0.0, 0.0, 0.0], device=device)  # a learning rate of 1: W - dW
     partial = torch.empty(0)
 
@@ -172,7 +182,7 @@ def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, devic
         wide = torch.promote_types(wide, torch.float32)
         pairs = [(dz.to(wide), x.to(wide)) for dz, x in zip(dzs, xs, strict=True)]
         named = {f"dW {i}": cut(dz).t() @ cut(x) for i, (dz, x) in enumerate(pairs)}
-        return named | {f"db {i}": dz.sum(0) for i, (dz, _) in enumerate(pairs)}
+        return named | {f"db {i}": dz.sum(0) for i, (dz, _) in enumerate(pairs) if bias}
 
     k, n = max(layers, key=lambda layer: layer[0] * layer[1])
     return Product("update", n, k, batch, launch, results, oracle)

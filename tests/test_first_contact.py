@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -331,3 +332,68 @@ def test_nvidia_smi_is_asked_field_by_field_where_it_does_not_know_all(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert Gpu().query("name power") == {"name": "H", "power": "5 W"}
     assert Gpu().query("name odd power") == {"name": "H", "power": "H"}
+
+
+@pytest.mark.execute
+def test_stages_rehearsed(tmp_path: Path) -> None:
+    """A unit of each stage that launches kernels, in this process: right results pass, and no time is given."""
+    import torch
+
+    from bench.contact import alternatives, kernels_once, network, tiles, timings
+    from bench.contact.device import opened
+    from bench.contact.report import Report
+
+    results, ours = os.pipe()
+    report = Report(ours, tmp_path, rehearsal=True)
+    threads = torch.get_num_threads()
+    with opened(rehearsal=True) as device:
+        report._device = device
+        kernels_once.run("tuple bfloat16", report)
+        tiles.run(next(unit for unit in tiles.units(report) if unit.startswith("fwd tf32 wide")), report)
+        network.run("labels -", report)
+        timings.run("gaps - 0", report)
+        alternatives.run(alternatives.units(report)[0], report)
+    torch.set_num_threads(threads)
+    os.close(ours)
+    with os.fdopen(results) as stream:
+        items = [json.loads(line) for line in stream]
+    assert [item for item in items if item["status"] not in ("ok", "info")] == []
+    assert [item["name"] for item in items[:3]] == [
+        "tuple arguments, bfloat16",
+        "fwd tf32 wide 16x32x32 2w 4s",
+        "label -1",
+    ]
+    assert sum("share" in item and item["share"] <= 1 for item in items) == 9
+    assert {item.get("us") for item in items} == {None}
+
+
+@pytest.mark.execute
+def test_a_wrong_product_is_over_its_budget() -> None:
+    import torch
+
+    from bench.contact.device import opened
+    from bench.contact.judging import product_share
+    from bench.tune import product
+
+    threads = torch.get_num_threads()
+    with opened(rehearsal=True):
+        right = product("fwd", 17, 16, 32, torch.float32, "cpu")
+        assert product_share(right, "float32")[0] <= 1
+        wrong = dataclasses.replace(right, results=lambda: {"A": right.results()["A"] * (1 + 1e-5)})
+        assert product_share(wrong, "float32")[0] > 1
+    torch.set_num_threads(threads)
+
+
+def test_the_alternatives_are_of_kinds_and_modes_that_exist() -> None:
+    from bench.contact.alternatives import ALTERNATIVES
+    from bench.contact.device import Gpu
+    from bench.contact.judging import NUMERICS
+    from fastmlp.kernels.configs import GEMM_KINDS
+
+    assert {tried.finding for tried in ALTERNATIVES} == {"P1", "P2", "P3", "P4", "P5", "P6"}
+    for tried in ALTERNATIVES:
+        assert tried.kind in GEMM_KINDS
+        assert tried.mode in NUMERICS
+        assert tried.batch in Gpu.batches
+        assert not tried.splits or tried.kind in ("wgrad", "update")
+        assert all(n & (n - 1) == 0 for tile in tried.tiles for n in (*tile[:3], tile.num_warps))

@@ -35,6 +35,7 @@ class Alternatives:
         mode, batch: of the step; the largest product of the kind is taken.
         tiles: beside the rule's.
         splits: programs that share the batch of one tile, for weight gradients, beside the rule's.
+        bias: False to try weight gradients without those of the biases too, which shows what these cost.
     """
 
     finding: str
@@ -43,6 +44,7 @@ class Alternatives:
     batch: int
     tiles: tuple[Tile, ...]
     splits: tuple[int, ...] = ()
+    bias: bool = True
 
 
 ALTERNATIVES = (
@@ -51,8 +53,10 @@ ALTERNATIVES = (
     Alternatives("P1", "update", "float32", 65536, (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)), (2, 3, 4, 6)),
     Alternatives("P1", "update", "bfloat16", 4096, (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)), (2, 4, 8)),
     Alternatives("P1", "update", "float32", 4096, (Tile(128, 128, 32, 8, 3),), (2, 4, 8)),
-    # P2: the column sums of dZ as a second pass: "wgrad" has one, its products without bias are in stage 3's cuBLAS.
-    Alternatives("P2", "wgrad", "float32", 4096, (), (2, 4)),
+    # P2: the gradients of the biases are a second pass over dZ.
+    Alternatives("P2", "update", "float32", 4096, (), bias=False),
+    Alternatives("P2", "update", "float32", 65536, (), bias=False),
+    Alternatives("P2", "update", "bfloat16", 65536, (), bias=False),
     # P3: both warpgroups of (64, 128, 32) with 8 warps compute the same.
     Alternatives("P3", "fwd", "float32", 4096, (Tile(64, 128, 32, 4, 3), Tile(64, 128, 32, 8, 3))),
     Alternatives("P3", "dgrad", "float32", 4096, (Tile(64, 128, 32, 4, 3), Tile(64, 128, 32, 8, 3))),
@@ -71,7 +75,9 @@ ALTERNATIVES = (
     Alternatives("P6", "fwd", "bfloat16", 64, (Tile(16, 32, 128, 2, 4), Tile(16, 16, 128, 1, 4))),
 )  # fmt: skip
 #: In a rehearsal the same lines run with these tiles and splits, at the rehearsal's batch.
-_REHEARSED = Alternatives("rehearsal", "update", "float32", 16, (Tile(32, 32, 32, 2, 2), Tile(16, 16, 16, 1, 2)), (1,))
+_REHEARSED = Alternatives(
+    "rehearsal", "update", "float32", 16, (Tile(32, 32, 32, 2, 2), Tile(16, 16, 16, 1, 2)), (1,), bias=False
+)
 
 
 def _all(report: Report) -> tuple[Alternatives, ...]:
@@ -86,37 +92,48 @@ def units(report: Report) -> list[str]:
 def run(unit: str, report: Report) -> None:
     """The rule's tile and splits, then the others, side by side."""
     tried = _all(report)[int(unit.split()[1])]
+    dtype, device = dtype_of(tried.mode), report.device
     with float32_precision(tried.mode):
-        dtype = dtype_of(tried.mode)
-        found = products(tried.kind, tried.batch, dtype, report.device.name, report.device.sizes)
-        product = max(found, key=lambda p: p.rows * p.cols * p.depth)
-        shape = product.rows, product.cols, product.depth
-        wide = tried.kind != "update" and all(length % 16 == 0 for length in shape)
-        rule = gemm_tile(tried.kind, *shape, dtype, current_device(), wide=wide)
-        for tile in dict.fromkeys([rule, *tried.tiles]):
-            for count in (None, *tried.splits):
-                _try(report, tried, product, tile, count, is_rule=tile == rule and count is None)
+        for bias in dict.fromkeys([True, tried.bias]):
+            found = products(tried.kind, tried.batch, dtype, device.name, device.sizes, bias=bias)
+            product = max(found, key=lambda p: p.rows * p.cols * p.depth)
+            shape = product.rows, product.cols, product.depth
+            wide = tried.kind != "update" and all(length % 16 == 0 for length in shape)
+            rule = gemm_tile(tried.kind, *shape, dtype, current_device(), wide=wide)
+            for tile in dict.fromkeys([rule, *(tried.tiles if bias else ())]):
+                for count in (None, *(tried.splits if bias else ())):
+                    way = (
+                        _way(tile, count)
+                        + ("" if bias else ", without db")
+                        + (", the rule" if tile == rule and not count else "")
+                    )
+                    _try(report, tried, product, tile, count, way)
 
 
-def _try(
-    report: Report, tried: Alternatives, product: Product, tile: Tile, count: int | None, *, is_rule: bool
-) -> None:
-    shape = f"{product.rows}x{product.cols} over {product.depth}"
+def _way(tile: Tile, count: int | None) -> str:
     registers = "" if tile.max_registers is None else f" {tile.max_registers}r"
-    way = "x".join(map(str, tile[:3])) + f" {tile.num_warps}w {tile.num_stages}s{registers}"
-    way += "" if count is None else f", {count} splits"
-    name = f"{tried.finding} {tried.kind} {shape} {tried.mode}: {way}{', the rule' if is_rule else ''}"
-    values: dict[str, Any] = {"finding": tried.finding, "tile": list(tile), "splits": count, "rule": is_rule}
+    splits = "" if count is None else f", {count} splits"
+    return "x".join(map(str, tile[:3])) + f" {tile.num_warps}w {tile.num_stages}s{registers}{splits}"
+
+
+def _try(report: Report, tried: Alternatives, product: Product, tile: Tile, count: int | None, way: str) -> None:
+    shape = f"{product.rows}x{product.cols} over {product.depth}"
+    name = f"{tried.finding} {tried.kind} {shape} {tried.mode}: {way}"
+    values: dict[str, Any] = {"finding": tried.finding, "tile": list(tile), "splits": count}
     try:
         with forced(tried.kind, tile), _splits(tried.kind, count):
             share, _ = product_share(product, tried.mode)
             us = _hot(report, product.launch, tried.batch)
-    except Exception as error:  # of an alternative, a tile that does not fit is no fault of the library
+    except Exception as error:  # that an alternative does not fit is no fault of the library
         first = (str(error).strip() or "no message").splitlines()[0]
         report.item(name, "info", f"{type(error).__name__}: {first}"[:300], **values)
         report.device.synchronize()
         return
-    report.share(name, share, us=us, table="alternatives", **values)
+    values |= {"us": us, "table": "alternatives"}
+    if way.endswith("the rule"):
+        report.share(name, share, **values)
+    else:  # nor is what it gets wrong
+        report.item(name, "info", "" if share <= 1 else "over its budget", share=share, **values)
 
 
 @contextmanager

@@ -48,21 +48,16 @@ def sanitizer() -> str | None:
     return found or next((str(path) for path in folders), None)
 
 
-def memory_check_command(tool: str, report: Report) -> list[str]:
-    """Every kernel once under ``tool``; its exit status is 9 where it finds an error."""
-    options = ["--tool", "memcheck", "--error-exitcode", "9", "--launch-timeout", "0"]
-    return [tool, *options, sys.executable, "-m", "bench.contact.every_launch", *(["--rehearse"] * report.rehearsal)]
-
-
 def _memcheck(report: Report) -> None:
-    tool = sanitizer()
+    """Every kernel once under the tool, whose exit status is 9 where it finds an error; a rehearsal has no tool."""
+    command = [sys.executable, "-m", "bench.contact.every_launch"]
     if report.rehearsal:
-        command = memory_check_command("compute-sanitizer", report)[6:]  # what it would run
-    elif tool is None:
+        command.append("--rehearse")
+    elif (tool := sanitizer()) is not None:
+        command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *command]
+    else:
         report.item("memcheck", "skipped", "compute-sanitizer is not installed")
         return
-    else:
-        command = memory_check_command(tool, report)
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, report.seconds_left), check=False
     )
