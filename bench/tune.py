@@ -105,8 +105,8 @@ def forced(kind: str, tile: Tile) -> AbstractContextManager[None]:
 
 
 def _draw(dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Normal values of each shape that every dtype has exactly."""
-    return [torch.randn(*shape, generator=generator(i)).bfloat16().to(device, dtype) for i, shape in enumerate(shapes)]
+    """Normal values of each shape, with all the digits that the dtype has."""
+    return [torch.randn(*shape, generator=generator(i)).to(device, dtype) for i, shape in enumerate(shapes)]
 
 
 def _fwd(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str) -> Product:

@@ -373,6 +373,7 @@ def test_a_wrong_product_is_over_its_budget() -> None:
 
     from bench.contact.device import opened
     from bench.contact.judging import product_share
+    from bench.static.workloads import float32_precision
     from bench.tune import product
 
     threads = torch.get_num_threads()
@@ -381,6 +382,10 @@ def test_a_wrong_product_is_over_its_budget() -> None:
         assert product_share(right, "float32")[0] <= 1
         wrong = dataclasses.replace(right, results=lambda: {"A": right.results()["A"] * (1 + 1e-5)})
         assert product_share(wrong, "float32")[0] > 1
+        # Operands have digits that tf32 has not: one tf32 product is too little for float32, and enough for tf32.
+        with float32_precision("tf32"):
+            assert product_share(right, "float32")[0] > 1
+            assert product_share(right, "tf32")[0] <= 1
     torch.set_num_threads(threads)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
@@ -26,6 +27,7 @@ from .report import Report
 __all__ = ["run", "units"]
 
 RULES = ("weight decay", "nesterov", "adamw")
+INPUTS = ("uint8", "float")
 STEPS = 3
 #: The NaN that a GPU's own instructions make, of 32 bits; a CPU's is 0x7FC00000.
 GPU_NAN = 0x7FFFFFFF
@@ -33,25 +35,24 @@ _GROWTH = 16 << 20
 
 
 def units(report: Report) -> list[str]:
-    """Input, batch, optimizer; a rehearsal takes a few that have every value."""
+    """Batch, input, mode, optimizer; a rehearsal takes a few that have every value."""
     batches = sorted(report.device.batches, reverse=True)
+    cases: Iterable[tuple[int, str, str, str]] = itertools.product(batches, INPUTS, NUMERICS, RULES)
     if report.rehearsal:
-        cases = [("float", batches[0], RULES[0]), ("uint8", batches[1], RULES[1]), ("float", batches[1], RULES[2])]
-    else:
-        cases = [(kind, batch, rule) for batch, kind, rule in itertools.product(batches, ("uint8", "float"), RULES)]
+        cases = zip(2 * batches, 2 * INPUTS, NUMERICS, (*RULES, RULES[0]), strict=True)
     special = [f"{name} -" for name in SPECIAL]
-    return special + [f"train {kind} {batch} {rule}" for kind, batch, rule in cases]
+    return special + [f"train {batch} {kind} {mode} {rule}" for batch, kind, mode, rule in cases]
 
 
 def run(unit: str, report: Report) -> None:
-    """One combination in every mode, or one of the special cases."""
-    name, *rest = unit.split(" ", 3)
+    """One combination, or one of the special cases."""
+    name, *rest = unit.split(" ", 4)
     if name != "train":
         SPECIAL[name](report)
         return
-    for mode in NUMERICS:
-        with float32_precision(mode):
-            _train(report, rest[0] == "uint8", int(rest[1]), rest[2], mode)
+    batch, kind, mode, rule = rest
+    with float32_precision(mode):
+        _train(report, kind == "uint8", int(batch), rule, mode)
 
 
 def _start(report: Report) -> fastmlp.MLP:
