@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -402,3 +403,43 @@ def test_the_alternatives_are_of_kinds_and_modes_that_exist() -> None:
         assert tried.batch in Gpu.batches
         assert not tried.splits or tried.kind in ("wgrad", "update")
         assert all(n & (n - 1) == 0 for tile in tried.tiles for n in (*tile[:3], tile.num_warps))
+
+
+def _tests_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, seconds: float) -> list[dict[str, Any]]:
+    """The items of the stage of tests on a file with this source."""
+    from bench.contact import tests
+    from bench.contact.report import Report
+
+    path = tmp_path / "test_it.py"
+    path.write_text(source)
+    monkeypatch.setattr(tests, "REHEARSED", str(path))
+    results, ours = os.pipe()
+    tests.run("pytest", Report(ours, tmp_path, rehearsal=True, until=time.monotonic() + seconds))
+    os.close(ours)
+    with os.fdopen(results) as stream:
+        return [json.loads(line) for line in stream]
+
+
+def test_failing_tests_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "def test_good(): pass\ndef test_bad(): assert 1 == 2, 'not equal'\n"
+    bad, run = _tests_stage(tmp_path, monkeypatch, source, 90)
+    assert bad["name"].endswith("::test_bad")
+    assert "not equal" in bad["reason"]
+    assert (run["status"], run["tests"], run["broken"]) == ("wrong", 2, 1)
+
+
+@pytest.mark.slow
+def test_tests_that_take_too_long_are_interrupted_and_those_before_them_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "import time\ndef test_good(): pass\ndef test_slow(): time.sleep(100)\n"
+    (run,) = _tests_stage(tmp_path, monkeypatch, source, 27)
+    assert (run["status"], run["tests"]) == ("unfinished", 1)
+    assert run["reason"].startswith("interrupted")
+
+
+def test_the_stage_of_tests_selects_as_make_does() -> None:
+    from bench.contact.tests import SELECTIONS
+
+    made = re.findall(r'-m "(gpu[^"]*)"', (ROOT / "Makefile").read_text())
+    assert set(made) <= {marked for marked, _ in SELECTIONS.values()}

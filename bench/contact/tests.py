@@ -1,8 +1,10 @@
-"""Stage 2c: the tests that need a GPU, in parallel, as ``make test-gpu`` selects them; a junit file in the folder."""
+"""Stage 2c: the tests that need a GPU, as ``make test-gpu`` selects them; junit files in the folder of results.
+
+Those that fill the GPU's memory run one by one, after the others.
+"""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,28 +17,41 @@ from .report import Report
 __all__ = ["DEVICE", "command", "run", "units"]
 
 DEVICE = False
+#: pytest's -m, and whether the tests run in parallel.
+SELECTIONS = {"pytest": ("gpu and not large", True), "pytest-large": ("gpu and large", False)}
 #: What a rehearsal runs in their place.
 REHEARSED = "tests/test_covering.py"
 _ENDING = 12.0
 
 
 def units(report: Report) -> list[str]:
-    """One run of pytest."""
-    return ["pytest"]
+    """Runs of pytest."""
+    return list(SELECTIONS)[: 1 if report.rehearsal else None]
 
 
-def command(report: Report) -> list[str]:
-    """pytest on the GPU tests, ``report.workers`` processes."""
-    selection = [REHEARSED] if report.rehearsal else ["-m", "gpu", "-n", str(report.workers), "--dist", "worksteal"]
+def command(unit: str, report: Report) -> list[str]:
+    """pytest on a selection, where it may in ``report.workers`` processes."""
+    marked, parallel = SELECTIONS[unit]
+    selection = [REHEARSED] if report.rehearsal else ["-m", marked]
+    if parallel and not report.rehearsal:
+        selection += ["-n", str(report.workers), "--dist", "worksteal"]
     # -o keeps the junit file small; without a cache folder the checkout stays as it was.
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "junit_logging=no", "--maxfail=200"]
-    return [sys.executable, "-m", "pytest", *options, *selection, f"--junitxml={report.out / 'junit.xml'}"]
+    return [sys.executable, "-m", "pytest", *options, *selection, f"--junitxml={_junit(unit, report)}"]
+
+
+def _junit(unit: str, report: Report) -> Path:
+    return report.out / f"{unit.replace('pytest', 'junit')}.xml"
 
 
 def run(unit: str, report: Report) -> None:
     """Run them; with too little time left they are interrupted, so that what has run is reported."""
     process = subprocess.Popen(
-        command(report), cwd=ROOT, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(unit, report),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     interrupted = False
     try:
@@ -50,16 +65,18 @@ def run(unit: str, report: Report) -> None:
             process.kill()
             text = process.communicate()[0]
     print(text[-8000:], flush=True)
-    _judge(report, report.out / "junit.xml", process.returncode, text, interrupted=interrupted)
+    _judge(unit, report, process.returncode, text, interrupted=interrupted)
 
 
-def _judge(report: Report, junit: Path, status: int, text: str, *, interrupted: bool) -> None:
+def _judge(unit: str, report: Report, status: int, text: str, *, interrupted: bool) -> None:
+    junit = _junit(unit, report)
     lines = [line for line in text.splitlines() if line.strip()]
     last = lines[-1].strip("= ") if lines else ""
     if not junit.exists():
-        report.item("pytest", "failed", f"exit status {status}, no junit file; {last}", text=text)
+        report.item(unit, "failed", f"exit status {status}, no junit file; {last}", text=text)
         return
-    cases = list(ElementTree.parse(junit).iter("testcase"))
+    # The test that an interruption hit has no name.
+    cases = [case for case in ElementTree.parse(junit).iter("testcase") if case.get("name")]
     broken = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     for case in broken[:60]:
         found = case.find("failure") if case.find("failure") is not None else case.find("error")
@@ -70,8 +87,8 @@ def _judge(report: Report, junit: Path, status: int, text: str, *, interrupted: 
     reason = "interrupted, because its time was over; " * interrupted + last
     good = status == 0 and not broken and len(cases) > skipped
     report.item(
-        "pytest",
-        "ok" if good else "hung" if interrupted and not broken else "wrong",
+        unit,
+        "ok" if good else "unfinished" if interrupted and not broken else "wrong",
         reason,
         tests=len(cases),
         broken=len(broken),
