@@ -43,8 +43,8 @@ STAGES = (
     Stage("2b network", _MODULES + "network", 50, 150, least=15, workers=_MANY, unit_s=90),
     Stage("2c tests", _MODULES + "tests", 110, 30, least=15),
     Stage("3 timings", _MODULES + "timings", 170, 80, least=20, unit_s=60),
-    Stage("3x alternatives", _MODULES + "alternatives", 40, 30, least=10, unit_s=30),
-    Stage("4 profile", _MODULES + "profile", 35, 60, least=10, unit_s=40),
+    Stage("3x alternatives", _MODULES + "alternatives", 40, 40, least=10, unit_s=60),
+    Stage("4 profile", _MODULES + "profile", 35, 60, least=10, unit_s=60),
 )
 #: Seconds kept for the verdict and for ending what is left.
 RESERVE = 5.0

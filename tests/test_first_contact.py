@@ -364,7 +364,7 @@ def test_stages_rehearsed(tmp_path: Path) -> None:
         "fwd tf32 wide 16x32x32 2w 4s",
         "label -1",
     ]
-    assert sum("share" in item and item["share"] <= 1 for item in items) == 9
+    assert sum("share" in item and item["share"] <= 1 for item in items) == 7
     assert {item.get("us") for item in items} == {None}
 
 

@@ -75,9 +75,7 @@ ALTERNATIVES = (
     Alternatives("P6", "fwd", "bfloat16", 64, (Tile(16, 32, 128, 2, 4), Tile(16, 16, 128, 1, 4))),
 )  # fmt: skip
 #: In a rehearsal the same lines run with these tiles and splits, at the rehearsal's batch.
-_REHEARSED = Alternatives(
-    "rehearsal", "update", "float32", 16, (Tile(32, 32, 32, 2, 2), Tile(16, 16, 16, 1, 2)), (1,), bias=False
-)
+_REHEARSED = Alternatives("rehearsal", "update", "float32", 16, (Tile(16, 16, 16, 1, 2),), (1,), bias=False)
 
 
 def _all(report: Report) -> tuple[Alternatives, ...]:
