@@ -34,11 +34,13 @@ from .timing import FLUSH_BYTES
 if TYPE_CHECKING:
     from fastmlp.kernels.configs import Tile
 
-__all__ = ["KINDS", "Product", "products", "save_table", "tune"]
+__all__ = ["KINDS", "Product", "forced", "product", "products", "save_table", "tune"]
 
 Log = Callable[[str], None]
 #: Seconds of a launch.
 Clock = Callable[[Callable[[], object]], float]
+#: What rounds the factors of a product.
+Cut = Callable[[Tensor], Tensor]
 
 #: A tile must be this much faster than the rule's to be worth an entry.
 GAIN = 1.03
@@ -47,9 +49,17 @@ GAIN = 1.03
 KINDS = {"fwd": "linear_fwd", "dgrad": "linear_dgrad", "wgrad": "linear_wgrad", "update": "wgrad_update"}
 
 
+def _exactly(x: Tensor) -> Tensor:
+    """The operand as it is."""
+    return x
+
+
 @dataclass(frozen=True)
 class Product:
-    """A product [rows, cols] over ``depth`` on a device: ``launch`` computes it, ``results`` is what it made."""
+    """A product [rows, cols] over ``depth`` on a device: ``launch`` computes it, ``results`` is what it made.
+
+    ``oracle(dtype, cut)`` is plain torch's result in ``dtype``, of factors to which ``cut`` was applied.
+    """
 
     kind: str
     rows: int
@@ -57,77 +67,97 @@ class Product:
     depth: int
     launch: Callable[[], object]
     results: Callable[[], Results]
-    oracle: Callable[[torch.dtype], Results]
+    oracle: Callable[..., Results]
 
 
-def products(kind: str, batch: int, dtype: torch.dtype, device: str, sizes: Sequence[int] = REFERENCE) -> list[Product]:
-    """The products of a kind in one step of a network with ``sizes``, each shape once."""
+def products(
+    kind: str, batch: int, dtype: torch.dtype, device: str, sizes: Sequence[int] = REFERENCE, *, bias: bool = True
+) -> list[Product]:
+    """The products of a kind in one step of a network with ``sizes``, each shape once.
+
+    Without ``bias`` weight gradients come without those of the biases.
+    """
     layers = list(itertools.pairwise(sizes))
     if kind == "update":
-        return [_update(layers, batch, dtype, device)]
+        return [_update(layers, batch, dtype, device, bias=bias)]
     shapes = {
         "fwd": [(batch, n, k) for k, n in layers],
         "dgrad": [(batch, k, n) for k, n in layers[1:]],
         "wgrad": [(n, k, batch) for k, n in layers],
     }[kind]
-    make = {"fwd": _fwd, "dgrad": _dgrad, "wgrad": _wgrad}[kind]
-    return [make(*shape, dtype, device) for shape in dict.fromkeys(shapes)]
+    return [product(kind, *shape, dtype, device, bias=bias) for shape in dict.fromkeys(shapes)]
 
 
-def _draw(dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """(float64 on the CPU, the same on the device) of each shape, in values that every dtype has exactly."""
-    drawn = [torch.randn(*shape, generator=generator(i)).bfloat16() for i, shape in enumerate(shapes)]
-    return [(t.double(), t.to(device, dtype)) for t in drawn]
+def product(
+    kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: str, *, bias: bool = True
+) -> Product:
+    """A product of this kind and shape."""
+    if kind == "update":
+        return _update([(cols, rows)], depth, dtype, device, bias=bias)
+    if kind == "wgrad":
+        return _wgrad(rows, cols, depth, dtype, device, bias=bias)
+    return {"fwd": _fwd, "dgrad": _dgrad}[kind](rows, cols, depth, dtype, device)
+
+
+def forced(kind: str, tile: Tile) -> AbstractContextManager[None]:
+    """Launches of this kind take ``tile`` while the block lasts, whatever their shape."""
+    return _replaced(KINDS[kind], "gemm_tile", lambda *_, **__: tile)
+
+
+def _draw(dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Normal values of each shape, with all the digits that the dtype has."""
+    return [torch.randn(*shape, generator=generator(i)).to(device, dtype) for i, shape in enumerate(shapes)]
 
 
 def _fwd(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str) -> Product:
     from fastmlp import kernels
 
-    (x64, x), (w64, w), (b64, b) = _draw(dtype, device, (rows, depth), (cols, depth), (cols,))
+    x, w, b = _draw(dtype, device, (rows, depth), (cols, depth), (cols,))
     a = x.new_empty(rows, cols)
-    return Product(
-        *("fwd", rows, cols, depth),
-        lambda: kernels.linear_fwd(x, w, b, "sigmoid", a=a),
-        lambda: {"A": a},
-        lambda wide: {"A": reference.linear_act(x64.to(wide), w64.to(wide), b64.to(wide), "sigmoid")},
-    )
+
+    def oracle(wide: torch.dtype, cut: Cut = _exactly) -> Results:
+        return {"A": reference.linear_act(cut(x.to(wide)), cut(w.to(wide)), b.to(wide), "sigmoid")}
+
+    launch = functools.partial(kernels.linear_fwd, x, w, b, "sigmoid", a=a)
+    return Product("fwd", rows, cols, depth, launch, lambda: {"A": a}, oracle)
 
 
 def _dgrad(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str) -> Product:
     from fastmlp import kernels
 
-    (dz64, dz), (w64, w), (a64, a) = _draw(dtype, device, (rows, depth), (depth, cols), (rows, cols))
+    dz, w, a = _draw(dtype, device, (rows, depth), (depth, cols), (rows, cols))
     dx = a.new_empty(rows, cols)
-    return Product(
-        *("dgrad", rows, cols, depth),
-        lambda: kernels.linear_dgrad(dz, w, a, "tanh", dx=dx),
-        lambda: {"dX": dx},
-        lambda wide: {"dX": (dz64.to(wide) @ w64.to(wide)) * (1 - a64.to(wide) ** 2)},
-    )
+
+    def oracle(wide: torch.dtype, cut: Cut = _exactly) -> Results:
+        return {"dX": (cut(dz.to(wide)) @ cut(w.to(wide))) * (1 - a.to(wide) ** 2)}
+
+    launch = functools.partial(kernels.linear_dgrad, dz, w, a, "tanh", dx=dx)
+    return Product("dgrad", rows, cols, depth, launch, lambda: {"dX": dx}, oracle)
 
 
-def _wgrad(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str) -> Product:
+def _wgrad(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str, *, bias: bool) -> Product:
     from fastmlp import kernels
 
-    (dz64, dz), (x64, x) = _draw(dtype, device, (depth, rows), (depth, cols))
+    dz, x = _draw(dtype, device, (depth, rows), (depth, cols))
     dw, db = x.new_empty(rows, cols), x.new_empty(rows)
 
-    def oracle(wide: torch.dtype) -> Results:
-        return {"dW": dz64.to(wide).t() @ x64.to(wide), "db": dz64.to(wide).sum(0)}
+    def oracle(wide: torch.dtype, cut: Cut = _exactly) -> Results:
+        sums = {"db": dz.to(wide).sum(0)} if bias else {}
+        return {"dW": cut(dz.to(wide)).t() @ cut(x.to(wide)), **sums}
 
-    launch = functools.partial(kernels.linear_wgrad, dz, x, dw=dw, db=db)
-    return Product("wgrad", rows, cols, depth, launch, lambda: {"dW": dw, "db": db}, oracle)
+    launch = functools.partial(kernels.linear_wgrad, dz, x, bias=bias, dw=dw, db=db if bias else None)
+    return Product("wgrad", rows, cols, depth, launch, lambda: {"dW": dw} | ({"db": db} if bias else {}), oracle)
 
 
-def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, device: str) -> Product:
+def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, device: str, *, bias: bool) -> Product:
     """Gradient and plain SGD of all layers in one launch, as in a step; its tile is asked for by the largest layer."""
     # The package's attribute of a launcher's module is the launcher.
     module: Any = importlib.import_module("fastmlp.kernels.wgrad_update")
     dzs = _draw(dtype, device, *((batch, n) for _, n in layers))
     xs = _draw(dtype, device, *((batch, k) for k, _ in layers))
     weights = [torch.zeros(n, k, device=device) for k, n in layers]
-    biases = [torch.zeros(n, device=device) for _, n in layers]
-    layout = module.Layout([module.Layer(w, b) for w, b in zip(weights, biases, strict=True)])
+    biases = [torch.zeros(n, device=device) for _, n in layers] if bias else []
+    layout = module.Layout([module.Layer(w, b) for w, b in itertools.zip_longest(weights, biases)])
     row = torch.tensor([1.0, 0.0, 0.0, 0.0], device=device)  # a learning rate of 1: W - dW
     partial = torch.empty(0)
 
@@ -137,9 +167,7 @@ def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, devic
         if wanted is not None and wanted.shape != partial.shape:
             partial = wanted
         used = None if wanted is None else partial
-        return module.wgrad_update(
-            layout, [t for _, t in dzs], [t for _, t in xs], module.Hyper("sgd"), row, partial=used
-        )
+        return module.wgrad_update(layout, dzs, xs, module.Hyper("sgd"), row, partial=used)
 
     def results() -> Results:
         """dW and db of one launch, from parameters of zero."""
@@ -149,12 +177,12 @@ def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, devic
         named = {f"dW {i}": -w for i, w in enumerate(weights)}
         return named | {f"db {i}": -b for i, b in enumerate(biases)}
 
-    def oracle(wide: torch.dtype) -> Results:
+    def oracle(wide: torch.dtype, cut: Cut = _exactly) -> Results:
         # Gradients of float32 parameters keep float32's digits, whatever the dtype of the factors.
         wide = torch.promote_types(wide, torch.float32)
-        pairs = [(dz.to(wide), x.to(wide)) for (dz, _), (x, _) in zip(dzs, xs, strict=True)]
-        named = {f"dW {i}": dz.t() @ x for i, (dz, x) in enumerate(pairs)}
-        return named | {f"db {i}": dz.sum(0) for i, (dz, _) in enumerate(pairs)}
+        pairs = [(dz.to(wide), x.to(wide)) for dz, x in zip(dzs, xs, strict=True)]
+        named = {f"dW {i}": cut(dz).t() @ cut(x) for i, (dz, x) in enumerate(pairs)}
+        return named | {f"db {i}": dz.sum(0) for i, (dz, _) in enumerate(pairs) if bias}
 
     k, n = max(layers, key=lambda layer: layer[0] * layer[1])
     return Product("update", n, k, batch, launch, results, oracle)
@@ -195,14 +223,16 @@ def _price(product: Product, tile: Tile, dtype: torch.dtype, clock: Clock, log: 
     """Seconds of a launch with ``tile``; infinite, and said so, where its result is wrong or it does not fit."""
     from triton.runtime.errors import OutOfResources
 
-    with _replaced(KINDS[product.kind], "gemm_tile", lambda *_, **__: tile):
+    with forced(product.kind, tile):
         try:
             product.launch()
             results = product.results()
         except OutOfResources as error:
             log(f"  {tuple(tile)} left out: {error}")
             return math.inf
-        expected, own = product.oracle(torch.float64), product.oracle(dtype)
+        expected, own = (
+            {name: value.cpu() for name, value in product.oracle(wide).items()} for wide in (torch.float64, dtype)
+        )
         verdict = worst(results, expected, own, dtype=dtype, reduction=product.depth)
         if not verdict.passed:
             log(f"  {tuple(tile)} left out: {verdict}")

@@ -157,13 +157,14 @@ class Reference:
             name: p.detach().to(self.master, copy=True).requires_grad_(p.requires_grad)
             for name, p in self.model.named_parameters()
         }
+        self.device = next(iter(self.params.values())).device.type
         trained = [p for p in self.params.values() if p.requires_grad]
         if kind == "adamw":
             settings.setdefault("weight_decay", 0.0)
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, **settings)
         else:
             self.optimizer = torch.optim.SGD(trained, **settings)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15, enabled=self.compute == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device, init_scale=2.0**15, enabled=self.compute == torch.float16)
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of a batch at the present parameters, on the tape."""
@@ -173,7 +174,7 @@ class Reference:
         x = reference.pixels(x, self.master) if x.dtype == torch.uint8 else x.to(self.master)
         if self.compute is None:
             return torch_loss(self.loss, reference.mlp(x, weights, biases, self.model.activations), y)
-        with torch.autocast("cpu", self.compute):
+        with torch.autocast(self.device, self.compute):
             a = x
             for w, b, activation in zip(weights, biases, self.model.activations, strict=True):
                 a = reference.activate(F.linear(a, w, b), activation)

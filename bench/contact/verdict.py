@@ -1,0 +1,139 @@
+"""What is printed in the end: a verdict, what is wrong, and the table of times, within 10,000 characters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from .document import BAD
+
+__all__ = ["LENGTH", "PREDICTED", "verdict"]
+
+LENGTH = 10_000
+_BAD_LINES, _LINE = 40, 160
+
+#: Microseconds of a step on an H100 by batch and mode that a review of the code expected: fastmlp at that time, and
+#: eager PyTorch in one graph.
+PREDICTED = {
+    (64, "float32"): ("35", "90-105"),
+    (64, "tf32"): ("26", "80-95"),
+    (64, "bfloat16"): ("24", "105-120"),
+    (512, "float32"): ("50-59", "125"),
+    (512, "tf32"): ("40-46", "88"),
+    (512, "bfloat16"): ("28", "107"),
+    (4096, "float32"): ("390", "345"),
+    (4096, "tf32"): ("132", "127"),
+    (4096, "bfloat16"): ("50-60", "128"),
+    (65536, "float32"): ("4,400", "5,100"),
+    (65536, "tf32"): ("2,300", "1,600"),
+    (65536, "bfloat16"): ("1,100", "1,100"),
+}
+
+Item = dict[str, Any]
+
+
+def verdict(data: dict[str, Any]) -> str:
+    """The whole text; it begins with OK only if every stage is finished and nothing is wrong."""
+    items: list[Item] = data["items"]
+    bad = [item for item in items if item.get("status") in BAD]
+    slow = [item for item in items if item.get("status") == "unfinished"]
+    unfinished = [name for name, about in data["stages"].items() if about.get("status") != "ok"]
+    word = "NOT OK" if bad else "NOT FINISHED" if unfinished else "OK"
+    what = "rehearsal without a GPU; no time is given" if data["rehearsal"] else _device(items)
+    parts = [
+        f"{word}: first contact, {what}\n{len(items)} results, {len(bad)} wrong or failed; "
+        f"stages not ok: {', '.join(unfinished) or 'none'}",
+        _stages(data["stages"], items),
+        _shares(items),
+        "\n".join(_times(items)) if not data["rehearsal"] else "",
+        _listed([*bad, *slow]),
+    ]
+    text = "\n\n".join(part for part in parts if part)
+    note = "\n... cut; the rest is in first_contact.json\n"
+    return text + "\n" if len(text) < LENGTH else text[: LENGTH - len(note)] + note
+
+
+def _device(items: Iterable[Item]) -> str:
+    about: Item = next((item for item in items if item.get("name") == "device"), {})
+    return f"{about.get('device', 'device unknown')}, sm_{str(about.get('capability', '?')).replace('.', '')}"
+
+
+def _stages(stages: dict[str, Any], items: list[Item]) -> str:
+    lines = ["stage             status        seconds  units  items  bad"]
+    for name, about in stages.items():
+        own = [item for item in items if item["stage"] == name]
+        bad = sum(item.get("status") in BAD for item in own)
+        units = f"{about.get('units', 0) - about.get('units_left', 0)}/{about.get('units', 0)}"
+        line = (
+            f"{name:<17} {about.get('status', '?'):<13} {about.get('seconds', 0):>7} {units:>6} {len(own):>6} {bad:>4}"
+        )
+        lines.append(f"{line}  {about.get('reason', '')}"[:_LINE].rstrip())
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _shares(items: list[Item]) -> str:
+    """The largest error of each stage and mode, as a share of its budget."""
+    worst: dict[str, tuple[float, str]] = {}
+    for item in items:
+        if "share" in item:
+            share = _number(item["share"])
+            share = math.inf if math.isnan(share) else share
+            group = f"{item['stage']} {item.get('kind', '')} {item.get('mode', '')}".replace("  ", " ").strip()
+            if share > worst.get(group, (-1.0, ""))[0]:
+                worst[group] = share, item["name"]
+    if not worst:
+        return ""
+    lines = [f"{group:<34} {share:8.3f}  {name}"[:_LINE] for group, (share, name) in worst.items()]
+    return "\n".join(["largest error as a share of its budget (above 1: wrong)", *lines])
+
+
+def _listed(items: list[Item]) -> str:
+    """One line per item, with its reason."""
+    if not items:
+        return ""
+    lines = []
+    for item in items:
+        share = f" share {item['share']}" if "share" in item else ""
+        name = item.get("name") or item.get("unit", "")
+        text = f"{item['stage']} | {name} | {item['status']}{share} {item.get('reason', '')}"
+        lines.append(" ".join(text.split())[:_LINE])
+    more = [f"... and {len(lines) - _BAD_LINES} more"] if len(lines) > _BAD_LINES else []
+    return "\n".join(["wrong, failed or unfinished", *lines[:_BAD_LINES], *more])
+
+
+def _us(value: Any) -> str:
+    number = _number(value)
+    return "-" if math.isnan(number) else f"{number:,.1f}" if number < 1000 else f"{number:,.0f}"
+
+
+def _times(items: list[Item]) -> list[str]:
+    """Microseconds of a step by mode and batch, each contender in a column; then the other times."""
+    steps = [item for item in items if item.get("table") == "step" and item.get("us") is not None]
+    columns = list(dict.fromkeys(item["who"] for item in steps))
+    rows = list(dict.fromkeys((item["mode"], item["batch"]) for item in steps))
+    lines = []
+    if steps:
+        lines.append("microseconds per step, chains of steps; predicted for an H100: fastmlp / eager in a graph")
+        lines.append(f"{'mode':<9}{'batch':>6}" + "".join(f"{_short(name):>11}" for name in columns) + "  predicted")
+    for mode, batch in rows:
+        found = {item["who"]: item["us"] for item in steps if (item["mode"], item["batch"]) == (mode, batch)}
+        cells = "".join(f"{_us(found.get(name)):>11}" for name in columns)
+        lines.append(f"{mode:<9}{batch:>6}{cells}  {' / '.join(PREDICTED.get((batch, mode), ('-', '-')))}")
+    for table, title in (("alternatives", "alternatives: microseconds"), ("facts", "other times and rates")):
+        own = [item for item in items if item.get("table") == table]
+        if own:
+            lines += ["", title]
+        lines += [f"{item['name']}: {item.get('text') or _us(item.get('us'))}"[:_LINE] for item in own]
+    return lines
+
+
+def _short(name: str) -> str:
+    return name.replace("compile_", "c_").replace("fastmlp", "fm").replace("reduce_overhead", "r_o")[:10]
