@@ -10,9 +10,10 @@ test unit interpret compile compile-all launch execute: export CUDA_VISIBLE_DEVI
 test: lint types interpret  ## everything that CI runs: the other lanes and the benchmarks share one run of pytest
 	$(PYTEST) tests bench --benchmark-disable -m "not interpret"
 
-lint:
+lint:  ## the sources, and the workflows of CI
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	"$$($(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")"/zizmor --offline --quiet .github
 
 types:
 	$(PYTHON) -m mypy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,19 @@ def test_workers_fit_cores_and_memory(monkeypatch, pytestconfig, cores, free_gib
     assert conftest.pytest_xdist_auto_num_workers(pytestconfig) == workers
     monkeypatch.setattr(conftest, "HAS_GPU", False)
     assert conftest.pytest_xdist_auto_num_workers(pytestconfig) is None
+
+
+def test_workflows_run_what_there_is():
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    commands = {
+        path.stem: re.findall(r"^ *(?:- )?run: (.+)$", path.read_text(encoding="utf-8"), re.M) for path in files
+    }
+    assert {"make unit", ".ci/run"} <= set(commands["ci"])
+    assert "make test-gpu" in commands["gpu"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    asked = {line.split()[1] for lines in commands.values() for line in lines if line.startswith("make ")}
+    assert asked <= set(targets)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
