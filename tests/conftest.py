@@ -50,8 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Workers of pytest-xdist share the cores; alone, two threads show what only several threads do.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
     if HAS_GPU:
-        # A machine with a GPU has versions of its own, and a warning of another package says nothing about ours. Errors
-        # remain what is attributed to our modules, except deprecations: torch attributes those of torch to its caller.
+        # A machine with a GPU has versions of its own, and a warning of another package says nothing about ours. A
+        # warning that is attributed to our modules remains an error, unless it is a deprecation: torch attributes its
+        # own deprecations to the caller.
         kinds = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
         ours = [f"error:::{name}" for name in ("fastmlp", "bench", "tests")]
         for rule in ("default", *ours, *(f"default::{kind}" for kind in kinds)):
