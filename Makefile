@@ -1,15 +1,19 @@
 # What the project can be asked to do. PYTHON is the interpreter of an environment with `pip install -e '.[dev]'`.
-PYTHON ?= python
+PYTHON ?= $(shell command -v python || command -v python3)
 PYTEST = $(PYTHON) -m pytest -q -n 2 --dist worksteal
 
 .PHONY: test lint types unit interpret compile compile-all launch execute bench-smoke fuzz test-gpu
 
+# Only test-gpu is about the GPU at hand: the rest does what it does on a machine without one, where lanes simulate it.
+test unit interpret compile compile-all launch execute: export CUDA_VISIBLE_DEVICES =
+
 test: lint types interpret  ## everything that CI runs: the other lanes and the benchmarks share one run of pytest
 	$(PYTEST) tests bench --benchmark-disable -m "not interpret"
 
-lint:
+lint:  ## the sources, and the workflows of CI
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	"$$($(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")"/zizmor --offline --quiet .github
 
 types:
 	$(PYTHON) -m mypy
@@ -39,5 +43,7 @@ fuzz:  ## a night's worth of drawn cases
 	TRITON_INTERPRET=1 $(PYTEST) tests/fuzz --hypothesis-profile=night
 	$(PYTEST) tests/fuzz --hypothesis-profile=night
 
-test-gpu:  ## on a machine with a GPU: every test there, and the full grids
-	$(PYTHON) -m pytest -q --full
+test-gpu:  ## on a machine with a GPU: the tests of the kernels there, those that fill its memory one by one
+	@$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a GPU that torch can use'"
+	$(PYTHON) -m pytest -q -n auto --dist worksteal -m "gpu and not large"; others=$$?; \
+	$(PYTHON) -m pytest -q -m "gpu and large" && exit $$others

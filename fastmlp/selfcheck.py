@@ -5,8 +5,9 @@ and yields every result beside the oracle's and plain torch's. A result passes w
 torch's own in the same dtype, plus a floor: one rounding to the dtype, and float32's rounding times the square root
 of the reduction length, relative to the largest magnitude.
 
-``python -m fastmlp.selfcheck --backend triton --device cpu`` prints the results as JSON, one list; the command line
-starts it in a process of its own with TRITON_INTERPRET=1, which must be set before triton is imported.
+``python -m fastmlp.selfcheck --backend triton --device cuda`` prints the results as JSON, one list. ``fastmlp doctor``
+runs that in processes of their own: in Triton's interpreter because TRITON_INTERPRET=1 must be set before triton is
+imported, on a GPU because processes compile side by side.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -328,6 +329,9 @@ KERNELS_ONLY = frozenset({"head", "wgrad_update"})
 SMALL = ((33, 70, 17),)
 #: The reference workload's first layer, a ragged problem, and a batch of 1.
 FULL = ((128, 784, 512), (130, 63, 17), (1, 512, 10))
+#: Two thirds of the kernels of `FULL`, since Triton compiles other ones for a batch of 1.
+SHORT = FULL[:2]
+PROBLEMS = {"small": SMALL, "short": SHORT, "full": FULL}
 
 
 @dataclass(frozen=True)
@@ -362,17 +366,19 @@ def run_checks(
     backend: Resolved,
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
     sizes: tuple[tuple[int, int, int], ...] = FULL,
+    kernels: Sequence[str] | None = None,
 ) -> list[CheckResult]:
-    """Run every check in every dtype; a check that raises has failed.
+    """Run checks in every dtype; a check that raises has failed.
 
     Args:
         device: where the operands are.
         backend: "triton" or "torch".
         dtypes: of the operands.
         sizes: (M, K, N) of the problems.
+        kernels: names in `CHECKS`; by default all that the backend has.
     """
     device = torch.device(device)
-    names = [name for name in CHECKS if backend == "triton" or name not in KERNELS_ONLY]
+    names = kernels or [name for name in CHECKS if backend == "triton" or name not in KERNELS_ONLY]
     return [_run(name, dtype, device, backend, sizes) for name in names for dtype in dtypes]
 
 
@@ -404,9 +410,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fastmlp.selfcheck")
     parser.add_argument("--backend", choices=("triton", "torch"), required=True)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--small", action="store_true", help="one small problem, for the interpreter")
+    parser.add_argument("--problems", choices=PROBLEMS, default="full", help="small: for the interpreter")
+    parser.add_argument("--kernels", nargs="+", choices=CHECKS)
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in KERNEL_DTYPES}
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=list(dtypes))
     args = parser.parse_args()
-    results = run_checks(args.device, args.backend, sizes=SMALL if args.small else FULL)
+    chosen = tuple(dtypes[name] for name in args.dtypes)
+    results = run_checks(args.device, args.backend, chosen, PROBLEMS[args.problems], args.kernels)
     print(json.dumps([dataclasses.asdict(result) for result in results]))
 
 

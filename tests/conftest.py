@@ -25,6 +25,17 @@ pytest_plugins = ["tests.fuzz.plugin"]
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
+#: The markers of tests that take the kernels where kernels run, and plain torch elsewhere.
+WITH_KERNELS = [pytest.mark.interpret] if INTERPRETING else [pytest.mark.gpu] if HAS_GPU else []
+#: The lanes that compile for other GPUs, or stand in for one.
+SIMULATING = ("compile", "launch", "execute")
+#: GPU memory that one worker of pytest-xdist takes: its CUDA context, and the tensors of one test.
+WORKER_BYTES = 2 << 30
+
+if HAS_GPU:
+    # `uninitialized_is_nan` makes torch deterministic, and cuBLAS refuses deterministic products without this setting.
+    # cuBLAS reads it when CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,18 +49,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Workers of pytest-xdist share the cores; alone, two threads show what only several threads do.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+    if HAS_GPU:
+        # A machine with a GPU has versions of its own, and a warning of another package says nothing about ours. A
+        # warning that is attributed to our modules remains an error, unless it is a deprecation: torch attributes its
+        # own deprecations to the caller.
+        kinds = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
+        ours = [f"error:::{name}" for name in ("fastmlp", "bench", "tests")]
+        for rule in ("default", *ours, *(f"default::{kind}" for kind in kinds)):
+            config.addinivalue_line("filterwarnings", rule)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """`-n auto` on a GPU: one worker per core, as far as the GPU's free memory goes, and at most 16."""
+    if not HAS_GPU or INTERPRETING:
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return max(1, min(os.cpu_count() or 1, free // WORKER_BYTES, 16))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Nothing is compiled or launched in a process whose kernels are interpreted; not every grid is executed whole."""
+    """Skip the simulating lanes where kernels are interpreted or there is a GPU; leave out a part of the grids."""
     if not config.getoption("--full"):
         unneeded = set(left_out(items))
         config.hook.pytest_deselected(items=list(unneeded))
         items[:] = [item for item in items if item not in unneeded]
-    if INTERPRETING:
-        skip = pytest.mark.skip(reason="TRITON_INTERPRET=1: nothing is compiled in this process")
+    if INTERPRETING or HAS_GPU:
+        interpreted = "TRITON_INTERPRET=1: nothing is compiled in this process"
+        real = "there is a GPU: CUDA_VISIBLE_DEVICES= hides it from the lanes that simulate one"
+        skip = pytest.mark.skip(reason=interpreted if INTERPRETING else real)
         for item in items:
-            if any(item.get_closest_marker(name) for name in ("compile", "launch", "execute")):
+            if any(item.get_closest_marker(name) for name in SIMULATING):
                 item.add_marker(skip)
 
 
@@ -94,8 +124,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @contextmanager
 def uninitialized_is_nan() -> Iterator[None]:
     """``torch.empty`` returns NaN (the largest integer): outputs and scratch that a kernel reads before it writes."""
-    # torch fills new memory when its operations must be deterministic. Not on a GPU, where it would also want a
-    # workspace setting for cuBLAS. (torch.use_deterministic_algorithms does the same, and imports torch.compile.)
+    # torch fills new memory when its operations must be deterministic. (torch.use_deterministic_algorithms does the
+    # same, and imports torch.compile.)
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("error")
     try:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -415,6 +416,100 @@ def test_doctor_reports_a_broken_interpreter(monkeypatch, code, message):
     (result,) = doctor._interpreted()
     assert not result["passed"]
     assert message in result["message"]
+
+
+GPU = {"capability": "9.0", "memory_bytes": 80 << 30}
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """The commands that the doctor starts, each answered by a check that passed."""
+    commands = []
+
+    def answer(command, **options):
+        commands.append(command)
+        kernel, dtype = (command[command.index(f"--{name}") + 1] for name in ("kernels", "dtypes"))
+        check = {"kernel": kernel, "dtype": dtype, "passed": True}
+        return subprocess.CompletedProcess(command, 0, json.dumps([check]), "")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    return commands
+
+
+@pytest.mark.parametrize(
+    ("capability", "everything", "dtypes"),
+    [
+        ("9.0", False, ["float32", "bfloat16"]),
+        ("9.0", True, ["float32", "bfloat16", "float16"]),
+        ("7.5", False, ["float32", "float16"]),
+        ("7.5", True, ["float32", "float16"]),
+    ],
+)
+def test_doctor_on_a_gpu_checks_what_it_is_asked_for(processes, capability, everything, dtypes):
+    from fastmlp.cli import doctor
+
+    checks = doctor._on_gpu({**GPU, "capability": capability}, everything)
+    assert [(check["kernel"], check["dtype"]) for check in checks] == [
+        (kernel, dtype) for kernel in selfcheck.CHECKS for dtype in dtypes
+    ]
+    assert {command[command.index("--problems") + 1] for command in processes} == {"full" if everything else "short"}
+    assert {command[command.index("--device") + 1] for command in processes} == {"cuda"}
+
+
+@pytest.mark.parametrize(("cores", "gib", "room"), [(3, 80, 3), (64, 6.5, 6), (64, 0.5, 1)])
+def test_doctor_starts_as_many_processes_as_there_is_room_for(processes, monkeypatch, cores, gib, room):
+    from fastmlp.cli import doctor
+
+    answer, together, running = subprocess.run, threading.Barrier(room), []
+
+    def run(command, **options):
+        running.append(command)
+        assert len(running) <= room
+        together.wait(timeout=60)  # for as many as there is room for
+        running.remove(command)
+        return answer(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert len(doctor._on_gpu({**GPU, "memory_bytes": int(gib * 2**30)}, False)) == 18
+    assert len(processes) == 18
+
+
+def test_doctor_reports_the_one_process_that_dies(processes, monkeypatch):
+    from fastmlp.cli import doctor
+
+    answer = subprocess.run
+
+    def run(command, **options):
+        if "head" in command and "float32" in command:
+            raise subprocess.CalledProcessError(-11, command, "", "")
+        return answer(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    checks = doctor._on_gpu(GPU, False)
+    (dead,) = (check for check in checks if not check["passed"])
+    assert (dead["kernel"], dead["dtype"], dead["device"]) == ("head", "float32", "cuda")
+    assert dead["message"] == "its process failed: exit code -11"
+    assert "FAILED" in doctor._verdict(dead)
+
+
+@pytest.mark.slow
+def test_doctor_runs_kernels_side_by_side(monkeypatch):
+    """The interpreter stands in for the GPU in the processes."""
+    from fastmlp.cli import doctor
+
+    real = subprocess.run
+
+    def run(command, **options):
+        command = [{"cuda": "cpu", "short": "small"}.get(word, word) for word in command]
+        return real(command, **{**options, "env": {**os.environ, "TRITON_INTERPRET": "1"}})
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(selfcheck, "CHECKS", {name: selfcheck.CHECKS[name] for name in ("activation_bwd", "head")})
+    checks = doctor._on_gpu(GPU, False)
+    assert [(check["kernel"], check["dtype"], check["passed"]) for check in checks] == [
+        (kernel, dtype, True) for kernel in ("activation_bwd", "head") for dtype in ("float32", "bfloat16")
+    ], checks
 
 
 def test_checks_notice_every_kind_of_wrong_result(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
@@ -243,7 +244,9 @@ def test_the_public_interface():
         fastmlp.__all__
     )
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", fastmlp.__version__)
-    assert importlib.metadata.version("fastmlp") == fastmlp.__version__
+    assert f'\nversion = "{fastmlp.__version__}"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a checkout that is not installed
+        assert importlib.metadata.version("fastmlp") == fastmlp.__version__
 
 
 @pytest.mark.parametrize(

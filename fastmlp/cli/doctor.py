@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
@@ -15,16 +16,22 @@ import click
 from . import common
 from .report import cpu_name
 
-INTERPRETER_TIMEOUT_S = 600
+TIMEOUT_S = 600
+#: GPU memory of one process that checks a kernel: the CUDA context is nearly all of it.
+PROCESS_BYTES = 1 << 30
+#: Main memory limits the processes too.
+MOST_PROCESSES = 16
 
 
 @click.command("doctor", short_help="Check this machine and every kernel.")
 @common.data_option
+@click.option("--all", "everything", is_flag=True, help="On a GPU: in every dtype, and for a batch of 1 as well.")
 @common.json_option
-def command(data: str | None, as_json: bool) -> int:
+def command(data: str | None, everything: bool, as_json: bool) -> int:
     """Show what fastmlp finds on this machine and check every kernel against the reference.
 
-    Without a GPU the kernels run in Triton's interpreter, on small problems. The exit code is 1 if a check fails.
+    On a GPU the kernels are checked in float32 and in one 16-bit dtype. Without one they run in Triton's interpreter,
+    on small problems. The exit code is 1 if a check fails.
     """
     report: dict[str, Any] = {
         "versions": common.versions(),
@@ -38,7 +45,7 @@ def command(data: str | None, as_json: bool) -> int:
     if not as_json:
         for name, text in _lines(report):
             click.echo(f"{name:<16}{text}")
-    report["checks"] = _checks(report["triton"]["runs_on"])
+    report["checks"] = _checks(report, everything)
     report["ok"] = all(check["passed"] for check in report["checks"]) and report["data"]["problem"] is None
     if as_json:
         click.echo(json.dumps(report))
@@ -99,48 +106,77 @@ def _triton(gpus: list[dict[str, Any]]) -> dict[str, Any]:
         note = "triton is not installed (it exists for Linux only), so its kernels are not checked"
         return {"runs_on": None, "note": note}
     if gpus:
-        return {"runs_on": "gpu", "note": "Triton kernels on the GPU"}
+        return {"runs_on": "gpu", "note": "Triton kernels on the GPU; --all takes every dtype"}
     return {
         "runs_on": "interpreter",
         "note": "no GPU, so the Triton kernels run in Triton's interpreter, small problems",
     }
 
 
-def _checks(runs_on: str | None) -> list[dict[str, Any]]:
+def _checks(report: dict[str, Any], everything: bool) -> list[dict[str, Any]]:
     from fastmlp.selfcheck import run_checks
 
-    results = []
-    if runs_on == "gpu":
-        results += run_checks("cuda", "triton")
-    found = [dataclasses.asdict(result) for result in (*results, *run_checks("cpu", "torch"))]
-    return (_interpreted() if runs_on == "interpreter" else []) + found
+    found = []
+    if report["triton"]["runs_on"] == "interpreter":
+        found = _interpreted()
+    elif report["triton"]["runs_on"] == "gpu":
+        found = _on_gpu(report["gpus"][0], everything)
+    return found + [dataclasses.asdict(result) for result in run_checks("cpu", "torch")]
 
 
 def _interpreted() -> list[dict[str, Any]]:
     """The checks in Triton's interpreter, in a process of its own since the mode is fixed when triton is imported."""
+    found = {"kernel": "all", "device": "cpu", "dtype": "-"}
+    return _apart("Triton's interpreter", found, ["--problems", "small"], {"TRITON_INTERPRET": "1"})
+
+
+def _on_gpu(gpu: dict[str, Any], everything: bool) -> list[dict[str, Any]]:
+    """The checks on the first GPU, one process per kernel and dtype, as many at once as the machine has room for.
+
+    Compiling takes nearly all of the time. And a kernel that brings down its CUDA context brings down no other check.
+    """
+    from fastmlp.selfcheck import CHECKS
+
+    dtypes = ["float32", "bfloat16", "float16"]
+    if int(gpu["capability"].partition(".")[0]) < 8:
+        dtypes.remove("bfloat16")  # which Triton compiles from sm_80 on
+    problems = "full" if everything else "short"
+    jobs = [(kernel, dtype) for kernel in CHECKS for dtype in (dtypes if everything else dtypes[:2])]
+    room = max(1, min(os.cpu_count() or 1, gpu["memory_bytes"] // PROCESS_BYTES, MOST_PROCESSES))
+
+    def check(job: tuple[str, str]) -> list[dict[str, Any]]:
+        kernel, dtype = job
+        found = {"kernel": kernel, "device": "cuda", "dtype": dtype}
+        return _apart("its process", found, ["--kernels", kernel, "--dtypes", dtype, "--problems", problems], {})
+
+    with ThreadPoolExecutor(room) as pool:
+        return [result for results in pool.map(check, jobs) for result in results]
+
+
+def _apart(who: str, failed: dict[str, Any], arguments: list[str], environment: dict[str, str]) -> list[dict[str, Any]]:
+    """Results of `fastmlp.selfcheck` in a process of its own, or one that has failed as the process did."""
     # numpy, which the interpreter computes with, warns of overflow in lanes that are masked afterwards.
     command = [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "fastmlp.selfcheck"]
-    command += ["--backend", "triton", "--small"]
-    failure = {"kernel": "all", "backend": "triton", "device": "cpu", "dtype": "-", "passed": False}
-    failure |= {"worst": "", "error": None, "allowed": None}
+    command += ["--backend", "triton", "--device", failed["device"], *arguments]
+    failure = {**failed, "backend": "triton", "passed": False, "worst": "", "error": None, "allowed": None}
     try:
         done = subprocess.run(
             command,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
+            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=INTERPRETER_TIMEOUT_S,
+            timeout=TIMEOUT_S,
             check=True,
         )
         results: list[dict[str, Any]] = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
-        return [{**failure, "message": f"Triton's interpreter did not finish in {INTERPRETER_TIMEOUT_S} s"}]
+        return [{**failure, "message": f"{who} did not finish in {TIMEOUT_S} s"}]
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
-        return [{**failure, "message": f"Triton's interpreter failed: {last}"}]
+        return [{**failure, "message": f"{who} failed: {last}"}]
     except ValueError:
-        return [{**failure, "message": "Triton's interpreter gave no results"}]
+        return [{**failure, "message": f"{who} gave no results"}]
     return results
 
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 import fastmlp
 from fastmlp import reference
-from tests.conftest import HAS_GPU, INTERPRETING, uninitialized_is_nan
+from tests.conftest import HAS_GPU, INTERPRETING, WITH_KERNELS, uninitialized_is_nan
 from tests.fuzz.cases import Labels, Spec, activations, dims, dtypes, fuzz, labels, root, specs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-    *([pytest.mark.interpret] if INTERPRETING else []),
+    *WITH_KERNELS,
 ]
 DEVICE = torch.device("cuda" if HAS_GPU and not INTERPRETING else "cpu")
 BACKEND = "triton" if INTERPRETING or HAS_GPU else "torch"

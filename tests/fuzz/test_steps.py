@@ -21,14 +21,14 @@ from torch import Tensor
 import fastmlp
 from fastmlp import reference_losses
 from fastmlp.step_config import LOSSES
-from tests.conftest import HAS_GPU, INTERPRETING, uninitialized_is_nan
+from tests.conftest import HAS_GPU, INTERPRETING, WITH_KERNELS, uninitialized_is_nan
 from tests.fuzz.cases import Labels, Spec, dims, dtypes, fuzz, labels, specs
 from tests.kernels.harness import EPS32, assert_within_budget
 from tests.step_helpers import Batch, Reference, converted, network, problem
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-    *([pytest.mark.interpret] if INTERPRETING else []),
+    *WITH_KERNELS,
 ]
 DEVICE = torch.device("cuda" if HAS_GPU and not INTERPRETING else "cpu")
 BACKEND = "triton" if INTERPRETING or HAS_GPU else "torch"

@@ -32,6 +32,7 @@ from tests.kernels.harness import assert_within_budget
 
 pytestmark = [
     pytest.mark.interpret if INTERPRETING else pytest.mark.gpu,
+    pytest.mark.large,
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
 #: A stride below 2^31, so that a kernel is given 32 bits; twice it is above.

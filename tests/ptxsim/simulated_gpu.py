@@ -50,7 +50,9 @@ _PROPERTIES = {
 #: Triton's version.
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
-# Triton keeps compiled kernels and the limit of shared memory by device number: every target has its own.
+# Triton keeps compiled kernels and the limit of shared memory by device number. Every target therefore has a number of
+# its own, and one that no real GPU of the same process has.
+FIRST_DEVICE = 1000
 _device_numbers: dict[tuple[str, int | str], int] = {}
 
 
@@ -216,7 +218,7 @@ class SimulatedGPU:
         known = _PROPERTIES.get((arch.backend, arch.arch), _Properties(65536, 108))
         self.max_shared_mem = known.max_shared_mem
         self.multiprocessor_count = multiprocessors or known.multiprocessor_count
-        self._device = _device_numbers.setdefault((arch.backend, arch.arch), len(_device_numbers))
+        self._device = _device_numbers.setdefault((arch.backend, arch.arch), FIRST_DEVICE + len(_device_numbers))
         self._starting: CompiledKernel | None = None
         self._replaced: list[tuple[Any, Callable[[CompiledKernel], None], Any]] = []
 

@@ -103,6 +103,14 @@ def test_none_and_flags(bias: bool) -> None:
     assert launch.constexprs == (flags if bias else {"b": None, **flags})
 
 
+def test_no_real_gpu_has_the_number_of_a_simulated_one() -> None:
+    """Triton would hand a real GPU the kernels that were compiled for a simulated GPU of the same number."""
+    numbers = [SimulatedGPU(arch, execute=False).get_current_device() for arch in (80, 90, ("hip", "gfx942"), 80)]
+    assert min(numbers) >= 1000
+    assert numbers[0] == numbers[3]
+    assert len(set(numbers)) == 3
+
+
 def test_two_architectures_in_one_process_keep_apart() -> None:
     with SimulatedGPU(80) as a:
         assert run_scale()
