@@ -39,15 +39,19 @@ def _options(command: Any) -> Any:
 
 def _device(name: str, threads: int | None) -> str:
     """The device that is meant, with the threads of the CPU set."""
+    import torch
+
     from fastmlp.cli.common import select_device
 
     from .machine import pin_threads
 
     device = select_device(name)
     pin_threads(threads)
-    if device.type == "cuda" and device.index is None:
-        return "cuda:0"
-    return str(device)
+    if device.type != "cuda":
+        return str(device)
+    index = device.index or 0
+    torch.cuda.set_device(index)  # where events are recorded and graphs captured
+    return f"cuda:{index}"
 
 
 #: Options that say where files lie, which is another place on the machine of who repeats a command.

@@ -39,6 +39,11 @@ class _Training(Problem):
     bias: bool = True
 
     @property
+    def timing(self) -> str:
+        """A chain everywhere: each step begins with the weights of the step before, as warm as that has left them."""
+        return "chain"
+
+    @property
     def input_dtype(self) -> torch.dtype:
         """float32 at least: to round its inputs belongs to a mixed-precision step."""
         return torch.promote_types(self.torch_dtype, torch.float32)
