@@ -23,6 +23,11 @@ _SECTIONS = (
     ("Training step", ("step",), "Forward, softmax cross-entropy, backward and update of one batch."),
     ("Online training", ("online",), "Plain SGD, one sample a step; times are of the whole stretch of samples."),
     (
+        "Epochs",
+        ("epoch",),
+        "Steps over data on the device, whose rows are gathered in a drawn order; times are of all steps together.",
+    ),
+    (
         "Single operations",
         ("linear_act", "linear_act_backward", "wgrad", "cross_entropy", "head"),
         "linear_act MxKxN: A = f(X W^T + b). linear_act_backward: (dX, dW, db). wgrad: (dW, db). cross_entropy MxC: "
