@@ -18,6 +18,7 @@ from bench.presets import NAMES, Case, preset
 from bench.problems import GATE_CALLS, EpochProblem, OnlineProblem, StepProblem
 from bench.rivals import rivals_for
 from bench.rivals.cuda_graph import CudaGraph
+from bench.rivals.eager import Eager
 from bench.rivals.train_kernel import TrainKernel
 from bench.rivals.whole import WholeStep, WholeStepRun
 from bench.runner import prepare
@@ -71,6 +72,13 @@ def test_gate_notices_another_order_another_loss_and_a_missing_step():
     assert judge(mse, mse.oracle(torch.float32)).passed
     half = {name: (value + start) / 2 for (name, value), start in zip(right.items(), mse.parameters(), strict=True)}
     assert not judge(mse, half).passed
+
+
+@pytest.mark.parametrize(("fused", "chosen"), [(False, None), (True, True)])
+def test_eager_leaves_the_way_of_the_update_to_torch(fused, chosen):
+    """fused=False would forbid foreach too, torch's choice on a GPU."""
+    run = Eager(fused=fused).build(TRAINING[0])
+    assert (run.optimizer.defaults["fused"], run.optimizer.defaults["foreach"]) == (chosen, None)
 
 
 # Captured steps, on a stand-in for torch's CUDA graphs
@@ -202,11 +210,13 @@ def test_short_presets_of_a_cpu_compile_no_whole_step():
 
 
 def played_trainkernel(in_place: bool) -> ModuleType:
-    """A package that runs the step as it is; a replay puts the new state in the old one's place, or only returns it."""
+    """A package that runs the step as it is, on the tensors given or on copies; a replay puts the new state in the old
+    one's place, or only returns it."""
 
     def compile_training(step, examples):
         def capture(state, x, y):
-            state, x, y = tuple(p.clone() for p in state), x.clone(), y.clone()
+            if not in_place:
+                state, x, y = tuple(p.clone() for p in state), x.clone(), y.clone()
             outputs = tuple(tuple(t.clone() for t in o) if isinstance(o, tuple) else o for o in step(state, x, y))
             outputs = (*outputs[:2], state) if in_place else outputs
 
