@@ -13,6 +13,7 @@ PROBLEMS = [
     StepProblem(SMALL, 64, optimizer="nesterov", device=device()),
     StepProblem(SMALL, 64, optimizer="adamw", device=device()),
     StepProblem(SMALL, 64, activation="relu", device=device()),
+    StepProblem(SMALL, 64, activation="relu", loss="mse", device=device()),
     StepProblem(SMALL, 64, "relu", bias=False, dtype="float16", device=device()),
     StepProblem(SMALL, 512, dtype="bfloat16", device=device()),
 ]

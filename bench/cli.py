@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -39,15 +40,19 @@ def _options(command: Any) -> Any:
 
 def _device(name: str, threads: int | None) -> str:
     """The device that is meant, with the threads of the CPU set."""
+    import torch
+
     from fastmlp.cli.common import select_device
 
     from .machine import pin_threads
 
     device = select_device(name)
     pin_threads(threads)
-    if device.type == "cuda" and device.index is None:
-        return "cuda:0"
-    return str(device)
+    if device.type != "cuda":
+        return str(device)
+    index = device.index or 0
+    torch.cuda.set_device(index)  # where events are recorded and graphs captured
+    return f"cuda:{index}"
 
 
 #: Options that say where files lie, which is another place on the machine of who repeats a command.
@@ -233,6 +238,24 @@ def report_command(results: Path | None, out: Path | None) -> None:
     from .results import FOLDER
 
     _report(FOLDER if results is None else results, out)
+
+
+@cli.command("host")
+@click.option("--rounds", type=click.IntRange(1), default=11, show_default=True, help="Turns of each way.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
+@click.pass_context
+def host_command(ctx: click.Context, rounds: int, as_json: bool) -> None:
+    """Microseconds that a training step costs the host, on a stand-in for a GPU that does nothing."""
+    try:
+        from .host import measure, print_host
+
+        document = measure(rounds, _command_line(ctx))
+    except (ImportError, RuntimeError) as error:
+        raise _Error(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(document, indent=1))
+    else:
+        print_host(document)
 
 
 @cli.command("tune")

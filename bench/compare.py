@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from .results import Document
+from .results import Document, timing_of
 from .rivals import BASELINE
 from .tables import by_rival, duration, median, ratio_with_range, ratios, spread, stated_range
 
@@ -67,14 +67,18 @@ def compare(before: Document, after: Document) -> list[Change]:
     """Every contender that both runs have timed in the same case, the largest slowdown first.
 
     Raises:
-        ValueError: the runs are not times, or have no case in common.
+        ValueError: the runs are not times, or have no case in common that was timed alike.
     """
     for document in (before, after):
         if document["kind"] != "times":
             raise ValueError(f"expected two runs of times, got one of kind {document['kind']!r}")
 
-    def cases(document: Document) -> dict[tuple[str, str], _Case]:
-        return {(case["problem"]["kind"], case["problem"]["name"]): case for case in document["cases"]}
+    def cases(document: Document) -> dict[tuple[str, str, str], _Case]:
+        """By kind, name and way of timing: times taken in two ways are no change of anything."""
+        return {
+            (case["problem"]["kind"], case["problem"]["name"], timing_of(document, case)): case
+            for case in document["cases"]
+        }
 
     old, new = cases(before), cases(after)
     changes = []
@@ -83,9 +87,9 @@ def compare(before: Document, after: Document) -> list[Change]:
         for name in first.keys() & second.keys():
             if first[name]["status"] == second[name]["status"] == "ok":
                 sides = (old[key], first[name]), (new[key], second[name])
-                changes.append(Change(": ".join(key), first[name]["label"], *sides))
+                changes.append(Change(": ".join(key[:2]), first[name]["label"], *sides))
     if not changes:
-        raise ValueError("the two runs have no case in common; compare runs of one preset")
+        raise ValueError("the two runs have no case in common that was timed alike; compare runs of one preset")
     return sorted(changes, key=lambda change: (-change.factor, change.problem, change.label))
 
 

@@ -25,7 +25,7 @@ from bench.runner import prepare
 Contest = Callable[[Problem, Rival], None]
 
 #: Minutes of compilation, for which the default mode stands in the smoke test.
-LONG = ("compile_max_autotune", "compile_reduce_overhead")
+LONG = ("compile_max_autotune", "compile_reduce_overhead", "whole_max_autotune")
 
 #: Warnings of other libraries, which are errors under this project's settings, are not what is tested here; nor is
 #: pytest-benchmark's of tests that skip, and of pytest-xdist, under which it disables itself.
@@ -48,7 +48,7 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     smoke = config.getoption("benchmark_disable")
     long = pytest.mark.skip(reason="minutes of compilation, left out of the smoke test")
-    once = pytest.mark.skip(reason="seconds of compilation, once an operation in the smoke test")
+    once = pytest.mark.skip(reason="seconds of compilation, which are spent once in the smoke test")
     compiled = set()
     for item in items:
         if item.path.is_relative_to(machine.ROOT / "bench"):
@@ -58,11 +58,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             name = getattr(rival, "name", "")
             if smoke and name in LONG:
                 item.add_marker(long)
-            elif smoke and name == "compile_default":
-                function = item.nodeid.partition("[")[0]
-                if function in compiled:
+            elif smoke and name in ("compile_default", "whole_default"):
+                what = item.nodeid.partition("[")[0] if name == "compile_default" else name
+                if what in compiled:
                     item.add_marker(once)
-                compiled.add(function)
+                compiled.add(what)
 
 
 @pytest.fixture(scope="session", autouse=True)

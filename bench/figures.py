@@ -15,7 +15,8 @@ from .tables import median, timed
 
 __all__ = ["PLOTS", "caption", "draw"]
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers and in gray. fastmlp has the first in every plot.
+# Okabe and Ito's colours, which stay apart for colour-blind readers and in gray, and a wine red of Tol's. fastmlp has
+# the first in every plot.
 COLOURS = {
     "fastmlp": "#0072B2",
     "eager": "#D55E00",
@@ -24,6 +25,7 @@ COLOURS = {
     "compile_default": "#CC79A7",
     "jax": "#56B4E9",
     "inplace": "#000000",
+    "whole_default": "#882255",
 }
 GRAY = "#666666"
 MARKERS = "os^Dv<>Pp*"

@@ -33,6 +33,7 @@ PACKAGES = (
     "apex",
     "tinycudann",
     "liger-kernel",
+    "trainkernel",
 )
 
 

@@ -4,11 +4,14 @@
 - full: every optimizer and dtype, each operation at several shapes, every mode of torch.compile
 - scaling: one training step against batch size, width and depth
 - online: 60,000 samples one by one, in five stretches
+
+On a GPU they also have epochs over resident data, the whole step compiled and captured, and steps that TrainKernel can
+take (relu, squared errors).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +20,7 @@ from fastmlp.cpu_gemm import product_dtype
 
 from .problems import (
     CrossEntropyProblem,
+    EpochProblem,
     HeadProblem,
     LinearBackwardProblem,
     LinearProblem,
@@ -37,11 +41,16 @@ DEPTHS = (1, 2, 4, 8, 16)
 
 NAMES = ("quick", "full", "scaling", "online")
 
-_COMPILERS = ("compile_default", "compile_reduce_overhead", "compile_max_autotune")
+#: A network that is small enough for a step in one kernel.
+SMALL = (64, 64, 64, 10)
+
+#: Minutes of compilation each.
+_TUNED = ("compile_reduce_overhead", "compile_max_autotune", "whole_max_autotune")
 #: The contenders of the curves: the tutorial, the fastest of each way to do it, and ours.
 _CURVES = ("fastmlp", "eager", "eager_fused", "cuda_graph", "inplace", "jax", "compile_default")
 #: With bfloat16 products; one eager contender, for the sake of the time that the largest batches take.
 _CURVES_HALF = ("fastmlp", "eager", "cuda_graph", "jax", "compile_default")
+_ONLINE = ("fastmlp", "eager", "cuda_graph", "inplace", "jax", "numpy")
 
 
 @dataclass(frozen=True)
@@ -79,9 +88,25 @@ def _halves(device: str) -> tuple[str, ...]:
     return ("bfloat16",) if product_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16 else ()
 
 
+def _whole(device: str) -> tuple[str, ...]:
+    """The whole step compiled: in every preset of a GPU; on a CPU, where there is no graph to capture, in ``full``."""
+    return ("whole_default",) if device.startswith("cuda") else ()
+
+
+def _of_a_gpu(squared: Sequence[tuple[tuple[int, ...], int]], batches: Sequence[int], device: str) -> list[Problem]:
+    """Steps with squared errors of networks and batches, and epochs in batches of the reference network; GPUs only."""
+    if not device.startswith("cuda"):
+        return []
+    steps = [StepProblem(sizes, batch, "relu", loss="mse", device=device) for sizes, batch in squared]
+    # The gate takes the same steps in float64 on the CPU, which is what bounds their number.
+    epochs = [EpochProblem(REFERENCE, batch, steps=min(64, 65_536 // batch), device=device) for batch in batches]
+    return [*steps, *epochs]
+
+
 def _quick(device: str) -> Preset:
-    steps = [StepProblem(REFERENCE, batch, device=device) for batch in (1, 64, 512, 4096)]
+    steps: list[Problem] = [StepProblem(REFERENCE, batch, device=device) for batch in (1, 64, 512, 4096)]
     steps += [StepProblem(REFERENCE, 4096, dtype=dtype, device=device) for dtype in _halves(device)[:1]]
+    steps += _of_a_gpu([(SMALL, 1), (SMALL, 64)], [64], device)
     operations = [
         OnlineProblem(REFERENCE, samples=128, device=device),
         LinearProblem(64, 784, 512, device=device),
@@ -90,7 +115,8 @@ def _quick(device: str) -> Preset:
         CrossEntropyProblem(4096, 10, device=device),
         HeadProblem(64, 512, 10, device=device),
     ]
-    cases = _cases(steps, _COMPILERS[1:]) + _cases(operations, _COMPILERS)
+    slow = _TUNED if _whole(device) else (*_TUNED, "whole_default")
+    cases = _cases(steps, slow) + _cases(operations, ("compile_default", *slow))
     return Preset("quick", 5, cases)
 
 
@@ -104,6 +130,8 @@ def _full(device: str) -> Preset:
     steps.append(StepProblem((784, 128, 128, 10), 4096, activation="relu", device=device))
     if on_gpu:
         steps.append(StepProblem((784, 128, 128, 10), 4096, "relu", bias=False, dtype="float16", device=device))
+        steps += [StepProblem(SMALL, 64, "relu", loss="mse", dtype="bfloat16", device=device)]
+    steps += _of_a_gpu([(SMALL, 1), (SMALL, 64), (REFERENCE, 64)], [64, 512, 4096], device)
     steps.append(OnlineProblem(REFERENCE, samples=512, device=device))
     operations: list[Problem] = []
     for batch in (64, 4096):
@@ -124,11 +152,12 @@ def _all_but(*names: str) -> frozenset[str]:
 
 def _online(device: str) -> Preset:
     problem = OnlineProblem(REFERENCE, samples=12_000, device=device)
-    return Preset("online", 5, (Case(problem, leave_out=_all_but("fastmlp", "eager", "inplace", "jax", "numpy")),))
+    return Preset("online", 5, (Case(problem, leave_out=_all_but(*_ONLINE, *_whole(device))),))
 
 
 def _scaling(device: str) -> Preset:
-    leave_out = {"float32": _all_but(*_CURVES), "bfloat16": _all_but(*_CURVES_HALF)}
+    curves_of = {"float32": (*_CURVES, *_whole(device)), "bfloat16": (*_CURVES_HALF, *_whole(device))}
+    leave_out = {dtype: _all_but(*names) for dtype, names in curves_of.items()}
     curves: list[tuple[str, int, tuple[int, ...], int, str]] = []
     for dtype in ("float32", *_halves(device)[:1]):
         curves += [("batch", batch, REFERENCE, batch, dtype) for batch in BATCHES]

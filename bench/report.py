@@ -13,7 +13,7 @@ from fastmlp.files import atomic_write
 from .figures import PLOTS, caption, draw
 from .machine import ROOT
 from .results import FOLDER, Document, load_all
-from .tables import by_rival, duration, epoch_seconds, median, ratio_with_range, reached, spread, timed
+from .tables import by_rival, duration, epoch_seconds, median, ratio_with_range, reached, spread, timed, timing_words
 
 __all__ = ["NOT_MEASURED", "render", "write_report"]
 
@@ -22,6 +22,11 @@ NOT_MEASURED = "not measured yet: run `fastmlp bench full` on a GPU"
 _SECTIONS = (
     ("Training step", ("step",), "Forward, softmax cross-entropy, backward and update of one batch."),
     ("Online training", ("online",), "Plain SGD, one sample a step; times are of the whole stretch of samples."),
+    (
+        "Epochs",
+        ("epoch",),
+        "Steps over data on the device, whose rows are gathered in a drawn order; times are of all steps together.",
+    ),
     (
         "Single operations",
         ("linear_act", "linear_act_backward", "wgrad", "cross_entropy", "head"),
@@ -105,6 +110,7 @@ def _machines(documents: list[Document]) -> str:
 def _table(documents: list[Document], kinds: tuple[str, ...]) -> str:
     """One row a contender of a problem, one column a device; runs of the curves are left to the plots."""
     devices: dict[str, tuple[str, bool]] = {}
+    ways: dict[str, dict[str, None]] = {}
     cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     # The longer run of a device has the word where several have the same case.
     for d in sorted(documents, key=lambda d: d["rounds"]):
@@ -112,10 +118,11 @@ def _table(documents: list[Document], kinds: tuple[str, ...]) -> str:
         chosen = [c for c in d["cases"] if c["problem"]["kind"] in kinds and not c["axis"]]
         if chosen:
             devices[slug] = (about["name"], about["is_gpu"])
+            ways.setdefault(slug, {}).update(dict.fromkeys(filter(None, (timing_words(d, case) for case in chosen))))
         for case in chosen:
             cases.setdefault((case["problem"]["kind"], case["problem"]["name"]), {})[slug] = case
     gpu_is_missing = not any(is_gpu for _, is_gpu in devices.values())
-    columns = [f"{name}: median" for name, _ in devices.values()]
+    columns = [f"{name}: median" + "".join(f", {words}" for words in ways[slug]) for slug, (name, _) in devices.items()]
     lines = _head(["problem", "contender", *_interleave(columns, "spread", "×"), *(["GPU"] if gpu_is_missing else [])])
     for (kind, name), by_device in cases.items():
         title = name if len(kinds) == 1 else f"{kind} {name}"

@@ -2,9 +2,12 @@
 
     {"format": 1, "kind": "times", "preset": ..., "command": ..., "started": ..., "machine": {...}, "peaks": {...},
      "cases": [{"problem": {...}, "axis": ..., "value": ..., "flops": ..., "bytes": ..., "rows": ...,
-                "results": [{"rival": ..., "label": ..., "notes": ..., "status": ..., "reason": ...,
+                "timing": ..., "results": [{"rival": ..., "label": ..., "notes": ..., "status": ..., "reason": ...,
                              "setup_s": ..., "calls": ..., "seconds": [...],
                              "error": ..., "allowed": ..., "worst": ..., "overall": ...}, ...]}, ...]}
+
+``timing`` is "chain" (calls in a row) or "flushed" (each with a GPU's L2 cache overwritten before): see ``timing``.
+Runs from before it was written down have every call on a GPU flushed.
 
 ``status`` is "ok" (timed), "unavailable" (not installed, no GPU, ...), "wrong" (the gate is red), "failed" (it
 raised), or "left out" (not part of the preset); only "ok" has ``seconds``, one number a round. Errors are relative
@@ -22,7 +25,7 @@ from fastmlp.files import atomic_write
 
 from .machine import ROOT
 
-__all__ = ["FOLDER", "FORMAT", "Document", "load", "load_all", "save"]
+__all__ = ["FOLDER", "FORMAT", "Document", "load", "load_all", "save", "timing_of"]
 
 FORMAT = 1
 FOLDER = ROOT / "bench" / "results"
@@ -57,3 +60,9 @@ def load(path: Path) -> Document:
 def load_all(folder: Path = FOLDER) -> list[Document]:
     """Every run below ``folder``, in the order of their paths; ``static`` beside them has no runs (bench.static)."""
     return [load(path) for path in sorted(folder.glob("*/*.json")) if path.parent.name != "static"]
+
+
+def timing_of(document: Document, case: dict[str, Any]) -> str:
+    """How a case of a run was timed, "chain" or "flushed"."""
+    known: str | None = case.get("timing")
+    return known or ("flushed" if document["machine"].get("is_gpu") else "chain")

@@ -64,7 +64,7 @@ class BuiltCase:
                 runs[rival.name] = run
             elif entry["status"] in ("wrong", "failed"):
                 log(f"  {rival.label}: {entry['status']}: {entry['reason']}")
-        self.turns = Turns(runs, case.problem.device, turn_s=turn_s)
+        self.turns = Turns(runs, case.problem.device, case.problem.timing, turn_s=turn_s)
 
     def entry(self) -> dict[str, Any]:
         """The case in the JSON, with the times taken so far."""
@@ -80,6 +80,7 @@ class BuiltCase:
             "flops": problem.flops,
             "bytes": problem.bytes,
             "rows": problem.rows,
+            "timing": problem.timing,
             "results": self._entries,
         }
 

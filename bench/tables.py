@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .results import Document
+from .results import Document, timing_of
 from .rivals import BASELINE, OURS
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "spread",
     "stated_range",
     "timed",
+    "timing_words",
 ]
 
 
@@ -72,6 +73,13 @@ def by_rival(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {entry["rival"]: entry for entry in case["results"]}
 
 
+def timing_words(document: Document, case: dict[str, Any]) -> str:
+    """How the calls of a case were timed on a GPU; empty for a CPU, which has one way."""
+    if not document["machine"].get("is_gpu"):
+        return ""
+    return {"chain": "calls in a row", "flushed": "L2 overwritten before each call"}[timing_of(document, case)]
+
+
 def ratios(case: dict[str, Any], entry: dict[str, Any]) -> list[float]:
     """How many times as fast as the baseline, round by round; empty where that was not timed."""
     base = by_rival(case).get(BASELINE)
@@ -115,6 +123,8 @@ def print_run(document: Document) -> None:
     absent: dict[tuple[str, str], int] = {}
     for case in document["cases"]:
         click.echo(f"{case['problem']['kind']}: {case['problem']['name']}")
+        if words := timing_words(document, case):
+            click.echo(f"  {words}")
         _line("contender", ("median", "GFLOP/s", "x eager (range)"))
         for entry in sorted(timed(case), key=median):
             flops = f"{case['flops'] / median(entry) / 1e9:,.1f}" if case["flops"] else ""

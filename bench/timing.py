@@ -2,10 +2,16 @@
 
 What disturbs the machine for a while (another process, the clock of a warm processor) then disturbs all of them
 alike. A round goes through all problems before the next one begins, so that what is typical of some seconds only is
-seen as a difference between rounds. A turn is as many calls as fill ``TURN_S``, and its time is divided by them. On a
-CPU the threads of the contender before may still be spinning (OpenBLAS's do for 30 ms), so each turn starts after a
-pause. On a GPU every call is timed by a pair of events, with the L2 cache overwritten before, and a turn's time is
-their median.
+seen as a difference between rounds. On a CPU the threads of the contender before may still be spinning (OpenBLAS's do
+for 30 ms), so each turn starts after a pause.
+
+There are two ways to take a turn (``Problem.timing``):
+
+- "chain": as many calls as fill ``TURN_S`` follow each other without a wait in between, and their time is divided by
+  their number. Training is such a chain: the weights are where the step before has left them, and a GPU that is faster
+  than its host waits for the host. The clock is the host's, and it stops when the device has finished.
+- "flushed": every call on a GPU is timed by a pair of events, with the L2 cache overwritten before, and the turn's time
+  is the median. Overwriting takes longer than the host needs to launch the call, so the host's time is hidden.
 """
 
 from __future__ import annotations
@@ -15,14 +21,17 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from .rivals.protocol import Run
 
-__all__ = ["Samples", "Turns", "take_turns"]
+__all__ = ["Clock", "Samples", "Turns", "take_turns"]
+
+#: Seconds since some moment.
+Clock = Callable[[], float]
 
 TURN_S = 0.1
 PAUSE_S = 0.05
@@ -33,27 +42,50 @@ FLUSH_BYTES = 256 << 20
 
 @dataclass
 class Samples:
-    """Seconds a call, one number a round; ``calls`` is how many calls each number is the mean (GPU: median) of."""
+    """Seconds per call, one number per round; each is of ``calls`` calls: the mean of a chain, the median of others."""
 
     calls: int
     seconds: list[float] = field(default_factory=list)
 
 
 class Turns:
-    """The contenders of one problem, warmed up; ``samples`` grows by one number each with every round."""
+    """The contenders of one problem, warmed up; ``samples`` grows by one number each with every round.
 
-    def __init__(self, runs: Mapping[str, Run], device: str, *, turn_s: float = TURN_S) -> None:
-        self._runs, self._device = runs, device
-        self.samples = {name: Samples(_warm_up(run, turn_s)) for name, run in runs.items()}
+    Args:
+        runs: the contenders by name.
+        device: where they compute.
+        timing: "chain" or "flushed", see above.
+        turn_s: seconds of a turn.
+        clock: of the chains.
+    """
+
+    def __init__(
+        self,
+        runs: Mapping[str, Run],
+        device: str,
+        timing: str = "chain",
+        *,
+        turn_s: float = TURN_S,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self._runs = runs
+        self._turn: Callable[[Run, int], float] = functools.partial(_chain, clock=clock)
+        if timing == "flushed":
+            self._turn = functools.partial(_flushed, device=device)
+        self.samples = {name: Samples(_warm_up(run, turn_s, clock)) for name, run in runs.items()}
+        if timing == "chain" and device.startswith("cuda"):
+            # The warm-up waits for the device after every call, which takes longer than a call of a chain.
+            for name, samples in self.samples.items():
+                seconds = _chain(runs[name], samples.calls, clock)
+                samples.calls = max(1, round(turn_s / seconds))
 
     def round(self, number: int) -> None:
         """One turn of each, in an order drawn by ``number``: nobody should always come after the same contender."""
         names = list(self._runs)
         for name in random.Random(number).sample(names, len(names)):
             time.sleep(PAUSE_S)
-            run, samples = self._runs[name], self.samples[name]
-            turn = _gpu_turn if self._device.startswith("cuda") else _cpu_turn
-            samples.seconds.append(turn(run, samples.calls))
+            samples = self.samples[name]
+            samples.seconds.append(self._turn(self._runs[name], samples.calls))
 
 
 def take_turns(problems: Sequence[Turns], rounds: int) -> None:
@@ -70,36 +102,38 @@ def take_turns(problems: Sequence[Turns], rounds: int) -> None:
             gc.enable()
 
 
-def _warm_up(run: Run, turn_s: float) -> int:
+def _warm_up(run: Run, turn_s: float, clock: Clock) -> int:
     """Call until caches, clocks and compilers have settled; returns the calls that fill a turn."""
     run()
     run.finish()
-    calls, begin = 0, time.perf_counter()
-    while calls < 1 or time.perf_counter() - begin < min(WARM_UP_S, 3 * turn_s):
+    calls, begin = 0, clock()
+    while calls < 1 or clock() - begin < min(WARM_UP_S, 3 * turn_s):
         run()
         run.finish()
         calls += 1
-    return max(1, round(turn_s * calls / (time.perf_counter() - begin)))
+    return max(1, round(turn_s * calls / (clock() - begin)))
 
 
-def _cpu_turn(run: Run, calls: int) -> float:
+def _chain(run: Run, calls: int, clock: Clock) -> float:
+    """Seconds per call of ``calls`` calls in a row."""
     if calls > 1:
         run()  # brings its code and weights into the caches, as in the middle of a training run
         run.finish()
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(calls):
         run()
     run.finish()
-    return (time.perf_counter() - begin) / calls
+    return (clock() - begin) / calls
 
 
 @functools.cache
-def _flush_buffer() -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+def _flush_buffer(device: str) -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
 
-def _gpu_turn(run: Run, calls: int) -> float:
-    flush = _flush_buffer()
+def _flushed(run: Run, calls: int, device: str) -> float:
+    """Median seconds that the device takes for a call, of ``calls`` calls."""
+    flush = _flush_buffer(device)
     run()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
     for start, stop in events:
@@ -108,5 +142,5 @@ def _gpu_turn(run: Run, calls: int) -> float:
         run()
         stop.record()
     run.finish()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     return statistics.median(start.elapsed_time(stop) for start, stop in events) / 1e3

@@ -7,6 +7,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from bench import cli as bench_cli
 from bench.report import NOT_MEASURED
@@ -171,6 +172,15 @@ def test_wrong_input(capsys, tmp_path, results):
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="there is a GPU to tune for")
 def test_tune_without_a_gpu(capsys):
     assert "torch finds none here" in error_of(capsys, "tune")
+
+
+@pytest.mark.parametrize(("asked", "index"), [("cuda", 0), ("cuda:1", 1)])
+def test_events_and_graphs_belong_to_the_device_that_is_meant(asked, index, monkeypatch):
+    current = []
+    monkeypatch.setattr("fastmlp.cli.common.select_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert bench_cli._device(asked, torch.get_num_threads()) == f"cuda:{index}"
+    assert current == [index]
 
 
 def test_command_in_captions_leaves_out_places(monkeypatch, tmp_path):

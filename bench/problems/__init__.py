@@ -2,12 +2,14 @@
 
 from .base import GATE_CALLS, Problem, Results, generator
 from .operations import CrossEntropyProblem, HeadProblem, LinearBackwardProblem, LinearProblem, WgradProblem
-from .training import OPTIMIZERS, OnlineProblem, StepProblem
+from .training import LOSSES, OPTIMIZERS, EpochProblem, OnlineProblem, StepProblem
 
 __all__ = [
     "GATE_CALLS",
+    "LOSSES",
     "OPTIMIZERS",
     "CrossEntropyProblem",
+    "EpochProblem",
     "HeadProblem",
     "LinearBackwardProblem",
     "LinearProblem",

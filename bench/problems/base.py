@@ -51,6 +51,11 @@ class Problem:
         return self.torch_dtype
 
     @property
+    def timing(self) -> str:
+        """How calls are timed (``bench.timing``): on a GPU each from a cold cache, elsewhere as a chain."""
+        return "flushed" if self.device.startswith("cuda") else "chain"
+
+    @property
     def itemsize(self) -> int:
         """Bytes of an element."""
         return self.torch_dtype.itemsize

@@ -1,8 +1,9 @@
-"""Whole training steps of a network: one batch, or a stretch of samples one by one."""
+"""Whole training steps of a network: one batch, a stretch of samples one by one, or an epoch in batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from fastmlp.activations import ACTIVATIONS
 
 from .base import GATE_CALLS, Problem, Results, generator, randn
 
-__all__ = ["OPTIMIZERS", "OnlineProblem", "StepProblem"]
+__all__ = ["LOSSES", "OPTIMIZERS", "EpochProblem", "OnlineProblem", "StepProblem"]
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -30,6 +31,10 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
+#: torch's losses by the name of a problem's loss; "mse" compares the logits with one-hot rows.
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+
+
 @dataclass(frozen=True)
 class _Training(Problem):
     sizes: tuple[int, ...]
@@ -37,6 +42,12 @@ class _Training(Problem):
     activation: str = "sigmoid"
     optimizer: str = "sgd"
     bias: bool = True
+    loss: str = "cross_entropy"
+
+    @property
+    def timing(self) -> str:
+        """A chain everywhere: each step begins with the weights of the step before, as warm as that has left them."""
+        return "chain"
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -57,10 +68,11 @@ class _Training(Problem):
         return [(w, None) for w in params]
 
     def make_inputs(self, index: int) -> tuple[Tensor, ...]:
-        """X [M, K] in [0, 1) and labels int64 [M]."""
+        """X [rows, K] in [0, 1) and labels int64 [rows]; for mse one-hot rows [rows, C]."""
         g = generator(10 + index)
-        x = torch.rand(self.batch, self.sizes[0], generator=g).bfloat16().float()
-        return x, torch.randint(0, self.sizes[-1], (self.batch,), generator=g)
+        x = torch.rand(self.rows, self.sizes[0], generator=g).bfloat16().float()
+        y = torch.randint(0, self.sizes[-1], (self.rows,), generator=g)
+        return x, F.one_hot(y, self.sizes[-1]).float() if self.loss == "mse" else y
 
     @property
     def rows(self) -> int:
@@ -69,7 +81,8 @@ class _Training(Problem):
     @property
     def shape_words(self) -> list[str]:
         """The network in words."""
-        return ["-".join(map(str, self.sizes)), self.activation, *([] if self.bias else ["no bias"])]
+        words = ["-".join(map(str, self.sizes)), self.activation]
+        return [*words, *([] if self.bias else ["no bias"]), *(["mse"] if self.loss == "mse" else [])]
 
     @property
     def weights(self) -> int:
@@ -129,7 +142,7 @@ class _Training(Problem):
                 for (w, b), f in zip(self.layers(params), activations, strict=True):
                     z = F.linear(a, w, b)
                     a = _stepping_at(kink, z, f) if kink else reference.activate(z, f)
-            scaler.scale(F.cross_entropy(a.to(wide), y)).backward()
+            scaler.scale(LOSSES[self.loss](a.to(wide), y.to(wide) if y.is_floating_point() else y)).backward()
             scaler.step(optimizer)
             scaler.update()
         return {f"parameter {i}": p.detach().double() for i, p in enumerate(params)}
@@ -145,8 +158,7 @@ class _Training(Problem):
 
     def _first_z(self, dtype: torch.dtype) -> list[Tensor]:
         """Z of the hidden layers, of the first batch and the starting values, in float64."""
-        x, _ = self.inputs(0)
-        a, found = x.to(dtype), []
+        a, found = self.inputs(0)[0].to(dtype), []
         for w, b in self.layers([p.to(dtype) for p in self.parameters()])[:-1]:
             z = F.linear(a, w, b)
             found.append(z.double())
@@ -203,13 +215,55 @@ class OnlineProblem(_Training):
     def memory(self) -> int:
         return super().bytes
 
-    def make_inputs(self, index: int) -> tuple[Tensor, ...]:
-        """X [samples, K] in [0, 1) and labels int64 [samples]."""
-        g = generator(10 + index)
-        x = torch.rand(self.samples, self.sizes[0], generator=g).bfloat16().float()
-        return x, torch.randint(0, self.sizes[-1], (self.samples,), generator=g)
-
     def batches(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Single samples."""
         sets = [self.inputs(i) for i in range(GATE_CALLS)]
         return [(x[j : j + 1], y[j : j + 1]) for x, y in sets for j in range(self.samples)]
+
+
+@dataclass(frozen=True)
+class EpochProblem(_Training):
+    """An epoch: one step on each ``batch`` rows of resident data, gathered in a drawn order.
+
+    Every call is the same epoch: a training run has one set of data, at one place in memory.
+    """
+
+    kind: ClassVar[str] = "epoch"
+    steps: int = 64
+
+    @property
+    def name(self) -> str:
+        return " ".join([*self.shape_words, f"{self.steps} steps of {self.batch}", self.optimizer, self.dtype])
+
+    @property
+    def rows(self) -> int:
+        return self.steps * self.batch
+
+    @property
+    def flops(self) -> int:
+        return super().flops * self.steps
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes * self.steps
+
+    @property
+    def memory(self) -> int:
+        return super().bytes + self.input_dtype.itemsize * self.rows * self.sizes[0]
+
+    @property
+    def roundings(self) -> int:
+        return GATE_CALLS * self.steps * (1 + self.batch // 256)
+
+    @functools.cached_property
+    def input_sets(self) -> int:
+        return 1
+
+    def make_inputs(self, index: int) -> tuple[Tensor, ...]:
+        """X [rows, K], targets [rows], and the order of the rows, int64 [rows]."""
+        return *super().make_inputs(index), torch.randperm(self.rows, generator=generator(9))
+
+    def batches(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """The batches of all epochs that are compared."""
+        x, y, order = self.inputs(0)
+        return [(x[rows], y[rows]) for rows in order.split(self.batch)] * GATE_CALLS

@@ -21,6 +21,8 @@ from .operations import CompiledOperation, EagerOperation, FastMLPOperation
 from .protocol import Rival
 from .sklearn_mlp import SklearnMLP
 from .tiny_cuda_nn import TinyCudaNN
+from .train_kernel import TrainKernel
+from .whole import WholeStep
 
 __all__ = ["BASELINE", "OURS", "RIVALS", "rivals_for"]
 
@@ -28,6 +30,9 @@ __all__ = ["BASELINE", "OURS", "RIVALS", "rivals_for"]
 BASELINE, OURS = "eager", "fastmlp"
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+
+#: Without the graphs of torch.compile's own, which would leave the copies of the batch outside.
+WHOLE_MODES = ("default", "max-autotune-no-cudagraphs")
 
 RIVALS: tuple[Rival, ...] = (
     FastMLP(),
@@ -38,12 +43,14 @@ RIVALS: tuple[Rival, ...] = (
     EagerFloat32(),
     CudaGraph(),
     *(Compiled(mode) for mode in COMPILE_MODES),
+    *(WholeStep(mode) for mode in WHOLE_MODES),
     InPlace(),
     JaxStep(),
     SklearnMLP(),
     NumpyLoop(),
     ApexMLP(),
     TinyCudaNN(),
+    TrainKernel(),
     FastMLPOperation(),
     EagerOperation(),
     *(CompiledOperation(mode) for mode in COMPILE_MODES),

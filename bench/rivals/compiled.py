@@ -42,7 +42,7 @@ class _CompiledRun(EagerRun):
 class Compiled:
     """torch.compile(mode=...)."""
 
-    kinds = frozenset({"step", "online"})
+    kinds = frozenset({"step", "online", "epoch"})
 
     def __init__(self, mode: str) -> None:
         self.mode = mode

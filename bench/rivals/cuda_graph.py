@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.problems import Problem
+from bench.rivals.capture import capture
 from bench.rivals.eager import EagerRun
 from bench.rivals.protocol import Availability, Run, needs
 from bench.rivals.training import TrainingProblem
@@ -20,33 +21,18 @@ class _GraphRun(EagerRun):
         if problem.optimizer == "adamw":
             for group in self.optimizer.param_groups:
                 group["capturable"] = True
-        x, y = self.sets[0]
-        x, y = (x[:1], y[:1]) if self.online else (x, y)
-        self.x, self.y = x.clone(), y.clone()
-        saved = [p.detach().clone() for p in self.params]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                super().step(self.x, self.y)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(self.graph):
-            self.loss_value = super().step(self.x, self.y)
-        with torch.no_grad():  # undo the warm-up, in the memory that the graph knows
-            for p, value in zip(self.params, saved, strict=True):
-                p.copy_(value)
-            for state in self.optimizer.state.values():
-                for value in state.values():
-                    if isinstance(value, Tensor):
-                        value.zero_()
+        self.replay = capture(super().step, self.example, self.params, self.state)
+
+    def state(self) -> list[Tensor]:
+        """The optimizer's tensors: velocities, moments and counts."""
+        states = self.optimizer.state.values()
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
     def step(self, x: Tensor, y: Tensor) -> object:
-        self.x.copy_(x)
-        self.y.copy_(y)
-        self.graph.replay()
-        return self.loss_value
+        return self.replay(x, y)
+
+    def gathered_step(self, x: Tensor, y: Tensor, rows: Tensor) -> object:
+        return self.replay.gathered(x, y, rows)
 
 
 class CudaGraph:
@@ -54,8 +40,8 @@ class CudaGraph:
 
     name = "cuda_graph"
     label = "PyTorch eager in a CUDA graph"
-    kinds = frozenset({"step", "online"})
-    notes = "zero_grad, forward, backward and fused optimizer in one graph; the batch is copied into it"
+    kinds = frozenset({"step", "online", "epoch"})
+    notes = "zero_grad, forward, backward and fused optimizer in one graph; the batch is copied or gathered into it"
 
     def available(self, problem: Problem) -> Availability:
         return needs(

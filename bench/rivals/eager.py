@@ -6,11 +6,11 @@ import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.problems import Problem
 from bench.rivals.protocol import OK, Availability, Run, needs
-from bench.rivals.training import TrainingProblem, TrainingRun, optimizer_of, torch_network
+from bench.rivals.training import TrainingProblem, TrainingRun, loss_module, optimizer_of, torch_network
 
 __all__ = ["Eager", "EagerFloat32", "EagerRun"]
 
@@ -22,8 +22,9 @@ class EagerRun(TrainingRun):
         super().__init__(problem)
         self.model = torch_network(problem, torch.float64 if problem.dtype == "float64" else torch.float32)
         self.params = list(self.model.parameters())
-        self.loss = nn.CrossEntropyLoss()
-        self.optimizer = optimizer_of(problem, self.params, fused=fused)
+        self.loss = loss_module(problem)
+        # Without ``fused`` torch chooses: on a GPU it changes all parameters at once (foreach), on a CPU one by one.
+        self.optimizer = optimizer_of(problem, self.params, **({"fused": True} if fused else {}))
         self.half = problem.torch_dtype if problem.itemsize == 2 else None
         kind = "cuda" if problem.device.startswith("cuda") else "cpu"
         self.kind = kind
@@ -48,15 +49,17 @@ class EagerRun(TrainingRun):
 
 
 class Eager:
-    """nn.Linear, nn.CrossEntropyLoss, torch.optim."""
+    """nn.Linear, the loss of torch.nn, torch.optim."""
 
-    kinds = frozenset({"step", "online"})
+    kinds = frozenset({"step", "online", "epoch"})
 
     def __init__(self, *, fused: bool = False) -> None:
         self.fused = fused
         self.name = "eager_fused" if fused else "eager"
         self.label = "PyTorch eager, fused optimizer" if fused else "PyTorch eager"
-        self.notes = f"nn.Linear, CrossEntropyLoss, torch.optim{' (fused=True)' if fused else ''}; 16 bits: autocast"
+        self.notes = (
+            f"nn.Linear, the loss of torch.nn, torch.optim{' (fused=True)' if fused else ''}; 16 bits: autocast"
+        )
 
     def available(self, problem: Problem) -> Availability:
         return OK

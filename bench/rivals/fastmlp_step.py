@@ -31,7 +31,11 @@ class _StepRun(TrainingRun):
         self.params = list(model.parameters())
         settings: dict[str, Any] = OPTIMIZERS[problem.optimizer]
         self.train = fastmlp.TrainStep(
-            model, "adamw" if problem.optimizer == "adamw" else "sgd", dtype=problem.torch_dtype, **settings
+            model,
+            "adamw" if problem.optimizer == "adamw" else "sgd",
+            loss=problem.loss,
+            dtype=problem.torch_dtype,
+            **settings,
         )
 
     def step(self, x: Tensor, y: Tensor) -> object:
@@ -40,14 +44,15 @@ class _StepRun(TrainingRun):
 
 class _EpochRun(_StepRun):
     def compute(self, *inputs: Tensor) -> object:
-        x, y = inputs
-        return self.train.epoch(x, y, 1)
+        x, y, *order = inputs
+        return self.train.epoch(x, y, self.problem.batch, order[0] if order else None)
 
 
 class _ModulesRun(TrainingRun):
     def __init__(self, problem: TrainingProblem) -> None:
         super().__init__(problem)
-        self.model, self.loss = _model(problem), fastmlp.CrossEntropyLoss()
+        self.model = _model(problem)
+        self.loss = fastmlp.functional.mse_loss if problem.loss == "mse" else fastmlp.CrossEntropyLoss()
         self.params = list(self.model.parameters())
         self.optimizer = optimizer_of(problem, self.params, fused=True)
 
@@ -64,14 +69,14 @@ class FastMLP:
 
     name = "fastmlp"
     label = "fastmlp TrainStep"
-    kinds = frozenset({"step", "online"})
-    notes = "float32 parameters; 16 bits: TrainStep(dtype=...); online: TrainStep.epoch(batch_size=1)"
+    kinds = frozenset({"step", "online", "epoch"})
+    notes = "float32 parameters; 16 bits: TrainStep(dtype=...); online and epoch: TrainStep.epoch"
 
     def available(self, problem: Problem) -> Availability:
         return OK
 
     def build(self, problem: Problem) -> Run:
-        return (_EpochRun if problem.kind == "online" else _StepRun)(problem)  # type: ignore[arg-type]
+        return (_StepRun if problem.kind == "step" else _EpochRun)(problem)  # type: ignore[arg-type]
 
 
 class FastMLPOneByOne:
@@ -95,7 +100,7 @@ class FastMLPModules:
     name = "fastmlp_modules"
     label = "fastmlp modules, autograd"
     kinds = frozenset({"step"})
-    notes = "fastmlp.MLP, fastmlp.CrossEntropyLoss, fused torch.optim"
+    notes = "fastmlp.MLP, fastmlp's loss, fused torch.optim"
 
     def available(self, problem: Problem) -> Availability:
         return needs((problem.itemsize >= 4, "16 bits go through TrainStep"))

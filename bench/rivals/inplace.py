@@ -66,13 +66,14 @@ class InPlace:
 
     name = "inplace"
     label = "hand-written in-place loop"
-    kinds = frozenset({"step", "online"})
+    kinds = frozenset({"step", "online", "epoch"})
     notes = "aten on preallocated buffers, W.addmm_(dZ.T, X, alpha=-lr) but for slim W, no tape"
 
     def available(self, problem: Problem) -> Availability:
         return needs(
             (getattr(problem, "bias", True), "written with biases"),
             (getattr(problem, "optimizer", "sgd") == "sgd", "written for plain SGD"),
+            (getattr(problem, "loss", "cross_entropy") == "cross_entropy", "written for cross-entropy"),
             (problem.itemsize >= 4, "written for one dtype, without masters"),
             (getattr(problem, "activation", "sigmoid") in _ACTIVATE, "written for sigmoid, relu and tanh"),
         )

@@ -81,6 +81,7 @@ class JaxOperation:
         platform = import_jax().default_backend()
         return needs(
             ((platform == "gpu") == problem.device.startswith("cuda"), f"this JAX computes on the {platform}"),
+            (problem.timing == "chain", "computes on streams of its own, where torch's events see nothing"),
             (problem.kind != "linear_act_backward", "cannot compile a backward pass apart from its forward pass"),
         )
 

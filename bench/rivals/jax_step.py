@@ -1,4 +1,4 @@
-"""JAX: the whole step jitted with donated parameters; online training a jitted scan over the samples."""
+"""JAX: the whole step jitted with donated parameters; many steps a jitted scan over the samples or batches."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ class _JaxRun:
         jnp = jax.numpy
         self.params = [jnp.array(p.numpy()) for p in problem.parameters()]
         self.velocity = [jnp.zeros_like(p) for p in self.params] if problem.optimizer == "nesterov" else []
-        self.sets = [tuple(jnp.array(t.numpy()) for t in problem.make_inputs(i)) for i in range(problem.input_sets)]
-        self.sets = [(x, y.astype(jnp.int32)) for x, y in self.sets]
+
+        def array(t: torch.Tensor) -> Any:
+            return jnp.array((t if t.is_floating_point() else t.int()).numpy())
+
+        self.sets = [tuple(map(array, problem.make_inputs(i))) for i in range(problem.input_sets)]
         self.count = 0
         settings = OPTIMIZERS[problem.optimizer]
         lr, momentum = settings["lr"], settings.get("momentum", 0.0)
@@ -51,7 +54,10 @@ class _JaxRun:
                 w, b = params[i].astype(compute), params[i + 1].astype(compute)
                 a = jax.lax.dot_general(a, w, (((1,), (1,)), ((), ())), precision=precision) + b
                 a = f(a) if i < len(params) - 2 else a
-            log_p = jax.nn.log_softmax(a.astype(jnp.float32))
+            a = a.astype(jnp.float32)
+            if problem.loss == "mse":
+                return ((a - y) ** 2).mean()
+            log_p = jax.nn.log_softmax(a)
             return -jnp.take_along_axis(log_p, y[:, None], 1).mean()
 
         def step(params: Any, velocity: Any, x: Any, y: Any) -> Any:
@@ -70,13 +76,23 @@ class _JaxRun:
             (params, velocity), losses = jax.lax.scan(one, (params, velocity), (x, y))
             return params, velocity, losses.mean()
 
-        self.step = jax.jit(samples if problem.kind == "online" else step, donate_argnums=(0, 1))
+        def batches(params: Any, velocity: Any, x: Any, y: Any, order: Any) -> Any:
+            def one(carry: Any, rows: Any) -> Any:
+                params, velocity, loss = step(carry[0], carry[1], x[rows], y[rows])
+                return (params, velocity), loss
+
+            rows = order.reshape(-1, problem.batch)
+            (params, velocity), losses = jax.lax.scan(one, (params, velocity), rows)
+            return params, velocity, losses.mean()
+
+        calls = {"step": step, "online": samples, "epoch": batches}
+        self.step = jax.jit(calls[problem.kind], donate_argnums=(0, 1))
         self.loss: Any = None
 
     def __call__(self) -> object:
-        x, y = self.sets[self.count % len(self.sets)]
+        inputs = self.sets[self.count % len(self.sets)]
         self.count += 1
-        self.params, self.velocity, self.loss = self.step(self.params, self.velocity, x, y)
+        self.params, self.velocity, self.loss = self.step(self.params, self.velocity, *inputs)
         return self.loss
 
     def finish(self) -> None:
@@ -93,8 +109,8 @@ class JaxStep:
 
     name = "jax"
     label = "JAX jit"
-    kinds = frozenset({"step", "online"})
-    notes = "value_and_grad and update in one jit, parameters donated, XLA's own threads; online: lax.scan"
+    kinds = frozenset({"step", "online", "epoch"})
+    notes = "value_and_grad and update in one jit, parameters donated, XLA's own threads; online and epoch: lax.scan"
 
     def available(self, problem: Problem) -> Availability:
         here = installed("jax")

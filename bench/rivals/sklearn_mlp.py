@@ -85,6 +85,7 @@ class SklearnMLP:
             if not here.ok
             else needs(
                 (getattr(problem, "bias", True), "written with biases"),
+                (getattr(problem, "loss", "cross_entropy") == "cross_entropy", "its classifier has cross-entropy"),
                 (not problem.device.startswith("cuda"), "runs on the CPU"),
                 (problem.dtype == "float32", "has no 16-bit products"),
                 (getattr(problem, "optimizer", "") in ("sgd", "nesterov"), "its Adam has no decoupled weight decay"),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.problems import Problem, Results
 from bench.rivals.protocol import Availability, Run, installed, needs
-from bench.rivals.training import TrainingProblem, TrainingRun, optimizer_of
+from bench.rivals.training import TrainingProblem, TrainingRun, loss_module, optimizer_of
 
 __all__ = ["TinyCudaNN"]
 
@@ -51,7 +51,7 @@ class _TinyRun(TrainingRun):
             at += matrix.numel()
         with torch.no_grad():
             self.network.params.copy_(torch.cat(parts))
-        self.loss = nn.CrossEntropyLoss()
+        self.loss = loss_module(problem)
         self.optimizer = optimizer_of(problem, self.network.parameters(), fused=True)
 
     def step(self, x: Tensor, y: Tensor) -> object:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.problems import OPTIMIZERS, OnlineProblem, Results, StepProblem
+from bench.problems import OPTIMIZERS, EpochProblem, OnlineProblem, Results, StepProblem
 from bench.rivals.protocol import OpRun
 from fastmlp.activations import ACTIVATIONS
 
-__all__ = ["TrainingProblem", "TrainingRun", "optimizer_of", "torch_network"]
+__all__ = ["TrainingProblem", "TrainingRun", "loss_module", "optimizer_of", "torch_network"]
 
-TrainingProblem = StepProblem | OnlineProblem
+TrainingProblem = StepProblem | OnlineProblem | EpochProblem
 
 
 def torch_network(problem: TrainingProblem, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -32,6 +32,11 @@ def torch_network(problem: TrainingProblem, dtype: torch.dtype = torch.float32) 
     return network.to(problem.device, dtype)
 
 
+def loss_module(problem: TrainingProblem) -> nn.Module:
+    """torch.nn's loss of that name."""
+    return nn.MSELoss() if problem.loss == "mse" else nn.CrossEntropyLoss()
+
+
 def optimizer_of(problem: TrainingProblem, parameters: Any, **options: Any) -> torch.optim.Optimizer:
     """torch.optim's optimizer with the problem's settings."""
     kind = torch.optim.AdamW if problem.optimizer == "adamw" else torch.optim.SGD
@@ -41,7 +46,8 @@ def optimizer_of(problem: TrainingProblem, parameters: Any, **options: Any) -> t
 class TrainingRun(OpRun):
     """A run that trains ``params`` (W_1, b_1, ...) in place; ``step(x, y)`` is one step on a batch.
 
-    Online problems take the samples of a call one by one, unless ``compute`` is overridden.
+    Online problems take the samples of a call one by one, epochs gather the rows of each batch first, unless
+    ``compute`` is overridden.
     """
 
     params: list[Tensor]
@@ -49,20 +55,30 @@ class TrainingRun(OpRun):
     def __init__(self, problem: TrainingProblem) -> None:
         super().__init__(problem, ())
         self.problem = problem
-        self.online = isinstance(problem, OnlineProblem)
+        x, y = self.sets[0][:2]
+        #: What a step sees, for what must know its inputs before the first one.
+        self.example = x[: problem.batch], y[: problem.batch]
 
     def step(self, x: Tensor, y: Tensor) -> object:
         """Forward, loss, backward and update."""
         raise NotImplementedError
 
+    def gathered_step(self, x: Tensor, y: Tensor, rows: Tensor) -> object:
+        """A step on some rows of X and Y."""
+        return self.step(x.index_select(0, rows), y.index_select(0, rows))
+
     def compute(self, *inputs: Tensor) -> object:
         """The calls' steps."""
-        x, y = inputs
-        if not self.online:
-            return self.step(x, y)
+        x, y, *order = inputs
         last: object = None
-        for i in range(x.shape[0]):
-            last = self.step(x[i : i + 1], y[i : i + 1])
+        if order:
+            for rows in order[0].split(self.problem.batch):
+                last = self.gathered_step(x, y, rows)
+        elif x.shape[0] == self.problem.batch:
+            last = self.step(x, y)
+        else:
+            for i in range(x.shape[0]):
+                last = self.step(x[i : i + 1], y[i : i + 1])
         return last
 
     def results(self) -> Results:

@@ -13,6 +13,7 @@ from .errors import (
     UninitShared,
 )
 from .kernel import PtxKernel
+from .null_gpu import NullGPU
 from .shared_memory import bank_wavefronts
 from .simulated_gpu import TRITON, Launch, SimulatedGPU
 from .stats import Stats
@@ -24,6 +25,7 @@ __all__ = [
     "Divergence",
     "Launch",
     "Misaligned",
+    "NullGPU",
     "OutOfBounds",
     "PtxKernel",
     "SharedRace",

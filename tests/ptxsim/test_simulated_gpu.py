@@ -15,7 +15,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from tests.ptxsim import TRITON, OutOfBounds, SharedRace, SimulatedGPU
+from tests.ptxsim import TRITON, NullGPU, OutOfBounds, SharedRace, SimulatedGPU
 from tests.ptxsim.samples.split_k import k_splitk
 
 pytestmark = pytest.mark.execute
@@ -289,3 +289,15 @@ def test_too_much_shared_memory_is_refused_as_on_the_device() -> None:
     assert 101376 < gpu.launches[0].shared <= gpu.max_shared_mem
     with SimulatedGPU(86, execute=False), pytest.raises(triton.runtime.OutOfResources, match="shared memory"):
         shared_tile[(1,)](x, torch.empty_like(x), N=128)
+
+
+@pytest.mark.parametrize("first", [SimulatedGPU, NullGPU])
+def test_null_gpu_compiles_and_launches_nothing(first: type[SimulatedGPU]) -> None:
+    """Whichever of the two compiled a kernel first, each keeps its own launcher."""
+    before = _state()
+    factor = 11.0 if first is NullGPU else 12.0
+    for kind in (first, NullGPU, SimulatedGPU):
+        with kind(90) as gpu:
+            assert run_scale(factor) is (kind is SimulatedGPU)
+        assert len(gpu.launches) == (kind is SimulatedGPU)
+    assert _state() == before

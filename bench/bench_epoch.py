@@ -1,0 +1,13 @@
+"""Steps of the reference network over resident data, gathered in a drawn order."""
+
+from __future__ import annotations
+
+from bench.conftest import Contest, device, matches
+from bench.presets import REFERENCE
+from bench.problems import EpochProblem, Problem
+from bench.rivals.protocol import Rival
+
+
+@matches([EpochProblem(REFERENCE, 64, steps=8, device=device())])
+def test_epoch(contest: Contest, problem: Problem, rival: Rival) -> None:
+    contest(problem, rival)
