@@ -2,7 +2,7 @@
 PYTHON ?= python
 PYTEST = $(PYTHON) -m pytest -q -n 2 --dist worksteal
 
-.PHONY: test lint types unit interpret compile compile-all launch execute bench-smoke fuzz test-gpu
+.PHONY: test lint types unit interpret compile compile-all launch execute placement bench-smoke fuzz test-gpu
 
 test: lint types interpret  ## everything that CI runs: the other lanes and the benchmarks share one run of pytest
 	$(PYTEST) tests bench --benchmark-disable -m "not interpret"
@@ -15,7 +15,7 @@ types:
 	$(PYTHON) -m mypy
 
 unit:  ## everything that needs no kernel
-	$(PYTEST) -m "not interpret and not compile and not launch and not execute and not gpu"
+	$(PYTEST) -m "not interpret and not compile and not launch and not execute and not placement and not gpu"
 
 interpret:  ## lane 1: the kernels in Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret
@@ -31,6 +31,9 @@ launch:  ## lane 3: the launches of the whole library, recorded
 
 execute:  ## lane 4: the compiled kernels executed on a simulated GPU
 	$(PYTEST) -m execute
+
+placement:  ## lane 5: what only CUDA does, on fake CUDA tensors
+	$(PYTEST) -m placement
 
 bench-smoke:  ## every benchmark built, judged against float64 and called once; no times
 	$(PYTEST) bench --benchmark-disable

@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if INTERPRETING:
         skip = pytest.mark.skip(reason="TRITON_INTERPRET=1: nothing is compiled in this process")
         for item in items:
-            if any(item.get_closest_marker(name) for name in ("compile", "launch", "execute")):
+            if any(item.get_closest_marker(name) for name in ("compile", "launch", "execute", "placement")):
                 item.add_marker(skip)
 
 
