@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python || command -v python3)
 PYTEST = $(PYTHON) -m pytest -q -n 2 --dist worksteal
 
-.PHONY: test lint types unit interpret compile compile-all launch execute bench-smoke fuzz test-gpu
+.PHONY: test lint types unit interpret compile compile-all launch execute placement bench-smoke fuzz test-gpu
 
 # Only test-gpu is about the GPU at hand: the rest does what it does on a machine without one, where lanes simulate it.
 test unit interpret compile compile-all launch execute: export CUDA_VISIBLE_DEVICES =
@@ -19,7 +19,7 @@ types:
 	$(PYTHON) -m mypy
 
 unit:  ## everything that needs no kernel
-	$(PYTEST) -m "not interpret and not compile and not launch and not execute and not gpu"
+	$(PYTEST) -m "not interpret and not compile and not launch and not execute and not placement and not gpu"
 
 interpret:  ## lane 1: the kernels in Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret
@@ -35,6 +35,9 @@ launch:  ## lane 3: the launches of the whole library, recorded
 
 execute:  ## lane 4: the compiled kernels executed on a simulated GPU
 	$(PYTEST) -m execute
+
+placement:  ## lane 5: what only CUDA does, on fake CUDA tensors
+	$(PYTEST) -m placement
 
 bench-smoke:  ## every benchmark built, judged against float64 and called once; no times
 	$(PYTEST) bench --benchmark-disable

@@ -28,7 +28,7 @@ HAS_GPU = torch.cuda.is_available()
 #: The markers of tests that take the kernels where kernels run, and plain torch elsewhere.
 WITH_KERNELS = [pytest.mark.interpret] if INTERPRETING else [pytest.mark.gpu] if HAS_GPU else []
 #: The lanes that compile for other GPUs, or stand in for one.
-SIMULATING = ("compile", "launch", "execute")
+SIMULATING = ("compile", "launch", "execute", "placement")
 #: GPU memory that one worker of pytest-xdist takes: its CUDA context, and the tensors of one test.
 WORKER_BYTES = 2 << 30
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -137,6 +138,13 @@ class GlobalMemory:
             changed = new != host
             if changed.any():
                 host[changed] = new[changed]
+
+    def written(self, writers: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
+        """Which bytes of each argument that was stored to were, by what ``note_writes`` kept."""
+        stored = np.zeros(self.mem.size, np.bool_)
+        for nbytes, last in writers.items():
+            stored |= np.repeat(last != 0, nbytes)
+        return {a.name: stored[start:end] for start, end, a in self.regions if stored[start:end].any()}
 
     def describe(self, address: int) -> str:
         """Where an address lies, seen from the nearest argument."""

@@ -180,6 +180,8 @@ class PtxKernel:
             memory.write_back()
         result = launch.stats
         result.ctas, result.steps = ncta, launch.steps
+        if launch.writers is not None:
+            result.written = memory.written(launch.writers)
         result.collect(self.code)
         result.seconds = time.time() - begun
         return result

@@ -126,7 +126,7 @@ def _constexprs_by_name(src: ASTSource) -> dict[str, Any]:
     return named
 
 
-class _Launcher:
+class Launcher:
     """What Triton calls to launch one compiled kernel.
 
     Triton's caches keep it when the `with` block is over, so it holds no SimulatedGPU: the one in charge records.
@@ -166,17 +166,19 @@ class _Launcher:
         )
         if enter_hook is not None:
             enter_hook(launch_metadata)
-        if gpu.execute:
-            record.stats = self._execute(record, gpu.launch_options)
-        gpu.launches.append(record)
+        gpu.submit(record, self)
         if exit_hook is not None:
             exit_hook(launch_metadata)
 
-    def _execute(self, record: Launch, options: Mapping[str, Any]) -> Stats:
+    def parameters(self, record: Launch) -> dict[str, Any]:
+        """The kernel's parameters by name, those of a tuple one by one."""
         flat: dict[str, Any] = {}
         for name, kind in self._signature.items():
             flat.update(flatten(name, record.arguments[name], kind))
-        return _decode(self._metadata, self._asm["ptx"]).launch(record.grid, flat, **options)
+        return flat
+
+    def execute(self, record: Launch, options: Mapping[str, Any]) -> Stats:
+        return _decode(self._metadata, self._asm["ptx"]).launch(record.grid, self.parameters(record), **options)
 
 
 class SimulatedGPU:
@@ -249,14 +251,20 @@ class SimulatedGPU:
         active, CompiledKernel._init_handles, knobs.runtime.add_stages_inspection_hook = self._replaced.pop()
         driver.set_active(active)
 
+    def submit(self, launch: Launch, launcher: Launcher) -> None:
+        """What becomes of a launch."""
+        if self.execute:
+            launch.stats = launcher.execute(launch, self.launch_options)
+        self.launches.append(launch)
+
     # What Triton asks of a driver.
 
     @property
     def utils(self) -> SimulatedGPU:
         return self
 
-    def launcher_cls(self, src: ASTSource, metadata: Any) -> _Launcher:
-        return _Launcher(self._starting)
+    def launcher_cls(self, src: ASTSource, metadata: Any) -> Launcher:
+        return Launcher(self._starting)
 
     def get_current_target(self) -> GPUTarget:
         return self.target

@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import re
 
+import numpy as np
+
 from .parser import Instruction
 
 _OWN_CLASS = {"mma", "ldmatrix", "stmatrix", "shfl", "bar", "cvt", "setp", "selp", "vote", "redux", "mov", "bra"}
@@ -45,7 +47,8 @@ class Stats:
     `global_load`, `global_store` and `async_copy` have requests, sectors (of 32 bytes), min_sectors (what the same
     bytes need at least, request by request) and bytes; `shared_load` and `shared_store` have requests, wavefronts
     and conflicts (wavefronts beyond the necessary). `hot_global` and `hot_shared` list (wasted sectors or
-    wavefronts, PTX line, source line, instruction), worst first.
+    wavefronts, PTX line, source line, instruction), worst first. `written` has, for each argument that was
+    stored to, which of its bytes were; it is empty without `global_races`, which watches the stores.
     """
 
     FIELDS = ("requests", "sectors", "min_sectors", "bytes")
@@ -64,6 +67,7 @@ class Stats:
         self.mma_flops = self.fma_flops = 0
         self.ctas = self.steps = 0
         self.uninit_reads = 0
+        self.written: dict[str, np.ndarray] = {}
         self.seconds = 0.0
         self.hot_global: list[tuple[int, int, str | None, str]] = []
         self.hot_shared: list[tuple[int, int, str | None, str]] = []

@@ -1,0 +1,125 @@
+"""The user's torch.set_default_device and torch.set_default_dtype change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import fastmlp
+from fastmlp import TrainStep, data, functional
+from tests.placement.test_step import OPTIMIZERS, PRECISIONS, ROWS, SIZES, batch, every_call
+from tests.placement.test_tape import loss_and_backward
+
+pytestmark = pytest.mark.placement
+
+
+@contextmanager
+def defaults(device: str | None, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """As a user may have set them at the top of a script."""
+    torch.set_default_device(device)
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+DEFAULTS = {
+    "cuda": ("cuda", torch.float32),
+    "the other GPU": ("cuda:0", torch.float32),
+    "meta": ("meta", torch.float32),
+    "float64": (None, torch.float64),
+    "bfloat16": (None, torch.bfloat16),
+}
+
+
+def all_of_a_step(machine, optimizer, precision):
+    parameters, products = PRECISIONS[precision]
+    model = fastmlp.MLP(SIZES, device="cuda:1", dtype=parameters)
+    step = TrainStep(model, dtype=products, **OPTIMIZERS[optimizer])
+    every_call(machine, step, "cuda:1", torch.uint8)
+    return list(machine.launches)
+
+
+@pytest.mark.parametrize("setting", DEFAULTS.values(), ids=DEFAULTS)
+@pytest.mark.parametrize("precision", ["float32", "mixed float16"])
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "clipped"])
+def test_step(machine, optimizer, precision, setting):
+    """The same launches, of tensors of the same dtypes."""
+    expected = all_of_a_step(machine, optimizer, precision)
+    machine.launches.clear()
+    with defaults(*setting):
+        actual = all_of_a_step(machine, optimizer, precision)
+    assert actual == expected
+
+
+@pytest.mark.parametrize("setting", DEFAULTS.values(), ids=DEFAULTS)
+def test_float64_step(machine, setting):
+    with defaults(*setting):
+        step = TrainStep(fastmlp.MLP(SIZES, device="cuda:1", dtype=torch.float64), lr=0.1, momentum=0.9)
+        every_call(machine, step, "cuda:1", torch.uint8)
+
+
+@pytest.mark.parametrize("setting", DEFAULTS.values(), ids=DEFAULTS)
+def test_tape(machine, setting):
+    expected = loss_and_backward(machine, "cuda:1", torch.float32)
+    with defaults(*setting):
+        actual = loss_and_backward(machine, "cuda:1", torch.float32)
+    assert actual == expected
+
+
+@pytest.mark.parametrize("setting", DEFAULTS.values(), ids=DEFAULTS)
+def test_data(machine, setting):
+    with defaults(*setting):
+        train, test = data.load_fashion_mnist(source="bundled")
+        assert (train.images.device.type, test.labels.device.type) == ("cpu", "cpu")
+        assert (train.images.dtype, train.labels.dtype) == (torch.uint8, torch.int64)
+        assert train.images.any()
+        assert int(train.labels.max()) == 9
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("setting", DEFAULTS.values(), ids=DEFAULTS)
+def test_training(machine, setting, backend):
+    with defaults(*setting), fastmlp.use_backend(backend):
+        model = fastmlp.MLP(SIZES, device="cuda:1", dtype=torch.float32)
+        images, labels = batch("cuda:1", torch.uint8, 3 * ROWS)
+        dataset = data.ImageDataset(images, labels, "drawn", "train", "nowhere", tuple("abcde"))
+        for engine in ("step", "autograd"):
+            history = fastmlp.train.fit(model, dataset, dataset, epochs=1, batch_size=ROWS, lr=0.1, engine=engine)
+            assert len(history.epochs) == 1
+
+
+@pytest.mark.parametrize("setting", DEFAULTS.values(), ids=DEFAULTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_on_a_cpu(machine, optimizer, dtype, setting):
+    """The same parameters, bit for bit."""
+
+    def trained() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = fastmlp.MLP(SIZES, device="cpu", dtype=dtype)
+        step = TrainStep(model, **OPTIMIZERS[optimizer])
+        g = torch.Generator("cpu").manual_seed(1)
+        for loss_rows in (ROWS, 2 * ROWS):
+            x = torch.randint(0, 256, (loss_rows, SIZES[0]), dtype=torch.uint8, generator=g, device="cpu")
+            y = torch.randint(0, SIZES[-1], (loss_rows,), generator=g, device="cpu")
+            step(x, y)
+            step.epoch(x, y, ROWS)
+            step.gradients(x, y)
+            step.update()
+        step.load_state_dict(step.state_dict())
+        loss = functional.cross_entropy(model(x), y)
+        loss = loss + functional.softmax_squared_error(model(x), y)
+        return [*(p.detach() for p in model.parameters()), loss.detach()]
+
+    expected = trained()
+    with defaults(*setting):
+        actual = trained()
+    for a, b in zip(actual, expected, strict=True):
+        assert a.device.type == "cpu"
+        assert torch.equal(a, b)

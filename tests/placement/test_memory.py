@@ -1,0 +1,116 @@
+"""What a TrainStep holds on a GPU does not grow with the number of batch sizes, epochs or data sets."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import fastmlp
+from fastmlp import TrainStep
+
+pytestmark = pytest.mark.placement
+
+SIZES = (64, 48, 10)
+
+
+def new_step(products=None):
+    model = fastmlp.MLP(SIZES, "relu", device="cuda:0")
+    return TrainStep(model, dtype=products, lr=0.1, momentum=0.9)
+
+
+def rows_of(n, *, pixels=False):
+    x = torch.empty((n, SIZES[0]), device="cuda:0", dtype=torch.uint8 if pixels else torch.float32)
+    return x, torch.empty(n, dtype=torch.int64, device="cuda:0")
+
+
+def one_size(machine, rows):
+    """What a step of a single batch size holds, its graph included."""
+    before = machine.held()
+    step = new_step()
+    for _ in range(4):
+        step(*rows_of(rows))
+    return machine.held() - before
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["graphs", "launches"])
+def test_300_batch_sizes(machine, graph):
+    allowed = 24 * one_size(machine, 1300)
+    step = TrainStep(fastmlp.MLP(SIZES, "relu", device="cuda:0"), lr=0.1, momentum=0.9, cuda_graph=graph)
+    before = machine.held()
+    sizes = random.Random(0).sample(range(1001, 1301), 300)
+    for rows in sizes:
+        for _ in range(3):
+            step(*rows_of(rows))
+    held = machine.held() - before
+    assert held <= allowed, f"{held:,} bytes after 300 sizes, {allowed // 24:,} for one"
+
+
+def test_300_batch_sizes_of_epochs(machine):
+    images, labels = rows_of(1300, pixels=True)
+    step = new_step()
+    for _ in range(3):
+        step.epoch(images, labels, 1300)
+    one = machine.held()
+    for batch_size in random.Random(0).sample(range(1001, 1300), 299):
+        for _ in range(3):
+            step.epoch(images, labels, batch_size)
+    held = machine.held()
+    assert held <= 24 * one, f"{held:,} bytes after 300 sizes, {one:,} for one"
+
+
+@pytest.mark.parametrize("products", [None, torch.bfloat16, torch.float16], ids=str)
+def test_100_epochs_over_float_images(machine, products):
+    """One copy in the products' dtype, kept or made anew, and one capture for each size of a batch."""
+    images, labels = rows_of(2000)
+    step = new_step(products)
+    before = machine.held()
+    for _ in range(4):
+        step.epoch(images, labels, 256)
+    early, captures = machine.held() - before, len(machine.captures)
+    for _ in range(96):
+        step.epoch(images, labels, 256)
+    held = machine.held() - before
+    assert held <= early * 1.01, f"{held:,} bytes after 100 epochs, {early:,} after 4"
+    assert len(machine.captures) == captures <= 4, "the same epoch is captured over and over again"
+
+
+@pytest.mark.parametrize("products", [None, torch.bfloat16], ids=str)
+def test_100_data_sets(machine, products):
+    """Data sets that the caller has given up are not held without bound."""
+    step = new_step(products)
+    for i in range(100):
+        images, labels = rows_of(2000)
+        for _ in range(2):
+            step.epoch(images, labels, 256)
+        del images, labels
+        if i == 30:
+            early = machine.held()
+    assert machine.held() <= early * 1.2
+
+
+def test_100_orders_and_rates(machine):
+    """Neither orders nor rates are kept, and none of them is a reason for another graph."""
+    images, labels = rows_of(2000, pixels=True)
+    step = new_step()
+    held = []
+    for i in range(100):
+        step.lr = 0.1 / (i + 1)
+        order = torch.randperm(2000, device="cuda:0")
+        step.epoch(images, labels, 256, order, [1 / (i + j + 1) for j in range(8)])
+        step(images[:100], labels[:100])
+        held.append(machine.held())
+    assert max(held[50:]) <= max(held[:10])
+    assert len(machine.captures) <= 4
+
+
+def test_a_step_that_is_gone_holds_nothing(machine):
+    before = machine.held()
+    step = new_step(torch.bfloat16)
+    for rows in (10, 20, 30):
+        for _ in range(3):
+            step(*rows_of(rows))
+            step.epoch(*rows_of(60), rows)
+    del step
+    assert machine.held() == before
