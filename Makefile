@@ -5,7 +5,7 @@ PYTEST = $(PYTHON) -m pytest -q -n 2 --dist worksteal
 .PHONY: test lint types unit interpret compile compile-all launch execute placement bench-smoke fuzz test-gpu
 
 # Only test-gpu is about the GPU at hand: the rest does what it does on a machine without one, where lanes simulate it.
-test unit interpret compile compile-all launch execute: export CUDA_VISIBLE_DEVICES =
+test unit interpret compile compile-all launch execute placement: export CUDA_VISIBLE_DEVICES =
 
 test: lint types interpret  ## everything that CI runs: the other lanes and the benchmarks share one run of pytest
 	$(PYTEST) tests bench --benchmark-disable -m "not interpret"
