@@ -209,4 +209,4 @@ def print_host(document: Document) -> None:
         smallest, largest = stated_range(samples[way])
         spread = f"±{50 * (largest - smallest) / document[way]:.0f} %"
         share = statistics.median(own / base for own, base in zip(samples[way], samples["eager_us"], strict=True))
-        click.echo(f"  {label:<52}{document[way]:>6.1f} µs{spread:>8}{share:>9.3f}")
+        click.echo(f"  {label:<52}{document[way]:>6.1f} µs{spread:>8}{share:>9.2g}")

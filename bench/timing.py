@@ -28,7 +28,7 @@ import torch
 
 from .rivals.protocol import Run
 
-__all__ = ["Clock", "Samples", "Turns", "take_turns"]
+__all__ = ["Clock", "Samples", "Turns", "chain", "take_turns"]
 
 #: Seconds since some moment.
 Clock = Callable[[], float]
@@ -69,14 +69,14 @@ class Turns:
         clock: Clock = time.perf_counter,
     ) -> None:
         self._runs = runs
-        self._turn: Callable[[Run, int], float] = functools.partial(_chain, clock=clock)
+        self._turn: Callable[[Run, int], float] = functools.partial(chain, clock=clock)
         if timing == "flushed":
             self._turn = functools.partial(_flushed, device=device)
         self.samples = {name: Samples(_warm_up(run, turn_s, clock)) for name, run in runs.items()}
         if timing == "chain" and device.startswith("cuda"):
             # The warm-up waits for the device after every call, which takes longer than a call of a chain.
             for name, samples in self.samples.items():
-                seconds = _chain(runs[name], samples.calls, clock)
+                seconds = chain(runs[name], samples.calls, clock)
                 samples.calls = max(1, round(turn_s / seconds))
 
     def round(self, number: int) -> None:
@@ -114,7 +114,7 @@ def _warm_up(run: Run, turn_s: float, clock: Clock) -> int:
     return max(1, round(turn_s * calls / (clock() - begin)))
 
 
-def _chain(run: Run, calls: int, clock: Clock) -> float:
+def chain(run: Run, calls: int, clock: Clock = time.perf_counter) -> float:
     """Seconds per call of ``calls`` calls in a row."""
     if calls > 1:
         run()  # brings its code and weights into the caches, as in the middle of a training run

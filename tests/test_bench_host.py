@@ -102,7 +102,7 @@ def test_command_prints_a_table(document, capsys):
     assert lines[0] == "host time of a step: Test CPU, commit abcdef, 11 rounds"
     assert max(map(len, lines)) <= 80
     (graph,) = (line for line in lines if "TrainStep in a graph" in line)
-    assert graph.split()[-5:] == ["44.0", "µs", "±9", "%", "4.000"]
+    assert graph.split()[-5:] == ["44.0", "µs", "±9", "%", "4"]
 
 
 def test_command_prints_json(document, capsys):

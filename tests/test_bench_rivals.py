@@ -172,6 +172,7 @@ def test_the_whole_step_is_one_graph_of_the_compiler_and_right(problem, graph, g
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_inductor_compiles_the_whole_step(optimizer):
+    counters.clear()
     problem = StepProblem(SIZES, 32, optimizer=optimizer)
     entry, _ = prepare(WholeStep("default"), Case(problem))
     assert (entry["status"], entry["reason"]) == ("ok", "")

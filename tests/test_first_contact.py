@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import create_autospec
 
@@ -308,6 +309,20 @@ def test_times_are_read_after_waiting(cuda: list[str]) -> None:
     cuda.clear()
     assert Gpu().host(launch, 2) > 0
     assert cuda == [*3 * ["launch"], "synchronize", *2 * ["launch"], "synchronize"]
+    cuda.clear()
+
+    class Contender:
+        def __call__(self) -> None:
+            launch()
+
+        def finish(self) -> None:
+            cuda.append("finished")
+
+        def results(self) -> dict[str, Any]:
+            return {}
+
+    assert Gpu().steps(Contender(), 2) > 0
+    assert cuda == [*3 * ["launch"], "launch", "finished", *2 * ["launch"], "finished"]
 
 
 def test_a_rehearsal_has_every_method_of_a_gpu_and_no_time() -> None:
@@ -317,9 +332,19 @@ def test_a_rehearsal_has_every_method_of_a_gpu_and_no_time() -> None:
     assert methods == {name for name, value in vars(Rehearsal).items() if callable(value)}
     here = Rehearsal()
     runs: list[int] = []
-    for timed in (here.chain, here.cold, here.host):
+    for timed in (here.chain, here.steps, here.cold, here.host):
         assert timed(lambda: runs.append(1), 100) is None
-    assert len(runs) == 3
+    assert len(runs) == 4
+
+
+def test_the_strongest_contenders_have_their_turn_first_and_none_takes_minutes() -> None:
+    from bench.contact import timings
+    from bench.contact.device import Gpu
+
+    units = timings.units(SimpleNamespace(device=Gpu(), rehearsal=False))  # type: ignore[arg-type]
+    turns = list(dict.fromkeys(unit.split()[0] for unit in units if unit.startswith("rival:")))
+    assert set(turns[:2]) == {"rival:cuda_graph", "rival:whole_default"}
+    assert not any("max_autotune" in turn for turn in turns)
 
 
 def test_nvidia_smi_is_asked_field_by_field_where_it_does_not_know_all(
