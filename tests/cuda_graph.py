@@ -306,7 +306,13 @@ class SimulatedCuda(StandIn):
         with torch.no_grad():
             for t in graph.memory:
                 poison(t)
-            for node in graph.nodes:
+            kernels = [node for node in graph.nodes if isinstance(node, KernelNode)]
+            for node in kernels:
                 node.poison(kept)
+            # An operation in place also touches what a kernel leaves alone, such as the padding between gradients.
+            kept |= {place.storage.cdata for node in kernels for place, _ in node.written}
+            for node in graph.nodes:
+                if isinstance(node, OperationNode):
+                    node.poison(kept)
             for node in graph.nodes:
                 node.run(self)

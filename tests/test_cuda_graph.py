@@ -13,6 +13,8 @@ if INTERPRETING:
 from fastmlp import kernels
 from tests.cuda_graph import SimulatedCuda
 
+pytestmark = pytest.mark.execute
+
 
 def captured(cuda, work):
     graph = torch.cuda.CUDAGraph()
