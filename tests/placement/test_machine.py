@@ -55,7 +55,7 @@ def test_tensors_on_the_wrong_device(machine):
     for device in ("cpu", "cuda:0"):
         with pytest.raises(AssertionError, match="where everything should be"), machine.hot("cuda:1"):
             torch.zeros(3, device=device)
-        with pytest.raises(RuntimeError, match="same device|two devices"):
+        with pytest.raises(RuntimeError, match=r"same device|two devices"):
             x + torch.ones(3, device=device)
     with machine.hot("cuda:1", host=True):
         torch.zeros(3)
