@@ -21,7 +21,7 @@ import torch
 from fastmlp import cpu_choices
 from tests.covering import SIMULATED, left_out
 
-pytest_plugins = ["tests.fuzz.plugin"]
+pytest_plugins = ["tests.fuzz.plugin", "tests.precision"]
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
