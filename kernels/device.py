@@ -71,12 +71,12 @@ def tf32_allowed() -> bool:
     return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
 
 
-def input_precision(device: Device) -> str:
-    """How ``tl.dot`` multiplies float32 here.
+def input_precision(device: Device, dtype: torch.dtype) -> str:
+    """How ``tiling.dot`` multiplies operands of ``dtype`` here.
 
-    As accurately as float32 is tf32x3 on tensor cores (three products of the split operands, with half the
-    instructions of float32 FMA) and ieee where there are none. Where torch allows tf32, it is one tf32 product.
+    float32 is "tf32x3" on tensor cores (three products of the split operands: as accurate as float32 FMA with half the
+    instructions), or "tf32", one product, where torch allows that. All else is "ieee".
     """
-    if not device.has_tf32:
+    if dtype != torch.float32 or not device.has_tf32:
         return "ieee"
     return "tf32" if tf32_allowed() else "tf32x3"

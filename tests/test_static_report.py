@@ -320,6 +320,8 @@ def test_errors_are_shares_of_the_budget():
 def test_tf32_rounds_to_ten_bits():
     x = torch.tensor([1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -1 - 2**-11, 3.0])
     assert tf32(x).tolist() == [1 + 2**-10, 1 + 2**-10, 1.0, -1 - 2**-10, 3.0]
+    assert tf32(torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)).isnan().all()
+    assert tf32(torch.tensor([math.inf, -math.inf])).tolist() == [math.inf, -math.inf]
 
 
 @pytest.mark.usefixtures("default_precision")
