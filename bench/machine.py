@@ -71,7 +71,10 @@ def describe(device: str) -> dict[str, Any]:
         "load_before": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "platform": platform.platform(),
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_precision": {
+            "cuda": torch.backends.cuda.matmul.fp32_precision,
+            "mkldnn": torch.backends.mkldnn.matmul.fp32_precision,
+        },
         **_commit(),
     }
     about["slug"] = slug(about["name"], device, about["threads"])

@@ -63,10 +63,11 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         [*, out_features] in weight's dtype (in the autocast dtype under torch.autocast).
 
     Differentiable with respect to x, weight and bias, twice with ``create_graph=True``. The kernels run on CUDA and
-    HIP tensors in float32 (multiplied as ``torch.get_float32_matmul_precision`` says), float16 and bfloat16, plain
-    torch runs elsewhere: see ``fastmlp.set_backend``. Inside the transforms of torch.func (vmap, grad, jvp, ...) the
-    formula runs as plain torch operations, which the transforms know how to transform. torch.compile takes it into one
-    graph, the kernels as operators; a compiled call has first derivatives only, and forward mode is torch.func's only.
+    HIP tensors in float32 (multiplied as ``torch.backends.cuda.matmul.fp32_precision`` says), float16 and bfloat16,
+    plain torch runs elsewhere: see ``fastmlp.set_backend``. Inside the transforms of torch.func (vmap, grad, jvp, ...)
+    the formula runs as plain torch operations, which the transforms know how to transform. torch.compile takes it into
+    one graph, the kernels as operators; a compiled call has first derivatives only, and forward mode is torch.func's
+    only.
 
     Raises:
         ValueError: unknown activation.

@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.runtime import driver
 
-__all__ = ["DTYPES", "Device", "current_device", "input_precision", "interpreting"]
+__all__ = ["DTYPES", "Device", "current_device", "input_precision", "interpreting", "tf32_allowed"]
 
 #: What the kernels compute in, beside uint8 pixels as the first layer's input.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,12 +60,23 @@ def current_device() -> Device:
     return device
 
 
-def input_precision(device: Device) -> str:
-    """How ``tl.dot`` multiplies float32 here, after ``torch.get_float32_matmul_precision()``.
+def tf32_allowed() -> bool:
+    """Whether torch lets float32 products on CUDA devices round their operands to tf32.
 
-    "highest" is tf32x3 on tensor cores (three products of the split operands: as accurate as float32 FMA with
-    half the instructions) and ieee where there are none; "high" and "medium" are one tf32 product.
+    Torch has two settings. The newer one is ``torch.backends.cuda.matmul.fp32_precision``, which falls back to
+    ``torch.backends.fp32_precision``. The older ones, ``torch.set_float32_matmul_precision`` and ``allow_tf32``, change
+    the newer one too, so the newer one always knows. ``torch.get_float32_matmul_precision`` does not: it raises once
+    the newer one is used. Every launch asks, and the function called here takes an eighth of the attribute's time.
     """
-    if not device.has_tf32:
+    return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+
+
+def input_precision(device: Device, dtype: torch.dtype) -> str:
+    """How ``tiling.dot`` multiplies operands of ``dtype`` here.
+
+    float32 is "tf32x3" on tensor cores (three products of the split operands: as accurate as float32 FMA with half the
+    instructions), or "tf32", one product, where torch allows that. All else is "ieee".
+    """
+    if dtype != torch.float32 or not device.has_tf32:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if tf32_allowed() else "tf32x3"

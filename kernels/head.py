@@ -242,7 +242,7 @@ def head(
         *((0, 0) if saved is None else saved.stride()),
         ACTIVATION=activation, SMOOTH=smoothing != 0.0, GATHER_H=gather_h, PIXELS=h.dtype == torch.uint8,
         EVEN_K=K % (tile.slices * tile.depth) == 0, EVEN_COLS=K % tile.cols == 0,
-        INPUT_PRECISION=input_precision(device),
+        INPUT_PRECISION=input_precision(device, weight.dtype),
         BLOCK_M=tile.rows, BLOCK_C=tile.classes, SLICES=tile.slices, DEPTH=tile.depth,
         COLS=tile.cols, SPLITS=tile.splits,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -105,7 +105,7 @@ def linear_dgrad(
         M, N, K,
         dz.stride(0), dz.stride(1), weight.stride(0), weight.stride(1),
         ACTIVATION=activation, HAS_SAVED=saved is not None,
-        EVEN_N=N % tile.depth == 0, INPUT_PRECISION=input_precision(device),
+        EVEN_N=N % tile.depth == 0, INPUT_PRECISION=input_precision(device, weight.dtype),
         BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.cols, GROUP_M=GROUP_M, **tile.compile_options,
     )  # fmt: skip
     return dx

@@ -127,7 +127,7 @@ def linear_fwd(
         x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
         ACTIVATION=activation,
         HAS_BIAS=bias is not None, SAVE_Z=save_z, GATHER=rows is not None, PIXELS=x.dtype == torch.uint8,
-        EVEN_K=K % tile.depth == 0, INPUT_PRECISION=input_precision(device),
+        EVEN_K=K % tile.depth == 0, INPUT_PRECISION=input_precision(device, weight.dtype),
         BLOCK_M=tile.rows, BLOCK_N=tile.cols, BLOCK_K=tile.depth, GROUP_M=GROUP_M, **tile.compile_options,
     )  # fmt: skip
     return a, z

@@ -180,7 +180,7 @@ def linear_wgrad(
         M, N, K, m_per_split, stride_split if n_splits > 1 else 0,
         dz.stride(0), dz.stride(1), x.stride(0), x.stride(1),
         HAS_BIAS=bias, GATHER=rows is not None, PIXELS=x.dtype == torch.uint8,
-        EVEN_M=M % tile.depth == 0, INPUT_PRECISION=input_precision(device),
+        EVEN_M=M % tile.depth == 0, INPUT_PRECISION=input_precision(device, dz.dtype),
         BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, **tile.compile_options,
     )  # fmt: skip
     if n_splits > 1:

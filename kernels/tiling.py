@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from .device import interpreting
 
@@ -12,31 +13,44 @@ _INTERPRETING: tl.constexpr = tl.constexpr(interpreting())
 
 
 @triton.jit
-def _tf32_high(x):
-    """x rounded to tf32 (10 fraction bits), half away from zero. x - high is NaN for x not finite."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+def _tf32(x, KEEP_NAN: tl.constexpr):
+    """x rounded to the nearest tf32 (10 fraction bits). Infinities stay infinite, and KEEP_NAN keeps NaN.
+
+    From sm_90 on one instruction does all of that, with ties to even. Elsewhere an integer addition rounds, with ties
+    away from zero. The addition alone turns the NaN that GPUs make, bits 0x7fffffff, into -0.0, so that KEEP_NAN costs
+    one comparison per element.
+    """
+    if _INTERPRETING or not cuda_capability_geq(9, 0):
+        bits = x.to(tl.int32, bitcast=True)
+        if KEEP_NAN:
+            rounded = tl.where(x == x, bits + 0x1000, bits)
+        else:
+            rounded = bits + 0x1000
+        return (rounded & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        bits = tl.inline_asm_elementwise(
+            "cvt.rn.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+        return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
-    """Acc + A B, accumulated in float32.
+    """Acc + A B, accumulated in float32. INPUT_PRECISION is what ``device.input_precision`` says.
 
-    float32 operands with INPUT_PRECISION "tf32x3" are split into high and low tf32 parts,
+    With "tf32x3" float32 operands are split into high and low tf32 parts,
 
         A B = A_low B_high + A_high B_low + A_high B_high,
 
     which leaves out A_low B_low, 2^-22 of the product: as accurate as float32. (Operands that are not finite give
-    NaN.) This is written out, rather than left to ``tl.dot(input_precision="tf32x3")``, because that one copies
-    every operand through shared memory a second time, with eightfold bank conflicts. For the same reason each
-    product gets a high part of its own, a - a_low = a_high: the compiler moves the change of layout of an operand
-    up to its load, and so reads shared memory once, only where it is the operand's first.
+    NaN, since x - high is NaN.) This is written out, rather than left to ``tl.dot(input_precision="tf32x3")``,
+    because that one copies every operand through shared memory a second time, with eightfold bank conflicts. For the
+    same reason each product gets a high part of its own, a - a_low = a_high: the compiler moves the change of layout
+    of an operand up to its load, and so reads shared memory once, only where it is the operand's first.
     """
-    if _INTERPRETING:
-        # The interpreter keeps bfloat16 as its bits in uint16 and would multiply those; widening is exact.
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    elif INPUT_PRECISION == "tf32x3" and a.dtype == tl.float32:
-        a_high = _tf32_high(a)
-        b_high = _tf32_high(b)
+    if INPUT_PRECISION == "tf32x3":
+        a_high = _tf32(a, False)
+        b_high = _tf32(b, False)
         a_low = a - a_high
         b_low = b - b_high
         acc = tl.dot(a_low, b_high, acc, input_precision="tf32")
@@ -45,13 +59,14 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
         acc = tl.dot(a_high, b_low, acc, input_precision="tf32")
         a_high = a - (a - a_high)
         acc = tl.dot(a_high, b_high, acc, input_precision="tf32")
-    elif a.dtype == tl.float32 and INPUT_PRECISION == "tf32":
+    elif INPUT_PRECISION == "tf32":
         # The matrix units ignore the bits beyond tf32's, an error that always points to zero; rounding halves it.
-        acc = tl.dot(_tf32_high(a), _tf32_high(b), acc, input_precision="tf32")
-    elif a.dtype == tl.float32:
-        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+        acc = tl.dot(_tf32(a, True), _tf32(b, True), acc, input_precision="tf32")
+    elif _INTERPRETING:
+        # The interpreter keeps bfloat16 as its bits in uint16 and would multiply those; widening is exact.
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
-        acc = tl.dot(a, b, acc)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
 
 

@@ -338,7 +338,7 @@ def wgrad_update(
         LAYERS=len(layers), OPTIMIZER=hyper.optimizer, NESTEROV=hyper.nesterov, HAS_LOW=layout.has_low,
         DIRECT=direct, SCALED=unscale is not None, HAS_LOSS=has_loss,
         GATHER=rows is not None, PIXELS=xs[0].dtype == torch.uint8, EVEN_M=m % tile.depth == 0,
-        INPUT_PRECISION=input_precision(current_device()),
+        INPUT_PRECISION=input_precision(current_device(), dtype),
         BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, LOSS_BLOCK=LOSS_BLOCK,
         **tile.compile_options,
     )  # fmt: skip

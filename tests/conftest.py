@@ -21,7 +21,7 @@ import torch
 from fastmlp import cpu_choices
 from tests.covering import SIMULATED, left_out
 
-pytest_plugins = ["tests.fuzz.plugin"]
+pytest_plugins = ["tests.fuzz.plugin", "tests.precision"]
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
@@ -115,7 +115,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         lanes = [pytest.param("interpret", marks=pytest.mark.interpret)]
     else:
         # Every architecture for the ragged shapes, one for all else: the code differs little, and time is short.
-        everywhere = metafunc.config.getoption("full") or "shapes" in metafunc.function.__name__
+        everywhere = (
+            metafunc.config.getoption("full")
+            or "shapes" in metafunc.function.__name__
+            or metafunc.definition.get_closest_marker("everywhere")
+        )
         archs = sorted(SIMULATED) if everywhere else [80]
         lanes = [pytest.param(f"sm_{arch}", marks=pytest.mark.execute) for arch in archs]
     metafunc.parametrize("lane", lanes, indirect=True)

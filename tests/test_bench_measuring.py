@@ -10,12 +10,14 @@ import torch
 
 from bench.compare import compare, print_changes
 from bench.gate import judge, worst
+from bench.machine import describe
 from bench.presets import NAMES, Case, preset
 from bench.problems import GATE_CALLS, LinearProblem, StepProblem
 from bench.rivals import RIVALS, rivals_for
 from bench.rivals.protocol import OK, Availability, OpRun
 from bench.runner import GROUP_BYTES, BuiltCase, groups
 from bench.timing import Turns, take_turns
+from tests.precision import SETTINGS
 
 PROBLEM = LinearProblem(8, 12, 6)
 
@@ -249,3 +251,13 @@ def test_runs_without_a_common_case_are_an_error():
         compare(document({"a": [1.0]}), other)
     with pytest.raises(ValueError, match="accuracy"):
         compare(document({"a": [1.0]}), document({}, kind="accuracy"))
+
+
+@pytest.mark.usefixtures("default_precision")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_precision_of_float32_is_recorded(name):
+    """Whichever of torch's settings was made: torch.get_float32_matmul_precision raises in half of these."""
+    steps, allowed = SETTINGS[name]
+    for set_to, value in steps:
+        set_to(value)
+    assert (describe("cpu")["float32_precision"]["cuda"] == "tf32") == allowed

@@ -28,12 +28,14 @@ from bench.static.operations import OperationCounter
 from bench.static.report import dump
 from bench.static.steps import eager_step, fastmlp_autograd_step, fastmlp_step
 from bench.static.work import WORK, Work, touched, work_of
-from bench.static.workloads import WORKLOADS, draw, labels
+from bench.static.workloads import WORKLOADS, draw, float32_precision, labels
 from fastmlp import kernels
+from fastmlp.kernels.device import tf32_allowed
 from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, reduce_update
 from tests.compile.machine_code import instructions, resources
 from tests.compile.targets import TARGETS
 from tests.kernels.launches import kernel_names
+from tests.precision import SETTINGS
 from tests.ptxsim import SimulatedGPU
 
 HEADER = Path(triton.__file__).parent / "backends" / "nvidia" / "include" / "cuda_occupancy.h"
@@ -318,6 +320,27 @@ def test_errors_are_shares_of_the_budget():
 def test_tf32_rounds_to_ten_bits():
     x = torch.tensor([1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -1 - 2**-11, 3.0])
     assert tf32(x).tolist() == [1 + 2**-10, 1 + 2**-10, 1.0, -1 - 2**-10, 3.0]
+    assert tf32(torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)).isnan().all()
+    assert tf32(torch.tensor([math.inf, -math.inf])).tolist() == [math.inf, -math.inf]
+
+
+@pytest.mark.usefixtures("default_precision")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_mode_sets_the_precision_and_takes_it_back(name):
+    steps, allowed = SETTINGS[name]
+    for set_to, value in steps:
+        set_to(value)
+    for mode in ("tf32", "float32"):
+        with float32_precision(mode):
+            assert tf32_allowed() == (mode == "tf32")
+        assert tf32_allowed() == allowed
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.backends.cudnn.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+    with float32_precision("float32"):
+        assert not tf32_allowed()
+    torch.backends.fp32_precision = "ieee"
+    assert not tf32_allowed(), "the mode left a setting of its own behind"
 
 
 def test_numbers():

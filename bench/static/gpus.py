@@ -21,19 +21,19 @@ class Mode:
         dtype: of the operands, as torch names it.
         rate: which of a GPU's rates the products run at.
         products: instructions' worth of products for one mathematical product.
-        precision: what ``torch.set_float32_matmul_precision`` must say.
+        precision: what ``torch.backends.cuda.matmul.fp32_precision`` must say.
     """
 
     dtype: str
     rate: str
     products: int
-    precision: str = "highest"
+    precision: str = "ieee"
 
 
 MODES = {
     # tf32x3: each operand as the sum of two tf32 numbers, and three of the four products
     "float32": Mode("float32", "tf32", 3),
-    "tf32": Mode("float32", "tf32", 1, "high"),
+    "tf32": Mode("float32", "tf32", 1, "tf32"),
     "bfloat16": Mode("bfloat16", "bf16", 1),
     "float16": Mode("float16", "bf16", 1),
     # what torch does with float32 by default: no matrix units

@@ -74,7 +74,8 @@ def numerics_rows(mode: str) -> list[dict[str, Any]]:
 
 def tf32(t: Tensor) -> Tensor:
     """float32 rounded to tf32's 10 bits of mantissa, ties away from zero."""
-    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    rounded = ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(t.isnan(), t, rounded)  # a GPU's NaN, bits 0x7fffffff, would wrap around to -0.0
 
 
 Rounding = Callable[[Tensor], Tensor]

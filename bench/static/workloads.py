@@ -42,13 +42,16 @@ class Workload:
 
 @contextmanager
 def float32_precision(mode: str) -> Iterator[None]:
-    """``torch.set_float32_matmul_precision`` as a mode of ``gpus.MODES`` wants it, and back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(MODES[mode].precision)
+    """``torch.backends.cuda.matmul.fp32_precision`` as a mode of ``gpus.MODES`` wants it, and back."""
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = MODES[mode].precision
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setting.fp32_precision = "none"  # now torch.backends.fp32_precision counts again
+        if setting.fp32_precision != before:
+            setting.fp32_precision = before
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -11,6 +11,7 @@ DGRAD = "tests/kernels/test_linear_dgrad.py"
 WGRAD = "tests/kernels/test_linear_wgrad.py"
 ACTIVATION = "tests/kernels/test_activation_bwd.py"
 LARGE = "tests/kernels/test_large_offsets.py"
+NAN = "tests/kernels/test_nan.py"
 ORDER = "tests/kernels/test_program_order.py"
 TILES = "tests/execute/test_traffic.py"
 
@@ -372,6 +373,13 @@ _ACTIVATIONS = (
         "",
         (FWD, "test_shapes and sm_80 and float32 and 130"),
         lane="execute",
+    ),
+    Mutant(
+        "tiling",
+        "the NaN of a GPU becomes -0.0",
+        "tl.where(x == x, bits + 0x1000, bits)",
+        "bits + 0x1000",
+        (NAN, "test_rounding_to_tf32"),
     ),
     Mutant(
         "tiling",

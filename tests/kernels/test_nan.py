@@ -1,0 +1,190 @@
+"""NaN and infinities in every kernel, with the bits that GPUs give NaN.
+
+An operation on a CPU makes the NaN 0x7fc00000, an operation on a GPU 0x7fffffff, and negation 0xffffffff. What
+computes with the bits of floating-point numbers must keep all of them: the largest wrap around when integers are added.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fastmlp.kernels import (
+    activation_bwd,
+    cross_entropy,
+    cross_entropy_fwd,
+    elementwise_loss,
+    head,
+    linear_dgrad,
+    linear_fwd,
+    linear_wgrad,
+    softmax_squared_error,
+)
+from fastmlp.kernels.device import Device, current_device, input_precision
+from fastmlp.kernels.tiling import _tf32
+from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
+from tests.precision import set_matmul
+
+# What numpy says of inf - inf in the interpreter.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+PATTERNS = {"CPU": 0x7FC00000, "GPU": 0x7FFFFFFF, "GPU, negated": 0xFFFFFFFF}
+M, K, N = 33, 40, 17
+
+
+def number(bits: int) -> torch.Tensor:
+    """The float32 with these bits, as a 0-d tensor: Python's float would not keep them."""
+    return torch.tensor(bits - ((bits >> 31) << 32), dtype=torch.int32).view(torch.float32)
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def precision(request, default_precision, monkeypatch):
+    """Torch's setting for float32 products. The interpreter, which has no tf32 of its own, rounds and splits too."""
+    monkeypatch.setattr(Device, "has_tf32", property(lambda self: self.backend != "hip" and self.arch != 75))
+    set_matmul(request.param)
+    return request.param
+
+
+def draw(*shape: int) -> torch.Tensor:
+    """Nowhere near 0, so that an infinite factor gives an infinite product."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return values + values.sign()
+
+
+def fwd(lane, x, w):
+    return {"A": linear_fwd(x.to(lane), w.to(lane), None, "identity")[0]}
+
+
+def dgrad(lane, dz, w):
+    return {"dX": linear_dgrad(dz.to(lane), w.to(lane).t())}
+
+
+def wgrad(lane, dz, x):
+    dw, db = linear_wgrad(dz.t().to(lane), x.t().to(lane))
+    return {"dW": dw, "db": db}
+
+
+def update(lane, dz, x):
+    layout = Layout([Layer(torch.zeros(dz.shape[0], x.shape[0]).to(lane), torch.zeros(dz.shape[0]).to(lane))])
+    grads = torch.empty(layout.total).to(lane)
+    transposed = [t.t().contiguous().to(lane) for t in (dz, x)]
+    wgrad_update(layout, transposed[:1], transposed[1:], Hyper("none"), torch.zeros(4).to(lane), grads=grads)
+    return dict(zip(("dW", "db"), layout.views(grads), strict=True))
+
+
+def last(lane, h, w):
+    """The head's logits; what it makes of them is another test's business."""
+    logits = torch.empty(h.shape[0], w.shape[0]).to(lane)
+    head(h.to(lane), w.to(lane), None, torch.zeros(h.shape[0], dtype=torch.long).to(lane), logits=logits)
+    return {"Z": logits}
+
+
+#: Each is the product A B^T of blocks [M, K] and [N, K], whatever its operands are called.
+PRODUCTS = {"fwd": fwd, "dgrad": dgrad, "wgrad": wgrad, "update": update, "head": last}
+
+
+@pytest.mark.everywhere
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_nan_in_a_product(lane, precision, name):
+    """NaN in the row of the result whose operand has it, or in the column, and nowhere else."""
+    for pattern, bits in PATTERNS.items():
+        a, b = draw(M, K), draw(N, K)
+        a[3, 7] = number(bits)
+        for what, got in PRODUCTS[name](lane, a, b).items():
+            nan = got.cpu().view(M, -1).isnan()
+            assert nan[3].all(), f"{pattern}: NaN was lost on its way to {what}"
+            assert nan.sum() == nan[3].numel(), f"{pattern}: NaN in other rows of {what}"
+        a, b = draw(M, K), draw(N, K)
+        b[5, 2] = number(bits)
+        nan = next(iter(PRODUCTS[name](lane, a, b).values())).cpu().isnan()
+        assert nan[:, 5].all(), f"{pattern}: NaN was lost"
+        assert nan.sum() == M, f"{pattern}: NaN in other columns"
+
+
+@pytest.mark.everywhere
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_infinities_in_a_product(lane, precision, name):
+    """As in torch, but for the split of float32 operands: inf - inf is NaN (see ``tiling.dot``)."""
+    split = input_precision(current_device(), torch.float32).startswith("tf32x3")
+    for infinity in (math.inf, -math.inf):
+        a, b = draw(M, K), draw(N, K)
+        a[3, 7] = infinity
+        got = next(iter(PRODUCTS[name](lane, a, b).values())).cpu()
+        assert got[torch.arange(M) != 3].isfinite().all()
+        expected = torch.full((N,), math.nan) if split else infinity * b[:, 7].sign()
+        torch.testing.assert_close(got[3], expected, equal_nan=True)
+
+
+@triton.jit
+def _round_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, _tf32(tl.load(x_ptr + offs), True))
+
+
+@pytest.mark.everywhere
+def test_rounding_to_tf32(lane):
+    """Nearest, to either side where both are as near; NaN stays NaN, and what is infinite or 0 what it is."""
+    if current_device().arch == 75:
+        pytest.skip("sm_75 has no tf32")
+    special = [*PATTERNS.values(), 0x7F800000, 0xFF800000, 0, 0x80000000, 1, 0x3F801000, 0x3F803000, 0x3F802FFF]
+    g = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 0x7F7FE000, (256,), generator=g) | (torch.randint(0, 2, (256,), generator=g) << 31)
+    bits[: len(special)] = torch.tensor(special)
+    x = (bits - ((bits >> 31) << 32)).int().view(torch.float32)
+    y = torch.zeros(256).to(lane)
+    _round_kernel[(1,)](x.to(lane), y, BLOCK=256)
+    y = y.cpu()
+    assert torch.equal(y.isnan(), x.isnan())
+    infinite = x.isinf()
+    assert torch.equal(y[infinite], x[infinite])
+    finite = x.isfinite()
+    x, y = x[finite], y[finite]
+    assert (y.view(torch.int32) & 0x1FFF == 0).all(), "more than 10 fraction bits"
+    cut = x.view(torch.int32) & -0x2000
+    near, far = (t.view(torch.float32).double() for t in (cut, cut + 0x2000))  # towards 0, and away from it
+    error = (y.double() - x.double()).abs()
+    assert torch.equal(error, torch.minimum((x.double() - near).abs(), (far - x.double()).abs()))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_nan_in_the_losses(lane, pattern):
+    """NaN in the row that has it: loss, gradient, and no correct prediction."""
+    z, y = draw(9, 10), torch.arange(9)
+    z[3, 4] = number(PATTERNS[pattern])
+    z[y != 3, y[y != 3]] = 9.0
+    correct = torch.full((9,), -1, dtype=torch.int32).to(lane)
+    results = [
+        *cross_entropy(z.to(lane), y.to(lane), correct=correct),
+        *softmax_squared_error(z.to(lane), y.to(lane)),
+    ]
+    assert correct.tolist() == [int(row != 3) for row in range(9)]
+    h = z.clone()
+    weight = torch.eye(10)
+    correct.fill_(-1)
+    results += head(h.to(lane), weight.to(lane), None, y.to(lane), correct=correct)
+    assert correct.tolist() == [int(row != 3) for row in range(9)]
+    for got in results:
+        nan = got.cpu().view(9, -1).isnan()
+        assert nan[3].all()
+        assert nan.sum() == nan[3].numel()
+    assert cross_entropy_fwd(z.to(lane), y.to(lane))[0].isnan()
+    loss, gradient = elementwise_loss(z.to(lane), draw(9, 10).to(lane), "mse", scale=1.0)[:2]
+    assert loss.isnan().any()
+    assert gradient.cpu().isnan().nonzero().tolist() == [[3, 4]]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_nan_in_the_activations(lane, pattern):
+    z = draw(3, 5)
+    z[1, 2] = number(PATTERNS[pattern])
+    for activation in ("identity", "sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu"):
+        a, _ = linear_fwd(z.to(lane), torch.eye(5).to(lane), None, activation)
+        assert a.cpu().isnan().nonzero().tolist() == [[1, n] for n in range(5)], activation
+        if activation != "identity":
+            dz = activation_bwd(torch.ones(3, 5).to(lane), z.to(lane), activation)
+            expected = [] if activation.endswith("relu") else [[1, 2]]  # f' of those is a constant everywhere
+            assert dz.cpu().isnan().nonzero().tolist() == expected, activation
