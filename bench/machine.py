@@ -73,7 +73,7 @@ def describe(device: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
         "float32_precision": {
             "cuda": torch.backends.cuda.matmul.fp32_precision,
-            "mkldnn": torch.backends.mkldnn.matmul.fp32_precision,
+            "mkldnn": torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
         },
         **_commit(),
     }
