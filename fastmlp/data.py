@@ -360,9 +360,9 @@ def _datasets(
         image_file, label_file = files[split]
         pixels = image_file.values(contents[image_file.name])
         # A copy into torch's own memory is aligned for vector loads; behind the file's header it would not be.
-        images = torch.empty((len(pixels), pixels[0].size), dtype=torch.uint8)
+        images = torch.empty((len(pixels), pixels[0].size), dtype=torch.uint8, device="cpu")
         images.numpy()[:] = pixels.reshape(images.shape)
-        labels = torch.empty(len(pixels), dtype=torch.int64)
+        labels = torch.empty(len(pixels), dtype=torch.int64, device="cpu")
         labels.numpy()[:] = label_file.values(contents[label_file.name])
         return ImageDataset(images, labels, name, split, origin, fashion_mnist.CLASSES).to(device)
 

@@ -36,7 +36,8 @@ def initialize_(model: MLP, seed: int | None = None) -> MLP:
         outputs, inputs = layer.weight.shape
         gain = 1.0 if activation == "softmax" else ACTIVATIONS[activation].gain
         bound = math.sqrt(6 / inputs) if gain is None else gain * math.sqrt(6 / (inputs + outputs))
-        values = torch.empty(outputs, inputs, dtype=torch.promote_types(layer.weight.dtype, torch.float32))
+        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        values = torch.empty(outputs, inputs, dtype=wide, device="cpu")
         layer.weight.copy_(values.uniform_(-bound, bound, generator=generator))
         if layer.bias is not None:
             layer.bias.zero_()

@@ -291,7 +291,7 @@ def online_epoch(
     first, last = layers[0], layers[-1]
     assert isinstance(first, _FirstLayer)
     classes = last.N
-    hot = list(torch.eye(classes, dtype=dtype))
+    hot = list(torch.eye(classes, dtype=dtype, device="cpu"))
     probabilities = torch.empty(classes, dtype=dtype, device="cpu")
     logits = torch.empty(block, classes, dtype=dtype, device="cpu")
     last.write_to(list(logits))
@@ -314,7 +314,7 @@ def online_epoch(
         for layer in layers:
             layer.finish(count)
         block_losses = reference.cross_entropy(
-            logits[:count], torch.tensor(targets[begin : begin + count]), reduction="none"
+            logits[:count], torch.tensor(targets[begin : begin + count], device="cpu"), reduction="none"
         )
         if losses is not None:
             losses[begin : begin + count] = block_losses

@@ -220,7 +220,7 @@ def fit(
         )
 
     for epoch in range(1, epochs + 1):
-        order = torch.randperm(n, generator=generator).to(train.images.device)
+        order = torch.randperm(n, generator=generator, device="cpu").to(train.images.device)
         model.train()
         loss_sum = 0.0
         start = time.perf_counter()

@@ -71,6 +71,9 @@ class _Watch(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         on_gpu = any(isinstance(t, FakeTensor) for t in given)
         device = kwargs.get("device")
+        generator = kwargs.get("generator")
+        if generator is not None and device is not None and generator.device.type != torch.device(device).type:
+            raise RuntimeError(f"Expected a '{device}' device type for generator but found '{generator.device}'")
         if on_gpu and needs_values(func, args):
             machine.wait(f"{func}")
             if func is aten._local_scalar_dense.default:

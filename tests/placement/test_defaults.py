@@ -10,6 +10,9 @@ import torch
 
 import fastmlp
 from fastmlp import TrainStep, data, functional
+from fastmlp.init import initialize_
+from fastmlp.online import online_epoch
+from fastmlp.train import fit
 from tests.placement.test_step import OPTIMIZERS, PRECISIONS, ROWS, SIZES, batch, every_call
 from tests.placement.test_tape import loss_and_backward
 
@@ -90,7 +93,7 @@ def test_training(machine, setting, backend):
         images, labels = batch("cuda:1", torch.uint8, 3 * ROWS)
         dataset = data.ImageDataset(images, labels, "drawn", "train", "nowhere", tuple("abcde"))
         for engine in ("step", "autograd"):
-            history = fastmlp.train.fit(model, dataset, dataset, epochs=1, batch_size=ROWS, lr=0.1, engine=engine)
+            history = fit(model, dataset, dataset, epochs=1, batch_size=ROWS, lr=0.1, engine=engine)
             assert len(history.epochs) == 1
 
 
@@ -122,4 +125,22 @@ def test_a_step_on_a_cpu(machine, optimizer, dtype, setting):
         actual = trained()
     for a, b in zip(actual, expected, strict=True):
         assert a.device.type == "cpu"
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("setting", DEFAULTS.values(), ids=DEFAULTS)
+def test_initial_weights_and_online_training_on_a_cpu(machine, setting):
+    """The same parameters, bit for bit."""
+    images = torch.randn(40, SIZES[0], generator=torch.Generator().manual_seed(2))
+    labels = torch.arange(40) % SIZES[-1]
+
+    def trained() -> list[torch.Tensor]:
+        model = initialize_(fastmlp.MLP(SIZES, device="cpu", dtype=torch.float32), seed=1)
+        weights, biases = ([getattr(layer, kind).detach() for layer in model.layers] for kind in ("weight", "bias"))
+        return [*weights, *biases, online_epoch(weights, biases, model.activations, images, labels, 0.1)]
+
+    expected = trained()
+    with defaults(*setting):
+        actual = trained()
+    for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
