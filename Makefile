@@ -2,12 +2,12 @@
 PYTHON ?= $(shell command -v python || command -v python3)
 PYTEST = $(PYTHON) -m pytest -q -n 2 --dist worksteal
 
-.PHONY: test lint types unit interpret compile compile-all launch execute placement bench-smoke fuzz test-gpu
+.PHONY: test lint types unit lesser-cpus interpret compile compile-all launch execute placement bench-smoke fuzz test-gpu
 
 # Only test-gpu is about the GPU at hand: the rest does what it does on a machine without one, where lanes simulate it.
-test unit interpret compile compile-all launch execute placement: export CUDA_VISIBLE_DEVICES =
+test unit lesser-cpus interpret compile compile-all launch execute placement: export CUDA_VISIBLE_DEVICES =
 
-test: lint types interpret  ## everything that CI runs: the other lanes and the benchmarks share one run of pytest
+test: lint types interpret lesser-cpus  ## everything that CI runs: the other lanes and the benchmarks share one run of pytest
 	$(PYTEST) tests bench --benchmark-disable -m "not interpret"
 
 lint:  ## the sources, and the workflows of CI
@@ -20,6 +20,11 @@ types:
 
 unit:  ## everything that needs no kernel
 	$(PYTEST) -m "not interpret and not compile and not launch and not execute and not placement and not gpu"
+
+lesser-cpus:  ## what depends on the processor, as on one without AVX2 and with one thread, and as on one with AVX2
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 $(PYTEST) --lesser-cpu tests
+	@if $(PYTHON) -c "import torch; raise SystemExit(torch.backends.cpu.get_cpu_capability() != 'AVX512')"; then set -x; \
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) --lesser-cpu tests; fi
 
 interpret:  ## lane 1: the kernels in Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret

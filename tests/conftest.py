@@ -11,14 +11,14 @@ import gc
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastmlp import cpu_choices
+from fastmlp import cpu_choices, cpu_gemm
 from tests.covering import SIMULATED, left_out
 
 pytest_plugins = ["tests.fuzz.plugin", "tests.precision"]
@@ -38,17 +38,32 @@ if HAS_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+#: Tests whose results depend on what the processor has: vector registers, 16-bit products, threads.
+ON_THE_PROCESSOR = frozenset(
+    f"test_{name}"
+    for name in (
+        "autograd", "cpu_gemm", "cpu_layer", "cpu_step", "cpu_threads", "functional", "losses", "online",
+        "step", "step_dtypes", "step_epoch", "step_gradients", "torch_products",
+    )
+)  # fmt: skip
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full",
         action="store_true",
         help="every case of the compile lane and of the grids, not a set that covers them",
     )
+    parser.addoption(
+        "--lesser-cpu",
+        action="store_true",
+        help="what depends on the processor, and nothing else: for a processor made lesser, as by make lesser-cpus",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Workers of pytest-xdist share the cores; alone, two threads show what only several threads do.
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
     if HAS_GPU:
         # A machine with a GPU has versions of its own, and a warning of another package says nothing about ours. A
         # warning that is attributed to our modules remains an error, unless it is a deprecation: torch attributes its
@@ -70,6 +85,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip the simulating lanes where kernels are interpreted or there is a GPU; leave out a part of the grids."""
+    if config.getoption("--lesser-cpu"):
+        others = [item for item in items if item.path.stem not in ON_THE_PROCESSOR]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item.path.stem in ON_THE_PROCESSOR]
     if not config.getoption("--full"):
         unneeded = set(left_out(items))
         config.hook.pytest_deselected(items=list(unneeded))
@@ -158,6 +177,24 @@ def own_cpu_choices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         cpu_choices.kept.cache_clear()
         yield path
     cpu_choices.kept.cache_clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_timed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test depends on which way of multiplying is fastest here: each runs once, and the first of them is taken.
+
+    On lesser processors (``make lesser-cpus``) it is the last of them.
+    """
+    place = -1 if request.config.getoption("lesser_cpu") else 0
+
+    def fastest(candidates: dict[cpu_gemm.Library, Callable[[], object]]) -> cpu_gemm.Library:
+        for run in candidates.values():
+            run()
+        return list(candidates)[place]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_gemm, "_fastest", fastest)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,6 +19,8 @@ from bench.runner import GROUP_BYTES, BuiltCase, groups
 from bench.timing import Turns, take_turns
 from tests.precision import SETTINGS
 
+from .step_helpers import have_16_bit_products
+
 PROBLEM = LinearProblem(8, 12, 6)
 
 
@@ -81,8 +83,15 @@ def test_a_round_goes_through_all_problems(monkeypatch):
     assert order == [(0, 0), (1, 0), (0, 1), (1, 1)]
 
 
+@pytest.fixture(params=[True, False], ids=["16-bit products", "no 16-bit products"])
+def processor(request, monkeypatch) -> bool:
+    """Whether the processor has 16-bit products, on which the cases of a preset depend."""
+    have_16_bit_products(monkeypatch, request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_groups_are_the_cases_in_their_order(name):
+def test_groups_are_the_cases_in_their_order(processor, name):
     """All of quick at once; what is larger than a group's memory goes alone."""
     cases = preset(name, "cpu").cases
     found = list(groups(cases))
@@ -179,8 +188,10 @@ def test_units_at_a_kink_may_have_either_derivative():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_presets_have_a_baseline_and_ours_in_every_case(name, device):
+def test_presets_have_a_baseline_and_ours_in_every_case(processor, name, device):
     cases = preset(name, device).cases
+    halves = {case.problem.dtype for case in cases} - {"float32"}
+    assert bool(halves) == (name != "online" and (processor or device != "cpu"))
     assert len({(case.problem, case.axis) for case in cases}) == len(cases)
     for case in cases:
         contenders = {rival.name for rival in rivals_for(case.problem)} - case.leave_out

@@ -26,15 +26,18 @@ from .step_helpers import (
     flat,
     for_step,
     fresh_choices,  # noqa: F401
+    have_16_bit_products,
+    have_fastest,
     needs_onednn,
     network,
     new_process,
     one_thread,  # noqa: F401
     problem,
-    widen_16_bits,
 )
 
 SIZES = (13, 17, 11, 5)
+#: Taken at import: while other tests run, nothing is timed.
+TIMED = cpu_gemm._fastest
 
 
 @pytest.fixture(autouse=True)
@@ -96,8 +99,9 @@ def test_errors(monkeypatch):
 
 
 @needs_onednn
-def test_what_was_measured():
+def test_what_was_measured(monkeypatch):
     """Each product of each layer once, by the power of two below the batch size."""
+    have_fastest(monkeypatch, TIMED)
     fastmlp.set_cpu_gemm("auto")
     assert cpu_gemm.choices() == {}
     run()
@@ -139,8 +143,9 @@ def test_measured_once_for_batch_sizes_that_are_near(monkeypatch):
     assert {key[1] for key in cpu_gemm.choices()} == {32, 64}
 
 
-@needs_onednn
-def test_the_faster_one_is_chosen():
+def test_the_faster_one_is_chosen(monkeypatch):
+    have_fastest(monkeypatch, TIMED)
+
     def trials(slow: str) -> Callable[[int], dict]:
         def wait(seconds: float) -> Callable[[], None]:
             from time import sleep
@@ -268,12 +273,15 @@ def test_with_onednn_nothing_is_left_allocated(name, epoch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mode", ["aten", "auto"])
-@pytest.mark.parametrize("native", [True, False], ids=["as the processor does", "by way of float32"])
-def test_in_16_bits_nothing_is_left_allocated(monkeypatch, native, mode, dtype):
+@pytest.mark.parametrize(
+    ("mode", "native"),
+    [("aten", True), ("aten", False), ("auto", False), ("auto", None)],
+    ids=["aten, 16-bit products", "aten, by way of float32", "auto, by way of float32", "auto, as the processor does"],
+)
+def test_in_16_bits_nothing_is_left_allocated(monkeypatch, mode, native, dtype):
     """Inside their products torch's 16-bit libraries have scratch of their own, and so has a sum in float32."""
-    if not native:
-        widen_16_bits(monkeypatch)
+    if native is not None:
+        have_16_bit_products(monkeypatch, native)
     fastmlp.set_cpu_gemm(mode)
     step = one_step(dtype, momentum=0.9)
     few, many = allocations(step, steps=2), allocations(step, steps=12)

@@ -24,10 +24,11 @@ from .step_helpers import (
     float32_step,
     for_step,
     fresh_choices,  # noqa: F401
-    needs_onednn,
+    have_fastest,
     network,
     new_process,
     problem,
+    threads,
 )
 
 SIZES = (13, 17, 11, 5)
@@ -38,10 +39,8 @@ WAYS = ("each", "aten", "alone")
 def two_threads(fresh_choices) -> Iterator[None]:  # noqa: F811
     """And "auto", whose choices of this test end with it."""
     fastmlp.set_cpu_gemm("auto")
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads(2):
+        yield
 
 
 def take(monkeypatch: pytest.MonkeyPatch, way: str) -> list[int]:
@@ -66,7 +65,6 @@ def data(rows: int, steps: int, loss: str = "cross_entropy") -> list[Batch]:
     return batches(*problem(SIZES, 70, loss=loss), rows, steps)
 
 
-@needs_onednn
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
 @pytest.mark.parametrize("rows", [1, 3, 40])
@@ -98,7 +96,6 @@ def test_a_step_allocates_nothing(monkeypatch, way, rows, optimizer):
     assert allocations(float32_step(SIZES, rows, optimizer)) == []
 
 
-@needs_onednn
 @pytest.mark.parametrize("fastest", WAYS)
 def test_the_fastest_is_taken_and_kept(monkeypatch, fastest):
     """A later process does not measure, and one with other threads measures again."""
@@ -106,7 +103,7 @@ def test_the_fastest_is_taken_and_kept(monkeypatch, fastest):
     plans = []
     new_plan = step_torch.TorchStep._new_plan
     monkeypatch.setattr(step_torch.TorchStep, "_new_plan", lambda *args: plans.append(args[2]) or new_plan(*args))
-    monkeypatch.setattr(cpu_gemm, "_fastest", lambda candidates: ways[fastest] if "each" in candidates else "aten")
+    have_fastest(monkeypatch, lambda candidates: ways[fastest] if "each" in candidates else "aten")
     x, y = for_step(*problem(SIZES, 40), torch.float32)
 
     def one_step() -> None:
@@ -127,12 +124,12 @@ def test_the_fastest_is_taken_and_kept(monkeypatch, fastest):
     assert len(plans) > 1
 
 
-@needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "clipping, momentum"])
 @pytest.mark.parametrize("activation", ["relu", "gelu", ["step", "tanh"]], ids=str)
-def test_measuring_touches_nothing(activation, optimizer, dtype):
+def test_measuring_touches_nothing(monkeypatch, activation, optimizer, dtype):
     """Parameters, optimizer, learning rate and torch's random numbers are as without it."""
+    have_fastest(monkeypatch)
 
     def train(state: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, float]:
         torch.set_rng_state(state)
@@ -156,9 +153,9 @@ def test_measuring_touches_nothing(activation, optimizer, dtype):
     assert measured[3] == again[3]
 
 
-@needs_onednn
 @pytest.mark.parametrize("why", ["long", "mode", "deterministic", "one thread and short", "float64"])
 def test_not_measured(monkeypatch, why):
+    have_fastest(monkeypatch)
     rows = 40
     if why == "long":
         monkeypatch.setattr(cpu_step, "_LONG", rows * (13 * 17 + 17 * 11 + 11 * 5))

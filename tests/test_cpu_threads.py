@@ -10,13 +10,13 @@ import torch
 
 from fastmlp import cpu_threads
 
+from .step_helpers import threads
+
 
 @pytest.fixture(autouse=True)
 def three_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+    with threads(3):
+        yield
 
 
 needs_setters = pytest.mark.skipif(cpu_threads._setters() is None, reason="torch was built without OpenMP or MKL")

