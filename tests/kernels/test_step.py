@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import fastmlp
-from fastmlp import TrainStep, use_backend
+from fastmlp import TrainStep, reference, use_backend
+from fastmlp.kernels import linear_fwd
 from tests.kernels.harness import assert_within_budget
 
 SETTINGS = {
@@ -30,11 +31,14 @@ def data(n, features, classes, *, values=False, seed=1):
     return images, torch.randint(0, classes, (n,), generator=g)
 
 
-def compare(lane, sizes, activation="sigmoid", *, m=16, n=45, dtype=None, loss="cross_entropy", **settings):
+def compare(
+    lane, sizes, activation="sigmoid", *, m=16, n=45, dtype=None, loss="cross_entropy", pixels=True, **settings
+):  # fmt: skip
     """One shuffled epoch with a short last batch: kernels, torch in the same dtype, torch in float64."""
     torch.manual_seed(0)
     start = fastmlp.MLP(sizes, activation)
     images, labels = data(n, sizes[0], sizes[-1], values=loss not in ("cross_entropy", "softmax_squared_error"))
+    images = images if pixels else (images / 255).to(dtype or torch.float32)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(2))
     models, losses = {}, {}
     for name in ("triton", "torch", "float64"):
@@ -46,13 +50,41 @@ def compare(lane, sizes, activation="sigmoid", *, m=16, n=45, dtype=None, loss="
         with use_backend("triton" if name == "triton" else "torch"):
             step = TrainStep(model, loss=loss, dtype=None if name == "float64" else dtype, **settings)
         where = next(model.parameters()).device
-        losses[name] = step.epoch(images.to(where), target.to(where), m, order.to(where))
+        x = images.double() if name == "float64" and not pixels else images
+        losses[name] = step.epoch(x.to(where), target.to(where), m, order.to(where))
         assert step.losses.shape == (-(-n // m),)
     for p, own, truth in zip(*(models[k].parameters() for k in ("triton", "torch", "float64")), strict=True):
         assert_within_budget(p.detach().cpu(), truth.detach(), own.detach(), reduction=n)
     assert_within_budget(
         losses["triton"].cpu().view(1), losses["float64"].double().view(1), losses["torch"].view(1), reduction=n
     )
+
+
+@pytest.mark.parametrize("pixels", [True, False], ids=["pixels", "float images"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("m", [64, 512, 4096, 65536])
+def test_the_reference_network(lane, m, dtype, pixels):
+    """Three steps of 784-512-512-10; without a GPU a smaller network and a smaller batch."""
+    if lane.type == "cuda":
+        compare(lane, (784, 512, 512, 10), m=m, n=3 * m, dtype=dtype, pixels=pixels, lr=0.1, momentum=0.9)
+    elif m == 64:
+        compare(lane, (33, 17, 16, 10), m=24, n=72, dtype=dtype, pixels=pixels, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("m", [4096, 65536])
+def test_pixels_in_16_bits_give_the_same_bits(lane, m, dtype):
+    """20 times; on a GPU in tiles that wgmma multiplies with an operand in registers."""
+    gpu = lane.type == "cuda"
+    m, n, k = (m, 512, 784) if gpu else (m // 64, 17, 33)
+    if not gpu and m > 64:
+        return
+    images, _ = data(m, k, 10)
+    w = (torch.randn(n, k, generator=torch.Generator().manual_seed(3)) / k**0.5).to(dtype)
+    results = [linear_fwd(images.to(lane), w.to(lane), None, "relu")[0] for _ in range(20 if gpu else 2)]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    exact, own = (reference.linear_act(images, w.to(d), None, "relu") for d in (torch.float64, dtype))
+    assert_within_budget(results[0].cpu(), exact, own, reduction=k)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

@@ -5,7 +5,9 @@ The other tests take the tile that the rule chooses for their shape; large tiles
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from fastmlp import reference
 from fastmlp.kernels import configs, linear_dgrad, linear_fwd, linear_wgrad
 from fastmlp.kernels.configs import Tile
 from fastmlp.kernels.device import current_device
+from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
 from tests.compile.cases import registry
 from tests.kernels.harness import assert_within_budget, poisoned
 
@@ -58,20 +61,56 @@ def check(kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, lane:
     assert_within_budget(actual.cpu(), expected, own, reduction=depth, what=f"{kind} {rows} x {cols} over {depth}")
 
 
+def tiles_of(kind: str, dtype: torch.dtype, *, wide: bool, full: bool) -> list[Tile]:
+    device = current_device()
+    if device.arch == 75 and dtype == torch.bfloat16:
+        pytest.skip("sm_75 has no bfloat16")
+    tiles = list(configs.all_tiles(kind, dtype, device, wide=wide))
+    if not full and dtype.itemsize == 2 and device.arch != 75 and len(tiles) > 1:
+        tiles = tiles[dtype == torch.bfloat16 :: 2]  # the two 16-bit dtypes have the same tiles: each takes every other
+    return tiles
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wide", [True, False], ids=["wide", "narrow"])
 def test_every_tile(
     lane: torch.device, kind: str, dtype: torch.dtype, wide: bool, pytestconfig: pytest.Config
 ) -> None:  # fmt: skip
-    device = current_device()
-    if device.arch == 75 and dtype == torch.bfloat16:
-        pytest.skip("sm_75 has no bfloat16")
     full = pytestconfig.getoption("--full")
-    tiles = list(configs.all_tiles(kind, dtype, device, wide=wide))
-    if not full and dtype.itemsize == 2 and device.arch != 75 and len(tiles) > 1:
-        tiles = tiles[dtype == torch.bfloat16 :: 2]  # the two 16-bit dtypes have the same tiles: each takes every other
-    for tile in tiles:
+    for tile in tiles_of(kind, dtype, wide=wide, full=full):
         with registry()[f"linear_{kind}"].force(tile):
             for shape in shapes(kind, tile, wide=wide, full=full):
                 check(kind, *shape, dtype, lane, wide=wide)
+
+
+@pytest.mark.parametrize("splits", [1, 2], ids=["updated at once", "partial sums"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_tile_of_the_update(
+    lane: torch.device, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:  # fmt: skip
+    """W = 0 and a learning rate of 1 leave -dW of each of two layers, whose batch may be split over programs."""
+    module = importlib.import_module("fastmlp.kernels.wgrad_update")
+    monkeypatch.setattr(module, "splits", lambda *args: splits)
+    hyper_row = torch.tensor((1.0, 1.0, 1.0, 1.0)).to(lane)
+    for tile in tiles_of("update", dtype, wide=False, full=pytestconfig.getoption("--full")):
+        g = torch.Generator().manual_seed(tile.rows)
+        m, widths = 3 * tile.depth + 7, (tile.cols + 5, tile.rows + 3, 5)
+        xs, dzs = ([torch.randn(m, n, generator=g).to(dtype) for n in w] for w in (widths[:-1], widths[1:]))
+        layers = []
+        for k, n in pairwise(widths):
+            weight, bias = torch.zeros(n, k).to(lane), torch.zeros(n).to(lane)
+            low = (weight.to(dtype), bias.to(dtype)) if dtype.itemsize == 2 else (None, None)
+            layers.append(Layer(weight, bias, *low))
+        with registry()["wgrad_update"].force(tile):
+            wgrad_update(Layout(layers), [z.to(lane) for z in dzs], [x.to(lane) for x in xs], Hyper("sgd"), hyper_row)
+        for layer, dz, x in zip(layers, dzs, xs, strict=True):
+            for got, low, (expected, own) in zip(
+                (layer.weight, layer.bias),
+                (layer.low_weight, layer.low_bias),
+                zip(*(reference.linear_wgrad(dz.to(d), x.to(d)) for d in (torch.float64, dtype)), strict=True),
+                strict=True,
+            ):
+                assert got is not None
+                assert_within_budget(-got.cpu(), expected, own, reduction=m, what=f"update {tile}")
+                assert low is None or torch.equal(low, got.to(dtype))
