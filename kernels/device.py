@@ -75,8 +75,11 @@ def input_precision(device: Device, dtype: torch.dtype) -> str:
     """How ``tiling.dot`` multiplies operands of ``dtype`` here.
 
     float32 is "tf32x3" on tensor cores (three products of the split operands: as accurate as float32 FMA with half the
-    instructions), or "tf32", one product, where torch allows that. All else is "ieee".
+    instructions), or "tf32", one product, where torch allows that. tcgen05 needs an accumulator per product, which is
+    "tf32x3 apart" (see ``tiling.dot``). All else is "ieee".
     """
     if dtype != torch.float32 or not device.has_tf32:
         return "ieee"
-    return "tf32" if tf32_allowed() else "tf32x3"
+    if tf32_allowed():
+        return "tf32"
+    return "tf32x3 apart" if 100 <= int(device.arch) < 120 else "tf32x3"

@@ -33,7 +33,7 @@ from .activations import activation_grad
 from .configs import cdiv
 from .device import Device, current_device, input_precision
 from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
-from .tiling import dot
+from .tiling import accumulated, accumulator, dot
 
 __all__ = ["MAX_CLASSES", "head"]
 
@@ -79,7 +79,7 @@ def _head_kernel(
     w_ptrs = w_ptr + offs_c.to(tl.int64)[None, :, None] * stride_wc + k_sd.to(tl.int64) * stride_wk
     step_h = tl.cast(BLOCK_K, tl.int64) * stride_hk
     step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
-    acc = tl.zeros((SLICES, BLOCK_M, BLOCK_C), dtype=tl.float32)
+    acc = accumulator((SLICES, BLOCK_M, BLOCK_C), INPUT_PRECISION)
     for k in range(0, K, BLOCK_K):
         mask_h = mask_m[None, :, None]
         mask_w = mask_c[None, :, None]
@@ -93,7 +93,7 @@ def _head_kernel(
         acc = dot(h, tl.permute(w, (0, 2, 1)), acc, INPUT_PRECISION)
         h_ptrs += step_h
         w_ptrs += step_w
-    z = tl.sum(acc, 0)
+    z = tl.sum(accumulated(acc, INPUT_PRECISION), 0)
     if PIXELS:
         z = z * (1.0 / 255.0)
     if b_ptr is not None:
@@ -131,7 +131,8 @@ def _head_kernel(
                 mask_p = mask_p & (cols < K)[None, :]
             cols = cols.to(tl.int64)[None, :]
             w = tl.load(w_rows + cols * stride_wk, mask=mask_w, other=0.0)
-            da = dot(dz, w, tl.zeros((BLOCK_M, COLS), dtype=tl.float32), INPUT_PRECISION)
+            da = dot(dz, w, accumulator((BLOCK_M, COLS), INPUT_PRECISION), INPUT_PRECISION)
+            da = accumulated(da, INPUT_PRECISION)
             saved = da
             if saved_ptr is not None:
                 saved_ptrs = saved_ptr + row_m[:, None] * stride_sm + cols * stride_sk

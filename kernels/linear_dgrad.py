@@ -20,7 +20,7 @@ from torch import Tensor
 from .activations import activation_grad
 from .configs import cdiv, gemm_tile, loads_wide
 from .device import current_device, input_precision
-from .tiling import EPILOGUE_SIZE, dot, grouped_tile, halves
+from .tiling import EPILOGUE_SIZE, accumulated, accumulator, dot, grouped_tile, halves
 
 __all__ = ["linear_dgrad"]
 
@@ -49,7 +49,7 @@ def _linear_dgrad_kernel(
     step_z = tl.cast(BLOCK_N, tl.int64) * stride_zn
     step_w = tl.cast(BLOCK_N, tl.int64) * stride_wn
 
-    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    acc = accumulator((BLOCK_M, BLOCK_K), INPUT_PRECISION)
     for n in range(0, N, BLOCK_N):
         if EVEN_N:
             dz = tl.load(dz_ptrs, mask=mask_m[:, None], other=0.0)
@@ -62,6 +62,7 @@ def _linear_dgrad_kernel(
         dz_ptrs += step_z
         w_ptrs += step_w
 
+    acc = accumulated(acc, INPUT_PRECISION)
     _store_dx(acc, saved_ptr, dx_ptr, offs_m, pid_k * BLOCK_K, M, K, ACTIVATION, HAS_SAVED)
 
 

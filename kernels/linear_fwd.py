@@ -21,7 +21,7 @@ from torch import Tensor
 from .activations import activate
 from .configs import cdiv, gemm_tile, loads_wide
 from .device import current_device, input_precision
-from .tiling import EPILOGUE_SIZE, dot, grouped_tile, halves
+from .tiling import EPILOGUE_SIZE, accumulated, accumulator, dot, grouped_tile, halves
 
 __all__ = ["linear_fwd"]
 
@@ -56,7 +56,7 @@ def _linear_fwd_kernel(
     step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
     step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = accumulator((BLOCK_M, BLOCK_N), INPUT_PRECISION)
     for k in range(0, K, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)
@@ -72,6 +72,7 @@ def _linear_fwd_kernel(
         acc = dot(x, tl.trans(w), acc, INPUT_PRECISION)
         x_ptrs += step_x
         w_ptrs += step_w
+    acc = accumulated(acc, INPUT_PRECISION)
 
     if PIXELS:
         acc = acc * (1.0 / 255.0)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .configs import cdiv, gemm_tile, loads_wide, splits
 from .device import current_device, input_precision
-from .tiling import dot, grouped_tile
+from .tiling import accumulated, accumulator, dot, grouped_tile
 
 __all__ = ["linear_wgrad"]
 
@@ -57,7 +57,7 @@ def wgrad_tile(
     step_z = tl.cast(BLOCK_M, tl.int64) * stride_zm
     step_x = tl.cast(BLOCK_M, tl.int64) * stride_xm
 
-    dw = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    dw = accumulator((BLOCK_N, BLOCK_K), INPUT_PRECISION)
     for m in range(m_begin, m_end, BLOCK_M):
         mask_m = offs_m < m_end - m
         if GATHER:
@@ -75,6 +75,7 @@ def wgrad_tile(
         dz_ptrs += step_z
         if not GATHER:
             x_ptrs += step_x
+    dw = accumulated(dw, INPUT_PRECISION)
     if PIXELS:
         dw = dw * (1.0 / 255.0)
 

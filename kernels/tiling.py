@@ -35,8 +35,28 @@ def _tf32(x, KEEP_NAN: tl.constexpr):
 
 
 @triton.jit
+def accumulator(SHAPE: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    """0, in the form that ``dot`` adds products to."""
+    zeros = tl.zeros(SHAPE, dtype=tl.float32)
+    if INPUT_PRECISION == "tf32x3 apart":
+        return zeros, zeros, zeros
+    else:
+        return zeros
+
+
+@triton.jit
+def accumulated(acc, INPUT_PRECISION: tl.constexpr):
+    """The sum of products as one block, from the form that ``dot`` adds to."""
+    if INPUT_PRECISION == "tf32x3 apart":
+        return acc[0] + acc[1] + acc[2]
+    else:
+        return acc
+
+
+@triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
-    """Acc + A B, accumulated in float32. INPUT_PRECISION is what ``device.input_precision`` says.
+    """Acc + A B, accumulated in float32. INPUT_PRECISION is what ``device.input_precision`` says, ``acc`` comes from
+    ``accumulator`` or from ``dot``, and ``accumulated`` makes one block of it.
 
     With "tf32x3" float32 operands are split into high and low tf32 parts,
 
@@ -47,18 +67,27 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     because that one copies every operand through shared memory a second time, with eightfold bank conflicts. For the
     same reason each product gets a high part of its own, a - a_low = a_high: the compiler moves the change of layout
     of an operand up to its load, and so reads shared memory once, only where it is the operand's first.
+
+    With "tf32x3 apart" each of the three products has an accumulator of its own. Triton 3.6 to 3.8 can run products
+    that follow each other through one accumulator of tcgen05 in the wrong order (triton issue 10821). Where they do
+    not, they move the accumulator through registers between the products.
     """
-    if INPUT_PRECISION == "tf32x3":
+    APART: tl.constexpr = INPUT_PRECISION == "tf32x3 apart"
+    if APART or INPUT_PRECISION == "tf32x3":
         a_high = _tf32(a, False)
         b_high = _tf32(b, False)
         a_low = a - a_high
         b_low = b - b_high
-        acc = tl.dot(a_low, b_high, acc, input_precision="tf32")
+        low_high = tl.dot(a_low, b_high, acc[0] if APART else acc, input_precision="tf32")
         a_high = a - a_low
         b_high = b - b_low
-        acc = tl.dot(a_high, b_low, acc, input_precision="tf32")
+        high_low = tl.dot(a_high, b_low, acc[1] if APART else low_high, input_precision="tf32")
         a_high = a - (a - a_high)
-        acc = tl.dot(a_high, b_high, acc, input_precision="tf32")
+        high_high = tl.dot(a_high, b_high, acc[2] if APART else high_low, input_precision="tf32")
+        if APART:
+            acc = low_high, high_low, high_high
+        else:
+            acc = high_high
     elif INPUT_PRECISION == "tf32":
         # The matrix units ignore the bits beyond tf32's, an error that always points to zero; rounding halves it.
         acc = tl.dot(_tf32(a, True), _tf32(b, True), acc, input_precision="tf32")

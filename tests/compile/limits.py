@@ -13,6 +13,7 @@ from fastmlp.kernels.configs import Tile
 from tests.ptxsim import Launch
 
 from .cases import Case
+from .hazards import copied_accumulators
 from .loads import generated_wide_loads, loads
 from .machine_code import instructions, resources
 
@@ -23,6 +24,8 @@ LIMITS = {
     "shared": "more shared memory than the target gives a program",
     "matrix unit": "a matrix product without the target's matrix instructions",
     "narrow load": "loads narrower than aligned, contiguous operands allow",
+    "overwritten operand": "a register written while a wgmma may still read it",
+    "copied accumulator": "tcgen05 products that follow each other through one accumulator",
 }
 
 
@@ -93,6 +96,10 @@ def violations(case: Case, launch: Launch) -> dict[str, str]:
         if units and not instructions(launch).count(*units):
             total = sum(instructions(launch).counts.values())
             found["matrix unit"] = f"none of {', '.join(units)} among {total} instructions"
+    if "cubin" in launch.asm and (overwritten := instructions(launch).overwritten):
+        found["overwritten operand"] = "; ".join(overwritten)
+    if copies := copied_accumulators(str(launch.asm["ttgir"])):
+        found["copied accumulator"] = f"{copies} copies"
     if case.aligned:
         narrow = [load for load in loads(launch) if load.width < load.possible]
         if narrow:

@@ -26,6 +26,8 @@ from triton.runtime.cache import get_cache_manager
 
 from tests.ptxsim import Launch
 
+from . import hazards
+
 __all__ = [
     "Instructions",
     "MissingTool",
@@ -64,10 +66,12 @@ class Instructions:
     Attributes:
         counts: how many there are by mnemonic without modifiers, e.g. "HMMA", "v_mfma_f32_16x16x16_f16".
         wide_loads: bytes a thread that the global loads of 16 bytes and more, asynchronous copies included, bring.
+        overwritten: instructions that write what a wgmma may still be reading, see ``hazards``.
     """
 
     counts: dict[str, int]
     wide_loads: int
+    overwritten: list[str]
 
     def count(self, *prefixes: str) -> int:
         """Instructions whose mnemonic begins with one of ``prefixes``."""
@@ -147,7 +151,7 @@ class _Kept:
 
 @lru_cache
 def _own_source() -> str:
-    return Path(__file__).read_text()
+    return Path(__file__).read_text() + Path(hazards.__file__).read_text()
 
 
 @lru_cache
@@ -193,25 +197,30 @@ def _text_section(cubin: bytes) -> bytes:
 
 # `/*0b70*/  @P0 LDGSTS.E.BYPASS.128 [R17], desc[UR20][R6.64], P3 ;`
 _SASS = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][A-Z0-9_]*)((?:\.[A-Za-z0-9_]+)*)", re.MULTILINE
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][A-Z0-9_]*)((?:\.[A-Za-z0-9_]+)*)([^;\n]*)", re.MULTILINE
 )
 
 
-def _sass(target: str, codes: list[bytes]) -> list[tuple[dict[str, int], int]]:
+def _sass(target: str, codes: list[bytes]) -> list[tuple[dict[str, int], int, list[str]]]:
     """The fields of ``Instructions`` of each code of one target, e.g. "90a"."""
     starts = [0]
     for code in codes[:-1]:
         starts.append(starts[-1] + len(code))
     counts: list[Counter[str]] = [Counter() for _ in codes]
     wide_loads = [0] * len(codes)
+    instructions: list[list[tuple[str, str, str]]] = [[] for _ in codes]
     lines = _SASS.findall(_output_of("nvdisasm", "-b", f"SM{target}", data=b"".join(codes)))
-    for address, name, modifiers in lines:
+    for address, name, modifiers, operands in lines:
         i = bisect_right(starts, int(address, 16)) - 1
         counts[i][name] += 1
+        instructions[i].append((name, modifiers, operands))
         if name in ("LDG", "LDGSTS"):
             bits = [int(m) for m in modifiers.split(".") if m.isdigit()]
             wide_loads[i] += bits[0] // 8 if bits and bits[0] >= 128 else 0
-    return [(dict(count), wide) for count, wide in zip(counts, wide_loads, strict=True)]
+    overwritten = [
+        hazards.overwritten_operands(code) if counts[i]["HGMMA"] else [] for i, code in enumerate(instructions)
+    ]
+    return [(dict(count), *rest) for count, *rest in zip(counts, wide_loads, overwritten, strict=True)]
 
 
 _GCN_INSTRUCTION = re.compile(r"^\s+([a-z][a-z0-9_]+)(?=\s|$)", re.MULTILINE)
@@ -224,7 +233,7 @@ def _amdgcn_resources(launch: Launch) -> tuple[int, int]:
     return int(metadata["vgpr_count"]), spilled
 
 
-def _amdgcn(launch: Launch) -> tuple[dict[str, int], int]:
+def _amdgcn(launch: Launch) -> tuple[dict[str, int], int, list[str]]:
     counts = Counter(_GCN_INSTRUCTION.findall(str(launch.asm["amdgcn"])))
     wide_loads = sum(16 * n for name, n in counts.items() if _GCN_WIDE_LOAD.match(name))
-    return dict(counts), wide_loads
+    return dict(counts), wide_loads, []

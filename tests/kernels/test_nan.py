@@ -19,14 +19,12 @@ from fastmlp.kernels import (
     cross_entropy_fwd,
     elementwise_loss,
     head,
-    linear_dgrad,
     linear_fwd,
-    linear_wgrad,
     softmax_squared_error,
 )
 from fastmlp.kernels.device import Device, current_device, input_precision
 from fastmlp.kernels.tiling import _tf32
-from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
+from tests.kernels.products import PRODUCTS, draw
 from tests.precision import set_matmul
 
 # What numpy says of inf - inf in the interpreter.
@@ -47,44 +45,6 @@ def precision(request, default_precision, monkeypatch):
     monkeypatch.setattr(Device, "has_tf32", property(lambda self: self.backend != "hip" and self.arch != 75))
     set_matmul(request.param)
     return request.param
-
-
-def draw(*shape: int) -> torch.Tensor:
-    """Nowhere near 0, so that an infinite factor gives an infinite product."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-    return values + values.sign()
-
-
-def fwd(lane, x, w):
-    return {"A": linear_fwd(x.to(lane), w.to(lane), None, "identity")[0]}
-
-
-def dgrad(lane, dz, w):
-    return {"dX": linear_dgrad(dz.to(lane), w.to(lane).t())}
-
-
-def wgrad(lane, dz, x):
-    dw, db = linear_wgrad(dz.t().to(lane), x.t().to(lane))
-    return {"dW": dw, "db": db}
-
-
-def update(lane, dz, x):
-    layout = Layout([Layer(torch.zeros(dz.shape[0], x.shape[0]).to(lane), torch.zeros(dz.shape[0]).to(lane))])
-    grads = torch.empty(layout.total).to(lane)
-    transposed = [t.t().contiguous().to(lane) for t in (dz, x)]
-    wgrad_update(layout, transposed[:1], transposed[1:], Hyper("none"), torch.zeros(4).to(lane), grads=grads)
-    return dict(zip(("dW", "db"), layout.views(grads), strict=True))
-
-
-def last(lane, h, w):
-    """The head's logits; what it makes of them is another test's business."""
-    logits = torch.empty(h.shape[0], w.shape[0]).to(lane)
-    head(h.to(lane), w.to(lane), None, torch.zeros(h.shape[0], dtype=torch.long).to(lane), logits=logits)
-    return {"Z": logits}
-
-
-#: Each is the product A B^T of blocks [M, K] and [N, K], whatever its operands are called.
-PRODUCTS = {"fwd": fwd, "dgrad": dgrad, "wgrad": wgrad, "update": update, "head": last}
 
 
 @pytest.mark.everywhere

@@ -369,8 +369,8 @@ _ACTIVATIONS = (
     Mutant(
         "tiling",
         "a term of the product dropped",
-        '        acc = tl.dot(a_low, b_high, acc, input_precision="tf32")\n',
-        "",
+        'high_low = tl.dot(a_high, b_low, acc[1] if APART else low_high, input_precision="tf32")',
+        "high_low = acc[1] if APART else low_high",
         (FWD, "test_shapes and sm_80 and float32 and 130"),
         lane="execute",
     ),

@@ -1,0 +1,71 @@
+"""The hazards are found where they are, and what avoids them is needed."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from .cases import Case, registry
+from .hazards import copied_accumulators, overwritten_operands
+from .machine_code import _SASS
+from .targets import TARGETS
+
+pytestmark = pytest.mark.compile
+
+HEAD = """
+        /*1980*/                   WARPGROUP.ARRIVE ;
+        /*1990*/                   HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR4], R24, gsb0 ;
+"""
+WAIT = "        /*19c0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+WAIT_BUT_ONE = WAIT.replace("0x0", "0x1")
+
+
+def hazards_of(text: str) -> list[str]:
+    return overwritten_operands([rest for _, *rest in _SASS.findall(text)])
+
+
+@pytest.mark.parametrize(
+    "writer",
+    [
+        "I2F.BF16.U8 R88, R111.B1",
+        "@P0 PRMT R91, R89, 0x5410, R88",
+        "LDS.128 R85, [R16+UR7+0xc000]",
+        "LDS.64 R90, [R16]",
+        "LDSM.16.M88.4 R88, [R4]",
+        "IMAD.WIDE R87, R4, 0x2, R2",
+        "HMMA.16816.F32.BF16 R85, R80, R40, R84",
+    ],
+)
+def test_a_write_before_the_wait_is_found(writer):
+    """The wgmma reads R88 to R91."""
+    line = f"        /*19b0*/                   {writer} ;\n"
+    assert len(hazards_of(HEAD + line + WAIT)) == 1
+    assert hazards_of(HEAD + WAIT + line) == []
+    assert len(hazards_of(HEAD + WAIT_BUT_ONE + line)) == 1, "that wait leaves the last group pending"
+
+
+def test_what_does_no_harm():
+    for harmless in ("STS.128 [R88], R88", "FADD R92, R88, R88", "LDS.128 R84, [R88]", "ISETP.NE P0, R88, R89"):
+        assert hazards_of(HEAD + f"        /*19b0*/                   {harmless} ;\n" + WAIT) == [], harmless
+    shared = HEAD.replace("R88, gdesc", "gdesc") + "        /*19b0*/                   MOV R88, R1 ;\n"
+    assert hazards_of(shared) == [], "both operands are in shared memory"
+
+
+def test_a_branch_before_the_wait_is_found():
+    branch = "        /*19b0*/              @!P4 BRA `(.L_x_1) ;\n"
+    assert len(hazards_of(HEAD + branch)) == 1
+    assert hazards_of(HEAD + WAIT + branch) == []
+
+
+def test_products_through_one_accumulator_are_found(monkeypatch):
+    """Were they found no more, Triton would have stopped copying accumulators, and "tf32x3 apart" had no reason."""
+    module = importlib.import_module("fastmlp.kernels.linear_dgrad")
+    target = TARGETS["sm_100"]
+    tile = next(t for t in registry()["linear_dgrad"].tiles(torch.float32, target.device, "sigmoid") if t.rows == 64)
+    case = Case("linear_dgrad", target, torch.float32, tile, "sigmoid")
+    (apart,) = case.run(assemble=False)
+    monkeypatch.setattr(module, "input_precision", lambda device, dtype: "tf32x3")
+    (chained,) = case.run(assemble=False)
+    assert [copied_accumulators(str(launch.asm["ttgir"])) for launch in (apart, chained)] == [0, 6]

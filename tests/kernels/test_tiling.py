@@ -1,0 +1,32 @@
+"""kernels/tiling.py: the ways to multiply float32 that the lanes' own devices do not choose."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+from torch.nn import functional as F
+
+from fastmlp.kernels.device import current_device
+from tests.kernels.harness import assert_within_budget
+from tests.kernels.products import PRODUCTS, draw
+
+M, K, N = 33, 150, 17
+
+
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32x3 apart"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_split_products(lane, monkeypatch, name, precision):
+    """As accurate as float32, with an accumulator per product (which tcgen05 gets) and with one for all three."""
+    if current_device().arch == 75:
+        pytest.skip("sm_75 has no tf32")
+    for stem in ("linear_fwd", "linear_dgrad", "linear_wgrad", "wgrad_update", "head"):
+        module = importlib.import_module(f"fastmlp.kernels.{stem}")
+        monkeypatch.setattr(module, "input_precision", lambda device, dtype: precision)
+    a, b = draw(M, K), draw(N, K)
+    got = PRODUCTS[name](lane, a, b)
+    exact, own = a.double() @ b.double().T, a @ b.T
+    assert_within_budget(next(iter(got.values())).cpu(), exact, own, reduction=K)
+    if name == "head":  # which multiplies twice
+        dz, own_dz = (z.softmax(1) - F.one_hot(z.new_zeros(M).long(), N) for z in (exact, own))
+        assert_within_budget(got["dX"].cpu(), dz @ b.double(), own_dz @ b, reduction=K)
