@@ -42,8 +42,8 @@ if HAS_GPU:
 ON_THE_PROCESSOR = frozenset(
     f"test_{name}"
     for name in (
-        "autograd", "cpu_gemm", "cpu_layer", "cpu_step", "cpu_threads", "functional", "losses", "online",
-        "step", "step_dtypes", "step_epoch", "step_gradients", "torch_products",
+        "cpu_gemm", "cpu_layer", "cpu_step", "cpu_threads", "online", "step", "step_dtypes", "step_epoch",
+        "torch_products",
     )
 )  # fmt: skip
 
