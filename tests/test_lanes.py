@@ -176,13 +176,19 @@ def test_workflows_run_what_there_is():
     assert asked <= set(targets)
 
 
+#: What make hands to its children: its options, and the variables of its command line.
+MAKES_OWN = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "PYTHON")
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 class TestMake:
     @staticmethod
     def make(*arguments: str, **environment: str) -> str:
         command = [shutil.which("make"), "--no-print-directory", "-s", *arguments]
+        # These tests may run under make themselves: its variables would override what they ask.
+        inherited = {name: value for name, value in os.environ.items() if name not in MAKES_OWN}
         return subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+            command, cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True, check=True
         ).stdout
 
     @pytest.mark.parametrize("names", [("python3",), ("python", "python3")], ids=" ".join)
