@@ -47,7 +47,7 @@ class GraphCache:
     def entry(self, key: tuple[Hashable, ...]) -> GraphEntry | None:
         """The entry of a key, new ones without buffers; None where launches should be plain, outside any graph.
 
-        A key begins with the number of rows of a batch.
+        A key begins with the number of rows of a batch, and names all that chooses the kernels that a graph keeps.
 
         Raises:
             RuntimeError: the caller is capturing a graph.

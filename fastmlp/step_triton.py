@@ -34,6 +34,7 @@ from .kernels import (
     linear_fwd,
     softmax_squared_error,
 )
+from .kernels.device import tf32_allowed
 from .kernels.head import MAX_CLASSES
 from .kernels.wgrad_update import Hyper, Layer, Layout, reduce_update, wgrad_update, workspace
 from .loss_scale import LossScale
@@ -364,7 +365,9 @@ class TritonStep:
         m = x.shape[0]
         plan, row = self._plan(m), self._row()
         self.steps += 1
-        entry = self.graphs.entry((m, x.dtype, y.dtype, y.shape[1:])) if self.graphs is not None else None
+        entry = (
+            self.graphs.entry((m, tf32_allowed(), x.dtype, y.dtype, y.shape[1:])) if self.graphs is not None else None
+        )
         if self.graphs is None or entry is None:
             self._launch(plan, x, y, None, row, out)
             return
@@ -406,7 +409,7 @@ class TritonStep:
         plan = self._plan(m)
         # A graph reads the memory at these addresses, whichever tensor lies there at its replay.
         data = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (images, labels)]
-        entry = self.graphs.entry((m, count, *data)) if self.graphs is not None else None
+        entry = self.graphs.entry((m, tf32_allowed(), count, *data)) if self.graphs is not None else None
         buffers = GraphEntry().buffers if entry is None else entry.buffers
         if not buffers:
             # 16 bytes per step keep every pointer aligned alike, so that all steps share one compiled kernel.

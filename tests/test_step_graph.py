@@ -163,6 +163,20 @@ def test_the_learning_rate_changes(optimizer):
     check(script, replays=5, **{**SETTINGS[optimizer], "lr": 1.0})
 
 
+def test_the_precision_of_float32_products_changes():
+    def script(step: TrainStep) -> Iterator[Tensor]:
+        before = torch.get_float32_matmul_precision()
+        try:
+            for precision in ("highest", "high", "highest"):
+                torch.set_float32_matmul_precision(precision)
+                yield from steps(3)(step)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    _, cuda = check(script, replays=7, **SETTINGS["sgd"])
+    assert len(cuda.captures) == 2
+
+
 def test_adamw_counts_every_step_however_it_is_taken():
     """Its corrections for the first steps differ by factors from one step to the next."""
 
