@@ -56,7 +56,14 @@ def _linear_fwd_kernel(
     step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
     step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
 
-    acc = accumulator((BLOCK_M, BLOCK_N), INPUT_PRECISION)
+    # 16-bit values made of pixels are the second operand, of W X^T. As the first of X W^T they would stay in registers,
+    # where the next step could overwrite what a wgmma still reads (triton issue 9433), did ptxas not make every product
+    # wait for the one before it. A second operand goes through shared memory.
+    TURNED: tl.constexpr = PIXELS and w_ptr.dtype.element_ty != tl.float32
+    if TURNED:
+        acc = accumulator((BLOCK_N, BLOCK_M), INPUT_PRECISION)
+    else:
+        acc = accumulator((BLOCK_M, BLOCK_N), INPUT_PRECISION)
     for k in range(0, K, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)
@@ -65,14 +72,19 @@ def _linear_fwd_kernel(
             mask_k = offs_k < K - k
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
-        # W is loaded along its rows, [BLOCK_N, BLOCK_K], and transposed in the dot: fewer instructions than
-        # loading columns, by the count of the executed code.
+        # Both are loaded along their rows, and one is transposed in the dot: fewer instructions than loading columns,
+        # by the count of the executed code.
         if PIXELS:
             x = x.to(tl.float32).to(w.dtype)
-        acc = dot(x, tl.trans(w), acc, INPUT_PRECISION)
+        if TURNED:
+            acc = dot(w, tl.trans(x), acc, INPUT_PRECISION)
+        else:
+            acc = dot(x, tl.trans(w), acc, INPUT_PRECISION)
         x_ptrs += step_x
         w_ptrs += step_w
     acc = accumulated(acc, INPUT_PRECISION)
+    if TURNED:
+        acc = tl.trans(acc)
 
     if PIXELS:
         acc = acc * (1.0 / 255.0)

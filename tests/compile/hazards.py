@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["copied_accumulators", "overwritten_operands"]
+__all__ = ["copied_accumulators", "overwritten_operands", "pending_operands"]
 
+#: A wgmma in PTX whose first operand, after the accumulator, is a list of registers.
+_FROM_REGISTERS = re.compile(r"wgmma\.mma_async[^;{]*\{[^;}]*\}\s*,\s*\{")
+_PARTIAL_WAIT = re.compile(r"wgmma\.wait_group\S*\s+[1-9]")
 _OPERAND_A = re.compile(r"\bR(\d+)$")
 _DESTINATION = re.compile(r"R(\d+)\b")
 #: The registers of the first operand that one wgmma reads, whatever the dtype.
@@ -54,6 +57,11 @@ def _width(name: str, modifiers: str) -> int:
     if "64" in parts or "WIDE" in parts or (name == "LDSM" and "2" in parts) or (name == "CS2R" and "32" not in parts):
         return 2
     return 1
+
+
+def pending_operands(ptx: str) -> int:
+    """How many waits leave a wgmma pending in a kernel where some read registers; ptxas alone keeps those intact."""
+    return len(_PARTIAL_WAIT.findall(ptx)) if _FROM_REGISTERS.search(ptx) else 0
 
 
 def copied_accumulators(ttgir: str) -> int:

@@ -13,7 +13,7 @@ from fastmlp.kernels.configs import Tile
 from tests.ptxsim import Launch
 
 from .cases import Case
-from .hazards import copied_accumulators
+from .hazards import copied_accumulators, pending_operands
 from .loads import generated_wide_loads, loads
 from .machine_code import instructions, resources
 
@@ -25,6 +25,7 @@ LIMITS = {
     "matrix unit": "a matrix product without the target's matrix instructions",
     "narrow load": "loads narrower than aligned, contiguous operands allow",
     "overwritten operand": "a register written while a wgmma may still read it",
+    "pending operand": "a wgmma that reads registers, and that the next step does not wait for",
     "copied accumulator": "tcgen05 products that follow each other through one accumulator",
 }
 
@@ -98,6 +99,8 @@ def violations(case: Case, launch: Launch) -> dict[str, str]:
             found["matrix unit"] = f"none of {', '.join(units)} among {total} instructions"
     if "cubin" in launch.asm and (overwritten := instructions(launch).overwritten):
         found["overwritten operand"] = "; ".join(overwritten)
+    if pending := pending_operands(str(launch.asm.get("ptx", ""))):
+        found["pending operand"] = f"{pending} waits for some of the products only"
     if copies := copied_accumulators(str(launch.asm["ttgir"])):
         found["copied accumulator"] = f"{copies} copies"
     if case.aligned:
@@ -115,9 +118,11 @@ def _units_expected(case: Case) -> tuple[str, ...]:
     """The matrix instructions, of which one must be there.
 
     Hopper's and Blackwell's own units (the first of two) take blocks of 64 rows and more, smaller blocks run on the
-    warp-wide ones. A kernel that is not tiled by ``configs`` may use either.
+    warp-wide ones. The forward product of pixels in 16 bits is turned: its columns count. A kernel that is not tiled by
+    ``configs`` may use either.
     """
     units = case.target.matrix_units[case.dtype]
     if len(units) == 2 and isinstance(case.tile, Tile):
-        return units[:1] if case.tile.rows >= 64 else units[1:]
+        turned = case.kernel == "linear_fwd" and "pixels" in case.variant and case.dtype.itemsize == 2
+        return units[:1] if (case.tile.cols if turned else case.tile.rows) >= 64 else units[1:]
     return units

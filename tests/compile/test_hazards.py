@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .cases import Case, registry
-from .hazards import copied_accumulators, overwritten_operands
+from .hazards import copied_accumulators, overwritten_operands, pending_operands
 from .machine_code import _SASS
 from .targets import TARGETS
 
@@ -57,6 +57,14 @@ def test_a_branch_before_the_wait_is_found():
     branch = "        /*19b0*/              @!P4 BRA `(.L_x_1) ;\n"
     assert len(hazards_of(HEAD + branch)) == 1
     assert hazards_of(HEAD + WAIT + branch) == []
+
+
+@pytest.mark.parametrize("operand", ["{%r1,%r2,%r3,%r4}", "%rd81"], ids=["registers", "shared memory"])
+@pytest.mark.parametrize("pending", [0, 1, 3])
+def test_a_wait_that_leaves_registers_pending_is_found(operand, pending):
+    product = f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r9,%r8,%r7,%r6}}, {operand}, %rd82, %p1, 1, 1;"
+    ptx = f"{product}\nwgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned {pending};\n"
+    assert pending_operands(ptx) == (operand.startswith("{") and pending > 0)
 
 
 def test_products_through_one_accumulator_are_found(monkeypatch):
