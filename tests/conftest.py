@@ -38,15 +38,19 @@ if HAS_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-FOLDER = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 #: Tests whose results depend on what the processor has: vector registers, 16-bit products, threads.
-ON_THE_PROCESSOR = frozenset(
-    f"test_{name}"
-    for name in (
-        "cpu_gemm", "cpu_layer", "cpu_step", "cpu_threads", "online", "step", "step_dtypes", "step_epoch",
-        "torch_products",
-    )
-)  # fmt: skip
+ON_THE_PROCESSOR = (
+    "tests/test_cpu_gemm.py",
+    "tests/test_cpu_layer.py",
+    "tests/test_cpu_step.py",
+    "tests/test_cpu_threads.py",
+    "tests/test_online.py",
+    "tests/test_step.py",
+    "tests/test_step_dtypes.py",
+    "tests/test_step_epoch.py",
+    "tests/test_torch_products.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,7 +91,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip the simulating lanes where kernels are interpreted or there is a GPU; leave out a part of the grids."""
     if config.getoption("--lesser-cpu"):
-        chosen = [item for item in items if item.path.parent == FOLDER and item.path.stem in ON_THE_PROCESSOR]
+        chosen = [item for item in items if item.path in {ROOT / path for path in ON_THE_PROCESSOR}]
         config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
         items[:] = chosen
     if not config.getoption("--full"):
