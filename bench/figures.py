@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastmlp.files import atomic_write
+from fastmlp.base.atomic import atomic_write
 
 from .results import Document
 from .tables import median, timed

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fastmlp.files import atomic_write
+from fastmlp.base.atomic import atomic_write
 
 from .figures import caption
 from .machine import ROOT

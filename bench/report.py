@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastmlp.files import atomic_write
+from fastmlp.base.atomic import atomic_write
 
 from .figures import PLOTS, caption, draw
 from .machine import ROOT

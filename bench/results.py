@@ -21,7 +21,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastmlp.files import atomic_write
+from fastmlp.base.atomic import atomic_write
 
 from .machine import ROOT
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastmlp import reference
-from fastmlp.files import atomic_write
+from fastmlp.base.atomic import atomic_write
 
 from .gate import worst
 from .presets import REFERENCE

@@ -1,7 +1,8 @@
 """fastmlp: multilayer perceptrons trained and run as fast as the machine allows, from ordinary PyTorch code."""
 
-from . import _checkout, functional, reference  # noqa: F401
+from . import functional, reference
 from .backend import get_backend, set_backend, use_backend
+from .base import checkout  # noqa: F401
 from .checkpoint import load_checkpoint, save_checkpoint
 from .cpu_gemm import get_cpu_gemm, set_cpu_gemm
 from .data import ImageDataset, find_fashion_mnist, load_fashion_mnist

@@ -23,8 +23,8 @@ from torch.autograd import Function
 
 from . import ops, reference, torch_backend
 from .activations import saved_for_grad
-from .autocast import is_autocast_enabled
 from .backend import Resolved
+from .base.compat import is_autocast_enabled
 from .ops import BackwardOperations
 
 __all__ = ["LinearAct", "MLPFunction"]

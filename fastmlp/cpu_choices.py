@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from .files import atomic_write, cache_folder
+from .base.atomic import atomic_write, cache_folder
 
 __all__ = ["choices_path", "instruction_set", "keep", "kept", "processor_name"]
 

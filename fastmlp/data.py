@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from . import files
+from .base import atomic
+from .base.atomic import atomic_write
 from .datasets import fashion_mnist, fetch
 from .datasets.fashion_mnist import FileSet
 from .datasets.fetch import SourceUnavailable
 from .datasets.idx import Bytes, DataIntegrityError
-from .files import atomic_write
 
 __all__ = [
     "SOURCES",
@@ -201,7 +201,7 @@ def find_fashion_mnist(root: str | os.PathLike[str] | None = None) -> Path | Non
 
 def cache_folder() -> Path:
     """Where downloads of FashionMNIST are kept: ``fashion-mnist`` in the user's cache folder of fastmlp."""
-    return files.cache_folder() / "fashion-mnist"
+    return atomic.cache_folder() / "fashion-mnist"
 
 
 def _usable_device(device: torch.device | str | None) -> torch.device:

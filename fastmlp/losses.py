@@ -14,9 +14,9 @@ from torch.nn import _reduction
 from torch.nn import functional as F
 
 from . import reference, torch_losses
-from .autocast import is_autocast_enabled
 from .backend import Resolved, functorch_active, get_backend, resolve
-from .checks import check_same_device, check_tensor
+from .base.arguments import check_same_device, check_tensor
+from .base.compat import is_autocast_enabled
 from .torch_losses import LABELS, Settings
 from .triton_backend import device_of
 

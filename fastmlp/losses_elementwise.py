@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from . import reference_losses as reference
-from .autocast import is_autocast_enabled
+from . import reference_losses
 from .backend import Resolved, functorch_active, resolve
-from .checks import check_same_device, check_tensor
+from .base.arguments import check_same_device, check_tensor
+from .base.compat import is_autocast_enabled
 from .triton_backend import device_of
 
 __all__ = ["ElementwiseLoss", "bce_loss", "bce_with_logits", "l1_loss", "mse_loss", "multiclass_nll"]
@@ -108,7 +108,7 @@ class ElementwiseLoss(Function):
             return out.view(a.shape) if reduction == "none" else out
         if loss in _TORCH:
             return _TORCH[loss](a, y, reduction=reduction)
-        losses = reference.elementwise_loss(wide(a), wide(y), loss)
+        losses = reference_losses.elementwise_loss(wide(a), wide(y), loss)
         return reduced(losses, reduction, _mean_count(a, loss)).to(a.dtype)
 
     @staticmethod
@@ -120,9 +120,13 @@ class ElementwiseLoss(Function):
         scale = _scale(a, ctx.loss, ctx.reduction)
         if torch.is_grad_enabled() or ctx.backend == "torch":
             g = wide(g) * scale
-            da = (reference.elementwise_loss_grad(wide(a), wide(y), ctx.loss) * g).to(a.dtype) if need_a else None
+            da = (
+                (reference_losses.elementwise_loss_grad(wide(a), wide(y), ctx.loss) * g).to(a.dtype) if need_a else None
+            )
             dy = (
-                (reference.elementwise_loss_target_grad(wide(a), wide(y), ctx.loss) * g).to(y.dtype) if need_y else None
+                (reference_losses.elementwise_loss_target_grad(wide(a), wide(y), ctx.loss) * g).to(y.dtype)
+                if need_y
+                else None
             )
             return da, dy, None, None, None
         from .kernels import elementwise_loss_bwd as launch
@@ -145,7 +149,7 @@ def _apply(input: Tensor, target: Tensor, loss: str, reduction: str) -> Tensor:
     input, target = outside_autocast(input, target)
     backend = resolve(input)
     if functorch_active():
-        return reduced(reference.elementwise_loss(input, target, loss), reduction, _mean_count(input, loss))
+        return reduced(reference_losses.elementwise_loss(input, target, loss), reduction, _mean_count(input, loss))
     return ElementwiseLoss.apply(input, target, loss, reduction, backend)
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
 from .activations import ACTIVATIONS, LEAKY_SLOPE
-from .checks import check_batch, check_layer_activation
+from .base.arguments import check_batch, check_layer_activation
 
 __all__ = ["MLP", "Linear"]
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from . import reference
 from .activations import ACTIVATIONS
-from .checks import check_activation, check_input, check_layer, check_tensor
+from .base.arguments import check_activation, check_input, check_layer, check_tensor
 from .cpu_gemm import keep_choices
 from .cpu_layer import row_blocks, sample_way
 

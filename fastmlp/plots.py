@@ -6,7 +6,7 @@ import io
 import os
 from typing import TYPE_CHECKING
 
-from .files import atomic_write
+from .base.atomic import atomic_write
 
 if TYPE_CHECKING:
     from .train import History

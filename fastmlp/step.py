@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backend import resolve
-from .checks import check_classes, check_rows, check_same_device, check_tensor, readable_rows
+from .base.arguments import check_classes, check_rows, check_same_device, check_tensor, readable_rows
 from .nn import MLP, Linear, _only_computes
 from .step_config import LOSSES, optimizer_of
 from .step_losses import takes_classes

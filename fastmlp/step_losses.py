@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import check_classes
+from .base.arguments import check_classes
 from .torch_losses import vector_width
 
 __all__ = ["NO_CLASS", "LossFunction", "loss_function", "takes_classes"]

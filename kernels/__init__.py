@@ -1,6 +1,6 @@
 """The Triton kernels of fastmlp, one file each; README.md beside this file leads from the maths to each kernel.
 
-Launchers take tensors that were validated (``fastmlp.checks``), allocate the outputs and launch; they know
+Launchers take tensors that were validated (``fastmlp.base.arguments``), allocate the outputs and launch; they know
 nothing of autograd. Import them from here (or through ``fastmlp.functional``, which is the public way).
 """
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 
-from ..files import cache_folder
+from ..base.atomic import cache_folder
 from .device import Device
 
 __all__ = ["device_key", "table_path", "tuned_tile", "use_new_table"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmlp import files
+from fastmlp.base import atomic
 from fastmlp.data import ImageDataset
 from fastmlp.datasets import fashion_mnist, fetch, idx
 from fastmlp.datasets.fetch import SourceUnavailable
@@ -68,7 +68,7 @@ class Machine:
         self.contents = make_contents()
         self.fetched: list[str] = []
         self.online: dict[str, bool] = {"torchvision": False, "debian": False}
-        monkeypatch.setattr(files, "cache_folder", lambda: self.caches)
+        monkeypatch.setattr(atomic, "cache_folder", lambda: self.caches)
         monkeypatch.setattr(fetch, "SYSTEM_FOLDER", self.system)
         monkeypatch.setattr(fetch, "fetch_torchvision", self.fetcher("torchvision"))
         monkeypatch.setattr(fetch, "fetch_debian", self.fetcher("debian"))

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 
 from fastmlp import checkpoint
+from fastmlp.base.atomic import atomic_write
 from fastmlp.checkpoint import CheckpointError, checkpoint_paths, load_checkpoint, read_checkpoint, save_checkpoint
-from fastmlp.files import atomic_write
 
 CONFIG = {"sizes": [5, 4, 3], "activation": "relu", "bias": True}
 

@@ -310,10 +310,11 @@ class TestCache:
         program = """
             import json, sys, time
             from pathlib import Path
-            from fastmlp import data, files
+            from fastmlp import data
+            from fastmlp.base import atomic
             from fastmlp.datasets import fashion_mnist, fetch
             folder, me = Path(sys.argv[1]), sys.argv[2]
-            files.cache_folder = lambda: folder / "caches"
+            atomic.cache_folder = lambda: folder / "caches"
             fetch.SYSTEM_FOLDER = folder / "system"
             fashion_mnist.FULL = fashion_mnist._file_set(40, 20, json.loads((folder / "sums").read_text()))
             def fetched(staging):

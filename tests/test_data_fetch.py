@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmlp import files
+from fastmlp.base import atomic
 from fastmlp.data import SubsetWarning, load_fashion_mnist
 from fastmlp.datasets import fetch
 from fastmlp.datasets.fetch import SourceUnavailable, fetch_debian, fetch_torchvision
@@ -244,6 +244,6 @@ class TestDebian:
         command = ["apt-get", "-q", "-oAcquire::http::Timeout=10", "-oAcquire::Retries=0", "download", fetch.PACKAGE]
         if subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=300).returncode != 0:
             pytest.skip("apt-get reaches no repository that has the package")
-        monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "caches")
+        monkeypatch.setattr(atomic, "cache_folder", lambda: tmp_path / "caches")
         train, test = load_fashion_mnist(source="debian")
         assert (len(train), len(test)) == (60_000, 10_000)

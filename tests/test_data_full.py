@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastmlp import data, files
+from fastmlp import data
+from fastmlp.base import atomic
 from fastmlp.data import DataIntegrityError, load_fashion_mnist
 from fastmlp.datasets import fashion_mnist, idx, make_subset
 from tests.data_helpers import Machine, proxy, write
@@ -183,7 +184,7 @@ class TestFullData:
             def log_message(self, *arguments: object) -> None:
                 pass
 
-        monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "caches")
+        monkeypatch.setattr(atomic, "cache_folder", lambda: tmp_path / "caches")
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             proxy(monkeypatch, server.server_address[1])

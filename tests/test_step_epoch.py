@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastmlp
 from fastmlp import step_torch
-from fastmlp.checks import readable_rows
+from fastmlp.base.arguments import readable_rows
 
 from .step_helpers import (
     OPTIMIZERS,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastmlp.files import atomic_write
+from fastmlp.base.atomic import atomic_write
 from tests.compile.targets import TARGETS
 
 from .execution import EXECUTED_TARGETS, execution_rows, step_execution_rows

@@ -155,7 +155,7 @@ def _write_plots(outcomes: list[Outcome], folder: Path) -> list[str]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from fastmlp.files import atomic_write
+    from fastmlp.base.atomic import atomic_write
 
     paths = []
     for outcome in outcomes:

@@ -219,7 +219,7 @@ class Run:
 
     def finish(self, history: History, summary: dict[str, Any]) -> None:
         """Write curves and summary."""
-        from fastmlp.files import atomic_write
+        from fastmlp.base.atomic import atomic_write
         from fastmlp.plots import plot_history
 
         config = summary["config"]

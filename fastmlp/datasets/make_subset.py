@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..files import atomic_write
+from ..base.atomic import atomic_write
 from .fashion_mnist import CLASSES, FULL, SUBSET, SUBSET_FOLDER, find_files, read_files
 from .idx import compress, encode
 

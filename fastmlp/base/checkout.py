@@ -1,6 +1,6 @@
 """Finds ``fastmlp.kernels`` in a checkout that is not installed.
 
-An installation has the kernels inside this folder. In a checkout they lie beside it, where Python does not look.
+An installation has the kernels inside fastmlp/. In a checkout they lie beside it, where Python does not look.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-_BESIDE = Path(__file__).parent.parent / "kernels" / "__init__.py"
+_BESIDE = Path(__file__).parents[2] / "kernels" / "__init__.py"
 
 
 class _KernelsBeside:
@@ -21,7 +21,7 @@ class _KernelsBeside:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The package ``kernels`` beside this folder, where there is one; else None."""
+        """The package ``kernels`` beside fastmlp/, where there is one; else None."""
         return spec_from_file_location(name, _BESIDE) if name == "fastmlp.kernels" and _BESIDE.is_file() else None
 
 

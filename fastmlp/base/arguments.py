@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS, LAYER_ACTIVATIONS
+from ..activations import ACTIVATIONS, LAYER_ACTIVATIONS
 
 __all__ = [
     "check_activation",
