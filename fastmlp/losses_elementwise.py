@@ -2,7 +2,7 @@
 
 ``mse_loss``, ``l1_loss``, ``bce_loss``, ``bce_with_logits`` give what torch's functions of these names (the last two
 are binary_cross_entropy and binary_cross_entropy_with_logits there) give; ``multiclass_nll`` is -sum_c y_c log a_c of
-probabilities, which torch has for labels only. Formulas and gradients: ``fastmlp.reference_losses``.
+probabilities, which torch has for labels only. Formulas and gradients: ``fastmlp.reference``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from . import reference_losses
+from . import reference
 from .backend import Resolved, functorch_active, resolve
 from .base.arguments import check_same_device, check_tensor
 from .base.compat import is_autocast_enabled
@@ -92,7 +92,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 class ElementwiseLoss(Function):
-    """``apply(a, y, loss, reduction, backend)`` with ``loss`` a name of ``reference_losses.ELEMENTWISE_LOSSES``."""
+    """``apply(a, y, loss, reduction, backend)`` with ``loss`` a name of ``reference.ELEMENTWISE_LOSSES``."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, y: Tensor, loss: str, reduction: str, backend: Resolved) -> Tensor:
@@ -108,7 +108,7 @@ class ElementwiseLoss(Function):
             return out.view(a.shape) if reduction == "none" else out
         if loss in _TORCH:
             return _TORCH[loss](a, y, reduction=reduction)
-        losses = reference_losses.elementwise_loss(wide(a), wide(y), loss)
+        losses = reference.elementwise_loss(wide(a), wide(y), loss)
         return reduced(losses, reduction, _mean_count(a, loss)).to(a.dtype)
 
     @staticmethod
@@ -120,13 +120,9 @@ class ElementwiseLoss(Function):
         scale = _scale(a, ctx.loss, ctx.reduction)
         if torch.is_grad_enabled() or ctx.backend == "torch":
             g = wide(g) * scale
-            da = (
-                (reference_losses.elementwise_loss_grad(wide(a), wide(y), ctx.loss) * g).to(a.dtype) if need_a else None
-            )
+            da = (reference.elementwise_loss_grad(wide(a), wide(y), ctx.loss) * g).to(a.dtype) if need_a else None
             dy = (
-                (reference_losses.elementwise_loss_target_grad(wide(a), wide(y), ctx.loss) * g).to(y.dtype)
-                if need_y
-                else None
+                (reference.elementwise_loss_target_grad(wide(a), wide(y), ctx.loss) * g).to(y.dtype) if need_y else None
             )
             return da, dy, None, None, None
         from .kernels import elementwise_loss_bwd as launch
@@ -149,7 +145,7 @@ def _apply(input: Tensor, target: Tensor, loss: str, reduction: str) -> Tensor:
     input, target = outside_autocast(input, target)
     backend = resolve(input)
     if functorch_active():
-        return reduced(reference_losses.elementwise_loss(input, target, loss), reduction, _mean_count(input, loss))
+        return reduced(reference.elementwise_loss(input, target, loss), reduction, _mean_count(input, loss))
     return ElementwiseLoss.apply(input, target, loss, reduction, backend)
 
 

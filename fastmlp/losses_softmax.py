@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import reference_losses
+from . import reference
 from .backend import Resolved, functorch_active, resolve
 from .base.arguments import check_same_device, check_tensor
 from .losses_elementwise import REDUCTIONS, check_loss_arguments, outside_autocast, reduced, wide
@@ -37,7 +37,7 @@ class Softmax(Function):
         (dp,) = grads
         (p,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return reference_losses.softmax_backward(dp, p)
+            return reference.softmax_backward(dp, p)
         return torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
 
 
@@ -67,7 +67,7 @@ class SoftmaxSquaredError(Function):
 
             with device_of(z):
                 return launch(z, target, scale=None if reduction == "none" else _scale(z, reduction))
-        rows = reference_losses.softmax_squared_error(wide(z), _values(target, wide(z)))
+        rows = reference.softmax_squared_error(wide(z), _values(target, wide(z)))
         return reduced(rows, reduction, len(z)).to(z.dtype)
 
     @staticmethod
@@ -79,7 +79,7 @@ class SoftmaxSquaredError(Function):
         scale = _scale(z, ctx.reduction)
         if torch.is_grad_enabled() or ctx.backend == "torch":
             y = _values(target, wide(z))
-            dz, dy = reference_losses.softmax_squared_error_backward(wide(g) * scale, wide(z), y)
+            dz, dy = reference.softmax_squared_error_backward(wide(g) * scale, wide(z), y)
             return dz.to(z.dtype) if need_z else None, dy.to(target.dtype) if need_y else None, None, None
         from .kernels import softmax_squared_error_bwd as launch
 
@@ -132,7 +132,7 @@ def softmax_squared_error(input: Tensor, target: Tensor, reduction: str = "mean"
     z = input if input.dim() == 2 else input.unsqueeze(0)
     y = target if input.dim() == 2 else target.unsqueeze(0)
     if functorch_active():
-        loss = reduced(reference_losses.softmax_squared_error(z, _values(y, z)), reduction, len(z))
+        loss = reduced(reference.softmax_squared_error(z, _values(y, z)), reduction, len(z))
     else:
         loss = SoftmaxSquaredError.apply(z, y, reduction, backend)
     return loss.squeeze(0) if input.dim() == 1 and reduction == "none" else loss

@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import functional, ops, reference, reference_losses
+from . import functional, ops, reference
 from .activations import ACTIVATIONS, saved_for_grad
 from .backend import KERNEL_DTYPES, Resolved, use_backend
 
@@ -237,7 +237,7 @@ def softmax_squared_error(problem: Problem, backend: Resolved) -> Iterator[Compa
     y = torch.nn.functional.one_hot(problem.labels(problem.N), problem.N).to(problem.dtype)
 
     def oracle(z: Tensor, reduction: str) -> Tensor:
-        rows = reference_losses.softmax_squared_error(z, y.to(z.dtype))
+        rows = reference.softmax_squared_error(z, y.to(z.dtype))
         return rows if reduction == "none" else rows.mean()
 
     ours = partial(functional.softmax_squared_error, target=y)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastmlp
-from fastmlp import cpu_choices, cpu_gemm, reference, reference_losses
+from fastmlp import cpu_choices, cpu_gemm, reference
 from fastmlp.activations import ACTIVATIONS
 
 Batch = tuple[Tensor, Tensor]
@@ -160,7 +160,7 @@ def torch_loss(loss: str, a: Tensor, y: Tensor) -> Tensor:
         case "cross_entropy":
             return F.cross_entropy(a, y)
         case "softmax_squared_error":
-            return reference_losses.softmax_squared_error(a, F.one_hot(y, a.shape[1]).to(a.dtype)).mean()
+            return reference.softmax_squared_error(a, F.one_hot(y, a.shape[1]).to(a.dtype)).mean()
         case "mse":
             return F.mse_loss(a, y.to(a.dtype))
         case "l1":

@@ -103,7 +103,6 @@ def test_table_names_every_kernel(path):
 @pytest.mark.skipif(not triton_available(), reason="triton is not installed")
 def test_table_names_launchers_and_references_that_exist():
     references = set(importlib.import_module("fastmlp.reference").__dict__)
-    references |= set(importlib.import_module("fastmlp.reference_losses").__dict__)
     found = 0
     for line in prose(KERNELS / "README.md").splitlines():
         row = re.match(r"\| \[`(\w+)\.py`\]\([^)]*\) \|(.*)\|$", line)

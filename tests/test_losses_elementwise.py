@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastmlp import reference_losses as reference
-from fastmlp import use_backend
+from fastmlp import reference, use_backend
 from fastmlp.functional import (
     bce_loss,
     bce_with_logits,

@@ -1,4 +1,4 @@
-"""fastmlp/reference.py against autograd and against torch's own modules, in float64."""
+"""fastmlp/reference/linear.py against autograd and against torch's own modules, in float64."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .. import reference, torch_backend
-from .. import reference_losses as losses_reference
 from ..activations import saved_for_grad
 from ..functional import cross_entropy, linear_act, softmax
 from ..plots import BLUE, ORANGE
@@ -77,9 +76,9 @@ def _losses(recorder: Recorder) -> None:
         a, target = _vector(*values), _vector(y, y)
 
         def loss(a: Tensor, name: str = name, target: Tensor = target) -> Tensor:
-            return losses_reference.elementwise_loss(a, target, name).sum()
+            return reference.elementwise_loss(a, target, name).sum()
 
-        analytic = losses_reference.elementwise_loss_grad(a, target, name)
+        analytic = reference.elementwise_loss_grad(a, target, name)
         recorder.close("003", f"dL/da of {text}", analytic, derivative(loss, a), TOLERANCE)
     z, label = _draw(1, 7).requires_grad_(), torch.tensor([3])
     (dz,) = torch.autograd.grad(cross_entropy(z, label), z)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .. import reference_losses as losses_reference
 from ..plots import BLUE, ORANGE
 from ..train import evaluate
 from .base import Recorder, Settings, axes, derivative, percent
@@ -49,7 +48,7 @@ def plain_loss(net: Network, loss: str, x: Tensor, y: Tensor) -> Tensor:
     for w, b, f in zip(*net, strict=True):
         z = a @ w.t() + b
         a = torch.softmax(z, 1) if f == "softmax" else reference.activate(z, f)
-    return losses_reference.elementwise_loss(a, y, _KINDS[loss]).sum()
+    return reference.elementwise_loss(a, y, _KINDS[loss]).sum()
 
 
 def gradient_error(net: Network, loss: str, x: Tensor, y: Tensor) -> float:
@@ -145,18 +144,18 @@ def _direct(recorder: Recorder) -> None:
     """Concept 50: dL/dZ^L at once, against the two factors, and where the two factors fail."""
     z, y = torch.tensor([[0.5, -1.0, 2.0]]).double(), torch.tensor([[0.0, 1.0, 0.0]]).double()
     p, s = torch.softmax(z, 1), torch.sigmoid(z)
-    factors = losses_reference.softmax_backward(losses_reference.elementwise_loss_grad(p, y, "nllm"), p)
+    factors = reference.softmax_backward(reference.elementwise_loss_grad(p, y, "nllm"), p)
     recorder.close(
         "003", "concept 50: softmax and NLLM, dL/dZ = A - Y is the product of factors", p - y, factors, 1e-14
     )
-    factors = losses_reference.elementwise_loss_grad(s, y, "bce") * s * (1 - s)
+    factors = reference.elementwise_loss_grad(s, y, "bce") * s * (1 - s)
     recorder.close("003", "concept 50: sigmoid and NLL, dL/dZ = A - Y is the product of factors", s - y, factors, 1e-14)
     far = torch.tensor([[60.0, -60.0]])
     eye, zero = torch.eye(2), torch.zeros(2)
     value, _, (db,) = loss_and_gradients([eye], [zero], ("sigmoid",), "nll", far, torch.tensor([[0.0, 1.0]]))
     good = torch.equal(db, torch.tensor([1.0, -1.0])) and math.isclose(value.item(), 120.0)
     a = torch.sigmoid(far[0, 0])  # 1 in float32: the factors give 0 times a huge number
-    lost = (losses_reference.elementwise_loss_grad(a, torch.tensor(0.0), "bce") * a * (1 - a)).item()
+    lost = (reference.elementwise_loss_grad(a, torch.tensor(0.0), "bce") * a * (1 - a)).item()
     obtained = f"{db[0].item():g} (factors: {lost:g})"
     recorder.add("003", "concept 50: at z = 60 in float32 dL/dZ is still 1", obtained, "exact", good and lost == 0.0)
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops, reference, reference_losses
+from .. import ops, reference
 from ..activations import saved_for_grad
 from ..backend import Resolved, resolve
 from ..base.arguments import check_tensor
@@ -161,12 +161,12 @@ def loss_and_gradients(
     if direct == "cross_entropy":  # concept 50: dL/dZ^L = softmax(Z^L) - y, here for any y of sum 1
         value, dz = reference.cross_entropy(z, y, reduction="sum"), torch.softmax(z, 1).sub_(y)
     elif direct == "bce_with_logits":  # dL/dZ^L = sigmoid(Z^L) - y
-        value = reference_losses.elementwise_loss(z, y, direct).sum()
-        dz = reference_losses.elementwise_loss_grad(z, y, direct)
+        value = reference.elementwise_loss(z, y, direct).sum()
+        dz = reference.elementwise_loss_grad(z, y, direct)
     else:
         kind = _ELEMENTWISE[loss]
-        value = reference_losses.elementwise_loss(a, y, kind).sum()
-        dz = _within(reference_losses.elementwise_loss_grad(a, y, kind), a, activations[-1], backend)
+        value = reference.elementwise_loss(a, y, kind).sum()
+        dz = _within(reference.elementwise_loss_grad(a, y, kind), a, activations[-1], backend)
     dws, dbs = [], []
     for layer in range(len(weights) - 1, -1, -1):
         dw, db = ops.on(backend).linear_wgrad(dz, inputs[layer])
@@ -189,7 +189,7 @@ def _below(dz: Tensor, weight: Tensor, a: Tensor, activation: str, backend: Reso
 def _within(da: Tensor, a: Tensor, activation: str, backend: Resolved) -> Tensor:
     """DL/dZ of a layer from dL/dA and its output A."""
     if activation == "softmax":
-        return reference_losses.softmax_backward(da, a)
+        return reference.softmax_backward(da, a)
     return ops.on(backend).activation_bwd(da, a if saved_for_grad(activation) else None, activation)
 
 

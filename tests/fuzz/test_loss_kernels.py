@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastmlp import reference, reference_losses
+from fastmlp import reference
 from fastmlp.kernels import (
     cross_entropy,
     cross_entropy_bwd,
@@ -193,7 +193,7 @@ def elementwises(draw: st.DrawFn) -> Elementwise:
     return Elementwise(
         a=draw(specs(shape, dtype, scales=(1.0, 0.1, 8.0))),
         y=draw(specs(shape, dtype, scales=(1.0, 0.1, 8.0))),
-        loss=draw(st.sampled_from(reference_losses.ELEMENTWISE_LOSSES)),
+        loss=draw(st.sampled_from(reference.ELEMENTWISE_LOSSES)),
         scale=draw(st.sampled_from([1.0, 0.01])),
         upstream=draw(specs(shape, dtype, expanded=True, scales=(1.0,))),
     )
@@ -210,9 +210,9 @@ def test_elementwise_loss(lane, case: Elementwise):
     g = case.upstream.build()
     da2, dy2 = elementwise_loss_bwd(g.to(lane), al, yl, name, scale=scale, want_dy=True)
     wide = double(a, y)
-    expected, own = (reference_losses.elementwise_loss(*t, name) for t in (wide, (a, y)))
-    d_expected, d_own = (reference_losses.elementwise_loss_grad(*t, name) for t in (wide, (a, y)))
-    dy_expected, dy_own = (reference_losses.elementwise_loss_target_grad(*t, name) for t in (wide, (a, y)))
+    expected, own = (reference.elementwise_loss(*t, name) for t in (wide, (a, y)))
+    d_expected, d_own = (reference.elementwise_loss_grad(*t, name) for t in (wide, (a, y)))
+    dy_expected, dy_own = (reference.elementwise_loss_target_grad(*t, name) for t in (wide, (a, y)))
     size = a.double().abs().max().item() + y.double().abs().max().item() + 1.0
     close = {"reduction": 1, "magnitude": size * size}
     assert_close(loss.cpu(), expected, own, what="loss", **close)
@@ -259,15 +259,15 @@ def test_softmax_squared_error(lane, case: SquaredError):
     total = softmax_squared_error_fwd(zl, tl, scale=case.scale)
     dz2, dy2 = softmax_squared_error_bwd(gl, zl, tl, scale=case.scale, want_dy=target.is_floating_point())
     wide = double(z, y)
-    expected, own = (reference_losses.softmax_squared_error(*t) for t in (wide, (z, y)))
+    expected, own = (reference.softmax_squared_error(*t) for t in (wide, (z, y)))
     rows = torch.full((M,), case.scale, dtype=torch.float64)
     size = (1.0 + y.double().abs().sum(1).max().item()) ** 2
     close = {"reduction": C, "magnitude": size}
     assert_close(loss.cpu(), expected, own, what="loss", **close)
-    scaled = [reference_losses.softmax_squared_error_backward(rows.to(t[0].dtype), *t)[0] for t in (wide, (z, y))]
+    scaled = [reference.softmax_squared_error_backward(rows.to(t[0].dtype), *t)[0] for t in (wide, (z, y))]
     assert_close(dz.cpu(), *scaled, what="dZ", **close)
     truth, torchs = (
-        reference_losses.softmax_squared_error_backward(case.scale * g.to(t[0].dtype), *t) for t in (wide, (z, y))
+        reference.softmax_squared_error_backward(case.scale * g.to(t[0].dtype), *t) for t in (wide, (z, y))
     )
     assert dz2 is not None
     close["magnitude"] = size * g.double().abs().max().item()

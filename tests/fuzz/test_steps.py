@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastmlp
-from fastmlp import reference_losses
+from fastmlp import reference
 from fastmlp.step_config import LOSSES
 from tests.conftest import HAS_GPU, INTERPRETING, WITH_KERNELS, uninitialized_is_nan
 from tests.fuzz.cases import Labels, Spec, dims, dtypes, fuzz, labels, specs
@@ -188,9 +188,9 @@ def formula(case: Value, a: Tensor, y: Tensor) -> Tensor:
     """The loss by the reference's formulas, on the tape."""
     if case.loss == "softmax_squared_error":
         y = y if y.is_floating_point() else torch.nn.functional.one_hot(y.long(), a.shape[1]).to(a.dtype)
-        loss = reference_losses.softmax_squared_error(a, y)
+        loss = reference.softmax_squared_error(a, y)
     else:
-        loss = reference_losses.elementwise_loss(a, y, case.loss)
+        loss = reference.elementwise_loss(a, y, case.loss)
     return {"none": loss, "mean": loss.mean(), "sum": loss.sum()}[case.reduction]
 
 

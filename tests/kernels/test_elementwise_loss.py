@@ -1,4 +1,4 @@
-"""kernels/elementwise_loss.py against the formulas of fastmlp.reference_losses in float64."""
+"""kernels/elementwise_loss.py against the formulas of fastmlp.reference in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmlp import reference_losses as reference
+from fastmlp import reference
 from fastmlp.kernels import elementwise_loss, elementwise_loss_bwd, elementwise_loss_fwd
 from tests.kernels.harness import assert_within_budget, nan_like, poisoned
 

@@ -1,4 +1,4 @@
-"""kernels/softmax_squared_error.py against the formulas of fastmlp.reference_losses in float64."""
+"""kernels/softmax_squared_error.py against the formulas of fastmlp.reference in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmlp import reference_losses as reference
+from fastmlp import reference
 from fastmlp.kernels import softmax_squared_error, softmax_squared_error_bwd, softmax_squared_error_fwd
 from tests.kernels.harness import assert_within_budget, nan_like, poisoned
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS, LEAKY_SLOPE
+from ..activations import ACTIVATIONS, LEAKY_SLOPE
 
 __all__ = [
     "activate",
