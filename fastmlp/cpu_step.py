@@ -5,7 +5,7 @@ the operations before have pushed out of the caches, and it pushes out that of t
 thread has just written, another one has to fetch, which in a small network takes longer than to multiply alone. So
 where products are short, steps of a network of the same shape are timed, and the fastest way is taken:
 
-    each    the products of each layer as ``fastmlp.cpu_layer`` chose them, all threads
+    each    the products of each layer as ``fastmlp.cpu.few_rows`` chose them, all threads
     aten    every product by BLAS, all threads
     alone   every product by BLAS, every operation by the calling thread alone
 
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import cpu_gemm, cpu_threads
+from .cpu import gemm, threads
 from .nn import Linear
 from .step_config import Optimizer
 from .step_losses import takes_classes
@@ -32,20 +32,20 @@ __all__ = ["scratch_batch", "scratch_layers", "step_way"]
 _LONG = 1 << 25
 
 #: A batch size and ways -> for each way a step of one scratch network.
-Trials = Callable[[int, Sequence[cpu_gemm.Library]], dict[cpu_gemm.Library, Callable[[], object]]]
+Trials = Callable[[int, Sequence[gemm.Library]], dict[gemm.Library, Callable[[], object]]]
 
 
 def step_way(
     layers: Sequence[Linear], rule: Optimizer, loss: str, dtype: torch.dtype, m: int, trials: Trials
-) -> cpu_gemm.Library:
+) -> gemm.Library:
     """The fastest way, measured or known, for steps of ``m`` rows that compute in ``dtype``."""
     products = [m * layer.weight.numel() for layer in layers]
-    with_threads = cpu_threads.available()
-    if sum(products) >= _LONG or not (with_threads or cpu_gemm.worth_measuring(max(products))):
+    with_threads = threads.available()
+    if sum(products) >= _LONG or not (with_threads or gemm.worth_measuring(max(products))):
         return "each"
-    ways: list[cpu_gemm.Library] = ["each", "aten", "alone"] if with_threads else ["each", "aten"]
+    ways: list[gemm.Library] = ["each", "aten", "alone"] if with_threads else ["each", "aten"]
     k, n = layers[0].in_features, layers[-1].out_features
-    way = cpu_gemm.choose(_kind(layers, rule, loss), m, k, n, dtype, lambda rows: trials(rows, ways), 0)
+    way = gemm.choose(_kind(layers, rule, loss), m, k, n, dtype, lambda rows: trials(rows, ways), 0)
     return way if way in ("aten", "alone") else "each"
 
 

@@ -18,7 +18,7 @@ writes every W at every sample.
 - Later layers: a_j depends on all samples before, so W_0 is read twice a sample, but never written. A is kept in the
   rows below W_0, so W_0 a_j and A a_j are one matrix-vector product, and so are W_0^T d_j and the correction.
 - Layers with few weights (`SMALL`) are cheaper updated in place, and so are larger ones where the threads can share
-  their rows alike in all three products (``fastmlp.cpu_layer``).
+  their rows alike in all three products (``fastmlp.cpu.few_rows``).
 
 Biases are a last column of W, with 1 as last entry of every a_j. d_j is scaled by lr_j at the loss, which scales all
 of them, since back-propagation is linear.
@@ -36,8 +36,8 @@ from torch import Tensor
 from . import reference
 from .activations import ACTIVATIONS
 from .base.arguments import check_activation, check_input, check_layer, check_tensor
-from .cpu_gemm import keep_choices
-from .cpu_layer import row_blocks, sample_way
+from .cpu.few_rows import row_blocks, sample_way
+from .cpu.gemm import keep_choices
 
 __all__ = ["BLOCK", "SMALL", "online_epoch"]
 

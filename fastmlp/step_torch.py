@@ -1,9 +1,9 @@
 """The training step on plain torch: in-place BLAS on buffers allocated once, no tape. It is what a CPU runs.
 
 For each batch size a plan holds the buffers and, per layer, the functions that were chosen for its three products: by
-``fastmlp.cpu_step`` for a step, ``fastmlp.cpu_layer`` for a layer, ``fastmlp.cpu_gemm`` for a product. A step then is a
-fixed list of calls: forward, loss and dA, and from the last layer down dX, activation derivative, dW with its update.
-Plain SGD updates each weight inside its gradient's GEMM.
+``fastmlp.cpu_step`` for a step, ``fastmlp.cpu.few_rows`` for a layer, ``fastmlp.cpu.gemm`` for a product. A step then
+is a fixed list of calls: forward, loss and dA, and from the last layer down dX, activation derivative, dW with its
+update. Plain SGD updates each weight inside its gradient's GEMM.
 
 Parameters of 16 bits, and a 16-bit compute dtype, have float32 masters that the optimizer works on; float16 also
 scales the loss and skips a step whose gradients overflow.
@@ -21,11 +21,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import cpu_gemm, cpu_threads
 from .activations import ACTIVATIONS
-from .cpu_layer import Products, layer_products
+from .cpu import gemm, threads
+from .cpu.few_rows import Products, layer_products
+from .cpu.widened import wide_update, wide_wgrad
 from .cpu_step import scratch_batch, scratch_layers, step_way
-from .cpu_wide import wide_update, wide_wgrad
 from .loss_scale import LossScale
 from .nn import Linear
 from .online import online_epoch
@@ -139,22 +139,22 @@ class TorchStep:
         if plan is None:
             if len(self._plans) == _PLANS:
                 del self._plans[next(iter(self._plans))]
-            way: cpu_gemm.Library = "aten"
+            way: gemm.Library = "aten"
             if self.device.type == "cpu":
                 way = step_way(self._modules, self.rule, self.loss, self.dtype, m, self._trials)
             plan = self._plans[m] = self._new_plan(m, way)
-            cpu_gemm.keep_choices()
+            gemm.keep_choices()
         return plan
 
-    def _trials(self, m: int, ways: Sequence[cpu_gemm.Library]) -> dict[cpu_gemm.Library, Callable[[], object]]:
+    def _trials(self, m: int, ways: Sequence[gemm.Library]) -> dict[gemm.Library, Callable[[], object]]:
         """Steps of ``m`` rows, one for each way, that touch nothing of this one's."""
         layers = scratch_layers(self._modules)
         step = TorchStep(layers, replace(self.rule, lr=1e-3), self.loss, self.dtype)
         x, y, out = scratch_batch(m, layers, self.loss, self.dtype)
         return {way: partial(step._run, step._step, step._new_plan(m, way), x, y, out) for way in ways}
 
-    def _new_plan(self, m: int, way: cpu_gemm.Library) -> _Plan:
-        with nullcontext() if way == "each" else cpu_gemm.only_aten():
+    def _new_plan(self, m: int, way: gemm.Library) -> _Plan:
+        with nullcontext() if way == "each" else gemm.only_aten():
             return self._plan_products(m, alone=way == "alone")
 
     def _plan_products(self, m: int, *, alone: bool) -> _Plan:
@@ -179,7 +179,7 @@ class TorchStep:
 
     def _wgrad_buffer(self, i: int, *, wide: bool) -> Tensor:
         """Where dW of a layer is computed: the gradient itself, or a narrower tensor that is then widened into it."""
-        layer, dtype = self.layers[i], cpu_gemm.product_dtype(self.dtype, self.device)
+        layer, dtype = self.layers[i], gemm.product_dtype(self.dtype, self.device)
         if layer.master_w.dtype == dtype or (wide and not self.plain):
             return self.optimizer.grads[layer.grad_w]
         if i not in self._wgrad_out:
@@ -196,7 +196,7 @@ class TorchStep:
 
     def _run(self, work: Callable[..., None], plan: _Plan, *args: Tensor | None) -> None:
         if plan.alone:
-            cpu_threads.alone(work, plan, *args)
+            threads.alone(work, plan, *args)
         else:
             work(plan, *args)
 

@@ -1,7 +1,7 @@
 """The three matrix products of a linear layer on plain torch, for modules and functions.
 
 On a CPU the library that is faster at a shape multiplies, aten's BLAS or oneDNN, and 16 bits that the processor cannot
-multiply are widened to float32: ``fastmlp.cpu_gemm`` knows both. (A training step plans with it ahead, on buffers; the
+multiply are widened to float32: ``fastmlp.cpu.gemm`` knows both. (A training step plans with it ahead, on buffers; the
 functions here ask at every call.) What is small, not contiguous, or seen by somebody else (torch.compile, a transform
 of torch.func, a dispatch mode, a subclass of Tensor) goes to aten, whose operators all of them know.
 """
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import cpu_gemm
 from .activations import ACTIVATIONS
 from .backend import functorch_active
+from .cpu import gemm
 
 __all__ = ["dgrad", "linear", "wgrad"]
 
@@ -39,7 +39,7 @@ def _wide(a: Tensor, b: Tensor) -> torch.dtype | None:
     """float32 for 16 bits that the processor cannot multiply, where that is this function's to choose; else None."""
     if not _unseen(a, b):
         return None
-    wide = cpu_gemm.product_dtype(a.dtype, a.device)
+    wide = gemm.product_dtype(a.dtype, a.device)
     return None if wide == a.dtype else wide
 
 
@@ -48,9 +48,9 @@ def _may_choose(a: Tensor, b: Tensor) -> bool:
     return _unseen(a, b) and a.is_contiguous() and b.is_contiguous()
 
 
-def _chosen(library: cpu_gemm.Library) -> cpu_gemm.Library:
+def _chosen(library: gemm.Library) -> gemm.Library:
     """What was measured to find out is kept for later processes."""
-    cpu_gemm.keep_choices()
+    gemm.keep_choices()
     return library
 
 
@@ -63,9 +63,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> T
     if (
         x.size(0) * weight.numel() >= _LARGE
         and _may_choose(x, weight)
-        and _chosen(cpu_gemm.linear_library(x.size(0), weight, bias, activation)) == "onednn"
+        and _chosen(gemm.linear_library(x.size(0), weight, bias, activation)) == "onednn"
     ):
-        return cpu_gemm.onednn_linear(x, weight, bias, f.epilogue or "none")
+        return gemm.onednn_linear(x, weight, bias, f.epilogue or "none")
     return f.overwrite(torch.nn.functional.linear(x, weight, bias))
 
 
@@ -76,9 +76,9 @@ def dgrad(dz: Tensor, weight: Tensor) -> Tensor:
     if (
         dz.size(0) * weight.numel() >= _LARGE
         and _may_choose(dz, weight)
-        and _chosen(cpu_gemm.dgrad_library(dz.size(0), weight)) == "onednn"
+        and _chosen(gemm.dgrad_library(dz.size(0), weight)) == "onednn"
     ):
-        return cpu_gemm.onednn_linear(dz, weight.t(), None, "none")
+        return gemm.onednn_linear(dz, weight.t(), None, "none")
     return torch.mm(dz, weight)
 
 
@@ -92,7 +92,7 @@ def wgrad(dz: Tensor, x: Tensor) -> Tensor:
     if (
         dz.size(1) * x.numel() >= _LARGE
         and _may_choose(dz, x)
-        and _chosen(cpu_gemm.wgrad_library(m, x.size(1), dz.size(1), dz.dtype)) == "onednn"
+        and _chosen(gemm.wgrad_library(m, x.size(1), dz.size(1), dz.dtype)) == "onednn"
     ):
-        return cpu_gemm.onednn_wgrad(dz, x)
+        return gemm.onednn_wgrad(dz, x)
     return torch.mm(dz.t(), x)

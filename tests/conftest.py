@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmlp import cpu_choices, cpu_gemm
+from fastmlp.cpu import cache, gemm
 from tests.covering import SIMULATED, left_out
 
 pytest_plugins = ["tests.fuzz.plugin", "tests.precision"]
@@ -178,10 +178,10 @@ def own_cpu_choices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         return path
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_choices, "choices_path", choices_path)
-        cpu_choices.kept.cache_clear()
+        patch.setattr(cache, "choices_path", choices_path)
+        cache.kept.cache_clear()
         yield path
-    cpu_choices.kept.cache_clear()
+    cache.kept.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -192,13 +192,13 @@ def nothing_is_timed(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     place = -1 if request.config.getoption("lesser_cpu") else 0
 
-    def fastest(candidates: dict[cpu_gemm.Library, Callable[[], object]]) -> cpu_gemm.Library:
+    def fastest(candidates: dict[gemm.Library, Callable[[], object]]) -> gemm.Library:
         for run in candidates.values():
             run()
         return list(candidates)[place]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_gemm, "_fastest", fastest)
+        patch.setattr(gemm, "_fastest", fastest)
         yield
 
 

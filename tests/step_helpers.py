@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastmlp
-from fastmlp import cpu_choices, cpu_gemm, reference
+from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
+from fastmlp.cpu import cache, gemm
 
 Batch = tuple[Tensor, Tensor]
 
-needs_onednn = pytest.mark.skipif(not cpu_gemm._onednn_available(), reason="torch was built without oneDNN")
+needs_onednn = pytest.mark.skipif(not gemm._onednn_available(), reason="torch was built without oneDNN")
 
 
 @contextmanager
@@ -46,32 +47,32 @@ def one_thread() -> Iterator[None]:
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the choices of library that only live as long as a process."""
-    monkeypatch.setattr(cpu_gemm, "_choices", {})
-    monkeypatch.setattr(cpu_gemm, "_measured", {})
-    cpu_choices.kept.cache_clear()
+    monkeypatch.setattr(gemm, "_choices", {})
+    monkeypatch.setattr(gemm, "_measured", {})
+    cache.kept.cache_clear()
 
 
 @pytest.fixture
 def fresh_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No choice of library known or kept, and the mode restored afterwards."""
     new_process(monkeypatch)
-    monkeypatch.setattr(cpu_choices, "choices_path", lambda: tmp_path / "cache" / "cpu-gemm.json")
+    monkeypatch.setattr(cache, "choices_path", lambda: tmp_path / "cache" / "cpu-gemm.json")
     mode = fastmlp.get_cpu_gemm()
     yield
     fastmlp.set_cpu_gemm(mode)
-    cpu_choices.kept.cache_clear()
+    cache.kept.cache_clear()
 
 
 def choices_of_products() -> dict[tuple[object, ...], str]:
     """What was chosen so far, but for whole steps."""
-    return {key: choice for key, choice in cpu_gemm.choices().items() if not str(key[0]).startswith("step")}
+    return {key: choice for key, choice in gemm.choices().items() if not str(key[0]).startswith("step")}
 
 
 def have_16_bit_products(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     """Have a processor with, or without, 16-bit products. aten has loops for them where this processor has none;
     oneDNN, which refuses them there, is asked for large products only.
     """
-    monkeypatch.setattr(cpu_gemm, "_product_dtype_here", lambda dtype: dtype if native else torch.float32)
+    monkeypatch.setattr(gemm, "_product_dtype_here", lambda dtype: dtype if native else torch.float32)
 
 
 def have_fastest(monkeypatch: pytest.MonkeyPatch, fastest: Callable[[Collection[str]], str] | None = None) -> None:
@@ -79,9 +80,9 @@ def have_fastest(monkeypatch: pytest.MonkeyPatch, fastest: Callable[[Collection[
 
     For tests of small products only, which aten makes: a build without oneDNN cannot run its ways.
     """
-    monkeypatch.setattr(cpu_gemm, "_onednn_available", lambda: True)
+    monkeypatch.setattr(gemm, "_onednn_available", lambda: True)
     if fastest is not None:
-        monkeypatch.setattr(cpu_gemm, "_fastest", fastest)
+        monkeypatch.setattr(gemm, "_fastest", fastest)
 
 
 #: Every setting of the optimizers, by a name for the test.

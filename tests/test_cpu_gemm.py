@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import fastmlp
-from fastmlp import cpu_choices, cpu_gemm, step_torch
+from fastmlp import step_torch
 from fastmlp.activations import ACTIVATIONS
+from fastmlp.cpu import cache, gemm
 from fastmlp.step_config import LOSSES
 
 from .step_helpers import (
@@ -37,13 +38,13 @@ from .step_helpers import (
 
 SIZES = (13, 17, 11, 5)
 #: Taken at import: while other tests run, nothing is timed.
-TIMED = cpu_gemm._fastest
+TIMED = gemm._fastest
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, fresh_choices) -> None:  # noqa: F811
     """And all products are large enough for a choice."""
-    monkeypatch.setattr(cpu_gemm, "_WORTH_MEASURING", 0)
+    monkeypatch.setattr(gemm, "_WORTH_MEASURING", 0)
 
 
 def run(dtype: torch.dtype = torch.float32, optimizer: str = "sgd", steps: int = 5, **settings) -> Tensor:
@@ -93,7 +94,7 @@ def test_each_mode_trains(mode):
 def test_errors(monkeypatch):
     with pytest.raises(ValueError, match="unknown mode 'mkl'; expected one of auto, aten, onednn"):
         fastmlp.set_cpu_gemm("mkl")
-    monkeypatch.setattr(cpu_gemm, "_onednn_available", lambda: False)
+    monkeypatch.setattr(gemm, "_onednn_available", lambda: False)
     with pytest.raises(RuntimeError, match="has no oneDNN linear operator; use 'auto' or 'aten'"):
         fastmlp.set_cpu_gemm("onednn")
 
@@ -103,7 +104,7 @@ def test_what_was_measured(monkeypatch):
     """Each product of each layer once, by the power of two below the batch size."""
     have_fastest(monkeypatch, TIMED)
     fastmlp.set_cpu_gemm("auto")
-    assert cpu_gemm.choices() == {}
+    assert gemm.choices() == {}
     run()
     threads = torch.get_num_threads()
     shapes = [(13, 17), (17, 11), (11, 5)]
@@ -120,11 +121,11 @@ def test_what_was_measured(monkeypatch):
 
 @needs_onednn
 def test_small_products_are_not_measured(monkeypatch):
-    monkeypatch.setattr(cpu_gemm, "_WORTH_MEASURING", 24 * 13 * 17)
+    monkeypatch.setattr(gemm, "_WORTH_MEASURING", 24 * 13 * 17)
     monkeypatch.setattr(step_torch, "step_way", lambda *args: "each")
     fastmlp.set_cpu_gemm("auto")
     run()
-    assert {key[:4] for key in cpu_gemm.choices()} == {("linear sigmoid", 16, 13, 17), ("wgrad_update", 16, 13, 17)}
+    assert {key[:4] for key in gemm.choices()} == {("linear sigmoid", 16, 13, 17), ("wgrad_update", 16, 13, 17)}
 
 
 @needs_onednn
@@ -134,13 +135,13 @@ def test_measured_once_for_batch_sizes_that_are_near(monkeypatch):
     step = fastmlp.TrainStep(model, lr=0.1)
     x, y = for_step(*problem(SIZES, 70), torch.float32)
     step(x[:32], y[:32])
-    known = cpu_gemm.choices()
+    known = gemm.choices()
     for m in (33, 50, 63):
         step(x[:m], y[:m])
-    assert cpu_gemm.choices() == known
+    assert gemm.choices() == known
     step(x[:64], y[:64])
-    assert len(cpu_gemm.choices()) == 2 * len(known)
-    assert {key[1] for key in cpu_gemm.choices()} == {32, 64}
+    assert len(gemm.choices()) == 2 * len(known)
+    assert {key[1] for key in gemm.choices()} == {32, 64}
 
 
 def test_the_faster_one_is_chosen(monkeypatch):
@@ -155,15 +156,15 @@ def test_the_faster_one_is_chosen(monkeypatch):
         return lambda rows: {name: wait(0.02 if name == slow else 0.0) for name in ("aten", "onednn")}
 
     fastmlp.set_cpu_gemm("auto")
-    assert cpu_gemm.choose("a", 1, 1, 1, torch.float32, trials("aten")) == "onednn"
-    assert cpu_gemm.choose("b", 1, 1, 1, torch.float32, trials("onednn")) == "aten"
+    assert gemm.choose("a", 1, 1, 1, torch.float32, trials("aten")) == "onednn"
+    assert gemm.choose("b", 1, 1, 1, torch.float32, trials("onednn")) == "aten"
 
 
 @needs_onednn
 def test_choices_last_longer_than_the_process(monkeypatch):
     fastmlp.set_cpu_gemm("auto")
     run()
-    choices, path = cpu_gemm.choices(), cpu_choices.choices_path()
+    choices, path = gemm.choices(), cache.choices_path()
     content = json.loads(path.read_text())
     ((machine, kept),) = content.items()
     assert f"torch {torch.__version__}, fastmlp {fastmlp.__version__}" in machine
@@ -173,7 +174,7 @@ def test_choices_last_longer_than_the_process(monkeypatch):
     path.write_text(json.dumps({"another machine": kept, machine: swapped}))
     new_process(monkeypatch)
     run()
-    assert cpu_gemm.choices() == {key: "aten" if c == "onednn" else "onednn" for key, c in choices.items()}
+    assert gemm.choices() == {key: "aten" if c == "onednn" else "onednn" for key, c in choices.items()}
     run(optimizer="momentum")
     content = json.loads(path.read_text())
     assert content["another machine"] == kept
@@ -184,12 +185,12 @@ def test_choices_last_longer_than_the_process(monkeypatch):
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": 3}', '{"a": {"b": 3}}', "\x00"])
 def test_a_file_of_something_else_is_replaced(content):
     fastmlp.set_cpu_gemm("auto")
-    path = cpu_choices.choices_path()
+    path = cache.choices_path()
     path.parent.mkdir()
     path.write_text(content)
     run()
     found = json.loads(path.read_text())
-    assert sorted(max(found.values(), key=len).values()) == sorted(cpu_gemm.choices().values())
+    assert sorted(max(found.values(), key=len).values()) == sorted(gemm.choices().values())
 
 
 @needs_onednn
@@ -197,7 +198,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     fastmlp.set_cpu_gemm("auto")
     (tmp_path / "cache").write_text("not a folder")
     run()
-    assert cpu_gemm.choices()
+    assert gemm.choices()
     assert (tmp_path / "cache").read_text() == "not a folder"
 
 
@@ -208,12 +209,12 @@ def test_aten_without_a_measurement(monkeypatch, why):
     elif why == "deterministic":
         torch.use_deterministic_algorithms(True)
     elif why == "no oneDNN":
-        monkeypatch.setattr(cpu_gemm, "_onednn_available", lambda: False)
+        monkeypatch.setattr(gemm, "_onednn_available", lambda: False)
     try:
         run(torch.float64 if why == "float64" else torch.float32)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert cpu_gemm.choices() == {}
+    assert gemm.choices() == {}
 
 
 def one_step(dtype: torch.dtype = torch.float32, *, epoch: bool = False, uint8: bool = False, **settings):
@@ -298,6 +299,6 @@ def test_in_16_bits_nothing_is_left_allocated(monkeypatch, mode, native, dtype):
     ],
 )
 def test_processors_of_one_name_are_told_apart(monkeypatch, cpuinfo, name):
-    monkeypatch.setattr(cpu_choices, "open", lambda *args, **kwargs: io.StringIO(cpuinfo), raising=False)
-    monkeypatch.setattr(cpu_choices.platform, "processor", lambda: "riscv")
-    assert cpu_choices.processor_name() == name
+    monkeypatch.setattr(cache, "open", lambda *args, **kwargs: io.StringIO(cpuinfo), raising=False)
+    monkeypatch.setattr(cache.platform, "processor", lambda: "riscv")
+    assert cache.processor_name() == name

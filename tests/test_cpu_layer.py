@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fastmlp
-from fastmlp import cpu_gemm, cpu_layer, reference
+from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
+from fastmlp.cpu import few_rows, gemm
 
 from .step_helpers import (
     OPTIMIZERS,
@@ -41,16 +42,14 @@ WAYS = [
 @pytest.fixture(autouse=True)
 def two_blocks(monkeypatch, fresh_choices) -> None:  # noqa: F811
     """Every layer of ``SIZES`` is large enough to be shared by two threads."""
-    monkeypatch.setattr(cpu_layer, "row_blocks", lambda rows, columns: 2)
+    monkeypatch.setattr(few_rows, "row_blocks", lambda rows, columns: 2)
     fastmlp.set_cpu_gemm("auto")
 
 
 def take(monkeypatch, way: str) -> None:
     """For few rows; products by themselves are aten's, or all oneDNN's."""
     other = "onednn" if way == "onednn" else "aten"
-    monkeypatch.setattr(
-        cpu_gemm, "choose", lambda kind, *args: way if kind.startswith(("sample", "few rows")) else other
-    )
+    monkeypatch.setattr(gemm, "choose", lambda kind, *args: way if kind.startswith(("sample", "few rows")) else other)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -76,10 +75,10 @@ def test_products(monkeypatch, rows, way, bias, activation):
     x, dz = torch.randn(rows, k), torch.randn(rows, n)
     before = weight.double()
     out, dx, dw = (torch.full(shape, float("nan")) for shape in ((rows, n), (rows, k), (n, k)))
-    stored = cpu_layer.layer_products(rows, weight, b, activation, out, dx, dw=dw)
+    stored = few_rows.layer_products(rows, weight, b, activation, out, dx, dw=dw)
     assert stored.update is None
     assert stored.wgrad is not None
-    products = cpu_layer.layer_products(rows, weight, b, activation, out, dx, update=True)
+    products = few_rows.layer_products(rows, weight, b, activation, out, dx, update=True)
     assert products.wgrad is None
     assert products.update is not None
     assert products.dgrad is not None
@@ -91,7 +90,7 @@ def test_products(monkeypatch, rows, way, bias, activation):
     assert torch.equal(weight, before.float())
     products.update(dz, x, 0.25)
     torch.testing.assert_close(weight, (before - 0.25 * exact_dw).float())
-    frozen = cpu_layer.layer_products(rows, weight, b, activation, out, None)
+    frozen = few_rows.layer_products(rows, weight, b, activation, out, None)
     assert frozen[1:] == (None, None, None)
 
 
@@ -126,24 +125,24 @@ def test_every_layer_is_measured_once(monkeypatch, rows, optimizer):
 def test_other_dtypes_are_not_measured(dtype, rows):
     weight = torch.randn(16, 12).to(dtype)
     out, dx = weight.new_empty(rows, 16), weight.new_empty(rows, 12)
-    cpu_layer.layer_products(rows, weight, None, "identity", out, dx, update=True)
-    assert cpu_gemm.choices() == {}
+    few_rows.layer_products(rows, weight, None, "identity", out, dx, update=True)
+    assert gemm.choices() == {}
 
 
 def test_many_rows_are_not_measured_together(monkeypatch):
-    monkeypatch.setattr(cpu_layer, "_by_rows", None)
+    monkeypatch.setattr(few_rows, "_by_rows", None)
     take(monkeypatch, "rows")
-    rows = cpu_layer.FEW_ROWS + 1
+    rows = few_rows.FEW_ROWS + 1
     weight = torch.randn(16, 12)
-    cpu_layer.layer_products(rows, weight, None, "identity", torch.empty(rows, 16), torch.empty(rows, 12), update=True)
+    few_rows.layer_products(rows, weight, None, "identity", torch.empty(rows, 16), torch.empty(rows, 12), update=True)
 
 
 def test_the_update_of_a_single_row_is_not_measured_twice(monkeypatch):
-    """Its way of updating is part of what was measured; ``cpu_gemm`` is not asked for another."""
+    """Its way of updating is part of what was measured; ``gemm`` is not asked for another."""
     take(monkeypatch, "addmm")
-    monkeypatch.setattr(cpu_gemm, "wgrad_update", None)
+    monkeypatch.setattr(gemm, "wgrad_update", None)
     weight = torch.randn(16, 12)
-    products = cpu_layer.layer_products(1, weight, None, "identity", torch.empty(1, 16), None, update=True)
+    products = few_rows.layer_products(1, weight, None, "identity", torch.empty(1, 16), None, update=True)
     assert products.update is not None
 
 
@@ -151,17 +150,17 @@ def test_blocks(monkeypatch):
     """As aten shares elements: 32,768 for a thread at least, and one block unless all are whole rows."""
     monkeypatch.undo()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert [cpu_layer.row_blocks(*shape) for shape in ((64, 512), (128, 512), (512, 512), (66, 4096), (10, 4096))] == [
+    assert [few_rows.row_blocks(*shape) for shape in ((64, 512), (128, 512), (512, 512), (66, 4096), (10, 4096))] == [
         1, 2, 4, 1, 2,
     ]  # fmt: skip
-    assert cpu_layer.row_blocks(0, 5) == 1
+    assert few_rows.row_blocks(0, 5) == 1
 
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_a_way_that_was_kept_for_other_blocks_is_not_taken(monkeypatch, rows):
     """A cache that says "rows" where the rows cannot be shared alike leaves the products to BLAS."""
     take(monkeypatch, "rows")
-    monkeypatch.setattr(cpu_layer, "row_blocks", lambda rows, columns: 1)
-    monkeypatch.setattr(cpu_layer, "_by_rows", None)
+    monkeypatch.setattr(few_rows, "row_blocks", lambda rows, columns: 1)
+    monkeypatch.setattr(few_rows, "_by_rows", None)
     weight = torch.randn(16, 12)
-    cpu_layer.layer_products(rows, weight, None, "identity", torch.empty(rows, 16), torch.empty(rows, 12))
+    few_rows.layer_products(rows, weight, None, "identity", torch.empty(rows, 16), torch.empty(rows, 12))

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import fastmlp
-from fastmlp import cpu_gemm, cpu_step, cpu_threads, step_torch
+from fastmlp import cpu_step, step_torch
+from fastmlp.cpu import gemm
+from fastmlp.cpu import threads as cpu_threads
 from fastmlp.step_config import LOSSES
 
 from .step_helpers import (
@@ -113,7 +115,7 @@ def test_the_fastest_is_taken_and_kept(monkeypatch, fastest):
 
     one_step()
     assert plans == [*WAYS, fastest]
-    ((kind, *shape),) = [key for key in cpu_gemm.choices() if "step" in key[0]]
+    ((kind, *shape),) = [key for key in gemm.choices() if "step" in key[0]]
     assert kind == "step to 17-11-5 identity sigmoid cross_entropy sgd"
     assert shape == [32, 13, 5, torch.float32, 2]
     plans.clear()
@@ -144,10 +146,10 @@ def test_measuring_touches_nothing(monkeypatch, activation, optimizer, dtype):
 
     state = torch.get_rng_state()
     measured = train(state)
-    assert any("step" in key[0] for key in cpu_gemm.choices())
-    known = dict(cpu_gemm.choices())
+    assert any("step" in key[0] for key in gemm.choices())
+    known = dict(gemm.choices())
     again = train(state)
-    assert cpu_gemm.choices() == known
+    assert gemm.choices() == known
     assert torch.equal(measured[0], again[0])
     assert measured[1].keys() == again[1].keys()
     assert all(torch.equal(value, again[1][name]) for name, value in measured[1].items())
@@ -180,10 +182,10 @@ def test_not_measured(monkeypatch, why):
 
 def test_only_aten_ends_with_an_error():
     def fail() -> None:
-        with cpu_gemm.only_aten():
-            assert cpu_gemm.get_cpu_gemm() == "aten"
+        with gemm.only_aten():
+            assert gemm.get_cpu_gemm() == "aten"
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert cpu_gemm.get_cpu_gemm() == "auto"
+    assert gemm.get_cpu_gemm() == "auto"

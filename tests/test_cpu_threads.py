@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastmlp import cpu_threads
+from fastmlp.cpu import threads as cpu_threads
 
 from .step_helpers import threads
 

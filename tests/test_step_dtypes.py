@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import fastmlp
-from fastmlp import cpu_gemm, step_torch
+from fastmlp import step_torch
 from fastmlp.activations import ACTIVATIONS
+from fastmlp.cpu import gemm
 from fastmlp.step_config import LOSSES
 
 from .step_helpers import (
@@ -108,7 +109,7 @@ def test_the_faster_way_to_a_gradient_is_taken(monkeypatch, fresh_choices, nativ
         gradients = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
     else:
         gradients = list(step.gradients(x.bfloat16(), y).values())
-    assert {choice for key, choice in cpu_gemm.choices().items() if "wide" in key[0]} == choices
+    assert {choice for key, choice in gemm.choices().items() if "wide" in key[0]} == choices
     if optimizer == "adamw":
         rounded = [torch.equal(g, g.bfloat16().float()) for g in gradients[::2]]
         assert rounded == [choices == {"aten"}] * 3

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmlp
-from fastmlp import cpu_choices, cpu_gemm, torch_products
+from fastmlp import torch_products
 from fastmlp.activations import ACTIVATIONS
+from fastmlp.cpu import cache, gemm
 
 from .step_helpers import fresh_choices, have_16_bit_products, needs_onednn  # noqa: F401
 
@@ -28,9 +29,9 @@ def onednn_calls(monkeypatch) -> list[str]:
     """The names of the products that oneDNN makes, in a mode in which it makes all that it may."""
     calls: list[str] = []
     for name in ("onednn_linear", "onednn_wgrad"):
-        original = getattr(cpu_gemm, name)
-        # Called by name inside cpu_gemm too: a product of wgrad counts once more as linear.
-        monkeypatch.setattr(cpu_gemm, name, lambda *a, f=original, n=name: (calls.append(n), f(*a))[1])
+        original = getattr(gemm, name)
+        # Called by name inside gemm too: a product of wgrad counts once more as linear.
+        monkeypatch.setattr(gemm, name, lambda *a, f=original, n=name: (calls.append(n), f(*a))[1])
     fastmlp.set_cpu_gemm("onednn")
     return calls
 
@@ -85,12 +86,12 @@ def test_what_was_measured():
     fastmlp.set_cpu_gemm("auto")
     model, x, y = model_and_batch()
     results(model, x, y)
-    kinds = {(key[0], *key[2:4]) for key in cpu_gemm.choices()}
+    kinds = {(key[0], *key[2:4]) for key in gemm.choices()}
     assert kinds == {(kind, k, n) for k, n in ((257, 256), (256, 200)) for kind in ("linear sigmoid", "dgrad", "wgrad")}
-    assert cpu_choices.choices_path().is_file()
-    known = cpu_gemm.choices()
+    assert cache.choices_path().is_file()
+    known = gemm.choices()
     results(model, x, y)
-    assert cpu_gemm.choices() == known
+    assert gemm.choices() == known
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -79,7 +79,7 @@ def _devices() -> dict[str, Any]:
 
 def _cpu_products() -> dict[str, Any]:
     """How many shapes were measured on this machine to choose who multiplies on the CPU, and where that is kept."""
-    from fastmlp.cpu_choices import choices_path, kept
+    from fastmlp.cpu.cache import choices_path, kept
 
     return {"measured_shapes": len(kept()), "file": str(choices_path())}
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from .base.atomic import atomic_write, cache_folder
+from ..base.atomic import atomic_write, cache_folder
 
 __all__ = ["choices_path", "instruction_set", "keep", "kept", "processor_name"]
 
@@ -57,7 +57,7 @@ def instruction_set() -> str:
 @functools.cache
 def _machine() -> str:
     """What the choices hold for."""
-    from . import __version__
+    from .. import __version__
 
     return f"{processor_name()}, {instruction_set()}, torch {torch.__version__}, fastmlp {__version__}"
 

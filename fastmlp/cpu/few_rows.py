@@ -1,6 +1,6 @@
 """A layer's products in a training step on a CPU: Z = X W^T + b, dX = dZ W, and W -= lr dZ^T X or dW = dZ^T X.
 
-For many rows each product by itself goes to the library that is faster at it (``fastmlp.cpu_gemm``). For few, all of
+For many rows each product by itself goes to the library that is faster at it (``fastmlp.cpu.gemm``). For few, all of
 them cost what moving W costs, and that hangs on which core moves which part of it: what one core has just read or
 written, another one fetches the slow way. aten's elementwise operations, an optimizer's among them, give every thread
 a block of rows; BLAS and oneDNN share W in ways of their own. So for few rows the ways to do all of a layer's products
@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu_gemm
-from .activations import ACTIVATIONS
+from ..activations import ACTIVATIONS
+from . import gemm
 
 __all__ = ["FEW_ROWS", "Products", "layer_products", "row_blocks", "sample_way"]
 
@@ -67,7 +67,7 @@ class _Layer(NamedTuple):
     out: Tensor  #: [m, N]
     dx: Tensor | None  #: [m, K], or None: no dgrad
     update: bool  #: whether W is updated in place
-    dw: Tensor | None  #: [N, K] in ``cpu_gemm.product_dtype``, or None: no wgrad
+    dw: Tensor | None  #: [N, K] in ``gemm.product_dtype``, or None: no wgrad
 
 
 def layer_products(
@@ -88,10 +88,10 @@ def layer_products(
         activation: applied by ``linear`` if oneDNN has it (``Activation.epilogue``).
         out, dx: [m, N] and [m, K] for the results; without ``dx`` there is no dgrad.
         update: whether ``weight`` is updated in place.
-        dw: [N, K] in ``cpu_gemm.product_dtype``, for wgrad's result; without it there is none.
+        dw: [N, K] in ``gemm.product_dtype``, for wgrad's result; without it there is none.
     """
     layer = _Layer(m, weight, bias, activation, out, dx, update, dw)
-    way: cpu_gemm.Library = "each"
+    way: gemm.Library = "each"
     if m == 1:
         way = sample_way(weight, dgrad=dx is not None)
     elif m <= FEW_ROWS:
@@ -112,16 +112,16 @@ def row_blocks(rows: int, columns: int) -> int:
     return blocks if blocks and rows % blocks == 0 else 1
 
 
-def sample_way(weight: Tensor, *, dgrad: bool = True) -> cpu_gemm.Library:
+def sample_way(weight: Tensor, *, dgrad: bool = True) -> gemm.Library:
     """The fastest way for a single row and a contiguous ``weight`` [N, K]: measured, or known, for float32; else
     "aten".
     """
     blocks = row_blocks(*weight.shape)
 
-    def trials(rows: int) -> dict[cpu_gemm.Library, Callable[[], object]]:
+    def trials(rows: int) -> dict[gemm.Library, Callable[[], object]]:
         layer, x, dz = _scratch(weight, rows, "identity", dgrad=dgrad, stored=False)
         w = layer.weight
-        ways: dict[cpu_gemm.Library, Products] = {
+        ways: dict[gemm.Library, Products] = {
             "aten": _by_blas(layer, _elementwise_update(w)),
             "addmm": _by_blas(layer, _product_update(w)),
         }
@@ -132,24 +132,24 @@ def sample_way(weight: Tensor, *, dgrad: bool = True) -> cpu_gemm.Library:
     if weight.dtype != torch.float32:
         return "aten"
     n, k = weight.shape
-    way = cpu_gemm.choose("sample" if dgrad else "sample without dgrad", 1, k, n, weight.dtype, trials, 0)
+    way = gemm.choose("sample" if dgrad else "sample without dgrad", 1, k, n, weight.dtype, trials, 0)
     return "aten" if way == "rows" and blocks == 1 else way
 
 
-def _few_rows_way(layer: _Layer) -> cpu_gemm.Library:
+def _few_rows_way(layer: _Layer) -> gemm.Library:
     """ "rows" or "each"; what has no rows to share, or another dtype than float32, is not measured."""
     weight, dgrad, stored = layer.weight, layer.dx is not None, layer.dw is not None
     blocks = row_blocks(*weight.shape)
     if weight.dtype != torch.float32 or blocks == 1:
         return "each"
 
-    def trials(rows: int) -> dict[cpu_gemm.Library, Callable[[], object]]:
+    def trials(rows: int) -> dict[gemm.Library, Callable[[], object]]:
         scratch, x, dz = _scratch(weight, rows, layer.activation, dgrad=dgrad, stored=stored)
         return _in_turn({"each": _each(scratch), "rows": _by_rows(scratch, blocks)}, x, dz)
 
     kind = f"few rows{'' if dgrad else ' without dgrad'}{' stored' if stored else ''}"
     n, k = weight.shape
-    return cpu_gemm.choose(kind, layer.m, k, n, weight.dtype, trials, 0)
+    return gemm.choose(kind, layer.m, k, n, weight.dtype, trials, 0)
 
 
 def _scratch(weight: Tensor, rows: int, activation: str, *, dgrad: bool, stored: bool) -> tuple[_Layer, Tensor, Tensor]:
@@ -160,9 +160,7 @@ def _scratch(weight: Tensor, rows: int, activation: str, *, dgrad: bool, stored:
     return _Layer(rows, w, None, activation, torch.empty_like(dz), dx, not stored, dw), x, dz
 
 
-def _in_turn(
-    ways: dict[cpu_gemm.Library, Products], x: Tensor, dz: Tensor
-) -> dict[cpu_gemm.Library, Callable[[], object]]:
+def _in_turn(ways: dict[gemm.Library, Products], x: Tensor, dz: Tensor) -> dict[gemm.Library, Callable[[], object]]:
     # Not with lr = 0, for which BLAS would not multiply at all.
     return {name: partial(products.in_turn, x, dz, 1e-3) for name, products in ways.items()}
 
@@ -170,10 +168,10 @@ def _in_turn(
 def _each(layer: _Layer) -> Products:
     m, weight = layer.m, layer.weight
     return Products(
-        cpu_gemm.linear(m, weight, layer.bias, layer.activation, layer.out),
-        None if layer.dx is None else cpu_gemm.dgrad(m, weight, layer.dx),
-        cpu_gemm.wgrad_update(m, weight) if layer.update else None,
-        None if layer.dw is None else cpu_gemm.wgrad(m, layer.dw, weight.dtype),
+        gemm.linear(m, weight, layer.bias, layer.activation, layer.out),
+        None if layer.dx is None else gemm.dgrad(m, weight, layer.dx),
+        gemm.wgrad_update(m, weight) if layer.update else None,
+        None if layer.dw is None else gemm.wgrad(m, layer.dw, weight.dtype),
     )
 
 
@@ -224,7 +222,7 @@ def _by_rows(layer: _Layer, blocks: int) -> Products:
         linear,
         None if dx is None else dgrad,
         None if not layer.update else _elementwise_update(weight) if m == 1 else update,
-        None if dw is None else cpu_gemm.wgrad(m, dw, weight.dtype) if m == 1 else wgrad,
+        None if dw is None else gemm.wgrad(m, dw, weight.dtype) if m == 1 else wgrad,
     )
 
 
@@ -237,4 +235,4 @@ def _product_update(w: Tensor) -> Update:
 
 
 def _onednn_update(w: Tensor) -> Update:
-    return lambda dz, x, lr: w.add_(cpu_gemm.onednn_wgrad(dz, x), alpha=-lr)
+    return lambda dz, x, lr: w.add_(gemm.onednn_wgrad(dz, x), alpha=-lr)

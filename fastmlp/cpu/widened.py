@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import cpu_gemm
+from . import gemm
 
 __all__ = ["wide_update", "wide_wgrad"]
 
@@ -24,24 +24,24 @@ def wide_wgrad(m: int, master: Tensor, dtype: torch.dtype, *, update: bool) -> b
     """
     n, k = master.shape
 
-    def trials(rows: int) -> dict[cpu_gemm.Library, Callable[[], object]]:
+    def trials(rows: int) -> dict[gemm.Library, Callable[[], object]]:
         dz, x = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((rows, n), (rows, k)))
         scratch, dw = torch.zeros_like(master), torch.empty((n, k), dtype=dtype, device="cpu")
-        narrow = cpu_gemm.wgrad(rows, dw, dtype)
+        narrow = gemm.wgrad(rows, dw, dtype)
         if update:
             into = wide_update(rows, scratch, dtype)
             return {
                 "aten": lambda: scratch.add_(narrow(dz, x), alpha=-1e-3),
                 "wide": lambda: into(dz, x, 1e-3),
             }
-        wide = cpu_gemm.wgrad(rows, scratch, dtype)
+        wide = gemm.wgrad(rows, scratch, dtype)
         return {"aten": lambda: scratch.copy_(narrow(dz, x)), "wide": lambda: wide(dz, x)}
 
     if dtype != torch.bfloat16 or master.dtype != torch.float32:
         return False
-    if cpu_gemm.product_dtype(dtype, master.device) != dtype:
+    if gemm.product_dtype(dtype, master.device) != dtype:
         return True
-    return cpu_gemm.choose(f"wide wgrad{'_update' if update else ''}", m, k, n, dtype, trials, 0) == "wide"
+    return gemm.choose(f"wide wgrad{'_update' if update else ''}", m, k, n, dtype, trials, 0) == "wide"
 
 
 def wide_update(m: int, master: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor, float], object]:
@@ -52,5 +52,5 @@ def wide_update(m: int, master: Tensor, dtype: torch.dtype) -> Callable[[Tensor,
     wide_dz, wide_x = master.new_empty((m, n)), master.new_empty((m, k))
     if m == 1:
         return lambda dz, x, lr: master.addcmul_(wide_dz.copy_(dz).t(), wide_x.copy_(x), value=-lr)
-    into = cpu_gemm.wgrad_update(m, master)
+    into = gemm.wgrad_update(m, master)
     return lambda dz, x, lr: into(wide_dz.copy_(dz), wide_x.copy_(x), lr)

@@ -3,7 +3,7 @@
 aten's ``addmm``/``mm`` call MKL and write into a given buffer. oneDNN's fused linear adds bias and activation in the
 same pass but allocates its result. Which is faster depends on the processor (MKL's kernels hold back on AMD) and on
 the shape, so the first use of a shape times both on scratch data, for a few milliseconds, and the answer is kept, also
-for later processes (``fastmlp.cpu_choices``); batch sizes between two powers of two share one, and so do all from 512
+for later processes (``fastmlp.cpu.cache``); batch sizes between two powers of two share one, and so do all from 512
 on. The two round differently: where results must be the same bits on another machine of the kind too, call
 ``set_cpu_gemm("aten")`` (``torch.use_deterministic_algorithms(True)`` implies it).
 
@@ -22,8 +22,8 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from . import cpu_choices
-from .activations import ACTIVATIONS
+from ..activations import ACTIVATIONS
+from . import cache
 
 __all__ = [
     "CPU_GEMMS",
@@ -94,7 +94,7 @@ def get_cpu_gemm() -> str:
 
 def choices() -> dict[tuple[object, ...], str]:
     """What was chosen so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn", for few rows one of the
-    ways of ``fastmlp.cpu_layer``, for whole steps one of those of ``fastmlp.cpu_step``.
+    ways of ``fastmlp.cpu.few_rows``, for whole steps one of those of ``fastmlp.cpu_step``.
 
     M is the power of two at or below the batch sizes that the answer is used for, 512 for all larger ones.
     """
@@ -158,7 +158,7 @@ def choose(
     if known is not None:
         return known
     label = f"{kind} {key[1]}x{k}x{n} {str(dtype).removeprefix('torch.')}, {key[-1]} threads"
-    kept = cpu_choices.kept().get(label)
+    kept = cache.kept().get(label)
     for library in LIBRARIES:
         if kept == library:
             _choices[key] = library
@@ -202,7 +202,7 @@ def _fastest(candidates: dict[Library, Callable[[], object]]) -> Library:
 def keep_choices() -> None:
     """Write what was measured since the last call into the user's cache."""
     if _measured:
-        cpu_choices.keep(_measured)
+        cache.keep(_measured)
         _measured.clear()
 
 
