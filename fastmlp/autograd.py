@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops, reference, torch_backend
+from . import ops, reference
 from .activations import saved_for_grad
 from .backend import Resolved
 from .base.compat import is_autocast_enabled
-from .ops import BackwardOperations
+from .ops import BackwardOperations, torch_ops
 
 __all__ = ["LinearAct", "MLPFunction"]
 
@@ -51,7 +51,7 @@ class _Differentiable:
         if activation == "silu":  # the one backward operation of torch that has no derivative itself
             assert saved is not None
             return da * reference.activation_grad(saved, activation)
-        return torch_backend.activation_bwd(da, saved, activation)
+        return torch_ops.activation_bwd(da, saved, activation)
 
     @staticmethod
     def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:

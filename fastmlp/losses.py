@@ -13,12 +13,13 @@ from torch.autograd import Function
 from torch.nn import _reduction
 from torch.nn import functional as F
 
-from . import reference, torch_losses
+from . import reference
 from .backend import Resolved, functorch_active, get_backend, resolve
 from .base.arguments import check_same_device, check_tensor
 from .base.compat import is_autocast_enabled
-from .torch_losses import LABELS, Settings
-from .triton_backend import device_of
+from .ops import torch_losses
+from .ops.torch_losses import LABELS, Settings
+from .ops.triton_ops import device_of
 
 __all__ = ["CrossEntropyLoss", "SoftmaxCrossEntropy", "cross_entropy"]
 

@@ -20,7 +20,7 @@ from . import reference
 from .backend import Resolved, functorch_active, resolve
 from .base.arguments import check_same_device, check_tensor
 from .base.compat import is_autocast_enabled
-from .triton_backend import device_of
+from .ops.triton_ops import device_of
 
 __all__ = ["ElementwiseLoss", "bce_loss", "bce_with_logits", "l1_loss", "mse_loss", "multiclass_nll"]
 

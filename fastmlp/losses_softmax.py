@@ -15,8 +15,8 @@ from . import reference
 from .backend import Resolved, functorch_active, resolve
 from .base.arguments import check_same_device, check_tensor
 from .losses_elementwise import REDUCTIONS, check_loss_arguments, outside_autocast, reduced, wide
-from .torch_losses import LABELS
-from .triton_backend import device_of
+from .ops.torch_losses import LABELS
+from .ops.triton_ops import device_of
 
 __all__ = ["Softmax", "SoftmaxSquaredError", "softmax", "softmax_squared_error"]
 

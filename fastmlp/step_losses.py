@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .base.arguments import check_classes
-from .torch_losses import vector_width
+from .ops.torch_losses import vector_width
 
 __all__ = ["NO_CLASS", "LossFunction", "loss_function", "takes_classes"]
 

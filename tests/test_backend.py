@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fastmlp
-from fastmlp import backend, functional, torch_backend, triton_backend
+from fastmlp import backend, functional
+from fastmlp.ops import torch_ops, triton_ops
 
 pytestmark = pytest.mark.usefixtures("auto")
 
@@ -178,13 +179,13 @@ class TestTriton:
 def test_backward_keeps_the_backend_of_its_forward(monkeypatch):
     """Also outside the block, and whatever was chosen since."""
     seen = []
-    for name in torch_backend.__all__:
+    for name in torch_ops.__all__:
 
         def spy(*args, _name=name, **kwargs):
             seen.append(_name)
-            return getattr(torch_backend, _name)(*args, **kwargs)
+            return getattr(torch_ops, _name)(*args, **kwargs)
 
-        monkeypatch.setattr(triton_backend, name, spy)
+        monkeypatch.setattr(triton_ops, name, spy)
     monkeypatch.setattr(backend, "_triton_installed", True)
     monkeypatch.setattr(backend, "_kernels_take_cpu", lambda: True)
     model = fastmlp.MLP((3, 4, 2))
@@ -202,6 +203,6 @@ def test_launches_follow_the_tensors_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
     for index in (0, 1):
         x = SimpleNamespace(is_cuda=True, get_device=lambda i=index: i, device=torch.device("cuda", index))
-        with triton_backend.device_of(x):
+        with triton_ops.device_of(x):
             pass
     assert entered == [torch.device("cuda", 1)]

@@ -380,10 +380,10 @@ def test_doctor(capsys):
 
 
 def test_doctor_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
-    from fastmlp import torch_backend
     from fastmlp.cli import doctor
+    from fastmlp.ops import torch_ops
 
-    right = torch_backend.linear_wgrad
+    right = torch_ops.linear_wgrad
 
     def wrong(dz, x, *, bias=True):
         dw, db = right(dz, x, bias=bias)
@@ -393,8 +393,8 @@ def test_doctor_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
         raise RuntimeError("no kernel image\nis available")
 
     monkeypatch.setattr(doctor, "_interpreted", lambda: [])
-    monkeypatch.setattr(torch_backend, "linear_wgrad", wrong)
-    monkeypatch.setattr(torch_backend, "linear_dgrad", raises)
+    monkeypatch.setattr(torch_ops, "linear_wgrad", wrong)
+    monkeypatch.setattr(torch_ops, "linear_dgrad", raises)
     assert run("doctor") == 1
     out = capsys.readouterr().out
     assert out.count("FAILED") == 6

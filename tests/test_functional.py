@@ -500,7 +500,7 @@ def test_mlp_errors(case):
 
 def test_errors_come_before_any_work(monkeypatch):
     """A bad last layer is found before the first one runs."""
-    monkeypatch.setattr(fastmlp.torch_backend, "linear_fwd", lambda *a, **k: pytest.fail("ran"))
+    monkeypatch.setattr(fastmlp.ops.torch_ops, "linear_fwd", lambda *a, **k: pytest.fail("ran"))
     for call, kind, _ in (*LINEAR_ERRORS.values(), *MLP_ERRORS.values()):
         with pytest.raises(kind):
             call()

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
-from fastmlp import reference, torch_losses, use_backend
+from fastmlp import reference, use_backend
 from fastmlp.losses import CrossEntropyLoss, cross_entropy
+from fastmlp.ops import torch_losses
 from tests.conftest import HAS_GPU, INTERPRETING
 
 C = 4

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastmlp
-from fastmlp import functional, reference, torch_backend
+from fastmlp import functional, reference
 from fastmlp.activations import ACTIVATIONS
+from fastmlp.ops import torch_ops
 from tests.kernels.harness import assert_within_budget
 
 
@@ -450,9 +451,9 @@ class TestLayersThatAreMore:
             model.layers[i].requires_grad_(False)
         model.zero_grad()
         wgrads = []
-        original = torch_backend.linear_wgrad
+        original = torch_ops.linear_wgrad
         spy = lambda dz, x, **k: wgrads.append(x.shape[1]) or original(dz, x, **k)  # noqa: E731
-        monkeypatch.setattr(torch_backend, "linear_wgrad", spy)
+        monkeypatch.setattr(torch_ops, "linear_wgrad", spy)
         out = model(x)
         if len(frozen) == 3:
             assert out.grad_fn is None

@@ -11,8 +11,8 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from fastmlp import torch_backend
 from fastmlp.functional import linear_act, mlp
+from fastmlp.ops import torch_ops
 from tests.test_autograd import NAMES, close, run, tensors
 
 
@@ -20,8 +20,8 @@ from tests.test_autograd import NAMES, close, run, tensors
 def calls(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:
     """(operation, shape of its result) of every fused operation that runs; elementwise ones without work left out."""
     seen: list[tuple[str, tuple[int, ...]]] = []
-    for name in torch_backend.__all__:
-        original = getattr(torch_backend, name)
+    for name in torch_ops.__all__:
+        original = getattr(torch_ops, name)
 
         def spy(*args, _original=original, _name=name, **kwargs):
             result = _original(*args, **kwargs)
@@ -30,7 +30,7 @@ def calls(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:
                 seen.append((_name, tuple(first.shape)))
             return result
 
-        monkeypatch.setattr(torch_backend, name, spy)
+        monkeypatch.setattr(torch_ops, name, spy)
     return seen
 
 
@@ -163,14 +163,14 @@ class TestNoNeedlessWork:
     def test_memory_is_freed_without_the_garbage_collector(self, activation, monkeypatch):
         """Neither the node nor what it kept is part of a reference cycle."""
         made: list[StorageWeakRef] = []
-        original = torch_backend.linear_fwd
+        original = torch_ops.linear_fwd
 
         def spy(*args, **kwargs):
             a, z = original(*args, save_z=kwargs["save_z"])
             made.extend(StorageWeakRef(k.untyped_storage()) for k in (a, z) if k is not None)
             return a, z
 
-        monkeypatch.setattr(torch_backend, "linear_fwd", spy)
+        monkeypatch.setattr(torch_ops, "linear_fwd", spy)
         gc.collect()
         gc.disable()
         try:

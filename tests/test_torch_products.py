@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmlp
-from fastmlp import torch_products
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.cpu import cache, gemm
+from fastmlp.ops import torch_products
 
 from .step_helpers import fresh_choices, have_16_bit_products, needs_onednn  # noqa: F401
 

@@ -73,7 +73,7 @@ def set_cpu_gemm(mode: str) -> None:
     With "auto", training steps of small networks are measured whole, and may run on one thread (``fastmlp.cpu_step``).
 
     Takes effect for following calls of modules and functions, and for training steps planned afterwards. Modules and
-    functions leave to aten what is small, not contiguous, traced or watched (``fastmlp.torch_products``).
+    functions leave to aten what is small, not contiguous, traced or watched (``fastmlp.ops.torch_products``).
 
     Raises:
         ValueError: unknown mode.

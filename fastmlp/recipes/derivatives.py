@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import reference, torch_backend
+from .. import reference
 from ..activations import saved_for_grad
 from ..functional import cross_entropy, linear_act, softmax
+from ..ops import torch_ops
 from ..plots import BLUE, ORANGE
 from .base import Recorder, Settings, axes, derivative
 from .sgd_neural_net import loss_and_gradients
@@ -55,7 +56,7 @@ def _slope(z: Tensor, activation: str) -> Tensor:
     """f'(z) as the backward pass has it: from what the forward pass keeps, dA = 1."""
     a = reference.activate(z, activation).unsqueeze(0)
     saved = a if saved_for_grad(activation) else None
-    return torch_backend.activation_bwd(torch.ones_like(a), saved, activation)[0]
+    return torch_ops.activation_bwd(torch.ones_like(a), saved, activation)[0]
 
 
 def _activations(recorder: Recorder) -> None:
@@ -117,7 +118,7 @@ def _layer_identities(recorder: Recorder) -> None:
 def _layer_kernels(recorder: Recorder) -> None:
     """The same identities as the operations compute them, on rows: X [M, K], W [N, K]."""
     x, w, dz = _draw(5, 4), _draw(3, 4, seed=1), _draw(5, 3, seed=2)
-    dw, db = torch_backend.linear_wgrad(dz, x)
+    dw, db = torch_ops.linear_wgrad(dz, x)
     numeric = derivative(lambda w: (dz * (x @ w.t())).sum(), w)
     recorder.close("002", "dL/dW = l_prev^T dL/dl, a sum of outer products", dw, numeric, TOLERANCE)
     recorder.close(
@@ -129,10 +130,10 @@ def _layer_kernels(recorder: Recorder) -> None:
     )
     assert db is not None
     recorder.close("002", "dL/db = dL/dl", db, derivative(lambda b: (dz * (x @ w.t() + b)).sum(), _draw(3)), TOLERANCE)
-    dx = torch_backend.linear_dgrad(dz, w)
+    dx = torch_ops.linear_dgrad(dz, w)
     recorder.close("002", "dL/dl_prev = dL/dl W^T", dx, derivative(lambda x: (dz * (x @ w.t())).sum(), x), TOLERANCE)
     a = torch.sigmoid(_draw(5, 4, seed=6))
-    fused = torch_backend.linear_dgrad(dz, w, a, "sigmoid")
+    fused = torch_ops.linear_dgrad(dz, w, a, "sigmoid")
     recorder.close("002", "with sigmoid below: (dL/dl W^T) * phi'", fused, (dz @ w) * a * (1 - a), 1e-14)
 
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastmlp import reference, torch_backend
+from fastmlp import reference
 from fastmlp.activations import saved_for_grad
 from fastmlp.kernels import activation_bwd, linear_dgrad, linear_fwd, linear_wgrad
+from fastmlp.ops import torch_ops
 from tests.fuzz.cases import Spec, activations, dims, dtypes, fuzz, root, specs
 from tests.kernels.harness import assert_within_budget, nan_like, poisoned
 
@@ -143,7 +144,7 @@ def test_linear_dgrad(lane, case: InputGradient):
     dx = nan_like((dz.shape[0], w.shape[1]), w.dtype).to(lane)
     assert linear_dgrad(dz.to(lane), w.to(lane), moved, case.activation, dx=dx) is dx
     expected = (dz.double() @ w.double()) * derivative(saved, case.activation)
-    torchs = torch_backend.linear_dgrad(dz, w, saved, case.activation)
+    torchs = torch_ops.linear_dgrad(dz, w, saved, case.activation)
     adz, aw = absolute(dz, w)
     assert_within_budget(dx.cpu(), expected, torchs, reduction=w.shape[0], magnitude=largest(adz @ aw), what="dX")
 
@@ -156,7 +157,7 @@ def test_activation_bwd(lane, case: InputGradient):
     moved = None if saved is None else saved.to(lane)
     assert activation_bwd(da.to(lane), moved, case.activation, dz=dz) is dz
     expected = da.double() * derivative(saved, case.activation)
-    torchs = torch_backend.activation_bwd(da, saved, case.activation)
+    torchs = torch_ops.activation_bwd(da, saved, case.activation)
     magnitude = largest(da.double().abs())
     assert_within_budget(dz.cpu(), expected, torchs, reduction=1, magnitude=magnitude, what="dZ")
 

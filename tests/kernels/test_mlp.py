@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import fastmlp
-from fastmlp import functional, library, reference
+from fastmlp import functional, reference
 from fastmlp.activations import ACTIVATIONS
+from fastmlp.ops import compiled
 from tests.kernels.harness import FLOATS, assert_within_budget, poisoned
 
 SIZES = (33, 17, 40, 10)
@@ -290,10 +291,10 @@ def test_operators(lane):
     x, w, b, dz, saved = draw(7, 9), draw(5, 9), draw(5), draw(7, 5), draw(7, 9)
     pixels = torch.arange(63, dtype=torch.uint8).view(7, 9).to(lane)
     for operator, cases in {
-        library.linear_fwd: [(x, w, b, "relu", False), (x, w, None, "gelu", True), (pixels, w, b, "silu", True)],
-        library.linear_dgrad: [(dz, w, None, "identity"), (dz, w, saved, "silu")],
-        library.linear_wgrad: [(dz, x, True), (dz, pixels, False)],
-        library.activation_bwd: [(x, saved, "tanh"), (x.t().contiguous().t(), saved, "gelu")],
+        compiled.linear_fwd: [(x, w, b, "relu", False), (x, w, None, "gelu", True), (pixels, w, b, "silu", True)],
+        compiled.linear_dgrad: [(dz, w, None, "identity"), (dz, w, saved, "silu")],
+        compiled.linear_wgrad: [(dz, x, True), (dz, pixels, False)],
+        compiled.activation_bwd: [(x, saved, "tanh"), (x.t().contiguous().t(), saved, "gelu")],
     }.items():
         for args in cases:
             torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))

@@ -2,7 +2,7 @@
 
 A compiler that traces a Triton launch would have to trace the launcher too, with its questions to the driver. As
 operators the launches are opaque to it: it knows the shapes of their results, keeps them in its graph without a
-break, and calls them. Outside the compilers ``fastmlp.triton_backend`` calls the launchers directly, which is a few
+break, and calls them. Outside the compilers ``fastmlp.ops.triton_ops`` calls the launchers directly, which is a few
 microseconds faster.
 
 Operators return tensors only: where a launcher returns None, the operator returns an empty tensor.
@@ -19,10 +19,11 @@ __all__ = ["activation_bwd", "linear_dgrad", "linear_fwd", "linear_wgrad"]
 @torch.library.custom_op("fastmlp::linear_fwd", mutates_args=())
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_z: bool) -> tuple[Tensor, Tensor]:
     """(A, Z or empty) of A = f(X W^T + b)."""
-    from . import backend, triton_backend
+    from .. import backend
+    from . import triton_ops
 
     backend.check_kernels_run_on(x)
-    a, z = triton_backend.linear_fwd(x, weight, bias, activation, save_z=save_z)
+    a, z = triton_ops.linear_fwd(x, weight, bias, activation, save_z=save_z)
     return a, a.new_empty(0) if z is None else z
 
 
@@ -35,9 +36,9 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_z: b
 @torch.library.custom_op("fastmlp::linear_dgrad", mutates_args=())
 def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None, activation: str) -> Tensor:
     """DX = (dZ W) * f'."""
-    from . import triton_backend
+    from . import triton_ops
 
-    return triton_backend.linear_dgrad(dz, weight, saved, activation)
+    return triton_ops.linear_dgrad(dz, weight, saved, activation)
 
 
 @linear_dgrad.register_fake
@@ -48,9 +49,9 @@ def _(dz: Tensor, weight: Tensor, saved: Tensor | None, activation: str) -> Tens
 @torch.library.custom_op("fastmlp::linear_wgrad", mutates_args=())
 def linear_wgrad(dz: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     """(dW, db or empty)."""
-    from . import triton_backend
+    from . import triton_ops
 
-    dw, db = triton_backend.linear_wgrad(dz, x, bias=bias)
+    dw, db = triton_ops.linear_wgrad(dz, x, bias=bias)
     return dw, dw.new_empty(0) if db is None else db
 
 
@@ -62,9 +63,9 @@ def _(dz: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("fastmlp::activation_bwd", mutates_args=())
 def activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
     """DZ = dA * f'."""
-    from . import triton_backend
+    from . import triton_ops
 
-    return triton_backend.activation_bwd(da, saved, activation)
+    return triton_ops.activation_bwd(da, saved, activation)
 
 
 @activation_bwd.register_fake

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .activations import ACTIVATIONS
-from .backend import functorch_active
-from .cpu import gemm
+from ..activations import ACTIVATIONS
+from ..backend import functorch_active
+from ..cpu import gemm
 
 __all__ = ["dgrad", "linear", "wgrad"]
 

@@ -1,7 +1,7 @@
 """The fused operations without autograd: on which backend they run.
 
 ``ops.on(backend)`` is the module whose functions ``linear_fwd``, ``linear_dgrad``, ``linear_wgrad`` and
-``activation_bwd`` do them: ``fastmlp.triton_backend`` or ``fastmlp.torch_backend``.
+``activation_bwd`` do them: ``fastmlp.ops.triton_ops`` or ``fastmlp.ops.torch_ops``.
 
 ``backend`` is what ``fastmlp.backend.resolve`` returned for the operation's input. A backward pass is given the
 backend of its forward pass, because it runs on another thread and possibly outside the ``use_backend`` block.
@@ -14,8 +14,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import torch_backend, triton_backend
-from .backend import Resolved
+from ..backend import Resolved
+from . import torch_ops, triton_ops
 
 __all__ = ["BackwardOperations", "Operations", "on"]
 
@@ -46,4 +46,4 @@ class Operations(BackwardOperations, Protocol):
 
 def on(backend: Resolved) -> Operations:
     """The operations on a backend."""
-    return torch_backend if backend == "torch" else triton_backend
+    return torch_ops if backend == "torch" else triton_ops

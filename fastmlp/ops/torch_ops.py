@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from . import torch_products
-from .activations import ACTIVATIONS
 
 __all__ = ["activation_bwd", "linear_dgrad", "linear_fwd", "linear_wgrad"]
 

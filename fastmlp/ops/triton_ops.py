@@ -1,6 +1,6 @@
-"""The fused operations as launches of the Triton kernels; the torch twin is ``fastmlp.torch_backend``.
+"""The fused operations as launches of the Triton kernels; the torch twin is ``fastmlp.ops.torch_ops``.
 
-While torch.compile traces, the launches are the operators of ``fastmlp.library``.
+While torch.compile traces, the launches are the operators of ``fastmlp.ops.compiled``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from . import library
+from . import compiled
 
 __all__ = ["activation_bwd", "device_of", "linear_dgrad", "linear_fwd", "linear_wgrad"]
 
@@ -32,9 +32,9 @@ def linear_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N]."""
     if torch.compiler.is_compiling():
-        a, z = library.linear_fwd(x, weight, bias, activation, save_z)
+        a, z = compiled.linear_fwd(x, weight, bias, activation, save_z)
         return a, z if save_z else None
-    from .kernels import linear_fwd as launch
+    from ..kernels import linear_fwd as launch
 
     with device_of(x):
         return launch(x, weight, bias, activation, save_z=save_z)
@@ -43,8 +43,8 @@ def linear_fwd(
 def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
     """DX = (dZ W) * f' with f the activation of the layer below and ``saved`` what its derivative needs."""
     if torch.compiler.is_compiling():
-        return library.linear_dgrad(dz, weight, saved, activation)
-    from .kernels import linear_dgrad as launch
+        return compiled.linear_dgrad(dz, weight, saved, activation)
+    from ..kernels import linear_dgrad as launch
 
     with device_of(dz):
         return launch(dz, weight, _dense(saved), activation)
@@ -53,9 +53,9 @@ def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activa
 def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
     """(dW, db or None) of a linear layer with input X."""
     if torch.compiler.is_compiling():
-        dw, db = library.linear_wgrad(dz, x, bias)
+        dw, db = compiled.linear_wgrad(dz, x, bias)
         return dw, db if bias else None
-    from .kernels import linear_wgrad as launch
+    from ..kernels import linear_wgrad as launch
 
     with device_of(dz):
         return launch(dz, x, bias=bias)
@@ -66,8 +66,8 @@ def activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
     if activation == "identity":
         return da
     if torch.compiler.is_compiling():
-        return library.activation_bwd(da, saved, activation)
-    from .kernels import activation_bwd as launch
+        return compiled.activation_bwd(da, saved, activation)
+    from ..kernels import activation_bwd as launch
 
     with device_of(da):
         return launch(da, _dense(saved), activation)
