@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .autograd import LinearAct, MLPFunction
+from .autograd.elementwise import bce_loss, bce_with_logits, l1_loss, mse_loss, multiclass_nll
+from .autograd.linear import LinearAct, MLPFunction
+from .autograd.softmax import softmax, softmax_squared_error
 from .backend import functorch_active, resolve
 from .base.arguments import check_batch, check_input, check_layer, check_layer_activation, check_linear, check_tensor
 from .base.compat import is_autocast_enabled
 from .losses import cross_entropy
-from .losses_elementwise import bce_loss, bce_with_logits, l1_loss, mse_loss, multiclass_nll
-from .losses_softmax import softmax, softmax_squared_error
 
 __all__ = [
     "bce_loss",

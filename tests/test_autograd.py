@@ -1,4 +1,4 @@
-"""fastmlp/autograd.py: gradients of the first, second and third order, from any upstream gradient."""
+"""fastmlp/autograd/linear.py: gradients of the first, second and third order, from any upstream gradient."""
 
 from __future__ import annotations
 

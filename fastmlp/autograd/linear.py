@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops, reference
-from .activations import saved_for_grad
-from .backend import Resolved
-from .base.compat import is_autocast_enabled
-from .ops import BackwardOperations, torch_ops
+from .. import ops, reference
+from ..activations import saved_for_grad
+from ..backend import Resolved
+from ..base.compat import is_autocast_enabled
+from ..ops import BackwardOperations, torch_ops
 
 __all__ = ["LinearAct", "MLPFunction"]
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import reference
-from .backend import Resolved, functorch_active, resolve
-from .base.arguments import check_same_device, check_tensor
-from .losses_elementwise import REDUCTIONS, check_loss_arguments, outside_autocast, reduced, wide
-from .ops.torch_losses import LABELS
-from .ops.triton_ops import device_of
+from .. import reference
+from ..backend import Resolved, functorch_active, resolve
+from ..base.arguments import check_same_device, check_tensor
+from ..ops.torch_losses import LABELS
+from ..ops.triton_ops import device_of
+from .elementwise import REDUCTIONS, check_loss_arguments, outside_autocast, reduced, wide
 
 __all__ = ["Softmax", "SoftmaxSquaredError", "softmax", "softmax_squared_error"]
 
@@ -63,7 +63,7 @@ class SoftmaxSquaredError(Function):
         ctx.save_for_backward(z, target)
         ctx.reduction, ctx.backend = reduction, backend
         if backend == "triton":
-            from .kernels import softmax_squared_error_fwd as launch
+            from ..kernels import softmax_squared_error_fwd as launch
 
             with device_of(z):
                 return launch(z, target, scale=None if reduction == "none" else _scale(z, reduction))
@@ -81,7 +81,7 @@ class SoftmaxSquaredError(Function):
             y = _values(target, wide(z))
             dz, dy = reference.softmax_squared_error_backward(wide(g) * scale, wide(z), y)
             return dz.to(z.dtype) if need_z else None, dy.to(target.dtype) if need_y else None, None, None
-        from .kernels import softmax_squared_error_bwd as launch
+        from ..kernels import softmax_squared_error_bwd as launch
 
         with device_of(z):
             dz_out, dy_out = launch(g, z, target, scale=scale, want_dz=need_z, want_dy=need_y)

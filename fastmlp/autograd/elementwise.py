@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from . import reference
-from .backend import Resolved, functorch_active, resolve
-from .base.arguments import check_same_device, check_tensor
-from .base.compat import is_autocast_enabled
-from .ops.triton_ops import device_of
+from .. import reference
+from ..backend import Resolved, functorch_active, resolve
+from ..base.arguments import check_same_device, check_tensor
+from ..base.compat import is_autocast_enabled
+from ..ops.triton_ops import device_of
 
 __all__ = ["ElementwiseLoss", "bce_loss", "bce_with_logits", "l1_loss", "mse_loss", "multiclass_nll"]
 
@@ -100,7 +100,7 @@ class ElementwiseLoss(Function):
         ctx.save_for_backward(a, y)
         ctx.loss, ctx.reduction, ctx.backend = loss, reduction, backend
         if backend == "triton":
-            from .kernels import elementwise_loss_fwd as launch
+            from ..kernels import elementwise_loss_fwd as launch
 
             scale = None if reduction == "none" else _scale(a, loss, reduction)
             with device_of(a):
@@ -125,7 +125,7 @@ class ElementwiseLoss(Function):
                 (reference.elementwise_loss_target_grad(wide(a), wide(y), ctx.loss) * g).to(y.dtype) if need_y else None
             )
             return da, dy, None, None, None
-        from .kernels import elementwise_loss_bwd as launch
+        from ..kernels import elementwise_loss_bwd as launch
 
         with device_of(a):
             da, dy = launch(

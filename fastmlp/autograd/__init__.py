@@ -1,0 +1,1 @@
+"""The fused operations as nodes of torch's tape."""
