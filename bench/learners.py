@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
+from bench.rivals.jax_step import import_jax
+from bench.rivals.protocol import OK, Availability, installed, needs
 from fastmlp.schedules import lr_factors
 
 from .presets import REFERENCE
-from .rivals.jax_step import import_jax
-from .rivals.protocol import OK, Availability, installed, needs
 
 __all__ = ["LEARNERS", "Data", "Learner", "Recipe", "Session"]
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from fastmlp.base import atomic
-from fastmlp.data import ImageDataset
-from fastmlp.datasets import fashion_mnist, fetch, idx
-from fastmlp.datasets.fetch import SourceUnavailable
+from fastmlp.data import ImageDataset, fashion_mnist, fetch, idx
+from fastmlp.data.fetch import SourceUnavailable
 
 REPOSITORY = Path(__file__).parents[1]
 IMAGES = "train-images-idx3-ubyte"

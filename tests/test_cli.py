@@ -308,7 +308,7 @@ def test_the_subset_is_announced(tmp_path, monkeypatch):
     """Without data and without a network the bundled subset is used, and said so."""
     environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     script = (
-        "import sys, fastmlp.data as data, fastmlp.cli\n"
+        "import sys, fastmlp.data.dataset as data, fastmlp.cli\n"
         "data.SOURCES = ('bundled',)\n"
         f"sys.exit(fastmlp.cli.main(['train', *{SMALL[2:]!r}, '--json', '--out', {str(tmp_path / 'run')!r}]))"
     )

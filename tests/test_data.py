@@ -17,9 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastmlp import data
-from fastmlp.data import DataIntegrityError, ImageDataset, SubsetWarning, load_fashion_mnist
-from fastmlp.datasets import fashion_mnist, fetch
+from fastmlp.data import (
+    DataIntegrityError,
+    ImageDataset,
+    SubsetWarning,
+    dataset,
+    fashion_mnist,
+    fetch,
+    load_fashion_mnist,
+)
 from tests.data_helpers import IMAGES, NAMES, REPOSITORY, Machine, assert_is, file_set, make_contents, posix, write
 
 
@@ -38,7 +44,7 @@ class TestGivenFolder:
         assert loaded[0].source == f"FashionMNIST 40 train ({folder})"
         assert loaded[1].source == f"FashionMNIST 20 test ({folder})"
         assert loaded[0].classes == fashion_mnist.CLASSES
-        assert data.find_fashion_mnist(tmp_path / "given") == folder
+        assert dataset.find_fashion_mnist(tmp_path / "given") == folder
         assert machine.fetched == []
 
     def test_plain_and_gzip_mixed(self, machine: Machine, tmp_path: Path) -> None:
@@ -181,7 +187,7 @@ class TestOrder:
             loaded = load_fashion_mnist()
             assert_is(loaded, machine.contents)
             assert loaded[0].origin == str(folder)
-            assert data.find_fashion_mnist() == folder
+            assert dataset.find_fashion_mnist() == folder
         assert machine.fetched == []
 
     def test_downloads_are_cached_and_read_again(self, machine: Machine) -> None:
@@ -194,7 +200,7 @@ class TestOrder:
         assert {p.name for p in machine.cache.iterdir()} == set(NAMES)
         assert [p.name for p in machine.caches.iterdir()] == ["fashion-mnist"]
 
-    @pytest.mark.parametrize("source", data.SOURCES)
+    @pytest.mark.parametrize("source", dataset.SOURCES)
     def test_one_source_only(self, machine: Machine, source: str) -> None:
         if source == "bundled":
             assert len(load_fashion_mnist(source="bundled")[0]) == 6000
@@ -224,7 +230,7 @@ class TestOrder:
             assert part in message
         assert warning.filename == __file__
         assert not machine.caches.exists()
-        assert data.find_fashion_mnist() is None
+        assert dataset.find_fashion_mnist() is None
 
     def test_unreadable_cache_of_another_user(self, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
         def is_file(path: Path) -> bool:
@@ -235,7 +241,7 @@ class TestOrder:
         monkeypatch.setattr(Path, "is_file", is_file)
         write(machine.system, machine.contents)
         assert load_fashion_mnist()[0].origin == str(machine.system)
-        assert data.find_fashion_mnist() == machine.system
+        assert dataset.find_fashion_mnist() == machine.system
         with pytest.raises(FileNotFoundError, match="no permission to read"):
             load_fashion_mnist(source="cache")
 
@@ -263,14 +269,14 @@ class TestCache:
         self, machine: Machine, monkeypatch: pytest.MonkeyPatch, error: BaseException
     ) -> None:
         machine.online["torchvision"] = True
-        write_file = data.atomic_write
+        write_file = dataset.atomic_write
 
         def fail_at_the_third(path: Path, content: memoryview) -> None:
             if len(list(path.parent.iterdir())) == 2:
                 raise error
             write_file(path, content)
 
-        monkeypatch.setattr(data, "atomic_write", fail_at_the_third)
+        monkeypatch.setattr(dataset, "atomic_write", fail_at_the_third)
         if isinstance(error, OSError):
             with pytest.warns(UserWarning, match="cannot be kept in .*No space left on device") as caught:
                 loaded = load_fashion_mnist()
@@ -312,7 +318,7 @@ class TestCache:
             from pathlib import Path
             from fastmlp import data
             from fastmlp.base import atomic
-            from fastmlp.datasets import fashion_mnist, fetch
+            from fastmlp.data import fashion_mnist, fetch
             folder, me = Path(sys.argv[1]), sys.argv[2]
             atomic.cache_folder = lambda: folder / "caches"
             fetch.SYSTEM_FOLDER = folder / "system"

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from fastmlp.base import atomic
-from fastmlp.data import SubsetWarning, load_fashion_mnist
-from fastmlp.datasets import fetch
-from fastmlp.datasets.fetch import SourceUnavailable, fetch_debian, fetch_torchvision
+from fastmlp.data import SubsetWarning, fetch, load_fashion_mnist
+from fastmlp.data.fetch import SourceUnavailable, fetch_debian, fetch_torchvision
 from tests.data_helpers import Machine, assert_is, posix, proxy, write
 
 

@@ -19,8 +19,7 @@ import torch
 
 from fastmlp import data
 from fastmlp.base import atomic
-from fastmlp.data import DataIntegrityError, load_fashion_mnist
-from fastmlp.datasets import fashion_mnist, idx, make_subset
+from fastmlp.data import DataIntegrityError, fashion_mnist, idx, load_fashion_mnist, make_subset
 from tests.data_helpers import Machine, proxy, write
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastmlp.data import load_fashion_mnist
-from fastmlp.images import load_image
+from fastmlp.data.images import load_image
 
 
 @pytest.fixture(scope="module")

@@ -205,7 +205,7 @@ def load_model(path: str, device: torch.device) -> tuple[MLP, dict[str, Any]]:
 
 def check_sizes(sizes: tuple[int, ...], what: str) -> None:
     """UserError unless a model of ``sizes`` maps FashionMNIST's 784 pixels to its 10 classes."""
-    from fastmlp.datasets.fashion_mnist import CLASSES
+    from fastmlp.data.fashion_mnist import CLASSES
 
     classes = len(CLASSES)
     if sizes[0] != 784 or sizes[-1] != classes:

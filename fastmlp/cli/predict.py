@@ -33,8 +33,8 @@ def command(
     """
     import torch
 
-    from fastmlp.datasets.fashion_mnist import CLASSES
-    from fastmlp.images import load_image
+    from fastmlp.data.fashion_mnist import CLASSES
+    from fastmlp.data.images import load_image
 
     used_device = common.select_device(device)
     model, _ = common.load_model(checkpoint, used_device)

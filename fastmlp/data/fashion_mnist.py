@@ -52,7 +52,7 @@ FULL = _file_set(
     ),
 )
 
-# The files beside this module, made by make_subset.py.
+# The files in bundled/, made by make_subset.py.
 SUBSET = _file_set(
     6_000,
     1_000,
@@ -63,7 +63,7 @@ SUBSET = _file_set(
         "3128d790775889812b73c4f13923559c8b9e281d112c6ea7862acf60a206a909",
     ),
 )
-SUBSET_FOLDER = Path(__file__).parent
+SUBSET_FOLDER = Path(__file__).parent / "bundled"
 
 # Where the four files are in a folder that a user names: in it, or as torchvision.datasets.FashionMNIST lays them.
 LAYOUTS = (Path(), Path("raw"), Path(NAME, "raw"))
@@ -94,5 +94,5 @@ def find_files(folder: Path, files: FileSet) -> dict[str, Path] | None:
 
 
 def read_files(paths: Mapping[str, Path], files: FileSet) -> dict[str, Bytes]:
-    """The verified content of every file by name; errors as in `fastmlp.datasets.idx.read_verified`."""
+    """The verified content of every file by name; errors as in `fastmlp.data.idx.read_verified`."""
     return {file.name: read_verified(paths[file.name], file) for pair in files.values() for file in pair}

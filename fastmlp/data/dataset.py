@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from .base import atomic
-from .base.atomic import atomic_write
-from .datasets import fashion_mnist, fetch
-from .datasets.fashion_mnist import FileSet
-from .datasets.fetch import SourceUnavailable
-from .datasets.idx import Bytes, DataIntegrityError
+from ..base import atomic
+from ..base.atomic import atomic_write
+from . import fashion_mnist, fetch
+from .fashion_mnist import FileSet
+from .fetch import SourceUnavailable
+from .idx import Bytes, DataIntegrityError
 
 __all__ = [
     "SOURCES",
@@ -38,7 +38,7 @@ __all__ = [
     "load_fashion_mnist",
 ]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("fastmlp.data")
 
 SOURCES = ("cache", "system", "torchvision", "debian", "bundled")
 """Where `load_fashion_mnist` looks when no folder is given, in this order."""

@@ -1,6 +1,6 @@
 """Make the bundled subset from the full FashionMNIST files, reproducibly.
 
-    python -m fastmlp.datasets.make_subset --from /usr/share/datasets/fashion-mnist
+    python -m fastmlp.data.make_subset --from /usr/share/datasets/fashion-mnist
 
 Rule: of each class the first 600 training images and the first 100 test images, kept in the order of the full
 files. So 6,000 and 1,000 images, every class equally often, and nobody chose which.
@@ -50,7 +50,7 @@ def make_subset(source: Path) -> dict[str, bytes]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the subset's gzip files, unless their content has other checksums than the recorded ones."""
-    parser = argparse.ArgumentParser(prog="python -m fastmlp.datasets.make_subset", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fastmlp.data.make_subset", description=__doc__)
     parser.add_argument("--from", dest="source", type=Path, required=True, help="folder of the full idx files")
     parser.add_argument("--to", dest="target", type=Path, default=SUBSET_FOLDER, help="default: %(default)s")
     options = parser.parse_args(arguments)
