@@ -123,7 +123,7 @@ def host_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
-        stack.enter_context(mock.patch("fastmlp.step_triton.can_capture", _yes))
+        stack.enter_context(mock.patch("fastmlp.step.triton_step.can_capture", _yes))
         stack.enter_context(mock.patch("fastmlp.step.check_classes", _unchecked))
         stack.enter_context(mock.patch("fastmlp.losses._check_labels", _unchecked))
         stack.enter_context(NullGPU())

@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .loss_scale import LossScale
 from .losses import CrossEntropyLoss
 from .nn import MLP
 from .step import TrainStep
+from .step.loss_scale import LossScale
 
 __all__ = [
     "ENGINES",
@@ -94,7 +94,7 @@ class AutogradEngine:
     """Forward, ``loss.backward()`` and ``torch.optim.SGD``: the steps as ordinary PyTorch code writes them.
 
     Parameters of 16 bits are rounded copies of float32 ones, which the optimizer works on: an update smaller than
-    half a unit in the last place would otherwise be lost. float16 also scales the loss (``fastmlp.loss_scale``).
+    half a unit in the last place would otherwise be lost. float16 also scales the loss (``fastmlp.step.loss_scale``).
 
     Args:
         model: maps [B, features] to logits [B, classes].

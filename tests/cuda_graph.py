@@ -29,9 +29,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-import fastmlp.step
-import fastmlp.step_graph
-import fastmlp.step_triton
+import fastmlp.step.graphs
+import fastmlp.step.train_step
+import fastmlp.step.triton_step
 from fastmlp import TrainStep
 from tests.conftest import uninitialized_is_nan
 from tests.cuda_standin import Graph, StandIn, needs_values
@@ -240,7 +240,7 @@ class SimulatedCuda(StandIn):
     def __enter__(self) -> SimulatedCuda:
         super().__enter__()
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())
-        for module in (fastmlp.step_graph, fastmlp.step_triton):
+        for module in (fastmlp.step.graphs, fastmlp.step.triton_step):
             if hasattr(module, "can_capture"):
                 patch.setattr(module, "can_capture", lambda device: True)
         self._stack.enter_context(self._gpu)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import fastmlp
-from fastmlp import step_torch
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.cpu import cache, gemm
-from fastmlp.step_config import LOSSES
+from fastmlp.step import cpu_step
+from fastmlp.step.optimizers import LOSSES
 
 from .step_helpers import (
     OPTIMIZERS,
@@ -122,7 +122,7 @@ def test_what_was_measured(monkeypatch):
 @needs_onednn
 def test_small_products_are_not_measured(monkeypatch):
     monkeypatch.setattr(gemm, "_WORTH_MEASURING", 24 * 13 * 17)
-    monkeypatch.setattr(step_torch, "step_way", lambda *args: "each")
+    monkeypatch.setattr(cpu_step, "step_way", lambda *args: "each")
     fastmlp.set_cpu_gemm("auto")
     run()
     assert {key[:4] for key in gemm.choices()} == {("linear sigmoid", 16, 13, 17), ("wgrad_update", 16, 13, 17)}

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import fastmlp
-from fastmlp import cpu_step, step_torch
 from fastmlp.cpu import gemm
 from fastmlp.cpu import threads as cpu_threads
-from fastmlp.step_config import LOSSES
+from fastmlp.step import cpu_plan, cpu_step
+from fastmlp.step.optimizers import LOSSES
 
 from .step_helpers import (
     OPTIMIZERS,
@@ -50,10 +50,10 @@ def two_threads(monkeypatch, fresh_choices) -> Iterator[None]:  # noqa: F811
 
 def take(monkeypatch: pytest.MonkeyPatch, way: str) -> list[int]:
     """Have steps run in that way; the threads that each of their losses sees are added to the list."""
-    monkeypatch.setattr(step_torch, "step_way", lambda *args: way)
-    seen, loss_function = [], step_torch.loss_function
+    monkeypatch.setattr(cpu_step, "step_way", lambda *args: way)
+    seen, loss_function = [], cpu_step.loss_function
 
-    def watched(*args: Any) -> step_torch.LossFunction:
+    def watched(*args: Any) -> cpu_step.LossFunction:
         compute = loss_function(*args)
 
         def with_threads(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def take(monkeypatch: pytest.MonkeyPatch, way: str) -> list[int]:
 
         return with_threads
 
-    monkeypatch.setattr(step_torch, "loss_function", watched)
+    monkeypatch.setattr(cpu_step, "loss_function", watched)
     return seen
 
 
@@ -105,8 +105,8 @@ def test_a_step_allocates_nothing(monkeypatch, way, rows, optimizer):
 def test_the_fastest_is_taken_and_kept(monkeypatch, fastest):
     """A later process does not measure, and one with other threads measures again."""
     plans = []
-    new_plan = step_torch.TorchStep._new_plan
-    monkeypatch.setattr(step_torch.TorchStep, "_new_plan", lambda *args: plans.append(args[2]) or new_plan(*args))
+    new_plan = cpu_step.TorchStep._new_plan
+    monkeypatch.setattr(cpu_step.TorchStep, "_new_plan", lambda *args: plans.append(args[2]) or new_plan(*args))
     have_fastest(monkeypatch, lambda candidates: fastest if "each" in candidates else "aten")
     x, y = for_step(*problem(SIZES, 40), torch.float32)
 
@@ -162,7 +162,7 @@ def test_not_measured(monkeypatch, why):
     have_fastest(monkeypatch)
     rows = 40
     if why == "long":
-        monkeypatch.setattr(cpu_step, "_LONG", rows * (13 * 17 + 17 * 11 + 11 * 5))
+        monkeypatch.setattr(cpu_plan, "_LONG", rows * (13 * 17 + 17 * 11 + 11 * 5))
     elif why == "mode":
         fastmlp.set_cpu_gemm("aten")
     elif why == "deterministic":
@@ -171,7 +171,7 @@ def test_not_measured(monkeypatch, why):
         torch.set_num_threads(1)
     dtype = torch.float64 if why == "float64" else torch.float32
     seen = []
-    monkeypatch.setattr(step_torch.TorchStep, "_trials", lambda *args: seen.append(args))
+    monkeypatch.setattr(cpu_step.TorchStep, "_trials", lambda *args: seen.append(args))
     try:
         step = fastmlp.TrainStep(converted(network(SIZES), dtype), lr=0.1)
         step(*for_step(*problem(SIZES, rows), dtype))

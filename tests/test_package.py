@@ -200,9 +200,9 @@ class TestSources:
     def test_triton_is_never_imported_at_the_top_of_fastmlp(self):
         """Only inside functions, so that the package imports where triton does not exist.
 
-        ``step_triton`` is itself imported inside a function, once the kernels are to run the step.
+        ``triton_step`` is itself imported inside a function, once the kernels are to run the step.
         """
-        for path in (p for p in SOURCES if p.is_relative_to(ROOT / "fastmlp") and p.name != "step_triton.py"):
+        for path in (p for p in SOURCES if p.is_relative_to(ROOT / "fastmlp") and p.name != "triton_step.py"):
             for node in ast.parse(path.read_text(encoding="utf-8")).body:
                 if isinstance(node, ast.Import):
                     names = [alias.name for alias in node.names]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.step_config import LOSSES
+from fastmlp.step.optimizers import LOSSES
 
 from .step_helpers import (
     OPTIMIZERS,

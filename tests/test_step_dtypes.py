@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import fastmlp
-from fastmlp import step_torch
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.cpu import gemm
-from fastmlp.step_config import LOSSES
+from fastmlp.step import cpu_step
+from fastmlp.step.optimizers import LOSSES
 
 from .step_helpers import (
     OPTIMIZERS,
@@ -82,7 +82,7 @@ def test_every_optimizer(compute, params, optimizer):
 @pytest.mark.parametrize("params", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 24])
 def test_both_ways_to_a_gradient(monkeypatch, rows, params, optimizer, wide):
-    monkeypatch.setattr(step_torch, "wide_wgrad", lambda *args, update: wide)
+    monkeypatch.setattr(cpu_step, "wide_wgrad", lambda *args, update: wide)
     half_run(torch.bfloat16, params, optimizer, rows=rows)
 
 
@@ -99,7 +99,7 @@ def test_the_faster_way_to_a_gradient_is_taken(monkeypatch, fresh_choices, nativ
     fastmlp.set_cpu_gemm("auto")
     have_16_bit_products(monkeypatch, native)
     have_fastest(monkeypatch, lambda ways: fastest if "wide" in ways else "aten")
-    monkeypatch.setattr(step_torch, "step_way", lambda *args: "each")
+    monkeypatch.setattr(cpu_step, "step_way", lambda *args: "each")
     model = converted(network(SIZES), torch.float32)
     x, y = problem(SIZES, 24)
     step = fastmlp.TrainStep(model, lr=1.0, optimizer=optimizer, dtype=torch.bfloat16)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import fastmlp
-from fastmlp import step_torch
 from fastmlp.base.arguments import readable_rows
+from fastmlp.step import cpu_step
 
 from .step_helpers import (
     OPTIMIZERS,
@@ -90,8 +90,8 @@ class TestBatchesOfOne:
     def run(monkeypatch, model, **settings):
         """(times the recurrence ran, parameters after an epoch)."""
         calls = []
-        real = step_torch.online_epoch
-        monkeypatch.setattr(step_torch, "online_epoch", lambda *a, **k: (calls.append(1), real(*a, **k)))
+        real = cpu_step.online_epoch
+        monkeypatch.setattr(cpu_step, "online_epoch", lambda *a, **k: (calls.append(1), real(*a, **k)))
         images, labels = data(settings.pop("images", torch.float64), settings.get("loss", "cross_entropy"))
         fastmlp.TrainStep(model, **settings).epoch(images, labels, 1)
         return len(calls), flat(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastmlp
-from fastmlp.step_config import LOSSES
+from fastmlp.step.optimizers import LOSSES
 
 from .step_helpers import (
     OPTIMIZERS,

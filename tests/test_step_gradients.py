@@ -7,7 +7,7 @@ import torch
 
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.step_config import LOSSES
+from fastmlp.step.optimizers import LOSSES
 
 from .step_helpers import (
     OPTIMIZERS,

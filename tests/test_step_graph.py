@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import fastmlp
-from fastmlp import TrainStep, step_graph, step_triton
+from fastmlp import TrainStep
+from fastmlp.step import graphs, triton_step
 from tests.conftest import INTERPRETING
 
 if INTERPRETING:
@@ -232,8 +233,8 @@ def test_data_sets_come_and_go():
 
 def test_a_graph_that_was_given_up_is_captured_again(monkeypatch):
     """Three sizes where two are kept, each often enough to be captured, and the first one once more."""
-    monkeypatch.setattr(step_graph, "_KEPT", 2)
-    monkeypatch.setattr(step_graph, "_CALLS_PER_EVICTION", 3)
+    monkeypatch.setattr(graphs, "_KEPT", 2)
+    monkeypatch.setattr(graphs, "_CALLS_PER_EVICTION", 3)
 
     def script(step: TrainStep) -> Iterator[Tensor]:
         for i, size in enumerate([17, 18, 19, 17]):
@@ -246,7 +247,7 @@ def test_a_graph_that_was_given_up_is_captured_again(monkeypatch):
 
 def test_a_graph_goes_with_the_buffers_that_it_uses(monkeypatch):
     """Three sizes where the buffers of two are kept."""
-    monkeypatch.setattr(step_triton, "_PLANS", 2)
+    monkeypatch.setattr(triton_step, "_PLANS", 2)
 
     def script(step: TrainStep) -> Iterator[Tensor]:
         for i, size in enumerate([17, 17, 17, 18, 18, 17, 19, 19, 18, 17, 17]):

@@ -70,7 +70,8 @@ _measured: dict[str, Library] = {}
 def set_cpu_gemm(mode: str) -> None:
     """Choose who multiplies matrices on a CPU: "auto" (measured per shape), "aten" or "onednn".
 
-    With "auto", training steps of small networks are measured whole, and may run on one thread (``fastmlp.cpu_step``).
+    With "auto", training steps of small networks are measured whole, and may run on one thread
+    (``fastmlp.step.cpu_plan``).
 
     Takes effect for following calls of modules and functions, and for training steps planned afterwards. Modules and
     functions leave to aten what is small, not contiguous, traced or watched (``fastmlp.ops.torch_products``).
@@ -94,7 +95,7 @@ def get_cpu_gemm() -> str:
 
 def choices() -> dict[tuple[object, ...], str]:
     """What was chosen so far: (operation, M, K, N, dtype, threads) -> "aten" or "onednn", for few rows one of the
-    ways of ``fastmlp.cpu.few_rows``, for whole steps one of those of ``fastmlp.cpu_step``.
+    ways of ``fastmlp.cpu.few_rows``, for whole steps one of those of ``fastmlp.step.cpu_plan``.
 
     M is the power of two at or below the batch sizes that the answer is used for, 512 for all larger ones.
     """

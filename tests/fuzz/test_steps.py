@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fastmlp
 from fastmlp import reference
-from fastmlp.step_config import LOSSES
+from fastmlp.step.optimizers import LOSSES
 from tests.conftest import HAS_GPU, INTERPRETING, WITH_KERNELS, uninitialized_is_nan
 from tests.fuzz.cases import Labels, Spec, dims, dtypes, fuzz, labels, specs
 from tests.kernels.harness import EPS32, assert_within_budget

@@ -1,4 +1,4 @@
-"""TrainStep on the kernels (fastmlp/step_triton.py): launches, agreement with float64, graphs' static tables.
+"""TrainStep on the kernels (fastmlp/step/triton_step.py): launches, agreement with float64, graphs' static tables.
 
 The reference is the same TrainStep on the torch backend, which tests/test_step*.py hold to torch.optim and autograd.
 """

@@ -20,8 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .base.arguments import check_classes
-from .ops.torch_losses import vector_width
+from ..base.arguments import check_classes
+from ..ops.torch_losses import vector_width
 
 __all__ = ["NO_CLASS", "LossFunction", "loss_function", "takes_classes"]
 

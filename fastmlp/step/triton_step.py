@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import saved_for_grad
-from .kernels import (
+from ..activations import saved_for_grad
+from ..kernels import (
     activation_bwd,
     cross_entropy,
     elementwise_loss,
@@ -34,14 +34,14 @@ from .kernels import (
     linear_fwd,
     softmax_squared_error,
 )
-from .kernels.device import tf32_allowed
-from .kernels.head import MAX_CLASSES
-from .kernels.wgrad_update import Hyper, Layer, Layout, reduce_update, wgrad_update, workspace
+from ..kernels.device import tf32_allowed
+from ..kernels.head import MAX_CLASSES
+from ..kernels.wgrad_update import Hyper, Layer, Layout, reduce_update, wgrad_update, workspace
+from ..nn import Linear
+from .cpu_losses import NO_CLASS, takes_classes
+from .graphs import GraphCache, GraphEntry, can_capture
 from .loss_scale import LossScale
-from .nn import Linear
-from .step_config import Optimizer
-from .step_graph import GraphCache, GraphEntry, can_capture
-from .step_losses import NO_CLASS, takes_classes
+from .optimizers import Optimizer
 
 __all__ = ["CHUNK", "TritonStep"]
 

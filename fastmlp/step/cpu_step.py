@@ -1,8 +1,8 @@
 """The training step on plain torch: in-place BLAS on buffers allocated once, no tape. It is what a CPU runs.
 
 For each batch size a plan holds the buffers and, per layer, the functions that were chosen for its three products: by
-``fastmlp.cpu_step`` for a step, ``fastmlp.cpu.few_rows`` for a layer, ``fastmlp.cpu.gemm`` for a product. A step then
-is a fixed list of calls: forward, loss and dA, and from the last layer down dX, activation derivative, dW with its
+``fastmlp.step.cpu_plan`` for a step, ``fastmlp.cpu.few_rows`` for a layer, ``fastmlp.cpu.gemm`` for a product. A step
+then is a fixed list of calls: forward, loss and dA, and from the last layer down dX, activation derivative, dW with its
 update. Plain SGD updates each weight inside its gradient's GEMM.
 
 Parameters of 16 bits, and a 16-bit compute dtype, have float32 masters that the optimizer works on; float16 also
@@ -21,17 +21,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS
-from .cpu import gemm, threads
-from .cpu.few_rows import Products, layer_products
-from .cpu.widened import wide_update, wide_wgrad
-from .cpu_step import scratch_batch, scratch_layers, step_way
+from ..activations import ACTIVATIONS
+from ..cpu import gemm, threads
+from ..cpu.few_rows import Products, layer_products
+from ..cpu.widened import wide_update, wide_wgrad
+from ..nn import Linear
+from ..online import online_epoch
+from .cpu_losses import LossFunction, loss_function, takes_classes
+from .cpu_optimizer import TorchOptimizer
+from .cpu_plan import scratch_batch, scratch_layers, step_way
 from .loss_scale import LossScale
-from .nn import Linear
-from .online import online_epoch
-from .step_config import Optimizer
-from .step_losses import LossFunction, loss_function, takes_classes
-from .step_optimizer import TorchOptimizer
+from .optimizers import Optimizer
 
 __all__ = ["TorchStep"]
 

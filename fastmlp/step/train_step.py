@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .backend import resolve
-from .base.arguments import check_classes, check_rows, check_same_device, check_tensor, readable_rows
-from .nn import MLP, Linear, _only_computes
-from .step_config import LOSSES, optimizer_of
-from .step_losses import takes_classes
+from ..backend import resolve
+from ..base.arguments import check_classes, check_rows, check_same_device, check_tensor, readable_rows
+from ..nn import MLP, Linear, _only_computes
+from .cpu_losses import takes_classes
+from .optimizers import LOSSES, optimizer_of
 
 __all__ = ["TrainStep"]
 
@@ -21,7 +21,7 @@ _RING = 1024
 
 
 class _Engine(Protocol):
-    """What runs the step: ``fastmlp.step_torch.TorchStep`` or ``fastmlp.step_triton.TritonStep``."""
+    """What runs the step: ``fastmlp.step.cpu_step.TorchStep`` or ``fastmlp.step.triton_step.TritonStep``."""
 
     def step(self, x: Tensor, y: Tensor, out: Tensor) -> None: ...
 
@@ -150,11 +150,11 @@ class TrainStep:
         self._engine: _Engine
         with self._on_device:
             if self.backend == "triton":
-                from .step_triton import TritonStep
+                from .triton_step import TritonStep
 
                 self._engine = TritonStep(layers, self.rule, loss, dtype, cuda_graph=cuda_graph)
             else:
-                from .step_torch import TorchStep
+                from .cpu_step import TorchStep
 
                 self._engine = TorchStep(layers, self.rule, loss, dtype)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .loss_scale import LossScale
-from .step_config import Optimizer
+from .optimizers import Optimizer
 
 __all__ = ["TorchOptimizer"]
 
