@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fastmlp
 from bench.rivals.jax_step import import_jax
 from bench.rivals.protocol import OK, Availability, installed, needs
-from fastmlp.schedules import lr_factors
+from fastmlp.train.schedules import lr_factors
 
 from .presets import REFERENCE
 

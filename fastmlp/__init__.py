@@ -3,12 +3,12 @@
 from . import functional, reference
 from .backend import get_backend, set_backend, use_backend
 from .base import checkout  # noqa: F401
-from .checkpoint import load_checkpoint, save_checkpoint
 from .cpu.gemm import get_cpu_gemm, set_cpu_gemm
 from .data import ImageDataset, find_fashion_mnist, load_fashion_mnist
 from .losses import CrossEntropyLoss
 from .nn import MLP, Linear
 from .step import TrainStep
+from .train.checkpoint import load_checkpoint, save_checkpoint
 
 __all__ = [
     "MLP",

@@ -36,7 +36,7 @@ class Activation:
         derivative_settings: what the operator takes besides.
         operations: arithmetic operations per element of f, and of dA f'.
         lr: base learning rate for 784-512-512-10 with this activation in the hidden layers: Nesterov momentum 0.9,
-            batch 128, starting weights of ``fastmlp.init``.
+            batch 128, starting weights of ``fastmlp.train.initial``.
         gain: starting weights are uniform in +-gain sqrt(6 / (inputs + outputs)) (Glorot and Bengio 2010); None: in
             +-sqrt(6 / inputs) (He et al. 2015), for activations that are near 0 for half of their inputs.
         module: torch's module, and the attributes that tell its variants apart.

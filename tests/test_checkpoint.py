@@ -14,9 +14,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from fastmlp import checkpoint
 from fastmlp.base.atomic import atomic_write
-from fastmlp.checkpoint import CheckpointError, checkpoint_paths, load_checkpoint, read_checkpoint, save_checkpoint
+from fastmlp.train import checkpoint
+from fastmlp.train.checkpoint import (
+    CheckpointError,
+    checkpoint_paths,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 CONFIG = {"sizes": [5, 4, 3], "activation": "relu", "bias": True}
 
@@ -346,7 +352,7 @@ def test_paths() -> None:
 def test_loading_never_unpickles() -> None:
     program = """
 import pickle, tempfile, torch
-from fastmlp.checkpoint import load_checkpoint, save_checkpoint
+from fastmlp.train.checkpoint import load_checkpoint, save_checkpoint
 pickle.load = pickle.loads = pickle.dump = pickle.dumps = pickle.Pickler = pickle.Unpickler = None
 torch.load = torch.save = None
 with tempfile.TemporaryDirectory() as folder:

@@ -18,12 +18,12 @@ import fastmlp
 from fastmlp import cli, selfcheck
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.backend import BACKENDS
-from fastmlp.checkpoint import read_checkpoint, save_checkpoint
 from fastmlp.cli import common
 from fastmlp.cli import train as train_command
 from fastmlp.data import load_fashion_mnist
-from fastmlp.engine import ENGINES
-from fastmlp.schedules import SCHEDULES
+from fastmlp.train.checkpoint import read_checkpoint, save_checkpoint
+from fastmlp.train.engines import ENGINES
+from fastmlp.train.schedules import SCHEDULES
 
 SMALL = ["--data", "bundled", "--sizes", "784-16-10", "--epochs", "2"]
 
@@ -213,7 +213,7 @@ def test_an_existing_run_is_replaced_only_on_demand(capsys, tmp_path):
 
 
 def test_divergence_keeps_the_last_good_checkpoint(capsys, tmp_path, monkeypatch):
-    from fastmlp.engine import StepEngine
+    from fastmlp.train.engines import StepEngine
 
     class Failing(StepEngine):
         calls = 0

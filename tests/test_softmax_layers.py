@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastmlp
 from fastmlp.functional import linear_act, mlp
-from fastmlp.init import initialize_
+from fastmlp.train.initial import initialize_
 
 PLACES = [("softmax", "identity"), ("sigmoid", "softmax"), ("softmax", "softmax")]
 

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.engine import AutogradEngine, StepEngine
-from fastmlp.init import LEARNING_RATES, initialize_
-from fastmlp.plots import plot_history
-from fastmlp.schedules import SCHEDULES, lr_factors
 from fastmlp.train import CHECK_EVERY, DivergenceError, EpochResult, History, evaluate, fit
+from fastmlp.train.engines import AutogradEngine, StepEngine
+from fastmlp.train.initial import LEARNING_RATES, initialize_
+from fastmlp.train.plots import plot_history
+from fastmlp.train.schedules import SCHEDULES, lr_factors
 
 
 class Data(NamedTuple):

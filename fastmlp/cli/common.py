@@ -177,7 +177,7 @@ def load_model(path: str, device: torch.device) -> tuple[MLP, dict[str, Any]]:
     import torch
 
     import fastmlp
-    from fastmlp.checkpoint import load_checkpoint
+    from fastmlp.train.checkpoint import load_checkpoint
 
     with user_errors():
         state, config = load_checkpoint(path, device)

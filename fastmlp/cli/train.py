@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG, CURVES, SUMMARY = "model.safetensors", "model.json", "curves.png", "summary.json"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-# fastmlp.schedules and fastmlp.engine have the same names; importing them imports torch.
+# fastmlp.train.schedules and fastmlp.train.engines have the same names; importing them imports torch.
 SCHEDULES = ("constant", "linear", "cosine")
 ENGINES = ("step", "autograd")
 
@@ -102,8 +102,8 @@ def command(
     import torch
 
     import fastmlp
-    from fastmlp.init import LEARNING_RATES, initialize_
     from fastmlp.train import DivergenceError, fit
+    from fastmlp.train.initial import LEARNING_RATES, initialize_
 
     common.check_sizes(sizes, "--sizes")
     used_device = common.select_device(device)
@@ -197,7 +197,7 @@ class Run:
 
     def save(self, model: Any, config: dict[str, Any], result: EpochResult) -> None:
         """Replace the checkpoint by ``model`` after an epoch; the first one ends the run that was there before."""
-        from fastmlp.checkpoint import save_checkpoint
+        from fastmlp.train.checkpoint import save_checkpoint
 
         with common.user_errors((OSError,)):
             if self.epoch == 0:
@@ -220,7 +220,7 @@ class Run:
     def finish(self, history: History, summary: dict[str, Any]) -> None:
         """Write curves and summary."""
         from fastmlp.base.atomic import atomic_write
-        from fastmlp.plots import plot_history
+        from fastmlp.train.plots import plot_history
 
         config = summary["config"]
         momentum = f"{'Nesterov ' if config['nesterov'] else ''}momentum {config['momentum']:g}"

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import reference
 from ..nn import MLP
-from ..plots import BLUE
 from ..step import TrainStep
 from ..train import evaluate
+from ..train.plots import BLUE
 from .base import Recorder, Settings, axes, percent
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from .. import reference
 from ..activations import saved_for_grad
 from ..functional import cross_entropy, linear_act, softmax
 from ..ops import torch_ops
-from ..plots import BLUE, ORANGE
+from ..train.plots import BLUE, ORANGE
 from .base import Recorder, Settings, axes, derivative
 from .sgd_neural_net import loss_and_gradients
 from .softmax_squared import jacobian

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..functional import linear_act, mse_loss
-from ..plots import BLUE
+from ..train.plots import BLUE
 from .base import Recorder, Settings, axes, derivative
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..nn import MLP
-from ..plots import BLUE, GRAY, ORANGE
 from ..step import TrainStep
 from ..train import evaluate
+from ..train.plots import BLUE, GRAY, ORANGE
 from .base import Recorder, Settings, axes, percent
 
 if TYPE_CHECKING:

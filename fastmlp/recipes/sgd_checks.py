@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..plots import BLUE, ORANGE
 from ..train import evaluate
+from ..train.plots import BLUE, ORANGE
 from .base import Recorder, Settings, axes, derivative, percent
 from .sgd_neural_net import ACTIVATIONS, LOSSES, loss_and_gradients, sgd_neural_net
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..functional import linear_act, softmax, softmax_squared_error
 from ..nn import MLP
-from ..plots import BLUE
 from ..step import TrainStep
 from ..train import evaluate
+from ..train.plots import BLUE
 from .base import Recorder, Settings, axes, derivative, percent
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import torch
 
 import fastmlp
 from fastmlp import TrainStep, data, functional
-from fastmlp.init import initialize_
 from fastmlp.online import online_epoch
 from fastmlp.train import fit
+from fastmlp.train.initial import initialize_
 from tests.placement.test_step import OPTIMIZERS, PRECISIONS, ROWS, SIZES, batch, every_call
 from tests.placement.test_tape import loss_and_backward
 

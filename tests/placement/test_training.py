@@ -7,8 +7,8 @@ import torch
 
 import fastmlp
 from fastmlp import data, use_backend
-from fastmlp.engine import ENGINES
 from fastmlp.train import evaluate, fit
+from fastmlp.train.engines import ENGINES
 from tests.placement.test_step import ROWS, SIZES, batch
 
 pytestmark = pytest.mark.placement

@@ -6,10 +6,10 @@ import io
 import os
 from typing import TYPE_CHECKING
 
-from .base.atomic import atomic_write
+from ..base.atomic import atomic_write
 
 if TYPE_CHECKING:
-    from .train import History
+    from .loop import History
 
 __all__ = ["plot_history"]
 

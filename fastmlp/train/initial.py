@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from .activations import ACTIVATIONS
-from .nn import MLP
+from ..activations import ACTIVATIONS
+from ..nn import MLP
 
 __all__ = ["LEARNING_RATES", "initialize_"]
 

@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .losses import CrossEntropyLoss
-from .nn import MLP
-from .step import TrainStep
-from .step.loss_scale import LossScale
+from ..losses import CrossEntropyLoss
+from ..nn import MLP
+from ..step import TrainStep
+from ..step.loss_scale import LossScale
 
 __all__ = [
     "ENGINES",

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from .base.atomic import atomic_write
+from ..base.atomic import atomic_write
 
 __all__ = [
     "Checkpoint",

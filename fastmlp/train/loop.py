@@ -4,7 +4,7 @@ The data set is two tensors on the model's device, images as uint8, and is never
 permutation of the row numbers from a seeded generator, and each step gathers its rows. The loss accumulates on the
 device; the host reads it every `CHECK_EVERY` steps, which is also when a loss that is not finite is found.
 
-What runs one stretch of steps is an engine (`fastmlp.engine`); `fit` is everything around it.
+What runs one stretch of steps is an engine (`fastmlp.train.engines`); `fit` is everything around it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .engine import ENGINES, Engine, check_hyperparameters, engine_for
-from .losses import cross_entropy
+from ..losses import cross_entropy
+from .engines import ENGINES, Engine, check_hyperparameters, engine_for
 from .schedules import Schedule, lr_factors
 
 __all__ = [
@@ -162,12 +162,12 @@ def fit(
         momentum: in [0, 1).
         weight_decay: at least 0.
         nesterov: Nesterov's momentum; without effect when momentum is 0.
-        schedule: "constant", "linear", "cosine", or a function; see `fastmlp.schedules`.
+        schedule: "constant", "linear", "cosine", or a function; see `fastmlp.train.schedules`.
         warmup: share of all steps to warm up in, [0, 1); "constant" has no warm-up.
         seed: of the order of the rows.
         engine: "step" (`fastmlp.TrainStep`, for MLPs), "autograd", "auto" (step for a fastmlp.MLP, autograd for any
-            other module), or a ready `fastmlp.engine.Engine`, which has an optimizer of its own; the arguments about
-            the optimizer then have no effect.
+            other module), or a ready `fastmlp.train.engines.Engine`, which has an optimizer of its own; the arguments
+            about the optimizer then have no effect.
         on_epoch: called with the result after each epoch, the model holding its parameters.
         on_progress: called every `CHECK_EVERY` steps and at the end of each epoch.
 
