@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from fastmlp.cpu import cache, gemm
-from tests.covering import SIMULATED, left_out
+from tests.support.covering import SIMULATED, left_out
 
-pytest_plugins = ["tests.fuzz.plugin", "tests.precision"]
+pytest_plugins = ["tests.fuzz.plugin", "tests.support.precision"]
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
@@ -227,7 +227,7 @@ def lane(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     if name == "gpu":
         yield torch.device("cuda")
     elif name == "interpret":
-        from tests.interpreter import bounds_checked
+        from tests.support.interpreter import bounds_checked
 
         with bounds_checked(), uninitialized_is_nan():
             yield torch.device("cpu")

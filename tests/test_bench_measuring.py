@@ -17,9 +17,8 @@ from bench.rivals import RIVALS, rivals_for
 from bench.rivals.protocol import OK, Availability, OpRun
 from bench.runner import GROUP_BYTES, BuiltCase, groups
 from bench.timing import Turns, take_turns
-from tests.precision import SETTINGS
-
-from .step_helpers import have_16_bit_products
+from tests.support.precision import SETTINGS
+from tests.support.steps import have_16_bit_products
 
 PROBLEM = LinearProblem(8, 12, 6)
 

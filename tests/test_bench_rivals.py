@@ -22,7 +22,7 @@ from bench.rivals.eager import Eager
 from bench.rivals.train_kernel import TrainKernel
 from bench.rivals.whole import WholeStep, WholeStepRun
 from bench.runner import prepare
-from tests.step_helpers import one_thread  # noqa: F401
+from tests.support.steps import one_thread  # noqa: F401
 
 SIZES = (20, 16, 12, 5)
 #: Every way to take steps, and every optimizer.

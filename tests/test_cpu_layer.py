@@ -9,8 +9,7 @@ import fastmlp
 from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.cpu import few_rows, gemm
-
-from .step_helpers import (
+from tests.support.steps import (
     OPTIMIZERS,
     allocations,
     batches,

@@ -14,8 +14,7 @@ from fastmlp.cpu import gemm
 from fastmlp.cpu import threads as cpu_threads
 from fastmlp.step import cpu_plan, cpu_step
 from fastmlp.step.optimizers import LOSSES
-
-from .step_helpers import (
+from tests.support.steps import (
     OPTIMIZERS,
     Batch,
     allocations,

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from fastmlp.cpu import threads as cpu_threads
-
-from .step_helpers import threads
+from tests.support.steps import threads
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from fastmlp.data import (
     fetch,
     load_fashion_mnist,
 )
-from tests.data_helpers import IMAGES, NAMES, REPOSITORY, Machine, assert_is, file_set, make_contents, posix, write
+from tests.support.datasets import IMAGES, NAMES, REPOSITORY, Machine, assert_is, file_set, make_contents, posix, write
 
 
 @pytest.fixture

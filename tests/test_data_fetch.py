@@ -16,7 +16,7 @@ import pytest
 from fastmlp.base import atomic
 from fastmlp.data import SubsetWarning, fetch, load_fashion_mnist
 from fastmlp.data.fetch import SourceUnavailable, fetch_debian, fetch_torchvision
-from tests.data_helpers import Machine, assert_is, posix, proxy, write
+from tests.support.datasets import Machine, assert_is, posix, proxy, write
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import torch
 from fastmlp import data
 from fastmlp.base import atomic
 from fastmlp.data import DataIntegrityError, fashion_mnist, idx, load_fashion_mnist, make_subset
-from tests.data_helpers import Machine, proxy, write
+from tests.support.datasets import Machine, proxy, write
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from fastmlp.functional import (
     softmax,
     softmax_squared_error,
 )
-from tests.kernels.harness import assert_within_budget
+from tests.support.harness import assert_within_budget
 
 LOSSES = {
     "mse": (mse_loss, F.mse_loss),

@@ -14,7 +14,7 @@ import fastmlp
 from fastmlp import functional, reference
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.ops import torch_ops
-from tests.kernels.harness import assert_within_budget
+from tests.support.harness import assert_within_budget
 
 
 class Step(nn.Module):

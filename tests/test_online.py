@@ -12,8 +12,7 @@ from torch import Tensor
 from fastmlp import online, reference
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.online import online_epoch
-
-from .step_helpers import one_thread  # noqa: F401
+from tests.support.steps import one_thread  # noqa: F401
 
 COUNT = 75  # samples: no multiple of any block size below but 1
 Network = tuple[list[Tensor], list[Tensor | None], list[str]]

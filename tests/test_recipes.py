@@ -23,8 +23,7 @@ from fastmlp.recipes import (
     softmax_squared,
 )
 from fastmlp.recipes.base import Recorder, derivative
-
-from .step_helpers import one_thread  # noqa: F401
+from tests.support.steps import one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ from torch import Tensor
 import fastmlp
 from fastmlp.recipes.sgd_checks import gradient_error, network, target, valid_pairs
 from fastmlp.recipes.sgd_neural_net import ACTIVATIONS, LOSSES, loss_and_gradients, sgd_neural_net
-
-from .step_helpers import one_thread  # noqa: F401
+from tests.support.steps import one_thread  # noqa: F401
 
 X = torch.tensor([[0.0, 0.5, -1.0], [1.0, -0.5, 0.25], [2.0, 1.5, 0.0], [-1.0, 1.0, 1.0]], dtype=torch.float64)
 LABELS = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64)

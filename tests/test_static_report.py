@@ -35,8 +35,8 @@ from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, reduce_update
 from tests.compile.machine_code import instructions, resources
 from tests.compile.targets import TARGETS
 from tests.kernels.launches import kernel_names
-from tests.precision import SETTINGS
 from tests.ptxsim import SimulatedGPU
+from tests.support.precision import SETTINGS
 
 HEADER = Path(triton.__file__).parent / "backends" / "nvidia" / "include" / "cuda_occupancy.h"
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.step.optimizers import LOSSES
-
-from .step_helpers import (
+from tests.support.steps import (
     OPTIMIZERS,
     Reference,
     assert_run_within_budget,

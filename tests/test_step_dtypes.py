@@ -13,8 +13,7 @@ from fastmlp.activations import ACTIVATIONS
 from fastmlp.cpu import gemm
 from fastmlp.step import cpu_step
 from fastmlp.step.optimizers import LOSSES
-
-from .step_helpers import (
+from tests.support.steps import (
     OPTIMIZERS,
     Reference,
     batches,

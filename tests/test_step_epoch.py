@@ -11,8 +11,7 @@ from torch import Tensor
 import fastmlp
 from fastmlp.base.arguments import readable_rows
 from fastmlp.step import cpu_step
-
-from .step_helpers import (
+from tests.support.steps import (
     OPTIMIZERS,
     Reference,
     converted,

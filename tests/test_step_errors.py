@@ -9,8 +9,7 @@ import torch
 
 import fastmlp
 from fastmlp.step.optimizers import LOSSES
-
-from .step_helpers import (
+from tests.support.steps import (
     OPTIMIZERS,
     converted,
     flat,

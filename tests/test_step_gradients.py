@@ -8,8 +8,7 @@ import torch
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.step.optimizers import LOSSES
-
-from .step_helpers import (
+from tests.support.steps import (
     OPTIMIZERS,
     Reference,
     batches,

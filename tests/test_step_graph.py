@@ -1,7 +1,7 @@
 """TrainStep's CUDA graphs on the simulated GPU: bit for bit what plain launches give, whatever changes in between.
 
-``tests.cuda_graph`` says what a capture and a replay are there: only what is declared a step's state outlasts the time
-between two replays.
+``tests.support.cuda_graph`` says what a capture and a replay are there: only what is declared a step's state outlasts
+the time between two replays.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.conftest import INTERPRETING
 if INTERPRETING:
     pytest.skip("the simulated GPU runs compiled kernels", allow_module_level=True)
 
-from tests.cuda_graph import SimulatedCuda
+from tests.support.cuda_graph import SimulatedCuda
 
 pytestmark = pytest.mark.execute
 

@@ -10,7 +10,7 @@ import torch
 import fastmlp
 from fastmlp import TrainStep, use_backend
 from tests.conftest import INTERPRETING
-from tests.kernels.harness import assert_within_budget
+from tests.support.harness import assert_within_budget
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the simulated GPU runs compiled kernels")
 

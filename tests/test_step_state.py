@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load, save
 
 import fastmlp
-
-from .step_helpers import (
+from tests.support.steps import (
     OPTIMIZERS,
     batches,
     converted,

@@ -15,8 +15,7 @@ import fastmlp
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.cpu import cache, gemm
 from fastmlp.ops import torch_products
-
-from .step_helpers import fresh_choices, have_16_bit_products, needs_onednn  # noqa: F401
+from tests.support.steps import fresh_choices, have_16_bit_products, needs_onednn  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("fresh_choices")
 

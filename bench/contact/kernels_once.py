@@ -14,7 +14,7 @@ from bench.tune import products
 from fastmlp import selfcheck
 from fastmlp.selfcheck import CHECKS, Problem
 from tests.kernels.launches import LAUNCHES
-from tests.step_helpers import converted, flat, network, problem
+from tests.support.steps import converted, flat, network, problem
 
 from .judging import product_share
 from .report import Report

@@ -19,7 +19,7 @@ from torch import Tensor
 import fastmlp
 from bench.static.workloads import float32_precision
 from fastmlp import kernels
-from tests.step_helpers import OPTIMIZERS, Reference, converted, flat, network, problem
+from tests.support.steps import OPTIMIZERS, Reference, converted, flat, network, problem
 
 from .judging import NUMERICS, Tf32Products, dtype_of, run_share
 from .report import Report

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import fastmlp
-from tests.step_helpers import converted, network, problem
+from tests.support.steps import converted, network, problem
 
 from .pool import ROOT
 from .report import Report

@@ -20,7 +20,7 @@ DEVICE = False
 #: pytest's -m, and whether the tests run in parallel.
 SELECTIONS = {"pytest": ("gpu and not large", True), "pytest-large": ("gpu and large", False)}
 #: What a rehearsal runs in their place.
-REHEARSED = "tests/test_covering.py"
+REHEARSED = "tests/support/test_covering.py"
 _ENDING = 12.0
 
 

@@ -18,7 +18,7 @@ from bench.static.workloads import float32_precision
 from bench.tune import products
 from fastmlp import kernels
 from tests.ptxsim.samples.elementwise import k_add
-from tests.step_helpers import converted, network, problem
+from tests.support.steps import converted, network, problem
 
 from .judging import dtype_of
 from .report import Report

@@ -1,6 +1,6 @@
 """Errors of every kernel, and of torch in the same dtype, against float64, as shares of the error budget.
 
-The budget is the one of the tests (``tests.kernels.harness``): twice torch's own largest error plus a floor that grows
+The budget is the one of the tests (``tests.support.harness``): twice torch's own largest error plus a floor that grows
 with the square root of the reduction length. The kernels are executed on the simulated GPU (sm_80), torch runs on the
 CPU. torch's tf32 exists on GPUs only; it is modelled as torch's float32 product of operands rounded to tf32.
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 from fastmlp import kernels, reference
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
-from tests.kernels.harness import budget
 from tests.ptxsim import SimulatedGPU
+from tests.support.harness import budget
 
 from .gpus import MODES
 from .numbers import significant

@@ -13,7 +13,7 @@ from fastmlp import kernels, reference
 from fastmlp.kernels.configs import all_tiles
 from tests.compile.cases import registry
 from tests.compile.targets import TARGETS
-from tests.kernels.harness import assert_within_budget
+from tests.support.harness import assert_within_budget
 
 pytestmark = pytest.mark.execute
 

@@ -14,9 +14,9 @@ from fastmlp.kernels.configs import Tile, all_tiles
 from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
 from tests.compile.cases import registry, tile_name
 from tests.compile.targets import TARGETS, Target
-from tests.kernels.harness import assert_within_budget
 from tests.ptxsim import TRITON, Stats, run_triton
 from tests.ptxsim.samples.linear import k_linear
+from tests.support.harness import assert_within_budget
 
 pytestmark = pytest.mark.execute
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastmlp.kernels import linear_wgrad
 from tests.conftest import uninitialized_is_nan
-from tests.kernels.harness import assert_within_budget, poisoned
 from tests.kernels.launches import LAUNCHES
 from tests.ptxsim import SimulatedGPU
+from tests.support.harness import assert_within_budget, poisoned
 
 pytestmark = pytest.mark.execute
 

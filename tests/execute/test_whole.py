@@ -9,8 +9,8 @@ from torch import Tensor
 import fastmlp
 from fastmlp import reference
 from fastmlp.backend import Backend
-from tests.kernels.harness import assert_within_budget
 from tests.ptxsim import SimulatedGPU
+from tests.support.harness import assert_within_budget
 
 pytestmark = [pytest.mark.execute, pytest.mark.slow]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastmlp.activations import ACTIVATIONS
 from tests.conftest import HAS_GPU, INTERPRETING
-from tests.kernels.harness import poisoned
+from tests.support.harness import poisoned
 
 __all__ = [
     "FLOATS",

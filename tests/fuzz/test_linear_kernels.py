@@ -14,7 +14,7 @@ from fastmlp.activations import saved_for_grad
 from fastmlp.kernels import activation_bwd, linear_dgrad, linear_fwd, linear_wgrad
 from fastmlp.ops import torch_ops
 from tests.fuzz.cases import Spec, activations, dims, dtypes, fuzz, root, specs
-from tests.kernels.harness import assert_within_budget, nan_like, poisoned
+from tests.support.harness import assert_within_budget, nan_like, poisoned
 
 # Triton's interpreter is numpy, which warns where e^z becomes infinite on the way to a finite result.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

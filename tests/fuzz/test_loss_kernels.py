@@ -26,7 +26,7 @@ from fastmlp.kernels import (
     softmax_tiles,
 )
 from tests.fuzz.cases import Labels, Spec, dims, dtypes, fuzz, labels, specs
-from tests.kernels.harness import assert_within_budget, nan_like, poisoned
+from tests.support.harness import assert_within_budget, nan_like, poisoned
 
 # Triton's interpreter is numpy: inf - inf and 0 / 0 in elements that a mask then drops warn there.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

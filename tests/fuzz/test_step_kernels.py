@@ -19,7 +19,7 @@ from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
 from tests.fuzz.cases import Labels, Spec, activations, dims, dtypes, fuzz, labels, root, specs
 from tests.fuzz.test_linear_kernels import absolute, build_rows, derivative, kept, largest
 from tests.fuzz.test_loss_kernels import double, moved, spread
-from tests.kernels.harness import EPS32, assert_within_budget, nan_like, poisoned
+from tests.support.harness import EPS32, assert_within_budget, nan_like, poisoned
 
 # Triton's interpreter is numpy: inf - inf and 0 / 0 in elements that a mask then drops warn there.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -23,8 +23,8 @@ from fastmlp import reference
 from fastmlp.step.optimizers import LOSSES
 from tests.conftest import HAS_GPU, INTERPRETING, WITH_KERNELS, uninitialized_is_nan
 from tests.fuzz.cases import Labels, Spec, dims, dtypes, fuzz, labels, specs
-from tests.kernels.harness import EPS32, assert_within_budget
-from tests.step_helpers import Batch, Reference, converted, network, problem
+from tests.support.harness import EPS32, assert_within_budget
+from tests.support.steps import Batch, Reference, converted, network, problem
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),

@@ -8,7 +8,7 @@ import torch
 from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS, saved_for_grad
 from fastmlp.kernels import activation_bwd
-from tests.kernels.harness import FLOATS, assert_within_budget, nan_like, poisoned
+from tests.support.harness import FLOATS, assert_within_budget, nan_like, poisoned
 
 
 def gradient(da, z, activation):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmlp import reference
 from fastmlp.kernels import cross_entropy, cross_entropy_bwd, cross_entropy_fwd, softmax_tiles
-from tests.kernels.harness import assert_within_budget, nan_like, poisoned
+from tests.support.harness import assert_within_budget, nan_like, poisoned
 
 # Triton's interpreter is numpy: inf - inf and 0 / 0, which the special rows are made of, warn there.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmlp.kernels.device import Device, input_precision, tf32_allowed
-from tests.precision import SETTINGS
+from tests.support.precision import SETTINGS
 
 
 @pytest.mark.usefixtures("default_precision")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmlp import reference
 from fastmlp.kernels import elementwise_loss, elementwise_loss_bwd, elementwise_loss_fwd
-from tests.kernels.harness import assert_within_budget, nan_like, poisoned
+from tests.support.harness import assert_within_budget, nan_like, poisoned
 
 # Triton's interpreter is numpy: log 0, inf - inf and 0 / 0, which the borders are made of, warn there.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -13,7 +13,7 @@ from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS, saved_for_grad
 from fastmlp.kernels import cross_entropy, head
 from fastmlp.kernels.head import MAX_CLASSES
-from tests.kernels.harness import assert_within_budget, nan_like, poisoned
+from tests.support.harness import assert_within_budget, nan_like, poisoned
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 

@@ -28,7 +28,7 @@ from fastmlp.kernels import (
     softmax_squared_error,
 )
 from tests.conftest import HAS_GPU, INTERPRETING
-from tests.kernels.harness import assert_within_budget
+from tests.support.harness import assert_within_budget
 
 pytestmark = [
     pytest.mark.interpret if INTERPRETING else pytest.mark.gpu,
@@ -43,7 +43,7 @@ HALF = torch.float16
 @pytest.fixture
 def device() -> Iterator[torch.device]:
     if INTERPRETING:
-        from tests.interpreter import bounds_checked
+        from tests.support.interpreter import bounds_checked
 
         with bounds_checked():
             yield torch.device("cpu")
@@ -79,7 +79,7 @@ def last_programs(count: int):
     """Run the last ``count`` programs of each launch only, where that is possible."""
     if not INTERPRETING:
         return nullcontext()
-    from tests.interpreter import programs
+    from tests.support.interpreter import programs
 
     return programs(lambda name, total: range(total)[-count:])
 

@@ -8,7 +8,7 @@ import torch
 from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS, saved_for_grad
 from fastmlp.kernels import linear_dgrad
-from tests.kernels.harness import FLOATS, assert_within_budget, nan_like, poisoned
+from tests.support.harness import FLOATS, assert_within_budget, nan_like, poisoned
 
 SHAPES = [(1, 1, 1), (17, 63, 130), (63, 17, 1), (33, 130, 17), (64, 64, 64), (5, 40, 1)]  # M, K, N
 

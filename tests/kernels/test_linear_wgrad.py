@@ -9,7 +9,7 @@ from fastmlp import reference
 from fastmlp.kernels import linear_wgrad
 from fastmlp.kernels.configs import gemm_tile, splits
 from fastmlp.kernels.device import current_device
-from tests.kernels.harness import FLOATS, assert_within_budget, nan_like, poisoned
+from tests.support.harness import FLOATS, assert_within_budget, nan_like, poisoned
 
 SHAPES = [(1, 1, 1), (17, 63, 130), (63, 17, 1), (130, 33, 17), (64, 64, 64), (5, 40, 1)]  # M, K, N
 

@@ -1,7 +1,7 @@
 """The kernels behind fastmlp's functions and modules, from the public API: forward, backward, against float64.
 
 Each operation has a test of its own beside this file; here they run as the autograd functions chain them, on
-ragged sizes, and are compared with float64 within the budget of tests/kernels/harness.py, where torch's own error is
+ragged sizes, and are compared with float64 within the budget of tests/support/harness.py, where torch's own error is
 that of the torch backend. The two backends so agree within three times that error.
 """
 
@@ -15,7 +15,7 @@ import fastmlp
 from fastmlp import functional, reference
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.ops import compiled
-from tests.kernels.harness import FLOATS, assert_within_budget, poisoned
+from tests.support.harness import FLOATS, assert_within_budget, poisoned
 
 SIZES = (33, 17, 40, 10)
 

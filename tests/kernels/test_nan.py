@@ -25,7 +25,7 @@ from fastmlp.kernels import (
 from fastmlp.kernels.device import Device, current_device, input_precision
 from fastmlp.kernels.tiling import _tf32
 from tests.kernels.products import PRODUCTS, draw
-from tests.precision import set_matmul
+from tests.support.precision import set_matmul
 
 # What numpy says of inf - inf in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

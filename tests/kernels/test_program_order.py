@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from tests.conftest import INTERPRETING, uninitialized_is_nan
-from tests.interpreter import bounds_checked, programs, shuffled
 from tests.kernels.launches import LAUNCHES, SINGLE_PROGRAM, kernel_names
+from tests.support.interpreter import bounds_checked, programs, shuffled
 
 pytestmark = [
     pytest.mark.interpret,

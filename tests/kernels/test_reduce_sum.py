@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmlp.kernels.reduce_sum import BLOCK, reduce_sum
-from tests.kernels.harness import FLOATS, assert_within_budget, nan_like, poisoned
+from tests.support.harness import FLOATS, assert_within_budget, nan_like, poisoned
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

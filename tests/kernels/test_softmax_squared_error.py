@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmlp import reference
 from fastmlp.kernels import softmax_squared_error, softmax_squared_error_bwd, softmax_squared_error_fwd
-from tests.kernels.harness import assert_within_budget, nan_like, poisoned
+from tests.support.harness import assert_within_budget, nan_like, poisoned
 
 # Triton's interpreter is numpy: the differences of huge logits warn there.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

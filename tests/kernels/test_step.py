@@ -13,7 +13,7 @@ import torch
 import fastmlp
 from fastmlp import TrainStep, reference, use_backend
 from fastmlp.kernels import linear_fwd
-from tests.kernels.harness import assert_within_budget
+from tests.support.harness import assert_within_budget
 
 SETTINGS = {
     "sgd": {"lr": 0.1},

@@ -18,7 +18,7 @@ from fastmlp.kernels.configs import Tile
 from fastmlp.kernels.device import current_device
 from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
 from tests.compile.cases import registry
-from tests.kernels.harness import assert_within_budget, poisoned
+from tests.support.harness import assert_within_budget, poisoned
 
 KINDS = ("fwd", "dgrad", "wgrad")
 CONTIGUOUS = {"fwd": ("depth",), "dgrad": ("depth", "cols"), "wgrad": ("rows", "cols")}

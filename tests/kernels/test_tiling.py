@@ -8,8 +8,8 @@ import pytest
 from torch.nn import functional as F
 
 from fastmlp.kernels.device import current_device
-from tests.kernels.harness import assert_within_budget
 from tests.kernels.products import PRODUCTS, draw
+from tests.support.harness import assert_within_budget
 
 M, K, N = 33, 150, 17
 

@@ -11,7 +11,7 @@ import torch
 from fastmlp import reference
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
 from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, _plan, reduce_update, wgrad_update
-from tests.kernels.harness import FLOATS, assert_within_budget, poisoned
+from tests.support.harness import FLOATS, assert_within_budget, poisoned
 
 LR, WD, MU, BETAS, EPS = 0.1, 0.02, 0.9, (0.9, 0.999), 1e-8
 OPTIMIZERS = {

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime.jit import JITFunction
 
-from tests.cuda_standin import Device, Graph, StandIn, needs_values
 from tests.ptxsim import SimulatedGPU
+from tests.support.cuda_standin import Device, Graph, StandIn, needs_values
 
 __all__ = ["Launch", "Machine"]
 

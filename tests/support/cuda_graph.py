@@ -34,9 +34,9 @@ import fastmlp.step.train_step
 import fastmlp.step.triton_step
 from fastmlp import TrainStep
 from tests.conftest import uninitialized_is_nan
-from tests.cuda_standin import Graph, StandIn, needs_values
 from tests.ptxsim import SimulatedGPU
 from tests.ptxsim.simulated_gpu import Launch, Launcher
+from tests.support.cuda_standin import Graph, StandIn, needs_values
 
 __all__ = ["SimulatedCuda"]
 

@@ -11,7 +11,7 @@ if INTERPRETING:
     pytest.skip("the simulated GPU runs compiled kernels", allow_module_level=True)
 
 from fastmlp import kernels
-from tests.cuda_graph import SimulatedCuda
+from tests.support.cuda_graph import SimulatedCuda
 
 pytestmark = pytest.mark.execute
 

@@ -16,7 +16,7 @@ from fastmlp.base import atomic
 from fastmlp.data import ImageDataset, fashion_mnist, fetch, idx
 from fastmlp.data.fetch import SourceUnavailable
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 IMAGES = "train-images-idx3-ubyte"
 NAMES = (IMAGES, "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 

@@ -1,8 +1,8 @@
 """torch.cuda's devices, streams and CUDA graphs where there is no GPU.
 
 Inside ``with StandIn() as cuda:`` the attributes of torch.cuda that a training step asks for are those of ``cuda``. Who
-subclasses it says what a capture records and what a replay does: ``tests.cuda_graph`` executes on the simulated GPU,
-``tests.placement.machine`` watches fake tensors.
+subclasses it says what a capture records and what a replay does: ``tests.support.cuda_graph`` executes on the simulated
+GPU, ``tests.placement.machine`` watches fake tensors.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 
 from tests import conftest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIMULATING = set(conftest.SIMULATING)
 
 #: A plugin of pytest: torch sees a GPU, and what a machine with a GPU may lack is missing. It writes down what pytest
@@ -209,5 +209,5 @@ def test_what_depends_on_the_processor_is_run_as_on_lesser_ones():
     reach = re.compile(r"\b(gemm|few_rows|cpu_plan|widened|threads|torch_products|cpu_step)\b")
     paths = [path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")]
     files = {path for path in paths if reach.search((ROOT / path).read_text(encoding="utf-8"))}
-    assert files - {"tests/test_lanes.py", "tests/test_package.py"} <= set(conftest.ON_THE_PROCESSOR)
+    assert files - {"tests/support/test_lanes.py", "tests/test_package.py"} <= set(conftest.ON_THE_PROCESSOR)
     assert set(conftest.ON_THE_PROCESSOR) <= set(paths)
