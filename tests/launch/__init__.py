@@ -1,1 +1,0 @@
-"""The launch lane: which kernels the whole library launches. tests/README.md describes it."""

@@ -1,0 +1,1 @@
+"""Networks and steps through the public API, in every lane."""
