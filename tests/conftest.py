@@ -41,15 +41,15 @@ if HAS_GPU:
 ROOT = Path(__file__).resolve().parents[1]
 #: Tests whose results depend on what the processor has: vector registers, 16-bit products, threads.
 ON_THE_PROCESSOR = (
-    "tests/test_cpu_gemm.py",
-    "tests/test_cpu_layer.py",
-    "tests/test_cpu_step.py",
-    "tests/test_cpu_threads.py",
+    "tests/cpu/test_gemm.py",
+    "tests/cpu/test_few_rows.py",
+    "tests/step/test_cpu_plan.py",
+    "tests/cpu/test_threads.py",
     "tests/test_online.py",
-    "tests/test_step.py",
-    "tests/test_step_dtypes.py",
-    "tests/test_step_epoch.py",
-    "tests/test_torch_products.py",
+    "tests/step/test_train_step.py",
+    "tests/step/test_dtypes.py",
+    "tests/step/test_epoch.py",
+    "tests/ops/test_torch_products.py",
 )
 
 

@@ -40,7 +40,7 @@ def _file_set(train: int, test: int, sha256: tuple[str, str, str, str]) -> FileS
 
 
 # The content of the publisher's files: gzip files that hold it have the MD5 sums in the data set's own README, once
-# their headers carry the publisher's file names and times (tests/test_data.py shows it).
+# their headers carry the publisher's file names and times (tests/data/test_dataset.py shows it).
 FULL = _file_set(
     60_000,
     10_000,

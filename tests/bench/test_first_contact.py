@@ -25,7 +25,7 @@ from bench.contact.document import FILE_BYTES, Document
 from bench.contact.pool import ROOT, Stage
 from bench.contact.verdict import LENGTH, verdict
 
-STUBS = "tests.first_contact_stubs"
+STUBS = "tests.bench.first_contact_stubs"
 
 
 def load(out: Path) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def test_the_versions_are_those_of_this_process(broken: tuple[Path, str, dict[st
 
 
 def test_what_is_killed_at_the_end_of_its_stage_is_unfinished_and_not_wrong(tmp_path: Path) -> None:
-    hanging = Stage("slow", "tests.first_contact_stubs", 1, 1, unit_s=600)
+    hanging = Stage("slow", "tests.bench.first_contact_stubs", 1, 1, unit_s=600)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(first_contact, "RESERVE", 0.0)
         patch.setenv("FIRST_CONTACT_UNITS", "good,hangs,last")

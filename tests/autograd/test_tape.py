@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmlp.functional import linear_act, mlp
 from fastmlp.ops import torch_ops
-from tests.test_autograd import NAMES, close, run, tensors
+from tests.autograd.test_linear import NAMES, close, run, tensors
 
 
 @pytest.fixture

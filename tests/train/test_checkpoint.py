@@ -360,6 +360,6 @@ with tempfile.TemporaryDirectory() as folder:
     print(*sorted(load_checkpoint(folder)[0]))
 """
     result = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True
     )
     assert (result.stdout, result.returncode) == ("bias weight\n", 0), result.stderr
