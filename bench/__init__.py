@@ -2,9 +2,9 @@
 
 - ``problems``: what is timed, with its inputs, its arithmetic and its oracle
 - ``rivals``: the contenders, each in a file of its own
-- ``gate``: no time is taken of a wrong result
-- ``timing``: all contenders in turn, round after round
-- ``runner``, ``presets``: from a preset to one JSON file
+- ``measure``: from a preset to one JSON file; no time is taken of a wrong result, and all contenders run in turn
+- ``presets``: what a run times
+- ``suite``: the same under pytest-benchmark
 - ``accuracy``: seconds of training to a test accuracy
 - ``report``: tables and plots from JSON alone
 """

@@ -42,9 +42,8 @@ def _device(name: str, threads: int | None) -> str:
     """The device that is meant, with the threads of the CPU set."""
     import torch
 
+    from bench.measure.machine import pin_threads
     from fastmlp.cli.common import select_device
-
-    from .machine import pin_threads
 
     device = select_device(name)
     pin_threads(threads)
@@ -73,7 +72,7 @@ def _command_line(ctx: click.Context) -> str:
 
 
 def _finish(document: dict[str, Any], out: Path | None, report: bool) -> None:
-    from .results import FOLDER, save
+    from bench.measure.results import FOLDER, save
 
     folder = FOLDER if out is None else out
     _log(f"results: {save(document, folder)}")
@@ -82,10 +81,10 @@ def _finish(document: dict[str, Any], out: Path | None, report: bool) -> None:
 
 
 def _report(folder: Path, target: Path | None) -> None:
-    from .machine import ROOT
-    from .readme import update_readme
-    from .report import write_report
-    from .results import FOLDER, load_all
+    from bench.measure.machine import ROOT
+    from bench.measure.results import FOLDER, load_all
+    from bench.report.markdown import write_report
+    from bench.report.readme import update_readme
 
     try:
         paths = write_report(folder, target or ROOT / "bench" / "RESULTS.md")
@@ -116,9 +115,10 @@ def cli() -> None:
 
 
 def _run(name: str, ctx: click.Context, device: str, rounds: int | None, out: Path | None, report: bool) -> None:
+    from bench.measure.runner import run_preset
+    from bench.report.tables import print_run
+
     from .presets import preset
-    from .runner import run_preset
-    from .tables import print_run
 
     document = run_preset(preset(name, device), device, _command_line(ctx), _log, rounds=rounds)
     print_run(document)
@@ -200,8 +200,8 @@ def _run_accuracy(
     out: Path | None,
     report: bool,
 ) -> None:
-    from .accuracy import TARGETS, load_data, run_accuracy
-    from .tables import print_accuracy
+    from bench.accuracy.run import TARGETS, load_data, run_accuracy
+    from bench.report.tables import print_accuracy
 
     try:
         loaded = load_data(data, device)
@@ -218,8 +218,8 @@ def _run_accuracy(
 @click.option("--check", is_flag=True, help="Exit with 1 if anything became slower.")
 def compare_command(before: Path, after: Path, check: bool) -> int:
     """What became slower or faster from one JSON file to another, by more than the spread of both."""
-    from .compare import compare, print_changes
-    from .results import load
+    from bench.measure.results import load
+    from bench.report.compare import compare, print_changes
 
     try:
         documents = load(before), load(after)
@@ -235,7 +235,7 @@ def compare_command(before: Path, after: Path, check: bool) -> int:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Instead of bench/RESULTS.md.")
 def report_command(results: Path | None, out: Path | None) -> None:
     """Write RESULTS.md, the plots and the speed figures of README.md anew, from the JSON files alone."""
-    from .results import FOLDER
+    from bench.measure.results import FOLDER
 
     _report(FOLDER if results is None else results, out)
 

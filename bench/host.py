@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
+from bench.measure.results import FORMAT, Document
+from bench.measure.timing import TURN_S, Turns, take_turns
+from bench.report.tables import stated_range
 from tests.ptxsim import NullGPU
 
-from . import machine
-from .results import FORMAT, Document
-from .tables import stated_range
-from .timing import TURN_S, Turns, take_turns
+from .measure import machine
 
 __all__ = ["WAYS", "host_gpu", "measure", "print_host"]
 

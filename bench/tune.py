@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bench.measure.gate import worst
+from bench.measure.timing import FLUSH_BYTES
 from fastmlp import reference
 from fastmlp.base.atomic import atomic_write
 
-from .gate import worst
 from .presets import REFERENCE
 from .problems import Results, generator
-from .timing import FLUSH_BYTES
 
 if TYPE_CHECKING:
     from fastmlp.kernels.configs import Tile

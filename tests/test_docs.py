@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import fastmlp
-from bench import readme
-from bench.results import FOLDER, load_all
+from bench.measure.results import FOLDER, load_all
+from bench.report import readme
 from fastmlp.backend import triton_available
 
 ROOT = Path(__file__).parent.parent

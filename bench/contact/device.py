@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.measure.timing import FLUSH_BYTES, chain
 from bench.rivals.protocol import Run
-from bench.timing import FLUSH_BYTES, chain
 
 __all__ = ["Device", "Gpu", "Rehearsal", "opened"]
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import fastmlp
-from bench import machine
+from bench.measure import machine
 from bench.problems import StepProblem
 from bench.rivals import RIVALS
 from bench.static.workloads import float32_precision

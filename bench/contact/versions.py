@@ -44,7 +44,7 @@ def run(unit: str, report: Report) -> None:
             for name in ("fastmlp", "fastmlp.kernels"):
                 report.item(f"import {name}", file=importlib.import_module(name).__file__)
         case "machine":
-            from bench import machine
+            from bench.measure import machine
 
             about = machine.describe("cpu")
             keys = ("processor", "cores", "load_before", "platform", "commit", "changed_files")

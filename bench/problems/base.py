@@ -52,7 +52,7 @@ class Problem:
 
     @property
     def timing(self) -> str:
-        """How calls are timed (``bench.timing``): on a GPU each from a cold cache, elsewhere as a chain."""
+        """How calls are timed (``bench.measure.timing``): on a GPU each from a cold cache, elsewhere as a chain."""
         return "flushed" if self.device.startswith("cuda") else "chain"
 
     @property

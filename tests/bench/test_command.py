@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bench import cli as bench_cli
-from bench.report import NOT_MEASURED
-from bench.results import FORMAT, load
+from bench.measure.results import FORMAT, load
+from bench.report.markdown import NOT_MEASURED
 from fastmlp import cli
 
 MACHINE = {
@@ -190,8 +190,8 @@ def test_command_in_captions_leaves_out_places(monkeypatch, tmp_path):
         commands.append(command)
         return times("quick", [case(64)])
 
-    monkeypatch.setattr("bench.runner.run_preset", run_preset)
-    monkeypatch.setattr("bench.machine.pin_threads", lambda threads: threads)
+    monkeypatch.setattr("bench.measure.runner.run_preset", run_preset)
+    monkeypatch.setattr("bench.measure.machine.pin_threads", lambda threads: threads)
     assert run("quick", "--rounds", "2", "--device", "cpu", "--out", tmp_path) == 0
     assert run("--device", "cpu", f"--out={tmp_path}") == 0
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--out", str(tmp_path), "--no-report"])
@@ -205,7 +205,7 @@ def test_command_in_captions_leaves_out_places(monkeypatch, tmp_path):
 
 
 def test_table_fits_eighty_columns(results, capsys):
-    from bench.tables import print_accuracy, print_run
+    from bench.report.tables import print_accuracy, print_run
 
     print_run(load(results / MACHINE["slug"] / "full.json"))
     out = capsys.readouterr().out

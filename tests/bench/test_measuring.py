@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench.compare import compare, print_changes
-from bench.gate import judge, worst
-from bench.machine import describe
+from bench.measure.gate import judge, worst
+from bench.measure.machine import describe
+from bench.measure.runner import GROUP_BYTES, BuiltCase, groups
+from bench.measure.timing import Turns, take_turns
 from bench.presets import NAMES, Case, preset
 from bench.problems import GATE_CALLS, LinearProblem, StepProblem
+from bench.report.compare import compare, print_changes
 from bench.rivals import RIVALS, rivals_for
 from bench.rivals.protocol import OK, Availability, OpRun
-from bench.runner import GROUP_BYTES, BuiltCase, groups
-from bench.timing import Turns, take_turns
 from tests.support.precision import SETTINGS
 from tests.support.steps import have_16_bit_products
 
@@ -146,7 +146,7 @@ def test_nothing_is_timed_of_a_wrong_failed_absent_or_unwanted_contender(monkeyp
         Contender("absent", broken, Availability(False, "not installed")),
         Contender("unwanted", broken),
     ]
-    monkeypatch.setattr("bench.runner.rivals_for", lambda problem: contenders)
+    monkeypatch.setattr("bench.measure.runner.rivals_for", lambda problem: contenders)
     lines: list[str] = []
     built = BuiltCase(Case(PROBLEM, leave_out=frozenset({"unwanted"})), lines.append, 1e-9)
     take_turns([built.turns], 2)

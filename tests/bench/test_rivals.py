@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from bench.gate import judge
+from bench.measure.gate import judge
+from bench.measure.runner import prepare
 from bench.presets import NAMES, Case, preset
 from bench.problems import GATE_CALLS, EpochProblem, OnlineProblem, StepProblem
 from bench.rivals import rivals_for
@@ -21,7 +22,6 @@ from bench.rivals.cuda_graph import CudaGraph
 from bench.rivals.eager import Eager
 from bench.rivals.train_kernel import TrainKernel
 from bench.rivals.whole import WholeStep, WholeStepRun
-from bench.runner import prepare
 from tests.support.steps import one_thread  # noqa: F401
 
 SIZES = (20, 16, 12, 5)

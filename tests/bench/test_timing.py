@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from bench import timing
-from bench.compare import compare
+from bench.measure import timing
+from bench.measure.results import FOLDER, load_all, timing_of
+from bench.measure.runner import BuiltCase
+from bench.measure.timing import Turns, take_turns
 from bench.presets import NAMES, Case, preset
 from bench.problems import LinearProblem, StepProblem
-from bench.report import render
-from bench.results import FOLDER, load_all, timing_of
+from bench.report.compare import compare
+from bench.report.markdown import render
+from bench.report.tables import print_run
 from bench.rivals.jax_operations import JaxOperation
-from bench.runner import BuiltCase
-from bench.tables import print_run
-from bench.timing import Turns, take_turns
 
 #: Microseconds that the host takes to synchronise with the device.
 SYNC = 30
@@ -141,9 +141,11 @@ def test_what_torchs_events_cannot_see_is_not_flushed(monkeypatch):
 
 @pytest.mark.parametrize("problem", [LinearProblem(8, 12, 6), StepProblem((12, 4), 3)], ids=lambda p: p.kind)
 def test_a_case_is_timed_its_problems_way_and_says_so(problem, monkeypatch):
-    monkeypatch.setattr("bench.runner.rivals_for", lambda problem: [])
+    monkeypatch.setattr("bench.measure.runner.rivals_for", lambda problem: [])
     ways = []
-    monkeypatch.setattr("bench.runner.Turns", lambda runs, device, way, turn_s: ways.append(way) or Turns({}, device))
+    monkeypatch.setattr(
+        "bench.measure.runner.Turns", lambda runs, device, way, turn_s: ways.append(way) or Turns({}, device)
+    )
     monkeypatch.setattr(type(problem), "timing", "some way")
     assert BuiltCase(Case(problem), print).entry()["timing"] == "some way"
     assert ways == ["some way"]

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
+from bench.presets import REFERENCE
 from bench.rivals.jax_step import import_jax
 from bench.rivals.protocol import OK, Availability, installed, needs
 from fastmlp.train.schedules import lr_factors
-
-from .presets import REFERENCE
 
 __all__ = ["LEARNERS", "Data", "Learner", "Recipe", "Session"]
 

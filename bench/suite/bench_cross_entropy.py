@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bench.conftest import Contest, device, matches
 from bench.problems import CrossEntropyProblem, Problem
 from bench.rivals.protocol import Rival
+from bench.suite.conftest import Contest, device, matches
 
 PROBLEMS = [
     CrossEntropyProblem(64, 10, device=device()),

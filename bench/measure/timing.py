@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .rivals.protocol import Run
+from bench.rivals.protocol import Run
 
 __all__ = ["Clock", "Samples", "Turns", "chain", "take_turns"]
 

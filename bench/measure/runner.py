@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from bench.presets import Case, Preset
+from bench.problems import GATE_CALLS
+from bench.rivals import rivals_for
+from bench.rivals.protocol import Rival, Run
+
 from . import machine
 from .gate import judge
-from .presets import Case, Preset
-from .problems import GATE_CALLS
 from .results import FORMAT, Document
-from .rivals import rivals_for
-from .rivals.protocol import Rival, Run
 from .timing import TURN_S, Turns, take_turns
 
 __all__ = ["BuiltCase", "groups", "prepare", "run_preset"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bench.conftest import Contest, device, matches
 from bench.presets import REFERENCE
 from bench.problems import EpochProblem, Problem
 from bench.rivals.protocol import Rival
+from bench.suite.conftest import Contest, device, matches
 
 
 @matches([EpochProblem(REFERENCE, 64, steps=8, device=device())])

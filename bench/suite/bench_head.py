@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bench.conftest import Contest, device, matches
 from bench.problems import HeadProblem, Problem
 from bench.rivals.protocol import Rival
+from bench.suite.conftest import Contest, device, matches
 
 
 @matches([HeadProblem(batch, 512, 10, device=device()) for batch in (64, 4096)])

@@ -6,13 +6,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bench.measure.machine import ROOT
+from bench.measure.results import Document
+from bench.presets import REFERENCE
 from fastmlp.base.atomic import atomic_write
 
 from .figures import caption
-from .machine import ROOT
-from .presets import REFERENCE
-from .report import NOT_MEASURED
-from .results import Document
+from .markdown import NOT_MEASURED
 from .tables import by_rival, duration, epoch_seconds, median, ratios, spread, stated_range
 
 __all__ = ["BEGIN", "END", "speed_section", "update_readme"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bench.conftest import Contest, device, matches
 from bench.problems import LinearBackwardProblem, LinearProblem, Problem
 from bench.rivals.protocol import Rival
+from bench.suite.conftest import Contest, device, matches
 
 FORWARD: list[Problem] = [
     LinearProblem(64, 784, 512, device=device()),

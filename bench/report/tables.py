@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from .results import Document, timing_of
-from .rivals import BASELINE, OURS
+from bench.measure.results import Document, timing_of
+from bench.rivals import BASELINE, OURS
 
 __all__ = [
     "by_rival",

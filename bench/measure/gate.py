@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .problems import GATE_CALLS, Problem, Results
+from bench.problems import GATE_CALLS, Problem, Results
 
 __all__ = ["Verdict", "judge", "worst"]
 

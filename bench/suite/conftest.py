@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import machine
+from bench.measure import machine
+from bench.measure.runner import prepare
 from bench.presets import Case
 from bench.problems import Problem
 from bench.rivals import rivals_for
 from bench.rivals.protocol import Rival
-from bench.runner import prepare
 
 #: The fixture of that name.
 Contest = Callable[[Problem, Rival], None]

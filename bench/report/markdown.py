@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.measure.machine import ROOT
+from bench.measure.results import FOLDER, Document, load_all
 from fastmlp.base.atomic import atomic_write
 
 from .figures import PLOTS, caption, draw
-from .machine import ROOT
-from .results import FOLDER, Document, load_all
 from .tables import by_rival, duration, epoch_seconds, median, ratio_with_range, reached, spread, timed, timing_words
 
 __all__ = ["NOT_MEASURED", "render", "write_report"]

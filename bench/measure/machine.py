@@ -20,7 +20,7 @@ from fastmlp.cpu.gemm import product_dtype
 
 __all__ = ["ROOT", "describe", "device_name", "peaks", "pin_threads", "slug"]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 PACKAGES = (
     "fastmlp",

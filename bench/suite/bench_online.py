@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bench.conftest import Contest, device, matches
 from bench.presets import REFERENCE
 from bench.problems import OnlineProblem, Problem
 from bench.rivals.protocol import Rival
+from bench.suite.conftest import Contest, device, matches
 
 
 @matches([OnlineProblem(REFERENCE, samples=64, device=device())])

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from bench.accuracy import load_data
-from bench.conftest import device
-from bench.learners import LEARNERS, Data, Learner
+from bench.accuracy.learners import LEARNERS, Data, Learner
+from bench.accuracy.run import load_data
+from bench.suite.conftest import device
 
 PARTS = 4
 

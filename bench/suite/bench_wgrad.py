@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bench.conftest import Contest, device, matches
 from bench.problems import Problem, WgradProblem
 from bench.rivals.protocol import Rival
+from bench.suite.conftest import Contest, device, matches
 
 
 @matches([WgradProblem(batch, 784, 512, device=device()) for batch in (64, 4096)])

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
+from bench.measure import machine
+from bench.measure.results import FORMAT, Document
 from fastmlp import load_fashion_mnist
 
-from . import machine
 from .learners import LEARNERS, Data, Learner, Session
-from .results import FORMAT, Document
 
 __all__ = ["LOOKS_PER_EPOCH", "TARGETS", "load_data", "run_accuracy", "train_to"]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bench.conftest import Contest, device, matches
 from bench.presets import REFERENCE
 from bench.problems import Problem, StepProblem
 from bench.rivals.protocol import Rival
+from bench.suite.conftest import Contest, device, matches
 
 SMALL = (784, 64, 64, 10)
 PROBLEMS = [

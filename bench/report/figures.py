@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.measure.results import Document
 from fastmlp.base.atomic import atomic_write
 
-from .results import Document
 from .tables import median, timed
 
 __all__ = ["PLOTS", "caption", "draw"]

@@ -16,8 +16,9 @@ from typing import Any
 
 import click
 
-from .results import Document, timing_of
-from .rivals import BASELINE
+from bench.measure.results import Document, timing_of
+from bench.rivals import BASELINE
+
 from .tables import by_rival, duration, median, ratio_with_range, ratios, spread, stated_range
 
 __all__ = ["Change", "compare", "print_changes"]

@@ -1,0 +1,1 @@
+"""What is written about runs, from their JSON alone: tables, plots, comparisons, RESULTS.md and README.md."""

@@ -1,0 +1,1 @@
+"""``pytest bench``: one file per kind of problem."""
