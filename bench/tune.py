@@ -289,7 +289,8 @@ def tune(
 
 def save_table(table: dict[str, Any]) -> Path:
     """Write a table to the user's cache, in place of the one before, and use it from now on; returns the path."""
-    from fastmlp.kernels.tuned import table_path, use_new_table
+    from fastmlp.kernels.configs import use_new_table
+    from fastmlp.kernels.tuned import table_path
 
     path = table_path(table["device"])
     path.parent.mkdir(parents=True, exist_ok=True)

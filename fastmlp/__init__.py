@@ -3,6 +3,7 @@
 from . import functional, reference
 from .backend import get_backend, set_backend, use_backend
 from .base import checkout  # noqa: F401
+from .base.version import __version__
 from .cpu.gemm import get_cpu_gemm, set_cpu_gemm
 from .data import ImageDataset, find_fashion_mnist, load_fashion_mnist
 from .losses import CrossEntropyLoss
@@ -29,5 +30,3 @@ __all__ = [
     "set_cpu_gemm",
     "use_backend",
 ]
-
-__version__ = "0.1.0"

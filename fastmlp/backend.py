@@ -141,11 +141,10 @@ def check_kernels_run_on(x: Tensor) -> None:
 
 
 def _kernels_take_cpu() -> bool:
+    import triton
     from triton.runtime import driver
 
-    from .kernels.device import interpreting
-
-    if interpreting():
+    if triton.knobs.runtime.interpret:
         return True
     try:
         return bool(driver.active.get_active_torch_device().type == "cpu")

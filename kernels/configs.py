@@ -22,9 +22,19 @@ import torch
 from torch import Tensor
 
 from .device import Device
-from .tuned import tuned_tile
+from .tuned import read_table, tuned_tile
 
-__all__ = ["GEMM_KINDS", "Tile", "all_tiles", "cdiv", "gemm_tile", "loads_wide", "register_limit", "splits"]
+__all__ = [
+    "GEMM_KINDS",
+    "Tile",
+    "all_tiles",
+    "cdiv",
+    "gemm_tile",
+    "loads_wide",
+    "register_limit",
+    "splits",
+    "use_new_table",
+]
 
 #: fwd: A [M, N] over K.  dgrad: dX [M, K] over N.  wgrad: dW [N, K] over M.  update: wgrad with the optimizer behind.
 GEMM_KINDS = ("fwd", "dgrad", "wgrad", "update")
@@ -286,3 +296,9 @@ def all_tiles(kind: str, dtype: torch.dtype, device: Device, *, wide: bool) -> I
         fitted = fit(tile, dtype.itemsize, device)
         if fitted is not None:
             yield fitted
+
+
+def use_new_table() -> None:
+    """Read the tables of measured tiles again; launches from now on use what they say."""
+    read_table.cache_clear()
+    gemm_tile.cache_clear()

@@ -23,7 +23,7 @@ import triton
 from ..base.atomic import cache_folder
 from .device import Device
 
-__all__ = ["device_key", "table_path", "tuned_tile", "use_new_table"]
+__all__ = ["device_key", "read_table", "table_path", "tuned_tile"]
 
 Key = tuple[str, str, int, int, int]
 T = TypeVar("T", bound=tuple[int, ...])
@@ -44,7 +44,8 @@ def _key(kind: str, dtype: str, rows: int, cols: int, depth: int) -> Key:
 
 
 @lru_cache(maxsize=16)
-def _table(key: str) -> dict[Key, tuple[int, ...]]:
+def read_table(key: str) -> dict[Key, tuple[int, ...]]:
+    """The measured tiles of the device of that ``device_key``; empty where there is no table that can be used."""
     path = table_path(key)
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -71,13 +72,5 @@ def tuned_tile(
     """That of ``tiles`` which was measured to be the fastest on this device; None where nothing was measured."""
     if device.backend == "interpreter":
         return None
-    measured = _table(device_key(device)).get(_key(kind, str(dtype).removeprefix("torch."), rows, cols, depth))
+    measured = read_table(device_key(device)).get(_key(kind, str(dtype).removeprefix("torch."), rows, cols, depth))
     return next((tile for tile in tiles if tile[:5] == measured), None)
-
-
-def use_new_table() -> None:
-    """Read the tables again; launches from now on use what they say."""
-    from .configs import gemm_tile
-
-    _table.cache_clear()
-    gemm_tile.cache_clear()

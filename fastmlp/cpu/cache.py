@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from ..base.atomic import atomic_write, cache_folder
+from ..base.version import __version__
 
 __all__ = ["choices_path", "instruction_set", "keep", "kept", "processor_name"]
 
@@ -57,8 +58,6 @@ def instruction_set() -> str:
 @functools.cache
 def _machine() -> str:
     """What the choices hold for."""
-    from .. import __version__
-
     return f"{processor_name()}, {instruction_set()}, torch {torch.__version__}, fastmlp {__version__}"
 
 

@@ -1,7 +1,8 @@
 """The fused operations without autograd: on which backend they run.
 
 ``ops.on(backend)`` is the module whose functions ``linear_fwd``, ``linear_dgrad``, ``linear_wgrad`` and
-``activation_bwd`` do them: ``fastmlp.ops.triton_ops`` or ``fastmlp.ops.torch_ops``.
+``activation_bwd`` do them: ``fastmlp.ops.torch_ops``, ``fastmlp.ops.triton_ops`` or, while torch.compile traces,
+``fastmlp.ops.compiled``.
 
 ``backend`` is what ``fastmlp.backend.resolve`` returned for the operation's input. A backward pass is given the
 backend of its forward pass, because it runs on another thread and possibly outside the ``use_backend`` block.
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..backend import Resolved
-from . import torch_ops, triton_ops
+from . import compiled, torch_ops, triton_ops
 
 __all__ = ["BackwardOperations", "Operations", "on"]
 
@@ -46,4 +48,6 @@ class Operations(BackwardOperations, Protocol):
 
 def on(backend: Resolved) -> Operations:
     """The operations on a backend."""
-    return torch_ops if backend == "torch" else triton_ops
+    if backend == "torch":
+        return torch_ops
+    return compiled if torch.compiler.is_compiling() else triton_ops

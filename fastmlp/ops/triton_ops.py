@@ -1,7 +1,4 @@
-"""The fused operations as launches of the Triton kernels; the torch twin is ``fastmlp.ops.torch_ops``.
-
-While torch.compile traces, the launches are the operators of ``fastmlp.ops.compiled``.
-"""
+"""The fused operations as launches of the Triton kernels; the torch twin is ``fastmlp.ops.torch_ops``."""
 
 from __future__ import annotations
 
@@ -9,8 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-
-from . import compiled
 
 __all__ = ["activation_bwd", "device_of", "linear_dgrad", "linear_fwd", "linear_wgrad"]
 
@@ -31,9 +26,6 @@ def linear_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, save_z: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N]."""
-    if torch.compiler.is_compiling():
-        a, z = compiled.linear_fwd(x, weight, bias, activation, save_z)
-        return a, z if save_z else None
     from ..kernels import linear_fwd as launch
 
     with device_of(x):
@@ -42,8 +34,6 @@ def linear_fwd(
 
 def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
     """DX = (dZ W) * f' with f the activation of the layer below and ``saved`` what its derivative needs."""
-    if torch.compiler.is_compiling():
-        return compiled.linear_dgrad(dz, weight, saved, activation)
     from ..kernels import linear_dgrad as launch
 
     with device_of(dz):
@@ -52,9 +42,6 @@ def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activa
 
 def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
     """(dW, db or None) of a linear layer with input X."""
-    if torch.compiler.is_compiling():
-        dw, db = compiled.linear_wgrad(dz, x, bias)
-        return dw, db if bias else None
     from ..kernels import linear_wgrad as launch
 
     with device_of(dz):
@@ -65,8 +52,6 @@ def activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
     """DZ = dA * f'."""
     if activation == "identity":
         return da
-    if torch.compiler.is_compiling():
-        return compiled.activation_bwd(da, saved, activation)
     from ..kernels import activation_bwd as launch
 
     with device_of(da):

@@ -31,9 +31,9 @@ def cache(tmp_path, monkeypatch):
     """An empty cache of the user's, and nothing remembered of another one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuned, "table_path", table_path)
-    tuned.use_new_table()
+    configs.use_new_table()
     yield tmp_path / "fastmlp" / "tiles" / f"{KEY}.json"
-    tuned.use_new_table()
+    configs.use_new_table()
 
 
 @pytest.fixture
@@ -64,10 +64,10 @@ def test_a_measured_tile_is_preferred(cache, other):
     for (shape, dtype, device), expected in cells:
         got = configs.gemm_tile("fwd", *shape, dtype, device, wide=True)
         cache.rename(cache.with_suffix(".aside"))
-        tuned.use_new_table()
+        configs.use_new_table()
         unmeasured = configs.gemm_tile("fwd", *shape, dtype, device, wide=True)
         cache.with_suffix(".aside").rename(cache)
-        tuned.use_new_table()
+        configs.use_new_table()
         assert got == (unmeasured if expected is None else expected), shape
     assert configs.gemm_tile("dgrad", *SHAPE, torch.float32, A100, wide=True) == rule
 
@@ -92,7 +92,7 @@ def test_a_broken_table_warns_once_and_is_ignored(cache, text):
     rule = by_rule()
     cache.parent.mkdir(parents=True)
     cache.write_text(text)
-    tuned.use_new_table()
+    configs.use_new_table()
     with pytest.warns(UserWarning, match=r"cuda-80-108\.json cannot be used .*fastmlp bench tune"):
         assert by_rule() == rule
     configs.gemm_tile("dgrad", *SHAPE, torch.float32, A100, wide=True)  # a second warning would be an error

@@ -291,10 +291,14 @@ def test_operators(lane):
     x, w, b, dz, saved = draw(7, 9), draw(5, 9), draw(5), draw(7, 5), draw(7, 9)
     pixels = torch.arange(63, dtype=torch.uint8).view(7, 9).to(lane)
     for operator, cases in {
-        compiled.linear_fwd: [(x, w, b, "relu", False), (x, w, None, "gelu", True), (pixels, w, b, "silu", True)],
-        compiled.linear_dgrad: [(dz, w, None, "identity"), (dz, w, saved, "silu")],
-        compiled.linear_wgrad: [(dz, x, True), (dz, pixels, False)],
-        compiled.activation_bwd: [(x, saved, "tanh"), (x.t().contiguous().t(), saved, "gelu")],
+        compiled.linear_fwd_operator: [
+            (x, w, b, "relu", False),
+            (x, w, None, "gelu", True),
+            (pixels, w, b, "silu", True),
+        ],
+        compiled.linear_dgrad_operator: [(dz, w, None, "identity"), (dz, w, saved, "silu")],
+        compiled.linear_wgrad_operator: [(dz, x, True), (dz, pixels, False)],
+        compiled.activation_bwd_operator: [(x, saved, "tanh"), (x.t().contiguous().t(), saved, "gelu")],
     }.items():
         for args in cases:
             torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
