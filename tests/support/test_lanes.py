@@ -206,7 +206,7 @@ class TestMake:
 
 def test_what_depends_on_the_processor_is_run_as_on_lesser_ones():
     """Every file of tests that reaches into the CPU's products."""
-    reach = re.compile(r"\b(gemm|few_rows|cpu_plan|widened|threads|torch_products|cpu_step)\b")
+    reach = re.compile(r"fastmlp\.cpu\b|\b(torch_products|cpu_plan|cpu_step)\b")
     paths = [path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")]
     files = {path for path in paths if reach.search((ROOT / path).read_text(encoding="utf-8"))}
     assert files - {"tests/support/test_lanes.py", "tests/test_package.py"} <= set(conftest.ON_THE_PROCESSOR)
