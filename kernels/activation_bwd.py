@@ -1,7 +1,7 @@
 """dZ = dA * f': the elementwise gradient of one activation, for layers that stand alone.
 
-Inside an MLP this product is the epilogue of ``linear_dgrad`` and costs nothing; a single ``fastmlp.Linear`` gets
-its dA from outside and needs it as a pass of its own.
+Inside an MLP this product is the epilogue of ``linear_dgrad`` and costs nothing. A single ``fastmlp.Linear`` gets
+its dA from outside and needs a pass of its own.
 
 Shapes: dA, saved, dZ [M, N]; any strides for dA (expanded ones too), saved and dZ contiguous.
 Dtypes: float32, float16, bfloat16; computed in float32. Bytes: reads dA and saved, writes dZ: 3 M N items.

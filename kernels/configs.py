@@ -1,15 +1,15 @@
-"""Tile choice by shape and architecture: tables and one rule, nothing is tuned or measured at run time.
+"""The tile of a GEMM by shape and architecture: tables and one rule. Nothing is tuned or measured at run time.
 
-A GEMM launcher asks ``gemm_tile(kind, rows, cols, depth, dtype, device, wide=...)`` for the output shape [rows, cols]
-and the reduction length it has. The rule: of the candidates of its kind, dtype and operands, largest tile first, take
-the first that gives every multiprocessor at least one program; where none does (small batches, which are bound by
-latency, not by arithmetic) take the smallest. ``fit`` then lowers the number of pipeline stages until the tile's shared
-memory fits the target. ``all_tiles`` lists every tile that the rule can return, so that the tests can compile each of
-them for each target.
+A GEMM launcher asks ``gemm_tile(kind, rows, cols, depth, dtype, device, wide=...)`` for the tile of an output
+[rows, cols] that is reduced over ``depth``. The rule goes through the candidates of this kind, dtype and operands,
+largest tile first, and takes the first that gives every multiprocessor at least one program. Small batches are bound by
+latency, not by arithmetic: no candidate gives every multiprocessor a program, and the rule takes the smallest. ``fit``
+then lowers the number of pipeline stages until the tile's shared memory fits the device. ``all_tiles`` lists every tile
+that the rule can return, so that the tests can compile each tile for each target.
 
-Operands are ``wide`` when their rows can be loaded 16 bytes at a time (``loads_wide``). Others are loaded element by
-element: an element has an address of its own, and one of 2 bytes waits in a register, since no asynchronous copy is as
-small as that. They get smaller blocks, for which the registers suffice.
+Operands are ``wide`` when their rows can be loaded 16 bytes at a time (``loads_wide``). Other operands are loaded
+element by element. Each element then has an address of its own, and elements of 2 bytes wait in registers, since no
+asynchronous copy is that small. These operands get smaller blocks, for which the registers suffice.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Tile(NamedTuple):
     depth: int
     num_warps: int
     num_stages: int
-    #: A thread's registers (NVIDIA only). Given where ptxas, left to itself, spills some to fit one more program.
+    #: Registers per thread (NVIDIA only). Without this limit ptxas spills some to fit one more program.
     max_registers: int | None = None
 
     @property
@@ -58,9 +58,9 @@ class Tile(NamedTuple):
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
-# (float32 tiles, 16-bit tiles) of each family of matrix units, largest first. No entry spills registers in a loop, in
-# any of the three kinds; what is missing is missing because it does. A 16-bit block 64 deep is one 128-byte
-# line a row. float32 blocks are shallower: the tf32 parts of both operands live in registers.
+# (float32 tiles, 16-bit tiles) of each family of matrix units, largest first. No entry spills registers in a loop in
+# any of the three kinds; tiles that do are left out. A 16-bit block 64 deep is one 128-byte line per row. float32
+# blocks are shallower, since the tf32 parts of both operands live in registers.
 _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     # mma.sync: Ampere, Ada, consumer Blackwell
     "mma": (
@@ -120,7 +120,7 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
             Tile(16, 32, 64, 2, 4),
         ),
     ),
-    # FMA: Turing, for which Triton has no tensor-core path; products unroll over the depth, so it is short
+    # FMA: Turing, for which Triton has no tensor-core path. Products unroll over the depth, so the depth is small.
     "fma": (
         (
             Tile(128, 64, 16, 8, 2),
@@ -154,11 +154,12 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
             Tile(16, 32, 32, 2, 2),
         ),
     ),
-    # Interpreter: programs run one after the other in Python, so few and large; still ragged against test shapes
+    # Interpreter: programs run one after the other in Python, so there are few and large ones. Test shapes are still
+    # no multiples of these tiles.
     "interpreter": ((Tile(32, 32, 32, 1, 1),), (Tile(32, 32, 32, 1, 1),)),
 }
 
-# Operands that are not wide: every element has an address of its own, in registers too.
+# For operands that are not wide: the addresses of all elements take registers too.
 _NARROW_NVIDIA: tuple[tuple[Tile, ...], tuple[Tile, ...]] = (
     (
         Tile(64, 128, 16, 8, 4),
@@ -185,7 +186,7 @@ _NARROW_TILES = {
 
 _MIN_DEPTH_PER_SPLIT = 256
 
-# The optimizer's state lives in registers beside the gradient, so blocks are smaller, or have more warps.
+# The optimizer's state lives in registers beside the gradient, so blocks are smaller or have more warps.
 _UPDATE_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     "mma": (
         (Tile(64, 64, 16, 4, 4), Tile(32, 64, 32, 4, 3), Tile(16, 32, 32, 2, 4)),
@@ -208,7 +209,7 @@ _UPDATE_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
 
 
 def register_limit(most: int | None, device: Device) -> dict[str, int]:
-    """The launch option that bounds a thread's registers: none without a bound, or on a device other than NVIDIA's."""
+    """The launch option that limits the registers per thread; empty without a limit or without an NVIDIA device."""
     return {"maxnreg": most} if most is not None and device.backend == "cuda" else {}
 
 
@@ -230,8 +231,8 @@ def _family(device: Device) -> str:
 def loads_wide(*operands: Tensor) -> bool:
     """Whether every matrix can be loaded 16 bytes at a time, as far as Triton knows.
 
-    That is: one dimension is contiguous, its length and the other's stride are multiples of 16 elements, and the data
-    begin at a multiple of 16 bytes. (Of an integer argument Triton knows whether 16 divides it, and nothing else.)
+    One dimension must be contiguous. Its length and the other dimension's stride must be multiples of 16 elements, and
+    the data must begin at a multiple of 16 bytes. (Triton knows of an integer argument only whether 16 divides it.)
     """
     for t in operands:
         first, second = t.stride()
@@ -265,10 +266,10 @@ def gemm_tile(
 ) -> Tile:  # fmt: skip
     """The tile for an output of [rows, cols] reduced over ``depth``; see the module docstring for the rule.
 
-    ``wide``: what ``loads_wide`` says of the operands. The update's tiles suit any.
+    ``wide`` is what ``loads_wide`` says of the operands. The update's tiles suit all operands.
 
-    wgrad's parallelism comes from splitting the reduction too (``splits``), so its tile is chosen as if the
-    output were as many times larger as there are splits of the least worthwhile depth.
+    wgrad also splits the reduction over programs (``splits``), at most once per ``_MIN_DEPTH_PER_SPLIT`` rows. The rule
+    counts all these splits as programs.
     """
     tiles = list(all_tiles(kind, dtype, device, wide=wide))
     if (measured := tuned_tile(kind, rows, cols, depth, dtype, device, tiles)) is not None:

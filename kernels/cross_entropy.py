@@ -1,6 +1,6 @@
 """Softmax cross-entropy: loss and dZ = (softmax - onehot) * scale in one pass, or forward and backward apart.
 
-Logits Z are [M, C], or [N, C, S] with S positions a sample (M = N S rows); any strides, float32, float16 or
+Logits Z are [M, C], or [N, C, S] with S positions per sample (M = N S rows); any strides, float32, float16 or
 bfloat16, never written to. Targets are labels (int64 or uint8, [M] or [N, S]) or class probabilities (shaped as Z,
 any float dtype). Accumulation and statistics are float32.
 
@@ -337,9 +337,9 @@ def cross_entropy(
         target: labels [M] or [N, S], int64 or uint8; or probabilities shaped as logits.
         scale: factor of dZ, 1/M for the mean over the batch; a float32 0-d device tensor is read by the kernel.
         rows: int64 [M], any stride; row m's label is then target[rows[m]] (2-D logits only).
-        loss: output to reuse, contiguous, one value a row, any float dtype; default float32.
+        loss: output to reuse, contiguous, one value per row, any float dtype; default float32.
         dz: output to reuse, shaped as logits, any strides; default like logits.
-        correct: output, contiguous, one value a row, any dtype: 1 where the label is the first largest logit, else 0.
+        correct: output, contiguous, one value per row, any dtype: 1 where the label is the first largest logit, else 0.
     """
     if dz is None:
         dz = torch.empty_like(logits)

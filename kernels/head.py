@@ -10,12 +10,12 @@ Shapes: H [M, K] (the output A_{L-1} of the layer below), W [C, K], b [C]; dZ_L 
 Dtypes: H and W float32, float16 or bfloat16, alike; or H uint8 pixels (X / 255, as ``linear_fwd``), without dZ_{L-1}.
 Accumulated in float32; the loss is that of the float32 logits, and dZ_L is rounded before it is multiplied by W.
 ``saved`` is what f'_{L-1} needs: A_{L-1}, which is H itself; Z_{L-1} for gelu and silu; None for identity and step.
-Bytes: reads H (and saved) and writes dZ_{L-1} once, W once a block of rows from the L2 cache. Of H that a program
-has just read for Z_L, ``saved`` comes from the cache.
+Bytes: reads H (and saved) and writes dZ_{L-1} once; reads W once per block of rows, from the L2 cache. ``saved`` that
+is H is still in the cache from the product.
 
-A block of rows has all classes (padded to a power of two, at least 16), so softmax stays in registers. Few rows make
-few blocks; then several programs share one block of rows: each computes the same dZ_L, which is cheap, and writes
-its own columns of dZ_{L-1}; the first writes all else. No atomics: two runs are bitwise equal.
+A block of rows has all classes (padded to a power of two, at least 16), so softmax stays in registers. When there are
+few blocks of rows, several programs share a block. Each computes the same dZ_L, which is cheap, and writes its own
+columns of dZ_{L-1}; the first also writes everything else. There are no atomics: two runs are bitwise equal.
 Launches: 1, in place of 3 (linear, cross-entropy, dgrad).
 Source: delta_L = p - y and delta_{L-1} = (W^T delta_L) f'(Z_{L-1}) (notes 7.5), in row-vector form.
 """
@@ -71,8 +71,8 @@ def _head_kernel(
     if scale_ptr is not None:
         g *= tl.load(scale_ptr).to(tl.float32)
 
-    # Z has so few columns that its product would occupy one warp: each slice of K is a product of its own, [SLICES,
-    # BLOCK_M, BLOCK_C] in all, which the compiler gives to SLICES warps.
+    # Z has so few columns that its product would occupy only one warp. K is therefore cut into slices with a product
+    # each, [SLICES, BLOCK_M, BLOCK_C] in all, which the compiler gives to SLICES warps.
     BLOCK_K: tl.constexpr = SLICES * DEPTH
     k_sd = tl.arange(0, SLICES)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
     h_ptrs = h_ptr + row_h[None, :, None] * stride_hm + k_sd.to(tl.int64) * stride_hk
@@ -101,7 +101,7 @@ def _head_kernel(
 
     w_rows = w_ptr + offs_c.to(tl.int64)[:, None] * stride_wc
     offs_z = row_m[:, None] * C + offs_c[None, :]
-    # Only the first of the programs that share these rows writes what all of them know.
+    # Of the programs that share these rows only the first writes what all of them compute.
     once_m = offs_m < tl.where(split == 0, M, 0)
     once = once_m[:, None] & mask_c[None, :]
     if z_ptr is not None:
@@ -120,7 +120,7 @@ def _head_kernel(
         tl.store(correct_ptr + row_m, (best == y).to(correct_ptr.dtype.element_ty), mask=once_m)
 
     if dz_prev_ptr is not None:
-        # Padded classes and rows beyond the last must add 0, also where p there is NaN.
+        # Padded classes and rows beyond the last must add 0, even where their p is NaN.
         dz = tl.where(mask, dz, 0.0).to(dz_ptr.dtype.element_ty)
         for k in range(split * COLS, K, SPLITS * COLS):
             cols = k + tl.arange(0, COLS)
@@ -153,7 +153,7 @@ class _HeadTile(NamedTuple):
 
 
 def _tile(M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: bool, device: Device) -> _HeadTile:
-    """16 rows a program, more where that still leaves every multiprocessor one; columns are split where fewer.
+    """16 rows per program, or more as long as every multiprocessor gets a program; columns are split when some do not.
 
     Slices are 256 bytes deep, which the counts of the simulated GPU show to read shared memory without bank
     conflicts. They are shallower where K or the shared memory ends before, where rows are not aligned (every element

@@ -1,12 +1,13 @@
 """dX = (dZ W) * f'(X): gradient of a linear layer's input, times the derivative of the activation below.
 
-X is the layer's input, which is the output A_{l-1} of the layer below, so with that layer's f the result is its
-dZ_{l-1} and the chain needs no elementwise pass between layers. With f = identity the result is plain dX.
+The layer's input X is the output A_{l-1} of the layer below. With that layer's f the result is its dZ_{l-1}, so the
+chain needs no elementwise pass between layers. With f = identity the result is plain dX.
 
 Shapes: dZ [M, N], W [N, K], dX and ``saved`` [M, K]; any strides for dZ and W, dX and saved contiguous.
 ``saved`` is A_{l-1}, or Z_{l-1} for gelu and silu, or None for identity and step (see ``activations``).
 Dtypes: float32, float16 or bfloat16, all alike, accumulated in float32.
-Bytes: reads dZ once a column of tiles, W once a row of tiles, saved once; writes dX. Least: (M N + N K + 2 M K) items.
+Bytes: reads dZ once per column of tiles, W once per row of tiles and saved once; writes dX. The least possible:
+(M N + N K + 2 M K) items.
 Source: dL/dA_{l-1} = dL/dZ_l W_l and dL/dZ = f'(Z) * dL/dA (lecture notes 7.5; the notebook's g1, g2).
 """
 
@@ -68,7 +69,7 @@ def _linear_dgrad_kernel(
 
 @triton.jit
 def _store_dx(acc, saved_ptr, dx_ptr, offs_m, first_k, M, K, ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr):
-    """The epilogue: multiply a block of dZ W by f' and store it. Large blocks are halved, see ``EPILOGUE_SIZE``."""
+    """The epilogue: multiply a block of dZ W by f' and store it. Blocks above ``EPILOGUE_SIZE`` are halved."""
     if acc.numel > EPILOGUE_SIZE:
         left, right = halves(acc)
         _store_dx(left, saved_ptr, dx_ptr, offs_m, first_k, M, K, ACTIVATION, HAS_SAVED)

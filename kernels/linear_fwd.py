@@ -6,8 +6,8 @@ X / 255: the integers are exact in every dtype, so they go through the product a
 is scaled once.
 Optional: ``rows`` int64 [M], any stride, gathers the rows of X inside the kernel (row m of the product is X[rows[m]]);
 ``save_z`` also writes Z = X W^T + b, for activations whose derivative needs it.
-Bytes: reads X once a column of tiles, W once a row of tiles (neighbours share them in the L2 cache: grouped
-order), b; writes A (and Z) once. Least: (M K + N K + N + M N) items.
+Bytes: reads X once per column of tiles and W once per row of tiles (neighbours share them in the L2 cache by the
+grouped order); reads b; writes A (and Z) once. The least possible: (M K + N K + N + M N) items.
 Source: the layer equations of all four source documents, in row-vector form with torch's [out, in] weight.
 """
 
@@ -56,9 +56,9 @@ def _linear_fwd_kernel(
     step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
     step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
 
-    # 16-bit values made of pixels are the second operand, of W X^T. As the first of X W^T they would stay in registers,
-    # where the next step could overwrite what a wgmma still reads (triton issue 9433), did ptxas not make every product
-    # wait for the one before it. A second operand goes through shared memory.
+    # 16-bit values made of pixels are the second operand, of W X^T, which goes through shared memory. The first operand
+    # of X W^T would stay in registers, where the next step could overwrite what a wgmma reads (triton issue 9433). Only
+    # waits that ptxas adds to every product would prevent that.
     TURNED: tl.constexpr = PIXELS and w_ptr.dtype.element_ty != tl.float32
     if TURNED:
         acc = accumulator((BLOCK_N, BLOCK_M), INPUT_PRECISION)
@@ -72,8 +72,8 @@ def _linear_fwd_kernel(
             mask_k = offs_k < K - k
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
-        # Both are loaded along their rows, and one is transposed in the dot: fewer instructions than loading columns,
-        # by the count of the executed code.
+        # Both operands are loaded along their rows, and one is transposed in the dot. By the count of the executed code
+        # this takes fewer instructions than loading columns.
         if PIXELS:
             x = x.to(tl.float32).to(w.dtype)
         if TURNED:
@@ -96,7 +96,7 @@ def _linear_fwd_kernel(
 
 @triton.jit
 def _store_a(z, a_ptr, z_ptr, offs_m, first_n, M, N, ACTIVATION: tl.constexpr, SAVE_Z: tl.constexpr):
-    """The epilogue: store a block of A = f(Z), and of Z. Large blocks are halved, see ``EPILOGUE_SIZE``."""
+    """The epilogue: store a block of A = f(Z), and of Z. Blocks above ``EPILOGUE_SIZE`` are halved."""
     if z.numel > EPILOGUE_SIZE:
         left, right = halves(z)
         _store_a(left, a_ptr, z_ptr, offs_m, first_n, M, N, ACTIVATION, SAVE_Z)

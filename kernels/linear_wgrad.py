@@ -5,9 +5,10 @@ Dtypes: dZ and X float32, float16 or bfloat16, alike, accumulated in float32; or
 X / 255 (the accumulator is scaled once). ``rows`` int64 [M], any stride, gathers the rows of X inside the kernel.
 
 The batch is the reduction. When the output has fewer tiles than the GPU has multiprocessors, each tile's batch is
-split over S programs: they write float32 partial sums to a workspace [S, N K + N], and a second kernel adds the
-S slices in their order. No atomics, so two runs agree bit by bit.
-Bytes: reads dZ once a column of tiles, X once a row of tiles; writes dW, db; split, also 2 S (N K + N) floats.
+split over S programs. These write float32 partial sums to a workspace [S, N K + N], and a second kernel adds the S
+slices in their order. There are no atomics, so two runs agree bit by bit.
+Bytes: reads dZ once per column of tiles and X once per row of tiles; writes dW and db. A split batch also writes and
+reads S (N K + N) floats.
 Source: dL/dW = (dL/dZ)^T A_{l-1}, dL/db = dL/dZ, summed over the batch (np.outer in the first document).
 """
 
@@ -25,7 +26,7 @@ from .tiling import accumulated, accumulator, dot, grouped_tile
 __all__ = ["linear_wgrad"]
 
 GROUP_N = 8
-#: Four partial sums a thread: eight (16 bytes of a 16-bit result) would read half a sector at a time.
+#: Four partial sums per thread. Eight, which are 16 bytes of a 16-bit result, would read half a sector at a time.
 REDUCE_BLOCK = 512
 
 
@@ -47,9 +48,9 @@ def wgrad_tile(
     offs_m = tl.arange(0, BLOCK_M)
     mask_n = offs_n < N
     mask_k = offs_k < K
-    # dZ is read as its transpose, [BLOCK_N, BLOCK_M] with the contiguous axis first. Loaded as [BLOCK_M, BLOCK_N] and
-    # transposed in the dot, float32 would be stored to shared memory a second time, with bank conflicts, and 16-bit
-    # blocks would lose their asynchronous copies.
+    # dZ is read as its transpose, [BLOCK_N, BLOCK_M] with the contiguous axis first. If dZ were loaded as [BLOCK_M,
+    # BLOCK_N] and transposed in the dot, float32 would be stored to shared memory a second time, with bank conflicts,
+    # and 16-bit blocks would lose their asynchronous copies.
     row_m = (m_begin + offs_m).to(tl.int64)
     dz_ptrs = dz_ptr + offs_n.to(tl.int64)[:, None] * stride_zn + row_m[None, :] * stride_zm
     cols_k = x_ptr + offs_k.to(tl.int64)[None, :] * stride_xk
@@ -82,7 +83,8 @@ def wgrad_tile(
     db = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if HAS_BIAS:
         if pid_k == 0:
-            # A second look at dZ, from the cache: summing the block that feeds the dot would fix its layout.
+            # dZ is read a second time, from the cache, because a sum over the block that feeds the dot would fix the
+            # block's layout.
             dz_ptrs = dz_ptr + offs_n.to(tl.int64)[:, None] * stride_zn + row_m[None, :] * stride_zm
             for m in range(m_begin, m_end, BLOCK_M):
                 mask_z = mask_n[:, None] & (offs_m < m_end - m)[None, :]
@@ -110,7 +112,7 @@ def _linear_wgrad_kernel(
         stride_zm, stride_zn, stride_xm, stride_xk,
         HAS_BIAS, GATHER, PIXELS, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    # With one split the outputs are dW and db themselves (stride_split is 0), else this split's workspace slice.
+    # With one split the outputs are dW and db themselves (stride_split is 0), otherwise this split's workspace slice.
     slice_start = split.to(tl.int64) * stride_split
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -17,8 +17,8 @@ NUM_WARPS = 16
 
 @triton.jit(do_not_specialize=["count"])
 def _reduce_sum_kernel(partial_ptr, out_ptr, count, scale, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-    # Whole blocks need no mask, so that a thread loads 16 bytes at a time. The rest, whose end may lie anywhere, has a
-    # value a thread: neighbouring threads read neighbouring values, which masked 16-byte pieces would not.
+    # Whole blocks need no mask, so that a thread loads 16 bytes at a time. The rest may end anywhere, and each thread
+    # loads one value of it: neighbouring threads read neighbouring values, which masked 16-byte pieces would not.
     whole = count // BLOCK * BLOCK
     acc = tl.zeros((BLOCK,), tl.float32)
     for i in range(0, whole, BLOCK):

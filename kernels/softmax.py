@@ -62,7 +62,7 @@ def softmax_block(z):
 def whole_rows_loss(z, q, hot, picked, mask, HAS_Q: tl.constexpr, PROBS: tl.constexpr):
     """(loss, mass, max z, shift, exp(shift), sum of exp(shift)) of a float32 block that holds whole rows.
 
-    ``picked`` is [c = y]; q is not looked at unless HAS_Q, hot and picked unless labels.
+    ``picked`` is [c = y]. q is used only with HAS_Q, hot and picked only without PROBS.
     """
     top, shift, e, total = softmax_block(z)
     log_sum = tl.log(total)

@@ -3,14 +3,14 @@
     p = softmax(z),  d = p - y,  L = sum_c d_c^2
     dL/dz = J^T 2 d with J = diag(p) - p p^T:   dz_c = 2 g p_c (d_c - sum_k p_k d_k)       dy_c = -2 g d_c
 
-J is diagonal plus rank one, so no C x C matrix exists anywhere: a row costs one more sum.
+J is diagonal plus rank one, so no C x C matrix is needed: a row costs one more sum.
 
 Shapes: Z [M, C], any strides; Y labels [M] (int64 or uint8) or values [M, C]. Dtypes: float32, float16, bfloat16;
 computed in float32. A label outside [0, C) makes its row NaN. Rows of up to ``WHOLE_ROW`` classes stay in registers;
 longer ones are read three times (maximum and sum; the two sums over d; dz).
 Bytes: reads Z (and Y) and writes dZ: 2 M C items, or 4 M C for long rows. Launches: one pass 1, backward 1, forward 1
 or 2 (mean and sum).
-Source: "Basic mnist" of the backpropagation notes (documents 000 and 001).
+Source: "Basic mnist" of the backpropagation blog post.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _softmax_squared_error_kernel(
         if dy_ptr is not None:
             tl.store(dy_ptr + offs_d, (-2.0 * g[:, None] * d).to(dy_ptr.dtype.element_ty), mask=mask)
     else:
-        # A row a program: BLOCK_M is 1. Each lane keeps its own maximum and sum until the row ends.
+        # One row per program: BLOCK_M is 1. Each lane keeps its own maximum and sum until the row ends.
         lane_top = tl.full((BLOCK_M, BLOCK_C), float("-inf"), tl.float32)
         lane_total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         for c in range(0, C, BLOCK_C):
@@ -91,7 +91,7 @@ def _softmax_squared_error_kernel(
             z = z.to(tl.float32)
             seen = lane_top
             lane_top = tl.maximum(lane_top, z)
-            # While a lane saw nothing but -inf its reference is 0, so that -inf - -inf makes no NaN.
+            # The reference of a lane that has seen only -inf is 0, so that -inf - -inf makes no NaN.
             ref = tl.where(lane_top == float("-inf"), 0.0, lane_top)
             lane_total = lane_total * tl.exp(seen - ref) + tl.exp(z - ref)
         top = tl.max(lane_top, 1)
@@ -145,7 +145,7 @@ def _launch(
         rows = max(1, min(triton.next_power_of_2(M), 512 * num_warps // cols))
     else:
         num_warps, rows, cols = 8, 1, BLOCK_C
-    # Left to itself, ptxas spills registers of long rows to fit one more program on a multiprocessor.
+    # Without the limit ptxas spills registers of long rows to fit one more program on a multiprocessor.
     options = register_limit(128 if cols > 512 else None, current_device())
     stride_d = next((t.stride() for t in (dz, dy) if t is not None), (0, 0))
     _softmax_squared_error_kernel[(cdiv(M, rows),)](
@@ -154,8 +154,8 @@ def _launch(
         *logits.stride(), target.stride(0), 0 if labels else target.stride(1),
         0 if g is None or g.dim() == 0 else g.stride(0), *stride_d,
         LABELS=labels, WHOLE=whole, BLOCK_M=rows, BLOCK_C=cols, num_warps=num_warps,
-        # A sum over lanes adds a lane's own square to another's. Fused, fma(d, d, other's), it would not round its own
-        # but the other's, and lanes that hold one row would end with different sums of it.
+        # A sum over lanes adds a lane's own square to another lane's. The fused fma(d, d, other) would round the other
+        # square but not the own one, and the lanes that hold one row would end with different sums.
         enable_fp_fusion=False,
         **options,
     )  # fmt: skip

@@ -35,7 +35,7 @@ class SoftmaxTile(NamedTuple):
     cols: int
     unroll: int  #: classes that a lane folds before it rescales; 0: a row is one block
     num_warps: int
-    #: A thread's registers (NVIDIA only). Given where ptxas, left to itself, spills some to fit one more program.
+    #: Registers per thread (NVIDIA only). Without this limit ptxas spills some to fit one more program.
     max_registers: int | None = None
 
     def compile_options(self, device: Device) -> dict[str, int]:
@@ -108,9 +108,9 @@ def fwd_tile(shape: LogitsShape, itemsize: int, reduce: bool, has_q: bool, devic
     if whole_row < C:
         if device.backend == "interpreter":
             return SoftmaxTile(min(16, _power(P)), max(4, WHOLE_ROW), 2, 1)
-        # 32 bytes a lane and step; 8 classes at most where loads are narrow, with an address each; half of either where
-        # q takes registers beside Z. Many warps a row: few rows at a time, so that the second reading finds them in
-        # the L2 cache.
+        # A lane takes 32 bytes per step, or 8 classes where each has an address of its own; half as much where q takes
+        # registers beside Z. A row has many warps, so that few rows are read at a time and the second reading finds
+        # them in the L2 cache.
         wide = alignment(shape, shape.strides) * itemsize >= 16
         unroll = (32 // itemsize if wide else 8) // (2 if has_q else 1)
         return SoftmaxTile(1, 512 * unroll, unroll, 16, 64)

@@ -6,7 +6,7 @@ from triton.language.target_info import cuda_capability_geq
 
 from .device import interpreting
 
-#: Epilogues take so many elements at a time: a larger block, and all that its epilogue loads, overflow the registers.
+#: Elements that an epilogue takes at a time: a larger block and what its epilogue loads overflow the registers.
 EPILOGUE_SIZE: tl.constexpr = tl.constexpr(64 * 128)
 
 _INTERPRETING: tl.constexpr = tl.constexpr(interpreting())
@@ -16,9 +16,9 @@ _INTERPRETING: tl.constexpr = tl.constexpr(interpreting())
 def _tf32(x, KEEP_NAN: tl.constexpr):
     """x rounded to the nearest tf32 (10 fraction bits). Infinities stay infinite, and KEEP_NAN keeps NaN.
 
-    From sm_90 on one instruction does all of that, with ties to even. Elsewhere an integer addition rounds, with ties
-    away from zero. The addition alone turns the NaN that GPUs make, bits 0x7fffffff, into -0.0, so that KEEP_NAN costs
-    one comparison per element.
+    From sm_90 on one instruction does all of this, with ties to even. Elsewhere an integer addition rounds, with ties
+    away from zero. The addition alone turns the NaN that GPUs make, bits 0x7fffffff, into -0.0. KEEP_NAN prevents this
+    at the cost of one comparison per element.
     """
     if _INTERPRETING or not cuda_capability_geq(9, 0):
         bits = x.to(tl.int32, bitcast=True)
@@ -62,15 +62,15 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 
         A B = A_low B_high + A_high B_low + A_high B_high,
 
-    which leaves out A_low B_low, 2^-22 of the product: as accurate as float32. (Operands that are not finite give
-    NaN, since x - high is NaN.) This is written out, rather than left to ``tl.dot(input_precision="tf32x3")``,
-    because that one copies every operand through shared memory a second time, with eightfold bank conflicts. For the
-    same reason each product gets a high part of its own, a - a_low = a_high: the compiler moves the change of layout
-    of an operand up to its load, and so reads shared memory once, only where it is the operand's first.
+    which leaves out A_low B_low, 2^-22 of the product, and so is as accurate as float32. (Operands that are not finite
+    give NaN, since x - high is NaN.) ``tl.dot(input_precision="tf32x3")`` would do the same, but copies every operand
+    through shared memory a second time, with eightfold bank conflicts. Each product here gets a high part of its own,
+    a - a_low = a_high, for the same reason: the compiler moves only an operand's first change of layout up to its load,
+    and only then reads shared memory once.
 
-    With "tf32x3 apart" each of the three products has an accumulator of its own. Triton 3.6 to 3.8 can run products
-    that follow each other through one accumulator of tcgen05 in the wrong order (triton issue 10821). Where they do
-    not, they move the accumulator through registers between the products.
+    With "tf32x3 apart" each of the three products has an accumulator of its own. Triton 3.6 to 3.8 can run consecutive
+    products through one accumulator of tcgen05 in the wrong order (triton issue 10821). Where the order is right, they
+    move the accumulator through registers between the products.
     """
     APART: tl.constexpr = INPUT_PRECISION == "tf32x3 apart"
     if APART or INPUT_PRECISION == "tf32x3":
@@ -89,7 +89,7 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
         else:
             acc = high_high
     elif INPUT_PRECISION == "tf32":
-        # The matrix units ignore the bits beyond tf32's, an error that always points to zero; rounding halves it.
+        # The matrix units cut off the bits beyond tf32's, which is an error towards zero. Rounding first halves it.
         acc = tl.dot(_tf32(a, True), _tf32(b, True), acc, input_precision="tf32")
     elif _INTERPRETING:
         # The interpreter keeps bfloat16 as its bits in uint16 and would multiply those; widening is exact.

@@ -1,7 +1,7 @@
 """Tiles that were measured on this machine: a table in the user's cache, which ``configs.gemm_tile`` prefers.
 
-``fastmlp bench tune`` writes it: one JSON file a device, made for one version of Triton. An entry holds for shapes
-whose three sizes have the same powers of two above them as the measured one, as long as ``configs`` lists its tile.
+``fastmlp bench tune`` writes the table: one JSON file per device, for one version of Triton. An entry serves all shapes
+whose three sizes, rounded up to powers of two, are those of the measured shape, as long as ``configs`` lists its tile.
 
     {"device": ..., "triton": ..., "entries": [{"kind": "fwd", "dtype": "float32", "rows": 64, "cols": 512,
      "depth": 784, "tile": [rows, cols, depth, num_warps, num_stages], "seconds": ..., "rule": [...],
@@ -69,7 +69,7 @@ def read_table(key: str) -> dict[Key, tuple[int, ...]]:
 def tuned_tile(
     kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, tiles: Sequence[T]
 ) -> T | None:
-    """That of ``tiles`` which was measured to be the fastest on this device; None where nothing was measured."""
+    """The tile among ``tiles`` that was measured to be the fastest on this device; None where nothing was measured."""
     if device.backend == "interpreter":
         return None
     measured = read_table(device_key(device)).get(_key(kind, str(dtype).removeprefix("torch."), rows, cols, depth))
