@@ -204,7 +204,8 @@ def test_follows_parameters_that_were_loaded(lane, parameters, products):
 @pytest.mark.parametrize("classes", [5, 80], ids=["head", "more classes than the head takes"])
 def test_a_label_out_of_range_makes_the_loss_nan(lane, monkeypatch, classes, label):
     """Also the labels that torch ignores by default, or that others use for "ignored"."""
-    monkeypatch.setattr("fastmlp.step.train_step.check_classes", lambda y, classes: None)  # as on a GPU, where it would wait
+    # As on a GPU, where the check would wait.
+    monkeypatch.setattr("fastmlp.step.train_step.check_classes", lambda y, classes: None)
     model = fastmlp.MLP((33, 17, classes)).to(lane)
     images, labels = data(16, 33, 5)
     labels[3] = label if label < 0 else classes
