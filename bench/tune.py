@@ -151,13 +151,15 @@ def _wgrad(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str, *,
 
 def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, device: str, *, bias: bool) -> Product:
     """Gradient and plain SGD of all layers in one launch, as in a step; its tile is asked for by the largest layer."""
+    from fastmlp.kernels.layout import Hyper, Layer, Layout
+
     # The package's attribute of a launcher's module is the launcher.
     module: Any = importlib.import_module("fastmlp.kernels.wgrad_update")
     dzs = _draw(dtype, device, *((batch, n) for _, n in layers))
     xs = _draw(dtype, device, *((batch, k) for k, _ in layers))
     weights = [torch.zeros(n, k, device=device) for k, n in layers]
     biases = [torch.zeros(n, device=device) for _, n in layers] if bias else []
-    layout = module.Layout([module.Layer(w, b) for w, b in itertools.zip_longest(weights, biases)])
+    layout = Layout([Layer(w, b) for w, b in itertools.zip_longest(weights, biases)])
     row = torch.tensor([1.0, 0.0, 0.0, 0.0], device=device)  # a learning rate of 1: W - dW
     partial = torch.empty(0)
 
@@ -167,7 +169,7 @@ def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, devic
         if wanted is not None and wanted.shape != partial.shape:
             partial = wanted
         used = None if wanted is None else partial
-        return module.wgrad_update(layout, dzs, xs, module.Hyper("sgd"), row, partial=used)
+        return module.wgrad_update(layout, dzs, xs, Hyper("sgd", (0.0,)), row, partial=used)
 
     def results() -> Results:
         """dW and db of one launch, from parameters of zero."""

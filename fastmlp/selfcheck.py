@@ -269,21 +269,21 @@ def head(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
 
 def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     """One layer's gradient and its update in float32, for every optimizer: the first step, from states of 0."""
-    from .kernels.wgrad_update import Hyper, Layer, Layout
+    from .kernels.layout import Hyper, Layer, Layout
     from .kernels.wgrad_update import wgrad_update as launch
 
     lr, momentum, decay, betas = 0.1, 0.9, 0.02, (0.9, 0.999)
     rules: tuple[tuple[str, Hyper, Callable[..., torch.optim.Optimizer]], ...] = (
-        ("sgd", Hyper("sgd", weight_decay=decay), partial(torch.optim.SGD, lr=lr, weight_decay=decay)),
+        ("sgd", Hyper("sgd", (decay,)), partial(torch.optim.SGD, lr=lr, weight_decay=decay)),
         (
             "nesterov",
-            Hyper("momentum", nesterov=True, momentum=momentum, weight_decay=decay),
+            Hyper("nesterov", (decay, momentum)),
             partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=True, weight_decay=decay),
         ),
         # AdamW's first step is the gradient's sign unless eps is of the gradient's size.
         (
             "adamw",
-            Hyper("adamw", False, 0.0, decay, *betas, eps=0.1),
+            Hyper("adamw", (1 - betas[0], betas[1], 1 - betas[1], 0.1)),
             partial(torch.optim.AdamW, lr=lr, betas=betas, eps=0.1, weight_decay=decay),
         ),
     )
@@ -293,8 +293,8 @@ def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     for name, hyper, rule in rules:
         actual = [p.clone() for p in start]
         layout = Layout([Layer(*actual)])
-        m_state, v_state = torch.zeros(2, layout.total, device=problem.device)
-        launch(layout, [dz], [x], hyper, hyper_row, m_state=m_state, v_state=v_state)
+        states = torch.zeros(2, layout.total, device=problem.device)
+        launch(layout, [dz], [x], hyper, hyper_row, states=states)
         found = []
         for dtype in (torch.float64, problem.dtype):
             params = [p.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_() for p in start]

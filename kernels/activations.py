@@ -21,27 +21,11 @@ All arithmetic is float32. Each function is checked against ``fastmlp.reference`
 import triton
 import triton.language as tl
 
+from .maths import tanh
+
 LEAKY_SLOPE: tl.constexpr = tl.constexpr(0.01)
 _INV_SQRT_2: tl.constexpr = tl.constexpr(0.7071067811865476)
 _INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
-
-
-@triton.jit
-def tanh(z):
-    """tanh(z) within 2 ulp in float32.
-
-    1 - 2 / (1 + e^2|z|) cancels near 0, so |z| < 0.5 takes the odd polynomial |z| (1 + u p(u)), u = z^2,
-    whose coefficients are the minimax fit of (tanh(z)/z - 1)/u there (0.52 ulp).
-    """
-    u = z * z
-    p = -0.0066535575315356255 * u + 0.021301694214344025
-    p = p * u - 0.05389996990561485
-    p = p * u + 0.13332970440387726
-    p = p * u - 0.333333283662796
-    near = z + z * (u * p)
-    magnitude = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(z)))
-    far = tl.where(z < 0.0, -magnitude, magnitude)
-    return tl.where(tl.abs(z) < 0.5, near, far)
 
 
 @triton.jit

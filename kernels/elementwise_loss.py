@@ -11,8 +11,8 @@ torch's values where a logarithm or quotient is not finite: logarithms of bce ar
 
 Shapes: A, Y [M, C], any strides; results contiguous. Contiguous operands are read as one long row, whatever C.
 Dtypes: float32, float16, bfloat16; computed in float32.
-Bytes: one pass reads A and Y and writes dA (3 M C items); forward reads 2 M C and writes a number a program; backward
-reads 2 M C and writes M C for each gradient wanted.
+Bytes: one pass reads A and Y and writes dA (3 M C items). The forward pass reads 2 M C items and writes one number per
+program. The backward pass reads 2 M C items and writes M C per gradient wanted.
 Source: loss derivatives of lecture notes 7.5.13; sigmoid and NLL together, concept 50.
 """
 
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import cdiv
+from .maths import log1p_small
 from .reduce_sum import reduce_sum
 
 __all__ = ["elementwise_loss", "elementwise_loss_bwd", "elementwise_loss_fwd"]
@@ -32,23 +33,9 @@ BLOCK = 1024
 
 
 @triton.jit
-def _log1p_small(x):
-    """log(1 + x) within 2 ulp for -1/2 <= x <= 1: 2 artanh(s) with s = x / (2 + x), |s| <= 1/3, as its series."""
-    s = x / (2.0 + x)
-    u = s * s
-    series = u * (1.0 / 15.0) + 1.0 / 13.0
-    series = series * u + 1.0 / 11.0
-    series = series * u + 1.0 / 9.0
-    series = series * u + 1.0 / 7.0
-    series = series * u + 1.0 / 5.0
-    series = series * u + 1.0 / 3.0
-    return 2.0 * s + 2.0 * s * (u * series)
-
-
-@triton.jit
 def _log_probability(p, rest):
-    """log p for rest = 1 - p; near p = 1 from ``rest``, which has the digits that p has lost; at least -100."""
-    near_one = _log1p_small(-tl.minimum(rest, 0.5))
+    """log p for rest = 1 - p, at least -100. Near p = 1 ``rest`` has the digits that p has lost."""
+    near_one = log1p_small(-tl.minimum(rest, 0.5))
     return tl.maximum(tl.where(rest < 0.5, near_one, tl.log(p)), -100.0)
 
 
@@ -61,7 +48,7 @@ def _loss(a, y, LOSS: tl.constexpr):
     elif LOSS == "bce":
         loss = -(y * _log_probability(a, 1.0 - a) + (1.0 - y) * _log_probability(1.0 - a, a))
     elif LOSS == "bce_with_logits":
-        loss = tl.where(a > 0.0, a, 0.0) - a * y + _log1p_small(tl.exp(-tl.abs(a)))
+        loss = tl.where(a > 0.0, a, 0.0) - a * y + log1p_small(tl.exp(-tl.abs(a)))
     else:
         tl.static_assert(LOSS == "nllm", "unknown loss")
         loss = tl.where(y == 0.0, 0.0, -y * tl.log(a))

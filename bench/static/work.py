@@ -130,9 +130,9 @@ def _wgrad_reduce(a: Arguments, grid: tuple[int, ...]) -> Work:
 
 def _update(a: Arguments, params: int, low: int) -> Work:
     """The optimizer's part for so many float32 parameters, with ``low`` bytes of 16-bit copies to write."""
-    states = {"sgd": 0, "momentum": 1, "adamw": 2}[a["OPTIMIZER"]]
+    states = len(a["states"])
     return Work(
-        vector_flops={"sgd": 4, "momentum": 6, "adamw": 14}[a["OPTIMIZER"]] * params,
+        vector_flops={"sgd": 4, "momentum": 6, "nesterov": 8, "adamw": 14}[a["OPTIMIZER"]] * params,
         read=(1 + states) * 4 * params + touched(a["hyper_ptr"]),
         written=(1 + states) * 4 * params + low,
     )
@@ -149,35 +149,33 @@ def _plus(first: Work, second: Work, outputs: int) -> Work:
 
 
 def _wgrad_update(a: Arguments, grid: tuple[int, ...]) -> Work:
-    m, layers = a["M"], range(a["LAYERS"])
-    weights = [n * k for n, k in zip(a["Ns"], a["Ks"], strict=True)]
-    biases = [n if has else 0 for n, has in zip(a["Ns"], a["has_biases"], strict=True)]
+    m, operands, layers = a["M"], a["operands"], a["layers"]
+    weights = [layer.N * layer.K for layer in layers]
+    biases = [layer.N if layer.b_segment >= 0 else 0 for layer in layers]
+    loss_rows = a["loss_rows_ptr"]
     params = sum(weights) + sum(biases)
     gradient = Work(
         matrix_flops=2 * m * sum(weights),
-        vector_flops=m * sum(biases) + (m if a["HAS_LOSS"] else 0),
-        read=touched(*a["dz_ptrs"], a["rows_ptr"])
-        + sum(_rows_of(a["x_ptrs"][i], a["rows_ptr"] if i == 0 else None) for i in layers)
-        + (touched(a["loss_rows_ptr"]) if a["HAS_LOSS"] else 0),
-        written=touched(a["loss_ptr"]) if a["HAS_LOSS"] else 0,
+        vector_flops=m * sum(biases) + (0 if loss_rows is None else m),
+        read=touched(*(of.dz_ptr for of in operands), a["rows_ptr"], loss_rows)
+        + sum(_rows_of(of.x_ptr, None if i else a["rows_ptr"]) for i, of in enumerate(operands)),
+        written=touched(a["loss_ptr"]),
         outputs=params,
     )
-    if a["DIRECT"]:
-        copies = sum(
-            w * a["low_w_ptrs"][i].element_size() + b * a["low_b_ptrs"][i].element_size()
-            for i, (w, b) in enumerate(zip(weights, biases, strict=True))
-        )
-        return _plus(gradient, _update(a, params, copies if a["HAS_LOW"] else 0), params)
+    if a["partial_ptr"] is None:
+        copies = 2 * params if layers[0].low_w_ptr is not None else 0
+        return _plus(gradient, _update(a, params, copies), params)
     return replace(gradient, written=gradient.written + grid[1] * 4 * params)
 
 
 def _reduce_update(a: Arguments, grid: tuple[int, ...]) -> Work:
-    splits, params = a["n_splits"], sum(a["numels"])
+    splits, params = a["n_splits"], sum(of.numel for of in a["parameters"])
     reduction = Work(vector_flops=(splits - 1) * params, read=splits * 4 * params, outputs=params)
     if a["OPTIMIZER"] == "none":
         again = 4 * params if a["ACCUMULATE"] else 0
         return replace(reduction, read=reduction.read + again, written=4 * params)
-    return _plus(reduction, _update(a, params, touched(*a["low_ptrs"]) if a["HAS_LOW"] else 0), params)
+    copies = touched(*(of.low_ptr for of in a["parameters"]))
+    return _plus(reduction, _update(a, params, copies), params)
 
 
 def _head(a: Arguments, grid: tuple[int, ...]) -> Work:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastmlp import kernels
-from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
+from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.wgrad_update import wgrad_update
 
 from .gpus import MODES
 
@@ -108,7 +109,9 @@ def _wgrad_update(m: int, dtype: torch.dtype) -> object:
     layout = Layout(layers)
     dzs = [draw(m, n, dtype=dtype, seed=i) for i, n in enumerate(SIZES[1:])]
     xs = [draw(m, k, dtype=dtype, seed=3 + i) for i, k in enumerate(SIZES[:-1])]
-    wgrad_update(layout, dzs, xs, Hyper("sgd"), torch.tensor(HYPER_ROW), loss_rows=draw(m).abs(), loss=torch.zeros(()))
+    wgrad_update(
+        layout, dzs, xs, Hyper("sgd", (0.0,)), torch.tensor(HYPER_ROW), loss_rows=draw(m).abs(), loss=torch.zeros(())
+    )
     return layout
 
 

@@ -44,8 +44,8 @@ class Optimizer:
         return ()
 
     @property
-    def kernel(self) -> dict[str, Any]:
-        """The arguments of ``kernels.wgrad_update.Hyper``."""
+    def kernel(self) -> tuple[str, tuple[float, ...]]:
+        """The rule's name and its constants in ``kernels/optimizer.py``."""
         raise NotImplementedError
 
     @property
@@ -100,11 +100,11 @@ class SGD(Optimizer):
         return ("momentum_buffer",) if self.momentum else ()
 
     @property
-    def kernel(self) -> dict[str, Any]:
-        """Without momentum a rule of its own."""
-        rule = "momentum" if self.momentum else "sgd"
-        settings = {"momentum": self.momentum, "nesterov": self.nesterov, "weight_decay": self.weight_decay}
-        return {"optimizer": rule, **settings}
+    def kernel(self) -> tuple[str, tuple[float, ...]]:
+        """A rule each without momentum, with momentum, and with Nesterov's."""
+        if not self.momentum:
+            return "sgd", (self.weight_decay,)
+        return "nesterov" if self.nesterov else "momentum", (self.weight_decay, self.momentum)
 
     @property
     def is_plain_sgd(self) -> bool:
@@ -150,10 +150,10 @@ class AdamW(Optimizer):
         return ("exp_avg", "exp_avg_sq")
 
     @property
-    def kernel(self) -> dict[str, Any]:
-        """The two betas apart."""
-        settings = {"weight_decay": self.weight_decay, "beta1": self.betas[0], "beta2": self.betas[1], "eps": self.eps}
-        return {"optimizer": "adamw", **settings}
+    def kernel(self) -> tuple[str, tuple[float, ...]]:
+        """Weight decay is in the row of ``rows``."""
+        beta1, beta2 = self.betas
+        return "adamw", (1 - beta1, beta2, 1 - beta2, self.eps)
 
     def rows(self, lrs: Tensor, count: Tensor | None) -> Tensor:
         """Third column lr / (1 - beta1^t), fourth 1 / sqrt(1 - beta2^t)."""

@@ -36,7 +36,8 @@ from ..kernels import (
 )
 from ..kernels.device import tf32_allowed
 from ..kernels.head import MAX_CLASSES
-from ..kernels.wgrad_update import Hyper, Layer, Layout, reduce_update, wgrad_update, workspace
+from ..kernels.layout import Hyper, Layer, Layout
+from ..kernels.wgrad_update import reduce_update, wgrad_update, workspace
 from ..nn import Linear
 from .cpu_losses import NO_CLASS, takes_classes
 from .graphs import GraphCache, GraphEntry, can_capture
@@ -100,10 +101,9 @@ class TritonStep:
         self.layout = Layout([self._trained_layer(i) for i in self.trained])
         self.scaled = dtype == torch.float16
         self.all_first = self.scaled or rule.max_grad_norm is not None
-        self.hyper = Hyper(**rule.kernel)
+        self.hyper = Hyper(*rule.kernel)
         zeros = torch.zeros(self.layout.total, dtype=torch.float32, device=self.device)
-        states = [zeros.clone() for _ in rule.states]
-        self.m_state, self.v_state = (*states, None, None)[:2]
+        self.states = [zeros.clone() for _ in rule.states]
         self.grads = zeros if self.all_first else None
         self.loss_scale = LossScale(self.device) if self.scaled else None
         self.steps = 0
@@ -308,8 +308,7 @@ class TritonStep:
             [inputs[i] for i in self.trained],
             hyper,
             row,
-            m_state=self.m_state,
-            v_state=self.v_state,
+            states=self.states,
             rows=rows if self.trained[0] == 0 else None,
             loss_rows=plan.loss_rows,
             loss=loss,
@@ -350,8 +349,7 @@ class TritonStep:
             1,
             self.hyper,
             row,
-            m_state=self.m_state,
-            v_state=self.v_state,
+            states=self.states,
             unscale=factor,
             skip=skip,
         )
@@ -477,8 +475,7 @@ class TritonStep:
     def parameter_state(self) -> dict[str, list[Tensor]]:
         """What belongs to each trained parameter, live and float32: optimizer state, and masters of 16 bits."""
         state: dict[str, list[Tensor]] = {}
-        for name, flat in zip(self.rule.states, (self.m_state, self.v_state), strict=False):
-            assert flat is not None
+        for name, flat in zip(self.rule.states, self.states, strict=True):
             state[name] = self.layout.views(flat)
         if any(layer.weight.dtype != torch.float32 for layer in self.layers):
             state["master"] = list(self.layout.params)

@@ -31,7 +31,8 @@ from bench.static.work import WORK, Work, touched, work_of
 from bench.static.workloads import WORKLOADS, draw, float32_precision, labels
 from fastmlp import kernels
 from fastmlp.kernels.device import tf32_allowed
-from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, reduce_update
+from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.wgrad_update import reduce_update
 from tests.compile.machine_code import instructions, resources
 from tests.compile.targets import TARGETS
 from tests.kernels.launches import kernel_names
@@ -134,9 +135,8 @@ def _small(name):
     elif name == "reduce_update":
         layers = [Layer(draw(30, 40), draw(30)), Layer(draw(7, 30), draw(7))]
         layout = Layout(layers)
-        state = [torch.zeros(layout.total) for _ in range(2)]
-        row = torch.tensor((0.1, 1.0, 0.1, 1.0))
-        reduce_update(layout, draw(3, layout.total), 3, Hyper("adamw"), row, m_state=state[0], v_state=state[1])
+        hyper, row = Hyper("adamw", (0.1, 0.999, 0.001, 1e-8)), torch.tensor((0.1, 1.0, 0.1, 1.0))
+        reduce_update(layout, draw(3, layout.total), 3, hyper, row, states=torch.zeros(2, layout.total))
 
 
 @pytest.mark.execute

@@ -13,6 +13,7 @@ import torch
 
 from fastmlp.kernels import head
 from fastmlp.kernels.configs import Tile, all_tiles
+from fastmlp.kernels.layout import Hyper, Layer, Layout
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
 
 from .cases import KernelCases
@@ -57,19 +58,31 @@ def _head(activation: str, *, odd: bool = False, pixels: bool = False, **options
 WIDTHS = (784, 512, 512, 10)
 
 
+#: Every rule, with constants.
+HYPER = {
+    "none": Hyper("none"),
+    "sgd": Hyper("sgd", (0.01,)),
+    "nesterov": Hyper("nesterov", (0.01, 0.9)),
+    "adamw": Hyper("adamw", (0.1, 0.999, 0.001, 1e-8)),
+}
+
+
+def _states(layout: Layout, optimizer: str) -> list[torch.Tensor]:
+    return [torch.zeros(layout.total) for _ in range({"nesterov": 1, "adamw": 2}.get(optimizer, 0))]
+
+
 def _layout(dtype: torch.dtype, widths: tuple[int, ...]) -> Any:
     low = dtype if dtype.itemsize == 2 else None
     layers = []
     for inputs, outputs in pairwise(widths):
         weight, bias = torch.zeros((outputs, inputs)), torch.zeros(outputs)
         copies = (weight.to(low), bias.to(low)) if low else (None, None)
-        layers.append(wgrad_update.Layer(weight, bias, *copies))
-    return wgrad_update.Layout(layers)
+        layers.append(Layer(weight, bias, *copies))
+    return Layout(layers)
 
 
 def _update(
-    optimizer: str, *, batch: int = 64, widths: tuple[int, ...] = WIDTHS, nesterov: bool = False,
-    pixels: bool = False, unscale: bool = False,
+    optimizer: str, *, batch: int = 64, widths: tuple[int, ...] = WIDTHS, pixels: bool = False, unscale: bool = False,
 ) -> Launcher:  # fmt: skip
     def launch(dtype: torch.dtype, tile: Tile) -> object:
         layout = _layout(dtype, widths)
@@ -79,11 +92,9 @@ def _update(
         if pixels:
             xs[0] = torch.zeros((batch, widths[0]), dtype=torch.uint8)
             rows = torch.zeros(batch, dtype=torch.int64)
-        state = torch.zeros((2, layout.total))
         return wgrad_update.wgrad_update(
-            layout, dzs, xs, wgrad_update.Hyper(optimizer, nesterov=nesterov), torch.zeros(HYPER_COLUMNS),
-            m_state=state[0] if optimizer in ("momentum", "adamw") else None,
-            v_state=state[1] if optimizer == "adamw" else None,
+            layout, dzs, xs, HYPER[optimizer], torch.zeros(HYPER_COLUMNS),
+            states=_states(layout, optimizer),
             rows=rows, unscale=torch.zeros(()) if unscale else None,
             loss_rows=torch.zeros(batch), loss=torch.zeros(()),
             grads=torch.zeros(layout.total) if optimizer == "none" else None,
@@ -101,11 +112,11 @@ def _force(tile: Tile) -> Iterator[None]:
 def _reduce(optimizer: str, *, unscale: bool = False, accumulate: bool = False) -> Launcher:
     def launch(dtype: torch.dtype, tile: None) -> object:
         layout = _layout(dtype, WIDTHS)
-        flat = torch.zeros((4, layout.total))
+        flat = torch.zeros((2, layout.total))
         return wgrad_update.reduce_update(
-            layout, flat[:1], 1, wgrad_update.Hyper(optimizer), torch.zeros(HYPER_COLUMNS),
-            m_state=flat[1], v_state=flat[2], unscale=torch.zeros(()) if unscale else None,
-            grads=flat[3] if optimizer == "none" else None, accumulate=accumulate,
+            layout, flat[:1], 1, HYPER[optimizer], torch.zeros(HYPER_COLUMNS),
+            states=_states(layout, optimizer), unscale=torch.zeros(()) if unscale else None,
+            grads=flat[1] if optimizer == "none" else None, accumulate=accumulate,
         )  # fmt: skip
 
     return launch
@@ -130,7 +141,7 @@ KERNELS = {
         tiles=lambda dtype, device, variant: tuple(all_tiles("update", dtype, device, wide=False)),
         variants={
             "sgd": _update("sgd"),
-            "momentum-pixels-gather": _update("momentum", nesterov=True, pixels=True),
+            "momentum-pixels-gather": _update("nesterov", pixels=True),
             "adamw-unscale": _update("adamw", unscale=True),
             "split-adamw": _update("adamw", batch=4096),
             "none-odd": _update("none", batch=77, widths=(77, 33, 10)),

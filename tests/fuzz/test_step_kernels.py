@@ -15,7 +15,8 @@ from torch import Tensor
 from fastmlp import reference
 from fastmlp.kernels import head
 from fastmlp.kernels.head import MAX_CLASSES
-from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
+from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.wgrad_update import wgrad_update
 from tests.fuzz.cases import Labels, Spec, activations, dims, dtypes, fuzz, labels, root, specs
 from tests.fuzz.test_linear_kernels import absolute, build_rows, derivative, kept, largest
 from tests.fuzz.test_loss_kernels import double, moved, spread
@@ -199,10 +200,13 @@ def test_wgrad_update(lane, case: Update):
     dzs, xs = [spec.build() for spec in case.dzs], [spec.build() for spec in case.xs]
     rows = build_rows(case.rows, xs[0].shape[0])
     taken = [xs[0] if rows is None else xs[0][rows], *xs[1:]]
-    kind = "momentum" if case.optimizer == "nesterov" else case.optimizer
-    hyper = Hyper(
-        kind, case.optimizer == "nesterov", 0.0 if kind == "sgd" else MOMENTUM, case.weight_decay, *BETAS, eps=EPS
-    )
+    constants = {
+        "sgd": (case.weight_decay,),
+        "momentum": (case.weight_decay, MOMENTUM),
+        "nesterov": (case.weight_decay, MOMENTUM),
+        "adamw": (1 - BETAS[0], BETAS[1], 1 - BETAS[1], EPS),
+    }
+    hyper = Hyper(case.optimizer, constants[case.optimizer])
     factor = 1.0 if case.unscale is None else case.unscale
 
     # torch's optimizers in float64, and in float32 on gradients in the products' dtype.
@@ -218,7 +222,7 @@ def test_wgrad_update(lane, case: Update):
         row = torch.tensor([LR, 1 - LR * case.weight_decay, LR / bias1, bias2**-0.5], device=lane)
         wgrad_update(
             layout, [t.to(lane) for t in dzs], [t.to(lane) for t in xs], hyper, row,
-            m_state=states[0], v_state=states[1], rows=None if rows is None else rows.to(lane),
+            states=states, rows=None if rows is None else rows.to(lane),
             unscale=None if case.unscale is None else torch.tensor(case.unscale, device=lane),
             loss_rows=poisoned(loss_rows).to(lane), loss=loss,
         )  # fmt: skip

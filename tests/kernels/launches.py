@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastmlp import kernels
-from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
+from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.wgrad_update import wgrad_update
 
 __all__ = ["LAUNCHES", "SINGLE_PROGRAM", "kernel_names"]
 
@@ -103,21 +104,20 @@ def _wgrad_update(device: torch.device) -> list[Tensor | None]:
         images = torch.randint(0, 256, (50, sizes[0]), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
         layers = [Layer(_draw(n, k).to(device), _draw(n, seed=1).to(device)) for k, n in pairwise(sizes)]
         layout = Layout(layers)
-        m_state, v_state = torch.zeros(2, layout.total, device=device)
+        states = torch.zeros(2, layout.total, device=device)
         loss = torch.full((), math.nan, device=device)
         wgrad_update(
             layout,
             [_draw(m, n, seed=2).to(device) for n in sizes[1:]],
             [images.to(device), *(_draw(m, k, seed=3).to(device) for k in sizes[1:-1])],
-            Hyper("adamw", weight_decay=0.1),
+            Hyper("adamw", (0.1, 0.999, 0.001, 1e-8)),
             torch.tensor([0.1, 0.99, 0.1, 1.0], device=device),
-            m_state=m_state,
-            v_state=v_state,
+            states=states,
             rows=_labels((m,), 50).to(device),
             loss_rows=_draw(m).to(device),
             loss=loss,
         )
-        results += [*layout.params, m_state, v_state, loss]
+        results += [*layout.params, *states, loss]
     return results
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastmlp.kernels import head, linear_dgrad, linear_fwd, linear_wgrad
+from fastmlp.kernels.layout import Hyper, Layer, Layout
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
-from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
+from fastmlp.kernels.wgrad_update import wgrad_update
 
 __all__ = ["PRODUCTS", "draw"]
 

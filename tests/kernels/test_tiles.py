@@ -16,7 +16,8 @@ from fastmlp import reference
 from fastmlp.kernels import configs, linear_dgrad, linear_fwd, linear_wgrad
 from fastmlp.kernels.configs import Tile
 from fastmlp.kernels.device import current_device
-from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, wgrad_update
+from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.wgrad_update import wgrad_update
 from tests.compile.cases import registry
 from tests.support.harness import assert_within_budget, poisoned
 
@@ -103,7 +104,9 @@ def test_every_tile_of_the_update(
             low = (weight.to(dtype), bias.to(dtype)) if dtype.itemsize == 2 else (None, None)
             layers.append(Layer(weight, bias, *low))
         with registry()["wgrad_update"].force(tile):
-            wgrad_update(Layout(layers), [z.to(lane) for z in dzs], [x.to(lane) for x in xs], Hyper("sgd"), hyper_row)
+            wgrad_update(
+                Layout(layers), [z.to(lane) for z in dzs], [x.to(lane) for x in xs], Hyper("sgd", (0.0,)), hyper_row
+            )
         for layer, dz, x in zip(layers, dzs, xs, strict=True):
             for got, low, (expected, own) in zip(
                 (layer.weight, layer.bias),

@@ -9,23 +9,24 @@ import pytest
 import torch
 
 from fastmlp import reference
+from fastmlp.kernels.layout import Hyper, Layer, Layout
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
-from fastmlp.kernels.wgrad_update import Hyper, Layer, Layout, _plan, reduce_update, wgrad_update
+from fastmlp.kernels.wgrad_update import _plan, reduce_update, wgrad_update
 from tests.support.harness import FLOATS, assert_within_budget, poisoned
 
 LR, WD, MU, BETAS, EPS = 0.1, 0.02, 0.9, (0.9, 0.999), 1e-8
 OPTIMIZERS = {
-    "sgd": (Hyper("sgd", weight_decay=WD), lambda p: torch.optim.SGD(p, LR, weight_decay=WD)),
+    "sgd": (Hyper("sgd", (WD,)), lambda p: torch.optim.SGD(p, LR, weight_decay=WD)),
     "momentum": (
-        Hyper("momentum", momentum=MU, weight_decay=WD),
+        Hyper("momentum", (WD, MU)),
         lambda p: torch.optim.SGD(p, LR, momentum=MU, weight_decay=WD),
     ),
     "nesterov": (
-        Hyper("momentum", nesterov=True, momentum=MU),
+        Hyper("nesterov", (0.0, MU)),
         lambda p: torch.optim.SGD(p, LR, momentum=MU, nesterov=True),
     ),
     "adamw": (
-        Hyper("adamw", weight_decay=WD, beta1=BETAS[0], beta2=BETAS[1], eps=EPS),
+        Hyper("adamw", (1 - BETAS[0], BETAS[1], 1 - BETAS[1], EPS)),
         lambda p: torch.optim.AdamW(p, LR, betas=BETAS, eps=EPS, weight_decay=WD),
     ),
 }
@@ -61,12 +62,12 @@ def run(lane, optimizer, sizes, m, dtype, *, steps=2, bias=True, low=None):
     low_w = [None if low is None else t.to(low) for t in w]
     low_b = [None if low is None or t is None else t.to(low) for t in b]
     layout = Layout([Layer(*t) for t in zip(w, b, low_w, low_b, strict=True)])
-    state = [torch.zeros(layout.total, device=lane) for _ in range(2)]
+    states = torch.zeros(2, layout.total, device=lane)
     params = [[copy.deepcopy(t).to(d) for t in weights + biases if t is not None] for d in (torch.double, torch.float)]
     optims = [make(p) for p in params]
     for t in range(1, steps + 1):
         _, _, dzs, xs = problem(sizes, m, dtype, seed=t)
-        wgrad_update(layout, on(lane, dzs), on(lane, xs), hyper, hyper_row(t, lane), m_state=state[0], v_state=state[1])
+        wgrad_update(layout, on(lane, dzs), on(lane, xs), hyper, hyper_row(t, lane), states=states)
         for ps, optim in zip(params, optims, strict=True):
             grads = [
                 reference.linear_wgrad(dz.to(ps[0].dtype), x.to(ps[0].dtype)) for dz, x in zip(dzs, xs, strict=True)
@@ -99,7 +100,7 @@ def test_16_bit_products_with_float32_masters(lane, dtype, m):
     run(lane, "momentum", (33, 17, 5), m, dtype, low=dtype)
 
 
-@pytest.mark.parametrize("sizes", [(20, 3), (130, 63, 40, 17, 9, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(20, 3), (5, 1, 1, 3), (130, 63, 40, 17, 9, 4)], ids=str)
 def test_depths_and_no_bias(lane, sizes):
     run(lane, "nesterov", sizes, 33, torch.float32, bias=False)
 
@@ -117,7 +118,7 @@ def test_pixels_gathered_and_mean_loss(lane, layout):
         Layout([Layer(*t) for t in zip(w, b, strict=True)]),
         on(lane, dzs),
         [poisoned(images).to(lane), *on(lane, xs[1:])],
-        Hyper("sgd"),
+        Hyper("sgd", (0.0,)),
         hyper_row(1, lane),
         rows=poisoned(rows, layout=layout).to(lane),
         loss_rows=poisoned(loss_rows).to(lane),
@@ -151,7 +152,7 @@ def test_plain_gradients_accumulate_and_update(lane, m):
     own = [t for dz, x in zip(dzs, xs, strict=True) for t in reference.linear_wgrad(dz, x)]
     for got, want, torchs in zip(layout.views(grads), truth, own, strict=True):
         assert_within_budget(got.cpu(), want, torchs, reduction=m)
-    reduce_update(layout, grads, 1, Hyper("sgd"), hyper_row(1, lane))
+    reduce_update(layout, grads, 1, Hyper("sgd", (0.0,)), hyper_row(1, lane))
     assert_within_budget(w[0].cpu(), weights[0].double() - LR * truth[0], weights[0] - LR * own[0], reduction=m)
 
 
@@ -161,6 +162,6 @@ def test_two_runs_are_bitwise_equal(lane):
         weights, biases, dzs, xs = problem((33, 17, 5), 1100, torch.float32)
         w, b = on(lane, weights), on(lane, biases)
         layout = Layout([Layer(*t) for t in zip(w, b, strict=True)])
-        wgrad_update(layout, on(lane, dzs), on(lane, xs), Hyper("sgd"), hyper_row(1, lane))
+        wgrad_update(layout, on(lane, dzs), on(lane, xs), Hyper("sgd", (0.0,)), hyper_row(1, lane))
         results.append(w + b)
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))

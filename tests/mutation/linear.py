@@ -359,7 +359,7 @@ _ACTIVATIONS = (
         (FWD, "step and float32"),
     ),
     Mutant(
-        "activations",
+        "maths",
         "digits lost near zero",
         "return tl.where(tl.abs(z) < 0.5, near, far)",
         "return far",

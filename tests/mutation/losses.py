@@ -305,15 +305,15 @@ _UPDATE = (
     Mutant(
         "wgrad_update",
         "bias updated twice",
-        "        if has_bias * (pid_k == 0):\n            update_block(",
-        "        if has_bias * (pid_k >= 0):\n            update_block(",
+        "        if (layer.b_segment >= 0) & (pid_k == 0):\n            update_block(",
+        "        if (layer.b_segment >= 0) & (pid_k >= 0):\n            update_block(",
         (UPDATE, "every_optimizer and direct and sgd"),
     ),
     Mutant(
         "wgrad_update",
         "wrong layer",
-        "            pid - first_tile, split,",
-        "            pid - first_tiles[1], split,",
+        "            pid - factors.first_tile, split,",
+        "            pid - tiles_first, split,",
         (UPDATE, "depths_and_no_bias"),
     ),
     Mutant(
@@ -333,15 +333,15 @@ _UPDATE = (
     Mutant(
         "optimizer",
         "weight decay dropped",
-        "w -= lr * (g + weight_decay * w)",
+        "w -= lr * (g + constants[0] * w)",
         "w -= lr * g",
         (UPDATE, "every_optimizer and direct and sgd"),
     ),
     Mutant(
         "optimizer",
         "state of the wrong element",
-        "        tl.store(m_ptr + state_offs, m, mask=mask)\n        if NESTEROV:",
-        "        tl.store(m_ptr + offs, m, mask=mask)\n        if NESTEROV:",
+        "        tl.store(states[0] + state_offs, m, mask=mask)\n        if OPTIMIZER",
+        "        tl.store(states[0] + offs, m, mask=mask)\n        if OPTIMIZER",
         (UPDATE, "every_optimizer and direct and momentum"),
     ),
     Mutant(

@@ -260,8 +260,9 @@ class SimulatedCuda(StandIn):
         engine = step._engine
 
         def state() -> Iterable[Tensor]:
-            yield from (*step.model.parameters(), *engine.layout.params, *engine.layout.low)
-            yield from (t for t in (engine.m_state, engine.v_state, engine.count) if t is not None)
+            yield from (*step.model.parameters(), *engine.layout.params)
+            yield from (p.low_ptr for p in engine.layout.of_parameters if p.low_ptr is not None)
+            yield from (t for t in (*engine.states, engine.count) if t is not None)
             if engine.loss_scale is not None:
                 yield from (engine.loss_scale.scale, engine.loss_scale.inverse, engine.loss_scale.good_steps)
 

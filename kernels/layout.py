@@ -1,0 +1,95 @@
+"""The layers that an update trains, and where each parameter lies in the flat buffers beside them.
+
+Optimizer state, gradients and partial sums of all parameters are flat float32 buffers of one layout: a segment per
+parameter, W_0, b_0, W_1, ..., each padded to a multiple of ``SEGMENT`` elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .configs import cdiv
+
+__all__ = ["SEGMENT", "Hyper", "Layer", "Layout"]
+
+SEGMENT = 1024
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One trained layer: float32 masters and, where products read 16-bit copies, those."""
+
+    weight: Tensor  #: [N, K], contiguous
+    bias: Tensor | None  #: [N], or None where there is none to train
+    low_weight: Tensor | None = None
+    low_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """An update rule; what changes from step to step comes as a row of ``optimizer.HYPER_COLUMNS`` floats."""
+
+    optimizer: str  #: a rule of ``kernels/optimizer.py``, or "none": gradients are stored, not applied
+    constants: tuple[float, ...] = ()  #: as that file lists them
+
+
+class LayerArguments(NamedTuple):
+    """What kernels take of a layer."""
+
+    w_ptr: Tensor
+    b_ptr: Tensor
+    low_w_ptr: Tensor | None
+    low_b_ptr: Tensor | None
+    N: int
+    K: int
+    w_segment: int
+    b_segment: int  #: -1: no bias
+
+
+class ParameterArguments(NamedTuple):
+    """What kernels take of a weight or a bias."""
+
+    w_ptr: Tensor
+    low_ptr: Tensor | None
+    first_block: int
+    numel: int
+
+
+class Layout:
+    """Where each parameter of some layers lies in flat buffers of ``total`` elements, and what kernels take of it."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = tuple(layers)
+        self.params: list[Tensor] = []
+        self.starts: list[int] = []
+        self.total = 0
+        of_layers, of_parameters = [], []
+
+        def add(param: Tensor, low: Tensor | None) -> int:
+            start = self.total
+            self.params.append(param)
+            self.starts.append(start)
+            self.total += cdiv(param.numel(), SEGMENT) * SEGMENT
+            of_parameters.append(ParameterArguments(param, low, start // SEGMENT, param.numel()))
+            return start
+
+        for layer in self.layers:
+            weight, bias, low_weight, low_bias = layer.weight, layer.bias, layer.low_weight, layer.low_bias
+            w_segment = add(weight, low_weight)
+            b_segment = add(bias, low_bias) if bias is not None else -1
+            # Layers share code: a bias that is not there is a pointer of the right type which nothing reads.
+            of_layers.append(
+                LayerArguments(
+                    weight, weight if bias is None else bias, low_weight, low_weight if bias is None else low_bias,
+                    *weight.shape, w_segment, b_segment,
+                )
+            )  # fmt: skip
+        self.of_layers, self.of_parameters = tuple(of_layers), tuple(of_parameters)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The parameters' shapes as views into a flat buffer of ``total`` elements."""
+        return [flat[s : s + p.numel()].view(p.shape) for s, p in zip(self.starts, self.params, strict=True)]
