@@ -2,7 +2,7 @@
 
 The execute lane compiles every case before it executes it, and compiling is most of its time. What the whole grid has
 beyond the values themselves, such as each activation in each dtype, is computed in the interpreter's lane, and is
-executed with ``--full``.
+executed with ``--full``. The placement lane takes such a part per backend.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ __all__ = ["SIMULATED", "diagonal", "left_out"]
 
 #: The architectures that the execute lane simulates, in the order of the starts of their diagonals.
 SIMULATED = (120, 75, 80)
+#: Parameters of which each value has a part of the grid, and where the diagonal of that part starts.
+PARTS = ("lane", "backend_name")
+STARTS = {**{f"sm_{arch}": start for start, arch in enumerate(SIMULATED)}, "auto": 0, "torch": 1}
 
 
 def diagonal(grid: Sequence[Sequence[object]], start: int = 0) -> list[bool]:
@@ -38,19 +41,22 @@ def diagonal(grid: Sequence[Sequence[object]], start: int = 0) -> list[bool]:
 
 
 def left_out(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """What the execute lane leaves out of the tests that are marked "covering"."""
+    """What the execute and the placement lane leave out of the tests that are marked "covering"."""
     grids: defaultdict[tuple[str, str], list[pytest.Function]] = defaultdict(list)
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("covering"):
-            lane = item.callspec.params["lane"]
-            if item.get_closest_marker("execute"):
-                grids[item.nodeid.partition("[")[0], str(lane)].append(item)
+        in_lane = item.get_closest_marker("execute") or item.get_closest_marker("placement")
+        if isinstance(item, pytest.Function) and in_lane and item.get_closest_marker("covering"):
+            grids[item.nodeid.partition("[")[0], _part(item)].append(item)
     out: list[pytest.Item] = []
-    for (_, lane), grid in grids.items():
-        start = SIMULATED.index(int(lane.removeprefix("sm_")))
+    for (_, part), grid in grids.items():
         # sm_75 has no bfloat16: those cases skip themselves.
-        able = [item for item in grid if not (lane == "sm_75" and torch.bfloat16 in item.callspec.params.values())]
-        values = [[value for name, value in item.callspec.params.items() if name != "lane"] for item in able]
-        out += [item for item, taken in zip(able, diagonal(values, start), strict=True) if not taken]
+        able = [item for item in grid if not (part == "sm_75" and torch.bfloat16 in item.callspec.params.values())]
+        values = [[value for name, value in item.callspec.params.items() if name not in PARTS] for item in able]
+        out += [item for item, taken in zip(able, diagonal(values, STARTS[part]), strict=True) if not taken]
         out += [item for item in grid if item not in able]
     return out
+
+
+def _part(item: pytest.Function) -> str:
+    """The value of the parameter of which every value has a part of the grid."""
+    return next(str(item.callspec.params[name]) for name in PARTS if name in item.callspec.params)
