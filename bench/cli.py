@@ -170,7 +170,9 @@ def full(
     "--target", "targets", type=float, multiple=True, help="Test accuracy, 0 to 1; may be given several times."
 )
 @click.option(
-    "--epochs", type=click.IntRange(1), help="At most; a falling learning rate ends earlier.  [default: the recipe's]"
+    "--epochs",
+    type=click.IntRange(1),
+    help="At most; a falling learning rate ends earlier.  [default: the contender's]",
 )
 @click.option("--data", metavar="FOLDER", help="Of the full FashionMNIST, or 'bundled'.  [default: where it is found]")
 @_options

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..base.atomic import atomic_write
 
 if TYPE_CHECKING:
     from .loop import History
 
-__all__ = ["plot_history"]
+__all__ = ["look", "plot_history", "save"]
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers and in gray.
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"
+
+
+def look(axes: Any) -> None:
+    """The grid and the spines of every plot of the project."""
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure to a PNG file, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    atomic_write(path, buffer.getvalue())
 
 
 def plot_history(
@@ -76,9 +90,5 @@ def plot_history(
     for ax in axes:
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        ax.grid(color="#dddddd", linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.set_axisbelow(True)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    atomic_write(path, buffer.getvalue())
+        look(ax)
+    save(figure, path)
