@@ -1,7 +1,7 @@
 """The contenders of the time to accuracy: each trains 784-512-512-10 on FashionMNIST in its own way.
 
-A learner builds a ``Session``, which trains a part of an epoch at a time, so that the clock can be stopped while the
-accuracy is looked at. All start from nn.Linear's own starting values for a seed.
+A learner builds a ``Session``, which trains a part of an epoch per call, so that the clock can stop for a look at the
+accuracy. All start from nn.Linear's own starting values for a seed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ OWN = Settings(lr=0.1, batch=128, momentum=0.9, schedule="linear", epochs=10)
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Images uint8 [N, 784] and labels int64 [N] of both splits, on the device."""
+    """Images uint8 [N, 784] and labels int64 [N] of training and test data, on the device."""
 
     images: Tensor
     labels: Tensor
@@ -69,7 +69,7 @@ class Data:
 
     @property
     def device(self) -> torch.device:
-        """Where all of it lies."""
+        """The device of all tensors."""
         return self.images.device
 
 
@@ -77,13 +77,13 @@ class Session(Protocol):
     """A model in training."""
 
     def reset(self, seed: int) -> None:
-        """Back to the starting values of a seed."""
+        """Return to the starting values of a seed."""
 
     def train(self, epoch: int, part: int, parts: int) -> None:
         """Train the part-th of ``parts`` of an epoch; parts and epochs come in order."""
 
     def warm_up(self) -> None:
-        """Everything that happens once: compilation, choices, capture; ``reset`` undoes the rest."""
+        """Do everything that happens once: compilation, measurements, capture; ``reset`` undoes the training."""
 
     def finish(self) -> None:
         """Wait for what was started."""
@@ -129,7 +129,7 @@ def _start(seed: int) -> list[Tensor]:
 
 
 class _TorchSession:
-    """Shared by the sessions whose parameters are torch tensors: the epoch's order, the test."""
+    """What sessions with torch tensors as parameters share: the order of an epoch, and the test."""
 
     def __init__(self, data: Data, settings: Settings) -> None:
         self.data, self.settings = data, settings
@@ -167,7 +167,7 @@ class _TorchSession:
 
 
 class _QuickstartSession(_TorchSession):
-    """Dataset and DataLoader as in the tutorial: in order, ToTensor of one image after the other."""
+    """Dataset and DataLoader as in the tutorial: the images in order, ToTensor for one image at a time."""
 
     def __init__(self, data: Data, settings: Settings) -> None:
         super().__init__(data, settings)
@@ -204,7 +204,7 @@ class _QuickstartSession(_TorchSession):
 
 
 class _ResidentSession(_TorchSession):
-    """All data on the device, shuffled; module, autograd and optimizer as in the tutorial, or compiled."""
+    """Data on the device, shuffled; module, autograd and optimizer as in the tutorial, or compiled."""
 
     def __init__(self, data: Data, settings: Settings, *, compiled: bool) -> None:
         super().__init__(data, settings)

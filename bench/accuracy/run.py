@@ -6,8 +6,8 @@
                      "runs": [{"seed": ..., "seconds": ..., "epochs": ..., "reached": {"0.89": seconds or null, ...},
                                "curve": [{"epoch": ..., "seconds": ..., "accuracy": ...}, ...]}, ...]}, ...]}
 
-Only the training steps are on the clock: not the compilation and warm-up, which ``setup_s`` has, nor the looks at
-the accuracy. A run ends when the highest target is reached, or after the epochs of its settings.
+The clock runs during the training steps only. ``setup_s`` has the compilation and the warm-up; the looks at the
+accuracy are not timed. A run ends when the highest target is reached, or after the epochs of its settings.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Log = Callable[[str], None]
 
 
 def load_data(source: str | None, device: str) -> Data:
-    """FashionMNIST on the device; ``source`` is a folder, "bundled" for the subset, or None for wherever it is found.
+    """FashionMNIST on the device; ``source`` is a folder, "bundled" for the subset, or None for the usual places.
 
     Raises:
         FileNotFoundError: only the bundled subset is there, and it was not asked for.

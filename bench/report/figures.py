@@ -60,7 +60,7 @@ def caption(document: Document) -> str:
 
 
 def draw(document: Document, folder: Path, *, roofline: bool) -> list[Path]:
-    """Draw what a run has data for into ``folder``, its roofline on request; returns the paths of the PNG files."""
+    """Draw all plots that a run has data for into ``folder``, the roofline on request; returns the PNG files."""
     drawings: dict[str, Callable[[Any, Document], bool]] = {
         "batch": lambda axes, d: _curve(axes, d, "batch", "float32", "batch size"),
         "batch-bfloat16": lambda axes, d: _curve(axes, d, "batch", "bfloat16", "batch size"),
@@ -94,8 +94,6 @@ def _save(path: Path, title: str, document: Document, drawing: Callable[[Any, Do
     figure.supxlabel(text if len(text) < 120 else text.replace("; command", "\ncommand"), fontsize=7, color=GRAY)
     look(axes)
     axes.grid(which="minor", color="#eeeeee", linewidth=0.5)
-    if axes.get_legend() is None:
-        axes.legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)
     return True
@@ -159,6 +157,7 @@ def _curve(axes: Any, document: Document, axis: str, dtype: str, label: str) -> 
         _band(axes, [place for place, _ in points], [value for _, value in points], label=name, **_style(rival))
     _number_the_places(axes, sorted({place for points in series.values() for place, _ in points}), label)
     axes.set_ylabel("samples per second\n(median; band: slowest to fastest round)")
+    _legend_below(axes)
     return True
 
 
@@ -235,6 +234,7 @@ def _roofline(axes: Any, document: Document) -> bool:
     _name_the_points(axes, sorted(names), every, math.log(high / low) / 60)
     axes.set_xlabel("FLOP per byte of the least traffic (above the slope: operands that stay in the caches)")
     axes.set_ylabel("FLOP/s")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     return True
 
 

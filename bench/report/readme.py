@@ -1,4 +1,4 @@
-"""The speed figures of README.md, between two markers, from the committed JSON alone (``fastmlp bench report``)."""
+"""The speed figures of README.md, between two markers, from the committed JSON alone: ``fastmlp bench report``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["BEGIN", "END", "speed_section", "update_readme"]
 BEGIN = "<!-- speed: written by `fastmlp bench report` -->"
 END = "<!-- end of speed -->"
 
-#: Contenders of the table, by name, and their column.
+#: Contender -> its column of the table.
 _COLUMNS = {
     "fastmlp": "fastmlp",
     "eager": "PyTorch eager",

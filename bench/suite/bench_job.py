@@ -1,4 +1,4 @@
-"""The whole job: each learner trains the bundled subset for part of an epoch, and learns something."""
+"""The whole job: each learner trains one epoch of the bundled subset, and must learn something."""
 
 from __future__ import annotations
 

@@ -34,14 +34,14 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
 def plot_history(
     history: History, path: str | os.PathLike[str], title: str = "", subtitle: str = "", caption: str = ""
 ) -> None:
-    """Draw the curves of a run to a PNG file: loss on the left, test accuracy in percent on the right if there is any.
+    """Draw the curves of a run to a PNG file: the loss, and beside it the test accuracy in percent if there is any.
 
     Args:
         history: at least one epoch.
         path: the PNG; replaced whole.
-        title: first line above the curves, such as the network.
-        subtitle: second line, smaller, such as the settings.
-        caption: line below the curves, such as data, device and versions.
+        title: the first line above the curves, such as the network.
+        subtitle: the second, smaller line, such as the settings.
+        caption: the line below the curves, such as data, device and versions.
 
     Raises:
         ValueError: an empty history.
@@ -49,7 +49,7 @@ def plot_history(
     """
     if not history.epochs:
         raise ValueError("the history has no epoch; there is nothing to draw")
-    # The object interface: no global state, and no window system is asked for.
+    # The object interface needs no global state and no window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -78,7 +78,7 @@ def plot_history(
         axes[1].yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
         axes[1].annotate(
             f"{accuracies[-1]:.2f} % after epoch {epochs[-1]}",
-            (1, 0),  # the lower right corner, which a rising curve leaves free
+            (1, 0),  # the lower right corner, which a rising curve does not reach
             xycoords="axes fraction",
             xytext=(-8, 8),
             textcoords="offset points",
