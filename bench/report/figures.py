@@ -81,11 +81,9 @@ def draw(document: Document, folder: Path, *, roofline: bool) -> list[Path]:
 
 
 def _save(path: Path, title: str, document: Document, drawing: Callable[[Any, Document], bool]) -> bool:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 5.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     if not drawing(axes, document):
         return False

@@ -50,7 +50,6 @@ def plot_history(
     if not history.epochs:
         raise ValueError("the history has no epoch; there is nothing to draw")
     # The object interface needs no global state and no window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
@@ -58,7 +57,6 @@ def plot_history(
     test_losses = [result.test_loss for result in history.epochs if result.test_loss is not None]
     accuracies = [100 * result.test_accuracy for result in history.epochs if result.test_accuracy is not None]
     figure = Figure(figsize=(9.6 if accuracies else 5.2, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2 if accuracies else 1, squeeze=False)[0]
     if title or subtitle:
         figure.suptitle(title, fontsize=13, fontweight="bold")
@@ -76,17 +74,11 @@ def plot_history(
         axes[1].plot(epochs, accuracies, color=GREEN, **style)
         axes[1].set_ylabel("test accuracy (%)")
         axes[1].yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
+        # The lower right corner, which a rising curve does not reach.
         axes[1].annotate(
-            f"{accuracies[-1]:.2f} % after epoch {epochs[-1]}",
-            (1, 0),  # the lower right corner, which a rising curve does not reach
-            xycoords="axes fraction",
-            xytext=(-8, 8),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            color=GREEN,
-            fontweight="bold",
-        )
+            f"{accuracies[-1]:.2f} % after epoch {epochs[-1]}", (1, 0), (-8, 8), "axes fraction", "offset points",
+            ha="right", va="bottom", color=GREEN, fontweight="bold",
+        )  # fmt: skip
     for ax in axes:
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
