@@ -23,7 +23,8 @@ RESULTS = Path(__file__).parent.parent / "results" / "static"
 def main(output: Path, jobs: int) -> None:
     """Compile every kernel for every target, execute a part of them, and report what they cost.
 
-    It needs no GPU. The first run takes many minutes on two cores; Triton's cache keeps the compiled kernels.
+    It needs no GPU. The first run takes a quarter of an hour or more on two cores. Triton's cache keeps the compiled
+    kernels.
     """
     from .report import collect, write
 
