@@ -13,7 +13,7 @@ import click
 __all__ = ["cli"]
 
 
-#: Where click's context keeps the arguments.
+#: The key of the arguments in click's context.
 _ARGUMENTS = "bench.arguments"
 
 
@@ -29,9 +29,11 @@ def _log(text: str) -> None:
 
 def _options(command: Any) -> Any:
     for option in (
-        click.option("--report/--no-report", default=True, show_default=True, help="Write RESULTS.md and plots after."),
+        click.option(
+            "--report/--no-report", default=True, show_default=True, help="Write RESULTS.md and the plots afterwards."
+        ),
         click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Instead of bench/results."),
-        click.option("--threads", type=click.IntRange(1), help="Of the CPU.  [default: one a core]"),
+        click.option("--threads", type=click.IntRange(1), help="Threads of the CPU.  [default: one per core]"),
         click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="cpu, cuda or cuda:N."),
     ):
         command = option(command)
@@ -39,7 +41,7 @@ def _options(command: Any) -> Any:
 
 
 def _device(name: str, threads: int | None) -> str:
-    """The device that is meant, with the threads of the CPU set."""
+    """The device of that name; sets the CPU's threads."""
     import torch
 
     from bench.measure.machine import pin_threads
@@ -54,12 +56,12 @@ def _device(name: str, threads: int | None) -> str:
     return f"cuda:{index}"
 
 
-#: Options that say where files lie, which is another place on the machine of who repeats a command.
+#: Options that name places of files, which differ on the machine of whoever repeats a command.
 _PLACES = ("--out", "--data")
 
 
 def _command_line(ctx: click.Context) -> str:
-    """The command as given, for captions, without the places of files."""
+    """The command as given, without the places of files, for captions."""
     words, given = [], iter(ctx.meta[_ARGUMENTS])
     for word in given:
         if word in _PLACES:
@@ -96,7 +98,7 @@ def _report(folder: Path, target: Path | None) -> None:
 
 
 class _Group(click.Group):
-    """Keeps the arguments, which results and captions name; without a command it is ``quick``."""
+    """Keeps the arguments for results and captions; the default command is ``quick``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
@@ -107,10 +109,10 @@ class _Group(click.Group):
 
 @click.group("bench", cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def cli() -> None:
-    """Benchmarks of fastmlp beside what else trains small MLPs. Without a command: quick.
+    """Benchmarks of fastmlp beside what else trains small MLPs. The default command is quick.
 
-    Times are medians over rounds in which all contenders take turns; a contender whose result is not right is not
-    timed. Results go to bench/results/DEVICE/, the report to bench/RESULTS.md.
+    Times are medians over rounds in which all contenders take turns. A contender whose result is wrong is not timed.
+    Results go to bench/results/DEVICE/, the report to bench/RESULTS.md.
     """
 
 
@@ -143,8 +145,10 @@ _preset_command("online", "60,000 samples one by one, in five stretches.")
 
 @cli.command("full")
 @click.option("--rounds", type=click.IntRange(1), help="Turns of each contender.  [default: the presets']")
-@click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="Of the time to accuracy.")
-@click.option("--data", metavar="FOLDER", help="Of the full FashionMNIST.  [default: where it is found]")
+@click.option(
+    "--seeds", type=click.IntRange(1), default=5, show_default=True, help="Runs of each contender to an accuracy."
+)
+@click.option("--data", metavar="FOLDER", help="Folder of the full FashionMNIST.  [default: the usual places]")
 @_options
 @click.pass_context
 def full(
@@ -170,9 +174,13 @@ def full(
     "--target", "targets", type=float, multiple=True, help="Test accuracy, 0 to 1; may be given several times."
 )
 @click.option(
-    "--epochs", type=click.IntRange(1), help="At most; a falling learning rate ends earlier.  [default: the recipe's]"
+    "--epochs",
+    type=click.IntRange(1),
+    help="Epochs at most; a falling learning rate ends earlier.  [default: the contender's]",
 )
-@click.option("--data", metavar="FOLDER", help="Of the full FashionMNIST, or 'bundled'.  [default: where it is found]")
+@click.option(
+    "--data", metavar="FOLDER", help="Folder of the full FashionMNIST, or 'bundled'.  [default: the usual places]"
+)
 @_options
 @click.pass_context
 def accuracy(
@@ -217,7 +225,7 @@ def _run_accuracy(
 @click.argument("after", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--check", is_flag=True, help="Exit with 1 if anything became slower.")
 def compare_command(before: Path, after: Path, check: bool) -> int:
-    """What became slower or faster from one JSON file to another, by more than the spread of both."""
+    """What became slower or faster between two JSON files, by more than the spread of both."""
     from bench.measure.results import load
     from bench.report.compare import compare, print_changes
 
@@ -241,11 +249,11 @@ def report_command(results: Path | None, out: Path | None) -> None:
 
 
 @cli.command("host")
-@click.option("--rounds", type=click.IntRange(1), default=11, show_default=True, help="Turns of each way.")
+@click.option("--rounds", type=click.IntRange(1), default=11, show_default=True, help="Turns of each kind of step.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
 @click.pass_context
 def host_command(ctx: click.Context, rounds: int, as_json: bool) -> None:
-    """Microseconds that a training step costs the host, on a stand-in for a GPU that does nothing."""
+    """Microseconds per training step that the host works, on a stand-in for a GPU that does nothing."""
     try:
         from .host import measure, print_host
 
@@ -270,7 +278,7 @@ def host_command(ctx: click.Context, rounds: int, as_json: bool) -> None:
 )
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(64, 512, 4096), show_default=True)
 def tune_command(device: str, dtypes: tuple[str, ...], batches: tuple[int, ...]) -> None:
-    """Search the kernels' tile sizes on a GPU and keep the fastest in the user's cache, which the kernels prefer."""
+    """Find the fastest tiles of the kernels on this GPU and keep them in the user's cache."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,11 +1,12 @@
-"""One command for the first contact with a GPU: what is here, what runs, what is right, how fast it is.
+"""One command for the first contact with a GPU: does fastmlp run, is it right, and how fast is it?
 
     python3 bench/first_contact.py --out DIR --limit SECONDS [--rehearse]
 
-Works from a checkout that is not installed. This process touches no GPU and imports no torch. Every stage runs in
-processes of its own with a deadline of its own; a stage that crashes, hangs or fails stops no other. ``DIR`` gets
-``first_contact.json``, written anew after every item, and a few files beside it. The verdict and the tables are printed
-last. ``--rehearse`` runs all of it without a GPU, on the simulated one at small sizes, and gives no times.
+The command works from a checkout that is not installed. Its own process touches no GPU and imports no torch. Every
+stage runs in processes of its own with a deadline of its own. A stage that crashes, hangs or fails stops no other
+stage. ``DIR`` gets ``first_contact.json``, which is written anew after every item, and a few files beside it. The
+verdict and the tables are printed last. ``--rehearse`` runs everything on a simulated GPU at small sizes, and gives no
+times.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-if not __package__:  # run as a file: Python looks into bench/, whose modules have names that others have too
+if not __package__:  # run as a file, Python would look for modules in bench/, where some have common names
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from bench.contact.document import FILE_BYTES, Document, save_text
@@ -32,10 +33,10 @@ from bench.contact.verdict import verdict
 __all__ = ["STAGES", "main", "run"]
 
 _MODULES = "bench.contact."
-#: Processes of a stage that compiles; the cores of the machine bound them too.
+#: Processes of a stage that compiles, at most; the machine's cores bound them too.
 _MANY = 14
 
-#: In their order; README.md beside this file says what each does. ``seconds`` are shares of the limit.
+#: The stages in their order, explained in README.md beside this file. ``seconds`` are shares of the limit.
 STAGES = (
     Stage("0 versions", _MODULES + "versions", 15, 25, least=3),
     Stage("1 kernels once", _MODULES + "kernels_once", 30, 120, least=10, workers=_MANY, unit_s=60),
@@ -46,7 +47,7 @@ STAGES = (
     Stage("3x alternatives", _MODULES + "alternatives", 40, 40, least=10, unit_s=60),
     Stage("4 profile", _MODULES + "profile", 35, 60, least=10, unit_s=60),
 )
-#: Seconds kept for the verdict and for ending what is left.
+#: Seconds kept for the verdict and for ending the processes.
 RESERVE = 5.0
 
 
@@ -59,12 +60,12 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """That of every process: the checkout is found, and what is compiled is compiled once."""
+    """The environment of every process: it finds the checkout, and shares the caches of compiled code."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
     environment.setdefault("TRITON_CACHE_DIR", str(scratch / "triton"))
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "inductor"))
-    environment["XDG_CACHE_HOME"] = str(scratch / "cache")  # no tiles and no choices that somebody measured before
+    environment["XDG_CACHE_HOME"] = str(scratch / "cache")  # no tiles and no choices from an earlier measurement
     environment.pop("TRITON_INTERPRET", None)
     return environment
 
@@ -88,7 +89,7 @@ def run(out: Path, limit: float, *, rehearse: bool = False, stages: Sequence[Sta
         try:
             for number, stage in enumerate(stages):
                 left = limit - RESERVE - (time.monotonic() - begin)
-                # What earlier stages did not use goes to all that follow.
+                # All later stages share the time that earlier stages did not use.
                 shares = [later.rehearsed if rehearse else later.seconds for later in stages[number:]]
                 seconds = left * shares[0] / sum(shares)
                 if seconds < stage.least:
@@ -115,7 +116,7 @@ def run(out: Path, limit: float, *, rehearse: bool = False, stages: Sequence[Sta
 def _finish(out: Path, document: Document, logs: list[str]) -> str:
     try:
         text = verdict(document.data)
-    except Exception as error:  # the numbers are in the file, and the reader must hear of it
+    except Exception as error:  # the numbers are in the file, and the reader must know of the error
         text = f"the verdict could not be written ({type(error).__name__}: {error})\n"
     if document.unwritten:
         text = f"{document.path.name} could not be written: {document.unwritten}\n{text}"
@@ -131,16 +132,16 @@ def _finish(out: Path, document: Document, logs: list[str]) -> str:
 
 
 def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody listens any more
+    with contextlib.suppress(OSError):  # the output may be closed
         print(line, flush=True)
 
 
 def main() -> int:
-    """The command; its exit status is 1 if anything is wrong, 2 if nothing can be written."""
+    """Run the command; the exit status is 1 if anything is wrong or unfinished, 2 if nothing can be written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--limit", type=float, default=520, help="seconds in all (default: %(default)s)")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU, at small sizes, and no times")
+    parser.add_argument("--limit", type=float, default=520, help="seconds for all stages (default: %(default)s)")
+    parser.add_argument("--rehearse", action="store_true", help="run without a GPU, at small sizes, and give no times")
     args = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)

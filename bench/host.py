@@ -1,4 +1,4 @@
-"""What a training step costs the host: Python, dispatcher, autograd and Triton's launch code, without a GPU.
+"""The host's time per training step: Python, dispatcher, autograd and Triton's launch code, without a GPU.
 
 fastmlp runs on ``NullGPU``, a driver that takes launches and does nothing. PyTorch has no such driver, so eager runs on
 the CPU. All tensors are CPU tensors of a few elements, so that next to no arithmetic is in the times. Two things differ
@@ -7,9 +7,9 @@ on a GPU:
 - The driver takes some microseconds per launch or replay, which are missing here. Eager launches the most.
 - Eager's operators end in code for a GPU. Python, dispatcher and autograd are the same.
 
-So the times are less than what the host of a GPU needs, on both sides, and their ratio is an approximation. Graphs are
-played: a capture runs the launches, and a replay is a call that does nothing. The clock is the CPU time of the thread,
-which a busy machine disturbs less than the time of day.
+So both times are less than the host of a GPU needs, and their ratio is an approximation. Graphs are stand-ins: a
+capture runs the launches, and a replay is a call that does nothing. The clock is the CPU time of the thread, which a
+busy machine disturbs less than the time of day.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from .measure import machine
 
 __all__ = ["WAYS", "host_gpu", "measure", "print_host"]
 
-#: A network with the reference's number of layers, and so its number of operators and launches.
+#: A network with as many layers, operators and launches as the reference network.
 SIZES, BATCH = (16, 16, 16, 10), 16
-#: Of an epoch of 60,000 images in batches of 64.
+#: Steps of an epoch of 60,000 images in batches of 64.
 STEPS = 938
 LR = 0.01
-#: Calls after which kernels are compiled and graphs captured.
+#: Calls until kernels are compiled and graphs captured.
 _UNTIL_REPLAYED = 3
 
 #: Key in the JSON -> what is timed.
@@ -59,7 +59,7 @@ WAYS = {
 
 @dataclass
 class _Call:
-    """A function as what ``Turns`` times."""
+    """A function as a run that ``Turns`` can time."""
 
     function: Callable[[], object]
 
@@ -70,7 +70,7 @@ class _Call:
         """Nothing is asynchronous."""
 
     def results(self) -> dict[str, Tensor]:
-        """Nothing is computed that could be judged."""
+        """Nothing to judge."""
         return {}
 
 
@@ -81,7 +81,7 @@ class _NullGraph:
         """Nothing."""
 
     def pool(self) -> None:
-        """None: every capture may have a pool of its own."""
+        """No pool: every capture has one of its own."""
 
 
 class _NullStream:
@@ -110,7 +110,7 @@ def _unchecked(*labels: Any) -> None:
 def host_gpu() -> Iterator[None]:
     """Inside, fastmlp takes CPU tensors to its kernels and graphs, and neither launches nor replays do anything.
 
-    What it does for CPU tensors only, looking at the class numbers, is left out.
+    The check of class numbers is left out, because fastmlp checks them on a CPU only.
     """
     stream = _NullStream()
     stand_ins = {
@@ -132,7 +132,7 @@ def host_gpu() -> Iterator[None]:
 
 
 def _autograd_step(model: nn.Module, loss_function: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
-    # foreach is torch's choice on a GPU.
+    # On a GPU torch takes foreach by default.
     optimizer = torch.optim.SGD(model.parameters(), LR, foreach=True)
 
     def step() -> object:
@@ -146,7 +146,7 @@ def _autograd_step(model: nn.Module, loss_function: nn.Module, x: Tensor, y: Ten
 
 
 def _calls() -> dict[str, tuple[Callable[[], object], int]]:
-    """(Function, steps per call) of every way."""
+    """(Function, steps per call) of every kind of step."""
     layers: list[nn.Module] = []
     for k, n in pairwise(SIZES):
         layers += [nn.Linear(k, n), nn.Sigmoid()]
@@ -164,7 +164,7 @@ def _calls() -> dict[str, tuple[Callable[[], object], int]]:
 
 
 def measure(rounds: int, command: str, *, turn_s: float = TURN_S) -> Document:
-    """Microseconds of the host per step of each way: medians over the rounds, and all of them.
+    """Microseconds of the host per step, for each kind of step: the medians over the rounds, and all rounds.
 
     Raises:
         RuntimeError: Triton is in interpreter mode, which launches nothing.
@@ -201,7 +201,7 @@ def measure(rounds: int, command: str, *, turn_s: float = TURN_S) -> Document:
 
 
 def print_host(document: Document) -> None:
-    """The times on standard output: median, spread, and what they are of eager's."""
+    """Print the times: median, spread, and share of eager's."""
     about, samples = document["machine"], document["samples_us"]
     click.echo(f"host time of a step: {about['name']}, commit {about['commit']}, {document['rounds']} rounds\n")
     click.echo(f"  {'':<52}{'median':>9}  spread  / eager")

@@ -5,8 +5,8 @@
 - scaling: one training step against batch size, width and depth
 - online: 60,000 samples one by one, in five stretches
 
-On a GPU they also have epochs over resident data, the whole step compiled and captured, and steps that TrainKernel can
-take (relu, squared errors).
+On a GPU the presets also have epochs over data on the device, the whole step compiled and captured, and steps that
+TrainKernel can take (relu, squared errors).
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ DEPTHS = (1, 2, 4, 8, 16)
 
 NAMES = ("quick", "full", "scaling", "online")
 
-#: A network that is small enough for a step in one kernel.
+#: A network so small that a step fits one kernel.
 SMALL = (64, 64, 64, 10)
 
-#: Minutes of compilation each.
+#: Contenders that take minutes to compile.
 _TUNED = ("compile_reduce_overhead", "compile_max_autotune", "whole_max_autotune")
-#: The contenders of the curves: the tutorial, the fastest of each way to do it, and ours.
+#: The contenders of the curves: the tutorial, the fastest of each kind, and fastmlp.
 _CURVES = ("fastmlp", "eager", "eager_fused", "cuda_graph", "inplace", "jax", "compile_default")
-#: With bfloat16 products; one eager contender, for the sake of the time that the largest batches take.
+#: With bfloat16 products; only one eager contender, because the largest batches take long.
 _CURVES_HALF = ("fastmlp", "eager", "cuda_graph", "jax", "compile_default")
 _ONLINE = ("fastmlp", "eager", "cuda_graph", "inplace", "jax", "numpy")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem; ``axis`` and ``value`` place it on a curve; ``leave_out`` names contenders that are not timed."""
+    """A problem. ``axis`` and ``value`` are its place on a curve; ``leave_out`` names contenders that are not timed."""
 
     problem: Problem
     axis: str = ""
@@ -82,14 +82,14 @@ def _cases(problems: Iterable[Problem], leave_out: Iterable[str] = ()) -> tuple[
 
 
 def _halves(device: str) -> tuple[str, ...]:
-    """The 16-bit dtypes whose products the device has: where a CPU has none, torch's take seconds a step."""
+    """The 16-bit dtypes whose products the device has; on a CPU without them a step of torch takes seconds."""
     if device.startswith("cuda"):
         return ("bfloat16", "float16")
     return ("bfloat16",) if product_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16 else ()
 
 
 def _whole(device: str) -> tuple[str, ...]:
-    """The whole step compiled: in every preset of a GPU; on a CPU, where there is no graph to capture, in ``full``."""
+    """The whole step compiled: in every preset of a GPU, and in ``full`` of a CPU, which has no graph to capture."""
     return ("whole_default",) if device.startswith("cuda") else ()
 
 
@@ -98,7 +98,7 @@ def _of_a_gpu(squared: Sequence[tuple[tuple[int, ...], int]], batches: Sequence[
     if not device.startswith("cuda"):
         return []
     steps = [StepProblem(sizes, batch, "relu", loss="mse", device=device) for sizes, batch in squared]
-    # The gate takes the same steps in float64 on the CPU, which is what bounds their number.
+    # The gate takes the same steps in float64 on the CPU, which bounds their number.
     epochs = [EpochProblem(REFERENCE, batch, steps=min(64, 65_536 // batch), device=device) for batch in batches]
     return [*steps, *epochs]
 

@@ -1,9 +1,9 @@
 """The search for the fastest tiles of the GEMM kernels on a real GPU.
 
 For each kernel, dtype and product of the reference network's step, every tile that ``fastmlp.kernels.configs`` lists
-for the device is judged and timed: its result must pass the gate's rule against float64, and then GPU events with the
-L2 cache overwritten count. Only those tiles take part, because they are the ones that the tests compile for every
-target and run. The winners go to ``fastmlp.kernels.tuned.table_path``, which ``configs.gemm_tile`` prefers.
+for the device is judged and timed. Its result must pass the gate against float64; GPU events then time it with the L2
+cache overwritten. No other tiles take part, because the tests compile for every target, and run, only the listed ones.
+The winners go to ``fastmlp.kernels.tuned.table_path``, which ``configs.gemm_tile`` prefers.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "Product", "forced", "product", "products", "save_table", "tune"]
 
 Log = Callable[[str], None]
-#: Seconds of a launch.
+#: Gives the seconds of a launch.
 Clock = Callable[[Callable[[], object]], float]
-#: What rounds the factors of a product.
+#: Rounds the factors of a product.
 Cut = Callable[[Tensor], Tensor]
 
-#: A tile must be this much faster than the rule's to be worth an entry.
+#: How many times as fast as the rule's tile an entry must be.
 GAIN = 1.03
 
 #: ``configs.GEMM_KINDS`` -> the module whose launcher asks for a tile of that kind.
@@ -56,9 +56,9 @@ def _exactly(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Product:
-    """A product [rows, cols] over ``depth`` on a device: ``launch`` computes it, ``results`` is what it made.
+    """A product [rows, cols] over ``depth`` on a device: ``launch`` computes it, ``results`` gives its results.
 
-    ``oracle(dtype, cut)`` is plain torch's result in ``dtype``, of factors to which ``cut`` was applied.
+    ``oracle(dtype, cut)`` is plain torch's result in ``dtype``, from factors to which ``cut`` was applied.
     """
 
     kind: str
@@ -75,7 +75,7 @@ def products(
 ) -> list[Product]:
     """The products of a kind in one step of a network with ``sizes``, each shape once.
 
-    Without ``bias`` weight gradients come without those of the biases.
+    Without ``bias`` weight gradients come without bias gradients.
     """
     layers = list(itertools.pairwise(sizes))
     if kind == "update":
@@ -105,7 +105,7 @@ def forced(kind: str, tile: Tile) -> AbstractContextManager[None]:
 
 
 def _draw(dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Normal values of each shape, with all the digits that the dtype has."""
+    """Normal values of each shape, with all digits of the dtype."""
     return [torch.randn(*shape, generator=generator(i)).to(device, dtype) for i, shape in enumerate(shapes)]
 
 
@@ -115,8 +115,8 @@ def _fwd(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str) -> P
     x, w, b = _draw(dtype, device, (rows, depth), (cols, depth), (cols,))
     a = x.new_empty(rows, cols)
 
-    def oracle(wide: torch.dtype, cut: Cut = _exactly) -> Results:
-        return {"A": reference.linear_act(cut(x.to(wide)), cut(w.to(wide)), b.to(wide), "sigmoid")}
+    def oracle(used: torch.dtype, cut: Cut = _exactly) -> Results:
+        return {"A": reference.linear_act(cut(x.to(used)), cut(w.to(used)), b.to(used), "sigmoid")}
 
     launch = functools.partial(kernels.linear_fwd, x, w, b, "sigmoid", a=a)
     return Product("fwd", rows, cols, depth, launch, lambda: {"A": a}, oracle)
@@ -128,8 +128,8 @@ def _dgrad(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str) ->
     dz, w, a = _draw(dtype, device, (rows, depth), (depth, cols), (rows, cols))
     dx = a.new_empty(rows, cols)
 
-    def oracle(wide: torch.dtype, cut: Cut = _exactly) -> Results:
-        return {"dX": (cut(dz.to(wide)) @ cut(w.to(wide))) * (1 - a.to(wide) ** 2)}
+    def oracle(used: torch.dtype, cut: Cut = _exactly) -> Results:
+        return {"dX": (cut(dz.to(used)) @ cut(w.to(used))) * (1 - a.to(used) ** 2)}
 
     launch = functools.partial(kernels.linear_dgrad, dz, w, a, "tanh", dx=dx)
     return Product("dgrad", rows, cols, depth, launch, lambda: {"dX": dx}, oracle)
@@ -141,16 +141,16 @@ def _wgrad(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str, *,
     dz, x = _draw(dtype, device, (depth, rows), (depth, cols))
     dw, db = x.new_empty(rows, cols), x.new_empty(rows)
 
-    def oracle(wide: torch.dtype, cut: Cut = _exactly) -> Results:
-        sums = {"db": dz.to(wide).sum(0)} if bias else {}
-        return {"dW": cut(dz.to(wide)).t() @ cut(x.to(wide)), **sums}
+    def oracle(used: torch.dtype, cut: Cut = _exactly) -> Results:
+        sums = {"db": dz.to(used).sum(0)} if bias else {}
+        return {"dW": cut(dz.to(used)).t() @ cut(x.to(used)), **sums}
 
     launch = functools.partial(kernels.linear_wgrad, dz, x, bias=bias, dw=dw, db=db if bias else None)
     return Product("wgrad", rows, cols, depth, launch, lambda: {"dW": dw} | ({"db": db} if bias else {}), oracle)
 
 
 def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, device: str, *, bias: bool) -> Product:
-    """Gradient and plain SGD of all layers in one launch, as in a step; its tile is asked for by the largest layer."""
+    """Gradient and plain SGD of all layers in one launch, as in a step; the largest layer determines the tile."""
     from fastmlp.kernels.layout import Hyper, Layer, Layout
 
     # The package's attribute of a launcher's module is the launcher.
@@ -179,10 +179,10 @@ def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, devic
         named = {f"dW {i}": -w for i, w in enumerate(weights)}
         return named | {f"db {i}": -b for i, b in enumerate(biases)}
 
-    def oracle(wide: torch.dtype, cut: Cut = _exactly) -> Results:
+    def oracle(used: torch.dtype, cut: Cut = _exactly) -> Results:
         # Gradients of float32 parameters keep float32's digits, whatever the dtype of the factors.
-        wide = torch.promote_types(wide, torch.float32)
-        pairs = [(dz.to(wide), x.to(wide)) for dz, x in zip(dzs, xs, strict=True)]
+        used = torch.promote_types(used, torch.float32)
+        pairs = [(dz.to(used), x.to(used)) for dz, x in zip(dzs, xs, strict=True)]
         named = {f"dW {i}": cut(dz).t() @ cut(x) for i, (dz, x) in enumerate(pairs)}
         return named | {f"db {i}": dz.sum(0) for i, (dz, _) in enumerate(pairs) if bias}
 
@@ -203,7 +203,7 @@ def _replaced(module: str, name: str, value: object) -> Iterator[None]:
 
 
 def _events(device: str) -> Clock:
-    """Median seconds of a launch by GPU events, the L2 cache overwritten before each."""
+    """Median seconds of a launch by GPU events, with the L2 cache overwritten before each launch."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
     def seconds(launch: Callable[[], object], repeats: int = 30) -> float:
@@ -222,7 +222,7 @@ def _events(device: str) -> Clock:
 
 
 def _price(product: Product, tile: Tile, dtype: torch.dtype, clock: Clock, log: Log) -> float:
-    """Seconds of a launch with ``tile``; infinite, and said so, where its result is wrong or it does not fit."""
+    """Seconds of a launch with ``tile``; infinite, with a line in the log, if it is wrong or does not fit."""
     from triton.runtime.errors import OutOfResources
 
     with forced(product.kind, tile):
@@ -233,7 +233,7 @@ def _price(product: Product, tile: Tile, dtype: torch.dtype, clock: Clock, log: 
             log(f"  {tuple(tile)} left out: {error}")
             return math.inf
         expected, own = (
-            {name: value.cpu() for name, value in product.oracle(wide).items()} for wide in (torch.float64, dtype)
+            {name: value.cpu() for name, value in product.oracle(used).items()} for used in (torch.float64, dtype)
         )
         verdict = worst(results, expected, own, dtype=dtype, reduction=product.depth)
         if not verdict.passed:
@@ -252,9 +252,9 @@ def tune(
     sizes: Sequence[int] = REFERENCE,
     clock: Clock | None = None,
 ) -> dict[str, Any]:
-    """Time every tile for every product of a network's step; returns the table, see ``fastmlp.kernels.tuned``.
+    """Time every tile for every product of a network's step; returns the table of ``fastmlp.kernels.tuned``.
 
-    ``clock`` gives the seconds of a launch; GPU events by default.
+    ``clock`` gives the seconds of a launch; the default is GPU events.
     """
     import triton
 
@@ -272,7 +272,7 @@ def tune(
             dtype = getattr(torch, name)
             for product in products(kind, batch, dtype, device, sizes):
                 shape = product.rows, product.cols, product.depth
-                wide = all(length % 16 == 0 for length in shape)  # what the launcher finds out of its operands
+                wide = all(length % 16 == 0 for length in shape)  # as the launcher finds for its operands
                 with _replaced("configs", "tuned_tile", lambda *_: None):
                     rule = configs.gemm_tile.__wrapped__(kind, *shape, dtype, here, wide=wide)
                 prices = {
@@ -290,7 +290,7 @@ def tune(
 
 
 def save_table(table: dict[str, Any]) -> Path:
-    """Write a table to the user's cache, in place of the one before, and use it from now on; returns the path."""
+    """Replace the table in the user's cache, and use the new one from now on; returns the path."""
     from fastmlp.kernels.configs import use_new_table
     from fastmlp.kernels.tuned import table_path
 

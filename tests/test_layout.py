@@ -2,6 +2,7 @@
 
 Read from the sources, imports inside functions and under TYPE_CHECKING included. A row is a line of `ROWS`; a folder of
 fastmlp/, or a file that lies directly in it, is a room. Files of one row that lie directly in fastmlp/ share a room.
+One file imports from outside of the package: cli/bench.py takes the command `fastmlp bench` from a checkout's bench/.
 """
 
 from __future__ import annotations
@@ -139,6 +140,18 @@ def test_kernels_know_nothing_of_fastmlp():
         if not other.startswith("kernels/")
     }
     assert outside == {("kernels/tuned.py", "base/atomic.py")}
+
+
+def test_only_the_command_bench_reaches_into_bench():
+    def reaches(node: ast.AST) -> bool:
+        if isinstance(node, ast.Constant):
+            return isinstance(node.value, str) and node.value.startswith("bench.")
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        return any(name.partition(".")[0] == "bench" for name in names)
+
+    found = {name for name, text in sources().items() if any(map(reaches, ast.walk(ast.parse(text))))}
+    assert found == {"cli/bench.py"}
 
 
 def test_every_folder_with_code_is_a_package():

@@ -1,7 +1,7 @@
 """The contenders of the time to accuracy: each trains 784-512-512-10 on FashionMNIST in its own way.
 
-A learner builds a ``Session``, which trains a part of an epoch at a time, so that the clock can be stopped while the
-accuracy is looked at. All start from nn.Linear's own starting values for a seed.
+A learner builds a ``Session``, which trains a part of an epoch per call, so that the clock can stop for a look at the
+accuracy. All start from nn.Linear's own starting values for a seed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from bench.rivals.jax_step import import_jax
 from bench.rivals.protocol import OK, Availability, installed, needs
 from fastmlp.train.schedules import lr_factors
 
-__all__ = ["LEARNERS", "Data", "Learner", "Recipe", "Session"]
+__all__ = ["LEARNERS", "Data", "Learner", "Session", "Settings"]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How it is trained: ReLU, plain or Nesterov SGD with a constant or falling learning rate."""
+class Settings:
+    """The settings of a training run: ReLU, plain or Nesterov SGD, a constant or falling learning rate."""
 
     lr: float
     batch: int = 64
@@ -34,7 +34,7 @@ class Recipe:
     epochs: int = 10
 
     def most_epochs(self, asked: int | None) -> int:
-        """How long to train if ``asked`` for that many epochs: a schedule that falls to 0 cannot be prolonged."""
+        """The epochs to train if ``asked`` for so many; a schedule that falls to 0 cannot be prolonged."""
         if asked is None or self.schedule == "constant":
             return asked or self.epochs
         return min(asked, self.epochs)
@@ -45,20 +45,21 @@ class Recipe:
         return f"ReLU, batch {self.batch}, SGD, {momentum}lr {self.lr:g} ({self.schedule}{over})"
 
 
-#: The tutorial's batch size and optimizer, constant learning rate. In its order of the images, seed 0, at most 20
-#: epochs, looking four times an epoch, the epochs to 88.33 % and to 89 % test accuracy (90 % was never reached) were:
+#: The tutorial's batch size and optimizer, with a constant learning rate. The rate was found by a search in the
+#: tutorial's order of the images, with seed 0, at most 20 epochs and four looks per epoch. These were the epochs to a
+#: test accuracy; 90 % was never reached.
 #:
 #:     lr        0.03    0.05    0.1     0.2     0.3     0.5     1.0
 #:     88.33 %   19.25   12.25    9.5    10.25   10.25   never   never
 #:     89 %      never   19.25   14.25   never   never   never   never
-TUTORIAL = Recipe(lr=0.1)
-#: What fastmlp's own command line trains with.
-OWN = Recipe(lr=0.1, batch=128, momentum=0.9, schedule="linear", epochs=10)
+TUTORIAL = Settings(lr=0.1)
+#: What ``fastmlp train --activation relu`` trains with.
+OWN = Settings(lr=0.1, batch=128, momentum=0.9, schedule="linear", epochs=10)
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Images uint8 [N, 784] and labels int64 [N] of both splits, on the device."""
+    """Images uint8 [N, 784] and labels int64 [N] of training and test data, on the device."""
 
     images: Tensor
     labels: Tensor
@@ -68,7 +69,7 @@ class Data:
 
     @property
     def device(self) -> torch.device:
-        """Where all of it lies."""
+        """The device of all tensors."""
         return self.images.device
 
 
@@ -76,13 +77,13 @@ class Session(Protocol):
     """A model in training."""
 
     def reset(self, seed: int) -> None:
-        """Back to the starting values of a seed."""
+        """Return to the starting values of a seed."""
 
     def train(self, epoch: int, part: int, parts: int) -> None:
         """Train the part-th of ``parts`` of an epoch; parts and epochs come in order."""
 
     def warm_up(self) -> None:
-        """Everything that happens once: compilation, choices, capture; ``reset`` undoes the rest."""
+        """Do everything that happens once: compilation, measurements, capture; ``reset`` undoes the training."""
 
     def finish(self) -> None:
         """Wait for what was started."""
@@ -92,7 +93,7 @@ class Session(Protocol):
 
 
 class Learner(Protocol):
-    """A way to train; ``recipe`` says with which settings."""
+    """One contender: how it trains, and with which settings."""
 
     @property
     def name(self) -> str:
@@ -103,7 +104,7 @@ class Learner(Protocol):
         """A few words, as in tables."""
 
     @property
-    def recipe(self) -> Recipe:
+    def settings(self) -> Settings:
         """Its settings."""
 
     def available(self, device: torch.device) -> Availability:
@@ -128,10 +129,10 @@ def _start(seed: int) -> list[Tensor]:
 
 
 class _TorchSession:
-    """Shared by the sessions whose parameters are torch tensors: the epoch's order, the test."""
+    """What sessions with torch tensors as parameters share: the order of an epoch, and the test."""
 
-    def __init__(self, data: Data, recipe: Recipe) -> None:
-        self.data, self.recipe = data, recipe
+    def __init__(self, data: Data, settings: Settings) -> None:
+        self.data, self.settings = data, settings
         self.model = _network().to(data.device)
         self.seed = 0
         self.order = torch.empty(0, dtype=torch.int64)
@@ -144,7 +145,7 @@ class _TorchSession:
 
     def rows(self, epoch: int, part: int, parts: int) -> Tensor:
         """The rows of a part, in the order of the epoch; all parts but the last are whole batches."""
-        n, batch = len(self.data.labels), self.recipe.batch
+        n, batch = len(self.data.labels), self.settings.batch
         if part == 0:
             generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
             self.order = torch.randperm(n, generator=generator).to(self.data.device)
@@ -166,10 +167,10 @@ class _TorchSession:
 
 
 class _QuickstartSession(_TorchSession):
-    """Dataset and DataLoader as in the tutorial: in order, ToTensor of one image after the other."""
+    """Dataset and DataLoader as in the tutorial: the images in order, ToTensor for one image at a time."""
 
-    def __init__(self, data: Data, recipe: Recipe) -> None:
-        super().__init__(data, recipe)
+    def __init__(self, data: Data, settings: Settings) -> None:
+        super().__init__(data, settings)
         from torchvision.datasets import FashionMNIST, VisionDataset
         from torchvision.transforms import ToTensor
 
@@ -178,10 +179,10 @@ class _QuickstartSession(_TorchSession):
                 VisionDataset.__init__(self, "", transform=ToTensor())
                 self.data, self.targets = data.images.cpu().view(-1, 28, 28), data.labels.cpu()
 
-        self.loader: Any = torch.utils.data.DataLoader(InMemory(), batch_size=recipe.batch)
+        self.loader: Any = torch.utils.data.DataLoader(InMemory(), batch_size=settings.batch)
         self.batches: Iterator[Any] = iter(())
         self.loss = nn.CrossEntropyLoss()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=recipe.lr)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=settings.lr)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         x, y = x.to(self.data.device), y.to(self.data.device)
@@ -203,11 +204,11 @@ class _QuickstartSession(_TorchSession):
 
 
 class _ResidentSession(_TorchSession):
-    """All data on the device, shuffled; module, autograd and optimizer as in the tutorial, or compiled."""
+    """Data on the device, shuffled; module, autograd and optimizer as in the tutorial, or compiled."""
 
-    def __init__(self, data: Data, recipe: Recipe, *, compiled: bool) -> None:
-        super().__init__(data, recipe)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=recipe.lr)
+    def __init__(self, data: Data, settings: Settings, *, compiled: bool) -> None:
+        super().__init__(data, settings)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=settings.lr)
         loss = nn.CrossEntropyLoss()
 
         def loss_of(x: Tensor, y: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ class _ResidentSession(_TorchSession):
         self.update: Any = torch.compile(self.optimizer.step) if compiled else self.optimizer.step
 
     def train(self, epoch: int, part: int, parts: int) -> None:
-        for rows in self.rows(epoch, part, parts).split(self.recipe.batch):
+        for rows in self.rows(epoch, part, parts).split(self.settings.batch):
             self.step(rows)
 
     def step(self, rows: Tensor) -> None:
@@ -226,7 +227,7 @@ class _ResidentSession(_TorchSession):
         self.optimizer.zero_grad()
 
     def warm_up(self) -> None:
-        n, batch = len(self.data.labels), self.recipe.batch
+        n, batch = len(self.data.labels), self.settings.batch
         every = torch.arange(n, device=self.data.device)
         for rows in (every[:batch], every[:batch], every[: n % batch or batch], every[:batch]):
             self.step(rows)
@@ -235,16 +236,16 @@ class _ResidentSession(_TorchSession):
 class _FastSession(_TorchSession):
     """fastmlp.TrainStep.epoch: the step gathers and scales the pixels itself."""
 
-    def __init__(self, data: Data, recipe: Recipe) -> None:
-        super().__init__(data, recipe)
+    def __init__(self, data: Data, settings: Settings) -> None:
+        super().__init__(data, settings)
         self.mlp = fastmlp.MLP.from_torch(self.model)
-        self.factors = lr_factors(recipe.schedule, recipe.epochs * -(-len(data.labels) // recipe.batch))
+        self.factors = lr_factors(settings.schedule, settings.epochs * -(-len(data.labels) // settings.batch))
         self.fresh()
 
     def fresh(self) -> None:
         """A new optimizer."""
-        momentum = self.recipe.momentum
-        self.step = fastmlp.TrainStep(self.mlp, lr=self.recipe.lr, momentum=momentum, nesterov=momentum > 0)
+        momentum = self.settings.momentum
+        self.step = fastmlp.TrainStep(self.mlp, lr=self.settings.lr, momentum=momentum, nesterov=momentum > 0)
         self.taken = 0
 
     def reset(self, seed: int) -> None:
@@ -253,13 +254,13 @@ class _FastSession(_TorchSession):
 
     def train(self, epoch: int, part: int, parts: int) -> None:
         rows = self.rows(epoch, part, parts)
-        steps = -(-len(rows) // self.recipe.batch)
+        steps = -(-len(rows) // self.settings.batch)
         factors = self.factors[self.taken : self.taken + steps]
-        self.step.epoch(self.data.images, self.data.labels, self.recipe.batch, rows, factors)
+        self.step.epoch(self.data.images, self.data.labels, self.settings.batch, rows, factors)
         self.taken += steps
 
     def warm_up(self) -> None:
-        n, batch = len(self.data.labels), self.recipe.batch
+        n, batch = len(self.data.labels), self.settings.batch
         rows = torch.arange(2 * batch + n % batch, device=self.data.device) % n
         self.step.epoch(self.data.images, self.data.labels, batch, rows)
 
@@ -267,10 +268,10 @@ class _FastSession(_TorchSession):
 class _JaxSession:
     """Gather, scaling, loss, gradient and update in one jit with donated parameters."""
 
-    def __init__(self, data: Data, recipe: Recipe) -> None:
+    def __init__(self, data: Data, settings: Settings) -> None:
         self.jax = jax = import_jax()
         jnp = jax.numpy
-        self.recipe, self.n, self.seed = recipe, len(data.labels), 0
+        self.settings, self.n, self.seed = settings, len(data.labels), 0
         self.images, self.labels = jnp.array(data.images.cpu().numpy()), jnp.array(data.labels.cpu().numpy())
         self.test_images = jnp.array(data.test_images.cpu().numpy())
         self.test_labels = jnp.array(data.test_labels.cpu().numpy())
@@ -288,7 +289,7 @@ class _JaxSession:
 
         def step(params: Any, images: Any, labels: Any, rows: Any) -> Any:
             grads = jax.grad(loss_of)(params, images, labels, rows)
-            return [p - recipe.lr * g for p, g in zip(params, grads, strict=True)]
+            return [p - settings.lr * g for p, g in zip(params, grads, strict=True)]
 
         self.step = jax.jit(step, donate_argnums=0)
         self.right = jax.jit(lambda params, x, y: (logits(params, x).argmax(1) == y).mean())
@@ -303,7 +304,7 @@ class _JaxSession:
         self.params = self.step(self.params, self.images, self.labels, rows)
 
     def train(self, epoch: int, part: int, parts: int) -> None:
-        batch = self.recipe.batch
+        batch = self.settings.batch
         if part == 0:
             generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
             self.order = torch.randperm(self.n, generator=generator).numpy()
@@ -313,7 +314,7 @@ class _JaxSession:
 
     def warm_up(self) -> None:
         self.reset(0)
-        batch = self.recipe.batch
+        batch = self.settings.batch
         every = torch.arange(self.n).numpy()
         for rows in (every[:batch], every[: self.n % batch or batch], every[:batch]):
             self.take(rows)
@@ -329,13 +330,13 @@ class _JaxSession:
 class _Quickstart:
     name: str = "quickstart"
     label: str = "PyTorch quickstart as written, tuned learning rate"
-    recipe: Recipe = TUTORIAL
+    settings: Settings = TUTORIAL
 
     def available(self, device: torch.device) -> Availability:
         return OK
 
     def build(self, data: Data) -> Session:
-        return _QuickstartSession(data, self.recipe)
+        return _QuickstartSession(data, self.settings)
 
 
 @dataclass
@@ -343,20 +344,20 @@ class _Resident:
     name: str
     label: str
     compiled: bool
-    recipe: Recipe = TUTORIAL
+    settings: Settings = TUTORIAL
 
     def available(self, device: torch.device) -> Availability:
         return OK
 
     def build(self, data: Data) -> Session:
-        return _ResidentSession(data, self.recipe, compiled=self.compiled)
+        return _ResidentSession(data, self.settings, compiled=self.compiled)
 
 
 @dataclass
 class _Jax:
     name: str = "jax"
     label: str = "JAX jit, data on the device"
-    recipe: Recipe = TUTORIAL
+    settings: Settings = TUTORIAL
 
     def available(self, device: torch.device) -> Availability:
         here = installed("jax")
@@ -366,20 +367,20 @@ class _Jax:
         return needs(((platform == "gpu") == (device.type == "cuda"), f"this JAX computes on the {platform}"))
 
     def build(self, data: Data) -> Session:
-        return _JaxSession(data, self.recipe)
+        return _JaxSession(data, self.settings)
 
 
 @dataclass
 class _Fast:
     name: str = "fastmlp"
     label: str = "fastmlp TrainStep"
-    recipe: Recipe = field(default=TUTORIAL)
+    settings: Settings = field(default=TUTORIAL)
 
     def available(self, device: torch.device) -> Availability:
         return OK
 
     def build(self, data: Data) -> Session:
-        return _FastSession(data, self.recipe)
+        return _FastSession(data, self.settings)
 
 
 LEARNERS: tuple[Learner, ...] = (
@@ -388,5 +389,5 @@ LEARNERS: tuple[Learner, ...] = (
     _Resident("compile", "torch.compile, data on the device", compiled=True),
     _Jax(),
     _Fast(),
-    _Fast("fastmlp_own_recipe", "fastmlp with its own recipe", OWN),
+    _Fast("fastmlp_own_recipe", "fastmlp with its own settings", OWN),
 )

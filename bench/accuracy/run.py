@@ -6,8 +6,8 @@
                      "runs": [{"seed": ..., "seconds": ..., "epochs": ..., "reached": {"0.89": seconds or null, ...},
                                "curve": [{"epoch": ..., "seconds": ..., "accuracy": ...}, ...]}, ...]}, ...]}
 
-Only the training steps are on the clock: not the compilation and warm-up, which ``setup_s`` has, nor the looks at
-the accuracy. A run ends when the highest target is reached, or after the recipe's epochs.
+The clock runs during the training steps only. ``setup_s`` has the compilation and the warm-up; the looks at the
+accuracy are not timed. A run ends when the highest target is reached, or after the epochs of its settings.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Log = Callable[[str], None]
 
 
 def load_data(source: str | None, device: str) -> Data:
-    """FashionMNIST on the device; ``source`` is a folder, "bundled" for the subset, or None for wherever it is found.
+    """FashionMNIST on the device; ``source`` is a folder, "bundled" for the subset, or None for the usual places.
 
     Raises:
         FileNotFoundError: only the bundled subset is there, and it was not asked for.
@@ -85,7 +85,7 @@ def train_to(
 def _contender(
     learner: Learner, data: Data, seeds: int, targets: Sequence[float], epochs: int | None, log: Log
 ) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": learner.name, "label": learner.label, "settings": str(learner.recipe)}
+    entry: dict[str, Any] = {"name": learner.name, "label": learner.label, "settings": str(learner.settings)}
     available = learner.available(data.device)
     if not available.ok:
         return {**entry, "status": "unavailable", "reason": available.reason}
@@ -97,7 +97,7 @@ def _contender(
         entry["setup_s"] = time.perf_counter() - begin
         runs = []
         for seed in range(seeds):
-            runs.append(train_to(session, seed, learner.recipe.most_epochs(epochs), targets))
+            runs.append(train_to(session, seed, learner.settings.most_epochs(epochs), targets))
             reached = ", ".join(
                 f"{100 * float(t):g} %: {'-' if s is None else f'{s:.1f} s'}" for t, s in runs[-1]["reached"].items()
             )
@@ -116,12 +116,12 @@ def run_accuracy(
     targets: Sequence[float] = TARGETS,
     epochs: int | None = None,
 ) -> Document:
-    """Every learner, ``seeds`` runs each; ``epochs`` is asked for instead of the recipes' own."""
+    """Every learner, ``seeds`` runs each; ``epochs`` replaces the settings' own."""
     started = datetime.datetime.now(datetime.timezone.utc)
     about = machine.describe(str(data.device))
     contenders = []
     for learner in LEARNERS:
-        log(f"{learner.label}: {learner.recipe}")
+        log(f"{learner.label}: {learner.settings}")
         contenders.append(_contender(learner, data, seeds, targets, epochs, log))
         if contenders[-1]["status"] != "ok":
             log(f"  {contenders[-1]['status']}: {contenders[-1]['reason']}")

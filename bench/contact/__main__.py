@@ -1,4 +1,4 @@
-"""A process of a stage: ``python -m bench.contact MODULE --results FD``; ``pool`` starts it and speaks with it."""
+"""A process of a stage: ``python -m bench.contact MODULE --results FD``; ``pool`` starts it and talks to it."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def main() -> None:
             usable = True
             try:
                 stage.run(unit, report)
-            except Exception as error:  # whatever a driver, a compiler or a kernel raises is the finding
+            except Exception as error:  # what a driver, a compiler or a kernel raises is the result
                 report.exception(unit, error)
             if report._device is not None:
                 try:
                     report._device.synchronize()
-                except Exception as error:  # after an illegal access, say, every further call fails alike
+                except Exception as error:  # for example after an illegal access, when every further call fails
                     report.exception(f"{unit}: the device afterwards", error)
                     usable = False
             report.send({"done": usable and not report.spent})

@@ -1,7 +1,7 @@
-"""Stage 3x: what the rule chooses beside what might be faster, for the findings P1 to P6 of the review of the code.
+"""Stage 3x: the rule's tiles beside tiles that might be faster, for six conjectures P1 to P6 about the kernels.
 
 ``ALTERNATIVES`` is data: a line is a product of the reference network's step, and tiles to try for it. Every tile is
-judged against float64 before it is timed; one that does not compile, or does not fit, is a result too.
+judged against float64 before it is timed. A tile that does not compile or does not fit is a result too.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Alternatives:
     """What to try for one kind of product.
 
     Attributes:
-        finding: of the review.
-        kind: as ``configs.GEMM_KINDS``.
-        mode, batch: of the step; the largest product of the kind is taken.
-        tiles: beside the rule's.
-        splits: programs that share the batch of one tile, for weight gradients, beside the rule's.
-        bias: False to try weight gradients without those of the biases too, which shows what these cost.
+        finding: the conjecture.
+        kind: one of ``configs.GEMM_KINDS``.
+        mode, batch: those of the step; the largest product of the kind is taken.
+        tiles: tiles beside the rule's.
+        splits: for weight gradients, numbers of programs that share the batch of one tile, beside the rule's.
+        bias: False to try weight gradients without bias gradients too, which shows the cost of the latter.
     """
 
     finding: str
@@ -60,7 +60,7 @@ ALTERNATIVES = (
     # P3: both warpgroups of (64, 128, 32) with 8 warps compute the same.
     Alternatives("P3", "fwd", "float32", 4096, (Tile(64, 128, 32, 4, 3), Tile(64, 128, 32, 8, 3))),
     Alternatives("P3", "dgrad", "float32", 4096, (Tile(64, 128, 32, 4, 3), Tile(64, 128, 32, 8, 3))),
-    # P4: splits rounds up.
+    # P4: ``splits`` rounds up.
     Alternatives("P4", "update", "bfloat16", 512, (Tile(64, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)), (1, 2)),
     # P5: registers of the update at a small batch.
     Alternatives(
@@ -74,7 +74,7 @@ ALTERNATIVES = (
     Alternatives("P6", "dgrad", "float32", 64, (Tile(16, 32, 64, 2, 3), Tile(16, 16, 64, 1, 4))),
     Alternatives("P6", "fwd", "bfloat16", 64, (Tile(16, 32, 128, 2, 4), Tile(16, 16, 128, 1, 4))),
 )  # fmt: skip
-#: In a rehearsal the same lines run with these tiles and splits, at the rehearsal's batch.
+#: What a rehearsal runs in their place.
 _REHEARSED = Alternatives("rehearsal", "update", "float32", 16, (Tile(16, 16, 16, 1, 2),), (1,), bias=False)
 
 
@@ -122,7 +122,7 @@ def _try(report: Report, tried: Alternatives, product: Product, tile: Tile, coun
         with forced(tried.kind, tile), _splits(tried.kind, count):
             share, _ = product_share(product, tried.mode)
             us = _hot(report, product.launch, tried.batch)
-    except Exception as error:  # that an alternative does not fit is no fault of the library
+    except Exception as error:  # an alternative that does not fit is no fault of fastmlp
         first = (str(error).strip() or "no message").splitlines()[0]
         report.item(name, "info", f"{type(error).__name__}: {first}"[:300], **values)
         report.device.synchronize()
@@ -130,13 +130,13 @@ def _try(report: Report, tried: Alternatives, product: Product, tile: Tile, coun
     values |= {"us": us, "table": "alternatives"}
     if way.endswith("the rule"):
         report.share(name, share, **values)
-    else:  # nor is what it gets wrong
+    else:  # nor is an alternative that is wrong
         report.item(name, "info", "" if share <= 1 else "over its budget", share=share, **values)
 
 
 @contextmanager
 def _splits(kind: str, count: int | None) -> Iterator[None]:
-    """Weight gradients whose tiles are shared by so many programs; None for the rule's number."""
+    """Within the block ``count`` programs share the batch of a tile; None for the rule's number."""
     if count is None:
         yield
         return

@@ -1,6 +1,6 @@
-"""All that only a GPU does: events, graphs, waiting, memory, nvidia-smi; and what stands in for it in a rehearsal.
+"""All that only a GPU does (events, graphs, waiting, memory, nvidia-smi), and its stand-in for a rehearsal.
 
-The stages call these few methods and nothing of torch.cuda, so that a rehearsal executes every line of theirs. In a
+The stages call these few methods and nothing of torch.cuda, so that a rehearsal executes every line of the stages. In a
 rehearsal the kernels run on the simulated GPU, a captured graph is the function itself, and every time is None.
 """
 
@@ -30,12 +30,12 @@ class Gpu:
     """The current GPU.
 
     Attributes:
-        name: as torch calls the device.
-        rehearsal: whether there is none.
-        sizes, batches: of the network that the stages train.
-        repeats: how often what must agree bit by bit is repeated.
-        batch_sizes: how many batch sizes are tried in turn.
-        calls: of which a time is the mean.
+        name: torch's name of the device.
+        rehearsal: whether there is no GPU.
+        sizes, batches: layers and batch sizes of the network that the stages train.
+        repeats: how often a run is repeated that must agree bit by bit.
+        batch_sizes: how many batch sizes are tried.
+        calls: the number of calls in a mean time.
     """
 
     rehearsal = False
@@ -47,7 +47,7 @@ class Gpu:
     calls = 200
 
     def synchronize(self) -> None:
-        """Wait for all that was launched."""
+        """Wait for all launches."""
         torch.cuda.synchronize()
 
     def capture(self, launch: Launch) -> Launch:
@@ -63,7 +63,7 @@ class Gpu:
         return graph.replay
 
     def chain(self, run: Launch, calls: int) -> float | None:
-        """Microseconds per call of calls issued one after the other."""
+        """Microseconds per call of ``calls`` calls in a row."""
         for _ in range(3):
             run()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -76,7 +76,7 @@ class Gpu:
         return start.elapsed_time(stop) * 1e3 / calls
 
     def steps(self, run: Run, calls: int) -> float | None:
-        """Microseconds per call of a contender, by the host's clock: JAX's streams are none that torch's events see."""
+        """Microseconds per call of a contender, by the host's clock: torch's events do not see JAX's streams."""
         for _ in range(3):
             run()
         return 1e6 * chain(run, calls)
@@ -95,7 +95,7 @@ class Gpu:
         return statistics.median(start.elapsed_time(stop) for start, stop in events) * 1e3
 
     def host(self, run: Launch, calls: int) -> float | None:
-        """Microseconds per call until the host may go on; the device is idle before and not waited for."""
+        """Microseconds per call of the host alone; the device is idle before, and the clock does not wait for it."""
         for _ in range(3):
             run()
         self.synchronize()
@@ -119,7 +119,7 @@ class Gpu:
         return torch.empty(count, pin_memory=True)
 
     def kernels(self, run: Launch) -> dict[str, tuple[int, float | None]]:
-        """What one call runs on the device, by torch's profiler: (launches, microseconds) of each kernel."""
+        """Kernel -> (launches, microseconds) of one call, by torch's profiler."""
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
             run()
             self.synchronize()
@@ -132,7 +132,7 @@ class Gpu:
         return {name: (count, times[name]) for name, count in counts.items()}
 
     def properties(self) -> dict[str, Any]:
-        """What the runtime says of the device."""
+        """What the CUDA runtime says about the device."""
         about = torch.cuda.get_device_properties(0)
         return {
             "device": about.name,
@@ -145,7 +145,7 @@ class Gpu:
         }
 
     def query(self, fields: str) -> dict[str, str]:
-        """What nvidia-smi says, one value per field; a field that it does not know is left out."""
+        """nvidia-smi's value per field, without the fields that it does not know."""
         tool = shutil.which("nvidia-smi")
         if tool is None:
             return {}
@@ -162,7 +162,7 @@ class Gpu:
 
 
 class Rehearsal(Gpu):
-    """No GPU: small sizes, no times."""
+    """The stand-in for a GPU: small sizes, no times."""
 
     rehearsal = True
     name = "cpu"
@@ -187,7 +187,7 @@ class Rehearsal(Gpu):
     steps = cold = host = chain
 
     def allocated(self) -> int:
-        """Nobody counts."""
+        """Not counted."""
         return 0
 
     def release(self) -> None:
@@ -198,7 +198,7 @@ class Rehearsal(Gpu):
         return torch.empty(count)
 
     def kernels(self, run: Launch) -> dict[str, tuple[int, float | None]]:
-        """The launches that the simulated GPU records."""
+        """Kernel -> (launches, None), as the simulated GPU records them."""
         from triton.runtime import driver
 
         before = len(driver.active.launches)
@@ -207,14 +207,14 @@ class Rehearsal(Gpu):
         return {name: (count, None) for name, count in counts.items()}
 
     def properties(self) -> dict[str, Any]:
-        """Those of the simulated GPU."""
+        """The simulated GPU's properties."""
         from fastmlp.kernels.device import current_device
 
         here = current_device()
         return {"device": "simulated", "capability": str(here.arch), "multiprocessors": here.multiprocessors}
 
     def query(self, fields: str) -> dict[str, str]:
-        """There is nothing to ask."""
+        """Nothing to ask."""
         return {}
 
 
@@ -223,7 +223,7 @@ Device = Gpu
 
 @contextmanager
 def opened(*, rehearsal: bool) -> Iterator[Device]:
-    """The device, ready for launches; in a rehearsal every kernel runs on a simulated sm_80."""
+    """The device, ready for launches; a rehearsal runs every kernel on a simulated sm_80."""
     if not rehearsal:
         torch.cuda.init()
         yield Gpu()

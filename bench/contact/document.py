@@ -1,10 +1,10 @@
-"""The results of a first contact: one JSON file that is whole at any time, however the command ends.
+"""The results of a first contact: one JSON file that is whole at any time.
 
     {"format": 1, "rehearsal": bool, "started": ..., "limit_s": ...,
      "stages": {name: {"status": ..., "reason": ..., "seconds": ..., "units": ...}},
      "items": [{"stage": ..., "unit": ..., "name": ..., "status": ..., "reason": ..., ...}, ...]}
 
-An item's status is "ok", "info" (a fact that nothing judges), "wrong" (a result over its budget), "failed" (an
+An item's status is "ok", "info" (a fact that is not judged), "wrong" (a result over its budget), "failed" (an
 exception), "crashed", "hung", "unfinished" (killed at the end of its stage) or "skipped".
 """
 
@@ -19,24 +19,24 @@ from typing import Any
 __all__ = ["BAD", "FILE_BYTES", "Document", "save_text"]
 
 BAD = ("wrong", "failed", "crashed", "hung")
-#: Of one file in the folder of results.
+#: Bytes of one file in the folder of results, at most.
 FILE_BYTES = 16 << 20
 _ITEM_BYTES, _TEXT = 32 << 10, 1500
 
 
 def save_text(path: Path, text: str) -> None:
-    """Write ``path`` so that a reader finds the old text or the whole new one; at most ``FILE_BYTES`` of it."""
+    """Write at most ``FILE_BYTES`` to ``path``; a reader finds the old text or the whole new text."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(text.encode()[:FILE_BYTES])
     os.replace(temporary, path)
 
 
 class Document:
-    """What was found so far; every change is on the disk when the call returns. Threads may share it.
+    """The results so far; every change is on the disk when the call returns. Threads may share it.
 
     Attributes:
         data: the content, see above.
-        unwritten: why the file could not be written the last time, or "".
+        unwritten: why the last write failed, or "".
     """
 
     def __init__(self, folder: Path, **head: Any) -> None:
@@ -78,5 +78,5 @@ class Document:
             head = {key: value for key, value in self.data.items() if key != "items"}
             save_text(self.path, json.dumps(head, indent=1)[:-2] + f',\n "items": [\n{lines}\n]\n}}\n')
             self.unwritten = ""
-        except OSError as error:  # a full disk must not end the run: the verdict is printed too
+        except OSError as error:  # a full disk must not end the run, which also prints the verdict
             self.unwritten = f"{type(error).__name__}: {error}"

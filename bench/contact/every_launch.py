@@ -12,7 +12,7 @@ from .device import opened
 
 
 def main() -> None:
-    """Launch and wait; a rehearsal takes those that stage 1 has compiled."""
+    """Launch and wait; a rehearsal takes the kernels that stage 1 has compiled."""
     rehearsal = "--rehearse" in sys.argv
     with opened(rehearsal=rehearsal) as device:
         for name in list(LAUNCHES)[:: 3 if rehearsal else 1]:

@@ -15,14 +15,14 @@ from bench.tune import Product
 
 __all__ = ["NUMERICS", "Tf32Products", "dtype_of", "product_share", "run_share"]
 
-#: Modes of ``bench.static.gpus.MODES`` that the library has.
+#: The modes of ``bench.static.gpus.MODES`` that fastmlp has.
 NUMERICS = ("float32", "tf32", "bfloat16", "float16")
 
 
 class Tf32Products(TorchDispatchMode):
     """Within it torch rounds the factors of float32 products to tf32, forward and backward, on any device.
 
-    On a GPU cuBLAS may do so by itself, or may not; on a CPU nothing does.
+    cuBLAS on a GPU may or may not do so by itself; a CPU never does.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -33,14 +33,14 @@ class Tf32Products(TorchDispatchMode):
 
 
 def dtype_of(mode: str) -> torch.dtype:
-    """Of the products' factors."""
+    """The dtype of the products' factors."""
     dtype = getattr(torch, MODES[mode].dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
 def product_share(product: Product, mode: str) -> tuple[float, str]:
-    """(error of a product over its budget, which of its results it is of), the worst of its results."""
+    """(error / budget, name) of a product's worst result."""
     product.launch()
     results = product.results()
     expected = product.oracle(torch.float64)
@@ -54,6 +54,6 @@ def product_share(product: Product, mode: str) -> tuple[float, str]:
 
 
 def run_share(actual: Tensor, expected: Tensor, own: Tensor, steps: int) -> float:
-    """Error of all parameters after some steps over its budget: twice torch's own, and a rounding per step."""
+    """Error of all parameters after ``steps`` steps / its budget: twice torch's own error and a rounding per step."""
     rounding = math.sqrt(steps) * torch.finfo(torch.float32).eps * expected.norm().item()
     return (actual - expected).norm().item() / (2 * (own - expected).norm().item() + rounding)

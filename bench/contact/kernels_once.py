@@ -1,6 +1,6 @@
 """Stage 1: every kernel once in float32 and bfloat16, three steps with and without graphs, an epoch, tuple arguments.
 
-Its units run in many processes, which compile into one cache, so that later stages find what they need.
+Its units run in many processes with one cache of compiled kernels, which later stages find filled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEPS = 3
 
 
 def units(report: Report) -> list[str]:
-    """The steps first: they have the most to compile. A rehearsal takes some kernels: the tests execute all."""
+    """The steps first, because they compile most. A rehearsal takes some kernels, because the tests execute all."""
     every = 3 if report.rehearsal else 1
     steps = [f"{what} {dtype}" for what in ("steps", "tuple") for dtype in DTYPES]
     checks = [f"check {dtype} {name}" for name in list(CHECKS)[::every] for dtype in DTYPES]

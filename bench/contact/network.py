@@ -1,8 +1,8 @@
 """Stage 2b: the reference network at four batch sizes, every optimizer and mode, float and uint8 inputs.
 
-Three steps against float64, launches against graphs and against themselves bit by bit; then what only a GPU shows: its
-NaN, labels that are no class, many batch sizes, a thread that allocates while a graph is captured, torch's newer
-setting of float32's precision.
+Three steps are compared with float64, and launches with graphs and with repeated launches bit by bit. Special cases
+show what only a GPU has: its NaN, labels that are no class, many batch sizes, a thread that allocates while a graph is
+captured, torch's newer setting of float32's precision.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = ["run", "units"]
 RULES = ("weight decay", "nesterov", "adamw")
 INPUTS = ("uint8", "float")
 STEPS = 3
-#: The NaN that a GPU's own instructions make, of 32 bits; a CPU's is 0x7FC00000.
+#: The 32-bit NaN that a GPU's instructions make; a CPU's is 0x7FC00000.
 GPU_NAN = 0x7FFFFFFF
 _GROWTH = 16 << 20
 
 
 def units(report: Report) -> list[str]:
-    """Batch, input, mode, optimizer; a rehearsal takes a few that have every value."""
+    """Batch, input, mode, optimizer; a rehearsal takes a few combinations that cover every value."""
     batches = sorted(report.device.batches, reverse=True)
     cases: Iterable[tuple[int, str, str, str]] = itertools.product(batches, INPUTS, NUMERICS, RULES)
     if report.rehearsal:
@@ -129,7 +129,7 @@ def _nan(report: Report) -> None:
 
 
 def _labels(report: Report) -> None:
-    """A label that is no class makes the loss NaN; where the tensors are on a CPU, as in a rehearsal, it raises."""
+    """A label that is no class makes the loss NaN; in a rehearsal, where the tensors are on a CPU, it raises."""
     for label in (-1, report.device.sizes[-1]):
         x, y = _batch(report, report.device.batches[0])
         y[3] = label
@@ -142,7 +142,7 @@ def _labels(report: Report) -> None:
 
 
 def _batch_sizes(report: Report) -> None:
-    """Many batch sizes in turn, twice: the second round needs no more memory."""
+    """Many batch sizes, in two rounds: the second round needs no more memory than the first."""
     device = report.device
     step = fastmlp.TrainStep(_float32(report), lr=0.01)
     x, y = _batch(report, 8 * (device.batch_sizes + 1))
@@ -194,7 +194,7 @@ def _capture_beside_allocations(report: Report) -> None:
 def _fp32_precision(report: Report) -> None:
     """torch's newer setting of float32's precision is followed: tf32 products round differently.
 
-    Once it is set, torch refuses to answer for the older one; so this is the first unit of its process, and the last.
+    After it is set, torch refuses to answer for the older setting, so the process takes no other unit after this one.
     """
     report.spent = True
     x, y = _batch(report, report.device.batches[0])

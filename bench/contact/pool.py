@@ -1,8 +1,8 @@
-"""The processes of one stage: they take its units in turn, and whoever crashes or hangs is replaced.
+"""The processes of one stage: they take its units in turn, and a process that crashes or hangs is replaced.
 
-A process is ``python -m bench.contact``, in a session of its own, so that a kill reaches whatever it has started. It
-reads ``list`` and ``run SECONDS UNIT`` from its standard input and answers in JSON lines on a pipe that nothing else
-writes to; of what it prints, the last 64 KiB are kept.
+A process is ``python -m bench.contact``, in a session of its own, so that a kill also ends what it has started. It
+reads ``list`` and ``run SECONDS UNIT`` from its standard input and answers in JSON lines on a pipe of their own. The
+last 64 KiB of its output are kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["ROOT", "Stage", "run_stage"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _LOG_BYTES, _LINE_BYTES = 64 << 10, 1 << 20
-#: Seconds before a unit's end at which the process should have stopped by itself.
+#: Seconds between the time at which a unit should stop by itself and its end.
 MARGIN = 2.0
 
 Message = dict[str, Any]
@@ -39,12 +39,12 @@ class Stage:
     """One stage.
 
     Attributes:
-        name: as the tables call it.
-        module: with ``units`` and ``run``.
+        name: its name in the tables.
+        module: a module with ``units`` and ``run``.
         seconds: its share of the time, relative to the other stages'.
-        rehearsed: the same in a rehearsal, which spends its time on compiling and simulating.
-        least: with fewer seconds than this it is skipped.
-        workers: processes at most; the cores of the machine bound them too.
+        rehearsed: the share in a rehearsal, which spends its time on compiling and simulating.
+        least: the seconds below which it is skipped.
+        workers: processes at most; the machine's cores bound them too.
         unit_s: seconds that one unit may take.
     """
 
@@ -109,12 +109,12 @@ class _Worker:
 
         Raises:
             TimeoutError: none came.
-            _Ended: the process is gone, or what it writes are no messages.
+            _Ended: the process is gone, or writes something else than messages.
         """
         while b"\n" not in self._buffer:
             if len(self._buffer) > _LINE_BYTES:
                 raise _Ended("it wrote a line without an end")
-            ended = self.process.poll() is not None  # before the pipe is looked at: what is in it then is all
+            ended = self.process.poll() is not None  # asked before the pipe, which then has all there is
             if self._selector.select(min(0.2, max(0.0, until - time.monotonic()))):
                 if not (data := os.read(self._results, 1 << 16)):
                     raise _Ended("it closed its pipe")
@@ -135,7 +135,7 @@ class _Worker:
         status = self.process.poll()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # in the driver, say, where no signal reaches it
+        with contextlib.suppress(subprocess.TimeoutExpired):  # no signal reaches it inside the driver
             self.process.wait(5)
         self._reader.join(1)
         self._selector.close()
@@ -185,7 +185,7 @@ class _Run:
         return status, worker.log
 
     def serve(self, worker: _Worker | None) -> None:
-        """Take units until there are no more, or no time; runs in a thread of its own."""
+        """Take units until none are left, or no time; runs in a thread of its own."""
         while not self.stopped and time.monotonic() < self.until - MARGIN:
             with self.lock:
                 unit = self.units.popleft() if self.units else None
@@ -203,7 +203,7 @@ class _Run:
             self.drop(worker)
 
     def one(self, worker: _Worker, unit: str) -> bool:
-        """One unit; whether the process can take another."""
+        """Run one unit; returns whether the process can take another."""
         begin = time.monotonic()
         until = min(self.until, begin + self.stage.unit_s)
         name = self.stage.name
@@ -216,13 +216,13 @@ class _Run:
             self.drop(worker)
         except TimeoutError:
             log = self.drop(worker)[1]
-            # At the stage's end a unit may just have been slow.
+            # At the end of its stage a unit may only have been slow.
             word, what = ("unfinished", ", at the end of its stage") if until == self.until else ("hung", "")
             reason = f"killed after {time.monotonic() - begin:.0f} s{what}; {_last(log)}"
             self.document.item(name, unit, status=word, reason=reason)
         except _Ended as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(1)  # its pipe is closed a moment before it has a status
+                worker.process.wait(1)  # its pipe closes a moment before it has a status
             status, log = self.drop(worker)
             word = "unfinished" if self.stopped else "crashed"
             self.document.item(
@@ -249,7 +249,7 @@ def _last(log: str) -> str:
 def run_stage(
     stage: Stage, document: Document, seconds: float, options: Sequence[str], environment: dict[str, str]
 ) -> list[str]:
-    """Run a stage within ``seconds``; returns the ends of what its processes printed. Items go to the document."""
+    """Run a stage within ``seconds``; items go to the document. Returns the ends of its processes' outputs."""
     begin = time.monotonic()
     run = _Run(stage, document, [stage.module, *options], environment, begin + seconds)
     document.stage(stage.name, status="running", allowed_s=round(seconds, 1))
@@ -293,7 +293,7 @@ def run_stage(
 
 def _join(threads: list[threading.Thread], run: _Run) -> None:
     def wait() -> None:
-        # Not join: in Python 3.11 a join that a signal interrupts takes the thread for ended.
+        # Not join: after a signal, Python 3.11's join takes the thread for ended.
         while any(thread.is_alive() for thread in threads):
             time.sleep(0.05)
 
@@ -301,7 +301,7 @@ def _join(threads: list[threading.Thread], run: _Run) -> None:
         thread.start()
     try:
         wait()
-    except BaseException:  # the command is being ended: the processes first, then their threads
+    except BaseException:  # the command is being ended: end the processes first, then their threads
         run.stopped = True
         for worker in list(run.workers):
             with contextlib.suppress(ProcessLookupError, PermissionError):

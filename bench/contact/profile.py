@@ -1,4 +1,4 @@
-"""Stage 4: what one step launches at each batch size, by the profiler; and compute-sanitizer's memcheck."""
+"""Stage 4: the profiler's kernels of one step per batch size, and compute-sanitizer's memcheck."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def run(unit: str, report: Report) -> None:
 
 
 def sanitizer() -> str | None:
-    """compute-sanitizer: on the path, or with a CUDA toolkit."""
+    """The path of compute-sanitizer, on PATH or in a CUDA toolkit; None if there is none."""
     found = shutil.which("compute-sanitizer")
     folders = sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))
     return found or next((str(path) for path in folders), None)
 
 
 def _memcheck(report: Report) -> None:
-    """Every kernel once under the tool, whose exit status is 9 where it finds an error; a rehearsal has no tool."""
+    """Every kernel once under the tool, whose exit status is 9 after an error; a rehearsal runs without the tool."""
     command = [sys.executable, "-m", "bench.contact.every_launch"]
     if report.rehearsal:
         command.append("--rehearse")

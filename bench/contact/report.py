@@ -1,4 +1,4 @@
-"""What a process of a stage knows of its run, and how it tells what it found."""
+"""What a process of a stage knows about its run, and how it sends its results."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class Report:
     """Passed to ``units`` and ``run`` of every stage.
 
     Attributes:
+        results: the descriptor of the pipe to the command.
         out: the folder of results, for the few files beside the JSON.
-        rehearsal: no GPU: small sizes, and no times.
-        device: the GPU or its stand-in; None for a stage that asks for none.
-        workers: how many processes a unit may start for itself.
-        spent: set by a unit that leaves the process in a state that no other unit should meet; a new one follows.
+        rehearsal: whether there is no GPU: small sizes, and no times.
+        workers: how many processes a unit may start.
+        spent: set by a unit after which the process must be replaced.
+        until: the time at which the unit should have ended, by ``time.monotonic``.
     """
 
     results: int
@@ -39,31 +40,31 @@ class Report:
 
     @property
     def device(self) -> Device:
-        """The GPU or its stand-in."""
+        """The GPU or its stand-in; a stage with ``DEVICE = False`` has none."""
         assert self._device is not None, "the stage's module says DEVICE = False"
         return self._device
 
     @property
     def seconds_left(self) -> float:
-        """Until the unit should have ended."""
+        """Seconds until the unit should have ended."""
         return self.until - time.monotonic()
 
     def send(self, message: dict[str, Any]) -> None:
-        """One line to the command."""
+        """Send one line to the command."""
         data = (json.dumps(_plain(message)) + "\n").encode()
         while data:
             data = data[os.write(self.results, data) :]
 
     def item(self, name: str, status: str = "ok", reason: str = "", **values: Any) -> None:
-        """One result; ``document`` says what the statuses mean."""
+        """Send one result; ``document`` explains the statuses."""
         self.send({"name": name, "status": status, **({"reason": reason} if reason else {}), **values})
 
     def share(self, name: str, share: float, **values: Any) -> None:
-        """An error as a share of its budget: right up to 1, and NaN is wrong."""
+        """Send an error as a share of its budget: right up to 1; NaN is wrong."""
         self.item(name, "ok" if share <= 1 else "wrong", share=share, **values)
 
     def exception(self, name: str, error: BaseException) -> None:
-        """A unit or a part of it that raised."""
+        """Send the exception of a unit or of a part of it."""
         first = str(error).strip().splitlines()
         where = traceback.extract_tb(error.__traceback__)
         lines = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in where[-4:]]
@@ -72,7 +73,7 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: no NaN, which is no JSON, no more digits than a result has, and text for what is unknown."""
+    """A value for JSON: NaN and unknown types as text, and numbers with five digits."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,6 +1,6 @@
 """Stage 2c: the tests that need a GPU, as ``make test-gpu`` selects them; junit files in the folder of results.
 
-Those that fill the GPU's memory run one by one, after the others.
+Tests that fill the GPU's memory run one by one, after the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["DEVICE", "command", "run", "units"]
 DEVICE = False
 #: pytest's -m, and whether the tests run in parallel.
 SELECTIONS = {"pytest": ("gpu and not large", True), "pytest-large": ("gpu and large", False)}
-#: What a rehearsal runs in their place.
+#: The test file of a rehearsal.
 REHEARSED = "tests/support/test_covering.py"
 _ENDING = 12.0
 
@@ -30,7 +30,7 @@ def units(report: Report) -> list[str]:
 
 
 def command(unit: str, report: Report) -> list[str]:
-    """pytest on a selection, where it may in ``report.workers`` processes."""
+    """pytest's command line for a selection, if possible with ``report.workers`` processes."""
     marked, parallel = SELECTIONS[unit]
     selection = [REHEARSED] if report.rehearsal else ["-m", marked]
     if parallel and not report.rehearsal:
@@ -45,7 +45,7 @@ def _junit(unit: str, report: Report) -> Path:
 
 
 def run(unit: str, report: Report) -> None:
-    """Run them; with too little time left they are interrupted, so that what has run is reported."""
+    """Run a selection; when its time is over it is interrupted, so that the finished tests are reported."""
     process = subprocess.Popen(
         command(unit, report),
         cwd=ROOT,
@@ -75,7 +75,7 @@ def _judge(unit: str, report: Report, status: int, text: str, *, interrupted: bo
     if not junit.exists():
         report.item(unit, "failed", f"exit status {status}, no junit file; {last}", text=text)
         return
-    # The test that an interruption hit has no name.
+    # An interrupted test has no name.
     cases = [case for case in ElementTree.parse(junit).iter("testcase") if case.get("name")]
     broken = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     for case in broken[:60]:

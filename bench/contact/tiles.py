@@ -1,4 +1,4 @@
-"""Stage 2a: every tile that the tables have for this device, in every mode, against float64."""
+"""Stage 2a: every tile of this device's tables, in every mode, against float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .report import Report
 
 __all__ = ["run", "units"]
 
-#: Dimensions that are contiguous in an operand: a wide one has a multiple of 16 of them.
+#: Dimensions along which an operand is contiguous; "wide" operands have a multiple of 16 elements there.
 _CONTIGUOUS = {"fwd": ("depth",), "dgrad": ("depth", "cols"), "wgrad": ("rows", "cols"), "update": ("rows", "cols")}
 
 
@@ -21,7 +21,7 @@ def _tiles(kind: str, mode: str, wide: bool) -> list[Tile]:
 
 
 def units(report: Report) -> list[str]:
-    """Kind, mode, operands, number of the tile; the largest tiles first, and the smallest alone in a rehearsal."""
+    """Kind, mode, operands, number of the tile; the largest tiles first, and only the smallest in a rehearsal."""
     found = []
     for kind in GEMM_KINDS:
         for mode in NUMERICS:
@@ -48,7 +48,7 @@ def run(unit: str, report: Report) -> None:
 
 
 def _shapes(kind: str, tile: Tile, *, wide: bool, small: bool) -> list[tuple[int, int, int]]:
-    """(rows, cols, depth): a full tile and a few rows, columns and steps more; exactly a tile; a long reduction."""
+    """(rows, cols, depth): a tile with a few rows, columns and steps more; exactly a tile; a long reduction."""
     more = {"rows": 3, "cols": 5, "depth": 7} | (dict.fromkeys(_CONTIGUOUS[kind], 16) if wide else {})
     depth = tile.depth if wide else 2 * tile.depth
     ragged = (tile.rows + more["rows"], tile.cols + more["cols"], depth + more["depth"])

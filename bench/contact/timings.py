@@ -1,4 +1,4 @@
-"""Stage 3, alone on the machine: peaks, graph nodes, kernels hot and cold, steps, rivals, cuBLAS, the host's share."""
+"""Stage 3, alone on the machine: peaks, graph nodes, kernels hot and cold, steps, rivals, cuBLAS, the host's time."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from .report import Report
 __all__ = ["run", "units"]
 
 MODES = ("float32", "tf32", "bfloat16")
-#: Contenders of a step that take minutes to build, or run on a CPU only.
+#: fastmlp itself, and contenders of a step that take minutes to build or run on a CPU only.
 _LEFT_OUT = ("fastmlp", "compile_max_autotune", "whole_max_autotune", "sklearn", "numpy", "numpy_loop")
-#: Whole steps in one graph.
+#: Contenders with the whole step in one graph.
 _STRONGEST = ("whole_default", "cuda_graph")
-#: In a rehearsal: those that need no compiler.
+#: The contenders of a rehearsal: those that need no compiler.
 _REHEARSED = ("eager", "eager_fused", "cuda_graph", "fastmlp_modules")
 _NODES = 100
 _HOT = 20
 
 
 def units(report: Report) -> list[str]:
-    """What matters most comes first, because time may run out."""
+    """The most important first, because time may run out."""
     batches = report.device.batches
     modes = MODES[-1:] if report.rehearsal else MODES
     rivals = [rival.name for rival in RIVALS if "step" in rival.kinds and rival.name not in _LEFT_OUT]
@@ -77,17 +77,17 @@ def run(unit: str, report: Report) -> None:
 
 
 def _calls(report: Report, batch: int) -> int:
-    """Calls of a chain: fewer where each takes milliseconds."""
+    """The calls of a chain: fewer where each takes milliseconds."""
     return max(1, min(report.device.calls, report.device.calls * 2048 // batch))
 
 
 def _time(report: Report, name: str, us: float | None, **values: Any) -> None:
-    """A time, or in a rehearsal None."""
+    """Send a time, which is None in a rehearsal."""
     report.item(name, "info", us=us, **values)
 
 
 def _peaks(report: Report) -> None:
-    # A CPU without 16-bit products takes minutes for one of this size.
+    # A CPU without 16-bit products takes minutes for one product of this size.
     for mode in ("float32", "tf32") if report.rehearsal else ("float32", "tf32", "bfloat16", "float16"):
         with float32_precision(mode):
             found = machine.peaks(report.device.name, (str(dtype_of(mode)).removeprefix("torch."),))
@@ -97,7 +97,7 @@ def _peaks(report: Report) -> None:
 
 
 def _gaps(report: Report) -> None:
-    """Time per node of a graph of tiny kernels, launched one after the other or with programmatic dependence."""
+    """Time per node of a graph of tiny kernels, in plain order or with programmatic dependent launch."""
     device = report.device
     x, y, out = torch.zeros(3, 128, device=device.name)
 
@@ -119,7 +119,7 @@ def _model(report: Report) -> fastmlp.MLP:
 
 
 def _step(report: Report, mode: str, batch: int) -> None:
-    """Steps on a batch that is on the device, back to back; and an epoch over uint8 images."""
+    """Steps on a batch on the device, back to back, and an epoch over uint8 images."""
     device, dtype, steps = report.device, dtype_of(mode), _calls(report, batch)
     x, y = (t.to(device.name) for t in problem(device.sizes, batch))
     x = x.to(dtype)
@@ -159,7 +159,7 @@ def _host(report: Report, mode: str, batch: int) -> None:
 
 
 def _launches(report: Report, mode: str, batch: int) -> list[tuple[str, Callable[[], object]]]:
-    """Every kernel of a step by itself, with a name that has its shape."""
+    """(Name with the shape, launch) of every kernel of a step."""
     device, dtype = report.device, dtype_of(mode)
     found: list[tuple[str, Callable[[], object]]] = []
     for kind in ("fwd", "dgrad", "update"):
@@ -209,7 +209,7 @@ def _cublas(report: Report, mode: str, batch: int) -> None:
 
 
 def _rival(report: Report, name: str, mode: str, batch: int) -> None:
-    """A contender's steps, back to back as ours are."""
+    """A contender's steps, back to back like fastmlp's."""
     device = report.device
     rival = next(rival for rival in RIVALS if rival.name == name and "step" in rival.kinds)
     kind = str(dtype_of(mode)).removeprefix("torch.")

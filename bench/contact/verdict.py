@@ -1,4 +1,4 @@
-"""What is printed in the end: a verdict, what is wrong, and the table of times, within 10,000 characters."""
+"""The text at the end: a verdict, what is wrong, and the table of times, within 10,000 characters."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["LENGTH", "PREDICTED", "verdict"]
 LENGTH = 10_000
 _BAD_LINES, _LINE = 40, 160
 
-#: Microseconds of a step on an H100 by batch and mode that a review of the code expected: fastmlp at that time, and
-#: eager PyTorch in one graph.
+#: Microseconds of a step on an H100 that were expected from the code, by batch and mode: fastmlp's, and those of eager
+#: PyTorch in one graph. They are estimates, not measurements.
 PREDICTED = {
     (64, "float32"): ("35", "90-105"),
     (64, "tf32"): ("26", "80-95"),

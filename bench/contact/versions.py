@@ -1,6 +1,6 @@
-"""Stage 0: what is here. Versions, device, driver, clocks, power, MIG, the C compiler that Triton's launchers need.
+"""Stage 0: versions, device, driver, clocks, power, MIG, and the C compiler that Triton's launchers need.
 
-Everything is imported where it is needed: what cannot be imported is a finding, and must not hide the others.
+Modules are imported where they are needed, because a failed import is a result and must not hide the other results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FIELDS = (
 
 
 def units(report: Report) -> list[str]:
-    """Each may fail without the others."""
+    """Parts that fail independently."""
     return ["packages", "imports", "machine", "device", "nvidia-smi", "compiler"]
 
 

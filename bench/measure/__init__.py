@@ -1,1 +1,1 @@
-"""How a number comes about: the gate, the turns, the machine and the JSON of a run."""
+"""How a number is measured: the gate, the turns, the machine and the JSON of a run."""

@@ -1,11 +1,13 @@
-"""The correctness gate: a contender's results against float64, before a time is taken of it.
+"""The correctness gate: a contender's results are compared with float64 before it is timed.
 
-A result passes when its error is no more than twice torch's own in the same dtype, plus a floor: one rounding to the
-dtype a call, and float32's rounding times the square root of the longest sum. Errors are norms over a whole tensor,
-relative to the norm of the right result. Of a training step, the tensor is what the steps have changed, and each
-time that a parameter may be rounded on the way (``Problem.roundings``) adds float32's rounding of it;
-``Problem.conditioning`` adds what the optimizer's own scalars lose in float32, ``Problem.unsettled`` what depends on
-which side of a kink of the activation a rounding error falls.
+A result passes if its error is at most twice torch's own in the same dtype, plus a floor. The floor is one rounding to
+the dtype per call, and float32's rounding times the square root of the longest sum. An error is the norm over a whole
+tensor, relative to the norm of the right result. The tensor of a training step is what the steps have changed. Three
+properties of a problem allow more:
+
+- ``roundings``: how often a parameter may be rounded on the way, each time by float32's rounding
+- ``conditioning``: what the optimizer's own scalars lose in float32
+- ``unsettled``: what depends on the side of the activation's kink to which a rounding error moves z
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ __all__ = ["Verdict", "judge", "worst"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """``error`` and ``allowed`` of the worst tensor, ``what``, relative to its norm; ``overall`` of all together."""
+    """The worst tensor ``what`` with its ``error`` and what is ``allowed``, relative to its norm.
+
+    ``overall`` is the relative error of all tensors together.
+    """
 
     passed: bool
     what: str
@@ -39,15 +44,15 @@ class Verdict:
 
 @functools.lru_cache(maxsize=4)
 def _oracles(problem: Problem) -> tuple[Results, Results, Results]:
-    """(float64, the problem's dtype by plain torch on the CPU, what is unsettled); all contenders share them."""
+    """(in float64, in the problem's dtype, what is unsettled) by plain torch on the CPU; all contenders share them."""
     return problem.oracle(torch.float64), problem.oracle(problem.torch_dtype), problem.unsettled()
 
 
 def judge(problem: Problem, results: Results) -> Verdict:
-    """Compare what a contender has after ``GATE_CALLS`` calls with the oracle.
+    """Compare a contender's results after ``GATE_CALLS`` calls with the oracle.
 
     Raises:
-        ValueError: the names or shapes are not the oracle's.
+        ValueError: the names or shapes differ from the oracle's.
     """
     expected, own, unsettled = _oracles(problem)
     rounded = torch.finfo(torch.promote_types(problem.torch_dtype, torch.float32)).eps * math.sqrt(problem.roundings)
@@ -86,10 +91,15 @@ def worst(
     more: float = 0.0,
     absolute: Mapping[str, float] | None = None,
 ) -> Verdict:
-    """The verdict on the tensor that is nearest to, or farthest over, what is allowed of it.
+    """The verdict on the tensor whose error is the largest share of what is allowed.
 
-    ``own`` is torch's result in ``dtype``, ``reduction`` the longest sum, ``calls`` how often a result is rounded to
-    ``dtype``; ``more`` is allowed on top relative to the norm, ``absolute`` by itself.
+    Args:
+        results, expected, own: the contender's, the exact ones, and torch's in ``dtype``.
+        dtype: the dtype of the products.
+        reduction: the length of the longest sum.
+        calls: how often a result is rounded to ``dtype``.
+        more: an allowance relative to the norm.
+        absolute: an allowance per tensor.
     """
     _check_shapes(results, expected)
     floor = math.sqrt(calls) * torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * math.sqrt(reduction) + more

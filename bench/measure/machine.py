@@ -1,4 +1,4 @@
-"""What a result must be read with: device, clocks, threads, versions, commit, and what the machine can do at most."""
+"""What a reader of a result must know: device, clocks, threads, versions, commit, and the machine's peaks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PACKAGES = (
 
 
 def pin_threads(count: int | None = None) -> int:
-    """Use ``count`` threads, default one for every core this process may run on; returns it."""
+    """Use ``count`` threads, by default one per core that this process may run on; returns the number."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = cores if count is None else count
     torch.set_num_threads(count)
@@ -53,13 +53,13 @@ def device_name(device: str) -> str:
 
 
 def slug(name: str, device: str, threads: int) -> str:
-    """A folder name for a device: letters, digits and dashes."""
+    """The name of a device's folder: letters, digits and dashes; a CPU's ends in its threads."""
     suffix = "" if device.startswith("cuda") else f" {threads} threads"
     return re.sub(r"[^a-z0-9]+", "-", f"{name}{suffix}".lower()).strip("-")
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Everything a caption names, and more."""
+    """The machine, as the JSON of a run has it."""
     about: dict[str, Any] = {
         "device": device,
         "name": device_name(device),
@@ -92,20 +92,20 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> dict[str, Any]:
-    """The checkout's commit, and whether files that the numbers depend on differ from it."""
+    """The checkout's commit, and the files that the numbers depend on and that differ from it."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", "fastmlp", "kernels", "bench/*.py", "bench/rivals")
+        changed = git("status", "--porcelain", "--", "fastmlp", "kernels", "bench/*.py")
         return {"commit": git("rev-parse", "--short=12", "HEAD"), "changed_files": changed.splitlines()}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "changed_files": []}
 
 
 def _clocks() -> str | None:
-    """Present and highest clocks of the GPUs by nvidia-smi, as it prints them."""
+    """Present and highest clocks of the GPUs, as nvidia-smi prints them."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -120,10 +120,9 @@ def _clocks() -> str | None:
 
 
 def peaks(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> dict[str, float]:
-    """Measured here and now: FLOP/s of a large square product by dtype, bytes/s of a copy too large for the caches.
+    """Measure the FLOP/s of a large square product in each dtype, and the bytes/s of a copy too large for the caches.
 
-    On a CPU the product is that of the faster library, what torch.mm calls or oneDNN, in the dtype that
-    ``fastmlp.cpu.gemm.product_dtype`` says.
+    On a CPU the product is the faster of torch.mm's and oneDNN's, in ``fastmlp.cpu.gemm.product_dtype``.
     """
 
     def best(run: Any, repeats: int = 5) -> float:

@@ -1,4 +1,4 @@
-"""The JSON of a run: what is in it, where it lies, how it is written and read.
+"""The JSON of a run: its content, its place, and how it is written and read.
 
     {"format": 1, "kind": "times", "preset": ..., "command": ..., "started": ..., "machine": {...}, "peaks": {...},
      "cases": [{"problem": {...}, "axis": ..., "value": ..., "flops": ..., "bytes": ..., "rows": ...,
@@ -6,13 +6,13 @@
                              "setup_s": ..., "calls": ..., "seconds": [...],
                              "error": ..., "allowed": ..., "worst": ..., "overall": ...}, ...]}, ...]}
 
-``timing`` is "chain" (calls in a row) or "flushed" (each with a GPU's L2 cache overwritten before): see ``timing``.
-Runs from before it was written down have every call on a GPU flushed.
+``timing`` is "chain" (calls in a row) or "flushed" (a GPU's L2 cache was overwritten before each call); the module
+``timing`` explains both. A run without ``timing`` on a GPU is "flushed".
 
-``status`` is "ok" (timed), "unavailable" (not installed, no GPU, ...), "wrong" (the gate is red), "failed" (it
-raised), or "left out" (not part of the preset); only "ok" has ``seconds``, one number a round. Errors are relative
-to float64: ``error`` of the ``worst`` tensor beside what is ``allowed`` of it, and ``overall`` of all tensors together.
-The other kind of run, "accuracy", is described in ``accuracy``.
+``status`` is "ok" (timed), "unavailable" (not installed, no GPU, ...), "wrong" (the gate rejected it), "failed" (it
+raised), or "left out" (not part of the preset). Only "ok" has ``seconds``, one number per round. Errors are relative to
+float64. ``error`` is that of the ``worst`` tensor, ``allowed`` its limit, and ``overall`` the error of all tensors
+together. ``bench.accuracy.run`` describes the other kind of run, "accuracy".
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def load(path: Path) -> Document:
 
 
 def load_all(folder: Path = FOLDER) -> list[Document]:
-    """Every run below ``folder``, in the order of their paths; ``static`` beside them has no runs (bench.static)."""
+    """Every run below ``folder``, in the order of the paths; the folder ``static`` has the static report, not runs."""
     return [load(path) for path in sorted(folder.glob("*/*.json")) if path.parent.name != "static"]
 
 
 def timing_of(document: Document, case: dict[str, Any]) -> str:
-    """How a case of a run was timed, "chain" or "flushed"."""
+    """How a case of a run was timed: "chain" or "flushed"."""
     known: str | None = case.get("timing")
     return known or ("flushed" if document["machine"].get("is_gpu") else "chain")

@@ -1,4 +1,4 @@
-"""From a preset to one JSON document: for each case build, judge and time every contender that runs here."""
+"""From a preset to one JSON document: every contender that runs here is built, judged and timed in each case."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["BuiltCase", "groups", "prepare", "run_preset"]
 
 Log = Callable[[str], None]
 
-#: What the cases of a group may take together, with so many contenders each.
+#: Bytes that the cases of a group may take together, and the contenders that each case is assumed to have.
 GROUP_BYTES, _CONTENDERS = 4 << 30, 10
 
 
 def prepare(rival: Rival, case: Case) -> tuple[dict[str, Any], Run | None]:
-    """(the rival's entry in the JSON, its run if it may be timed): available, built, and right."""
+    """(The rival's entry in the JSON, its run or None); the run is available, built, and right."""
     entry: dict[str, Any] = {"rival": rival.name, "label": rival.label, "notes": rival.notes}
     if rival.name in case.leave_out:
         return {**entry, "status": "left out", "reason": "not part of this preset"}, None
@@ -87,7 +87,7 @@ class BuiltCase:
 
 
 def groups(cases: Sequence[Case]) -> Iterator[list[Case]]:
-    """Cases in their order, as many at a time as fit the memory: those of a group take their rounds together."""
+    """The cases in their order, in groups that fit the memory; the cases of a group take their rounds together."""
     group: list[Case] = []
     taken = 0
     for case in cases:
@@ -104,7 +104,7 @@ def groups(cases: Sequence[Case]) -> Iterator[list[Case]]:
 def run_preset(
     chosen: Preset, device: str, command: str, log: Log, *, rounds: int | None = None, turn_s: float = TURN_S
 ) -> Document:
-    """Run every case; ``log`` gets a line a case, one a contender that went wrong, and one when times were taken."""
+    """Run every case; ``log`` gets a line per case, per contender that went wrong, and per group that was timed."""
     started = datetime.datetime.now(datetime.timezone.utc)
     about, peaks = machine.describe(device), machine.peaks(device)
     rounds = rounds or chosen.rounds

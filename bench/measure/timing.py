@@ -1,17 +1,17 @@
-"""Times of several contenders, taken in turns: one turn of each a round, every round in another drawn order.
+"""Times of several contenders, which take turns: one turn each per round, in an order drawn anew for every round.
 
-What disturbs the machine for a while (another process, the clock of a warm processor) then disturbs all of them
-alike. A round goes through all problems before the next one begins, so that what is typical of some seconds only is
-seen as a difference between rounds. On a CPU the threads of the contender before may still be spinning (OpenBLAS's do
-for 30 ms), so each turn starts after a pause.
+A disturbance of the machine (another process, the clock of a warm processor) then disturbs all contenders alike. A
+round goes through all problems before the next round begins, so a disturbance of some seconds shows as a difference
+between rounds. On a CPU the threads of the previous contender may still spin (OpenBLAS's do for 30 ms), so each turn
+starts after a pause.
 
 There are two ways to take a turn (``Problem.timing``):
 
-- "chain": as many calls as fill ``TURN_S`` follow each other without a wait in between, and their time is divided by
-  their number. Training is such a chain: the weights are where the step before has left them, and a GPU that is faster
-  than its host waits for the host. The clock is the host's, and it stops when the device has finished.
-- "flushed": every call on a GPU is timed by a pair of events, with the L2 cache overwritten before, and the turn's time
-  is the median. Overwriting takes longer than the host needs to launch the call, so the host's time is hidden.
+- "chain": as many calls as fill ``TURN_S`` follow each other without a wait, and their time is divided by their
+  number. Training is such a chain: the weights are where the previous step left them, and a GPU that is faster than its
+  host waits for the host. The clock is the host's, and it stops when the device has finished.
+- "flushed": a pair of events times every call on a GPU, after the L2 cache was overwritten. The turn's time is the
+  median. Overwriting takes longer than the host needs for the launch, so the host's time is hidden.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ FLUSH_BYTES = 256 << 20
 
 @dataclass
 class Samples:
-    """Seconds per call, one number per round; each is of ``calls`` calls: the mean of a chain, the median of others."""
+    """Seconds per call, one number per round: the mean of a chain of ``calls`` calls, or the median of as many."""
 
     calls: int
     seconds: list[float] = field(default_factory=list)
 
 
 class Turns:
-    """The contenders of one problem, warmed up; ``samples`` grows by one number each with every round.
+    """The contenders of one problem, warmed up; every round adds one number to the ``samples`` of each.
 
     Args:
         runs: the contenders by name.
         device: where they compute.
         timing: "chain" or "flushed", see above.
-        turn_s: seconds of a turn.
-        clock: of the chains.
+        turn_s: seconds per turn.
+        clock: the clock of the chains.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Turns:
                 samples.calls = max(1, round(turn_s / seconds))
 
     def round(self, number: int) -> None:
-        """One turn of each, in an order drawn by ``number``: nobody should always come after the same contender."""
+        """One turn of each, in an order that ``number`` draws: no contender always follows the same other one."""
         names = list(self._runs)
         for name in random.Random(number).sample(names, len(names)):
             time.sleep(PAUSE_S)
@@ -89,7 +89,7 @@ class Turns:
 
 
 def take_turns(problems: Sequence[Turns], rounds: int) -> None:
-    """``rounds`` rounds, each through all problems, without the garbage collector."""
+    """``rounds`` rounds, each through all problems; the garbage collector runs between rounds only."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -103,7 +103,7 @@ def take_turns(problems: Sequence[Turns], rounds: int) -> None:
 
 
 def _warm_up(run: Run, turn_s: float, clock: Clock) -> int:
-    """Call until caches, clocks and compilers have settled; returns the calls that fill a turn."""
+    """Call until caches, clocks and compilers have settled; returns how many calls fill a turn."""
     run()
     run.finish()
     calls, begin = 0, clock()
@@ -117,7 +117,7 @@ def _warm_up(run: Run, turn_s: float, clock: Clock) -> int:
 def chain(run: Run, calls: int, clock: Clock = time.perf_counter) -> float:
     """Seconds per call of ``calls`` calls in a row."""
     if calls > 1:
-        run()  # brings its code and weights into the caches, as in the middle of a training run
+        run()  # brings code and weights into the caches, as in the middle of a training run
         run.finish()
     begin = clock()
     for _ in range(calls):
@@ -132,7 +132,7 @@ def _flush_buffer(device: str) -> torch.Tensor:
 
 
 def _flushed(run: Run, calls: int, device: str) -> float:
-    """Median seconds that the device takes for a call, of ``calls`` calls."""
+    """Median seconds of ``calls`` calls on the device."""
     flush = _flush_buffer(device)
     run()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]

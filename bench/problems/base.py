@@ -1,8 +1,9 @@
 """What is timed: problems with fixed inputs, counted arithmetic and traffic, and an oracle in plain torch.
 
-A problem is a frozen description. ``inputs(i)`` are the inputs of call i on the CPU in float32: several sets in turn,
-so that no contender meets its last batch in the cache. ``oracle(dtype)`` is what a contender's ``results()`` must be
-after ``GATE_CALLS`` calls, computed by autograd in that dtype. M is the batch, K and N inputs and outputs of a layer.
+A problem is a frozen description. ``inputs(i)`` are the inputs of call i on the CPU in float32. Several sets take
+turns, so that no contender finds its last batch in the cache. ``oracle(dtype)`` is what a contender's ``results()``
+must be after ``GATE_CALLS`` calls, computed by autograd in that dtype. M is the batch, K and N are inputs and outputs
+of a layer.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from torch import Tensor
 
 __all__ = ["GATE_CALLS", "Problem", "Results", "generator", "randn"]
 
-#: Most input sets of a problem, and the bytes that all of them may take, unless two take more.
+#: Input sets of a problem at most, and the bytes that they may take together; there are two sets at least.
 MOST_SETS, SETS_BYTES = 8, 64 << 20
-#: Calls after which results are compared: enough for momentum and second moments to show.
+#: Calls before results are compared: enough for momentum and second moments to show.
 GATE_CALLS = 3
 
-#: Named tensors that a contender is judged by, float64 on the CPU.
+#: The named tensors that the gate compares, float64 on the CPU.
 Results = dict[str, Tensor]
 
 
 def generator(seed: int) -> torch.Generator:
-    """A CPU generator of its own."""
+    """A new generator on the CPU."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -52,7 +53,7 @@ class Problem:
 
     @property
     def timing(self) -> str:
-        """How calls are timed (``bench.measure.timing``): on a GPU each from a cold cache, elsewhere as a chain."""
+        """How calls are timed (``bench.measure.timing``): on a GPU each with a cold cache, elsewhere as a chain."""
         return "flushed" if self.device.startswith("cuda") else "chain"
 
     @property
@@ -61,12 +62,12 @@ class Problem:
         return self.torch_dtype.itemsize
 
     def make_inputs(self, index: int) -> tuple[Tensor, ...]:
-        """Input set ``index``: float32 values, which every dtype of the problem has exactly, and int64 labels."""
+        """Input set ``index``: float32 values that every dtype represents exactly, and int64 labels."""
         raise NotImplementedError
 
     @functools.cached_property
     def input_sets(self) -> int:
-        """How many different input sets there are."""
+        """The number of input sets."""
         one = sum(t.nbytes for t in self.make_inputs(0))
         return max(2, min(MOST_SETS, SETS_BYTES // one))
 
@@ -75,11 +76,11 @@ class Problem:
         return self.make_inputs(call % self.input_sets)
 
     def on_device(self) -> list[tuple[Tensor, ...]]:
-        """Every input set on the device, floating-point tensors in ``input_dtype``; shared, not to be changed."""
+        """Every input set on the device, floating-point tensors in ``input_dtype``; all contenders share them."""
         return _on_device(self)
 
     def judged(self, results: Results) -> Results:
-        """What the gate compares: the results, or what the calls have changed in them."""
+        """What the gate compares: the results, or the changes that the calls made."""
         return results
 
     def oracle(self, dtype: torch.dtype) -> Results:
@@ -88,22 +89,22 @@ class Problem:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of the products of one call; everything else is left out."""
+        """Multiplications and additions in the matrix products of one call."""
         raise NotImplementedError
 
     @property
     def bytes(self) -> int:
-        """Least traffic of one call: every operand and result of every product once."""
+        """The least traffic of one call: every operand and result of every product once."""
         raise NotImplementedError
 
     @property
     def memory(self) -> int:
-        """Bytes that a contender keeps, roughly: what a call reads and writes."""
+        """About the bytes that a contender keeps: what a call reads and writes."""
         return self.bytes
 
     @property
     def rows(self) -> int:
-        """Samples a call."""
+        """Samples per call."""
         raise NotImplementedError
 
     @property
@@ -113,21 +114,21 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """A short name: unique within its kind and device."""
+        """A short name, unique within its kind and device."""
         raise NotImplementedError
 
     @property
     def roundings(self) -> int:
-        """How often the calls before the comparison may round a result that they update in place; 0: they don't."""
+        """How often the calls before the comparison may round a result that they update in place."""
         return 0
 
     @property
     def conditioning(self) -> float:
-        """By how much float32 rounds the scalars that all of a result is multiplied by; 0: they are exact."""
+        """The rounding by float32 of scalars that multiply a whole result; 0 where they are exact."""
         return 0.0
 
     def unsettled(self) -> Results:
-        """Changes of the results, by name, that hang on the sign of a rounding error; absent: none."""
+        """Changes of the results, by name, that depend on the sign of a rounding error; an absent name has none."""
         return {}
 
     def describe(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class LinearProblem(_Layer):
 
 @dataclass(frozen=True)
 class LinearBackwardProblem(_Layer):
-    """(dX, dW, db) of A = f(X W^T + b) for a given dA, the forward pass done before."""
+    """(dX, dW, db) of A = f(X W^T + b) for a given dA, after the forward pass."""
 
     kind: ClassVar[str] = "linear_act_backward"
 

@@ -18,8 +18,6 @@ from .base import GATE_CALLS, Problem, Results, generator, randn
 
 __all__ = ["LOSSES", "OPTIMIZERS", "EpochProblem", "OnlineProblem", "StepProblem"]
 
-_WIDE = (torch.float32, torch.float64)
-
 #: torch.optim's default decay of the second moment.
 ADAM_BETA_2 = 0.999
 
@@ -46,23 +44,23 @@ class _Training(Problem):
 
     @property
     def timing(self) -> str:
-        """A chain everywhere: each step begins with the weights of the step before, as warm as that has left them."""
+        """A chain everywhere: a step finds the caches as warm as the step before left them."""
         return "chain"
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """float32 at least: to round its inputs belongs to a mixed-precision step."""
+        """float32 at least, because a mixed-precision step rounds its inputs itself."""
         return torch.promote_types(self.torch_dtype, torch.float32)
 
     def parameters(self) -> list[Tensor]:
-        """W_1, b_1, W_2, b_2, ... (without biases W_1, W_2, ...): the starting values, float32 on the CPU."""
+        """The starting values W_1, b_1, W_2, b_2, ... (without biases W_1, W_2, ...), float32 on the CPU."""
         out = []
         for i, (k, n) in enumerate(zip(self.sizes[:-1], self.sizes[1:], strict=True)):
             out += [randn(n, k, seed=100 + i, scale=k**-0.5), *([torch.zeros(n)] if self.bias else [])]
         return out
 
     def layers(self, params: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-        """(W, b) of every layer, b None without biases, from what ``parameters`` orders."""
+        """(W, b) of every layer, from tensors in the order of ``parameters``; b is None without biases."""
         if self.bias:
             return list(zip(params[::2], params[1::2], strict=True))
         return [(w, None) for w in params]
@@ -108,7 +106,7 @@ class _Training(Problem):
 
     @property
     def roundings(self) -> int:
-        # A GEMM that accumulates onto the weight itself rounds it once a panel of the batch, and BLAS libraries make
+        # A GEMM that accumulates onto the weight itself rounds it once per panel of the batch, and BLAS libraries make
         # panels of 256 rows or more.
         return GATE_CALLS * (1 + self.rows // 256)
 
@@ -119,45 +117,47 @@ class _Training(Problem):
         return torch.finfo(torch.float32).eps / (4 * (1 - ADAM_BETA_2)) if self.optimizer == "adamw" else 0.0
 
     def judged(self, results: Results) -> Results:
-        """What training has changed: the parameters less their starting values."""
+        """The changes by training: the parameters less their starting values."""
         start = self.parameters()
         return {name: value - p for (name, value), p in zip(results.items(), start, strict=True)}
 
     def batches(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """The batches of the calls that are compared."""
+        """The batches of all calls before the comparison."""
         return [(x, y) for x, y in (self.inputs(i) for i in range(GATE_CALLS))]
 
     def oracle(self, dtype: torch.dtype, *, kink: float = 0.0) -> Results:
-        """``kink``: where the derivative of relu or leaky_relu steps."""
-        wide = torch.promote_types(dtype, torch.float32)
-        params = [p.to(wide, copy=True).requires_grad_() for p in self.parameters()]
+        """``kink`` is the z at which the derivative of relu or leaky_relu steps."""
+        master = torch.promote_types(dtype, torch.float32)
+        params = [p.to(master, copy=True).requires_grad_() for p in self.parameters()]
         kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.SGD
         optimizer = kind(params, **OPTIMIZERS[self.optimizer])
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15, enabled=dtype == torch.float16)
         activations = [*[self.activation] * (len(self.sizes) - 2), "identity"]
         for x, y in self.batches():
             optimizer.zero_grad()
-            with torch.autocast("cpu", dtype, enabled=wide != dtype):
-                a = x.to(wide)
+            with torch.autocast("cpu", dtype, enabled=master != dtype):
+                a = x.to(master)
                 for (w, b), f in zip(self.layers(params), activations, strict=True):
                     z = F.linear(a, w, b)
                     a = _stepping_at(kink, z, f) if kink else reference.activate(z, f)
-            scaler.scale(LOSSES[self.loss](a.to(wide), y.to(wide) if y.is_floating_point() else y)).backward()
+            scaler.scale(LOSSES[self.loss](a.to(master), y.to(master) if y.is_floating_point() else y)).backward()
             scaler.step(optimizer)
             scaler.update()
         return {f"parameter {i}": p.detach().double() for i, p in enumerate(params)}
 
     def unsettled(self) -> Results:
-        # A unit whose z is nearer to a kink than float32's error has either derivative, by chance. In 16 bits so many
-        # units are that torch's own error has its share of them.
+        # A unit whose z is nearer to a kink than float32's error has either derivative, by chance. In 16 bits there are
+        # so many such units that torch's own error contains them.
         if ACTIVATIONS[self.activation].kink is None or self.torch_dtype != torch.float32:
             return {}
-        error = max((a - b).abs().max().item() for a, b in zip(*map(self._first_z, _WIDE), strict=True))
+        error = max(
+            (a - b).abs().max().item() for a, b in zip(*map(self._first_z, (torch.float32, torch.float64)), strict=True)
+        )
         after, before = (self.oracle(torch.float64, kink=sign * 2 * error) for sign in (1, -1))
         return {name: after[name] - before[name] for name in after}
 
     def _first_z(self, dtype: torch.dtype) -> list[Tensor]:
-        """Z of the hidden layers, of the first batch and the starting values, in float64."""
+        """Z of the hidden layers for the first batch and the starting values, computed in ``dtype``, as float64."""
         a, found = self.inputs(0)[0].to(dtype), []
         for w, b in self.layers([p.to(dtype) for p in self.parameters()])[:-1]:
             z = F.linear(a, w, b)
@@ -167,7 +167,7 @@ class _Training(Problem):
 
 
 def _stepping_at(kink: float, z: Tensor, activation: str) -> Tensor:
-    """A = f(Z), with the derivative that f has on this side of ``kink``."""
+    """A = f(Z), with a derivative that steps at ``kink``."""
     below = ACTIVATIONS[activation].kink
     if below is None:
         return reference.activate(z, activation)
@@ -223,9 +223,9 @@ class OnlineProblem(_Training):
 
 @dataclass(frozen=True)
 class EpochProblem(_Training):
-    """An epoch: one step on each ``batch`` rows of resident data, gathered in a drawn order.
+    """An epoch: one step per ``batch`` rows of data on the device, gathered in a drawn order.
 
-    Every call is the same epoch: a training run has one set of data, at one place in memory.
+    Every call is the same epoch, because a training run has one set of data, at one place in memory.
     """
 
     kind: ClassVar[str] = "epoch"
@@ -264,6 +264,6 @@ class EpochProblem(_Training):
         return *super().make_inputs(index), torch.randperm(self.rows, generator=generator(9))
 
     def batches(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """The batches of all epochs that are compared."""
+        """The batches of all epochs before the comparison."""
         x, y, order = self.inputs(0)
         return [(x[rows], y[rows]) for rows in order.split(self.batch)] * GATE_CALLS

@@ -1,1 +1,1 @@
-"""What is written about runs, from their JSON alone: tables, plots, comparisons, RESULTS.md and README.md."""
+"""Tables, plots, comparisons, RESULTS.md and README.md's figures, from the JSON of runs alone."""

@@ -1,10 +1,10 @@
 """Two runs beside each other: what became slower or faster by more than their spread.
 
-A contender is compared by its time in units of the baseline's in the same round, which a machine that is slower today
-changes little; the baseline, and contenders of runs without it, by their times. The spread of n rounds is their whole
-range: of two runs of n rounds that nothing but chance tells apart, the ranges do not overlap once in C(2n, n) / 2 (for
-n = 5, 126). But no less than 5 % either side of the median: a process keeps to its places in memory, whatever the
-rounds, and the next one has others.
+A contender is compared by its time in units of the baseline's time in the same round, which changes little on a machine
+that is slower today. The baseline is compared by its time, and so is every contender of a run without the baseline. The
+spread of n rounds is their whole range. The ranges of two runs of n rounds differ by chance alone once in C(2n, n) / 2
+comparisons, which is 126 for n = 5. The spread is at least 5 % either side of the median, because the rounds share one
+process, and the next process has its data elsewhere in memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Change:
-    """One contender in one case of both runs, each with the case it is of."""
+    """One contender in one case of both runs: (case, entry) before and after."""
 
     problem: str
     label: str
@@ -38,7 +38,7 @@ class Change:
 
     @property
     def relative(self) -> bool:
-        """Whether times are taken in units of the baseline's."""
+        """Whether times are in units of the baseline's time."""
         own = self.before[1]["rival"] == BASELINE
         return not own and bool(ratios(*self.before)) and bool(ratios(*self.after))
 
@@ -47,7 +47,7 @@ class Change:
 
     @property
     def factor(self) -> float:
-        """New median time by old."""
+        """The new median time divided by the old."""
         return statistics.median(self._times(self.after)) / statistics.median(self._times(self.before))
 
     @property
@@ -58,7 +58,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """slower, faster or same."""
+        """ "slower", "faster" or "same"."""
         if self.agrees:
             return "same"
         return "slower" if self.factor > 1 else "faster"
@@ -68,14 +68,14 @@ def compare(before: Document, after: Document) -> list[Change]:
     """Every contender that both runs have timed in the same case, the largest slowdown first.
 
     Raises:
-        ValueError: the runs are not times, or have no case in common that was timed alike.
+        ValueError: a run is no run of times, or the runs have no case in common that was timed alike.
     """
     for document in (before, after):
         if document["kind"] != "times":
             raise ValueError(f"expected two runs of times, got one of kind {document['kind']!r}")
 
     def cases(document: Document) -> dict[tuple[str, str, str], _Case]:
-        """By kind, name and way of timing: times taken in two ways are no change of anything."""
+        """The cases by kind, name and way of timing, because times taken in two ways cannot be compared."""
         return {
             (case["problem"]["kind"], case["problem"]["name"], timing_of(document, case)): case
             for case in document["cases"]

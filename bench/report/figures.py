@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bench.measure.results import Document
-from fastmlp.base.atomic import atomic_write
+from bench.presets import REFERENCE
+from fastmlp.activations import ACTIVATIONS
+from fastmlp.train.plots import GRAY, look, save
 
-from .tables import median, timed
+from .tables import LEAST_SPREAD, median, timed
 
 __all__ = ["PLOTS", "caption", "draw"]
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers and in gray, and a wine red of Tol's. fastmlp has
-# the first in every plot.
-COLOURS = {
-    "fastmlp": "#0072B2",
-    "eager": "#D55E00",
-    "eager_fused": "#E69F00",
-    "cuda_graph": "#009E73",
-    "compile_default": "#CC79A7",
-    "jax": "#56B4E9",
-    "inplace": "#000000",
-    "whole_default": "#882255",
+#: Contender -> colour and marker, the same in every plot. The colours are Okabe and Ito's, which stay apart for
+#: colour-blind readers and in gray, and two of Tol's.
+STYLES = {
+    "fastmlp": ("#0072B2", "o"),
+    "eager": ("#D55E00", "s"),
+    "eager_fused": ("#E69F00", "^"),
+    "cuda_graph": ("#009E73", "P"),
+    "compile_default": ("#CC79A7", "D"),
+    "jax": ("#56B4E9", "<"),
+    "inplace": ("#000000", "v"),
+    "whole_default": ("#882255", "X"),
+    "quickstart": ("#999933", "*"),
 }
-GRAY = "#666666"
-MARKERS = "os^Dv<>Pp*"
+#: A learner of the time to accuracy -> the contender that trains in its way.
+_LEARNERS = {"resident": "eager", "compile": "compile_default", "fastmlp_own_recipe": "fastmlp"}
+_OTHER = (GRAY, ".")
 
 #: File stem -> what the plot shows.
 PLOTS = {
@@ -37,7 +41,7 @@ PLOTS = {
     "width": "Training speed against the width of two hidden layers, batch 64",
     "depth": "Training speed against the number of hidden layers of 512, batch 64",
     "error": "Error of the weights' updates after three steps against float64",
-    "roofline": "Arithmetic and memory: every operation and step beside what the machine can do",
+    "roofline": "Operations and training steps beside the machine's measured peaks",
     "accuracy": "Test accuracy against seconds of training",
 }
 
@@ -56,7 +60,7 @@ def caption(document: Document) -> str:
 
 
 def draw(document: Document, folder: Path, *, roofline: bool) -> list[Path]:
-    """Draw what a run has data for into ``folder``, its roofline on request; returns the paths of the PNG files."""
+    """Draw all plots that a run has data for into ``folder``, the roofline on request; returns the PNG files."""
     drawings: dict[str, Callable[[Any, Document], bool]] = {
         "batch": lambda axes, d: _curve(axes, d, "batch", "float32", "batch size"),
         "batch-bfloat16": lambda axes, d: _curve(axes, d, "batch", "bfloat16", "batch size"),
@@ -77,38 +81,52 @@ def draw(document: Document, folder: Path, *, roofline: bool) -> list[Path]:
 
 
 def _save(path: Path, title: str, document: Document, drawing: Callable[[Any, Document], bool]) -> bool:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 5.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     if not drawing(axes, document):
         return False
     figure.suptitle(title, fontsize=12, fontweight="bold")
     text = caption(document)
     figure.supxlabel(text if len(text) < 120 else text.replace("; command", "\ncommand"), fontsize=7, color=GRAY)
-    axes.grid(color="#dddddd", linewidth=0.6, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    if axes.get_legend() is None:
-        axes.legend(frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    look(axes)
+    axes.grid(which="minor", color="#eeeeee", linewidth=0.5)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, buffer.getvalue())
+    save(figure, path)
     return True
 
 
-def _style(rival: str, index: int) -> dict[str, Any]:
-    colour = COLOURS.get(rival, GRAY)
+def _style(rival: str) -> dict[str, Any]:
+    colour, marker = STYLES.get(rival, _OTHER)
+    ours = rival == "fastmlp"
     return {
         "color": colour,
-        "marker": MARKERS[index % len(MARKERS)],
+        "marker": marker,
         "markersize": 4.5,
-        "linewidth": 2.4 if rival == "fastmlp" else 1.3,
-        "zorder": 3 if rival == "fastmlp" else 2,
+        "linewidth": 2.4 if ours else 1.3,
+        "zorder": 3 if ours else 2,
     }
+
+
+def _legend_below(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+
+
+def _number_the_places(axes: Any, places: list[int], label: str) -> None:
+    """A logarithmic axis with a tick at each place."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [f"{place:,}" for place in places])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
+    axes.set_yscale("log")
+
+
+def _band(axes: Any, places: list[Any], values: list[tuple[float, float, float]], **style: Any) -> None:
+    """A line of medians, with a band between the lowest and the highest values: (lowest, median, highest)."""
+    low, middle, high = zip(*values, strict=True)
+    axes.plot(places, middle, **style)
+    axes.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _series(
@@ -124,7 +142,7 @@ def _series(
 
 
 def _curve(axes: Any, document: Document, axis: str, dtype: str, label: str) -> bool:
-    """Rows a second, with a band from the slowest round to the fastest."""
+    """Rows per second, with a band from the slowest round to the fastest."""
 
     def speed(case: dict[str, Any], entry: dict[str, Any]) -> tuple[float, float, float]:
         seconds, rows = entry["seconds"], case["rows"]
@@ -133,102 +151,146 @@ def _curve(axes: Any, document: Document, axis: str, dtype: str, label: str) -> 
     series = _series(document, axis, dtype, speed)
     if not series:
         return False
-    for index, ((rival, name), points) in enumerate(series.items()):
-        style = _style(rival, index)
-        places = [place for place, _ in points]
-        axes.plot(places, [v[1] for _, v in points], label=name, **style)
-        axes.fill_between(
-            places, [v[0] for _, v in points], [v[2] for _, v in points], color=style["color"], alpha=0.15, linewidth=0
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    places = sorted({place for points in series.values() for place, _ in points})
-    axes.set_xticks(places, [f"{place:,}" for place in places])
-    axes.set_xlabel(label)
-    axes.set_ylabel("samples a second (median, and from slowest to fastest round)")
+    for (rival, name), points in series.items():
+        _band(axes, [place for place, _ in points], [value for _, value in points], label=name, **_style(rival))
+    _number_the_places(axes, sorted({place for points in series.values() for place, _ in points}), label)
+    axes.set_ylabel("samples per second\n(median; band: slowest to fastest round)")
+    _legend_below(axes)
     return True
 
 
 def _errors(axes: Any, document: Document) -> bool:
     found = False
     for dtype, line in (("float32", "-"), ("bfloat16", "--")):
-        series = _series(document, "batch", dtype, lambda case, entry: entry["overall"])
-        for index, ((rival, name), points) in enumerate(series.items()):
+        series = _series(document, "batch", dtype, lambda case, entry: max(entry["overall"], 1e-16))
+        above = _hidden({rival: points for (rival, _), points in series.items()})
+        names = dict(list(series))
+        for (rival, name), points in series.items():
             found = True
-            places, errors = [place for place, _ in points], [max(v, 1e-16) for _, v in points]
-            axes.plot(places, errors, label=f"{name}, {dtype}", linestyle=line, **_style(rival, index))
+            under = f" (hidden by {names[above[rival]]})" if rival in above else ""
+            places, errors = zip(*points, strict=True)
+            axes.plot(places, errors, label=f"{name}, {dtype}{under}", linestyle=line, **_style(rival))
     if not found:
         return False
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    every = sorted({case["value"] for case in document["cases"] if case["axis"] == "batch"})
-    axes.set_xticks(every, [f"{place:,}" for place in every])
-    axes.set_xlabel("batch size")
-    axes.set_ylabel("|update - float64's| / |float64's|, over all parameters")
-    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _number_the_places(axes, sorted({c["value"] for c in document["cases"] if c["axis"] == "batch"}), "batch size")
+    axes.set_ylabel("relative error of the update\n(norm over all parameters)")
+    _legend_below(axes)
     return True
+
+
+def _hidden(series: Mapping[str, list[tuple[int, float]]]) -> dict[str, str]:
+    """The series that cannot be seen -> the series drawn over it: within 5 % of it at every place."""
+    drawn = sorted(series, key=lambda rival: rival == "fastmlp")  # fastmlp is drawn last, the others in their order
+
+    def same(a: list[tuple[int, float]], b: list[tuple[int, float]]) -> bool:
+        known = dict(b)
+        return all(place in known and abs(math.log(v / known[place])) < LEAST_SPREAD for place, v in a)
+
+    found = {}
+    for number, rival in enumerate(drawn):
+        over = [other for other in drawn[number + 1 :] if same(series[rival], series[other])]
+        if over:
+            found[rival] = over[-1]
+    return found
+
+
+#: Words of a problem's name that most points have, or that change nothing about a point's place.
+_UNSAID = {"-".join(map(str, REFERENCE)), "float32", "sgd", *ACTIVATIONS}
 
 
 def _roofline(axes: Any, document: Document) -> bool:
     peaks = document.get("peaks") or {}
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    names: dict[tuple[float, str], None] = {}
     for case in document.get("cases", []):
-        if not case["flops"]:
-            continue
-        for entry in timed(case):
+        for entry in timed(case) if case["flops"] else ():
             if entry["rival"] in ("fastmlp", "eager"):
-                key = f"{entry['label'].split()[0]}, {case['problem']['dtype']}"
-                points.setdefault(key, []).append((case["flops"] / case["bytes"], case["flops"] / median(entry)))
+                intensity, problem = case["flops"] / case["bytes"], case["problem"]
+                key = entry["rival"], problem["dtype"]
+                points.setdefault(key, []).append((intensity, case["flops"] / median(entry)))
+                words = (word for word in problem["name"].split() if word not in _UNSAID)
+                names[intensity, " ".join((problem["kind"], *words))] = None
     if not points or "bytes" not in peaks:
         return False
-    intensities = [x for values in points.values() for x, _ in values]
-    low, high = min(intensities) / 2, max(intensities) * 2
+    every = [point for values in points.values() for point in values]
+    low, high = min(x for x, _ in every) / 2, max(x for x, _ in every) * 2
     grid = [low * (high / low) ** (i / 200) for i in range(201)]
-    dtypes = {key.rpartition(", ")[2] for key in points}
+    dtypes = {dtype for _, dtype in points}
     for dtype, colour in (("float32", "#000000"), ("bfloat16", GRAY), ("float16", GRAY)):
         if dtype in dtypes and f"flops {dtype}" in peaks:
             peak = peaks[f"flops {dtype}"]
+            label = f"measured peak, {dtype}: {peak / 1e9:,.0f} GFLOP/s"
             roof = [min(peak, x * peaks["bytes"]) for x in grid]
-            axes.plot(
-                grid, roof, color=colour, linewidth=1.2, label=f"measured peak, {dtype}: {peak / 1e9:,.0f} GFLOP/s"
-            )
-    for index, (key, values) in enumerate(sorted(points.items())):
-        rival = "fastmlp" if key.startswith("fastmlp") else "eager"
-        filled = key.endswith("float32")
-        axes.plot(
-            [x for x, _ in values],
-            [y for _, y in values],
-            linestyle="none",
-            marker=MARKERS[index],
-            markersize=5,
-            color=COLOURS[rival],
-            markerfacecolor=COLOURS[rival] if filled else "none",
-            label=key,
-        )
+            axes.plot(grid, roof, color=colour, linewidth=1.2, label=label)
+    for (rival, dtype), values in sorted(points.items()):
+        style = _style(rival) | {"linewidth": 0, "label": f"{'fastmlp' if rival == 'fastmlp' else 'PyTorch'}, {dtype}"}
+        axes.plot(*zip(*values, strict=True), markerfacecolor=None if dtype == "float32" else "none", **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("FLOP / byte of the least traffic (above the slope: operands that stay in the caches)")
+    axes.set_xlim(low, high)
+    axes.set_ylim(min(y for _, y in every) / 6, max(*peaks.values(), *(y for _, y in every)) * 2)
+    _name_the_points(axes, sorted(names), every, math.log(high / low) / 60)
+    axes.set_xlabel("FLOP per byte of the least traffic (above the slope: operands that stay in the caches)")
     axes.set_ylabel("FLOP/s")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     return True
 
 
+def _name_the_points(axes: Any, names: list[tuple[float, str]], points: list[tuple[float, float]], gap: float) -> None:
+    """Each name, upright, below the points of its place, ``gap`` or more from the next in the logarithm of the place.
+
+    The names of a crowd spread to both sides: halfway between where they are when pushed left and when pushed right.
+    """
+    places = [math.log(x) for x, _ in names]
+    right, left = places.copy(), places.copy()
+    for i in range(1, len(places)):
+        right[i] = max(right[i], right[i - 1] + gap)
+        left[-i - 1] = min(left[-i - 1], left[-i] - gap)
+    for (x, name), at in zip(names, map(statistics.mean, zip(right, left, strict=True)), strict=True):
+        own = min(y for other, y in points if other == x)
+        lowest = min([own, *(y for other, y in points if abs(math.log(other) - at) < gap)])
+        axes.annotate(
+            name,
+            (x, own),
+            (math.exp(at), lowest / 1.25),
+            rotation=90,
+            ha="center",
+            va="top",
+            fontsize=6.5,
+            color=GRAY,
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "shrinkB": 3},
+        )
+
+
 def _accuracy(axes: Any, document: Document) -> bool:
+    """Median over the seeds after each part of an epoch, with a band from the worst seed to the best."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     contenders = [c for c in document.get("contenders", []) if c["status"] == "ok"]
     if not contenders:
         return False
-    palette = list(COLOURS.values())
-    for index, contender in enumerate(contenders):
-        colour = palette[index % len(palette)]
-        for number, run in enumerate(contender["runs"]):
-            seconds = [point["seconds"] for point in run["curve"]]
-            accuracy = [100 * point["accuracy"] for point in run["curve"]]
-            label = contender["label"] if number == 0 else None
-            axes.plot(seconds, accuracy, color=colour, linewidth=1.1, alpha=0.8, label=label)
+    for contender in contenders:
+        # A run ends at the highest target: the line ends with the shortest run.
+        looks = list(zip(*(run["curve"] for run in contender["runs"]), strict=False))
+        seconds = [statistics.median(point["seconds"] for point in look) for look in looks]
+        accuracies = [sorted(100 * point["accuracy"] for point in look) for look in looks]
+        style = _style(_LEARNERS.get(contender["name"], contender["name"])) | {"marker": ""}
+        style["linestyle"] = "--" if contender["name"] == "fastmlp_own_recipe" else "-"
+        values = [(a[0], statistics.median(a), a[-1]) for a in accuracies]
+        _band(axes, seconds, values, label=contender["label"], **style)
     for target in document["targets"]:
         axes.axhline(100 * target, color=GRAY, linewidth=0.7, linestyle=":")
+        axes.annotate(
+            f"{100 * target:g} %", (1, 100 * target), (3, 0), axes.get_yaxis_transform(), "offset points",
+            va="center", fontsize=7, color=GRAY,
+        )  # fmt: skip
     best = max(p["accuracy"] for c in contenders for run in c["runs"] for p in run["curve"])
     axes.set_ylim(100 * min(document["targets"]) - 8, math.ceil(100 * best) + 0.5)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("seconds of training, without compilation, warm-up and evaluation")
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylabel("test accuracy (%)\n(median of the seeds; band: worst to best)")
+    _legend_below(axes)
     return True

@@ -21,11 +21,11 @@ NOT_MEASURED = "not measured yet: run `fastmlp bench full` on a GPU"
 
 _SECTIONS = (
     ("Training step", ("step",), "Forward, softmax cross-entropy, backward and update of one batch."),
-    ("Online training", ("online",), "Plain SGD, one sample a step; times are of the whole stretch of samples."),
+    ("Online training", ("online",), "Plain SGD, one sample per step. A time is that of the whole stretch of samples."),
     (
         "Epochs",
         ("epoch",),
-        "Steps over data on the device, whose rows are gathered in a drawn order; times are of all steps together.",
+        "Steps over data on the device, with rows gathered in a drawn order. A time is that of all steps together.",
     ),
     (
         "Single operations",
@@ -37,13 +37,13 @@ _SECTIONS = (
 
 _INTRODUCTION = """# Results
 
-Generated from the JSON files under `bench/results/` by `python -m bench report`; edit nothing here. How the numbers
-are taken, and what they do not say, is in [README.md](README.md).
+`python -m bench report` generates this file from the JSON files under `bench/results/`; edit nothing here.
+[README.md](README.md) says how the numbers are measured, and what they do not say.
 
-Times are medians over rounds in which all contenders take turns; the spread is half the distance between the fastest
+Times are medians over rounds in which all contenders take turns. The spread is half the distance between the fastest
 and the slowest round. "×" is how many times as fast as PyTorch eager in the same round: median, smallest and largest.
-Neither spread is stated as less than 5 % either way, by which one process may differ from the next.
-Every contender's result was compared with float64 before it was timed, and one that was wrong has no time.
+No spread is stated as less than 5 % either way, because one process may differ from the next by that much. Every
+contender's result was compared with float64 before it was timed, and a wrong result has no time.
 """
 
 
@@ -108,11 +108,11 @@ def _machines(documents: list[Document]) -> str:
 
 
 def _table(documents: list[Document], kinds: tuple[str, ...]) -> str:
-    """One row a contender of a problem, one column a device; runs of the curves are left to the plots."""
+    """One row per contender of a problem, three columns per device; the plots have the runs of the curves."""
     devices: dict[str, tuple[str, bool]] = {}
     ways: dict[str, dict[str, None]] = {}
     cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    # The longer run of a device has the word where several have the same case.
+    # Where several runs of a device have the same case, the longest run counts.
     for d in sorted(documents, key=lambda d: d["rounds"]):
         slug, about = d["machine"]["slug"], d["machine"]
         chosen = [c for c in d["cases"] if c["problem"]["kind"] in kinds and not c["axis"]]
@@ -145,7 +145,7 @@ def _interleave(names: list[str], *others: str) -> list[str]:
 
 
 def _cells(case: dict[str, Any] | None, rival: str) -> list[str]:
-    """Median, spread and ratio, or why there is none."""
+    """Median, spread and ratio, or why there are none."""
     entry = None if case is None else by_rival(case).get(rival)
     if case is None or entry is None:
         return ["", "", ""]
@@ -157,15 +157,15 @@ def _cells(case: dict[str, Any] | None, rival: str) -> list[str]:
 def _accuracy(documents: list[Document]) -> str:
     lines = [
         "## Time to accuracy\n",
-        "Seconds of training until a model of 784-512-512-10 first reaches a test accuracy on FashionMNIST: mean and",
-        "standard deviation over the seeds, and in how many of the runs it was reached. Compilation and warm-up are",
-        "reported apart; evaluation is not counted.\n",
+        "Seconds of training until 784-512-512-10 first reaches a test accuracy on FashionMNIST: mean and standard",
+        "deviation over the runs that reach it, one run per seed, and their number where not all runs reach it.",
+        "Set-up (compilation and warm-up) has a column of its own; evaluation is not counted.\n",
     ]
     gpu_is_missing = not any(d["machine"]["is_gpu"] for d in documents)
     for d in documents:
         targets = d["targets"]
         lines += [f"{d['machine']['name']}, {d['seeds']} seeds, `{d['command']}`:\n"]
-        lines += _head(["contender", *(f"{100 * t:g} %" for t in targets), "best", "s an epoch", "set-up", "settings"])
+        lines += _head(["contender", *(f"{100 * t:g} %" for t in targets), "best", "s per epoch", "set-up", "settings"])
         for c in d["contenders"]:
             if c["status"] != "ok":
                 lines.append(_row([c["label"], f"{c['status']}: {c['reason']}", *[""] * (len(targets) + 3)]))
@@ -197,7 +197,7 @@ def _figures(plots: dict[str, list[tuple[str, str]]], documents: list[Document])
 
 
 def _absent(documents: list[Document]) -> str:
-    """Every contender that was not timed somewhere, and why."""
+    """Every contender that was not timed in some problem, and why."""
     lines = ["## Not timed\n", *_head(["device", "contender", "reason", "problems"])]
     found: dict[tuple[str, str, str], set[str]] = {}
     for d in documents:

@@ -1,4 +1,4 @@
-"""The speed figures of README.md, between two markers, from the committed JSON alone (``fastmlp bench report``)."""
+"""The speed figures of README.md, between two markers, from the committed JSON alone: ``fastmlp bench report``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from bench.presets import REFERENCE
 from fastmlp.base.atomic import atomic_write
 
 from .figures import caption
-from .markdown import NOT_MEASURED
 from .tables import by_rival, duration, epoch_seconds, median, ratios, spread, stated_range
 
 __all__ = ["BEGIN", "END", "speed_section", "update_readme"]
@@ -20,7 +19,7 @@ __all__ = ["BEGIN", "END", "speed_section", "update_readme"]
 BEGIN = "<!-- speed: written by `fastmlp bench report` -->"
 END = "<!-- end of speed -->"
 
-#: Contenders of the table, by name, and their column.
+#: Contender -> its column of the table.
 _COLUMNS = {
     "fastmlp": "fastmlp",
     "eager": "PyTorch eager",
@@ -29,6 +28,19 @@ _COLUMNS = {
     "inplace": "in-place loop by hand",
     "jax": "JAX jit",
 }
+
+_INTRODUCTION = """\
+This is the speed of a training step of 784-512-512-10 (sigmoid, plain SGD) on one machine. All contenders take turns in
+one run. A cell has the median time over the rounds. "×" is how many times as fast as eager PyTorch in the same round.
+The brackets have the worst and the best round, or 5 % either way where the rounds differ less. Every result was
+compared with float64 before it was timed.
+"""
+_NO_GPU = "**No GPU has been timed.** `fastmlp bench full` measures one.\n\n"
+_MORE = """\
+`fastmlp bench quick` and `fastmlp bench accuracy` measure these figures. All results and plots are in
+[bench/RESULTS.md](bench/RESULTS.md). How they are measured, and what they do not say, is in
+[bench/README.md](bench/README.md).
+"""
 
 
 def _shown(case: dict[str, Any]) -> bool:
@@ -54,40 +66,42 @@ def _cell(case: dict[str, Any], rival: str) -> str:
     return f"{text}: {statistics.median(times):.2f}× ({smallest:.2f}–{largest:.2f})"
 
 
-def _newest_first(documents: list[Document], kind: str, preset: str) -> list[Document]:
+def _newest(documents: list[Document], kind: str, preset: str, slug: str | None = None) -> Document | None:
+    """The newest run of a preset, of one machine if its slug is given."""
     chosen = [d for d in documents if d["kind"] == kind and d["preset"] == preset]
-    return sorted(chosen, key=lambda d: str(d["started"]), reverse=True)
+    chosen = [d for d in chosen if slug in (None, d["machine"]["slug"])]
+    return max(chosen, key=lambda d: str(d["started"]), default=None)
 
 
 def _table(document: Document) -> list[str]:
-    header = ["one training step", *_COLUMNS.values(), "GPU"]
+    header = ["one training step", *_COLUMNS.values()]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for number, case in enumerate(case for case in document["cases"] if _shown(case)):
-        gpu = "″" if number else NOT_MEASURED
-        cells = (_title(case["problem"]), *(_cell(case, rival) for rival in _COLUMNS), gpu)
-        lines.append(f"| {' | '.join(cells)} |")
+    for case in document["cases"]:
+        if _shown(case):
+            cells = (_title(case["problem"]), *(_cell(case, rival) for rival in _COLUMNS))
+            lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", f"*{caption(document)}*", ""]
 
 
 def _epochs(document: Document) -> list[str]:
     seconds = {c["label"]: epoch_seconds(c) for c in document["contenders"] if c["status"] == "ok"}
-    text = "; ".join(f"{label}: {value:.2f} s" for label, value in seconds.items())
-    about = f"Seconds of training an epoch of 60,000 images, mean of {document['seeds']} seeds: {text}."
+    text = ", ".join(f"{value:.2f} ({label})" for label, value in seconds.items())
+    about = f"Seconds of training per epoch of 60,000 images, mean of {document['seeds']} seeds: {text}."
     return [about, "", f"*{caption(document)}*", ""]
 
 
 def speed_section(documents: list[Document]) -> str:
-    """The text between the markers: a table of the ``quick`` runs, and the seconds an epoch of the accuracy runs.
+    """The text between the markers, of one machine: that of the newest ``quick`` run.
 
-    Those of the newest run are seen at once, those of other machines unfold.
+    A table of that run, and the seconds per epoch of the machine's accuracy run if it has one.
     """
-    steps, epochs = _newest_first(documents, "times", "quick"), _newest_first(documents, "accuracy", "accuracy")
-    lines = [line for d in steps[:1] for line in _table(d)] + [line for d in epochs[:1] for line in _epochs(d)]
-    older = [line for d in steps[1:] for line in _table(d)] + [line for d in epochs[1:] for line in _epochs(d)]
-    if older:
-        names = " and ".join(dict.fromkeys(str(d["machine"]["name"]) for d in (*steps[1:], *epochs[1:])))
-        lines += [f"<details><summary>The same on {names}</summary>", "", *older, "</details>", ""]
-    return "\n".join(lines)
+    steps = _newest(documents, "times", "quick")
+    if steps is None:
+        return f"{_INTRODUCTION}\n{_MORE}"
+    epochs = _newest(documents, "accuracy", "accuracy", steps["machine"]["slug"])
+    lines = [*_table(steps), *(_epochs(epochs) if epochs else [])]
+    where = "" if any(d["machine"]["is_gpu"] for d in documents) else _NO_GPU
+    return "\n".join([_INTRODUCTION, *lines, f"{where}{_MORE}"])
 
 
 def update_readme(documents: list[Document], readme: Path = ROOT / "README.md") -> None:

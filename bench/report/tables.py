@@ -1,4 +1,4 @@
-"""Numbers of a run as text: medians with their spread, ratios, and the table that a run ends with."""
+"""Numbers of a run as text: medians with their spread, ratios, and the table at the end of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def median(entry: dict[str, Any]) -> float:
-    """Median seconds a call of a result that was timed."""
+    """Median seconds per call of a result that was timed."""
     return statistics.median(entry["seconds"])
 
 
@@ -46,13 +46,13 @@ def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-#: What a spread is stated as at least. The rounds of one process do not show by how much the next one differs, whose
-#: memory lies elsewhere.
+#: The least spread that is stated. The rounds of one process do not show by how much the next process differs, which
+#: has its data elsewhere in memory.
 LEAST_SPREAD = 0.05
 
 
 def stated_range(values: Sequence[float]) -> tuple[float, float]:
-    """From the smallest to the largest, and no less than ``LEAST_SPREAD`` either side of the median."""
+    """The smallest and the largest value, or ``LEAST_SPREAD`` either side of the median if that is more."""
     middle = statistics.median(values)
     return min(*values, middle / (1 + LEAST_SPREAD)), max(*values, middle * (1 + LEAST_SPREAD))
 
@@ -64,24 +64,24 @@ def spread(entry: dict[str, Any]) -> str:
 
 
 def timed(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """The case's results that have times, in the order of the JSON."""
+    """The results of a case that have times, in the order of the JSON."""
     return [entry for entry in case["results"] if entry["status"] == "ok"]
 
 
 def by_rival(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The case's results by the contender's name."""
+    """The results of a case by the contender's name."""
     return {entry["rival"]: entry for entry in case["results"]}
 
 
 def timing_words(document: Document, case: dict[str, Any]) -> str:
-    """How the calls of a case were timed on a GPU; empty for a CPU, which has one way."""
+    """How the calls of a case were timed on a GPU; empty for a CPU, where there is one way."""
     if not document["machine"].get("is_gpu"):
         return ""
     return {"chain": "calls in a row", "flushed": "L2 overwritten before each call"}[timing_of(document, case)]
 
 
 def ratios(case: dict[str, Any], entry: dict[str, Any]) -> list[float]:
-    """How many times as fast as the baseline, round by round; empty where that was not timed."""
+    """How many times as fast as the baseline in each round; empty where the baseline was not timed."""
     base = by_rival(case).get(BASELINE)
     if base is None or base["status"] != "ok":
         return []
@@ -89,13 +89,13 @@ def ratios(case: dict[str, Any], entry: dict[str, Any]) -> list[float]:
 
 
 def ratio(case: dict[str, Any], entry: dict[str, Any]) -> float | None:
-    """Median of ``ratios``; None where there are none."""
+    """The median of ``ratios``; None where there are none."""
     found = ratios(case, entry)
     return statistics.median(found) if found else None
 
 
 def ratio_with_range(case: dict[str, Any], entry: dict[str, Any]) -> str:
-    """Median and stated range of ``ratios``; the median alone of the baseline's own, which are all 1."""
+    """Median and stated range of ``ratios``; the median alone for the baseline, whose ratios are all 1."""
     found = ratios(case, entry)
     if not found:
         return ""
@@ -106,7 +106,7 @@ def ratio_with_range(case: dict[str, Any], entry: dict[str, Any]) -> str:
     return f"{text} ({smallest:.2f}–{largest:.2f})"
 
 
-#: Wide enough for the longest label.
+#: Characters of the longest label.
 _LABEL = 37
 
 
@@ -117,7 +117,7 @@ def _line(label: str, cells: Iterable[str], ours: bool = False) -> None:
 
 
 def print_run(document: Document) -> None:
-    """The run on standard output, 80 columns wide: a block a problem, the fastest contender first."""
+    """Print a run in 80 columns: one block per problem, the fastest contender first."""
     about = document["machine"]
     click.echo(f"{document['preset']}: {about['name']}, {about['threads']} threads, commit {about['commit']}\n")
     absent: dict[tuple[str, str], int] = {}
@@ -145,7 +145,7 @@ def print_run(document: Document) -> None:
 
 
 def print_accuracy(document: Document) -> None:
-    """The time to accuracy on standard output: mean and standard deviation over the seeds."""
+    """Print a time to accuracy: mean and standard deviation over the seeds."""
     targets = document["targets"]
     about = document["machine"]
     click.echo(f"time to accuracy: {about['name']}, {about['threads']} threads, {document['seeds']} seeds\n")
@@ -156,11 +156,11 @@ def print_accuracy(document: Document) -> None:
             continue
         for target in targets:
             click.echo(f"  {100 * target:g} %: {reached(contender, target)}")
-        click.echo(f"  set-up {contender['setup_s']:.1f} s, {epoch_seconds(contender):.2f} s an epoch")
+        click.echo(f"  set-up {contender['setup_s']:.1f} s, {epoch_seconds(contender):.2f} s per epoch")
 
 
 def reached(contender: dict[str, Any], target: float) -> str:
-    """Seconds to a test accuracy, mean and standard deviation, and in how many runs if not in all."""
+    """Seconds to a test accuracy: mean and standard deviation, and the number of runs that reach it if not all do."""
     runs = [run["reached"][str(target)] for run in contender["runs"]]
     seconds = [s for s in runs if s is not None]
     if not seconds:
@@ -172,5 +172,5 @@ def reached(contender: dict[str, Any], target: float) -> str:
 
 
 def epoch_seconds(contender: dict[str, Any]) -> float:
-    """Mean seconds of training an epoch."""
+    """Mean seconds of training per epoch."""
     return statistics.mean(run["seconds"] / run["epochs"] for run in contender["runs"])

@@ -26,12 +26,12 @@ from .whole import WholeStep
 
 __all__ = ["BASELINE", "OURS", "RIVALS", "rivals_for"]
 
-#: What ratios are relative to, and what they are given for first.
+#: The contender that ratios are relative to, and fastmlp.
 BASELINE, OURS = "eager", "fastmlp"
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
-#: Without the graphs of torch.compile's own, which would leave the copies of the batch outside.
+#: Without torch.compile's own graphs, which would leave the copies of the batch outside.
 WHOLE_MODES = ("default", "max-autotune-no-cudagraphs")
 
 RIVALS: tuple[Rival, ...] = (

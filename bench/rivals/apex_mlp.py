@@ -41,17 +41,13 @@ class ApexMLP:
     notes = "apex.mlp.MLP for the hidden layers, nn.Linear for the last, fused torch.optim"
 
     def available(self, problem: Problem) -> Availability:
-        here = installed("apex")
-        return (
-            here
-            if not here.ok
-            else needs(
-                (getattr(problem, "bias", True), "written with biases"),
-                (installed("mlp_cuda").ok, "installed without its CUDA extension"),
-                (problem.device.startswith("cuda"), "needs a GPU"),
-                (getattr(problem, "activation", "") in ("relu", "sigmoid"), "has relu and sigmoid only"),
-                (len(getattr(problem, "sizes", ())) > 2, "needs a hidden layer"),
-            )
+        return needs(
+            installed("apex"),
+            (getattr(problem, "bias", True), "written with biases"),
+            (installed("mlp_cuda").ok, "installed without its CUDA extension"),
+            (problem.device.startswith("cuda"), "needs a GPU"),
+            (getattr(problem, "activation", "") in ("relu", "sigmoid"), "has relu and sigmoid only"),
+            (len(getattr(problem, "sizes", ())) > 2, "needs a hidden layer"),
         )
 
     def build(self, problem: Problem) -> Run:

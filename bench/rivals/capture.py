@@ -1,4 +1,4 @@
-"""A training step captured in one CUDA graph, and replayed on batches that are brought to the graph's own tensors."""
+"""A training step captured in one CUDA graph, and replayed on batches in the graph's own tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WARM_UP_STEPS = 3
 
 @dataclass(frozen=True)
 class Replay:
-    """A step on what X and Y hold: ``run`` replays it and returns the loss."""
+    """A step on the content of ``x`` and ``y``: ``run`` replays it and returns the loss."""
 
     x: Tensor
     y: Tensor
@@ -28,7 +28,7 @@ class Replay:
         return self.run()
 
     def gathered(self, x: Tensor, y: Tensor, rows: Tensor) -> object:
-        """One step on some rows of X and Y, which are gathered without a copy between."""
+        """One step on some rows of X and Y, which are gathered without a copy in between."""
         torch.index_select(x, 0, rows, out=self.x)
         torch.index_select(y, 0, rows, out=self.y)
         return self.run()
@@ -43,10 +43,10 @@ def capture(
     """Capture forward, loss, backward and update.
 
     Args:
-        step: of a batch (X, Y), all of it on the device; returns the loss.
+        step: takes a batch (X, Y), works on the device only, and returns the loss.
         example: a batch of the shapes to come.
-        params: what the step trains. The steps before the capture leave no trace in them.
-        state: the optimizer's tensors once a step was taken; all of them begin at 0.
+        params: what the step trains. They have their old values after the capture.
+        state: returns the optimizer's tensors after a step; all of them begin at 0.
     """
     x, y = (t.clone() for t in example)
     saved = [p.detach().clone() for p in params]

@@ -10,7 +10,20 @@ from bench.rivals.eager import EagerRun
 from bench.rivals.protocol import Availability, Run, needs
 from bench.rivals.training import TrainingProblem
 
-__all__ = ["Compiled"]
+__all__ = ["Compiled", "mode_runs"]
+
+
+def mode_runs(mode: str, problem: Problem) -> tuple[tuple[bool, str], ...]:
+    """Conditions for a mode of torch.compile, as ``needs`` takes them."""
+    on_gpu = problem.device.startswith("cuda")
+    return (
+        (on_gpu or mode != "reduce-overhead", "is CUDA graphs: the default mode without a GPU"),
+        # On a CPU Inductor's GEMM templates are for constant weights.
+        (
+            on_gpu or not mode.startswith("max-autotune"),
+            "tunes products of constant weights only: the default mode here",
+        ),
+    )
 
 
 class _CompiledRun(EagerRun):
@@ -51,12 +64,7 @@ class Compiled:
         self.notes = f"forward, loss, backward and optimizer step compiled, mode={mode!r}"
 
     def available(self, problem: Problem) -> Availability:
-        on_gpu = problem.device.startswith("cuda")
-        return needs(
-            (on_gpu or self.mode != "reduce-overhead", "is CUDA graphs: the default mode without a GPU"),
-            # On a CPU inductor's GEMM templates are for weights that no step changes.
-            (on_gpu or self.mode != "max-autotune", "tunes products of constant weights only: the default mode here"),
-        )
+        return needs(*mode_runs(self.mode, problem))
 
     def build(self, problem: Problem) -> Run:
         return _CompiledRun(problem, self.mode)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The whole step of eager PyTorch captured in a CUDA graph and replayed: eager without its launch overhead."""
+"""The whole step of eager PyTorch in a replayed CUDA graph: eager without its launch overhead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CudaGraph"]
 class _GraphRun(EagerRun):
     def __init__(self, problem: TrainingProblem) -> None:
         super().__init__(problem, fused=True)
-        # Not through optimizer_of: capturable is an option that SGD does not know and, being one kernel, does not need.
+        # Not through optimizer_of: SGD does not know the option capturable, and its one kernel does not need it.
         if problem.optimizer == "adamw":
             for group in self.optimizer.param_groups:
                 group["capturable"] = True

@@ -69,7 +69,7 @@ class Eager:
 
 
 class EagerFloat32:
-    """The float32 step beside 16-bit ones, for what the narrow products gain."""
+    """The float32 step beside 16-bit steps, which shows what 16-bit products gain."""
 
     name = "eager_float32"
     label = "PyTorch eager in float32"

@@ -65,7 +65,7 @@ class _ModulesRun(TrainingRun):
 
 
 class FastMLP:
-    """fastmlp.TrainStep; single samples are an epoch of batch size 1."""
+    """fastmlp.TrainStep; single samples are an epoch with a batch size of 1."""
 
     name = "fastmlp"
     label = "fastmlp TrainStep"
@@ -80,12 +80,12 @@ class FastMLP:
 
 
 class FastMLPOneByOne:
-    """Online training by calling the step for each sample."""
+    """Online training by one call of the step per sample."""
 
     name = "fastmlp_one_by_one"
     label = "fastmlp TrainStep, called per sample"
     kinds = frozenset({"online"})
-    notes = "one TrainStep call a sample"
+    notes = "one TrainStep call per sample"
 
     def available(self, problem: Problem) -> Availability:
         return OK

@@ -1,4 +1,4 @@
-"""A training step as a pure function, for compilers that take forward, loss and backward pass as one."""
+"""A training step as a pure function, for compilers that take forward, loss and backward pass together."""
 
 from __future__ import annotations
 

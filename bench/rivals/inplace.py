@@ -32,7 +32,7 @@ class _InPlaceRun(TrainingRun):
         self.a = [new((m, n)) for n in problem.sizes[1:]]
         self.da = [new((m, n)) for n in problem.sizes[1:]]
         self.db = [new(n) for n in problem.sizes[1:]]
-        # BLAS adds row after row of a long batch to a slim weight itself, which rounds it every time.
+        # BLAS adds each row of a long batch to a slim weight itself, and each addition rounds the weight.
         self.dw = [new(w.shape) if m >= 64 and min(w.shape) < 16 else None for w in self.weights]
         self.activate, self.derive = _ACTIVATE[problem.activation], _DERIVE[problem.activation]
         self.lr = OPTIMIZERS[problem.optimizer]["lr"]
@@ -62,7 +62,7 @@ class _InPlaceRun(TrainingRun):
 
 
 class InPlace:
-    """Plain SGD only: gradient and update of a weight are one addmm_, but for the last layer of a long batch."""
+    """Plain SGD only: gradient and update of a weight are one addmm_, except in the last layer of a long batch."""
 
     name = "inplace"
     label = "hand-written in-place loop"

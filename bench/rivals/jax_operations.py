@@ -67,7 +67,7 @@ class _JaxOpRun:
 
 
 class JaxOperation:
-    """One jit an operation."""
+    """One jit per operation."""
 
     name = "jax"
     label = "JAX jit"

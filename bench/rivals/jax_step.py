@@ -1,4 +1,4 @@
-"""JAX: the whole step jitted with donated parameters; many steps a jitted scan over the samples or batches."""
+"""JAX: the whole step in one jit with donated parameters; many steps are a scan over samples or batches in one jit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["JaxStep", "import_jax"]
 
 
 def import_jax() -> Any:
-    """The jax module, set not to take most of a GPU's memory at once."""
+    """The jax module, told not to take most of a GPU's memory at once."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
@@ -24,7 +24,7 @@ def import_jax() -> Any:
 
 
 def activation(jax: Any, name: str) -> Any:
-    """jax.nn's function of that name; gelu the exact one."""
+    """jax.nn's function of that name; gelu is the exact one."""
     if name == "gelu":
         return lambda z: jax.nn.gelu(z, approximate=False)
     return jax.numpy.tanh if name == "tanh" else getattr(jax.nn, name)

@@ -18,8 +18,8 @@ class _LigerRun(OpRun):
         from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss
 
         self.loss = LigerCrossEntropyLoss()
-        # It overwrites its logits: copies of its own, and after the first round over them it works on gradients, which
-        # take as long.
+        # The loss overwrites its logits, so the run has copies of its own. After the first round over the copies it
+        # works on gradients, which take as long.
         self.sets = [(z.clone().requires_grad_(), y) for z, y in self.sets]
 
     def compute(self, *inputs: Tensor) -> object:
@@ -36,8 +36,7 @@ class Liger:
     notes = "LigerCrossEntropyLoss; overwrites the logits, so later calls see other numbers"
 
     def available(self, problem: Problem) -> Availability:
-        here = installed("liger_kernel")
-        return here if not here.ok else needs((problem.device.startswith("cuda"), "needs a GPU"))
+        return needs(installed("liger_kernel"), (problem.device.startswith("cuda"), "needs a GPU"))
 
     def build(self, problem: Problem) -> Run:
         return _LigerRun(problem)

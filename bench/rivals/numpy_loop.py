@@ -1,4 +1,4 @@
-"""The online loop of the source documents: numpy, one sample a step, every gradient an outer product, float64."""
+"""The online loop of the source documents: numpy, one sample per step, gradients as outer products, float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _softmax(z: Array) -> Array:
 
 
 class _NumpyRun:
-    """Row vectors and weights [in, out], as document 002 has them."""
+    """Row vectors and weights [in, out], as in the notebook "Introduction to Neural Networks"."""
 
     def __init__(self, problem: OnlineProblem) -> None:
         params = [p.double().numpy().copy() for p in problem.parameters()]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import fastmlp
 from bench.problems import Problem
+from bench.rivals.compiled import mode_runs
 from bench.rivals.formulas import RESULTS, activation_of, formula
 from bench.rivals.protocol import OK, Availability, OpRun, Run, needs
 from fastmlp import ops
@@ -21,9 +22,9 @@ KINDS = frozenset(RESULTS)
 
 
 class _TapeRun(OpRun):
-    """Operations that autograd differentiates; the tape of a backward problem is recorded once for each input set.
+    """Operations that autograd differentiates; the tape of a backward problem is recorded once per input set.
 
-    ``linear`` and ``cross_entropy`` are what is timed.
+    Subclasses have the ``linear``, ``cross_entropy`` and ``wgrad`` that are timed.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -153,7 +154,7 @@ class _CompiledRun(OpRun):
 
 
 class CompiledOperation:
-    """The formulas compiled, which spares autograd's bookkeeping too."""
+    """The formulas compiled, without autograd's bookkeeping."""
 
     kinds = KINDS
 
@@ -164,11 +165,9 @@ class CompiledOperation:
         self.notes = f"forward and hand-derived gradient as one function, mode={mode!r}, no tape"
 
     def available(self, problem: Problem) -> Availability:
-        on_gpu = problem.device.startswith("cuda")
         from_output = getattr(problem, "activation", "identity") in ("identity", "sigmoid", "relu", "tanh")
         return needs(
-            (on_gpu or self.mode != "reduce-overhead", "is CUDA graphs: the default mode without a GPU"),
-            (on_gpu or self.mode != "max-autotune", "tunes products of constant weights only: the default mode here"),
+            *mode_runs(self.mode, problem),
             (problem.kind != "linear_act_backward" or from_output, "written for derivatives of the output"),
         )
 

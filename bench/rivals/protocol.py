@@ -14,7 +14,7 @@ __all__ = ["OK", "Availability", "OpRun", "Rival", "Run", "installed", "needs"]
 
 
 class Availability(NamedTuple):
-    """Whether a contender runs, and if not why: "not installed", "needs a GPU", ..."""
+    """Whether a contender runs, and why not: "not installed", "needs a GPU", ..."""
 
     ok: bool
     reason: str = ""
@@ -24,15 +24,15 @@ OK = Availability(True)
 
 
 class Run(Protocol):
-    """A contender made ready; each call is one call of the problem, on the next of its input sets."""
+    """A contender made ready; each call solves the problem once, on the next input set."""
 
     def __call__(self) -> object: ...
 
     def finish(self) -> None:
-        """Wait for what the calls have started."""
+        """Wait for the work that the calls have started."""
 
     def results(self) -> Results:
-        """What the gate compares, after the calls so far; float64 on the CPU."""
+        """What the gate compares after the calls so far, float64 on the CPU."""
 
 
 class Rival(Protocol):
@@ -41,8 +41,8 @@ class Rival(Protocol):
     Attributes:
         name: short and unique, the key in the JSON.
         label: for tables and plots.
-        kinds: the kinds of problem it takes part in.
-        notes: what the reader of a number should know.
+        kinds: the kinds of problem that it takes part in.
+        notes: what a reader of its numbers should know.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Rival(Protocol):
         """Whether it can run the problem on this machine."""
 
     def build(self, problem: Problem) -> Run:
-        """Allocate, compile, capture: everything that happens once."""
+        """Do everything that happens once: allocation, compilation, capture."""
 
 
 def installed(package: str) -> Availability:
@@ -63,7 +63,7 @@ def installed(package: str) -> Availability:
 
 
 def needs(*conditions: tuple[bool, str]) -> Availability:
-    """OK, or the reason of the first condition that is false."""
+    """OK, or the reason of the first condition that is false; what ``installed`` returns is such a condition."""
     return next((Availability(False, reason) for condition, reason in conditions if not condition), OK)
 
 

@@ -42,7 +42,7 @@ class _SklearnRun:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a class that the first batch lacks
             self.model.partial_fit(x[: problem.batch], y[: problem.batch], classes=self.classes)
-        # Only a first fit allocates the parameters; back to the starting values, and the velocities to zero.
+        # Only a first fit allocates the parameters. They return to the starting values, and the velocities to zero.
         params = [p.numpy() for p in problem.parameters()]
         for mine, w in zip(self.model.coefs_, params[::2], strict=True):
             mine[...] = w.T
@@ -76,21 +76,17 @@ class SklearnMLP:
     name = "sklearn"
     label = "scikit-learn partial_fit"
     kinds = frozenset({"step", "online"})
-    notes = "MLPClassifier(solver='sgd', alpha=0), one partial_fit a step, which also checks its input"
+    notes = "MLPClassifier(solver='sgd', alpha=0), one partial_fit per step, which also checks its input"
 
     def available(self, problem: Problem) -> Availability:
-        here = installed("sklearn")
-        return (
-            here
-            if not here.ok
-            else needs(
-                (getattr(problem, "bias", True), "written with biases"),
-                (getattr(problem, "loss", "cross_entropy") == "cross_entropy", "its classifier has cross-entropy"),
-                (not problem.device.startswith("cuda"), "runs on the CPU"),
-                (problem.dtype == "float32", "has no 16-bit products"),
-                (getattr(problem, "optimizer", "") in ("sgd", "nesterov"), "its Adam has no decoupled weight decay"),
-                (getattr(problem, "activation", "") in _ACTIVATIONS, "lacks the activation"),
-            )
+        return needs(
+            installed("sklearn"),
+            (getattr(problem, "bias", True), "written with biases"),
+            (getattr(problem, "loss", "cross_entropy") == "cross_entropy", "its classifier has cross-entropy"),
+            (not problem.device.startswith("cuda"), "runs on the CPU"),
+            (problem.dtype == "float32", "has no 16-bit products"),
+            (getattr(problem, "optimizer", "") in ("sgd", "nesterov"), "its Adam has no decoupled weight decay"),
+            (getattr(problem, "activation", "") in _ACTIVATIONS, "lacks the activation"),
         )
 
     def build(self, problem: Problem) -> Run:

@@ -15,7 +15,7 @@ __all__ = ["TinyCudaNN"]
 
 _ACTIVATIONS = {"relu": "ReLU", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 _FUSED_WIDTHS = (16, 32, 64, 128)
-_ROWS = 16  # its matrices have a multiple of this many rows and columns
+_ROWS = 16  # rows and columns of its matrices are multiples of this
 
 
 def _padded(n: int) -> int:
@@ -39,7 +39,7 @@ class _TinyRun(TrainingRun):
                 "n_hidden_layers": len(problem.sizes) - 2,
             },
         )
-        # One flat float32 parameter: the layers' [out, in] matrices one behind the other, zero rows below the last.
+        # One flat float32 parameter: the layers' [out, in] matrices one after the other, padded with zeros.
         parts, self.views = [], []
         at = 0
         for w in problem.parameters():
@@ -71,26 +71,22 @@ class _TinyRun(TrainingRun):
 
 
 class TinyCudaNN:
-    """Its networks have no biases, so it takes part in the problems without them."""
+    """Takes part in problems without biases, which its networks do not have."""
 
     name = "tiny_cuda_nn"
     label = "tiny-cuda-nn"
     kinds = frozenset({"step"})
-    notes = "tcnn.Network: FullyFusedMLP up to 128 wide, else CutlassMLP; its own loss scale; fused torch.optim"
+    notes = "tcnn.Network: FullyFusedMLP up to 128 columns, else CutlassMLP; its own loss scale; fused torch.optim"
 
     def available(self, problem: Problem) -> Availability:
-        here = installed("tinycudann")
         sizes = getattr(problem, "sizes", ())
-        return (
-            here
-            if not here.ok
-            else needs(
-                (problem.device.startswith("cuda"), "needs a GPU"),
-                (problem.dtype == "float16", "computes in float16"),
-                (not getattr(problem, "bias", True), "its networks have no biases"),
-                (len(sizes) > 2 and len(set(sizes[1:-1])) == 1, "its hidden layers are all equally wide"),
-                (getattr(problem, "activation", "") in _ACTIVATIONS, "lacks the activation"),
-            )
+        return needs(
+            installed("tinycudann"),
+            (problem.device.startswith("cuda"), "needs a GPU"),
+            (problem.dtype == "float16", "computes in float16"),
+            (not getattr(problem, "bias", True), "its networks have no biases"),
+            (len(sizes) > 2 and len(set(sizes[1:-1])) == 1, "its hidden layers all have one width"),
+            (getattr(problem, "activation", "") in _ACTIVATIONS, "lacks the activation"),
         )
 
     def build(self, problem: Problem) -> Run:

@@ -15,7 +15,7 @@ from bench.rivals.training import TrainingProblem, TrainingRun
 
 __all__ = ["TrainKernel"]
 
-#: The oldest architecture that its kernels are for.
+#: The oldest architecture that its kernels run on.
 _CAPABILITY = (8, 0)
 
 
@@ -34,7 +34,7 @@ class _TrainKernelRun(TrainingRun):
         state = tuple(p.to(problem.device) for p in problem.parameters())
         inputs = (state, *(t.clone() for t in self.example))  # a step overwrites them
         program: Any = trainkernel.compile_training(step, inputs).capture(*inputs)
-        # A replay may leave the new state where it found the old one, or only return it.
+        # A replay may write the new state over the old one, or only return it.
         params, x, y = program.inputs
         moved = [(p, new) for p, new in zip(params, program.outputs[2], strict=True) if p.data_ptr() != new.data_ptr()]
 
@@ -54,7 +54,7 @@ class _TrainKernelRun(TrainingRun):
 
 
 class TrainKernel:
-    """One launch a step; the package knows relu and squared errors, neither exponentials nor class numbers."""
+    """One launch per step; the package knows relu and squared errors, but neither exponentials nor class numbers."""
 
     name = "trainkernel"
     label = "TrainKernel"
@@ -63,17 +63,14 @@ class TrainKernel:
 
     def available(self, problem: Problem) -> Availability:
         here = installed("trainkernel")
-        return (
-            here
-            if not here.ok
-            else needs(
-                (getattr(problem, "loss", "") == "mse", "has no softmax"),
-                (getattr(problem, "activation", "") == "relu", "has relu only"),
-                (getattr(problem, "optimizer", "") == "sgd", "has plain SGD only"),
-                (problem.dtype in ("float32", "bfloat16"), "written without a loss scale"),
-                (problem.device.startswith("cuda"), "needs a GPU"),
-                (_compiles(), "needs nvcc and a GPU from sm_80 on"),
-            )
+        return needs(
+            here,
+            (getattr(problem, "loss", "") == "mse", "has no softmax"),
+            (getattr(problem, "activation", "") == "relu", "has relu only"),
+            (getattr(problem, "optimizer", "") == "sgd", "has plain SGD only"),
+            (problem.dtype in ("float32", "bfloat16"), "written without a loss scale"),
+            (problem.device.startswith("cuda"), "needs a GPU"),
+            (here.ok and _compiles(), "needs nvcc and a GPU from sm_80 on"),
         )
 
     def build(self, problem: Problem) -> Run:

@@ -1,4 +1,4 @@
-"""What the contenders for a training step that work on torch tensors share."""
+"""What contenders for a training step on torch tensors share."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def optimizer_of(problem: TrainingProblem, parameters: Any, **options: Any) -> t
 class TrainingRun(OpRun):
     """A run that trains ``params`` (W_1, b_1, ...) in place; ``step(x, y)`` is one step on a batch.
 
-    Online problems take the samples of a call one by one, epochs gather the rows of each batch first, unless
-    ``compute`` is overridden.
+    Unless ``compute`` is overridden, online problems take the samples of a call one by one, and epochs gather the rows
+    of each batch first.
     """
 
     params: list[Tensor]
@@ -56,7 +56,7 @@ class TrainingRun(OpRun):
         super().__init__(problem, ())
         self.problem = problem
         x, y = self.sets[0][:2]
-        #: What a step sees, for what must know its inputs before the first one.
+        #: A batch as a step gets it, for contenders that need their inputs before the first step.
         self.example = x[: problem.batch], y[: problem.batch]
 
     def step(self, x: Tensor, y: Tensor) -> object:

@@ -13,6 +13,7 @@ from torch.optim.sgd import sgd
 from bench.problems import OPTIMIZERS, Problem
 from bench.problems.training import ADAM_BETA_2
 from bench.rivals.capture import Replay, capture
+from bench.rivals.compiled import mode_runs
 from bench.rivals.functional import loss_and_gradients
 from bench.rivals.protocol import Availability, Run, needs
 from bench.rivals.training import TrainingProblem, TrainingRun
@@ -21,9 +22,9 @@ __all__ = ["WholeStep", "WholeStepRun"]
 
 
 def _updating(problem: TrainingProblem, params: list[Tensor]) -> tuple[Callable[[list[Tensor]], None], list[Tensor]]:
-    """(A function that takes gradients and changes the parameters, its state, all of which begins at 0).
+    """(A function that takes gradients and changes the parameters, its state, which begins at 0).
 
-    torch.optim's own functions change all parameters at once, which Inductor makes one kernel of.
+    torch.optim's own functions change all parameters at once, so that Inductor makes one kernel of them.
     """
     settings: dict[str, Any] = {"foreach": True, "maximize": False, **OPTIMIZERS[problem.optimizer]}
     first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
@@ -68,7 +69,7 @@ class WholeStepRun(TrainingRun):
 
 
 class WholeStep:
-    """The strongest opponent on a GPU: nothing of the step is left to Python but the replay."""
+    """The strongest opponent on a GPU: Python does nothing but the replay."""
 
     kinds = frozenset({"step", "online", "epoch"})
 
@@ -79,11 +80,7 @@ class WholeStep:
         self.notes = f"forward, loss, backward and update one torch.compile(mode={mode!r}); on a GPU in one CUDA graph"
 
     def available(self, problem: Problem) -> Availability:
-        on_gpu = problem.device.startswith("cuda")
-        return needs(
-            (problem.dtype != "float16", "written without a loss scale"),
-            (on_gpu or self.mode == "default", "tunes products of constant weights only: the default mode here"),
-        )
+        return needs((problem.dtype != "float16", "written without a loss scale"), *mode_runs(self.mode, problem))
 
     def build(self, problem: Problem) -> Run:
         return WholeStepRun(problem, self.mode, graph=problem.device.startswith("cuda"))  # type: ignore[arg-type]

@@ -23,7 +23,8 @@ RESULTS = Path(__file__).parent.parent / "results" / "static"
 def main(output: Path, jobs: int) -> None:
     """Compile every kernel for every target, execute a part of them, and report what they cost.
 
-    Needs no GPU. The first run takes a few minutes; compiled kernels are kept in Triton's cache.
+    It needs no GPU. The first run takes a quarter of an hour or more on two cores. Triton's cache keeps the compiled
+    kernels.
     """
     from .report import collect, write
 

@@ -1,11 +1,11 @@
 """Counts of the executed code: the compiled PTX of every workload run on the simulated GPU.
 
-The counts are those of ``tests.ptxsim``: PTX instructions a warp, global memory by 32-byte sectors beside the fewest
-that each request could do with, shared memory by wavefronts and bank conflicts. No cache is modelled, so the sectors
-are what the programs ask the L1 and L2 caches for.
+The counts are those of ``tests.ptxsim``: PTX instructions per warp, 32-byte sectors of global memory beside the fewest
+sectors that each request needs, and wavefronts and bank conflicts of shared memory. No cache is modelled, so the
+sectors are those that the programs ask of the L1 and L2 caches.
 
-Large launches are sampled: all programs of a matrix product do the same, so the first ones are executed, and each row
-says how many. Counts are divided by the outputs of the programs that were executed.
+Large launches are sampled. All programs of a matrix product do the same, so only the first are executed, and each row
+says how many. Counts are divided by the outputs of the executed programs.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .workloads import BATCHES, SIZES, WORKLOADS, float32_precision, labels
 
 __all__ = ["EXECUTED_TARGETS", "MATRIX_FLOPS", "STEP_BATCH", "execute", "execution_rows", "step_execution_rows"]
 
-#: Two generations of NVIDIA's warp-wide matrix instructions.
+#: Two generations of NVIDIA's matrix instructions, each executed by one warp.
 EXECUTED_TARGETS = ("sm_80", "sm_120")
-#: Of the training step that is executed whole.
+#: The batch of the training step that is executed whole.
 STEP_BATCH = 64
-#: Of one launch, about as many are executed: some seconds' worth.
+#: Matrix FLOPs of one launch that are executed at most, about: they take some seconds.
 MATRIX_FLOPS = 3e8
 
 
 def execution_rows(target: str, mode: str) -> list[dict[str, Any]]:
-    """One row for each launch of each workload on an architecture that can be executed, in one mode."""
+    """One row per launch of each workload, in one mode, on an architecture that can be executed."""
     rows = []
     for workload in WORKLOADS.values():
         if mode == "tf32" and not workload.gemm:
@@ -50,7 +50,7 @@ def execution_rows(target: str, mode: str) -> list[dict[str, Any]]:
 
 
 def step_execution_rows(target: str) -> list[dict[str, Any]]:
-    """One row for each launch of one ``fastmlp.TrainStep``, every program of it executed: float32, plain SGD."""
+    """One row per launch of one ``fastmlp.TrainStep`` (float32, plain SGD) with every program executed."""
     x, y = torch.rand(STEP_BATCH, SIZES[0], generator=torch.Generator().manual_seed(0)), labels(STEP_BATCH)
     torch.manual_seed(0)
     model = fastmlp.MLP(SIZES)
@@ -65,7 +65,7 @@ def step_execution_rows(target: str) -> list[dict[str, Any]]:
 
 
 def arguments_of(launch: Launch) -> Iterator[tuple[str, Any]]:
-    """The kernel's run-time parameters in their order, with names: what was compiled in is left out."""
+    """The kernel's run-time parameters in their order, with names; compiled-in values are left out."""
 
     def parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, tuple):
@@ -79,10 +79,10 @@ def arguments_of(launch: Launch) -> Iterator[tuple[str, Any]]:
 
 
 def execute(launch: Launch, programs: int) -> tuple[Stats, int]:
-    """Execute the first ``programs`` programs of a recorded launch, all of them if there are no more.
+    """Execute the first ``programs`` programs of a recorded launch, or all if there are fewer.
 
     Returns:
-        Counts, and how many programs they are of.
+        The counts, and the number of executed programs.
     """
     x, y, z = launch.grid
     grid = launch.grid if programs >= x * y * z else (min(programs, x), 1, 1)

@@ -1,4 +1,4 @@
-"""What breaks a limit, found in the rows of the report, and what may, each with its reason."""
+"""The broken limits in the rows of the report, and the exceptions with their reasons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["EXCEPTIONS", "LIMITS", "Finding", "LimitException", "findings"]
 
 Row = dict[str, Any]
 
-#: Limits by name, with what they say.
+#: Limits by name, and the rule of each.
 LIMITS = {
     "spill": "no register is spilled to memory",
     "shared memory": "a program asks for no more shared memory than its target gives it",
@@ -30,8 +30,8 @@ class LimitException:
     """A kernel of a workload that may break a limit.
 
     Attributes:
-        most: how far, in the unit that ``LIMITS`` speaks of.
-        reason: why that is right, or the least bad.
+        most: the largest value, in the unit of ``LIMITS``.
+        reason: why the exception is right, or the least bad.
     """
 
     limit: str
@@ -75,8 +75,8 @@ class Finding:
 
     Attributes:
         places: target, mode and batch of each case.
-        worst: the largest excess, in the unit that ``LIMITS`` speaks of.
-        reason: that of its exception; "" if it has none, or goes further than it may.
+        worst: the largest value, in the unit of ``LIMITS``.
+        reason: the reason of its exception; "" if there is none, or if the value is over the exception's.
     """
 
     limit: str

@@ -18,10 +18,10 @@ class Mode:
     """How products are computed.
 
     Attributes:
-        dtype: of the operands, as torch names it.
-        rate: which of a GPU's rates the products run at.
-        products: instructions' worth of products for one mathematical product.
-        precision: what ``torch.backends.cuda.matmul.fp32_precision`` must say.
+        dtype: torch's name of the operands' dtype.
+        rate: the name of the GPU's rate at which the products run.
+        products: computed products per mathematical product.
+        precision: the value that ``torch.backends.cuda.matmul.fp32_precision`` must have.
     """
 
     dtype: str
@@ -36,7 +36,7 @@ MODES = {
     "tf32": Mode("float32", "tf32", 1, "tf32"),
     "bfloat16": Mode("bfloat16", "bf16", 1),
     "float16": Mode("float16", "bf16", 1),
-    # what torch does with float32 by default: no matrix units
+    # torch's default for float32: no matrix units
     "float32 on FMA": Mode("float32", "fp32", 1),
 }
 
@@ -46,8 +46,8 @@ class Gpu:
     """One product.
 
     Attributes:
-        target: what kernels are compiled for.
-        bandwidth: bytes a second.
+        target: the target that kernels are compiled for.
+        bandwidth: bytes per second.
         rates: FLOP/s by name: "fp32" outside of the matrix units, "tf32" and "bf16" (which is also fp16's) on them.
             Where "tf32" is missing, the kernels multiply float32 as it is, at "fp32_matrix".
         source: where the numbers were published.
@@ -95,7 +95,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time of some work, seconds, and what it is bound by: "memory", "matrix" or "vector"."""
+    """The least seconds of some work, and what bounds them: "memory", "matrix" or "vector"."""
 
     seconds: float
     bound: str
@@ -104,7 +104,7 @@ class Roofline:
 def roofline(work: Work, gpu: Gpu, mode: Mode) -> Roofline:
     """max(bytes / bandwidth, matrix FLOPs / rate, other FLOPs / rate): no launch overhead, no latency, no cache."""
     rate, products = gpu.rates.get(mode.rate), mode.products
-    if rate is None:  # no tf32 path on this target: float32 products are float32 products
+    if rate is None:  # no tf32 path on this target: one float32 product is one product
         rate, products = gpu.rates["fp32_matrix"], 1
     times = {
         "memory": work.bytes / gpu.bandwidth,
@@ -116,5 +116,5 @@ def roofline(work: Work, gpu: Gpu, mode: Mode) -> Roofline:
 
 
 def total_roofline(works: Iterable[Work], gpu: Gpu, mode: Mode) -> float:
-    """Seconds of kernels that run one after the other: the sum of their rooflines."""
+    """Seconds of kernels that run one after another: the sum of their rooflines."""
     return sum(roofline(work, gpu, mode).seconds for work in works)

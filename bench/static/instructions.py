@@ -13,9 +13,9 @@ GROUPS = (
     "tensor core", "fma", "other float", "integer", "global memory", "shared memory", "async", "control", "other",
 )  # fmt: skip
 
-# The first pattern that a mnemonic begins with decides. "integer" is also logic, moves and addresses; "control" also
-# waits and barriers; "async" is copies from global to shared memory and what orders them; "other" is loads of constants
-# and kernel parameters.
+# The first pattern that matches the beginning of a mnemonic decides. "integer" has logic, moves and addresses too, and
+# "control" has waits and barriers. "async" has copies from global to shared memory and what orders them. "other" has
+# loads of constants and kernel parameters.
 _NVIDIA: tuple[tuple[str, str], ...] = (
     ("tensor core", r"[HIDQO]G?MMA|UTC\w*MMA"),
     ("fma", r"(FFMA|HFMA|DFMA)"),
@@ -57,7 +57,7 @@ _PATTERNS = {
 def group_of(mnemonic: str) -> str:
     """The group of one machine instruction; NVIDIA's are in capitals, AMD's are not."""
     vendor = "nvidia" if mnemonic.isupper() else "amd"
-    # Bits that are moved, selected or exchanged are no arithmetic, whatever their type is called.
+    # Moves, selections and exchanges of bits are no arithmetic, whatever type their names contain.
     if vendor == "amd" and _AMD_MOVES.match(mnemonic):
         return "integer"
     for group, pattern in _PATTERNS[vendor]:

@@ -19,22 +19,22 @@ from .workloads import BATCHES, WORKLOADS, Workload, float32_precision
 
 __all__ = ["GEMM_KERNELS", "machine_rows", "modes_of"]
 
-#: The kernels that must run on matrix units where the target has them.
+#: The kernels that must use matrix units where the target has them.
 GEMM_KERNELS = frozenset(
     {"_linear_fwd_kernel", "_linear_dgrad_kernel", "_linear_wgrad_kernel", "_head_kernel", "_wgrad_update_kernel"}
 )
-# One target of each family of matrix units, and those of the GPUs that rooflines are drawn for.
+# One target per family of matrix units, and the targets of the GPUs of the rooflines.
 _TF32_TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
 
 
 def modes_of(target: Target, workload: Workload) -> list[str]:
-    """What is compiled: float32 and one 16-bit type, tf32 for matrix products where it differs."""
+    """The modes that are compiled: float32, one 16-bit dtype, and tf32 for matrix products where it differs."""
     half = "bfloat16" if torch.bfloat16 in target.dtypes else "float16"
     return ["float32", *(["tf32"] if workload.gemm and target.name in _TF32_TARGETS else []), half]
 
 
 def machine_rows(name: str) -> list[dict[str, Any]]:
-    """One row for each launch of each workload on the target of that name."""
+    """One row per launch of each workload on the target of that name."""
     target, rows = TARGETS[name], []
     for workload in WORKLOADS.values():
         for mode in modes_of(target, workload):
@@ -47,7 +47,7 @@ def machine_rows(name: str) -> list[dict[str, Any]]:
 
 def _row(target: Target, workload: Workload, mode: str, batch: int, launch: Launch) -> dict[str, Any]:
     needs, work = resources(launch), work_of(launch)
-    # A kernel that asks for more than there is fits no multiprocessor; the findings say so.
+    # A kernel that asks for too much shared memory fits no multiprocessor; the findings say so.
     fits = needs.shared <= target.device.shared_limit
     resident = occupancy(target.name, needs.registers, needs.shared, launch.num_warps) if fits else None
     programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
@@ -88,7 +88,7 @@ def _work(work: Work) -> dict[str, Any]:
 
 
 def _rooflines(target: str, mode: str, work: Work) -> dict[str, Any]:
-    """The least time on each GPU of this target."""
+    """The least time on each GPU with this target."""
     found = {}
     for name, gpu in GPUS.items():
         if gpu.target == target:

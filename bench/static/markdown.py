@@ -17,66 +17,69 @@ Row = dict[str, Any]
 
 _INTRODUCTION = """# Static performance report
 
-What the kernels cost, found without a GPU: machine code compiled for every target, and compiled code executed on a
-simulated GPU. Times are rooflines, lower bounds from published rates; nothing here was measured on hardware. The
-numbers are in `static.json` beside this file; `python -m bench.static` writes both.
+This report says what the kernels cost, without a GPU. It has machine code that was compiled for every target, and
+compiled code that was executed on a simulated GPU. Times are rooflines, which are lower bounds from published rates.
+Nothing here was measured on hardware. `python -m bench.static` writes this file and its numbers, `static.json`.
 """
 
 _STEPS = """## A training step
 
-Network 784-512-512-10, sigmoid, cross-entropy, plain SGD, float32. fastmlp's launches are those that the library makes,
-recorded on a simulated GPU. Eager PyTorch's kernels are its dispatched aten operations (forward, CrossEntropyLoss,
-backward, optimizer), one kernel each without views and allocations, which is a lower bound. Bytes are compulsory:
-every kernel reads its operands once and writes its results once. "x, y" begins at a batch; "uint8 on the device" at
-images, labels and row numbers in device memory. An `aten.copy_` in a fastmlp step copies the step's few numbers to the
-device. The roofline takes fastmlp's float32 as three tf32 products, torch's (whose default is no tf32) as FMA; kernels
-run one after the other.
+The step trains 784-512-512-10 with sigmoid, cross-entropy, plain SGD and float32. fastmlp's launches are recorded on a
+simulated GPU. Eager PyTorch's kernels are its dispatched aten operations (forward, CrossEntropyLoss, backward,
+optimizer). Each operation that is no view and no allocation counts as one kernel, which is a lower bound. Bytes are
+compulsory: every kernel reads its operands once and writes its results once. "x, y" begins at a batch. "uint8 on the
+device" begins at images, labels and row numbers in device memory. An `aten.copy_` in a fastmlp step copies the step's
+few numbers to the device. The roofline takes fastmlp's float32 as three tf32 products, and torch's, whose default is no
+tf32, as FMA. Kernels run one after another.
 """
 
 _ROOFLINES = """## Rooflines
 
-The least time of each kernel in microseconds: the largest of bytes / bandwidth, matrix FLOPs / matrix rate and other
-FLOPs / vector rate, and in brackets what bounds it (m: memory, x: matrix units, v: vector units). float32 is three tf32
-products on NVIDIA's tensor cores and float32 on AMD's. Launches take a few microseconds each, which comes on top
-unless graphs or the queue hide it. FLOPs a byte count mathematical products once. Where tiles or splits differ by
-target, FLOPs and bytes are the first target's; "-" is a kernel that the GPU does without.
+The table has the least time of each kernel in microseconds. It is the largest of bytes / bandwidth, matrix FLOPs /
+matrix rate and other FLOPs / vector rate. The brackets say what bounds it (m: memory, x: matrix units, v: vector
+units). float32 is three tf32 products on NVIDIA's tensor cores and one float32 product on AMD's matrix units. A launch
+takes a few microseconds more, unless graphs or the queue hide them. FLOPs/byte counts mathematical products once. Where
+tiles or splits differ by target, FLOPs and bytes are those of the first target. "-" is a kernel that the GPU does not
+need.
 """
 
 _EXECUTION = """## Executed code
 
-Counts of the compiled PTX, executed. Sectors (32 bytes) over minimum: what the programs' global accesses touch, over
-the fewest that each access could do with, access by access: where a thread reads neighbouring elements one by one, the
-L1 cache has the sector after the first. No cache is modelled; what programs ask for more than once is in "read over
-compulsory": bytes asked of the caches over bytes that must come from memory. Products: matrix FLOPs executed over
-those needed (float32 is three products). Large launches are sampled: "programs" says how many of how many were
-executed.
+The counts are those of the executed PTX. "Sectors over min." has the sectors (32 bytes) that the programs' global
+accesses touch, divided by the fewest that each single access needs. Where a thread reads neighbouring elements one by
+one, the L1 cache has the sector after the first access. No cache is modelled. "Read over compulsory" has the bytes that
+the programs ask of the caches, divided by the bytes that must come from memory. "Products" has the executed matrix
+FLOPs, divided by the needed ones (float32 is three products). Large launches are sampled: "programs" says how many of
+how many were executed.
 """
 
 _MACHINE = """## Machine code
 
-Registers a thread, spills (bytes a thread; on AMD registers too), shared memory a program, resident warps as a share of
-the multiprocessor's with what limits them, waves (programs over what all multiprocessors hold), and the static
-instruction mix: each instruction counted once wherever it stands. Integer is also logic, moves and addresses.
+The tables have registers per thread, spills (bytes per thread, on AMD also registers), and bytes of shared memory per
+program. Occupancy is the share of the multiprocessor's warps that are resident, and "limited by" names its limit. Waves
+are programs divided by the programs that all multiprocessors hold. The instruction mix is static: each instruction
+counts once, wherever it stands. Integer has logic, moves and addresses too.
 """
 
 _STEP_EXECUTION = """### A step executed
 
-The launches of one `fastmlp.TrainStep(x, y)` of the same network, float32, batch 64, every program executed on a
-simulated {}.
+These are the launches of one `fastmlp.TrainStep(x, y)` of the same network in float32 at batch 64. Every program was
+executed on a simulated {}.
 """
 
 _NUMERICS = """## Numerics
 
-Errors against float64 of the kernels (executed for sm_80) and of torch on a CPU in the same dtype: largest and
-root-mean-square, relative to the exact result's. The budget of the tests is twice torch's own largest error plus a
-floor that grows with the reduction length; above 1 it is broken. torch's tf32 is modelled by operands rounded to tf32.
+The table has the errors against float64 of the kernels (executed for sm_80) and of torch on a CPU in the same dtype:
+largest and root-mean-square, relative to the exact result's. The budget of the tests is twice torch's own largest error
+plus a floor that grows with the reduction length. Above 100 % it is broken. Operands rounded to tf32 stand in for
+torch's tf32.
 """
 
 _SOURCES = """## Sources
 
-Occupancy: NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and the rules in
-`cuda_occupancy.h`; AMD, CDNA 2, CDNA 3 and RDNA 3 instruction set guides and LLVM's AMDGPU backend. Rates and
-bandwidths (dense, boost clock):
+NVIDIA's occupancy is from the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and the
+rules in `cuda_occupancy.h`. AMD's is from the CDNA 2, CDNA 3 and RDNA 3 instruction set guides and LLVM's AMDGPU
+backend. These are the rates and bandwidths (dense, boost clock):
 """
 
 
@@ -110,14 +113,14 @@ def _unique(rows: Iterable[Row], key: str) -> list[Any]:
 
 
 def _label(row: Row) -> str:
-    """The workload, and the kernel where a workload launches others behind its own."""
+    """The workload, and the kernel where it is not the workload's own."""
     own = row["workload"].split()[0]
     kernel = row["kernel"].strip("_").removesuffix("_kernel")
     return row["workload"] if own.startswith(kernel) else f"{row['workload']}: {kernel}"
 
 
 def _findings(rows: list[Row]) -> str:
-    text = "## Findings\n\nThe limits, and what breaks them:\n\n"
+    text = "## Findings\n\nThese are the limits, and what breaks them:\n\n"
     for limit, says in LIMITS.items():
         reasons = [row["reason"] for row in rows if row["limit"] == limit]
         broken, excepted = reasons.count(""), sum(map(bool, reasons))
@@ -287,6 +290,6 @@ def _sources() -> str:
     return (
         f"{_SOURCES}\n"
         + table(header, lines, left=3)
-        + "\nWorkloads, M being the batch:\n\n"
+        + "\nThese are the workloads; M is the batch:\n\n"
         + table(("workload", "computation"), shapes, left=2)
     )

@@ -1,4 +1,4 @@
-"""Numbers as the report prints them: few digits, so that the file changes only where the kernels do."""
+"""Numbers as the report prints them: with few digits, so that the file changes only where the kernels change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["bytes_text", "compact", "significant"]
 
 
 def significant(x: float, digits: int = 3) -> float:
-    """``x`` rounded to so many significant digits."""
+    """``x`` rounded to ``digits`` significant digits."""
     if x == 0 or not math.isfinite(x):
         return x
     return round(x, digits - 1 - math.floor(math.log10(abs(x))))

@@ -1,8 +1,8 @@
 """Errors of every kernel, and of torch in the same dtype, against float64, as shares of the error budget.
 
-The budget is the one of the tests (``tests.support.harness``): twice torch's own largest error plus a floor that grows
-with the square root of the reduction length. The kernels are executed on the simulated GPU (sm_80), torch runs on the
-CPU. torch's tf32 exists on GPUs only; it is modelled as torch's float32 product of operands rounded to tf32.
+The budget is that of the tests (``tests.support.harness``): twice torch's own largest error plus a floor that grows
+with the square root of the reduction length. The kernels are executed on the simulated GPU (sm_80), and torch runs on
+the CPU. torch has tf32 on GPUs only, so a float32 product of operands that are rounded to tf32 stands in for it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NUMERICS_MODES = ("float32", "tf32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Result:
-    """One output: the kernel's, the exact one, torch's own, and how many terms its sums have."""
+    """One output: the kernel's, the exact one, torch's own, and the number of terms in its sums."""
 
     name: str
     actual: Tensor
@@ -44,7 +44,7 @@ class Result:
 
 
 def errors(result: Result) -> dict[str, float]:
-    """Largest and root-mean-square error, relative to the exact result's, and the share of the budget used."""
+    """Largest and root-mean-square error relative to the exact result's, and the used share of the budget."""
     scale = result.exact.abs().max().item()
     rms = result.exact.square().mean().sqrt().item()
     found = {}
@@ -59,7 +59,7 @@ def errors(result: Result) -> dict[str, float]:
 
 
 def numerics_rows(mode: str) -> list[dict[str, Any]]:
-    """One row for each output of each case that the mode makes a difference to."""
+    """One row per output of each case in which the mode makes a difference."""
     rows = []
     dtype = getattr(torch, MODES[mode].dtype)
     for case in CASES:
@@ -76,7 +76,7 @@ def numerics_rows(mode: str) -> list[dict[str, Any]]:
 def tf32(t: Tensor) -> Tensor:
     """float32 rounded to tf32's 10 bits of mantissa, ties away from zero."""
     rounded = ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-    return torch.where(t.isnan(), t, rounded)  # a GPU's NaN, bits 0x7fffffff, would wrap around to -0.0
+    return torch.where(t.isnan(), t, rounded)  # a GPU's NaN, 0x7fffffff, would wrap around to -0.0
 
 
 Rounding = Callable[[Tensor], Tensor]

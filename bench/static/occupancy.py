@@ -1,9 +1,9 @@
-"""How many programs of a kernel fit one multiprocessor, from what the machine code needs and the target has.
+"""How many programs of a kernel fit one multiprocessor, from the needs of the machine code and the target's resources.
 
-NVIDIA: the rules and constants of the occupancy calculator in NVIDIA's ``cuda_occupancy.h``, and the multiprocessors'
-sizes from "Technical Specifications per Compute Capability" in the CUDA C++ Programming Guide; the tests compile that
-header and compare. AMD: the instruction set guides of CDNA 2, CDNA 3 and RDNA 3, and the rules of LLVM's AMDGPU
-backend, which prints the waves that the registers allow into the assembly; the tests compare with that.
+NVIDIA's rules and constants are those of the occupancy calculator ``cuda_occupancy.h``; the tests compile that header
+and compare. The multiprocessors' sizes are from "Technical Specifications per Compute Capability" in the CUDA C++
+Programming Guide. AMD's are from the instruction set guides of CDNA 2, CDNA 3 and RDNA 3 and from LLVM's AMDGPU
+backend, which prints the waves that the registers allow into the assembly; the tests compare with that number.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ __all__ = ["MULTIPROCESSORS", "Multiprocessor", "Occupancy", "occupancy"]
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What programs share: an SM; a compute unit; on RDNA a work-group processor of two of them.
+    """What programs share: an SM, a compute unit, or on RDNA a work-group processor of two compute units.
 
     Attributes:
         schedulers: parts among which warps (waves) and registers are divided evenly.
-        max_warps, max_programs: resident at once.
-        max_shared_programs: resident at once of programs of several waves, each of which holds a barrier (AMD).
-        registers: 32-bit registers a scheduler; of a lane of one wave on AMD.
-        register_unit: how many are allocated at once: to a warp of 32 lanes, or a lane of a wave on AMD.
+        max_warps, max_programs: warps and programs that are resident at once; on AMD programs of several waves, each of
+            which holds a barrier.
+        registers: 32-bit registers per scheduler; on AMD per lane of one wave.
+        register_unit: registers per allocation, to a warp of 32 lanes; on AMD to a lane of a wave.
         shared: bytes of shared memory (LDS).
-        shared_unit: how many are allocated at once.
-        shared_reserved: bytes that the driver takes from each program beside its own.
-        warp_size: lanes.
-        counts_lanes: registers are counted a lane (AMD) rather than a warp.
+        shared_unit: bytes per allocation of shared memory.
+        shared_reserved: bytes that the driver takes for each program.
+        warp_size: lanes per warp.
+        counts_lanes: whether registers are counted per lane (AMD) or per warp.
     """
 
     schedulers: int
@@ -54,17 +54,17 @@ MULTIPROCESSORS = {
     "sm_90": _nvidia(64, 32, 228),
     "sm_100": _nvidia(64, 32, 228),
     "sm_120": _nvidia(48, 24, 100),
-    # 8 waves a SIMD of 512 registers, 16 barriers a compute unit, 64 KiB of LDS
+    # 8 waves per SIMD of 512 registers, 16 barriers per compute unit, 64 KiB of LDS
     "gfx90a": Multiprocessor(4, 32, 16, 512, 8, 65536, 512, warp_size=64, counts_lanes=True),
     "gfx942": Multiprocessor(4, 32, 16, 512, 8, 65536, 512, warp_size=64, counts_lanes=True),
-    # In work-group-processor mode, which Triton compiles for: 16 waves a SIMD of 1536 registers (wave32), 32 barriers
+    # In Triton's work-group-processor mode: 16 waves per SIMD of 1536 registers (wave32), 32 barriers
     "gfx1100": Multiprocessor(4, 64, 32, 1536, 24, 131072, 512, counts_lanes=True),
 }
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Programs and warps resident on one multiprocessor, and what allows no more of them."""
+    """Programs and warps that are resident on one multiprocessor, and what limits them."""
 
     programs: int
     warps: int
@@ -84,21 +84,21 @@ def warps_by_registers(target: str, registers: int) -> int:
 
 
 def occupancy(target: str, registers: int, shared: int, num_warps: int) -> Occupancy:
-    """Of programs of ``num_warps`` warps with so many registers a lane and bytes of shared memory.
+    """The occupancy of programs of ``num_warps`` warps, ``registers`` per lane and ``shared`` bytes of shared memory.
 
     Raises:
         ValueError: not even one program fits.
     """
     mp = MULTIPROCESSORS[target]
     by_warps = mp.max_warps // num_warps
-    # A program of one wave needs no barrier, of which AMD's limit of programs consists.
+    # AMD's limit of programs is the number of barriers, and a program of one wave needs none.
     by_programs = mp.max_warps if mp.counts_lanes and num_warps == 1 else mp.max_programs
-    a_scheduler = warps_by_registers(target, registers)
+    per_scheduler = warps_by_registers(target, registers)
     if mp.counts_lanes:
         # The waves of a work group are spread evenly over the SIMDs.
-        by_registers = min(a_scheduler, mp.max_warps // mp.schedulers) * mp.schedulers // num_warps
+        by_registers = min(per_scheduler, mp.max_warps // mp.schedulers) * mp.schedulers // num_warps
     else:
-        by_registers = a_scheduler * mp.schedulers // num_warps
+        by_registers = per_scheduler * mp.schedulers // num_warps
     by_shared = by_programs
     if shared + mp.shared_reserved:
         by_shared = mp.shared // _up(shared + mp.shared_reserved, mp.shared_unit)
@@ -108,6 +108,6 @@ def occupancy(target: str, registers: int, shared: int, num_warps: int) -> Occup
         raise ValueError(
             f"no program of {num_warps} warps, {registers} registers and {shared} bytes of shared memory fits {target}"
         )
-    # Where several limits meet, the one that more of the kernel's resources would not change comes last.
+    # Where several limits are equal, those that the kernel can change least come first.
     limited_by = next(name for name in ("warps", "programs", "registers", "shared memory") if limits[name] == programs)
     return Occupancy(programs, programs * num_warps, programs * num_warps / mp.max_warps, limited_by)

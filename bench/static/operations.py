@@ -1,9 +1,9 @@
 """The kernels of ordinary PyTorch code, counted from the aten operations that it dispatches.
 
-One dispatched operation counts as one kernel, unless it is a view, an allocation, or metadata. That is a lower bound:
-on a GPU some operations are more than one kernel (a split product and its reduction, the fill before
-nll_loss_backward's scatter), and none is less than one. Bytes are compulsory: tensors that are read, once, and
-tensors that are written, once. FLOPs of products are those of torch.utils.flop_counter.
+A dispatched operation counts as one kernel, unless it is a view, an allocation, or metadata. This count is a lower
+bound: on a GPU some operations are several kernels (a split product and its reduction, the fill before
+nll_loss_backward's scatter), and none is less than one. Bytes are compulsory: each tensor is read or written once.
+FLOPs of products are those of torch.utils.flop_counter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Operation", "OperationCounter"]
 
 _aten = torch.ops.aten
 
-# No kernel: memory is allocated or looked at differently. (Views say so themselves.)
+# No kernel: these allocate memory or change metadata. (Views say so themselves.)
 _NO_KERNEL = {
     _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided, _aten.detach,
     _aten.alias, _aten.lift_fresh, _aten._unsafe_view, _aten._local_scalar_dense, _aten.is_same_size,
@@ -34,16 +34,16 @@ _NO_KERNEL = {
 
 @dataclass(frozen=True)
 class Operation:
-    """One kernel's worth of an operation, such as aten.addmm."""
+    """An operation that counts as one kernel, such as aten.addmm."""
 
     name: str
     work: Work
 
 
 class OperationCounter(TorchDispatchMode):
-    """Within the ``with`` block, every operation that PyTorch dispatches to a kernel is listed in ``operations``.
+    """Within the ``with`` block, ``operations`` gets every operation that PyTorch dispatches to a kernel.
 
-    Works on fake tensors too (torch._subclasses.FakeTensorMode), which have shapes and no memory.
+    It works on fake tensors too (torch._subclasses.FakeTensorMode), which have shapes and no memory.
     """
 
     def __init__(self) -> None:
@@ -62,19 +62,19 @@ class OperationCounter(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """The tensors in a structure of arguments, each once."""
+    """The distinct tensors in a structure of arguments."""
     return list({id(t): t for t in tree_leaves(values) if isinstance(t, Tensor)}.values())
 
 
 def _nll_loss_forward(args: tuple[Any, ...]) -> int:
-    return args[1].numel() * args[0].element_size() + touched(args[1])  # one log probability a row
+    return args[1].numel() * args[0].element_size() + touched(args[1])  # one log probability per row
 
 
 def _nll_loss_backward(args: tuple[Any, ...]) -> int:
     return touched(args[0], args[2])  # the upstream scalar and the labels
 
 
-#: Operations that read less than all of their arguments.
+#: Operations that read only a part of their arguments, with the bytes that they read.
 _READ: dict[Any, Callable[[tuple[Any, ...]], int]] = {
     _aten.nll_loss_forward: _nll_loss_forward,
     _aten.nll_loss_backward: _nll_loss_backward,
@@ -97,7 +97,7 @@ def _work(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
     changed: list[Tensor] = []
     for i, argument in enumerate(func._schema.arguments):
         value = args[i] if i < len(args) else kwargs.get(argument.name)
-        # Fused optimizers may write the gradients too, but only to unscale them.
+        # Fused optimizers write the gradients only to unscale them.
         unscaled = packet is _aten._fused_sgd_ and argument.name == "grads" and kwargs.get("grad_scale") is None
         if argument.alias_info is not None and argument.alias_info.is_write and not unscaled:
             changed += _tensors(value)

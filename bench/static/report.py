@@ -1,4 +1,4 @@
-"""The whole report: its parts are found in parallel and put together as JSON and Markdown."""
+"""The whole report: its parts are collected in parallel and written as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Part = tuple[str, Callable[..., list[dict[str, Any]]], tuple[str, ...]]
 
 
 def parts() -> list[Part]:
-    """(section, function, its arguments) of everything that can be found independently, the longest first."""
+    """(section, function, its arguments) of every independent part, the longest first."""
     return [
         *(("execution", execution_rows, (target, mode)) for mode in EXECUTED_MODES for target in EXECUTED_TARGETS),
         *(("steps", step_rows, (target,)) for target in STEP_TARGETS),
@@ -44,11 +44,12 @@ def parts() -> list[Part]:
 
 
 def collect(jobs: int, progress: Callable[[str], None], chosen: Iterable[Part] | None = None) -> dict[str, Any]:
-    """Find every part, on so many processes, and what the parts say about the limits.
+    """Collect every part, and what the parts say about the limits.
 
     Args:
-        progress: told of each part that is done.
-        chosen: parts to find rather than all of them.
+        jobs: number of processes.
+        progress: gets a line per part that is done.
+        chosen: the parts to collect; all by default.
     """
     todo = list(parts() if chosen is None else chosen)
     found: dict[int, list[dict[str, Any]]] = {}
@@ -75,7 +76,7 @@ def _one_thread() -> None:
 
 
 def dump(report: dict[str, Any]) -> str:
-    """JSON with one row a line, so that a change shows as the rows that changed."""
+    """JSON with one row per line, so that a difference shows the rows that changed."""
     sections = []
     for name, value in report.items():
         if isinstance(value, list):

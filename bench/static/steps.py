@@ -1,8 +1,8 @@
 """A training step of 784-512-512-10: launches and bytes, for fastmlp and for eager PyTorch.
 
-fastmlp's launches are recorded on the simulated GPU while the library runs as it would on a real one; what it leaves to
-PyTorch is counted as PyTorch's own step is, by ``operations``, here on fake tensors. CUDA graphs would replay the same
-kernels and are left out on both sides.
+fastmlp's launches are recorded on the simulated GPU while fastmlp runs as on a real one. Operations that fastmlp leaves
+to PyTorch are counted by ``operations``, like those of PyTorch's own step, which runs on fake tensors. CUDA graphs
+would replay the same kernels and are left out on both sides.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .workloads import SIZES
 __all__ = ["STEP_BATCHES", "STEP_TARGETS", "eager_step", "fastmlp_autograd_step", "fastmlp_step", "step_rows"]
 
 STEP_BATCHES = (1, 64, 1024, 16384, 65536)
-#: Where fastmlp's launches are recorded; eager PyTorch's are taken to be the same everywhere.
+#: The targets of fastmlp's launches; eager PyTorch's operations are assumed to be the same everywhere.
 STEP_TARGETS = ("sm_80", "sm_90")
 _LR = 0.1
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: its name, where the data is, what one step runs by target and batch, and the products' mode."""
+    """One way to train: its name, where the data is, a step's kernels by target and batch, and the products' mode."""
 
     name: str
     data: str
@@ -46,7 +46,7 @@ class Way:
 
 
 def step_rows(target: str) -> list[dict[str, Any]]:
-    """One row for each way to train and each batch; eager PyTorch beside the kernels that a target gets."""
+    """One row per way to train and batch, for the kernels of one target."""
     return [_row(way, target, batch, way.kernels(target, batch)) for way in WAYS for batch in STEP_BATCHES]
 
 
@@ -87,11 +87,11 @@ def eager_step(batch: int, *, fused: bool, resident: bool = False) -> list[Opera
     """The kernels of one step of torch.nn, torch.nn.CrossEntropyLoss and torch.optim.SGD.
 
     Args:
-        fused: the optimizer as one kernel (``fused=True``) or with horizontally fused operations, torch's default on a
-            GPU (``foreach=True``).
-        resident: begin at uint8 images and labels on the device and the batch's row numbers, rather than at x and y.
+        fused: whether the optimizer is one kernel (``fused=True``) or uses horizontally fused operations
+            (``foreach=True``), torch's default on a GPU.
+        resident: whether the step begins at uint8 images, labels and row numbers on the device, or at x and y.
     """
-    # Fake tensors of the CPU: no device has to be there, and the operations that are dispatched are a GPU's.
+    # Fake tensors of the CPU need no device, and the dispatched operations are those of a GPU.
     with FakeTensorMode():
         model, loss_function = _model(), nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD(model.parameters(), _LR, **({"fused": True} if fused else {"foreach": True}))
@@ -105,12 +105,12 @@ def eager_step(batch: int, *, fused: bool, resident: bool = False) -> list[Opera
     return counter.operations
 
 
-# On a CPU, where the simulated GPU's tensors lie, fastmlp looks at the labels; on a GPU its kernels do.
+# The simulated GPU's tensors are CPU tensors, whose labels fastmlp checks; on a GPU its kernels do.
 _CPU_CHECKS = {"aten.aminmax"}
 
 
 class _Operations(list[Any]):
-    """Launches as operations: the tensors are let go, because autograd copies gradients that someone else holds."""
+    """Launches as operations, without their tensors: autograd copies a gradient to which others hold a reference."""
 
     def append(self, launch: Launch) -> None:
         super().append(Operation(launch.name, work_of(launch)))
@@ -133,7 +133,7 @@ def fastmlp_autograd_step(target: str, batch: int) -> list[Operation]:
 
 
 def fastmlp_step(target: str, batch: int, *, resident: bool = False) -> list[Operation]:
-    """The kernels of one ``fastmlp.TrainStep``: ``step(x, y)``, or with ``resident`` one more step of an epoch."""
+    """The kernels of one ``fastmlp.TrainStep``: ``step(x, y)``, or one more step of an epoch with ``resident``."""
     with TARGETS[target].simulated(), fastmlp.use_backend("triton"):
         step = fastmlp.TrainStep(fastmlp.MLP(SIZES), lr=_LR)
     if not resident:
@@ -143,14 +143,14 @@ def fastmlp_step(target: str, batch: int, *, resident: bool = False) -> list[Ope
     images, labels = torch.empty(batch, SIZES[0], dtype=torch.uint8), torch.zeros(batch, dtype=torch.int64)
     order = torch.arange(batch)
     twice = order.repeat(2)
-    # Filling the tables of row numbers and learning rates is work of the whole epoch; a step is what one more adds.
+    # The tables of row numbers and learning rates are filled once per epoch. A step is what one more step adds.
     one = _recorded(target, lambda: step.epoch(images, labels, batch, order))
     two = _recorded(target, lambda: step.epoch(images, labels, batch, twice))
     return _difference(two, one)
 
 
 def _difference(more: Iterable[Operation], fewer: Iterable[Operation]) -> list[Operation]:
-    """The operations of each name in ``more`` beyond as many as ``fewer`` has."""
+    """The operations that ``more`` has in addition to those of ``fewer``, by name."""
     left = Counter(op.name for op in fewer)
     rest = []
     for op in more:

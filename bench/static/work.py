@@ -1,8 +1,8 @@
-"""What a launch has to do, from its arguments: FLOPs, and the bytes that must cross the device memory's bus once.
+"""The work of a launch, from its arguments: FLOPs, and the bytes that must cross the device memory's bus once.
 
-Bytes are compulsory traffic: every operand is read once and every result written once, however many programs look at it
-and however often. What the caches do not catch comes on top; ``execution`` has the bytes that the programs ask for.
-FLOPs of matrix products are 2 M N K; other operations count one each, an exponential, logarithm or division too.
+Bytes are compulsory traffic: every operand is read once and every result is written once, however often programs access
+it. Traffic that the caches do not catch comes on top; ``execution`` has the bytes that the programs ask for. FLOPs of
+matrix products are 2 M N K. Every other operation counts as one FLOP, also an exponential, logarithm or division.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Work:
     """One launch, or one operation.
 
     Attributes:
-        matrix_flops: of matrix products, each product counted once whatever it is computed with.
-        vector_flops: of everything else.
+        matrix_flops: FLOPs of matrix products; each product counts once, whatever computes it.
+        vector_flops: FLOPs of everything else.
         read, written: compulsory bytes.
         outputs: elements of the result, by which counts are divided.
     """
@@ -48,7 +48,7 @@ class Work:
 
     @property
     def intensity(self) -> float:
-        """FLOPs a byte."""
+        """FLOPs per byte."""
         return self.flops / self.bytes if self.bytes else 0.0
 
 
@@ -65,7 +65,7 @@ def work_of(launch: Launch) -> Work:
 
 
 def touched(*tensors: Tensor | None) -> int:
-    """Bytes of tensors; what an expanded dimension repeats is there once, and None is nothing."""
+    """Bytes of tensors; an expanded dimension counts once, and None has no bytes."""
     total = 0
     for t in tensors:
         if t is not None:
@@ -77,7 +77,7 @@ def touched(*tensors: Tensor | None) -> int:
 
 
 def _rows_of(t: Tensor, rows: Tensor | None) -> int:
-    """Bytes of a tensor, or of those of its rows that are gathered."""
+    """Bytes of a tensor, or of its gathered rows."""
     if rows is None:
         return touched(t)
     return rows.shape[0] * (t.numel() // max(1, t.shape[0])) * t.element_size()
@@ -129,7 +129,7 @@ def _wgrad_reduce(a: Arguments, grid: tuple[int, ...]) -> Work:
 
 
 def _update(a: Arguments, params: int, low: int) -> Work:
-    """The optimizer's part for so many float32 parameters, with ``low`` bytes of 16-bit copies to write."""
+    """The optimizer's work for ``params`` float32 parameters and ``low`` bytes of 16-bit copies to write."""
     states = len(a["states"])
     return Work(
         vector_flops={"sgd": 4, "momentum": 6, "nesterov": 8, "adamw": 14}[a["OPTIMIZER"]] * params,

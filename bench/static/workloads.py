@@ -1,4 +1,4 @@
-"""The launches that the report examines: every launcher with the shapes of a 784-512-512-10 network's training step."""
+"""The launches of the report: every launcher, with the shapes of a training step of 784-512-512-10."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["BATCHES", "HYPER_ROW", "SIZES", "WORKLOADS", "Workload", "draw", "fl
 
 SIZES = (784, 512, 512, 10)
 BATCHES = (64, 4096)
-#: lr, 1 - lr weight_decay, and AdamW's two factors: what the update kernels read on the device.
+#: The row of numbers that the update kernels read: lr, 1 - lr weight_decay, and AdamW's two factors.
 HYPER_ROW = (0.1, 1.0, 0.1, 1.0)
 
 
@@ -29,9 +29,9 @@ class Workload:
     """One launcher's call.
 
     Attributes:
-        name: of the launcher, and what is special about the call.
-        shape: of the computation, M being the batch, in words.
-        run: launches with a batch and a dtype.
+        name: the launcher's name, and what is special about the call.
+        shape: the computation in words; M is the batch.
+        run: launches it with a batch and a dtype.
         gemm: whether it multiplies matrices.
     """
 
@@ -43,14 +43,14 @@ class Workload:
 
 @contextmanager
 def float32_precision(mode: str) -> Iterator[None]:
-    """``torch.backends.cuda.matmul.fp32_precision`` as a mode of ``gpus.MODES`` wants it, and back."""
+    """``torch.backends.cuda.matmul.fp32_precision`` has the value of a mode of ``gpus.MODES`` within the block."""
     setting = torch.backends.cuda.matmul
     before = setting.fp32_precision
     setting.fp32_precision = MODES[mode].precision
     try:
         yield
     finally:
-        setting.fp32_precision = "none"  # now torch.backends.fp32_precision counts again
+        setting.fp32_precision = "none"  # torch.backends.fp32_precision decides again
         if setting.fp32_precision != before:
             setting.fp32_precision = before
 

@@ -1,4 +1,4 @@
-"""Steps of the reference network over resident data, gathered in a drawn order."""
+"""Steps of the reference network over data on the device, gathered in a drawn order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole job: each learner trains the bundled subset for part of an epoch, and learns something."""
+"""The whole job: each learner trains one epoch of the bundled subset, and must learn something."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_job(benchmark: Any, about: dict[str, Any], data: Data, learner: Learner
 
     start()
     job()
-    # The gate: one epoch of 5,000 images takes every recipe here far from the 10 % of chance.
+    # The gate: after one epoch of 5,000 images every contender is far from the 10 % of chance.
     assert session.accuracy() > 0.4, f"{learner.label} did not learn"
     benchmark.group = "job: one epoch of the bundled subset"
-    benchmark.extra_info |= {**about, "learner": learner.name, "settings": str(learner.recipe)}
+    benchmark.extra_info |= {**about, "learner": learner.name, "settings": str(learner.settings)}
     benchmark.pedantic(job, setup=start, rounds=3)

@@ -1,8 +1,8 @@
-"""``pytest bench``: the same problems and contenders under pytest-benchmark, one group a problem.
+"""``pytest bench``: the same problems and contenders under pytest-benchmark, one group per problem.
 
-Each test first sends its contender through the correctness gate; where that is red the test fails and nothing is
-timed. With ``--benchmark-disable`` every contender is built, judged and called once: the smoke test. The contenders
-run one after the other here, not in turns as under ``python -m bench``, whose numbers are the ones to quote.
+Each test first compares its contender with float64; a wrong result fails the test, and nothing is timed. With
+``--benchmark-disable``, the smoke test, every contender is built, judged and called once. The contenders run one after
+the other here. ``python -m bench`` lets them take turns, so its numbers are the ones to quote.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from bench.problems import Problem
 from bench.rivals import rivals_for
 from bench.rivals.protocol import Rival
 
-#: The fixture of that name.
+#: The fixture ``contest``.
 Contest = Callable[[Problem, Rival], None]
 
-#: Minutes of compilation, for which the default mode stands in the smoke test.
+#: Contenders that take minutes to compile; the smoke test has the default mode in their place.
 LONG = ("compile_max_autotune", "compile_reduce_overhead", "whole_max_autotune")
 
-#: Warnings of other libraries, which are errors under this project's settings, are not what is tested here; nor is
-#: pytest-benchmark's of tests that skip, and of pytest-xdist, under which it disables itself.
+#: Warnings of other packages, which would be errors under this project's settings, and pytest-benchmark's about skipped
+#: tests and about pytest-xdist, under which it disables itself.
 FOREIGN: tuple[str, ...] = (
     "ignore:::torch",
     "ignore:::jax",
@@ -41,7 +41,7 @@ FOREIGN += ("ignore::pytest_benchmark.logger.PytestBenchmarkWarning",)
 
 
 def pytest_configure() -> None:
-    # torch.compile's trace, thousands of lines, which pytest would print with a failing test.
+    # pytest would print thousands of lines of torch.compile's trace with a failing test.
     logging.getLogger("torch.__trace").propagate = False
 
 
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    """One thread a core, noted in every result."""
+    """One thread per core, noted in every result."""
     machine.pin_threads()
 
 
@@ -85,7 +85,7 @@ def device() -> str:
 
 
 def matches(problems: Sequence[Problem]) -> pytest.MarkDecorator:
-    """Parametrize a test by ``problem`` and every contender of it."""
+    """Parametrize a test by ``problem`` and every contender of the problem."""
     params = [
         pytest.param(problem, rival, id=f"{problem.name}-{rival.name}")
         for problem in problems

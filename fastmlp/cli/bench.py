@@ -1,4 +1,4 @@
-"""``fastmlp bench``: the benchmarks beside the package in a checkout; an installed wheel does not have them."""
+"""``fastmlp bench``: the command of bench/ beside the package in a checkout; an installed wheel does not have it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["checkout", "command"]
 
 
 def checkout() -> Path | None:
-    """The root of the checkout that this package is run from, if it is one and has the benchmarks."""
+    """The root of the checkout that has this package and the benchmarks; None in an installation."""
     root = Path(__file__).resolve().parent.parent.parent
     return root if all((root / name).is_file() for name in ("pyproject.toml", "bench/cli.py")) else None
 
 
 def _absent() -> click.Command:
-    """Stands in for the benchmarks, with any arguments, where they are not."""
+    """The command where there are no benchmarks: an error for any arguments."""
 
     @click.command(
         "bench",
@@ -28,7 +28,7 @@ def _absent() -> click.Command:
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     )
     def command() -> None:
-        """Benchmarks beside what else trains small MLPs. They are in fastmlp's repository, not in its wheel."""
+        """Benchmarks beside what else trains small MLPs; they are in fastmlp's repository, not in its wheel."""
         raise UserError(
             "the benchmarks are not part of the installed package; clone fastmlp's repository, and run "
             "'pip install -e .[bench]' and 'fastmlp bench' there"

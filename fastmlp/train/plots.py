@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..base.atomic import atomic_write
 
 if TYPE_CHECKING:
     from .loop import History
 
-__all__ = ["plot_history"]
+__all__ = ["look", "plot_history", "save"]
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers and in gray.
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"
 
 
+def look(axes: Any) -> None:
+    """The grid and the spines of every plot of the project."""
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure to a PNG file, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    atomic_write(path, buffer.getvalue())
+
+
 def plot_history(
     history: History, path: str | os.PathLike[str], title: str = "", subtitle: str = "", caption: str = ""
 ) -> None:
-    """Draw the curves of a run to a PNG file: loss on the left, test accuracy in percent on the right if there is any.
+    """Draw the curves of a run to a PNG file: the loss, and beside it the test accuracy in percent if there is any.
 
     Args:
         history: at least one epoch.
         path: the PNG; replaced whole.
-        title: first line above the curves, such as the network.
-        subtitle: second line, smaller, such as the settings.
-        caption: line below the curves, such as data, device and versions.
+        title: the first line above the curves, such as the network.
+        subtitle: the second, smaller line, such as the settings.
+        caption: the line below the curves, such as data, device and versions.
 
     Raises:
         ValueError: an empty history.
@@ -35,8 +49,7 @@ def plot_history(
     """
     if not history.epochs:
         raise ValueError("the history has no epoch; there is nothing to draw")
-    # The object interface: no global state, and no window system is asked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # The object interface needs no global state and no window system.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
@@ -44,7 +57,6 @@ def plot_history(
     test_losses = [result.test_loss for result in history.epochs if result.test_loss is not None]
     accuracies = [100 * result.test_accuracy for result in history.epochs if result.test_accuracy is not None]
     figure = Figure(figsize=(9.6 if accuracies else 5.2, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2 if accuracies else 1, squeeze=False)[0]
     if title or subtitle:
         figure.suptitle(title, fontsize=13, fontweight="bold")
@@ -62,23 +74,13 @@ def plot_history(
         axes[1].plot(epochs, accuracies, color=GREEN, **style)
         axes[1].set_ylabel("test accuracy (%)")
         axes[1].yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
+        # The lower right corner, which a rising curve does not reach.
         axes[1].annotate(
-            f"{accuracies[-1]:.2f} % after epoch {epochs[-1]}",
-            (1, 0),  # the lower right corner, which a rising curve leaves free
-            xycoords="axes fraction",
-            xytext=(-8, 8),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            color=GREEN,
-            fontweight="bold",
-        )
+            f"{accuracies[-1]:.2f} % after epoch {epochs[-1]}", (1, 0), (-8, 8), "axes fraction", "offset points",
+            ha="right", va="bottom", color=GREEN, fontweight="bold",
+        )  # fmt: skip
     for ax in axes:
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        ax.grid(color="#dddddd", linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.set_axisbelow(True)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    atomic_write(path, buffer.getvalue())
+        look(ax)
+    save(figure, path)
