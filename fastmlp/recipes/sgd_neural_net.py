@@ -1,6 +1,6 @@
-"""SGD-NEURAL-NET of the lecture notes (document 003, 7.6.2): any depth, sizes, activations and loss.
+"""SGD-NEURAL-NET of "Explanatory Notes for 6.390" (7.6.2): any depth, sizes, activations and loss.
 
-The notes' algorithm, line by line, on one data point at a time. In the row-vector convention of this project, with
+The file has the notes' algorithm, line by line, on one data point at a time. In this project's row vectors, with
 A^0 = x [1, m] and W^l [n_l, n_{l-1}] (the transpose of the notes' W):
 
     forward           Z^l = A^{l-1} (W^l)^T + b^l,   A^l = f^l(Z^l)
@@ -38,7 +38,7 @@ LOSSES = ("square", "linear", "nll", "nllm")
 """The notes' catalogue of losses (7.5.13); each is the sum over the outputs."""
 
 _DIRECT = {("sigmoid", "nll"): "bce_with_logits", ("softmax", "nllm"): "cross_entropy"}
-_ELEMENTWISE = {"square": "mse", "linear": "l1", "nll": "bce", "nllm": "nllm"}
+ELEMENTWISE = {"square": "mse", "linear": "l1", "nll": "bce", "nllm": "nllm"}
 _CHECK_EVERY = 100
 
 
@@ -164,9 +164,8 @@ def loss_and_gradients(
         value = reference.elementwise_loss(z, y, direct).sum()
         dz = reference.elementwise_loss_grad(z, y, direct)
     else:
-        kind = _ELEMENTWISE[loss]
-        value = reference.elementwise_loss(a, y, kind).sum()
-        dz = _within(reference.elementwise_loss_grad(a, y, kind), a, activations[-1], backend)
+        value = reference.elementwise_loss(a, y, ELEMENTWISE[loss]).sum()
+        dz = _within(reference.elementwise_loss_grad(a, y, ELEMENTWISE[loss]), a, activations[-1], backend)
     dws, dbs = [], []
     for layer in range(len(weights) - 1, -1, -1):
         dw, db = ops.on(backend).linear_wgrad(dz, inputs[layer])
