@@ -95,6 +95,7 @@ class Problem:
 JUMP = 1e-5
 
 Check = Callable[[Problem, Resolved], Iterator[Comparison]]
+Function = Callable[..., Tensor]
 
 
 def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,12 +136,7 @@ def linear_fwd(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
 
 
 def _backward(
-    problem: Problem,
-    name: str,
-    run: Callable[[Tensor | None, str], Tensor],
-    formula: Callable[..., Tensor],
-    operands: Sequence[Tensor],
-    reduction: int,
+    problem: Problem, name: str, run: Function, formula: Function, operands: Sequence[Tensor], reduction: int
 ) -> Iterator[Comparison]:
     """For every activation: ``run`` from what the derivative is computed from, beside ``formula`` times f'(X)."""
     z = problem.x
@@ -177,17 +173,11 @@ def linear_wgrad(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
 
 
 def _loss(
-    what: str,
-    ours: Callable[..., Tensor],
-    torchs: Callable[..., Tensor],
-    z: Tensor,
-    target: Tensor,
-    reduction: int,
-    backend: Resolved,
+    what: str, ours: Function, torchs: Function, z: Tensor, target: Tensor, reduction: int, backend: Resolved
 ) -> Iterator[Comparison]:
     """The losses without a reduction and the gradient of their mean, beside those of torch's function."""
 
-    def results(function: Callable[..., Tensor], z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def results(function: Function, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         z = z.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(function(z, target, reduction="mean"), z)
         return function(z, target, reduction="none").detach(), gradient

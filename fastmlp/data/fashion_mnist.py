@@ -8,18 +8,7 @@ from pathlib import Path
 from .idx import Bytes, IdxFile, read_verified
 
 NAME = "FashionMNIST"
-CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 IMAGE_SIZE = (28, 28)
 
 SPLITS = ("train", "test")

@@ -21,6 +21,7 @@ BLOG, FORMULAS, NOTEBOOK, NOTES = "000", "001", "002", "003"
 DOCUMENTS = {BLOG: "blog post", FORMULAS: "its formulas", NOTEBOOK: "notebook", NOTES: "6.390 notes"}
 """A short name of each source document by its number; ``fastmlp.recipes`` has the titles."""
 
+Value = Tensor | float
 QUICK_TRAIN, QUICK_TEST = 6_000, 1_000
 FULL_TRAIN = 60_000
 
@@ -85,14 +86,7 @@ class Recorder:
         self._last = now
 
     def close(
-        self,
-        document: str,
-        claim: str,
-        actual: Tensor | float,
-        expected: Tensor | float,
-        tolerance: float,
-        *,
-        relative: bool = False,
+        self, document: str, claim: str, actual: Value, expected: Value, tolerance: float, *, relative: bool = False
     ) -> None:
         """A line whose verdict is that ``actual`` is within ``tolerance`` of ``expected`` everywhere.
 

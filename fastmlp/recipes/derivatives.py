@@ -215,10 +215,6 @@ def _draw_activations(figure: Any) -> None:
 
 def run(settings: Settings, recorder: Recorder) -> None:
     """Activations, losses, identities of a layer, shapes, chain rules."""
-    _activations(recorder)
-    _losses(recorder)
-    _layer_identities(recorder)
-    _layer_kernels(recorder)
-    _shapes(recorder)
-    _chain_rules(recorder)
+    for part in (_activations, _losses, _layer_identities, _layer_kernels, _shapes, _chain_rules):
+        part(recorder)
     recorder.plots["derivatives"] = _draw_activations

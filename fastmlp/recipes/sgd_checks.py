@@ -52,17 +52,14 @@ def gradient_error(net: Network, loss: str, x: Tensor, y: Tensor) -> float:
     """The largest difference between back-propagation and differences of the loss, over all weights and biases."""
     weights, biases, activations = net
     _, dws, dbs = loss_and_gradients(weights, biases, activations, loss, x, y)
-    worst = 0.0
-    for i, (dw, db) in enumerate(zip(dws, dbs, strict=True)):
+    parameters, worst = [*weights, *biases], 0.0
+    for i, (parameter, analytic) in enumerate(zip(parameters, [*dws, *dbs], strict=True)):
 
-        def of_w(w: Tensor, i: int = i) -> Tensor:
-            return plain_loss(([*weights[:i], w, *weights[i + 1 :]], biases, activations), loss, x, y)
+        def of(p: Tensor, i: int = i) -> Tensor:
+            changed = [*parameters[:i], p, *parameters[i + 1 :]]
+            return plain_loss((changed[: len(weights)], changed[len(weights) :], activations), loss, x, y)
 
-        def of_b(b: Tensor, i: int = i) -> Tensor:
-            return plain_loss((weights, [*biases[:i], b, *biases[i + 1 :]], activations), loss, x, y)
-
-        for analytic, numeric in ((dw, derivative(of_w, weights[i])), (db, derivative(of_b, biases[i]))):
-            worst = max(worst, (analytic - numeric).abs().max().item())
+        worst = max(worst, (analytic - derivative(of, parameter)).abs().max().item())
     return worst
 
 
@@ -216,10 +213,6 @@ def _images(settings: Settings, recorder: Recorder) -> None:
 
 def run(settings: Settings, recorder: Recorder) -> None:
     """Gradients of every pair, special cases, concept 50, initialization, step sizes, training on images."""
-    _gradients(recorder)
-    _single_neuron(recorder)
-    _two_neurons(recorder)
-    _direct(recorder)
-    _initialization(recorder)
-    _step_sizes(recorder)
+    for part in (_gradients, _single_neuron, _two_neurons, _direct, _initialization, _step_sizes):
+        part(recorder)
     _images(settings, recorder)

@@ -230,11 +230,7 @@ def _checked(
         raise RuntimeError(f"expected x of shape [n, {sizes[0]}] with n of at least 1, got {list(x.shape)}")
     if x.dtype not in (torch.float32, torch.float64, torch.uint8):
         raise RuntimeError(f"expected x in float32, float64 or uint8, got {x.dtype}; convert it with .float()")
-    _check_pair(activations[-1], loss, sizes[-1])
-    return x, _checked_targets(y, len(x), sizes[-1], loss, x.dtype if x.is_floating_point() else torch.float32)
-
-
-def _check_pair(activation: str, loss: str, outputs: int) -> None:
+    activation, outputs = activations[-1], sizes[-1]
     if loss == "nll" and activation not in ("sigmoid", "softmax"):
         raise ValueError(
             f"nll takes the logarithm of the outputs and of one minus them, and {activation} gives values that have "
@@ -245,6 +241,7 @@ def _check_pair(activation: str, loss: str, outputs: int) -> None:
             f"nllm is the NLL of a distribution over at least two classes, got {activation} and {outputs} as the last "
             "size; use softmax as the last activation, or sigmoid and nll for one output"
         )
+    return x, _checked_targets(y, len(x), outputs, loss, x.dtype if x.is_floating_point() else torch.float32)
 
 
 def _checked_targets(y: Tensor, count: int, outputs: int, loss: str, dtype: torch.dtype) -> Tensor:
