@@ -97,7 +97,7 @@ class _Status:
         from rich.console import Console
 
         stream = sys.stderr if to_stderr else sys.stdout
-        # A file has no width of its own: as wide as the widest line there, so that no line is broken or cut.
+        # In a file, lines have the length of the longest line, so that none is broken or cut.
         self.console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
         self.status = self.console.status("") if stream.isatty() else None
 

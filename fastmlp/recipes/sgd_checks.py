@@ -25,7 +25,7 @@ QUICK_STEPS, QUICK_LEAST_ACCURACY = 3_000, 0.65
 
 
 def valid_pairs() -> list[tuple[str, str]]:
-    """Every (last activation, loss) that has a value."""
+    """Every pair (last activation, loss) for which the loss has a value."""
     allowed = {"nll": ("sigmoid", "softmax"), "nllm": ("softmax",)}
     return [(f, loss) for f, loss in itertools.product(ACTIVATIONS, LOSSES) if f in allowed.get(loss, ACTIVATIONS)]
 
@@ -40,7 +40,7 @@ def network(sizes: tuple[int, ...], activations: tuple[str, ...], seed: int = 0)
 
 
 def plain_loss(net: Network, loss: str, x: Tensor, y: Tensor) -> Tensor:
-    """The forward pass and the loss alone, through A^L, without anything of the backward pass."""
+    """The forward pass and the loss alone, through A^L, without any code of the backward pass."""
     a = x
     for w, b, f in zip(*net, strict=True):
         z = a @ w.t() + b
@@ -132,7 +132,7 @@ def _two_neurons(recorder: Recorder) -> None:
 
 
 def _direct(recorder: Recorder) -> None:
-    """Concept 50: dL/dZ^L at once, against the two factors, and where the two factors fail."""
+    """Concept 50: dL/dZ^L directly, compared with the product of two factors, and where the product fails."""
     z, y = torch.tensor([[0.5, -1.0, 2.0]]).double(), torch.tensor([[0.0, 1.0, 0.0]]).double()
     p, s = torch.softmax(z, 1), torch.sigmoid(z)
     factors = reference.softmax_backward(reference.elementwise_loss_grad(p, y, "nllm"), p)
@@ -151,7 +151,7 @@ def _direct(recorder: Recorder) -> None:
 
 
 def _initialization(recorder: Recorder) -> None:
-    """Concepts 1 and 51: zero weights stay alike in every hidden neuron, Gaussian ones do not."""
+    """Concepts 1 and 51: with zero weights all hidden neurons stay alike, with Gaussian weights they do not."""
     x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]).double()
     y = torch.tensor([0.0, 1.0, 1.0, 0.0]).double()
     train = partial(sgd_neural_net, x, y, (2, 4, 1), ("tanh", "sigmoid"), "nll", step_size=0.3)
@@ -172,7 +172,7 @@ def _initialization(recorder: Recorder) -> None:
 
 
 def _step_sizes(recorder: Recorder) -> None:
-    """Eta(t) = 1/t makes linear regression on one feature the running mean."""
+    """With eta(t) = 1/(2t), linear regression on one feature is the running mean."""
     y = torch.tensor([3.0, -1.0, 2.0, 0.5]).double()
     x = torch.zeros(4, 1).double()  # only the bias is left: b_t = b - (1/2t) 2 (b - y_i) is the mean of the y drawn
     result = sgd_neural_net(

@@ -34,11 +34,11 @@ __all__ = ["ACTIVATIONS", "LOSSES", "SGDResult", "loss_and_gradients", "sgd_neur
 
 ACTIVATIONS = ("step", "relu", "sigmoid", "identity", "tanh", "softmax")
 """The notes' catalogue of activations (7.5.12)."""
-LOSSES = ("square", "linear", "nll", "nllm")
-"""The notes' catalogue of losses (7.5.13); each is the sum over the outputs."""
+ELEMENTWISE = {"square": "mse", "linear": "l1", "nll": "bce", "nllm": "nllm"}
+"""The notes' catalogue of losses (7.5.13), each the sum over the outputs, with their names in ``fastmlp.reference``."""
+LOSSES = tuple(ELEMENTWISE)
 
 _DIRECT = {("sigmoid", "nll"): "bce_with_logits", ("softmax", "nllm"): "cross_entropy"}
-ELEMENTWISE = {"square": "mse", "linear": "l1", "nll": "bce", "nllm": "nllm"}
 _CHECK_EVERY = 100
 
 
@@ -49,7 +49,7 @@ class SGDResult:
     Attributes:
         model: the network with its trained weights and biases.
         losses: [t], the loss of each step's data point before the step.
-        stopped: whether the termination condition ended it before the last step.
+        stopped: whether the termination condition ended the training before the last step.
     """
 
     model: MLP
@@ -70,7 +70,7 @@ def sgd_neural_net(
     seed: int = 0,
     init_std: float | None = None,
 ) -> SGDResult:
-    """Train a network by stochastic gradient descent on random data points, as the lecture notes' pseudocode does.
+    """Train a network by stochastic gradient descent on random data points, as the notes' pseudocode does.
 
     Args:
         x: [n, m] data points, float32 or float64 (which is then the network's dtype), or uint8 pixels (float32).
@@ -79,9 +79,9 @@ def sgd_neural_net(
         activations: f^1, ..., f^L, each a name of `ACTIVATIONS`. A step layer passes no gradient on.
         loss: a name of `LOSSES`. nll needs outputs in (0, 1), that is sigmoid or softmax, and targets 0 or 1; nllm
             needs softmax and targets that are distributions, such as one-hot rows.
-        steps: T, the most steps that are made.
+        steps: T, the largest number of steps.
         step_size: eta, or a function t -> eta(t) of the step t = 1, 2, ....
-        stop: termination condition (t, loss of step t) -> bool, asked after each step; None: only ``steps`` ends it.
+        stop: termination condition (t, loss of step t) -> bool, called after each step; None: there is none.
         seed: of the starting weights and of the data points.
         init_std: standard deviation of the Gaussian that weights and biases start from; default 1/sqrt(inputs) of each
             layer.
@@ -144,7 +144,7 @@ def loss_and_gradients(
     """(L, [dL/dW^l], [dL/db^l]) of the notes' forward pass and back-propagation.
 
     Args:
-        weights, biases: L tensors [n_l, n_{l-1}] and [n_l] (or None: no bias is added, its gradient is given still).
+        weights, biases: L tensors [n_l, n_{l-1}] and [n_l] (or None: no bias is added, but its gradient is returned).
         activations, loss: as `sgd_neural_net`, which checks them.
         x: [B, m], or uint8 pixels.
         y: [B, n_L], of the weights' dtype. L is the sum over the B points.
@@ -178,7 +178,7 @@ def loss_and_gradients(
 
 
 def _below(dz: Tensor, weight: Tensor, a: Tensor, activation: str, backend: Resolved) -> Tensor:
-    """Link two layers, then within the lower one, in one product where the activation is elementwise."""
+    """From a layer's dL/dZ to that of the layer below, in one product where its activation is elementwise."""
     if activation == "softmax":
         return _within(ops.on(backend).linear_dgrad(dz, weight), a, activation, backend)
     saved = a if saved_for_grad(activation) else None
@@ -186,7 +186,7 @@ def _below(dz: Tensor, weight: Tensor, a: Tensor, activation: str, backend: Reso
 
 
 def _within(da: Tensor, a: Tensor, activation: str, backend: Resolved) -> Tensor:
-    """DL/dZ of a layer from dL/dA and its output A."""
+    """The gradient dL/dZ of a layer from dL/dA and its output A."""
     if activation == "softmax":
         return reference.softmax_backward(da, a)
     return ops.on(backend).activation_bwd(da, a if saved_for_grad(activation) else None, activation)
