@@ -1,7 +1,7 @@
 """The activations: one record each, which is all that fastmlp knows of them outside the kernels and the reference.
 
-``fastmlp.kernels.activations`` has the same functions as device code, ``fastmlp.reference`` as formulas, and tests hold
-the three to each other.
+``fastmlp.kernels.activations`` has the same functions as device code, and ``fastmlp.reference`` has them as formulas.
+Tests compare the three. The activation named "step" is the step function, and has nothing to do with a training step.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class Activation:
     Attributes:
         saved: what f' is computed from: "a", "z", or None where f' is constant.
         new: Z -> A in new memory, differentiable.
-        overwrite: Z -> A, which may take Z's memory.
-        into: (Z, out) -> A in ``out``. Where torch has a function with ``out``, calling it costs half as much as an
-            operator of torch.ops.
-        derivative: aten's operator (dA, saved, ...) -> dA f', or f' itself where it is constant.
-        derivative_settings: what the operator takes besides.
+        overwrite: Z -> A, which may use Z's memory.
+        into: (Z, out) -> A in ``out``. A call of torch's function with ``out``, if there is one, costs half as much as
+            a call of an operator of torch.ops.
+        derivative: aten's operator (dA, saved, ...) -> dA f', or f' itself where f' is constant.
+        derivative_settings: further arguments of the operator.
         operations: arithmetic operations per element of f, and of dA f'.
         lr: base learning rate for 784-512-512-10 with this activation in the hidden layers: Nesterov momentum 0.9,
             batch 128, starting weights of ``fastmlp.train.initial``.
         gain: starting weights are uniform in +-gain sqrt(6 / (inputs + outputs)) (Glorot and Bengio 2010); None: in
             +-sqrt(6 / inputs) (He et al. 2015), for activations that are near 0 for half of their inputs.
-        module: torch's module, and the attributes that tell its variants apart.
-        epilogue: oneDNN's name of f behind a product, where oneDNN computes it.
+        module: torch's module, and the attributes that distinguish its variants.
+        epilogue: oneDNN's name of f after a product, where oneDNN computes f.
         kink: f' below 0 where f' steps at 0.
     """
 
@@ -96,7 +96,7 @@ ACTIVATIONS: dict[str, Activation] = {
         derivative=_aten.sigmoid_backward,
         operations=(4, 3),
         lr=0.5,
-        gain=4.0,  # four times those of an activation with slope 1 at 0: this slope is 1/4
+        gain=4.0,  # sigmoid's slope at 0 is 1/4
         module=(nn.Sigmoid, {}),
         epilogue="sigmoid",
     ),

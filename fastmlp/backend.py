@@ -1,8 +1,8 @@
-"""Which code runs a fused operation: the Triton kernels or plain torch.
+"""The backend, which is the code that runs a fused operation: the Triton kernels or plain torch.
 
-``"auto"`` (the default) takes the kernels for float32, float16 and bfloat16 tensors on a GPU (CUDA or HIP) and
-plain torch for everything else; ``resolve`` says which it is for a given tensor. ``"torch"`` never launches a
-kernel. ``"triton"`` always does, or raises an error that says what is missing: it takes CPU tensors only in
+``"auto"`` (the default) takes the kernels for float32, float16 and bfloat16 tensors on a GPU (CUDA or HIP) and plain
+torch for everything else; ``resolve`` says which of them runs for a given tensor. ``"torch"`` never launches a kernel.
+``"triton"`` always launches kernels, or raises an error that says what is missing. It takes CPU tensors only in
 Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported) and under a driver whose device is the CPU.
 """
 
@@ -39,8 +39,8 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _default: Backend = "auto"
 _override: ContextVar[Backend | None] = ContextVar("fastmlp_backend", default=None)
-#: How many ``use_backend`` blocks are open, in all threads: torch.compile before torch 2.12 cannot trace the reading of
-#: a context variable, so it is read only where one may be set.
+#: How many ``use_backend`` blocks are open, in all threads. Only an open block makes ``get_backend`` read the context
+#: variable, since torch.compile before torch 2.12 cannot trace the reading.
 _overrides = 0
 _lock = Lock()
 _triton_installed = importlib.util.find_spec("triton") is not None
@@ -87,18 +87,18 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def get_backend() -> Backend:
-    """The backend in force here, as it was chosen: "auto", "triton" or "torch"."""
+    """The backend that was chosen for this place: "auto", "triton" or "torch"."""
     return (_override.get() or _default) if _overrides else _default
 
 
 def triton_available() -> bool:
-    """True when the package triton is installed."""
+    """True if the package triton is installed."""
     return _triton_installed
 
 
 def functorch_active() -> bool:
     """True inside a transform of torch.func, whose tensors have no memory that a kernel could read."""
-    return bool(torch._C._are_functorch_transforms_active())  # what torch.autograd.Function asks too
+    return bool(torch._C._are_functorch_transforms_active())  # torch.autograd.Function asks the same
 
 
 def resolve(x: Tensor, dtype: torch.dtype | None = None) -> Resolved:
@@ -126,7 +126,7 @@ def resolve(x: Tensor, dtype: torch.dtype | None = None) -> Resolved:
             f"backend 'triton' computes in float32, float16 and bfloat16, got {dtype}; "
             "convert the tensors, or use backend 'auto' or 'torch'"
         )
-    if not torch.compiler.is_compiling():  # a compiler cannot trace the question; its operators ask when they run
+    if not torch.compiler.is_compiling():  # torch.compile cannot trace the check; its operators check when they run
         check_kernels_run_on(x)
     return "triton"
 

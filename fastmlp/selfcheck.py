@@ -1,13 +1,13 @@
 """Each fused operation against ``fastmlp.reference`` in float64, on this machine: what ``fastmlp doctor`` runs.
 
-One function a kernel, of the kernel's name, registered in `CHECKS`: it runs the operation on the backend it is given
-and yields every result beside the oracle's and plain torch's. A result passes when its error is no more than twice
-torch's own in the same dtype, plus a floor: one rounding to the dtype, and float32's rounding times the square root
-of the reduction length, relative to the largest magnitude.
+`CHECKS` has one function per kernel, with the kernel's name. The function runs the operation on a backend and yields
+every result beside those of the reference in float64 and in the operands' own dtype. A result passes when its error is
+at most twice that of the reference in the same dtype, plus a floor. The floor is one rounding to the dtype plus
+float32's rounding times the square root of the reduction length, both relative to the largest magnitude.
 
-``python -m fastmlp.selfcheck --backend triton --device cuda`` prints the results as JSON, one list. ``fastmlp doctor``
-runs that in processes of their own: in Triton's interpreter because TRITON_INTERPRET=1 must be set before triton is
-imported, on a GPU because processes compile side by side.
+``python -m fastmlp.selfcheck --backend triton --device cuda`` prints the results as a list in JSON. ``fastmlp doctor``
+runs it in processes of their own: for Triton's interpreter, since TRITON_INTERPRET=1 must be set before triton is
+imported; on a GPU, since processes compile side by side.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import functional, ops, reference
 from .activations import ACTIVATIONS, saved_for_grad
@@ -37,8 +38,8 @@ class Comparison:
     Attributes:
         what: names the output, and the variant of the kernel.
         actual: the kernel's output.
-        expected: the oracle's, float64.
-        torch_result: plain torch's in the dtype of ``actual``.
+        expected: the reference's, float64.
+        torch_result: the reference's in the dtype of ``actual``.
         reduction: the number of products that are summed in an element.
     """
 
@@ -50,7 +51,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """The largest absolute difference from the oracle; infinite if the shape is wrong, NaN where a value is."""
+        """The largest absolute error; infinite if the shape is wrong, NaN if a value is NaN."""
         if self.actual.shape != self.expected.shape:
             return math.inf
         return (self.actual.double() - self.expected).abs().max().item()
@@ -63,185 +64,158 @@ class Comparison:
         return 2 * own + rounding * self.expected.abs().max().item()
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The operands of a layer: X [M, K], W [N, K], b [N], dZ [M, N], on a device and in a dtype, from a fixed seed."""
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
-    M: int
-    K: int
-    N: int
-    dtype: torch.dtype
-    device: torch.device
+
+class Problem:
+    """The operands of a layer: x [M, K], pixels [M, K] uint8, weight [N, K], bias [N], dz [M, N].
+
+    Their values come from fixed seeds and are the same on every device.
+    """
+
+    def __init__(self, M: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.M, self.K, self.N, self.dtype, self.device = M, K, N, dtype, device
+        self.x = self.normal(M, K, seed=0)
+        self.pixels = torch.randint(0, 256, (M, K), generator=_seeded(1), dtype=torch.uint8).to(device)
+        self.weight = self.normal(N, K, seed=2, scale=K**-0.5)
+        self.bias = self.normal(N, seed=3)
+        self.dz = self.normal(M, N, seed=4)
 
     def normal(self, *shape: int, seed: int, scale: float = 1.0) -> Tensor:
-        """Normally distributed values, the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        return (torch.randn(*shape, generator=generator) * scale).to(self.dtype).to(self.device)
-
-    @property
-    def x(self) -> Tensor:
-        """X [M, K]."""
-        return self.normal(self.M, self.K, seed=0)
-
-    @property
-    def pixels(self) -> Tensor:
-        """X [M, K] as uint8."""
-        generator = torch.Generator().manual_seed(1)
-        return torch.randint(0, 256, (self.M, self.K), generator=generator, dtype=torch.uint8).to(self.device)
-
-    @property
-    def weight(self) -> Tensor:
-        """W [N, K]."""
-        return self.normal(self.N, self.K, seed=2, scale=self.K**-0.5)
-
-    @property
-    def bias(self) -> Tensor:
-        """The bias b [N]."""
-        return self.normal(self.N, seed=3)
-
-    @property
-    def dz(self) -> Tensor:
-        """The gradient dZ [M, N]."""
-        return self.normal(self.M, self.N, seed=4)
+        """Normally distributed values in the problem's dtype."""
+        return (torch.randn(*shape, generator=_seeded(seed)) * scale).to(self.dtype).to(self.device)
 
     def labels(self, classes: int) -> Tensor:
         """Labels [M], int64 in [0, classes)."""
-        generator = torch.Generator().manual_seed(6)
-        return torch.randint(0, classes, (self.M,), generator=generator).to(self.device)
+        return torch.randint(0, classes, (self.M,), generator=_seeded(6)).to(self.device)
 
 
 #: Nearer to 0 than this, the rounding of Z in float32 decides on which side of its jump the step function is.
 JUMP = 1e-5
 
 Check = Callable[[Problem, Resolved], Iterator[Comparison]]
+Function = Callable[..., Tensor]
 
 
-def _double(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.uint8 else x.double()
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in ``dtype`` of floating-point values; labels and pixels as they are."""
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _compare(
+    names: Sequence[str],
+    actual: Sequence[Tensor | None],
+    formula: Callable[..., Iterable[Tensor]],
+    operands: Sequence[Tensor],
+    reductions: Sequence[int],
+) -> Iterator[Comparison]:
+    """Each output beside that of ``formula`` on the operands in float64, and on the operands as they are."""
+    oracle, own = formula(*(_to(t, torch.float64) for t in operands)), formula(*operands)
+    for name, got, want, torch_result, reduction in zip(names, actual, oracle, own, reductions, strict=True):
+        assert got is not None
+        yield Comparison(name, got, want, torch_result, reduction)
 
 
 def linear_fwd(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     """A = f(X W^T + b) and Z for every activation, and for uint8 pixels."""
     w, b = problem.weight, problem.bias
     for x, activation in [(problem.pixels, "sigmoid"), *((problem.x, f) for f in ACTIVATIONS)]:
-        save_z = saved_for_grad(activation) == "z"
-        a, z = ops.on(backend).linear_fwd(x, w, b, activation, save_z=save_z)
+        a, z = ops.on(backend).linear_fwd(x, w, b, activation, save_z=saved_for_grad(activation) == "z")
         what = f"{activation}, uint8" if x.dtype == torch.uint8 else activation
         for name, actual, f in (("A", a, activation), ("Z", z, "identity")):
-            if actual is not None:
-                expected = reference.linear_act(_double(x), w.double(), b.double(), f)
-                own = reference.linear_act(x, w, b, f)
-                if f == "step":
-                    at_jump = reference.linear_act(x.double(), w.double(), b.double()).abs() < JUMP
-                    expected = torch.where(at_jump, actual.double(), expected)
-                    own = expected.to(problem.dtype)
-                yield Comparison(f"{name} ({what})", actual, expected, own, problem.K)
+            if actual is None:
+                continue
+            expected = reference.linear_act(_to(x, torch.float64), w.double(), b.double(), f)
+            own = reference.linear_act(x, w, b, f)
+            if f == "step":
+                at_jump = reference.linear_act(x.double(), w.double(), b.double()).abs() < JUMP
+                expected = torch.where(at_jump, actual.double(), expected)
+                own = expected.to(problem.dtype)
+            yield Comparison(f"{name} ({what})", actual, expected, own, problem.K)
 
 
-def _saved(problem: Problem, activation: str) -> tuple[Tensor | None, Tensor]:
-    """What the derivative is computed from, and Z: of the layer below, so [M, K]."""
+def _backward(
+    problem: Problem, name: str, run: Function, formula: Function, operands: Sequence[Tensor], reduction: int
+) -> Iterator[Comparison]:
+    """For every activation: ``run`` from what the derivative is computed from, beside ``formula`` times f'(X)."""
     z = problem.x
-    keeps = saved_for_grad(activation)
-    return None if keeps is None else (z if keeps == "z" else reference.activate(z, activation)), z
+    for activation in ACTIVATIONS:
+        keeps = saved_for_grad(activation)
+        saved = None if keeps is None else z if keeps == "z" else reference.activate(z, activation)
+
+        def product(z: Tensor, *operands: Tensor, activation: str = activation) -> list[Tensor]:
+            return [formula(*operands) * reference.activation_grad(z, activation)]
+
+        what = f"{name} ({activation})"
+        yield from _compare([what], [run(saved, activation)], product, (z, *operands), [reduction])
 
 
 def linear_dgrad(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     """DX = (dZ W) * f' for every activation of the layer below."""
-    dz, w = problem.dz, problem.weight
-    for activation in ACTIVATIONS:
-        saved, z = _saved(problem, activation)
-        actual = ops.on(backend).linear_dgrad(dz, w, saved, activation)
-        yield Comparison(
-            f"dX ({activation})",
-            actual,
-            reference.linear_dgrad(dz.double(), w.double()) * reference.activation_grad(z.double(), activation),
-            reference.linear_dgrad(dz, w) * reference.activation_grad(z, activation),
-            problem.N,
-        )
-
-
-def linear_wgrad(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
-    """DW = dZ^T X and db, for floating-point inputs and uint8 pixels."""
-    dz = problem.dz
-    for x in (problem.x, problem.pixels):
-        what = "uint8" if x.dtype == torch.uint8 else "float"
-        dw, db = ops.on(backend).linear_wgrad(dz, x)
-        assert db is not None
-        (dw64, db64), (dw_torch, db_torch) = (
-            reference.linear_wgrad(dz.double(), _double(x)),
-            reference.linear_wgrad(dz, x),
-        )
-        yield Comparison(f"dW ({what})", dw, dw64, dw_torch, problem.M)
-        yield Comparison(f"db ({what})", db, db64, db_torch, problem.M)
+    operands = problem.dz, problem.weight
+    run = partial(ops.on(backend).linear_dgrad, *operands)
+    return _backward(problem, "dX", run, reference.linear_dgrad, operands, problem.N)
 
 
 def activation_bwd(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     """DZ = dA * f' for every activation."""
     da = problem.normal(problem.M, problem.K, seed=5)
-    for activation in ACTIVATIONS:
-        saved, z = _saved(problem, activation)
-        yield Comparison(
-            f"dZ ({activation})",
-            ops.on(backend).activation_bwd(da, saved, activation),
-            da.double() * reference.activation_grad(z.double(), activation),
-            da * reference.activation_grad(z, activation),
-            1,
-        )
+    return _backward(problem, "dZ", partial(ops.on(backend).activation_bwd, da), lambda da: da, [da], 1)
 
 
-def _loss_and_grad(
-    what: str, ours: Callable[..., Tensor], torchs: Callable[..., Tensor], z: Tensor, reduction: int, backend: Resolved
+def linear_wgrad(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
+    """DW = dZ^T X and db, for floating-point inputs and uint8 pixels."""
+    for x, what in ((problem.x, "float"), (problem.pixels, "uint8")):
+        operands, terms = (problem.dz, x), [problem.M] * 2
+        actual = ops.on(backend).linear_wgrad(*operands)
+        yield from _compare([f"dW ({what})", f"db ({what})"], actual, reference.linear_wgrad, operands, terms)
+
+
+def _loss(
+    what: str, ours: Function, torchs: Function, z: Tensor, target: Tensor, reduction: int, backend: Resolved
 ) -> Iterator[Comparison]:
-    """The losses without a reduction, and the gradient of their mean; ``torchs`` in float64 is the oracle."""
+    """The losses without a reduction and the gradient of their mean, beside those of torch's function."""
 
-    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        x = z.to(dtype).requires_grad_()
-        (gradient,) = torch.autograd.grad(function(x, reduction="mean"), x)
-        return function(x, reduction="none").detach(), gradient
+    def results(function: Function, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        z = z.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(z, target, reduction="mean"), z)
+        return function(z, target, reduction="none").detach(), gradient
 
     with use_backend(backend):
-        actual = results(ours, z.dtype)
-    oracle, own = results(torchs, torch.float64), results(torchs, z.dtype)
-    for name, got, want, torch_result in zip(("loss", "gradient"), actual, oracle, own, strict=True):
-        yield Comparison(f"{name} ({what})", got, want, torch_result, reduction)
+        actual = results(ours, z, target)
+    names = [f"loss ({what})", f"gradient ({what})"]
+    yield from _compare(names, actual, partial(results, torchs), (z, target), [reduction] * 2)
 
 
 def cross_entropy(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     """M rows of N classes, with and without label smoothing."""
-    y = problem.labels(problem.N)
+    z, y = 3 * problem.dz, problem.labels(problem.N)
     for smoothing in (0.0, 0.1):
-        ours = partial(functional.cross_entropy, target=y, label_smoothing=smoothing)
-        torchs = partial(torch.nn.functional.cross_entropy, target=y, label_smoothing=smoothing)
-        yield from _loss_and_grad(f"smoothing {smoothing:g}", ours, torchs, 3 * problem.dz, problem.N, backend)
+        ours, torchs = (partial(f, label_smoothing=smoothing) for f in (functional.cross_entropy, F.cross_entropy))
+        yield from _loss(f"smoothing {smoothing:g}", ours, torchs, z, y, problem.N, backend)
 
 
 def elementwise_loss(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     """The losses of values and of independent logits, M x N elements."""
-    y = torch.rand(problem.M, problem.N, generator=torch.Generator().manual_seed(7))
-    y = y.to(problem.dtype).to(problem.device)
-    pairs = (
-        (functional.mse_loss, torch.nn.functional.mse_loss),
-        (functional.l1_loss, torch.nn.functional.l1_loss),
-        (functional.bce_with_logits, torch.nn.functional.binary_cross_entropy_with_logits),
-    )
-    for ours, torchs in pairs:
-
-        def oracle(x: Tensor, reduction: str, torchs: Callable[..., Tensor] = torchs) -> Tensor:
-            return torchs(x, y.to(x.dtype), reduction=reduction)
-
-        yield from _loss_and_grad(ours.__name__, partial(ours, target=y), oracle, problem.dz, 1, backend)
+    y = torch.rand(problem.M, problem.N, generator=_seeded(7)).to(problem.dtype).to(problem.device)
+    for ours, torchs in (
+        (functional.mse_loss, F.mse_loss),
+        (functional.l1_loss, F.l1_loss),
+        (functional.bce_with_logits, F.binary_cross_entropy_with_logits),
+    ):
+        yield from _loss(ours.__name__, ours, torchs, problem.dz, y, 1, backend)
 
 
 def softmax_squared_error(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     """|softmax(Z) - onehot|^2 of M rows of N classes."""
-    y = torch.nn.functional.one_hot(problem.labels(problem.N), problem.N).to(problem.dtype)
+    y = F.one_hot(problem.labels(problem.N), problem.N).to(problem.dtype)
 
-    def oracle(z: Tensor, reduction: str) -> Tensor:
-        rows = reference.softmax_squared_error(z, y.to(z.dtype))
+    def oracle(z: Tensor, y: Tensor, reduction: str) -> Tensor:
+        rows = reference.softmax_squared_error(z, y)
         return rows if reduction == "none" else rows.mean()
 
-    ours = partial(functional.softmax_squared_error, target=y)
-    yield from _loss_and_grad("one-hot", ours, oracle, problem.dz, problem.N, backend)
+    return _loss("one-hot", functional.softmax_squared_error, oracle, problem.dz, y, problem.N, backend)
 
 
 def head(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
@@ -249,22 +223,17 @@ def head(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     from . import kernels
     from .kernels.head import MAX_CLASSES
 
-    classes = min(problem.N, MAX_CLASSES)
+    classes, scale = min(problem.N, MAX_CLASSES), 1 / problem.M
     y, w, b = problem.labels(classes), problem.weight[:classes], problem.bias[:classes]
     h = torch.sigmoid(problem.x)
-    actual = kernels.head(h, w, b, y, activation="sigmoid", saved=h, scale=1 / problem.M)
+    actual = kernels.head(h, w, b, y, activation="sigmoid", saved=h, scale=scale)
 
     def layer(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        loss, dz, da, _ = reference.head(h, w, b, y, scale=1 / problem.M)
+        loss, dz, da, _ = reference.head(h, w, b, y, scale=scale)
         return loss, dz, da * reference.activation_grad_from_output(h, "sigmoid")
 
-    oracle, own = layer(h.double(), w.double(), b.double()), layer(h, w, b)
     reductions = (problem.K, problem.K, problem.K + classes)
-    for name, got, want, torch_result, terms in zip(
-        ("loss", "dZ", "dZ below"), actual, oracle, own, reductions, strict=True
-    ):
-        assert got is not None
-        yield Comparison(name, got, want, torch_result, terms)
+    return _compare(("loss", "dZ", "dZ below"), actual, layer, (h, w, b), reductions)
 
 
 def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
@@ -273,19 +242,13 @@ def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     from .kernels.wgrad_update import wgrad_update as launch
 
     lr, momentum, decay, betas = 0.1, 0.9, 0.02, (0.9, 0.999)
+    sgd = partial(torch.optim.SGD, lr=lr, weight_decay=decay)
+    # AdamW's first step is the gradient's sign unless eps is of the gradient's size.
+    adamw = partial(torch.optim.AdamW, lr=lr, betas=betas, eps=0.1, weight_decay=decay)
     rules: tuple[tuple[str, Hyper, Callable[..., torch.optim.Optimizer]], ...] = (
-        ("sgd", Hyper("sgd", (decay,)), partial(torch.optim.SGD, lr=lr, weight_decay=decay)),
-        (
-            "nesterov",
-            Hyper("nesterov", (decay, momentum)),
-            partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=True, weight_decay=decay),
-        ),
-        # AdamW's first step is the gradient's sign unless eps is of the gradient's size.
-        (
-            "adamw",
-            Hyper("adamw", (1 - betas[0], betas[1], 1 - betas[1], 0.1)),
-            partial(torch.optim.AdamW, lr=lr, betas=betas, eps=0.1, weight_decay=decay),
-        ),
+        ("sgd", Hyper("sgd", (decay,)), sgd),
+        ("nesterov", Hyper("nesterov", (decay, momentum)), partial(sgd, momentum=momentum, nesterov=True)),
+        ("adamw", Hyper("adamw", (1 - betas[0], betas[1], 1 - betas[1], 0.1)), adamw),
     )
     hyper_row = torch.tensor([lr, 1 - lr * decay, lr / (1 - betas[0]), (1 - betas[1]) ** -0.5], device=problem.device)
     dz, x = problem.dz / problem.M**0.5, problem.x
@@ -295,41 +258,32 @@ def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
         layout = Layout([Layer(*actual)])
         states = torch.zeros(2, layout.total, device=problem.device)
         launch(layout, [dz], [x], hyper, hyper_row, states=states)
-        found = []
-        for dtype in (torch.float64, problem.dtype):
-            params = [p.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_() for p in start]
-            for p, gradient in zip(params, reference.linear_wgrad(dz.to(dtype), x.to(dtype)), strict=True):
+
+        def update(dz: Tensor, x: Tensor, rule: Callable[..., torch.optim.Optimizer] = rule) -> list[Tensor]:
+            params = [p.to(torch.promote_types(dz.dtype, torch.float32), copy=True).requires_grad_() for p in start]
+            for p, gradient in zip(params, reference.linear_wgrad(dz, x), strict=True):
                 p.grad = gradient.to(p.dtype)
             rule(params).step()
-            found.append([p.detach() for p in params])
-        for what, got, want, own in zip(("W", "b"), actual, *found, strict=True):
-            yield Comparison(f"{what} ({name})", got, want, own, problem.M)
+            return [p.detach() for p in params]
+
+        yield from _compare([f"W ({name})", f"b ({name})"], actual, update, (dz, x), [problem.M] * 2)
 
 
-CHECKS: Mapping[str, Check] = {
-    check.__name__: check
-    for check in (
-        linear_fwd,
-        linear_dgrad,
-        linear_wgrad,
-        activation_bwd,
-        cross_entropy,
-        elementwise_loss,
-        softmax_squared_error,
-        head,
-        wgrad_update,
-    )
-}
+_BOTH = (
+    *(linear_fwd, linear_dgrad, linear_wgrad, activation_bwd),
+    *(cross_entropy, elementwise_loss, softmax_squared_error),
+)
+_KERNELS_ONLY = (head, wgrad_update)
+CHECKS: Mapping[str, Check] = {check.__name__: check for check in (*_BOTH, *_KERNELS_ONLY)}
 """Every check by the name of its kernel."""
-
-KERNELS_ONLY = frozenset({"head", "wgrad_update"})
+KERNELS_ONLY = frozenset(check.__name__ for check in _KERNELS_ONLY)
 """The checks of kernels that have no counterpart on the torch backend."""
 
 #: M, K, N: ragged against every tile, small enough for the interpreter.
 SMALL = ((33, 70, 17),)
 #: The reference workload's first layer, a ragged problem, and a batch of 1.
 FULL = ((128, 784, 512), (130, 63, 17), (1, 512, 10))
-#: Two thirds of the kernels of `FULL`, since Triton compiles other ones for a batch of 1.
+#: `FULL` without the batch of 1, for which Triton compiles a third of the kernels.
 SHORT = FULL[:2]
 PROBLEMS = {"small": SMALL, "short": SHORT, "full": FULL}
 
@@ -385,10 +339,7 @@ def run_checks(
 def _run(
     name: str, dtype: torch.dtype, device: torch.device, backend: Resolved, sizes: tuple[tuple[int, int, int], ...]
 ) -> CheckResult:
-    def result(passed: bool, worst: str, error: float | None, allowed: float | None, message: str) -> CheckResult:
-        kind = str(dtype).removeprefix("torch.")
-        return CheckResult(name, backend, str(device), kind, passed, worst, error, allowed, message)
-
+    result = partial(CheckResult, name, backend, str(device), str(dtype).removeprefix("torch."))
     worst, worst_ratio, error, allowed = "", -1.0, 0.0, 0.0
     try:
         for M, K, N in sizes:
@@ -399,10 +350,9 @@ def _run(
                     worst, worst_ratio, error, allowed = f"{comparison.what} {M}x{K}x{N}", ratio, found, limit
     except Exception as problem:  # whatever a driver, a compiler or a kernel raises is the finding
         return result(False, worst, None, None, f"{type(problem).__name__}: {problem}")
-    if worst_ratio <= 1:
-        return result(True, worst, error, allowed, "")
-    message = f"{worst}: error {error:.3g}, allowed {allowed:.3g}"
-    return result(False, worst, error if math.isfinite(error) else None, allowed, message)
+    passed = worst_ratio <= 1
+    message = "" if passed else f"{worst}: error {error:.3g}, allowed {allowed:.3g}"
+    return result(passed, worst, error if math.isfinite(error) else None, allowed, message)
 
 
 def main() -> None:

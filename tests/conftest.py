@@ -1,8 +1,7 @@
-"""The lanes: how a kernel test reaches the kernel on this machine. tests/README.md describes them.
+"""The lanes: how a kernel test reaches the kernel on this machine. tests/README.md describes the lanes.
 
-The same kernel tests run on a real GPU where there is one; without one they run in Triton's interpreter when
-TRITON_INTERPRET=1 (which must be set before triton is imported: a process of its own), and otherwise on the
-simulated GPU, which executes the compiled PTX.
+Where there is a GPU, the kernel tests run on it. Without a GPU they run in Triton's interpreter if TRITON_INTERPRET=1,
+which must be set before triton is imported, and otherwise on the simulated GPU, which executes the compiled PTX.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ pytest_plugins = ["tests.fuzz.plugin", "tests.support.precision"]
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
-#: The markers of tests that take the kernels where kernels run, and plain torch elsewhere.
+#: The markers of tests that use the kernels where kernels run, and plain torch elsewhere.
 WITH_KERNELS = [pytest.mark.interpret] if INTERPRETING else [pytest.mark.gpu] if HAS_GPU else []
-#: The lanes that compile for other GPUs, or stand in for one.
+#: The lanes that compile for other GPUs, or simulate one.
 SIMULATING = ("compile", "launch", "execute", "placement")
 #: GPU memory that one worker of pytest-xdist takes: its CUDA context, and the tensors of one test.
 WORKER_BYTES = 2 << 30
@@ -57,22 +56,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full",
         action="store_true",
-        help="every case of the compile lane and of the grids, not a set that covers them",
+        help="every case of the compile lane and of the grids, not only a set that covers them",
     )
     parser.addoption(
         "--lesser-cpu",
         action="store_true",
-        help="what depends on the processor, and nothing else: for a processor made lesser, as by make lesser-cpus",
+        help="only what depends on the processor: for a lesser processor, as make lesser-cpus simulates one",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Workers of pytest-xdist share the cores; alone, two threads show what only several threads do.
+    # Workers of pytest-xdist share the cores. One process alone has two threads, so that errors of threads show.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
     if HAS_GPU:
-        # A machine with a GPU has versions of its own, and a warning of another package says nothing about ours. A
-        # warning that is attributed to our modules remains an error, unless it is a deprecation: torch attributes its
-        # own deprecations to the caller.
+        # A machine with a GPU has its own versions of other packages, so their warnings are no errors. A warning
+        # attributed to our modules remains an error, except a deprecation: torch attributes its own to the caller.
         kinds = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
         ours = [f"error:::{name}" for name in ("fastmlp", "bench", "tests")]
         for rule in ("default", *ours, *(f"default::{kind}" for kind in kinds)):
@@ -108,7 +106,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """The garbage collector need not look at thousands of collected tests again and again: a tenth of the time."""
+    """Spare the garbage collector the thousands of collected tests, which would take a tenth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
@@ -138,7 +136,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     elif INTERPRETING:
         lanes = [pytest.param("interpret", marks=pytest.mark.interpret)]
     else:
-        # Every architecture for the ragged shapes, one for all else: the code differs little, and time is short.
+        # Ragged shapes run on every architecture. All other tests run on one, since the code differs little.
         everywhere = (
             metafunc.config.getoption("full")
             or "shapes" in metafunc.function.__name__
@@ -151,9 +149,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @contextmanager
 def uninitialized_is_nan() -> Iterator[None]:
-    """``torch.empty`` returns NaN (the largest integer): outputs and scratch that a kernel reads before it writes."""
+    """``torch.empty`` returns NaN (the largest integer), so that reads of unwritten outputs and scratch memory show."""
     # torch fills new memory when its operations must be deterministic. (torch.use_deterministic_algorithms does the
-    # same, and imports torch.compile.)
+    # same, but imports torch.compile.)
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("error")
     try:
@@ -164,13 +162,13 @@ def uninitialized_is_nan() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
-    """What a test draws without a generator of its own depends on no test before it."""
+    """Random numbers from the global generator depend on no other test."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cpu_choices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What tests measure under load stays out of the user's cache."""
+    """Choices of libraries that tests measure under load stay out of the user's cache."""
     path = tmp_path_factory.mktemp("cache") / "cpu-gemm.json"
 
     def choices_path() -> Path:
@@ -186,9 +184,9 @@ def own_cpu_choices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True, scope="session")
 def nothing_is_timed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No test depends on which way of multiplying is fastest here: each runs once, and the first of them is taken.
+    """No test depends on the fastest library of this machine: each runs once, and the first one is chosen.
 
-    On lesser processors (``make lesser-cpus``) it is the last of them.
+    On lesser processors (``make lesser-cpus``) the last one is chosen.
     """
     place = -1 if request.config.getoption("lesser_cpu") else 0
 
@@ -204,7 +202,7 @@ def nothing_is_timed(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_tuned_tiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The user's cache may hold tiles for the very device that is simulated; tests are about the rule's."""
+    """The tests use the tiles of the rule, even if the user's cache has tiles for the simulated device."""
     if importlib.util.find_spec("triton") is None:
         yield
         return
@@ -220,8 +218,8 @@ def no_tuned_tiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def lane(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Makes Triton launches on tensors of the yielded device work: GPU, interpreter or simulated GPU.
 
-    In the interpreter every load and store is checked to be inside a tensor argument; the simulated GPU does that
-    itself. On both, memory that nothing was written to holds NaN.
+    In the interpreter, every load and store is checked to be inside a tensor argument; the simulated GPU always checks
+    that. On both, memory that was never written holds NaN.
     """
     name = request.param
     if name == "gpu":

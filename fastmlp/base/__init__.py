@@ -1,1 +1,1 @@
-"""What every file of fastmlp may use, and which itself uses none of them but the names of activations."""
+"""What every file of fastmlp may import. The files here import nothing else of fastmlp but the activations' names."""

@@ -1,4 +1,4 @@
-"""The user's cache folder, and writing files so that a reader never sees half of one."""
+"""The user's cache folder, and writing files so that a reader never sees half a file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where fastmlp keeps what it may lose: ``fastmlp`` in the operating system's folder for caches.
+    """The folder of what fastmlp can make again: ``fastmlp`` in the operating system's folder for caches.
 
-    That is $XDG_CACHE_HOME or ~/.cache on Linux, ~/Library/Caches on macOS, %LOCALAPPDATA% on Windows.
+    The latter is $XDG_CACHE_HOME or ~/.cache on Linux, ~/Library/Caches on macOS, %LOCALAPPDATA% on Windows.
     """
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or "~/AppData/Local").expanduser() / "fastmlp" / "Cache"
     default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    # os.path's does not raise for a user without a home.
+    # os.path.expanduser, unlike Path's method, does not raise for a user without a home.
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or default)) / "fastmlp"
 
 
@@ -27,11 +27,11 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | bytearray | memo
     are made, and the file gets the permissions that ``open`` would give it.
 
     Raises:
-        OSError: the folder cannot be made or written to; ``path`` is then as it was.
+        OSError: the folder cannot be made or written to; ``path`` is then unchanged.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile.mkstemp: its files are readable by their owner only, and would stay so after the rename.
+    # A file of tempfile.mkstemp would be readable by its owner only, after the rename too.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as stream:

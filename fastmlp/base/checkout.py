@@ -1,6 +1,7 @@
 """Finds ``fastmlp.kernels`` in a checkout that is not installed.
 
-An installation has the kernels inside fastmlp/. In a checkout they lie beside it, where Python does not look.
+An installation has the kernels inside fastmlp/. In a checkout, the kernels are beside fastmlp/, where Python does not
+look.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether torch.autocast is on for a device: asked at every call, also while torch.compile traces it."""
+"""Whether torch.autocast is on for a device. Every call asks, also while torch.compile traces the call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 __all__ = ["is_autocast_enabled"]
 
-#: Device types that have autocast. Asked once: to ask inside a traced call is beyond torch.compile before torch 2.12.
+#: Device types that have autocast, asked once: torch.compile before torch 2.12 cannot trace the question.
 _AVAILABLE = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind))
 
 

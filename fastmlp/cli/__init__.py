@@ -1,7 +1,7 @@
-"""The command line: ``fastmlp train | eval | predict | bench | reproduce | doctor``, one module a command.
+"""The command line: ``fastmlp train | eval | predict | bench | reproduce | doctor``, one module per command.
 
-A command is a module of this package named in `COMMANDS` with a ``click.Command`` called ``command``. Modules import
-torch inside their functions only, so that ``--help`` does not wait for it.
+A command is a module of this package that `COMMANDS` names and that has a ``click.Command`` called ``command``. Modules
+import torch inside their functions only, so that ``--help`` does not wait for torch.
 
 Exit codes: 0 done; 1 a check failed or training diverged; 2 the input was wrong (one line on stderr); 130 Ctrl-C.
 """
@@ -12,7 +12,6 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
 
 import click
 
@@ -37,43 +36,30 @@ class Commands(click.Group):
         return command
 
 
-class Version(click.Option):
-    """``--version``, which looks the number up only when it is asked for."""
+def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from fastmlp import __version__
 
-    def __init__(self) -> None:
-        super().__init__(
-            ["--version"],
-            is_flag=True,
-            expose_value=False,
-            is_eager=True,
-            help="Print the version.",
-            callback=self._show,
-        )
-
-    @staticmethod
-    def _show(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-        if value:
-            from fastmlp import __version__
-
-            click.echo(f"fastmlp {__version__}")
-            ctx.exit()
+        click.echo(f"fastmlp {__version__}")
+        ctx.exit()
 
 
-@click.pass_context
-def _help_without_command(ctx: click.Context) -> None:
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
-
-
-cli = Commands(
+@click.group(
     "fastmlp",
-    params=[Version()],
-    callback=_help_without_command,
+    cls=Commands,
     invoke_without_command=True,
     help="Train and run multilayer perceptrons fast. FashionMNIST is the reference workload.",
     epilog="'fastmlp COMMAND --help' lists the options of a command; 'fastmlp doctor' checks this machine.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Print the version."
+)
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """``fastmlp``, which without a command prints its help."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -100,14 +86,7 @@ def _describe(error: click.ClickException) -> str:
     return message
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """A warning in one line, without the place in the source."""
+def _show_warning(message: Warning | str, *place: object, **options: object) -> None:
+    """A warning in one line, without its place in the source."""
     click.echo(f"fastmlp: warning: {' '.join(str(message).split())}", err=True)
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What the commands share: options, the machine they run on, data and models, and how user errors are reported."""
+"""What the commands share: options, devices, data and models, and the report of user errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -39,10 +39,9 @@ class Failure(click.ClickException):
 
 @contextmanager
 def user_errors(kinds: tuple[type[Exception], ...] = INPUT_ERRORS) -> Iterator[None]:
-    """Report the given kinds of exception as user errors.
+    """Report the given types of exception as user errors.
 
-    It belongs around calls that check the user's input, not around everything, so that a mistake of the program's
-    own still shows where it happened.
+    Only calls that check the user's input belong inside, so that a bug still shows its traceback.
     """
     try:
         yield
@@ -56,7 +55,7 @@ class Sizes(click.ParamType):
     name = "sizes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """The sizes as a tuple; a usage error if they are not."""
+        """The sizes as a tuple; a usage error if the value is no list of sizes."""
         if isinstance(value, tuple):
             return value
         try:
@@ -69,7 +68,7 @@ class Sizes(click.ParamType):
 
 
 class Number(click.ParamType):
-    """A finite number in [least, below), or (least, below) if ``least`` is left out of the range."""
+    """A finite number in [least, below), or in (least, below) with ``least_is_open``."""
 
     name = "number"
 
@@ -79,7 +78,7 @@ class Number(click.ParamType):
         self.least_is_open = least_is_open
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number; a usage error if it is none or outside the range."""
+        """The number; a usage error if the value is no number or outside the range."""
         relation = "above" if self.least_is_open else "of at least"
         upper = "" if self.below == math.inf else f" and below {self.below:g}"
         try:
@@ -92,39 +91,34 @@ class Number(click.ParamType):
         return number
 
 
-def data_option(command: Decorated) -> Decorated:
-    """``--data``."""
-    return click.option(
-        "--data",
-        metavar="FOLDER",
-        help="Folder of the FashionMNIST files, or 'bundled' for the subset of 6,000 that comes with fastmlp.  "
-        "[default: the cache, the system's folder, a download, the subset]",
-    )(command)
+data_option = click.option(
+    "--data",
+    metavar="FOLDER",
+    help="Folder of the FashionMNIST files, or 'bundled' for the subset of 6,000 that comes with fastmlp.  "
+    "[default: the cache, the system's folder, a download, the subset]",
+)
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="DEVICE",
+    help="cpu, cuda or cuda:N; auto: cuda if there is one.",
+)
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="What computes: the Triton kernels or plain torch; auto: Triton on a GPU.",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object as the last line of standard output."
+)
 
 
 def machine_options(command: Decorated) -> Decorated:
     """``--device`` and ``--backend``."""
-    command = click.option(
-        "--backend",
-        type=click.Choice(BACKENDS),
-        default="auto",
-        show_default=True,
-        help="What computes: the Triton kernels or plain torch; auto: Triton on a GPU.",
-    )(command)
-    return click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        metavar="DEVICE",
-        help="cpu, cuda or cuda:N; auto: cuda if there is one.",
-    )(command)
-
-
-def json_option(command: Decorated) -> Decorated:
-    """``--json``."""
-    return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object as the last line of standard output."
-    )(command)
+    return device_option(backend_option(command))
 
 
 def select_device(name: str) -> torch.device:
@@ -152,7 +146,7 @@ def select_device(name: str) -> torch.device:
 
 
 def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Make ``name`` the backend of this process; returns what it comes to on this device: "triton" or "torch"."""
+    """Make ``name`` the backend of this process; returns the code that then runs on ``device``: "triton" or "torch"."""
     import torch
 
     from fastmlp import backend
@@ -187,10 +181,9 @@ def load_model(path: str, device: torch.device) -> tuple[MLP, dict[str, Any]]:
         dtype = getattr(torch, str(config["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
             raise UserError(f"the checkpoint {path} has dtype {config['dtype']!r}; expected one such as 'float32'")
-        with user_errors():
-            model = fastmlp.MLP(
-                config["sizes"], config["activation"], bias=config.get("bias", True), device=device, dtype=dtype
-            )
+        model = fastmlp.MLP(
+            config["sizes"], config["activation"], bias=config.get("bias", True), device=device, dtype=dtype
+        )
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         found = {name: tuple(value.shape) for name, value in state.items()}
         if shapes != found:
@@ -207,21 +200,15 @@ def check_sizes(sizes: tuple[int, ...], what: str) -> None:
     """UserError unless a model of ``sizes`` maps FashionMNIST's 784 pixels to its 10 classes."""
     from fastmlp.data.fashion_mnist import CLASSES
 
-    classes = len(CLASSES)
-    if sizes[0] != 784 or sizes[-1] != classes:
+    if sizes[0] != 784 or sizes[-1] != len(CLASSES):
         raise UserError(
-            f"{what} {'-'.join(map(str, sizes))} must start with 784 (28 x 28 pixels) and end with {classes} classes, "
-            f"such as 784-512-512-{classes}"
+            f"{what} {'-'.join(map(str, sizes))} must start with 784 (28 x 28 pixels) and end with {len(CLASSES)} "
+            f"classes, such as 784-512-512-{len(CLASSES)}"
         )
 
 
-def out_of_memory(error: Exception, device: torch.device) -> NoReturn:
-    """Report that the device's memory does not suffice."""
-    raise Failure(f"out of memory on {device}: use a smaller --batch-size or --sizes, or --device cpu") from error
-
-
 def versions() -> dict[str, str | None]:
-    """The versions of fastmlp and what it runs on; None for what is not installed."""
+    """The versions of fastmlp, python, torch, triton and numpy; None for a package that is not installed."""
     from fastmlp import __version__
 
     found: dict[str, str | None] = {"fastmlp": __version__, "python": platform.python_version()}

@@ -17,9 +17,9 @@ from . import common
 from .report import cpu_name
 
 TIMEOUT_S = 600
-#: GPU memory of one process that checks a kernel: the CUDA context is nearly all of it.
+#: GPU memory of one process that checks a kernel, nearly all of it for the CUDA context.
 PROCESS_BYTES = 1 << 30
-#: Main memory limits the processes too.
+#: Processes at once, since they take main memory too.
 MOST_PROCESSES = 16
 
 
@@ -37,7 +37,6 @@ def command(data: str | None, everything: bool, as_json: bool) -> int:
         "versions": common.versions(),
         "platform": platform.platform(),
         **_devices(),
-        "cpu_products": _cpu_products(),
         "data": _data(data),
     }
     report["triton"] = _triton(report["gpus"])
@@ -52,48 +51,45 @@ def command(data: str | None, everything: bool, as_json: bool) -> int:
     else:
         for check in report["checks"]:
             click.echo(f"  {_verdict(check)}")
-        failed = sum(not check["passed"] for check in report["checks"])
-        count = len(report["checks"])
-        click.echo(
-            f"{count - failed} of {count} checks passed" + ("" if report["ok"] else "; this installation has problems")
-        )
+        passed, count = sum(check["passed"] for check in report["checks"]), len(report["checks"])
+        click.echo(f"{passed} of {count} checks passed{'' if report['ok'] else '; this installation has problems'}")
     return 0 if report["ok"] else 1
 
 
 def _devices() -> dict[str, Any]:
     import torch
 
-    gpus = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
-        gpus.append(
-            {
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "memory_bytes": properties.total_memory,
-                "multiprocessors": properties.multi_processor_count,
-            }
-        )
-    return {"cuda": torch.version.cuda, "hip": torch.version.hip, "cpu": cpu_name(), "gpus": gpus}
-
-
-def _cpu_products() -> dict[str, Any]:
-    """How many shapes were measured on this machine to choose who multiplies on the CPU, and where that is kept."""
     from fastmlp.cpu.cache import choices_path, kept
 
-    return {"measured_shapes": len(kept()), "file": str(choices_path())}
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [
+        {
+            "name": gpu.name,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "memory_bytes": gpu.total_memory,
+            "multiprocessors": gpu.multi_processor_count,
+        }
+        for gpu in map(torch.cuda.get_device_properties, range(count))
+    ]
+    return {
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cpu": cpu_name(),
+        "gpus": gpus,
+        # How many shapes of products were measured on this CPU to choose a library, and where the choices are kept.
+        "cpu_products": {"measured_shapes": len(kept()), "file": str(choices_path())},
+    }
 
 
 def _data(folder: str | None) -> dict[str, Any]:
-    """Where the full data is; a folder given by the user must have it."""
+    """Where the full data is; UserError if ``folder`` does not have the data."""
     from fastmlp.data import find_fashion_mnist
 
-    if folder is not None:
-        with common.user_errors():
-            return {"folder": str(find_fashion_mnist(folder)), "problem": None}
     try:
-        found = find_fashion_mnist()
-    except OSError as error:
+        found = find_fashion_mnist(folder)
+    except (OSError, RuntimeError) as error:
+        if folder is not None:
+            raise common.UserError(str(error)) from error
         return {"folder": None, "problem": str(error)}
     return {"folder": None if found is None else str(found), "problem": None}
 
@@ -107,10 +103,8 @@ def _triton(gpus: list[dict[str, Any]]) -> dict[str, Any]:
         return {"runs_on": None, "note": note}
     if gpus:
         return {"runs_on": "gpu", "note": "Triton kernels on the GPU; --all takes every dtype"}
-    return {
-        "runs_on": "interpreter",
-        "note": "no GPU, so the Triton kernels run in Triton's interpreter, small problems",
-    }
+    note = "no GPU, so the Triton kernels run in Triton's interpreter, small problems"
+    return {"runs_on": "interpreter", "note": note}
 
 
 def _checks(report: dict[str, Any], everything: bool) -> list[dict[str, Any]]:
@@ -125,7 +119,7 @@ def _checks(report: dict[str, Any], everything: bool) -> list[dict[str, Any]]:
 
 
 def _interpreted() -> list[dict[str, Any]]:
-    """The checks in Triton's interpreter, in a process of its own since the mode is fixed when triton is imported."""
+    """The checks in Triton's interpreter, in a process of its own: the import of triton fixes the mode."""
     found = {"kernel": "all", "device": "cpu", "dtype": "-"}
     return _apart("Triton's interpreter", found, ["--problems", "small"], {"TRITON_INTERPRET": "1"})
 
@@ -133,13 +127,13 @@ def _interpreted() -> list[dict[str, Any]]:
 def _on_gpu(gpu: dict[str, Any], everything: bool) -> list[dict[str, Any]]:
     """The checks on the first GPU, one process per kernel and dtype, as many at once as the machine has room for.
 
-    Compiling takes nearly all of the time. And a kernel that brings down its CUDA context brings down no other check.
+    Compiling takes nearly all of the time. A kernel that destroys its CUDA context stops no other check.
     """
     from fastmlp.selfcheck import CHECKS
 
     dtypes = ["float32", "bfloat16", "float16"]
     if int(gpu["capability"].partition(".")[0]) < 8:
-        dtypes.remove("bfloat16")  # which Triton compiles from sm_80 on
+        dtypes.remove("bfloat16")  # Triton compiles bfloat16 from sm_80 on
     problems = "full" if everything else "short"
     jobs = [(kernel, dtype) for kernel in CHECKS for dtype in (dtypes if everything else dtypes[:2])]
     room = max(1, min(os.cpu_count() or 1, gpu["memory_bytes"] // PROCESS_BYTES, MOST_PROCESSES))
@@ -154,8 +148,8 @@ def _on_gpu(gpu: dict[str, Any], everything: bool) -> list[dict[str, Any]]:
 
 
 def _apart(who: str, failed: dict[str, Any], arguments: list[str], environment: dict[str, str]) -> list[dict[str, Any]]:
-    """Results of `fastmlp.selfcheck` in a process of its own, or one that has failed as the process did."""
-    # numpy, which the interpreter computes with, warns of overflow in lanes that are masked afterwards.
+    """The results of `fastmlp.selfcheck` in a process of its own, or one failed result if the process failed."""
+    # The interpreter computes with numpy, which warns of overflow in lanes that are masked afterwards.
     command = [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "fastmlp.selfcheck"]
     command += ["--backend", "triton", "--device", failed["device"], *arguments]
     failure = {**failed, "backend": "triton", "passed": False, "worst": "", "error": None, "allowed": None}

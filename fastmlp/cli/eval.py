@@ -27,22 +27,21 @@ def command(checkpoint: str, data: str | None, device: str, backend: str, as_jso
     start = time.perf_counter()
     loss, accuracy = evaluate(model, test)
     seconds = time.perf_counter() - start
-    if as_json:
-        result = {
-            "test_accuracy": accuracy,
-            "test_loss": loss,
-            "images": len(test),
-            "seconds": seconds,
-            "images_per_second": len(test) / seconds,
-            "device": str(used_device),
-            "backend": used_backend,
-            "dataset": test.source,
-            "checkpoint": checkpoint,
-            "config": {key: config[key] for key in ("sizes", "activation", "dtype")},
-            "versions": common.versions(),
-        }
-        click.echo(json.dumps(result))
-    else:
-        click.echo(f"data: {test.source}")
-        click.echo(f"test accuracy {100 * accuracy:.2f} %, test loss {loss:.4f}")
+    if not as_json:
+        click.echo(f"data: {test.source}\ntest accuracy {100 * accuracy:.2f} %, test loss {loss:.4f}")
+        return 0
+    result = {
+        "test_accuracy": accuracy,
+        "test_loss": loss,
+        "images": len(test),
+        "seconds": seconds,
+        "images_per_second": len(test) / seconds,
+        "device": str(used_device),
+        "backend": used_backend,
+        "dataset": test.source,
+        "checkpoint": checkpoint,
+        "config": {key: config[key] for key in ("sizes", "activation", "dtype")},
+        "versions": common.versions(),
+    }
+    click.echo(json.dumps(result))
     return 0

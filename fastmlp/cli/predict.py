@@ -28,8 +28,8 @@ def command(
 ) -> int:
     """Classify IMAGE files with CHECKPOINT (a run folder or its model file).
 
-    Any format pillow reads, in gray or colour, of any size: margins are cut, the longest edge is fitted to 28 pixels,
-    transparent parts count as background.
+    Images of any size are taken, in gray or colour, in any format that pillow reads. Margins are cut, the longest edge
+    is fitted to 28 pixels, and transparent parts count as background.
     """
     import torch
 
@@ -40,10 +40,8 @@ def command(
     model, _ = common.load_model(checkpoint, used_device)
     common.check_sizes(model.sizes, f"the checkpoint {checkpoint} has sizes")
     common.select_backend(backend, used_device, next(model.parameters()).dtype)
-    loaded = []
-    for image in images:
-        with common.user_errors():
-            loaded.append(load_image(Path(image), invert))
+    with common.user_errors():
+        loaded = [load_image(Path(image), invert) for image in images]
     pixels = torch.stack([image.pixels for image in loaded]).to(used_device)
     with torch.no_grad():
         probabilities = torch.softmax(model(pixels).float(), dim=1).cpu()

@@ -31,7 +31,7 @@ class Reporter:
         self.to_stderr = to_stderr
         stream = sys.stderr if to_stderr else sys.stdout
         self.bar: Bar | None = None
-        # Not rich's own judgement of a terminal, which FORCE_COLOR overrides: bars do not belong into log files.
+        # rich's own test for a terminal obeys FORCE_COLOR, and a bar does not belong into a log file.
         if stream.isatty():
             columns = (
                 TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
@@ -91,7 +91,7 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name as the operating system gives it, its vector instructions, and torch's number of threads."""
+    """The processor's name from the operating system, its vector instructions, and torch's number of threads."""
     import torch
 
     from fastmlp.cpu.cache import instruction_set, processor_name

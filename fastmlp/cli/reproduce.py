@@ -1,10 +1,10 @@
-"""``fastmlp reproduce``: run the systems of the source documents and compare what they report."""
+"""``fastmlp reproduce``: run the systems of the source documents (``fastmlp.recipes``) and compare the results."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from fastmlp.recipes import Outcome
 
 EPILOG = """\b
-Exit code 1 if a verdict is bad. The full form needs the full FashionMNIST and takes some minutes; --quick takes
-seconds on 6,000 images and compares with the documents' own algorithms instead of their accuracies."""
+The exit code is 1 if a verdict is bad. The full form needs the full FashionMNIST and takes some
+minutes. --quick takes seconds on 6,000 images. It compares with the documents' own algorithms
+instead of their accuracies."""
 
 
 @click.command("reproduce", short_help="Run the systems of the source documents.", epilog=EPILOG)
@@ -29,7 +30,11 @@ seconds on 6,000 images and compares with the documents' own algorithms instead 
 def command(
     names: tuple[str, ...], every: bool, listing: bool, quick: bool, data: str | None, folder: str | None, as_json: bool
 ) -> int:
-    """Run the systems that the source documents describe, and say how their results compare."""
+    """Run the systems that four source documents describe, and say how their results compare.
+
+    The documents are the backpropagation blog post, its formulas, the notebook "Introduction to Neural Networks" and
+    chapter 7 of "Explanatory Notes for 6.390".
+    """
     from fastmlp.recipes import RECIPES, Settings, run_recipe
 
     if listing:
@@ -84,7 +89,7 @@ def command(
 
 
 class _Status:
-    """What is being run, on a terminal; and the tables, on stdout or (with --json) stderr."""
+    """Shows what runs now, on a terminal only, and the tables, on stdout or (with --json) stderr."""
 
     def __init__(self, to_stderr: bool) -> None:
         import sys
@@ -92,7 +97,7 @@ class _Status:
         from rich.console import Console
 
         stream = sys.stderr if to_stderr else sys.stdout
-        # A file has no width of its own: as wide as the widest line there, so that no line is broken or cut.
+        # In a file, lines have the length of the longest line, so that none is broken or cut.
         self.console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
         self.status = self.console.status("") if stream.isatty() else None
 
@@ -116,36 +121,30 @@ class _Status:
         from rich.markup import escape
         from rich.table import Table
 
+        from fastmlp.recipes import DOCUMENTS
+
         table = Table(title=outcome.name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        for header, justify in (
-            ("document", "left"),
-            ("what it says", "left"),
-            ("obtained", "left"),
-            ("tolerance", "left"),
-            ("verdict", "left"),
-            ("seconds", "right"),
-        ):
-            table.add_column(header, justify=justify)  # type: ignore[arg-type]
+        for header in ("document", "what it says", "obtained", "tolerance", "verdict"):
+            table.add_column(header)
+        table.add_column("seconds", justify="right")
         for result in outcome.results:
             verdict = "[green]good[/]" if result.good else "[bold red]BAD[/]"
-            texts = (escape(text) for text in (result.document, result.claim, result.obtained, result.tolerance))
-            table.add_row(*texts, verdict, f"{result.seconds:.1f}")
+            texts = DOCUMENTS[result.document], result.claim, result.obtained, result.tolerance
+            table.add_row(*map(escape, texts), verdict, f"{result.seconds:.1f}")
         self.console.print(table)
 
 
 def _list(as_json: bool) -> None:
-    from fastmlp.recipes import RECIPES
+    from fastmlp.recipes import DOCUMENTS, RECIPES
 
     if as_json:
-        listing: list[dict[str, Any]] = [
-            {"name": recipe.name, "documents": recipe.documents, "summary": recipe.summary}
-            for recipe in RECIPES.values()
-        ]
-        click.echo(json.dumps(listing))
+        fields = ("name", "documents", "summary")
+        click.echo(json.dumps([{field: getattr(recipe, field) for field in fields} for recipe in RECIPES.values()]))
         return
     width = max(map(len, RECIPES))
     for recipe in RECIPES.values():
-        click.echo(f"{recipe.name:<{width}}  {recipe.summary} (documents {', '.join(recipe.documents)})")
+        documents = ", ".join(DOCUMENTS[number] for number in recipe.documents)
+        click.echo(f"{recipe.name:<{width}}  {recipe.summary} ({documents})")
 
 
 def _write_plots(outcomes: list[Outcome], folder: Path) -> list[str]:

@@ -1,12 +1,15 @@
-"""``fastmlp train``: train an MLP on FashionMNIST, evaluate it after every epoch, keep checkpoint and curves."""
+"""``fastmlp train``: train an MLP on FashionMNIST, evaluate it after every epoch, keep checkpoint and curves.
+
+``--engine`` is the argument ``engine`` of `fastmlp.train.fit`: what runs the training steps.
+"""
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -20,64 +23,46 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG, CURVES, SUMMARY = "model.safetensors", "model.json", "curves.png", "summary.json"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-# fastmlp.train.schedules and fastmlp.train.engines have the same names; importing them imports torch.
+# fastmlp.train.schedules and fastmlp.train.engines have the same names, but importing them imports torch.
 SCHEDULES = ("constant", "linear", "cosine")
 ENGINES = ("step", "autograd")
+
+SCHEDULE_HELP = "Learning rate over the steps; linear and cosine warm up, then fall to 0."
+ENGINE_HELP = "What runs the steps: TrainStep, each step as one operation, or modules, autograd and torch.optim."
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 EPILOG = f"""\b
 The run folder gets
   {WEIGHTS} and {CONFIG}: the checkpoint, replaced after every epoch
   {CURVES}: loss and accuracy over the epochs
   {SUMMARY}: what --json prints
-Without --out it is runs/SIZES-ACTIVATION-seedSEED, with -2, -3 and so on where that is taken.
-A folder given with --out that has a run already is refused unless --overwrite is given; other files in it stay."""
+Without --out, the run folder is runs/SIZES-ACTIVATION-seedSEED, or that with -2, -3 and so on.
+A folder of --out that has a run already is refused without --overwrite. Other files in it stay."""
+
+
+def _option(name: str, type: Any, default: object, help: str) -> Callable[[Command], Command]:
+    return click.option(name, type=type, default=default, show_default=True, help=help)
 
 
 @click.command("train", short_help="Train an MLP on FashionMNIST.", epilog=EPILOG)
-@click.option("--sizes", type=common.Sizes(), default="784-512-512-10", show_default=True, help="Layer sizes.")
-@click.option(
-    "--activation",
-    type=click.Choice(tuple(ACTIVATIONS)),
-    default="sigmoid",
-    show_default=True,
-    help="Of the hidden layers.",
-)
-@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="Passes over the data.")
-@click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Images a step.")
+@_option("--sizes", common.Sizes(), "784-512-512-10", "Layer sizes.")
+@_option("--activation", click.Choice(tuple(ACTIVATIONS)), "sigmoid", "Activation of the hidden layers.")
+@_option("--epochs", click.IntRange(1), 10, "Passes over the data.")
+@_option("--batch-size", click.IntRange(1), 128, "Images per step.")
 @click.option(
     "--lr",
     type=common.Number(0, least_is_open=True),
     help="Peak learning rate.  [default: by activation: sigmoid 0.5, relu 0.1]",
 )
-@click.option(
-    "--schedule",
-    type=click.Choice(SCHEDULES),
-    default="linear",
-    show_default=True,
-    help="Learning rate over the steps; linear and cosine warm up, then fall to 0.",
-)
-@click.option(
-    "--warmup", type=common.Number(0, 1), default=0.05, show_default=True, help="Share of the steps to warm up in."
-)
-@click.option("--momentum", type=common.Number(0, 1), default=0.9, show_default=True, help="SGD's momentum.")
-@click.option("--nesterov/--no-nesterov", default=True, show_default=True, help="Nesterov's or plain momentum.")
-@click.option("--weight-decay", type=common.Number(0), default=0.0, show_default=True, help="SGD's weight decay.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**63 - 1),
-    default=0,
-    show_default=True,
-    help="Of starting weights and order of the images.",
-)
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the parameters.")
+@_option("--schedule", click.Choice(SCHEDULES), "linear", SCHEDULE_HELP)
+@_option("--warmup", common.Number(0, 1), 0.05, "Share of the steps to warm up in.")
+@_option("--momentum", common.Number(0, 1), 0.9, "SGD's momentum.")
+@_option("--nesterov/--no-nesterov", None, True, "Nesterov's or plain momentum.")
+@_option("--weight-decay", common.Number(0), 0.0, "SGD's weight decay.")
+@_option("--seed", click.IntRange(0, 2**63 - 1), 0, "Seed of the starting weights and of the order of the images.")
+@_option("--dtype", click.Choice(DTYPES), "float32", "Dtype of the parameters.")
 @common.machine_options
-@click.option(
-    "--engine",
-    type=click.Choice(ENGINES),
-    default="step",
-    show_default=True,
-    help="What runs a step: TrainStep, all of it as one operation, or modules, autograd and torch.optim.",
-)
+@_option("--engine", click.Choice(ENGINES), "step", ENGINE_HELP)
 @common.data_option
 @click.option("--out", metavar="FOLDER", help="Run folder.  [default: a new one in runs/]")
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out has.")
@@ -140,7 +125,8 @@ def command(
         except DivergenceError as error:
             raise common.Failure(f"{error} (--lr). {run.state()}") from error
         except torch.OutOfMemoryError as error:
-            common.out_of_memory(error, used_device)
+            text = f"out of memory on {used_device}: use a smaller --batch-size or --sizes, or --device cpu"
+            raise common.Failure(text) from error
         except KeyboardInterrupt:
             reporter.line(run.state())
             raise
@@ -186,7 +172,7 @@ def check_run_folder(folder: Path, overwrite: bool) -> None:
 
 
 class Run:
-    """The folder that a run leaves its results in; see the command's help."""
+    """The run folder, which keeps the results of a run; the command's help describes it."""
 
     def __init__(self, out: str | None, name: str) -> None:
         with common.user_errors((OSError,)):
@@ -196,7 +182,7 @@ class Run:
         self.epoch = 0
 
     def save(self, model: Any, config: dict[str, Any], result: EpochResult) -> None:
-        """Replace the checkpoint by ``model`` after an epoch; the first one ends the run that was there before."""
+        """Replace the checkpoint after an epoch; the first epoch also removes the results of the run before."""
         from fastmlp.train.checkpoint import save_checkpoint
 
         with common.user_errors((OSError,)):
@@ -207,13 +193,13 @@ class Run:
         self.epoch = result.epoch
 
     def state(self) -> str:
-        """What the folder holds of an unfinished run."""
+        """What the folder has of an unfinished run."""
         if self.epoch == 0:
             return "No checkpoint was written"
         return f"The checkpoint of epoch {self.epoch} is in {self.folder}"
 
     def drop_if_empty(self) -> None:
-        """Remove the folder if it was made for this run and nothing came of it."""
+        """Remove the folder if it is new and empty."""
         if self.is_new and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -239,11 +225,11 @@ class Run:
 
 def _new_folder(parent: Path, name: str) -> Path:
     """Make ``parent/name``, or the first of name-2, name-3, ... that is free."""
-    for number in itertools.count(1):
-        folder = parent / (name if number == 1 else f"{name}-{number}")
+    folder, number = parent / name, 1
+    while True:
         try:
             folder.mkdir(parents=True)
+            return folder
         except FileExistsError:
-            continue
-        return folder
-    raise AssertionError("itertools.count ends")
+            number += 1
+            folder = parent / f"{name}-{number}"

@@ -1,7 +1,7 @@
 """FashionMNIST as tensors: where it is found, integrity checks, and the cache.
 
-`load_fashion_mnist` returns what the training loop wants, all images as one uint8 tensor on the device, and says in
-every data set where it came from. Pixels are scaled in the first kernel, not here.
+`load_fashion_mnist` returns all images of a split as one uint8 tensor on the device, as the training loop takes them.
+Every data set says where it came from. Pixels are scaled in the first kernel, not here.
 """
 
 from __future__ import annotations
@@ -28,16 +28,6 @@ from .fashion_mnist import FileSet
 from .fetch import SourceUnavailable
 from .idx import Bytes, DataIntegrityError
 
-__all__ = [
-    "SOURCES",
-    "DataIntegrityError",
-    "ImageDataset",
-    "SubsetWarning",
-    "cache_folder",
-    "find_fashion_mnist",
-    "load_fashion_mnist",
-]
-
 logger = logging.getLogger("fastmlp.data")
 
 SOURCES = ("cache", "system", "torchvision", "debian", "bundled")
@@ -50,7 +40,7 @@ REMEDY = (
 
 
 class SubsetWarning(UserWarning):
-    """The full FashionMNIST was found nowhere and the bundled subset takes its place."""
+    """The full FashionMNIST was not found, and the bundled subset takes its place."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,16 +48,16 @@ class ImageDataset:
     """Images and labels of one split of a data set, all in memory.
 
     Attributes:
-        images: uint8 [N, pixels], rows of the image one after the other, values 0 (background) to 255.
+        images: uint8 [N, pixels], the rows of an image one after the other, values 0 (background) to 255.
         labels: int64 [N], on the same device, values in [0, len(classes)).
         name: of the data set, such as "FashionMNIST".
         split: "train" or "test".
-        origin: where it was read from, for people: a folder, mostly.
-        classes: the class names; the label is the index.
+        origin: where the data was read from, mostly a folder; for people.
+        classes: the class names; a label is an index into them.
 
     Raises:
         TypeError: images or labels are not tensors, not uint8 or not int64.
-        ValueError: their shapes do not fit, or they are on two devices.
+        ValueError: the shapes do not fit, or the tensors are on two devices.
     """
 
     images: torch.Tensor
@@ -78,10 +68,7 @@ class ImageDataset:
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        for field, tensor, dtype in (
-            ("images", self.images, torch.uint8),
-            ("labels", self.labels, torch.int64),
-        ):
+        for field, tensor, dtype in (("images", self.images, torch.uint8), ("labels", self.labels, torch.int64)):
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{field} must be a tensor, got {type(tensor).__name__}")
             if tensor.dtype != dtype:
@@ -98,7 +85,7 @@ class ImageDataset:
 
     @property
     def source(self) -> str:
-        """One line that names data set, size, split and origin; it belongs in every result."""
+        """One line that names the data set, its size, split and origin; every result shows it."""
         return f"{self.name} {len(self)} {self.split} ({self.origin})"
 
     def __len__(self) -> int:
@@ -108,7 +95,7 @@ class ImageDataset:
         return f"ImageDataset({self.source}, device={self.images.device})"
 
     def to(self, device: torch.device | str) -> ImageDataset:
-        """The same data on ``device``; tensors that are there already are shared, not copied."""
+        """The same data on ``device``; a tensor that is already there is shared, not copied."""
         return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
@@ -120,27 +107,27 @@ def load_fashion_mnist(
 ) -> tuple[ImageDataset, ImageDataset]:
     """FashionMNIST as (train, test): images uint8 [60000, 784] and [10000, 784], labels int64.
 
-    With ``root``, only that folder is read: the four idx files (``train-images-idx3-ubyte`` and so on, plain or
-    ``.gz``) in it, or in ``FashionMNIST/raw`` below it as torchvision lays them out. Otherwise the sources of
-    `SOURCES` are tried in order:
+    With ``root``, only that folder is read. The four idx files (``train-images-idx3-ubyte`` and so on, plain or
+    ``.gz``) are in ``root`` or, as torchvision lays them out, in ``FashionMNIST/raw`` below it. Without ``root``, the
+    sources of `SOURCES` are tried in order:
 
     1. ``cache``: the user's cache folder (`cache_folder`), which the downloads below fill;
-    2. ``system``: ``/usr/share/datasets/fashion-mnist``, where Debian's package ``dataset-fashion-mnist`` puts it;
+    2. ``system``: ``/usr/share/datasets/fashion-mnist``, the folder of Debian's package ``dataset-fashion-mnist``;
     3. ``torchvision``: torchvision's download;
-    4. ``debian``: that package, fetched with ``apt-get download`` and unpacked without root;
+    4. ``debian``: Debian's package, fetched with ``apt-get download`` and unpacked without root;
     5. ``bundled``: 6,000 training and 1,000 test images that come with fastmlp, with a `SubsetWarning`.
 
-    All content is checked with SHA-256; data that is there but damaged is an error, never a reason to try the next
-    source. A download enters the cache whole or not at all; many processes may load at the same time. Each source
-    that is left out, and why, is logged at level INFO to the logger ``fastmlp.data``.
+    All content is checked with SHA-256. Damaged data is an error, never a reason to try the next source. A download
+    enters the cache whole or not at all, and many processes may load at the same time. The logger ``fastmlp.data``
+    says at level INFO which source was left out, and why.
 
     Args:
         root: folder of the files; ``~`` is expanded.
         device: where the tensors go; default: the CPU.
-        source: one of `SOURCES`, to use that one alone; ``"bundled"`` then gives no warning.
+        source: one of `SOURCES`, the only one to use; ``"bundled"`` then gives no warning.
 
     Raises:
-        FileNotFoundError: ``root`` has no data or a part of it, or the one ``source`` asked for is not available.
+        FileNotFoundError: ``root`` has no data or only some of the files, or ``source`` is not available.
         DataIntegrityError: a file is truncated or altered (a RuntimeError).
         ValueError: an unknown ``source``, or both ``root`` and ``source``.
         RuntimeError: ``device`` is not a device of this machine.
@@ -161,7 +148,7 @@ def load_fashion_mnist(
         if name == "bundled":
             return _bundled(target)
         try:
-            contents, origin = _LOADERS[name]()
+            contents, origin = _load(name)
         except SourceUnavailable as reason:
             logger.info("FashionMNIST: %s is not available: %s", name, reason)
             failures.append(f"{name}: {reason}")
@@ -205,7 +192,7 @@ def cache_folder() -> Path:
 
 
 def _usable_device(device: torch.device | str | None) -> torch.device:
-    """``device`` as a torch.device on which a tensor can be made; found out before data is read or downloaded."""
+    """``device`` as a torch.device on which a tensor can be made; checked before data is read or downloaded."""
     target = torch.device("cpu") if device is None else torch.device(device)
     try:
         torch.empty(0, device=target)
@@ -252,37 +239,21 @@ def _remedy(text: str) -> Iterator[None]:
         raise type(error)(f"{error} {text}") from error
 
 
-def _from_cache() -> tuple[dict[str, Bytes], str]:
-    folder = cache_folder()
-    return _from_local(folder, f"Delete the folder {folder} and load again to fetch the data anew.")
-
-
-def _from_system() -> tuple[dict[str, Bytes], str]:
-    return _from_local(fetch.SYSTEM_FOLDER, f"Reinstall it: apt-get install --reinstall {fetch.PACKAGE}.")
-
-
-def _from_local(folder: Path, remedy: str) -> tuple[dict[str, Bytes], str]:
+def _load(source: str) -> tuple[dict[str, Bytes], str]:
+    """The verified contents from any source but "bundled", and where they are."""
+    if source == "torchvision":
+        return _download(fetch.fetch_torchvision, "torchvision's download")
+    if source == "debian":
+        return _download(fetch.fetch_debian, f"Debian package {fetch.PACKAGE}")
+    folder, remedy = fetch.SYSTEM_FOLDER, f"Reinstall it: apt-get install --reinstall {fetch.PACKAGE}."
+    if source == "cache":
+        folder = cache_folder()
+        remedy = f"Delete the folder {folder} and load again to fetch the data anew."
     try:
         with _remedy(remedy):
             return _read_folder(folder), str(folder)
-    except PermissionError as error:  # another user's, so not this user's to repair
+    except PermissionError as error:  # the folder is another user's, and this user cannot repair it
         raise SourceUnavailable(f"no permission to read {error.filename}") from error
-
-
-def _from_torchvision() -> tuple[dict[str, Bytes], str]:
-    return _download(fetch.fetch_torchvision, "torchvision's download")
-
-
-def _from_debian() -> tuple[dict[str, Bytes], str]:
-    return _download(fetch.fetch_debian, f"Debian package {fetch.PACKAGE}")
-
-
-_LOADERS: Mapping[str, Callable[[], tuple[dict[str, Bytes], str]]] = {
-    "cache": _from_cache,
-    "system": _from_system,
-    "torchvision": _from_torchvision,
-    "debian": _from_debian,
-}
 
 
 def _download(fetcher: Callable[[Path], Path], label: str) -> tuple[dict[str, Bytes], str]:
@@ -314,8 +285,8 @@ def _has_data(folder: Path) -> bool:
 def _install(contents: Mapping[str, Bytes], folder: Path) -> None:
     """Make ``folder`` with the files of ``contents``, whole or not at all.
 
-    The files are written to a new folder beside it that then gets its name; whoever comes second finds the name
-    taken and drops its own copy, which has the same verified content.
+    The files are written to a new folder beside ``folder``, which is then renamed. A process that comes second finds
+    the name taken and drops its own copy, which has the same verified content.
 
     Raises:
         OSError: no such folder can be made.
@@ -359,7 +330,7 @@ def _datasets(
     def dataset(split: str) -> ImageDataset:
         image_file, label_file = files[split]
         pixels = image_file.values(contents[image_file.name])
-        # A copy into torch's own memory is aligned for vector loads; behind the file's header it would not be.
+        # torch's own memory is aligned for vector loads; the values behind the file's header are not.
         images = torch.empty((len(pixels), pixels[0].size), dtype=torch.uint8, device="cpu")
         images.numpy()[:] = pixels.reshape(images.shape)
         labels = torch.empty(len(pixels), dtype=torch.int64, device="cpu")

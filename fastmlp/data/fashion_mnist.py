@@ -8,18 +8,7 @@ from pathlib import Path
 from .idx import Bytes, IdxFile, read_verified
 
 NAME = "FashionMNIST"
-CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 IMAGE_SIZE = (28, 28)
 
 SPLITS = ("train", "test")
@@ -39,8 +28,8 @@ def _file_set(train: int, test: int, sha256: tuple[str, str, str, str]) -> FileS
     }
 
 
-# The content of the publisher's files: gzip files that hold it have the MD5 sums in the data set's own README, once
-# their headers carry the publisher's file names and times (tests/data/test_dataset.py shows it).
+# The content of the publisher's files. gzip files of this content with the publisher's file names and times have the
+# MD5 sums of the data set's own README (tests/data/test_full.py checks it).
 FULL = _file_set(
     60_000,
     10_000,
@@ -65,15 +54,15 @@ SUBSET = _file_set(
 )
 SUBSET_FOLDER = Path(__file__).parent / "bundled"
 
-# Where the four files are in a folder that a user names: in it, or as torchvision.datasets.FashionMNIST lays them.
+# Where the four files are in a folder that a user names; torchvision.datasets.FashionMNIST has the last layout.
 LAYOUTS = (Path(), Path("raw"), Path(NAME, "raw"))
 
 
 def find_files(folder: Path, files: FileSet) -> dict[str, Path] | None:
-    """The path of each file of ``files`` in ``folder`` by name, plain rather than gzip; None where none is there.
+    """The path of each file of ``files`` in ``folder`` by name, plain rather than gzip; None if there is none of them.
 
     Raises:
-        FileNotFoundError: some are there and some are missing.
+        FileNotFoundError: some of the files are missing.
     """
     names = [file.name for pair in files.values() for file in pair]
     found: dict[str, Path] = {}

@@ -1,9 +1,8 @@
 """Fetching the full FashionMNIST files: through torchvision, or from the Debian package.
 
-Both run as child processes. torchvision has neither a timeout nor a way to silence its progress bar, and setting a
-socket timeout in the caller's process would change every other connection there; apt-get is a program anyway. The
-child is watched: when the folder it writes to stops changing, it is ended, so that a machine whose network drops
-packets instead of refusing them does not hang.
+Both run as child processes. torchvision has no timeout and cannot silence its progress bar, and a socket timeout set in
+the caller's process would change every other connection of that process. A child that no longer changes its folder is
+ended, so that a machine whose network drops packets does not hang.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the package p
 
 SOCKET_TIMEOUT = 10.0  # seconds for one connection attempt or one read
 STALL_TIMEOUT = 30.0  # seconds without a new byte in the folder
-START_TIMEOUT = 120.0  # seconds until the first: importing torch from a cold disk takes a while
+START_TIMEOUT = 120.0  # seconds until the first byte: importing torch from a cold disk takes a while
 
 # argv: folder, socket timeout. Making the folder ends the start-up allowance.
 _TORCHVISION_PROGRAM = """
@@ -77,7 +76,7 @@ def fetch_debian(staging: Path) -> Path:
     except SourceUnavailable as failure:
         if not re.search(r"Unable to locate|no candidate|No packages found|404", str(failure)):
             raise
-        # Container images come without package lists and users may not update the system's: use lists of our own.
+        # Container images have no package lists, and users may not update the system's. So these lists are our own.
         lists = staging / "lists"
         (lists / "partial").mkdir(parents=True)
         apt_get += [f"-oDir::State::Lists={lists}", f"-oDir::Cache={staging / 'cache'}"]
@@ -92,22 +91,18 @@ def fetch_debian(staging: Path) -> Path:
 
 
 def run_watched(
-    command: Sequence[str],
-    folder: Path,
-    *,
-    start_timeout: float | None = None,
-    stall_timeout: float | None = None,
+    command: Sequence[str], folder: Path, *, start_timeout: float | None = None, stall_timeout: float | None = None
 ) -> None:
     """Run ``command`` in ``folder``, printing nothing, for as long as the folder keeps changing.
 
     Args:
         command: program and arguments.
-        folder: the working directory, and what is watched.
+        folder: the working directory, which is also watched.
         start_timeout: seconds until the first change; default: ``stall_timeout``.
         stall_timeout: seconds from one change to the next; default: ``STALL_TIMEOUT``.
 
     Raises:
-        SourceUnavailable: it cannot be started, fails (with the end of what it printed) or stalls.
+        SourceUnavailable: the program cannot be started, fails (with the end of what it printed) or stalls.
     """
     stall_timeout = STALL_TIMEOUT if stall_timeout is None else stall_timeout
     program = Path(command[0]).name
@@ -166,7 +161,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_words(output: bytes) -> str:
-    """What a failed program said: apt's error lines, else the last line (progress bars rewrite theirs with \\r)."""
+    """What a failed program said: apt's error lines, or else the last line (\\r ends a line of a progress bar)."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", output.decode(errors="replace")) if line.strip()]
     errors = [line.removeprefix("E:").strip() for line in lines if line.startswith("E:")]
     return "; ".join(errors) or (lines[-1] if lines else "it printed nothing")

@@ -1,9 +1,8 @@
 """The idx file format: reading files whose content is known in advance, and writing.
 
-An idx file is two zero bytes, a type code (8: unsigned byte), the number of axes, each axis' length as a
-big-endian 32-bit integer, then the values in row-major order. Every file read here has one known content, so its
-SHA-256 says whether it is whole; the sum is taken over the uncompressed content and is the same for ``name`` and
-``name.gz``.
+An idx file is two zero bytes, a type code (8: unsigned byte), the number of axes, each axis' length as a big-endian
+32-bit integer, then the values in row-major order. Every file that is read here has one known content, whose SHA-256
+is checked. The checksum is that of the uncompressed content, so ``name`` and ``name.gz`` have the same one.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def read_verified(path: Path, file: IdxFile) -> Bytes:
         OSError: the file cannot be read.
     """
     try:
-        # One byte more than expected is enough to know that a file is too long.
+        # One more byte than expected shows that a file is too long.
         if path.suffix == ".gz":
             with gzip.open(path) as stream:
                 content = stream.read(file.nbytes + 1)
@@ -100,7 +99,7 @@ def encode(values: npt.NDArray[Any]) -> bytes:
 
 
 def compress(content: bytes) -> bytes:
-    """``content`` as gzip with no name and no time, so that equal content gives equal bytes (for one zlib)."""
+    """``content`` as gzip with no name and no time: with one version of zlib, equal content gives equal bytes."""
     buffer = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=buffer, mtime=0) as stream:
         stream.write(content)

@@ -1,8 +1,8 @@
 """Any image file as FashionMNIST sees it: 28 x 28 gray values, a light object on black.
 
-The steps are those the data set was made with (Xiao, Rasul and Vollgraf 2017, section 2): cut the margins of
-background away, shrink the longest edge to 28 pixels, extend the shorter edge with background so that the object is in
-the center, negate a dark-on-light picture. An image of 28 x 28 pixels is taken as it is, negated if need be.
+The data set was made in the same way (Xiao, Rasul and Vollgraf 2017, section 2): cut the margins of background away,
+shrink the longest edge to 28 pixels, extend the shorter edge with background so that the object is in the center, and
+negate a dark-on-light picture. An image of 28 x 28 pixels is only negated, if need be.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["LoadedImage", "load_image"]
 
 SIZE = 28
-MARGIN_TOLERANCE = 0.05 * 255  # how far from the corners' value a margin may be, as in the data set's own processing
+MARGIN_TOLERANCE = 0.05 * 255  # how far a margin may be from the corners' value, as in the data set's own processing
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class LoadedImage:
 def load_image(path: str | os.PathLike[str], invert: bool | None = None) -> LoadedImage:
     """Read any image that pillow reads: gray, colour, palette, 16 bits or floating point, with alpha, rotated by EXIF.
 
-    Args:
-        path: the file; of an animation the first frame is taken.
-        invert: whether to exchange light and dark; None does so when the mean of the outermost pixels, the background,
-            is above 127 (which misjudges none of FashionMNIST's 70,000 images, nor of their negatives).
-
     Transparent parts count as background; they become white behind a dark object and black behind a light one.
+
+    Args:
+        path: the file; of an animation, the first frame is read.
+        invert: whether to exchange light and dark. None: where the mean of the outermost pixels, which are background,
+            is above 127. (This is right for all 70,000 images of FashionMNIST and for their negatives.)
 
     Raises:
         FileNotFoundError, PermissionError, IsADirectoryError: as ``open``.
@@ -70,7 +70,7 @@ def _open(path: Path) -> Image.Image:
             raise ValueError(f"{path} is not an image that can be read; expected {kinds}, for example") from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"{path} is too large: {error}") from error
-        # Damaged files: pillow's readers let whatever they stumble over through.
+        # For damaged files, pillow's readers raise many types of errors.
         except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{path} is damaged or truncated: {error}") from error
 
@@ -90,7 +90,7 @@ def _gray(image: Image.Image) -> np.ndarray:
 
 
 def _scaled(values: np.ndarray, *, fractions: bool) -> np.ndarray:
-    """To 0 .. 255 by the smallest usual range that holds the values: 1 (``fractions``), 255, 65535, or their own."""
+    """To 0 .. 255 from the smallest usual range that holds the values: 1 (``fractions``), 255, 65535, or their own."""
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 65535:
         return (values - low) * (255 / (high - low))
@@ -125,7 +125,7 @@ def _to_size(gray: np.ndarray) -> np.ndarray:
     height, width = max(1, round(height * scale)), max(1, round(width * scale))
     small = Image.fromarray(np.ascontiguousarray(gray)).resize((width, height), Image.Resampling.LANCZOS)
     canvas = np.full((SIZE, SIZE), background, dtype=np.float32)
-    # Where the slack is odd, the data set has the larger part above (in 94 % of its images) and on the left (99 %).
+    # An odd rest is divided as in the data set: the larger part above (94 % of its images) and on the left (99 %).
     top, left = (SIZE - height + 1) // 2, (SIZE - width + 1) // 2
     canvas[top : top + height, left : left + width] = np.clip(np.asarray(small), 0, 255)
     return canvas

@@ -2,8 +2,8 @@
 
     python -m fastmlp.data.make_subset --from /usr/share/datasets/fashion-mnist
 
-Rule: of each class the first 600 training images and the first 100 test images, kept in the order of the full
-files. So 6,000 and 1,000 images, every class equally often, and nobody chose which.
+The subset has the first 600 training images and the first 100 test images of each class, in the order of the full
+files: 6,000 and 1,000 images, every class equally often, none of them picked by hand.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def make_subset(source: Path) -> dict[str, bytes]:
     """The subset's idx files (uncompressed) by name, from the folder of the full files.
 
     Raises:
-        FileNotFoundError: ``source`` has not all of the full files.
+        FileNotFoundError: ``source`` lacks one of the full files.
         fastmlp.DataIntegrityError: one of them is not the published file.
     """
     paths = find_files(source, FULL)
@@ -49,7 +49,7 @@ def make_subset(source: Path) -> dict[str, bytes]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the subset's gzip files, unless their content has other checksums than the recorded ones."""
+    """Write the subset's gzip files; SystemExit if their content has other checksums than the recorded ones."""
     parser = argparse.ArgumentParser(prog="python -m fastmlp.data.make_subset", description=__doc__)
     parser.add_argument("--from", dest="source", type=Path, required=True, help="folder of the full idx files")
     parser.add_argument("--to", dest="target", type=Path, default=SUBSET_FOLDER, help="default: %(default)s")

@@ -1,12 +1,12 @@
-"""The systems that four source documents describe, run through fastmlp, and how their results compare.
+"""The recipes: systems that four source documents describe, run through fastmlp, and how their results compare.
 
 ``fastmlp reproduce`` prints what `run_recipe` gives. docs/derivations.md leads from each document's formulas to the
-kernel that computes them.
+kernel that computes them. Results name a document by its number:
 
-    000  notes on back-propagation: linear regression by outer products, softmax with squared error
-    001  the formulas of 000
-    002  introduction to neural networks: PyTorch's quickstart, then by hand with and without biases and activations
-    003  lecture notes on error back-propagation: the general algorithm, matrix derivatives
+    000  the backpropagation blog post: linear regression by outer products, softmax with squared error
+    001  the formulas of the blog post
+    002  "Introduction to Neural Networks", a notebook: PyTorch's quickstart, then networks by hand
+    003  "Explanatory Notes for 6.390", chapter 7: the general algorithm, matrix derivatives
 """
 
 from __future__ import annotations
@@ -15,15 +15,25 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .base import Outcome, Recorder, Result, Settings
+from .base import BLOG, DOCUMENTS, FORMULAS, NOTEBOOK, NOTES, Outcome, Recorder, Result, Settings
 from .sgd_neural_net import SGDResult, sgd_neural_net
 
-__all__ = ["RECIPES", "Outcome", "Recipe", "Result", "SGDResult", "Settings", "run_recipe", "sgd_neural_net"]
+__all__ = [
+    "DOCUMENTS",
+    "RECIPES",
+    "Outcome",
+    "Recipe",
+    "Result",
+    "SGDResult",
+    "Settings",
+    "run_recipe",
+    "sgd_neural_net",
+]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One system: its name, the documents that describe it, what it is, and the module with its ``run``."""
+    """One system: its name, the numbers of its documents, what the system is, and the module with its ``run``."""
 
     name: str
     documents: tuple[str, ...]
@@ -34,13 +44,13 @@ class Recipe:
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("outer-product", ("000", "001"), "linear regression by outer products, ten steps", "outer_product"),
-        Recipe("softmax-squared", ("000", "001"), "squared error on softmax(Wx), on images", "softmax_squared"),
-        Recipe("quickstart", ("002",), "PyTorch's quickstart: ReLU, batch 64, six epochs, five seeds", "quickstart"),
-        Recipe("basic", ("002",), "three matrices, no bias, no activation, one image at a time", "basic"),
-        Recipe("better", ("002",), "biases and sigmoids, one image at a time", "better"),
-        Recipe("sgd-neural-net", ("003",), "SGD-NEURAL-NET: any layers, activations and loss", "sgd_checks"),
-        Recipe("derivatives", ("000", "001", "002", "003"), "the catalogue of derivatives, numerically", "derivatives"),
+        Recipe("outer-product", (BLOG, FORMULAS), "linear regression by outer products, ten steps", "outer_product"),
+        Recipe("softmax-squared", (BLOG, FORMULAS), "squared error on softmax(Wx), on images", "softmax_squared"),
+        Recipe("quickstart", (NOTEBOOK,), "PyTorch's quickstart: ReLU, batch 64, six epochs, five seeds", "quickstart"),
+        Recipe("basic", (NOTEBOOK,), "three matrices, no bias, no activation, one image at a time", "basic"),
+        Recipe("better", (NOTEBOOK,), "biases and sigmoids, one image at a time", "basic"),
+        Recipe("sgd-neural-net", (NOTES,), "SGD-NEURAL-NET: any layers, activations and loss", "sgd_checks"),
+        Recipe("derivatives", tuple(DOCUMENTS), "the catalogue of derivatives, numerically", "derivatives"),
     )
 }
 """Every recipe by name, in the order of the documents."""

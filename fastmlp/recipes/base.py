@@ -1,4 +1,4 @@
-"""What the recipes share: one compared number, what a recipe hands back, the data, and numerical derivatives."""
+"""What the recipes share: the source documents, results, the data, numerical derivatives and the look of plots."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data import ImageDataset, load_fashion_mnist
+from ..train.plots import BLUE
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+__all__ = ["DOCUMENTS", "Outcome", "Plot", "Recorder", "Result", "Settings", "derivative"]
 
-__all__ = ["Outcome", "Plot", "Recorder", "Result", "Settings", "derivative"]
+BLOG, FORMULAS, NOTEBOOK, NOTES = "000", "001", "002", "003"
+DOCUMENTS = {BLOG: "blog post", FORMULAS: "its formulas", NOTEBOOK: "notebook", NOTES: "6.390 notes"}
+"""A short name of each source document by its number; ``fastmlp.recipes`` has the titles."""
 
+Value = Tensor | float
 QUICK_TRAIN, QUICK_TEST = 6_000, 1_000
 FULL_TRAIN = 60_000
 
-Plot = Callable[["Figure"], None]
-"""Draws on an empty figure."""
+Plot = Callable[[Any], None]
+"""Draws on an empty figure of matplotlib."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,12 @@ class Result:
     """One line of the table: what a document says, and what fastmlp gives.
 
     Attributes:
-        document: the source document's number, such as "002".
-        claim: what it says, or what must hold for its formulas to be right.
+        document: the source document's number in `DOCUMENTS`.
+        claim: what the document says, or what must hold for its formulas to be right.
         obtained: the number or error that was found.
         tolerance: what is allowed, as text.
         good: the verdict.
-        seconds: time since the recipe's line before.
+        seconds: time since the recipe's previous line.
     """
 
     document: str
@@ -68,7 +71,7 @@ class Outcome:
 
 
 class Recorder:
-    """Collects the results and plots of one recipe."""
+    """Collects the results of one recipe, and its plots by name, which are drawn only if they are asked for."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -77,20 +80,13 @@ class Recorder:
         self._began = self._last = time.perf_counter()
 
     def add(self, document: str, claim: str, obtained: str, tolerance: str, good: bool) -> None:
-        """One line; its time is that since the line before."""
+        """One line; its time is the time since the previous line."""
         now = time.perf_counter()
         self.results.append(Result(document, claim, obtained, tolerance, bool(good), now - self._last))
         self._last = now
 
     def close(
-        self,
-        document: str,
-        claim: str,
-        actual: Tensor | float,
-        expected: Tensor | float,
-        tolerance: float,
-        *,
-        relative: bool = False,
+        self, document: str, claim: str, actual: Value, expected: Value, tolerance: float, *, relative: bool = False
     ) -> None:
         """A line whose verdict is that ``actual`` is within ``tolerance`` of ``expected`` everywhere.
 
@@ -111,9 +107,9 @@ class Recorder:
         text = f"{'relative ' if relative else ''}error {error:.1e}"
         self.add(document, claim, text, f"{tolerance:.0e}", error <= tolerance)
 
-    def plot(self, name: str, draw: Plot) -> None:
-        """A plot, drawn only if it is asked for."""
-        self.plots[name] = draw
+    def at_least(self, document: str, claim: str, share: float, least: float) -> None:
+        """A line whose verdict is that ``share``, a part of 1, reaches ``least``."""
+        self.add(document, claim, percent(share), f"at least {percent(least)}", share >= least)
 
     def outcome(self) -> Outcome:
         """What was collected."""
@@ -125,11 +121,10 @@ class Settings:
     """How to run the recipes.
 
     Attributes:
-        quick: a form of every recipe that takes seconds, on 6,000 training and 1,000 test images. The accuracies that
-            documents report belong to the full data, so the quick form compares with the documents' own algorithms
-            run one by one instead.
-        data: folder of FashionMNIST's files; None for the usual places; "bundled" for the subset that comes along.
-        progress: called with what is being done.
+        quick: run each recipe's quick form, which takes seconds on 6,000 training and 1,000 test images. The
+            documents' accuracies belong to the full data, so the quick form compares with the documents' own loops.
+        data: folder of FashionMNIST's files; None for the usual places; "bundled" for the bundled subset.
+        progress: called with the name of what runs now.
     """
 
     quick: bool = False
@@ -162,7 +157,7 @@ def _first(dataset: ImageDataset, count: int) -> ImageDataset:
 
 
 def derivative(f: Callable[[Tensor], Tensor], x: Tensor, h: float = 1e-3) -> Tensor:
-    """The derivative of f at x by differences of fourth order, in the layout of the lecture notes.
+    """The derivative of f at x by differences of fourth order, in the layout of the 6.390 notes.
 
     df/dx ~ (8 (f(x+h) - f(x-h)) - (f(x+2h) - f(x-2h))) / (12 h) for each element of x: error h^4 f''''' / 30 and
     rounding of about 1e-13 in float64.
@@ -173,10 +168,10 @@ def derivative(f: Callable[[Tensor], Tensor], x: Tensor, h: float = 1e-3) -> Ten
     """
     rows = []
     for i in range(x.numel()):
-        step = torch.zeros(x.numel(), dtype=x.dtype)
-        step[i] = h
-        step = step.view(x.shape)
-        near, far = f(x + step) - f(x - step), f(x + 2 * step) - f(x - 2 * step)
+        dx = torch.zeros(x.numel(), dtype=x.dtype)
+        dx[i] = h
+        dx = dx.view(x.shape)
+        near, far = f(x + dx) - f(x - dx), f(x + 2 * dx) - f(x - 2 * dx)
         rows.append((8 * near - far) / (12 * h))
     return torch.stack(rows).view((*x.shape, *rows[0].shape))
 
@@ -189,6 +184,14 @@ def axes(ax: Any, title: str, xlabel: str, ylabel: str) -> None:
     ax.grid(color="#dddddd", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_axisbelow(True)
+
+
+def curve(ax: Any, losses: Tensor, per_step: int = 1) -> int:
+    """Plot losses against ``per_step`` times their number, as about 100 means; returns how many losses a mean has."""
+    count = max(1, len(losses) // 100)
+    means = losses[: len(losses) // count * count].view(-1, count).mean(1)
+    ax.plot([(i + 1) * count * per_step for i in range(len(means))], means.tolist(), color=BLUE)
+    return count
 
 
 def percent(share: float) -> str:

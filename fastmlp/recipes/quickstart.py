@@ -1,13 +1,14 @@
-"""The PyTorch quickstart (document 002): ReLU 784-512-512-10, biases, cross-entropy, SGD 1e-3, batch 64, in order.
+"""The PyTorch quickstart of "Introduction to Neural Networks": ReLU 784-512-512-10, SGD 1e-3, batch 64.
 
-PyTorch's starting weights; no shuffling; the test set is looked at after every epoch. The document reports one run;
-here it is the mean over seeds. In the first two epochs the classes that the network has not yet told apart make the
-accuracy jump by many points between seeds, so these are held to the seeds' own range.
+The network has biases and PyTorch's starting weights, the loss is cross-entropy, and the images are not shuffled. The
+notebook reports one run; the recipe compares it with the mean over seeds. In the first two epochs the accuracy differs
+by many points between seeds, since the network does not yet tell all classes apart. These two epochs are compared with
+the range of the seeds.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,31 +17,28 @@ from ..nn import MLP
 from ..step import TrainStep
 from ..train import evaluate
 from ..train.plots import BLUE, GRAY, ORANGE
-from .base import Recorder, Settings, axes, percent
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .base import NOTEBOOK, Recorder, Settings, axes, percent
 
 __all__ = ["ACCURACIES", "LOSSES", "model_of", "run"]
 
 SIZES, LR, BATCH, SEEDS = (784, 512, 512, 10), 1e-3, 64, 5
 ACCURACIES = (0.486, 0.554, 0.615, 0.640, 0.651, 0.661)
-"""The document's test accuracies after epochs 1 to 6."""
+"""The notebook's test accuracies after epochs 1 to 6."""
 LOSSES = (2.163036, 1.900973, 1.528527, 1.254724, 1.087651, 0.980660)
-"""The document's mean test losses after epochs 1 to 6."""
+"""The notebook's mean test losses after epochs 1 to 6."""
 TOLERANCE, LOSS_TOLERANCE, SETTLED = 0.03, 0.03, 3
 STEPS = 30
 
 
 def model_of(seed: int) -> MLP:
-    """The document's network with PyTorch's starting weights of a seed."""
+    """The notebook's network with PyTorch's starting weights of a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MLP(SIZES, "relu")
 
 
 def as_the_script(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """The document's own loop: torch modules, autograd and torch.optim.SGD, one pass over the images."""
+    """The notebook's own loop: torch modules, autograd and torch.optim.SGD, one pass over the images."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     loss_fn = nn.CrossEntropyLoss()
     dtype = next(model.parameters()).dtype
@@ -59,9 +57,8 @@ def _equality(recorder: Recorder, images: torch.Tensor, labels: torch.Tensor) ->
     TrainStep(ours, lr=LR).epoch(images, labels, BATCH)
     as_the_script(twin.to_torch(), images, labels)  # shares the parameters
     fast, slow = (nn.utils.parameters_to_vector(m.parameters()) for m in (ours, twin))
-    recorder.close(
-        "002", f"{STEPS} steps change the parameters as its PyTorch script", fast - start, slow - start, 1e-13
-    )
+    claim = f"{STEPS} steps change the parameters as its PyTorch script"
+    recorder.close(NOTEBOOK, claim, fast - start, slow - start, 1e-13)
 
 
 def run(settings: Settings, recorder: Recorder) -> None:
@@ -73,9 +70,8 @@ def run(settings: Settings, recorder: Recorder) -> None:
         TrainStep(model, lr=LR).epoch(train.images, train.labels, BATCH)
         as_the_script(twin.to_torch(), train.images, train.labels)
         ours, theirs = evaluate(model, test)[0], evaluate(twin, test)[0]
-        recorder.close(
-            "002", f"its test loss after an epoch of {len(train):,} images, {theirs:.6f}", ours, theirs, 1e-5
-        )
+        claim = f"its test loss after an epoch of {len(train):,} images, {theirs:.6f}"
+        recorder.close(NOTEBOOK, claim, ours, theirs, 1e-5)
         return
 
     accuracies, losses = torch.empty(SEEDS, len(ACCURACIES)), torch.empty(SEEDS, len(ACCURACIES))
@@ -92,23 +88,23 @@ def run(settings: Settings, recorder: Recorder) -> None:
         claim = f"epoch {epoch + 1}: accuracy {percent(accuracy)} (mean of {SEEDS} seeds)"
         if epoch + 1 < SETTLED:
             good = low - TOLERANCE <= accuracy <= high + TOLERANCE
-            recorder.add("002", claim, obtained, "the range of the seeds, 3 points more", good)
+            recorder.add(NOTEBOOK, claim, obtained, "the range of the seeds, 3 points more", good)
         else:
-            recorder.add("002", claim, obtained, "3 points", abs(mean - accuracy) <= TOLERANCE)
+            recorder.add(NOTEBOOK, claim, obtained, "3 points", abs(mean - accuracy) <= TOLERANCE)
         mean = losses[:, epoch].mean().item()
         good = abs(mean - loss) <= LOSS_TOLERANCE
-        recorder.add("002", f"epoch {epoch + 1}: test loss {loss}", f"{mean:.4f}", f"{LOSS_TOLERANCE}", good)
+        recorder.add(NOTEBOOK, f"epoch {epoch + 1}: test loss {loss}", f"{mean:.4f}", f"{LOSS_TOLERANCE}", good)
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Any) -> None:
         epochs = range(1, len(ACCURACIES) + 1)
         left, right = figure.subplots(1, 2)
         for ax, ours, document in ((left, 100 * accuracies, [100 * a for a in ACCURACIES]), (right, losses, LOSSES)):
             for one in ours:
                 ax.plot(epochs, one, color=GRAY, linewidth=0.8)
             ax.plot(epochs, ours.mean(0), "o-", color=BLUE, label=f"fastmlp, mean of {SEEDS} seeds")
-            ax.plot(epochs, document, "s--", color=ORANGE, label="document 002")
+            ax.plot(epochs, document, "s--", color=ORANGE, label="the notebook")
             ax.legend(frameon=False)
         axes(left, "ReLU 784-512-512-10, SGD 1e-3, batch 64", "epoch", "test accuracy (%)")
         axes(right, "", "epoch", "test loss")
 
-    recorder.plot("quickstart", draw)
+    recorder.plots["quickstart"] = draw

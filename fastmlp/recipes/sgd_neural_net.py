@@ -1,6 +1,6 @@
-"""SGD-NEURAL-NET of the lecture notes (document 003, 7.6.2): any depth, sizes, activations and loss.
+"""SGD-NEURAL-NET of "Explanatory Notes for 6.390" (7.6.2): any depth, sizes, activations and loss.
 
-The notes' algorithm, line by line, on one data point at a time. In the row-vector convention of this project, with
+The file has the notes' algorithm, line by line, on one data point at a time. In this project's row vectors, with
 A^0 = x [1, m] and W^l [n_l, n_{l-1}] (the transpose of the notes' W):
 
     forward           Z^l = A^{l-1} (W^l)^T + b^l,   A^l = f^l(Z^l)
@@ -34,11 +34,11 @@ __all__ = ["ACTIVATIONS", "LOSSES", "SGDResult", "loss_and_gradients", "sgd_neur
 
 ACTIVATIONS = ("step", "relu", "sigmoid", "identity", "tanh", "softmax")
 """The notes' catalogue of activations (7.5.12)."""
-LOSSES = ("square", "linear", "nll", "nllm")
-"""The notes' catalogue of losses (7.5.13); each is the sum over the outputs."""
+ELEMENTWISE = {"square": "mse", "linear": "l1", "nll": "bce", "nllm": "nllm"}
+"""The notes' catalogue of losses (7.5.13), each the sum over the outputs, with their names in ``fastmlp.reference``."""
+LOSSES = tuple(ELEMENTWISE)
 
 _DIRECT = {("sigmoid", "nll"): "bce_with_logits", ("softmax", "nllm"): "cross_entropy"}
-_ELEMENTWISE = {"square": "mse", "linear": "l1", "nll": "bce", "nllm": "nllm"}
 _CHECK_EVERY = 100
 
 
@@ -49,7 +49,7 @@ class SGDResult:
     Attributes:
         model: the network with its trained weights and biases.
         losses: [t], the loss of each step's data point before the step.
-        stopped: whether the termination condition ended it before the last step.
+        stopped: whether the termination condition ended the training before the last step.
     """
 
     model: MLP
@@ -70,7 +70,7 @@ def sgd_neural_net(
     seed: int = 0,
     init_std: float | None = None,
 ) -> SGDResult:
-    """Train a network by stochastic gradient descent on random data points, as the lecture notes' pseudocode does.
+    """Train a network by stochastic gradient descent on random data points, as the notes' pseudocode does.
 
     Args:
         x: [n, m] data points, float32 or float64 (which is then the network's dtype), or uint8 pixels (float32).
@@ -79,9 +79,9 @@ def sgd_neural_net(
         activations: f^1, ..., f^L, each a name of `ACTIVATIONS`. A step layer passes no gradient on.
         loss: a name of `LOSSES`. nll needs outputs in (0, 1), that is sigmoid or softmax, and targets 0 or 1; nllm
             needs softmax and targets that are distributions, such as one-hot rows.
-        steps: T, the most steps that are made.
+        steps: T, the largest number of steps.
         step_size: eta, or a function t -> eta(t) of the step t = 1, 2, ....
-        stop: termination condition (t, loss of step t) -> bool, asked after each step; None: only ``steps`` ends it.
+        stop: termination condition (t, loss of step t) -> bool, called after each step; None: there is none.
         seed: of the starting weights and of the data points.
         init_std: standard deviation of the Gaussian that weights and biases start from; default 1/sqrt(inputs) of each
             layer.
@@ -144,7 +144,7 @@ def loss_and_gradients(
     """(L, [dL/dW^l], [dL/db^l]) of the notes' forward pass and back-propagation.
 
     Args:
-        weights, biases: L tensors [n_l, n_{l-1}] and [n_l] (or None: no bias is added, its gradient is given still).
+        weights, biases: L tensors [n_l, n_{l-1}] and [n_l] (or None: no bias is added, but its gradient is returned).
         activations, loss: as `sgd_neural_net`, which checks them.
         x: [B, m], or uint8 pixels.
         y: [B, n_L], of the weights' dtype. L is the sum over the B points.
@@ -164,9 +164,8 @@ def loss_and_gradients(
         value = reference.elementwise_loss(z, y, direct).sum()
         dz = reference.elementwise_loss_grad(z, y, direct)
     else:
-        kind = _ELEMENTWISE[loss]
-        value = reference.elementwise_loss(a, y, kind).sum()
-        dz = _within(reference.elementwise_loss_grad(a, y, kind), a, activations[-1], backend)
+        value = reference.elementwise_loss(a, y, ELEMENTWISE[loss]).sum()
+        dz = _within(reference.elementwise_loss_grad(a, y, ELEMENTWISE[loss]), a, activations[-1], backend)
     dws, dbs = [], []
     for layer in range(len(weights) - 1, -1, -1):
         dw, db = ops.on(backend).linear_wgrad(dz, inputs[layer])
@@ -179,7 +178,7 @@ def loss_and_gradients(
 
 
 def _below(dz: Tensor, weight: Tensor, a: Tensor, activation: str, backend: Resolved) -> Tensor:
-    """Link two layers, then within the lower one, in one product where the activation is elementwise."""
+    """From a layer's dL/dZ to that of the layer below, in one product where its activation is elementwise."""
     if activation == "softmax":
         return _within(ops.on(backend).linear_dgrad(dz, weight), a, activation, backend)
     saved = a if saved_for_grad(activation) else None
@@ -187,7 +186,7 @@ def _below(dz: Tensor, weight: Tensor, a: Tensor, activation: str, backend: Reso
 
 
 def _within(da: Tensor, a: Tensor, activation: str, backend: Resolved) -> Tensor:
-    """DL/dZ of a layer from dL/dA and its output A."""
+    """The gradient dL/dZ of a layer from dL/dA and its output A."""
     if activation == "softmax":
         return reference.softmax_backward(da, a)
     return ops.on(backend).activation_bwd(da, a if saved_for_grad(activation) else None, activation)
@@ -231,11 +230,7 @@ def _checked(
         raise RuntimeError(f"expected x of shape [n, {sizes[0]}] with n of at least 1, got {list(x.shape)}")
     if x.dtype not in (torch.float32, torch.float64, torch.uint8):
         raise RuntimeError(f"expected x in float32, float64 or uint8, got {x.dtype}; convert it with .float()")
-    _check_pair(activations[-1], loss, sizes[-1])
-    return x, _checked_targets(y, len(x), sizes[-1], loss, x.dtype if x.is_floating_point() else torch.float32)
-
-
-def _check_pair(activation: str, loss: str, outputs: int) -> None:
+    activation, outputs = activations[-1], sizes[-1]
     if loss == "nll" and activation not in ("sigmoid", "softmax"):
         raise ValueError(
             f"nll takes the logarithm of the outputs and of one minus them, and {activation} gives values that have "
@@ -246,6 +241,7 @@ def _check_pair(activation: str, loss: str, outputs: int) -> None:
             f"nllm is the NLL of a distribution over at least two classes, got {activation} and {outputs} as the last "
             "size; use softmax as the last activation, or sigmoid and nll for one output"
         )
+    return x, _checked_targets(y, len(x), outputs, loss, x.dtype if x.is_floating_point() else torch.float32)
 
 
 def _checked_targets(y: Tensor, count: int, outputs: int, loss: str, dtype: torch.dtype) -> Tensor:

@@ -1,12 +1,12 @@
-"""Softmax and squared error on images (documents 000 and 001): p = softmax(W x), L = |p - y|^2, 784-10, no bias.
+"""Softmax and squared error on images, of the backpropagation blog post: p = softmax(W x), L = |p - y|^2.
 
-The gradient through the softmax is fused: dZ = 2 p * (d - sum_c p_c d_c), d = p - y, without the Jacobian
-dp_i/dz_j = p_i (1 - p_i) for i = j, -p_i p_j else. Here the Jacobian is written out once, to compare.
+The network is 784-10 without biases. The gradient through the softmax is fused: dZ = 2 p * (d - sum_c p_c d_c) with
+d = p - y. The Jacobian dp_i/dz_j, which is p_i (1 - p_i) for i = j and else -p_i p_j, is written out here to compare.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,7 @@ from ..functional import linear_act, softmax, softmax_squared_error
 from ..nn import MLP
 from ..step import TrainStep
 from ..train import evaluate
-from ..train.plots import BLUE
-from .base import Recorder, Settings, axes, derivative, percent
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .base import BLOG, Recorder, Settings, axes, curve, derivative, percent
 
 __all__ = ["explicit_gradient", "jacobian", "run"]
 
@@ -29,7 +25,7 @@ QUICK_EPOCHS, QUICK_LEAST_ACCURACY = 3, 0.70
 
 
 def jacobian(p: Tensor) -> Tensor:
-    """J[..., i, j] = dp_i/dz_j = p_i ([i = j] - p_j), as the document derives it case by case; p [..., C]."""
+    """J[..., i, j] = dp_i/dz_j = p_i ([i = j] - p_j), as the blog post derives it case by case; p [..., C]."""
     return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
 
 
@@ -50,19 +46,18 @@ def run(settings: Settings, recorder: Recorder) -> None:
 
     z = (x @ w.detach().t())[0]
     p = softmax(z)
-    recorder.close("000", "softmax sums to 1", p.sum(), 1.0, 1e-15)
+    recorder.close(BLOG, "softmax sums to 1", p.sum(), 1.0, 1e-15)
     numeric = derivative(softmax, z)  # rows inputs, columns outputs; J is symmetric
-    recorder.close("000", "dS_i/dx_j = S_i (1 - S_i) or -S_i S_j by differences", jacobian(p), numeric, 1e-10)
+    recorder.close(BLOG, "dS_i/dx_j = S_i (1 - S_i) or -S_i S_j by differences", jacobian(p), numeric, 1e-10)
 
     loss = softmax_squared_error(linear_act(x, w), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, w)
-    expected = sum(explicit_gradient(w.detach(), a, b) for a, b in zip(x, one_hot, strict=True))
-    assert isinstance(expected, Tensor)
-    recorder.close("000", "fused dL/dW is that through the explicit Jacobian", gradient, expected, 1e-13)
+    expected = sum((explicit_gradient(w.detach(), a, b) for a, b in zip(x, one_hot, strict=True)), torch.zeros(()))
+    recorder.close(BLOG, "fused dL/dW is that through the explicit Jacobian", gradient, expected, 1e-13)
     numeric = derivative(lambda z: ((torch.softmax(z, 0) - one_hot[0]) ** 2).sum(), z)
     z = z.requires_grad_()
     (dz,) = torch.autograd.grad(softmax_squared_error(z, labels[0]), z)
-    recorder.close("000", "dL/dz = 2 J^T (S - y) by differences", dz, numeric, 1e-10)
+    recorder.close(BLOG, "dL/dz = 2 J^T (S - y) by differences", dz, numeric, 1e-10)
 
     model = MLP((784, 10), bias=False, dtype=torch.float64)
     with torch.no_grad():
@@ -74,7 +69,7 @@ def run(settings: Settings, recorder: Recorder) -> None:
     for i in range(50):
         step(train.images[i : i + 1], train.labels[i : i + 1])
     claim = "50 training steps are those through the explicit Jacobian"
-    recorder.close("000", claim, model._linears()[0].weight, plain, 1e-12)
+    recorder.close(BLOG, claim, model._linears()[0].weight, plain, 1e-12)
 
     torch.manual_seed(0)
     model = MLP((784, 10), bias=False)
@@ -88,14 +83,11 @@ def run(settings: Settings, recorder: Recorder) -> None:
     _, accuracy = evaluate(model, test)
     least = QUICK_LEAST_ACCURACY if settings.quick else LEAST_ACCURACY
     claim = f"784-10 learns (no number given): {len(losses)} epochs, lr {LR}, batch {BATCH}"
-    recorder.add("000", claim, percent(accuracy), f"at least {percent(least)}", accuracy >= least)
+    recorder.at_least(BLOG, claim, accuracy, least)
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Any) -> None:
         ax = figure.subplots()
-        curve = torch.cat(losses)
-        width = max(1, len(curve) // 100)
-        means = curve[: len(curve) // width * width].view(-1, width).mean(1)
-        ax.plot([(i + 1) * width * BATCH for i in range(len(means))], means.tolist(), color=BLUE)
+        curve(ax, torch.cat(losses), BATCH)
         axes(ax, f"softmax(Wx), squared error: {percent(accuracy)}", "training images", "loss")
 
-    recorder.plot("softmax-squared", draw)
+    recorder.plots["softmax-squared"] = draw

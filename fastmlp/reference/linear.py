@@ -1,10 +1,9 @@
-"""Plain-torch twins of every fused operation: the oracle of the tests and the baseline of the benchmarks.
+"""The fused operations of linear layers and cross-entropy in plain torch: the reference of tests and benchmarks.
 
-Nothing here is fast, fused or clever. Each function is one formula, in the notation of the whole project
-(M batch, K inputs, N outputs; X [M, K], W [N, K], b [N], Z and A [M, N]), made of differentiable torch
-operations only, so that autograd can differentiate it once or twice. The tests call these functions in
-float64; ``fastmlp`` itself calls them in the working dtype where torch must see every operation (second derivatives,
-the transforms of torch.func).
+Nothing here is fast, fused or clever. Each function is one formula, in the notation of the whole project (M batch,
+K inputs, N outputs; X [M, K], W [N, K], b [N], Z and A [M, N]). The formulas use differentiable torch operations only,
+so autograd can differentiate them once or twice. Tests call the functions in float64. ``fastmlp`` calls them in the
+working dtype where torch must see every operation: for second derivatives and in the transforms of torch.func.
 """
 
 from __future__ import annotations
@@ -17,25 +16,9 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS, LEAKY_SLOPE
 
-__all__ = [
-    "activate",
-    "activation_grad",
-    "activation_grad_from_output",
-    "cross_entropy",
-    "cross_entropy_backward",
-    "head",
-    "linear_act",
-    "linear_act_backward",
-    "linear_dgrad",
-    "linear_wgrad",
-    "mlp",
-    "mlp_backward",
-    "pixels",
-]
-
 
 def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The input as the first layer sees it: uint8 pixels become ``x / 255`` in ``dtype``, all else is unchanged."""
+    """The input of the first layer: uint8 pixels become ``x / 255`` in ``dtype``, any other input is unchanged."""
     return x.to(dtype) / 255 if x.dtype == torch.uint8 else x
 
 
@@ -62,7 +45,7 @@ def activate(z: Tensor, activation: str) -> Tensor:
 
 
 def activation_grad(z: Tensor, activation: str) -> Tensor:
-    """f'(Z), elementwise, from the pre-activation; at the kinks of relu and leaky_relu torch's value."""
+    """f'(Z), elementwise, from the pre-activation; torch's value at the kinks of relu and leaky_relu."""
     match activation:
         case "identity":
             return torch.ones_like(z)
@@ -134,11 +117,7 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
 
 
 def mlp_backward(
-    da: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    activations: Sequence[str],
+    da: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(dX, [dW_l], [db_l]) of ``mlp`` for the upstream gradient dA of its output."""
     inputs = [pixels(x, weights[0].dtype)]
@@ -153,16 +132,14 @@ def mlp_backward(
     return da, dws, dbs
 
 
-def _label_terms(
-    z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, w_y, valid, ignored) of labels: y is 0 where not valid, w_y 0 where ignored and NaN outside [0, C)."""
+def _label_terms(z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, w_y, ignored) of labels: y is 0 where it is no class, w_y is 0 where ignored and NaN outside [0, C)."""
     target = target.long()
     ignored = target == ignore_index
     valid = (target >= 0) & (target < z.shape[1]) & ~ignored
     y = torch.where(valid, target, 0)
     w_y = torch.ones_like(y, dtype=z.dtype) if weight is None else weight[y].to(z.dtype)
-    return y, torch.where(ignored, 0.0, torch.where(valid, w_y, math.nan)).to(z.dtype), valid, ignored
+    return y, torch.where(ignored, 0.0, torch.where(valid, w_y, math.nan)).to(z.dtype), ignored
 
 
 def _per_class(weight: Tensor | None, z: Tensor) -> Tensor:
@@ -192,7 +169,7 @@ def cross_entropy(
         loss = -(((1 - smoothing) * target + smoothing / z.shape[1]) * w * log_p).sum(1)
         denominator: Tensor | int = loss.numel()
     else:
-        y, w_y, _, ignored = _label_terms(z, target, weight, ignore_index)
+        y, w_y, ignored = _label_terms(z, target, weight, ignore_index)
         loss = -(1 - smoothing) * w_y * log_p.gather(1, y.unsqueeze(1)).squeeze(1)
         if smoothing:
             loss = loss - smoothing / z.shape[1] * (w * log_p).sum(1)
@@ -225,7 +202,7 @@ def cross_entropy_backward(
         g = dloss / (z.numel() // z.shape[1]) if reduction == "mean" else dloss
         g = g.unsqueeze(1) if reduction == "none" else g
         return g * (q.sum(1, keepdim=True) * log_p.exp() - q), -g * (1 - smoothing) * w * log_p
-    y, w_y, _, ignored = _label_terms(z, target, weight, ignore_index)
+    y, w_y, ignored = _label_terms(z, target, weight, ignore_index)
     q = torch.zeros_like(z).scatter(1, y.unsqueeze(1), ((1 - smoothing) * w_y).unsqueeze(1))
     q = q + smoothing / z.shape[1] * w * (~ignored).to(z.dtype).unsqueeze(1)
     g = dloss / w_y.sum() if reduction == "mean" else dloss
@@ -248,8 +225,8 @@ def head(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Last layer, loss and their backward pass: (loss of each row, dZ_L, dZ_{L-1}, logits).
 
-    dZ_L = scale dloss/dZ_L and dZ_{L-1} = (dZ_L W) * f'(Z_{L-1}) with f the activation below (Z_{L-1} may be left out
-    where f' is constant).
+    dZ_L = scale dloss/dZ_L and dZ_{L-1} = (dZ_L W) * f'(Z_{L-1}), where f is the activation below. Without Z_{L-1},
+    the factor f' is left out.
     """
     z = linear_act(h, weight, bias)
     options = {"ignore_index": ignore_index, "smoothing": smoothing, "reduction": "none"}

@@ -1,7 +1,8 @@
-"""Plain-torch twins of the elementwise losses and of squared error on softmax probabilities: formulas to read.
+"""The elementwise losses and squared error on softmax probabilities in plain torch: formulas to read.
 
-As ``fastmlp.reference``: differentiable torch operations only, called in float64 by the tests and in the working
-dtype for second derivatives. A is a network's output and Y its target, of the same shape; reductions are the caller's.
+As in ``fastmlp.reference.linear``, the formulas use differentiable torch operations only. Tests call them in float64,
+and second derivatives in the working dtype. A is a network's output and Y its target, of the same shape. The caller
+reduces.
 """
 
 from __future__ import annotations
@@ -9,19 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = [
-    "ELEMENTWISE_LOSSES",
-    "elementwise_loss",
-    "elementwise_loss_grad",
-    "elementwise_loss_target_grad",
-    "softmax_backward",
-    "softmax_squared_error",
-    "softmax_squared_error_backward",
-]
-
 #: mse (A - Y)^2, l1 |A - Y|, bce: NLL of probabilities, bce_with_logits: NLL of sigmoid(A), nllm: -Y log A.
 ELEMENTWISE_LOSSES = ("mse", "l1", "bce", "bce_with_logits", "nllm")
-#: torch's bounds for probabilities of exactly 0 or 1: of the logarithms, and of a (1 - a) in the gradient.
+#: torch's lower bounds for probabilities of exactly 0 or 1: of the logarithms, and of a (1 - a) in the gradient.
 LOG_MIN, VARIANCE_MIN = -100.0, 1e-12
 
 
@@ -46,7 +37,7 @@ def elementwise_loss(a: Tensor, y: Tensor, loss: str) -> Tensor:
 
 
 def elementwise_loss_grad(a: Tensor, y: Tensor, loss: str) -> Tensor:
-    """dL/dA of every element; at the kink of l1 torch's value, 0."""
+    """dL/dA of every element; 0, torch's value, at the kink of l1."""
     match loss:
         case "mse":
             return 2 * (a - y)

@@ -1,9 +1,8 @@
 """Checkpoints: weights as safetensors, and beside them the configuration as JSON.
 
 ``save_checkpoint("runs/mlp", ...)`` writes ``runs/mlp.safetensors`` and ``runs/mlp.json``. Both names, and ``runs/mlp``
-alone, name this checkpoint; a folder stands for ``model`` in it. The JSON has the size and SHA-256 of the weights, so
-weights and configuration of two different runs are never taken for one checkpoint. Nothing is pickled: loading a
-checkpoint cannot run code.
+alone, name this checkpoint; a folder stands for ``model`` in the folder. The JSON has the size and SHA-256 of the
+weights, so the files of two runs are never taken for one checkpoint. Nothing is pickled, so loading cannot run code.
 """
 
 from __future__ import annotations
@@ -24,14 +23,7 @@ from safetensors.torch import save as save_tensors
 
 from ..base.atomic import atomic_write
 
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "checkpoint_paths",
-    "load_checkpoint",
-    "read_checkpoint",
-    "save_checkpoint",
-]
+__all__ = ["Checkpoint", "CheckpointError", "checkpoint_paths", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
 
 FORMAT = "fastmlp checkpoint"
 FORMAT_VERSION = 1
@@ -50,7 +42,7 @@ class Checkpoint:
 
     Attributes:
         weights: path of the safetensors file.
-        config: what the model is built from: sizes, activation, bias, dtype, and what else was saved.
+        config: what the model is built from (sizes, activation, bias, dtype), and what else was saved.
         metrics: results at the time of saving; empty if none were given.
         nbytes: size of the weights file in bytes.
         sha256: SHA-256 of the weights file.
@@ -81,19 +73,19 @@ def save_checkpoint(
 ) -> Path:
     """Save ``model``'s state_dict and ``config``; returns the path of the weights file.
 
-    Each file is replaced whole, the JSON last; parent folders are made. A process that dies between the two leaves
-    a pair that `load_checkpoint` refuses.
+    Each file is replaced whole, the JSON last; parent folders are made. If the process dies between the two files,
+    `load_checkpoint` refuses them.
 
     Args:
         path: see `checkpoint_paths`.
         model: any module whose state_dict holds tensors only; on any device, shared and strided tensors allowed.
-        config: what it takes to build the model again, in JSON's types (a tuple comes back as a list); for an MLP
-            sizes, activation and bias. The parameters' dtype, such as "float32", is added as ``dtype`` if absent.
-        metrics: results, for people and scripts; a number that is not finite, which JSON has no word for, becomes
-            null.
+        config: what the model is built from, in JSON's types (a tuple comes back as a list); for an MLP sizes,
+            activation and bias. The parameters' dtype, such as "float32", is added as ``dtype`` if absent.
+        metrics: results, for people and scripts. A number that is not finite becomes null, since JSON has no word
+            for it.
 
     Raises:
-        TypeError: the state_dict has something else than tensors, or config or metrics something JSON cannot hold.
+        TypeError: the state_dict has other values than tensors, or config or metrics have values that JSON cannot hold.
         ValueError: config has a number that is not finite, or key that is not a string.
         OSError: the files cannot be written.
     """
@@ -107,11 +99,7 @@ def save_checkpoint(
         "format_version": FORMAT_VERSION,
         "config": _json_value(config, "config"),
         "metrics": _json_value(dict(metrics or {}), "metrics", finite=False),
-        "weights": {
-            "file": weights_path.name,
-            "nbytes": len(weights),
-            "sha256": hashlib.sha256(weights).hexdigest(),
-        },
+        "weights": {"file": weights_path.name, "nbytes": len(weights), "sha256": _sha256(weights)},
     }
     text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     atomic_write(weights_path, weights)
@@ -145,8 +133,7 @@ def load_checkpoint(
             f"{checkpoint.weights} has {len(weights)} bytes, expected {checkpoint.nbytes}: it is truncated, or not "
             "the file its .json was written for. Copy both files again, or train and save again."
         )
-    digest = hashlib.sha256(weights).hexdigest()
-    if digest != checkpoint.sha256:
+    if (digest := _sha256(weights)) != checkpoint.sha256:
         raise CheckpointError(
             f"{checkpoint.weights} has SHA-256 {digest}, expected {checkpoint.sha256}: it is altered, or not the "
             "file its .json was written for. Copy both files again, or train and save again."
@@ -197,6 +184,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not (isinstance(nbytes, int) and isinstance(sha256, str)):
         raise CheckpointError(f"{config_path} is damaged: it lacks the size and SHA-256 of the weights")
     return Checkpoint(weights_path, config, metrics, nbytes, sha256)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

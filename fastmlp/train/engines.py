@@ -1,10 +1,14 @@
-"""Engines: what runs a stretch of optimizer steps for `fastmlp.train.fit`."""
+"""The engines of `fastmlp.train.fit`: each runs a stretch of training steps.
+
+An engine of `fit` is not the engine of a `TrainStep` (`fastmlp.step`), which executes one step on one backend. The
+engine "step" of `fit` calls a `TrainStep`, and the engine "autograd" calls autograd and torch.optim.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +32,7 @@ OPTIMIZERS = ("sgd",)
 
 
 class Engine(Protocol):
-    """Runs optimizer steps; the model's parameters are updated in place.
+    """Runs training steps, which update the model's parameters in place.
 
     An engine may also have ``step_losses``, a tensor of the loss of each step of the last ``epoch``.
     """
@@ -41,13 +45,13 @@ class Engine(Protocol):
         Args:
             images: [N, features] on the model's device.
             labels: int64 [N] on the same device.
-            batch_size: rows a step.
+            batch_size: rows per step.
             order: int64 [n] on the same device, row numbers of images and labels in the order of use.
-            lr_factors: for each step the factor of the base learning rate; as many as there are steps.
+            lr_factors: the factor of the base learning rate for each step.
 
         Returns:
             The mean loss over the n rows, each at the parameters of its step: 0-d float32 on the device, so that the
-            caller decides when to wait for it. NaN or infinite when any step's loss was.
+            caller decides when to wait for it. NaN or infinite if the loss of any step was.
         """
 
 
@@ -56,27 +60,16 @@ class StepEngine:
 
     Args:
         model: an MLP.
-        optimizer, lr, momentum, weight_decay, nesterov: as `AutogradEngine`.
+        settings: optimizer, lr, momentum, weight_decay and nesterov, as `AutogradEngine`.
 
     Raises:
         TypeError: another model.
-        ValueError: a value outside its range, an unknown optimizer, nothing to train in the model, or layers with
-            hooks.
+        ValueError: as `AutogradEngine`, or layers with hooks.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        optimizer: str = "sgd",
-        lr: float,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-    ) -> None:
-        _check_optimizer(optimizer)
-        check_hyperparameters(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-        self.step = TrainStep(model, optimizer, lr, momentum, weight_decay, nesterov)  # type: ignore[arg-type]
+    def __init__(self, model: nn.Module, **settings: Any) -> None:
+        check_hyperparameters(**settings)
+        self.step = TrainStep(model, **settings)  # type: ignore[arg-type]
 
     @property
     def step_losses(self) -> Tensor:
@@ -93,15 +86,15 @@ class StepEngine:
 class AutogradEngine:
     """Forward, ``loss.backward()`` and ``torch.optim.SGD``: the steps as ordinary PyTorch code writes them.
 
-    Parameters of 16 bits are rounded copies of float32 ones, which the optimizer works on: an update smaller than
-    half a unit in the last place would otherwise be lost. float16 also scales the loss (``fastmlp.step.loss_scale``).
+    The optimizer updates float32 copies of 16-bit parameters, which are then rounded. Otherwise an update smaller than
+    half a unit in the last place would be lost. float16 also scales the loss (``fastmlp.step.loss_scale``).
 
     Args:
         model: maps [B, features] to logits [B, classes].
         optimizer: "sgd".
         lr: base learning rate, above 0.
         momentum: in [0, 1).
-        weight_decay: at least 0; times the parameter, added to its gradient.
+        weight_decay: at least 0; this factor times the parameter is added to the gradient.
         nesterov: Nesterov's momentum; needs momentum above 0.
 
     Raises:
@@ -118,8 +111,8 @@ class AutogradEngine:
         weight_decay: float = 0.0,
         nesterov: bool = False,
     ) -> None:
-        _check_optimizer(optimizer)
-        check_hyperparameters(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        check_hyperparameters(optimizer=optimizer, **settings)  # type: ignore[arg-type]
         self.model = model
         self.lr = lr
         self.loss = CrossEntropyLoss()
@@ -130,14 +123,8 @@ class AutogradEngine:
         self.loss_scale = LossScale(self.params[0].device) if half else None
         self.has_masters = any(p.dtype.itemsize < 4 for p in self.params)
         self.masters = [p.detach().float() for p in self.params] if self.has_masters else self.params
-        self.optimizer = torch.optim.SGD(
-            self.masters,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            fused=all(p.device.type in ("cpu", "cuda") for p in self.params),
-        )
+        fused = all(p.device.type in ("cpu", "cuda") for p in self.params)
+        self.optimizer = torch.optim.SGD(self.masters, fused=fused, **settings)  # type: ignore[arg-type]
 
     def epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]
@@ -172,7 +159,7 @@ class AutogradEngine:
 
 
 ENGINES: Mapping[str, Callable[..., Engine]] = {"step": StepEngine, "autograd": AutogradEngine}
-"""Every engine by name: (model, *, optimizer, lr, momentum, weight_decay, nesterov) -> `Engine`."""
+"""Every engine of `fit` by name: (model, *, optimizer, lr, momentum, weight_decay, nesterov) -> `Engine`."""
 
 
 def engine_for(model: nn.Module) -> str:
@@ -180,13 +167,12 @@ def engine_for(model: nn.Module) -> str:
     return "step" if isinstance(model, MLP) else "autograd"
 
 
-def _check_optimizer(optimizer: str) -> None:
+def check_hyperparameters(
+    *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False, optimizer: str = "sgd"
+) -> None:
+    """ValueError for an unknown optimizer, or a learning rate, momentum or weight decay outside its range."""
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
-
-
-def check_hyperparameters(*, lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
-    """ValueError for a learning rate, momentum or weight decay outside its range."""
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be a finite number above 0, got {lr}")
     if not 0 <= momentum < 1:

@@ -21,14 +21,14 @@ LEARNING_RATES: Mapping[str, float] = {name: f.lr for name, f in ACTIVATIONS.ite
 def initialize_(model: MLP, seed: int | None = None) -> MLP:
     """Give each layer of ``model``, in place, starting weights that suit its activation; biases become 0.
 
-    Uniform weights after Glorot and Bengio (2010) for identity, step, sigmoid and tanh, after He et al. (2015) for
-    relu, leaky_relu, gelu and silu. From torch's default weights, sigmoid layers hardly tell one input from another at
-    first, and every network here ends less accurate after the same epochs. Returns ``model``.
+    The weights are uniform, after Glorot and Bengio (2010) for identity, step, sigmoid and tanh, and after He et al.
+    (2015) for relu, leaky_relu, gelu and silu. With torch's default weights, sigmoid layers hardly tell one input from
+    another at first, and every network here is less accurate after the same epochs. Returns ``model``.
 
     Args:
         model: any MLP.
-        seed: of a generator of its own; the values are then the same on every device. Default: torch's global
-            generator of the CPU.
+        seed: of a new generator, so that the values are the same on every device. Default: torch's global generator of
+            the CPU.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for layer, activation in zip(model.layers, model.activations, strict=True):
@@ -36,8 +36,8 @@ def initialize_(model: MLP, seed: int | None = None) -> MLP:
         outputs, inputs = layer.weight.shape
         gain = 1.0 if activation == "softmax" else ACTIVATIONS[activation].gain
         bound = math.sqrt(6 / inputs) if gain is None else gain * math.sqrt(6 / (inputs + outputs))
-        wide = torch.promote_types(layer.weight.dtype, torch.float32)
-        values = torch.empty(outputs, inputs, dtype=wide, device="cpu")
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        values = torch.empty(outputs, inputs, dtype=dtype, device="cpu")
         layer.weight.copy_(values.uniform_(-bound, bound, generator=generator))
         if layer.bias is not None:
             layer.bias.zero_()

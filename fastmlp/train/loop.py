@@ -1,10 +1,10 @@
 """Training and evaluation of a classifier on data that lives on the device.
 
-The data set is two tensors on the model's device, images as uint8, and is never copied whole: an epoch is a
+The data set is two tensors on the model's device, images as uint8, and is never copied as a whole. An epoch is a
 permutation of the row numbers from a seeded generator, and each step gathers its rows. The loss accumulates on the
-device; the host reads it every `CHECK_EVERY` steps, which is also when a loss that is not finite is found.
+device. The host reads the loss every `CHECK_EVERY` steps and then finds a loss that is not finite.
 
-What runs one stretch of steps is an engine (`fastmlp.train.engines`); `fit` is everything around it.
+An engine of `fastmlp.train.engines` runs a stretch of steps, and `fit` does everything else.
 """
 
 from __future__ import annotations
@@ -24,23 +24,12 @@ from ..losses import cross_entropy
 from .engines import ENGINES, Engine, check_hyperparameters, engine_for
 from .schedules import Schedule, lr_factors
 
-__all__ = [
-    "CHECK_EVERY",
-    "DivergenceError",
-    "EpochResult",
-    "History",
-    "LabeledImages",
-    "Progress",
-    "evaluate",
-    "fit",
-]
-
 CHECK_EVERY = 100
-"""Steps between two looks of the host at the loss: one synchronization each."""
+"""Steps between two readings of the loss by the host, each of which waits for the device."""
 
 
 class LabeledImages(Protocol):
-    """What `fit` and `evaluate` need of a data set; `fastmlp.data.ImageDataset` is one."""
+    """What `fit` and `evaluate` need of a data set, such as a `fastmlp.data.ImageDataset`."""
 
     @property
     def images(self) -> Tensor:
@@ -60,8 +49,8 @@ class EpochResult:
         train_loss: mean over the epoch's rows, each at the parameters of its step.
         test_loss: mean cross-entropy on the test data after the epoch; None without test data.
         test_accuracy: share of the test data classified rightly after the epoch, 0 to 1; None without test data.
-        seconds: time of the training steps, evaluation not included.
-        images_per_second: training rows by that time.
+        seconds: time of the training steps, without evaluation.
+        images_per_second: training rows per second of this time.
     """
 
     epoch: int
@@ -90,11 +79,11 @@ class History:
 
     @property
     def images_per_second(self) -> float:
-        """Training rows of all epochs by the time they took."""
+        """Training rows of all epochs per second of training."""
         return sum(result.images_per_second * result.seconds for result in self.epochs) / self.seconds
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """One dict an epoch with the fields of `EpochResult`, ready for JSON."""
+        """One dict per epoch with the fields of `EpochResult`, ready for JSON."""
         return [dataclasses.asdict(result) for result in self.epochs]
 
 
@@ -112,12 +101,12 @@ class Progress:
 class DivergenceError(RuntimeError):
     """The loss or a parameter became NaN or infinite.
 
-    The model has the parameters it had at the end of the last good epoch (or at the start, if there is none).
+    The model has the parameters of the end of the last good epoch, or of the start if there is none.
 
     Attributes:
-        epoch: in which it was found, 1 for the first.
-        steps: (first, last) step of that epoch, from 1, between which it happened.
-        history: the good epochs before it.
+        epoch: the epoch of the error, 1 for the first.
+        steps: (first, last) step of the epoch, from 1, between which the error happened.
+        history: the good epochs before.
     """
 
     def __init__(self, message: str, epoch: int, steps: tuple[int, int], history: History) -> None:
@@ -148,15 +137,15 @@ def fit(
 ) -> History:
     """Train ``model`` in place with softmax cross-entropy; evaluate it after every epoch.
 
-    The same seed, model and data give the same run: the order of the rows comes from a generator of its own on the
-    CPU, so it is the same on every device, and global random state is not touched.
+    The same seed, model and data give the same run. The order of the rows comes from a generator of the CPU that only
+    `fit` uses, so the order is the same on every device, and global random state is not touched.
 
     Args:
         model: maps images [B, features] to logits [B, classes]; on the device of the data.
         train: training data, at least one row; the last batch of an epoch may be smaller.
         test: data to evaluate on after each epoch; default: no evaluation.
         epochs: at least 1.
-        batch_size: rows a step, at least 1.
+        batch_size: rows per step, at least 1.
         optimizer: "sgd".
         lr: base learning rate, above 0.
         momentum: in [0, 1).
@@ -165,10 +154,10 @@ def fit(
         schedule: "constant", "linear", "cosine", or a function; see `fastmlp.train.schedules`.
         warmup: share of all steps to warm up in, [0, 1); "constant" has no warm-up.
         seed: of the order of the rows.
-        engine: "step" (`fastmlp.TrainStep`, for MLPs), "autograd", "auto" (step for a fastmlp.MLP, autograd for any
-            other module), or a ready `fastmlp.train.engines.Engine`, which has an optimizer of its own; the arguments
-            about the optimizer then have no effect.
-        on_epoch: called with the result after each epoch, the model holding its parameters.
+        engine: what runs the steps: "step" (`fastmlp.TrainStep`, for MLPs), "autograd", "auto" ("step" for a
+            fastmlp.MLP, "autograd" for any other module), or a ready `fastmlp.train.engines.Engine`. A ready engine has
+            its own optimizer, so the arguments about the optimizer have no effect.
+        on_epoch: called with the result after each epoch, when the model has the parameters of this epoch.
         on_progress: called every `CHECK_EVERY` steps and at the end of each epoch.
 
     Raises:
@@ -192,14 +181,8 @@ def fit(
         engine = engine_for(model) if engine == "auto" else engine
         if engine not in ENGINES:
             raise ValueError(f"unknown engine {engine!r}; expected one of auto, {', '.join(ENGINES)}")
-        runner = ENGINES[engine](
-            model,
-            optimizer=optimizer,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            nesterov=nesterov and momentum > 0,
-        )
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        runner = ENGINES[engine](model, optimizer=optimizer, nesterov=nesterov and momentum > 0, **settings)
     else:
         runner = engine
 
@@ -234,7 +217,7 @@ def fit(
             loss_sum += loss * len(rows)
             if on_progress is not None:
                 on_progress(Progress(epoch, epochs, last, steps, loss))
-        # The update of the last step shows in no loss yet.
+        # No loss shows the update of the last step yet.
         if not _all_finite(model):
             raise stop("a parameter became NaN or infinite", epoch, first, last)
         seconds = time.perf_counter() - start
@@ -273,7 +256,7 @@ def evaluate(model: nn.Module, dataset: LabeledImages, batch_size: int = 2048) -
 
 @torch.no_grad()
 def _check_data(model: nn.Module, dataset: LabeledImages) -> None:
-    """Check once what a step must not: checking labels on a GPU makes the host wait."""
+    """Check once what no step checks, since a check of labels on a GPU makes the host wait."""
     images, labels = dataset.images, dataset.labels
     if len(labels) == 0 or len(images) != len(labels):
         raise ValueError(f"expected as many images as labels and at least one, got {len(images)} and {len(labels)}")
@@ -303,7 +286,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _first_bad_step(engine: Engine, first: int, last: int) -> tuple[int, int]:
-    """(step, step + 1) of the first loss in the stretch that is not finite; the stretch if the engine keeps none."""
+    """(step, step + 1) of the first loss in the stretch that is not finite; the stretch if no loss was kept."""
     losses = getattr(engine, "step_losses", None)
     bad = [] if losses is None else losses.isfinite().logical_not().nonzero().flatten().tolist()
     return (first + bad[0], first + bad[0] + 1) if bad else (first, last)

@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions from the step to a factor of the base learning rate.
 
-``factor(step, steps, warmup)`` for step 0 .. steps - 1. "linear" and "cosine" rise linearly over the first ``warmup``
-steps, as (step + 1) / warmup, reach 1, and then fall towards 0; the last step still moves the parameters.
+A schedule is ``factor(step, steps, warmup)`` for step 0 .. steps - 1. "linear" and "cosine" rise linearly to 1 over the
+first ``warmup`` steps, as (step + 1) / warmup, and then fall towards 0. The last step still moves the parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def constant(step: int, steps: int, warmup: int) -> float:
 
 
 def linear(step: int, steps: int, warmup: int) -> float:
-    """Warm-up, then (steps - step) / (steps - warmup): 1 at step = warmup, 0 at the step after the last."""
+    """Warm-up, then (steps - step) / (steps - warmup): 1 at step = warmup, 0 after the last step."""
     if step < warmup:
         return (step + 1) / warmup
     return (steps - step) / (steps - warmup)

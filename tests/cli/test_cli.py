@@ -259,7 +259,7 @@ def test_ctrl_c(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell starts what it runs in the background with the interrupt ignored, and children inherit that.
+        # A shell's background processes ignore the interrupt, and their children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as child:
         for line in child.stdout:
@@ -305,7 +305,7 @@ def test_progress_bar_on_a_terminal(tmp_path):
 
 
 def test_the_subset_is_announced(tmp_path, monkeypatch):
-    """Without data and without a network the bundled subset is used, and said so."""
+    """Without data and without a network, the bundled subset is used, and a warning says so."""
     environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     script = (
         "import sys, fastmlp.data.dataset as data, fastmlp.cli\n"

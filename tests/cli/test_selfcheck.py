@@ -1,4 +1,4 @@
-"""How many kernels `fastmlp doctor` compiles on a GPU: nearly all of the time that it takes there."""
+"""How many kernels `fastmlp doctor` compiles on a GPU, which takes nearly all of its time there."""
 
 from __future__ import annotations
 

@@ -312,7 +312,7 @@ class TestCache:
 
     @posix
     def test_two_processes(self, tmp_path: Path) -> None:
-        """Both fetch at the same time; one fills the cache, both get the data, nothing else is left."""
+        """Both processes fetch at the same time; one fills the cache, both get the data, nothing else is left."""
         program = """
             import json, sys, time
             from pathlib import Path

@@ -76,7 +76,7 @@ class TestRunWatched:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process runs; one that ended and that nobody has waited for does not."""
+    """Whether the process runs, which a process that has ended does not, even if nobody waited for it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -160,7 +160,7 @@ class FashionMNIST:
 
 @posix
 class TestDebian:
-    """The package's path, with stand-ins for apt-get and dpkg; a package here is a tar file."""
+    """The path of a package, with stand-ins for apt-get and dpkg, for which a package is a tar file."""
 
     @pytest.fixture
     def tools(self, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

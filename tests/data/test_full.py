@@ -37,8 +37,8 @@ def full_folder() -> Path:
     return folder
 
 
-# What follows a gzip header's magic number in the publisher's files, and their MD5 sums: from the data set's README,
-# the same as in torchvision.datasets.FashionMNIST.resources. The times are those with which the sums come out.
+# The times in the gzip headers of the publisher's files, and the MD5 sums of these files. The data set's README and
+# torchvision.datasets.FashionMNIST.resources have the sums. The times were found as those that give the sums.
 PUBLISHED = {
     "train-images-idx3-ubyte": (1504176606, "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
     "train-labels-idx1-ubyte": (1504176606, "25c81989df183df01b3e8a0aad5dffbe"),
@@ -168,7 +168,7 @@ class TestFullData:
         monkeypatch: pytest.MonkeyPatch,
         capfd: pytest.CaptureFixture[str],
     ) -> None:
-        """torchvision's own code and MD5 check, with this test in the place of the publisher's server."""
+        """torchvision's own code and MD5 check, with this test as the publisher's server."""
         pytest.importorskip("torchvision")
 
         class Handler(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Image files as the model sees them: every kind of file, polarity, shape; and damaged ones."""
+"""Image files as the model sees them: every mode, polarity and shape, and damaged files."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_16_bits(tmp_path, garment):
 
 
 def test_dark_16_bits_stays_dark(tmp_path):
-    """A 16-bit file is scaled by its bits, not by the values that it happens to have."""
+    """A 16-bit file is scaled by its bits, not by its values."""
     path = saved(tmp_path, Image.fromarray(np.full((28, 28), 200, dtype=np.uint16)))
     assert pixels(path).max() <= 1
 
@@ -175,7 +175,7 @@ def test_any_size(tmp_path, size):
 
 
 def test_enlarged_picture_with_margins_is_recognised(tmp_path, garments):
-    """A 6x enlargement in a large white page comes out nearer to its original than to any other image."""
+    """A 6x enlargement in a large white page becomes an image nearer to its original than to any other image."""
     for number, garment in enumerate(garments):
         page = np.full((400, 500), 255, dtype=np.uint8)
         page[50:218, 200:368] = np.kron(255 - garment, np.ones((6, 6), dtype=np.uint8))

@@ -1,4 +1,4 @@
-"""The recipes of fastmlp.recipes in their quick form, their comparison itself, and `fastmlp reproduce`."""
+"""The recipes of fastmlp.recipes in their quick form, how they compare, and `fastmlp reproduce`."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class TestRecorder:
 
 class TestDerivative:
     def test_layout_is_the_notes(self):
-        """Rows inputs, columns outputs."""
+        """Rows are inputs, columns are outputs."""
         a = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).double()
         torch.testing.assert_close(derivative(lambda v: a @ v, torch.zeros(3).double()), a.t())
 

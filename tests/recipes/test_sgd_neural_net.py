@@ -1,4 +1,4 @@
-"""fastmlp.recipes.sgd_neural_net: the algorithm of the lecture notes, its arguments and its errors."""
+"""fastmlp.recipes.sgd_neural_net: the algorithm of "Explanatory Notes for 6.390", its arguments and its errors."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_step_is_one_from_zero_on():
 
 @pytest.mark.parametrize("activation", DIFFERENTIABLE)
 def test_activation_grad_is_the_derivative(activation):
-    """Also at the kinks, where torch's choice counts."""
+    """This includes the kinks, where torch's value counts."""
     z = POINTS.clone().requires_grad_()
     (expected,) = torch.autograd.grad(TORCH_MODULES[activation](z).sum(), z)
     close(reference.activation_grad(POINTS, activation), expected)

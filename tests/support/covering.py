@@ -1,8 +1,8 @@
 """A part of a grid of parameters in which every value of every parameter occurs.
 
-The execute lane compiles every case before it executes it, and compiling is most of its time. What the whole grid has
-beyond the values themselves, such as each activation in each dtype, is computed in the interpreter's lane, and is
-executed with ``--full``. The placement lane takes such a part per backend.
+The execute lane compiles every case before executing it, and compiling takes most of its time. The whole grid, such as
+each activation in each dtype, is computed in the interpreter's lane, and executed with ``--full``. The placement lane
+takes such a part per backend.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ STARTS = {**{f"sm_{arch}": start for start, arch in enumerate(SIMULATED)}, "auto
 
 
 def diagonal(grid: Sequence[Sequence[object]], start: int = 0) -> list[bool]:
-    """Which cases of a full grid (rows of parameters' values) to take: those on its diagonal, where all parameters
-    count through their values together, over and over until the longest has come to its end.
+    """Which cases of a full grid (rows of parameters' values) are on its diagonal.
 
-    Parameters that only change together count as one. The last one begins with its value number ``start``, so that
-    another start pairs the values in another way.
+    On the diagonal, all parameters count through their values together, again and again, until the longest parameter
+    has had all of its values. Parameters that only change together count as one. The last parameter begins with its
+    value number ``start``, so that another start pairs other values.
     """
     columns = []
     for values in zip(*(map(repr, case) for case in grid), strict=True):

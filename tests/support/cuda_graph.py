@@ -1,13 +1,12 @@
 """CUDA graphs on the simulated GPU: CPU tensors are the device's, and a capture executes nothing.
 
-A capture records every kernel launch and every torch operation with the addresses that they have then, and refuses what
-a GPU refuses: waiting for the device, copies from the host's memory, a kernel that was not loaded before, a capture
-inside a capture. Tensors made meanwhile belong to the graph's pool. A replay executes what was recorded, at the
-recorded addresses: values that Python computed are those of the capture, and a graph whose memory was freed since is
-an error.
+A capture records every kernel launch and every torch operation with its addresses. It refuses what a GPU refuses:
+waiting for the device, copies from the host's memory, a kernel that was not loaded before, a capture inside a capture.
+Tensors made during the capture belong to the graph's pool. A replay executes what was recorded, at the recorded
+addresses. So values that Python computed are those of the capture, and a replay after the memory was freed is an error.
 
-Before a replay everything that the graph writes is poisoned, except the buffers declared with ``SimulatedCuda.keep``:
-a graph that reads an activation, a partial sum or a tensor of the pool before writing it gets NaN.
+Before a replay, everything that the graph writes is poisoned, except the buffers declared with ``SimulatedCuda.keep``.
+A graph that reads an activation, a partial sum or a tensor of the pool before writing it gets NaN.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def refused(what: str) -> RuntimeError:
 
 @dataclass(frozen=True)
 class _Pointer:
-    """Where a tensor was when a graph recorded it. It keeps no memory alive, as an address does not."""
+    """Where a tensor was when a graph recorded it; like an address, it keeps no memory alive."""
 
     address: int
     storage: StorageWeakRef
@@ -80,7 +79,7 @@ class _Pointer:
         return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage(), t.storage_offset() * t.itemsize, (count,))
 
     def _successor(self) -> torch.UntypedStorage:
-        """The memory of a tensor of this dtype that lies at the address since the first one was freed."""
+        """The memory of a tensor of this dtype that was made at the address after the first one was freed."""
         for t in (o for o in gc.get_objects() if isinstance(o, Tensor) and o.dtype == self.dtype):
             storage = t.untyped_storage()
             if storage.data_ptr() <= self.address < storage.data_ptr() + storage.nbytes():
@@ -141,7 +140,7 @@ class OperationNode:
 
 
 class _NoWaits(TorchFunctionMode):
-    """What the host cannot ask of a device that only records. On CPU tensors some of these are no operations."""
+    """Refuses calls that wait for the device, some of which are no torch operations on CPU tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _WAITS or func in _FROM_HOST:
@@ -209,7 +208,7 @@ class _Gpu(SimulatedGPU):
     """Hands every launch to the stand-in."""
 
     def __init__(self, cuda: SimulatedCuda, arch: int, execute: bool) -> None:
-        # Only with global_races the simulator knows what a kernel has written. Other lanes look at shared memory.
+        # Only with global_races does the simulator know what a kernel has written. Other lanes check shared memory.
         super().__init__(arch, execute, global_races=True, stats="written", uninit="off")
         self._cuda = cuda
 
@@ -252,7 +251,7 @@ class SimulatedCuda(StandIn):
         return self
 
     def keep(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
-        """Declare static buffers: what has to outlast the time between two replays."""
+        """Declare static buffers, whose values last from one replay to the next."""
         self._kept.append(tensors)
 
     def keep_state(self, step: TrainStep) -> TrainStep:

@@ -1,8 +1,8 @@
 """torch.cuda's devices, streams and CUDA graphs where there is no GPU.
 
-Inside ``with StandIn() as cuda:`` the attributes of torch.cuda that a training step asks for are those of ``cuda``. Who
-subclasses it says what a capture records and what a replay does: ``tests.support.cuda_graph`` executes on the simulated
-GPU, ``tests.placement.machine`` watches fake tensors.
+Inside ``with StandIn() as cuda:``, the attributes of torch.cuda that a training step uses are those of ``cuda``. A
+subclass says what a capture records and what a replay does: ``tests.support.cuda_graph`` executes on the simulated GPU,
+and ``tests.placement.machine`` watches fake tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Device", "Event", "Graph", "StandIn", "Stream", "needs_values"]
 
 
 def needs_values(operation: Any, args: Sequence[Any]) -> bool:
-    """Whether the host must know values on the device to go on: a number, or the shape of the result."""
+    """Whether the host must wait for values on the device: for a number, or for the shape of the result."""
     if operation is torch.ops.aten.index.Tensor:  # of masks only
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -28,7 +28,7 @@ def needs_values(operation: Any, args: Sequence[Any]) -> bool:
 
 
 class Stream:
-    """A queue of work: one of a device's, whose work is done as soon as it is queued."""
+    """A queue of work on a device; work is done as soon as it is queued."""
 
     def __init__(self, cuda: StandIn, device: Any = None, priority: int = 0) -> None:
         self._cuda, self.device_index = cuda, cuda.index(device)
@@ -71,7 +71,7 @@ class Event:
 
 
 class Graph:
-    """torch.cuda.CUDAGraph: ``nodes`` is what the capture recorded, ``memory`` what was allocated meanwhile."""
+    """torch.cuda.CUDAGraph: ``nodes`` is what the capture recorded, ``memory`` what was allocated during it."""
 
     def __init__(self, cuda: StandIn, keep_graph: bool = False) -> None:
         self._cuda, self._pool = cuda, None
@@ -112,7 +112,7 @@ class Graph:
 
 
 class _GraphContext:
-    """torch.cuda.graph: the stream that captures is the caller's, or one that the first capture of all has made."""
+    """torch.cuda.graph: it captures on the caller's stream, or on a stream that the first capture without one made."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class _GraphContext:
 
 
 class Device:
-    """torch.cuda.device: may be entered again after it was left, as often as one likes."""
+    """torch.cuda.device, which may be entered again after it was left."""
 
     def __init__(self, cuda: StandIn, device: Any) -> None:
         self._cuda, self._index = cuda, cuda.index(device)

@@ -1,12 +1,11 @@
 """What every kernel test shares: poisoned memory and the error budget.
 
-Poison: inputs live inside larger NaN-filled storage, outputs start as NaN; a read outside the input or an element
-that was never written shows as NaN in the result.
+Poison: inputs lie inside larger storage full of NaN, and outputs start as NaN. So a read outside the input, and an
+element that was never written, show as NaN in the result.
 
-Budget: an error against float64 is measured beside torch's own error in the same dtype. It passes when it is no
-more than twice torch's, plus a floor that grows with the square root of the reduction length (rounding errors of a
-sum in float32, and one rounding to the output's dtype), all relative to the largest magnitude of the result, plus the
-smallest number of the dtype.
+Budget: an error against float64 may be at most twice torch's own error in the same dtype, plus a floor. The floor is
+one rounding to the output's dtype, plus the rounding errors of a sum in float32, which grow with the square root of the
+reduction length. Both are relative to the largest magnitude of the result. The smallest number of the dtype is added.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def budget(expected: Tensor, torch_result: Tensor, reduction: int, dtype: torch.
     """The largest absolute error allowed: 2x torch's own, plus the floor; see the module docstring.
 
     ``magnitude``: the largest sum of absolute values of the terms of one result. Rounding errors of a sum are
-    relative to that, and where terms cancel, all results can be much smaller.
+    relative to this sum, which is much larger than the results where terms cancel.
     """
     scale = expected.abs().max().item() if expected.numel() else 0.0
     own = (torch_result.double() - expected).abs().max().item() if expected.numel() else 0.0

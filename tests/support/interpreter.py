@@ -1,10 +1,9 @@
-"""What Triton's interpreter leaves out: the order of programs is fixed there, and pointers may point anywhere.
+"""Two checks that Triton's interpreter lacks: other orders of programs, and pointers outside every tensor.
 
-``programs`` runs the programs of each launch in another order, or only some of them. ``bounds_checked`` makes a load
-or store outside every tensor argument of its kernel an error: the interpreter itself would read what is there, or
-write over it.
+``programs`` runs the programs of each launch in another order, or only some of them. ``bounds_checked`` makes a load or
+store outside every tensor argument of its kernel an error. The interpreter alone would read or overwrite other memory.
 
-Both take the place of Triton's GridExecutor, which runs the loop over the grid, while the ``with`` block lasts.
+Inside the ``with`` block, both replace Triton's GridExecutor, which runs the loop over the grid.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Order = Callable[[str, int], Sequence[int]]
 
 
 def shuffled(seed: int) -> Order:
-    """Every program once, in a random order, another one in each launch."""
+    """Every program once, in a random order that differs between launches."""
     rng = np.random.default_rng(seed)
     return lambda name, count: rng.permutation(count)
 
@@ -60,9 +59,9 @@ def programs(order: Order) -> Iterator[None]:
 def bounds_checked() -> Iterator[None]:
     """Raise IndexError in a kernel that reads or writes outside the extent of every tensor it was given.
 
-    (The interpreter wraps it: what the caller sees is an InterpreterError with the IndexError as its cause.)
-    The extent is that of the view, from its first element to its last, not of the storage: a neighbour in the same
-    storage is out of bounds. Gaps between the elements of a strided view are not looked at.
+    (The caller sees an InterpreterError of the interpreter with the IndexError as its cause.) The extent is that of the
+    view, from its first element to its last, so a neighbour in the same storage is out of bounds. Gaps between the
+    elements of a strided view are not checked.
     """
 
     class Checked(GridExecutor):

@@ -1,4 +1,4 @@
-"""Torch's settings for the precision of float32 products: every way to make them, and how to take them back."""
+"""Torch's settings for the precision of float32 products: every call that makes one, and how to take them back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _set_all(value: str) -> None:
 
 
 def _set_cuda(value: str) -> None:
-    torch.backends.cudnn.fp32_precision = value  # which torch's getter also reads for products that have none
+    torch.backends.cudnn.fp32_precision = value  # torch's getter also reads this setting for products without one
 
 
 def _set_allow(value: bool) -> None:
@@ -74,7 +74,7 @@ def default_precision() -> Iterator[None]:
     before = _state()
     assert torch.get_float32_matmul_precision() == "highest"
     yield
-    _old("highest")  # the older setting has a memory of its own, and sets the newer ones too
+    _old("highest")  # the older setting is stored apart, and sets the newer ones too
     for take_back in (set_matmul, _set_cuda, _set_onednn, _set_all):
         take_back("none")
     assert _state() == before

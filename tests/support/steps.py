@@ -29,7 +29,7 @@ needs_onednn = pytest.mark.skipif(not gemm._onednn_available(), reason="torch wa
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch with so many threads."""
+    """torch with ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -46,7 +46,7 @@ def one_thread() -> Iterator[None]:
 
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget the choices of library that only live as long as a process."""
+    """Forget the choices of libraries that last only as long as a process."""
     monkeypatch.setattr(gemm, "_choices", {})
     monkeypatch.setattr(gemm, "_measured", {})
     cache.kept.cache_clear()
@@ -64,21 +64,23 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
 
 
 def choices_of_products() -> dict[tuple[object, ...], str]:
-    """What was chosen so far, but for whole steps."""
+    """The choices so far, without those of whole steps."""
     return {key: choice for key, choice in gemm.choices().items() if not str(key[0]).startswith("step")}
 
 
 def have_16_bit_products(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
-    """Have a processor with, or without, 16-bit products. aten has loops for them where this processor has none;
-    oneDNN, which refuses them there, is asked for large products only.
+    """Pretend that the processor has, or has not, 16-bit products.
+
+    aten has loops for 16-bit products on any processor. oneDNN refuses them on a processor without, but makes large
+    products only.
     """
     monkeypatch.setattr(gemm, "_product_dtype_here", lambda dtype: dtype if native else torch.float32)
 
 
 def have_fastest(monkeypatch: pytest.MonkeyPatch, fastest: Callable[[Collection[str]], str] | None = None) -> None:
-    """Have choices measured with any build of torch; ``fastest`` names the winner of the ways that it is given.
+    """Have choices measured with any build of torch; ``fastest`` names the winner of the candidates.
 
-    For tests of small products only, which aten makes: a build without oneDNN cannot run its ways.
+    For tests of small products only, which aten makes: a build without oneDNN cannot run oneDNN's candidates.
     """
     monkeypatch.setattr(gemm, "_onednn_available", lambda: True)
     if fastest is not None:
@@ -114,7 +116,7 @@ def problem(
     if uint8:
         x = torch.randint(0, 256, (rows, sizes[0]), generator=g, dtype=torch.uint8)
     else:
-        # Values that every dtype here has, so that all of them solve one problem.
+        # Every dtype here has these values, so all dtypes solve one problem.
         x = torch.randn(rows, sizes[0], generator=g).bfloat16().double()
     if loss in ("cross_entropy", "softmax_squared_error"):
         return x, torch.randint(0, sizes[-1], (rows,), generator=g)
@@ -122,7 +124,7 @@ def problem(
 
 
 def batches(x: Tensor, y: Tensor, size: int, steps: int) -> list[Batch]:
-    """``steps`` batches of the rows in turn, around the end and on."""
+    """``steps`` batches of the rows in turn; after the last row comes the first."""
     n = len(x)
     rows = [torch.arange(i * size, (i + 1) * size) % n for i in range(steps)]
     return [(x[r], y[r]) for r in rows]
@@ -213,7 +215,7 @@ class Reference:
                     distances.append(z.detach().abs())
         if self.loss == "l1":
             distances.append((a - y).detach().abs())
-        # A value that is exactly 0, as behind units that are all off, is 0 on every processor.
+        # A value that is exactly 0, as after units that are all off, is 0 on every processor.
         self.nearest.append(min((d.where(d > 0, math.inf).min().item() for d in distances), default=math.inf))
         return torch_loss(self.loss, a if self.compute is None else a.float(), y)
 
@@ -237,7 +239,7 @@ class Reference:
         self.optimizer.zero_grad()
 
     def train(self, data: Iterable[Batch]) -> Reference:
-        """One step a batch."""
+        """One step per batch."""
         for x, y in data:
             self.backward(x, y)
             self.update()
@@ -259,14 +261,14 @@ def for_step(x: Tensor, y: Tensor, dtype: torch.dtype) -> Batch:
 
 
 class Trained(NamedTuple):
-    """What torch made of a network."""
+    """A network after training by torch."""
 
     parameters: Tensor  #: one float64 vector
     losses: list[float]
     settled: int  #: the steps before a rounding in float32 might take the other side of a kink or a jump
 
 
-#: How near to it a value may come.
+#: How near to a kink or a jump a value may come.
 _NEAR = 3e-5
 _trained: dict[bytes, Trained] = {}
 
@@ -278,7 +280,7 @@ def trained_by_torch(
     loss: str,
     dtype: torch.dtype = torch.float64,
 ) -> Trained:
-    """By ``Reference``, once for all the ways of training that are compared with it."""
+    """Train by ``Reference``, once for all the runs that are compared with it."""
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     about = [model.sizes, model.activations, trained, sorted(settings.items()), loss, str(dtype)]
     tensors = [t.numpy().tobytes() for t in (flat(model), *(t for batch in data for t in batch))]
@@ -292,10 +294,10 @@ def trained_by_torch(
 
 
 def budget_used(actual: Tensor, expected: Tensor, own: Tensor, steps: int, eps: float) -> float:
-    """|actual - expected| as a part of what it may be: twice torch's own, plus one rounding of every parameter a step.
+    """|actual - expected| relative to its budget: twice torch's own, plus one rounding of every parameter per step.
 
-    Norms over all parameters of the network: after many steps, the error of each has come from all of them. The
-    roundings are independent, so that the floor grows with the square root of the steps.
+    The norms are over all parameters of the network, since after many steps the error of each comes from all of them.
+    The roundings are independent, so the floor grows with the square root of the steps.
     """
     assert actual.isfinite().all()
     allowed = 2 * (own - expected).norm() + eps * math.sqrt(steps) * expected.norm()
@@ -325,7 +327,7 @@ def check_against_torch(
 def check_float64(
     model: fastmlp.MLP, data: Sequence[Batch], settings: dict[str, Any], *, loss: str = "cross_entropy"
 ) -> fastmlp.MLP:
-    """Train by TrainStep and by torch: equal to 1e-10. Returns what ``model`` was before."""
+    """Train by TrainStep and by torch: equal to 1e-10. Returns ``model`` as before training."""
     start = converted(model, torch.float64)
     expected = trained_by_torch(model, data, settings, loss)
     step = fastmlp.TrainStep(model, loss=loss, **settings)
@@ -349,8 +351,8 @@ def float32_run(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Parameters trained by TrainStep in float32, by torch in float64 and in float32, and the number of steps.
 
-    The run ends before a step in which a value comes near to a kink or a jump: which side of it a rounding takes, and
-    with it all that follows, differs between processors.
+    The run ends before a step in which a value comes near to a kink or a jump. There, rounding decides on the side, and
+    differs between processors.
     """
     steps = trained_by_torch(model, data, settings, loss).settled
     assert steps > 0, "no step is settled; take another seed"
@@ -358,15 +360,15 @@ def float32_run(
     expected, own = (
         trained_by_torch(model, data, settings, loss, d).parameters for d in (torch.float64, torch.float32)
     )
-    narrow = converted(model, torch.float32)
-    step = fastmlp.TrainStep(narrow, loss=loss, **settings)
+    trained = converted(model, torch.float32)
+    step = fastmlp.TrainStep(trained, loss=loss, **settings)
     for x, y in data:
         step(*for_step(x, y, torch.float32))
-    return flat(narrow), expected, own, steps
+    return flat(trained), expected, own, steps
 
 
 def float32_step(sizes: Sequence[int], rows: int, optimizer: str) -> Callable[[], object]:
-    """A function that takes a step on one batch of so many rows."""
+    """A function that runs one step on one batch of ``rows`` rows."""
     x, y = for_step(*problem(sizes, rows), torch.float32)
     step = fastmlp.TrainStep(converted(network(sizes), torch.float32), **OPTIMIZERS[optimizer])
     return lambda: step(x, y)
@@ -378,8 +380,8 @@ def allocations(step: Callable[[], object], warm: int = 3, steps: int = 2) -> li
 
     for _ in range(warm):
         step()
-    # What the collector frees of other tests' garbage is not the step's. What it leaves (after a thousand compiled
-    # kernels it takes a second to look through) need not be looked at by the next test again.
+    # Garbage of other tests is collected first, so that its release is not counted. What is left is frozen: after a
+    # thousand compiled kernels, the next collection would take a second to look through it.
     gc.collect()
     gc.freeze()
     gc.disable()

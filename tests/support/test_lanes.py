@@ -1,4 +1,4 @@
-"""Which tests run where there is a GPU, with what, and what `make` does there; all of it without a GPU."""
+"""Which tests run on a machine with a GPU, with which settings, and what `make` does there, tested without a GPU."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests import conftest
 ROOT = Path(__file__).resolve().parents[2]
 SIMULATING = set(conftest.SIMULATING)
 
-#: A plugin of pytest: torch sees a GPU, and what a machine with a GPU may lack is missing. It writes down what pytest
-#: collects, and which warnings are errors.
+#: A plugin of pytest. In it, torch sees a GPU, and packages that a machine with a GPU may lack are missing. The plugin
+#: writes down what pytest collects, and which warnings are errors.
 AS_WITH_A_GPU = """
 import json, os, sys, types, warnings
 from importlib import metadata

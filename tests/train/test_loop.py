@@ -87,7 +87,7 @@ def test_schedule_errors():
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_fit_takes_the_steps_of_plain_torch(nesterov):
-    """Against torch's modules, loss and SGD in float64, the batches and rates written out here."""
+    """Against torch's modules, loss and SGD in float64, with batches and learning rates written out here."""
     train = blobs(50)
     model = small_model(dtype=torch.float64)
     plain = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3)).double()
@@ -165,7 +165,7 @@ def test_history_and_callbacks():
     assert history.images_per_second == pytest.approx(2 * 260 / history.seconds)
     assert history.last.images_per_second == pytest.approx(260 / history.last.seconds)
     assert json.loads(json.dumps(history.as_dicts()))[0] == dataclasses.asdict(history.epochs[0])
-    # The mean of the epoch is the mean of its stretches, weighted by their rows.
+    # The mean of an epoch is the mean of its stretches, weighted by their rows.
     stretches = [p.loss for p in progress[:2]]
     assert history.epochs[0].train_loss == pytest.approx((200 * stretches[0] + 60 * stretches[1]) / 260)
 
@@ -196,7 +196,7 @@ def test_training_mode_while_training_evaluation_mode_while_evaluating():
 
 
 class Stub:
-    """An engine that returns given losses, one for each call, and may spoil the model."""
+    """An engine that returns the given losses, one per call, and may spoil the model."""
 
     def __init__(self, losses, model=None, spoil_at=None):
         self.losses = list(losses)
@@ -344,7 +344,7 @@ def test_16_bit_parameters_do_not_lose_small_updates(dtype):
             return x.to(dtype) * self.weight.float().to(dtype)
 
     model = Model()
-    # Zero inputs but the first; logits (w, 0): the gradient of w_0 is softmax_0 - 1 = -0.27 as long as w is near 1.
+    # All inputs but the first are 0, so the logits are (w, 0). The gradient of w_0 is softmax_0 - 1 = -0.27 near w = 1.
     images = torch.tensor([[1.0, 0.0]], dtype=dtype)
     engine = AutogradEngine(model, lr=1e-4 / 0.2689)
     for _ in range(100):

@@ -21,7 +21,7 @@ SIZES = (12, 9, 7, 4)
 class TestCopies:
     @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
     def test_deepcopy_and_pickle(self, copier):
-        """pickle serves processes that hand a model on (multiprocessing), not files."""
+        """pickle is for processes that pass a model on (multiprocessing), not for files."""
         model = fastmlp.MLP(SIZES, ["gelu", "step"])
         twin = copier(model)
         x = torch.randn(5, 12)

@@ -37,7 +37,7 @@ def results(model: fastmlp.MLP, images: Tensor, labels: Tensor, backend: Backend
 
 
 def exact_results(model: fastmlp.MLP, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The reference's formulas in float64, from the parameters as they are."""
+    """The reference's formulas in float64, at the present parameters."""
     weights = [layer.weight.detach().double() for layer in model.layers]
     biases = [layer.bias.detach().double() for layer in model.layers]
     x = reference.pixels(images, torch.float64).double()
@@ -60,6 +60,6 @@ def test_training_pass(activation: str, pixels: bool, dtype: torch.dtype) -> Non
     assert len(gpu.launches) == 10
     own, expected = results(model, images, labels, "torch"), exact_results(model, images, labels)
     assert actual.keys() == expected.keys()
-    # The longest sum on the way to each result is over the inputs of the first layer.
+    # The longest sum in every result is over the inputs of the first layer.
     for name, value in actual.items():
         assert_within_budget(value, expected[name], own[name], reduction=SIZES[0], what=name)

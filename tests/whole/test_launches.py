@@ -1,7 +1,7 @@
 """784-512-512-10 at batch 64 through the public API on every target: the kernels, their grids and warps.
 
 The simulated GPU records and computes nothing; all of Triton but the driver is real. A change to a tile table or to
-the order of the passes shows here, and is made good by putting the printed row in place of the old one.
+the order of the passes fails here. If the change is meant, the printed row replaces the old one.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def test_training_pass(target: Target, size: int) -> None:
 
 
 def test_pixels_are_scaled_in_the_first_kernel() -> None:
-    """uint8 images cost no launch: they reach the first layer's forward and weight-gradient kernels as they are."""
+    """uint8 images cost no launch: the first layer's forward and weight-gradient kernels read them."""
     target = TARGETS["sm_90"]
     launches = run(target, torch.bfloat16, pixels=True)
     assert tuple(launch.name for launch in launches) == SEQUENCE
@@ -94,7 +94,7 @@ def test_pixels_are_scaled_in_the_first_kernel() -> None:
 
 
 def test_frozen_layers_cost_nothing() -> None:
-    """With the first layer frozen neither its weight gradient nor the dgrad that would feed it is launched."""
+    """With a frozen first layer, neither its weight gradient nor the dgrad before it is launched."""
     model = fastmlp.MLP(SIZES)
     model.layers[0].requires_grad_(False)
     with TARGETS["sm_80"].simulated() as gpu, fastmlp.use_backend("triton"):

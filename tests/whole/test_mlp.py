@@ -1,8 +1,8 @@
 """The kernels behind fastmlp's functions and modules, from the public API: forward, backward, against float64.
 
-Each operation has a test of its own beside this file; here they run as the autograd functions chain them, on
-ragged sizes, and are compared with float64 within the budget of tests/support/harness.py, where torch's own error is
-that of the torch backend. The two backends so agree within three times that error.
+tests/kernels/ tests each operation alone. Here the operations run as the autograd functions chain them, on ragged
+sizes. They are compared with float64 within the budget of tests/support/harness.py, where torch's own error is that of
+the torch backend. So the two backends agree within three times that error.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def exact_gradients(model: fastmlp.MLP, x: Tensor, upstream: Tensor) -> dict[str
 
 
 def check(lane: torch.device, model: fastmlp.MLP, x: Tensor, upstream: Tensor) -> None:
-    """Kernels against float64, within the budget that the torch backend's error sets."""
+    """Kernels against float64, within the budget of the torch backend's error."""
     with fastmlp.use_backend("torch"):
         own = gradients(model, x, upstream)
     with fastmlp.use_backend("triton"):
@@ -114,7 +114,7 @@ def test_ragged_shapes(lane, rows, sizes, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_pixels(lane, dtype, launched):
-    """uint8 in, and no dX: the input cannot require grad."""
+    """A uint8 input, which has no dX since it cannot require grad."""
     model = network((50, 20, 10), "relu", dtype)
     check(lane, model, images(21, 50, torch.uint8), upstream_of(model, 21).to(dtype))
     assert launched.count("linear_dgrad") == 1
@@ -140,7 +140,7 @@ def test_only_a_bias_is_trained(lane):
 @pytest.mark.parametrize("upstream", ["expanded", "transposed", "strided"])
 @pytest.mark.parametrize("last", ["identity", "silu"])
 def test_upstream_gradients_of_any_strides(lane, upstream, last):
-    """sum() and mean() hand down an expanded scalar, t() a transposed gradient."""
+    """The gradient of sum() and mean() is an expanded scalar, that of t() is transposed."""
     model = network(activation=["tanh", "gelu", last])
     g = torch.Generator().manual_seed(3)
     gradient = {
@@ -153,7 +153,7 @@ def test_upstream_gradients_of_any_strides(lane, upstream, last):
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "spread"])
 def test_strided_and_poisoned_input(lane, layout):
-    """What surrounds the rows of the input is NaN and stays out of every result."""
+    """The rows of the input lie inside NaN, and no result has a NaN."""
     model = network()
     x = poisoned(images(19, 33, torch.float32), layout=layout)
     check(lane, model, x, upstream_of(model, 19))
@@ -190,7 +190,7 @@ def test_empty_batch(lane):
 
 @pytest.mark.parametrize("activation", ["sigmoid", "silu"])
 def test_second_derivative(lane, activation):
-    """create_graph: the first gradients as always, the gradients of their norm through torch operations."""
+    """create_graph: the first gradients are as without it, those of their norm come from torch operations."""
     results = {}
     for backend, device, dtype in (("triton", lane, None), ("torch", "cpu", None), ("exact", "cpu", torch.float64)):
         model = network((9, 6, 5), activation).to(device, dtype)
@@ -242,7 +242,7 @@ def fresh_compiler():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compiled(lane, compiler, launched):
-    """torch.compile keeps the kernels, as operators, in one graph with what is around them."""
+    """torch.compile keeps the kernels, as operators, in one graph with the operations around them."""
     model = network(activation=["gelu", "tanh", "sigmoid"]).to(lane)
     x, upstream = images(19, 33, torch.float32).to(lane), upstream_of(model, 19)
     before = fastmlp.get_backend()

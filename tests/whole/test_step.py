@@ -1,6 +1,6 @@
 """TrainStep on the kernels (fastmlp/step/triton_step.py): launches, agreement with float64, graphs' static tables.
 
-The reference is the same TrainStep on the torch backend, which tests/test_step*.py hold to torch.optim and autograd.
+The reference is the same TrainStep on the torch backend, which tests/step/ compares with torch.optim and autograd.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ PRECISIONS = [(torch.float32, None), (torch.float32, torch.float16), (torch.floa
 @pytest.mark.parametrize(("parameters", "products"), PRECISIONS, ids=str)
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
 def test_goes_on_where_it_stopped(lane, optimizer, parameters, products):
-    """A new step, with the state of the one that stopped, and parameters loaded under both."""
+    """A new TrainStep takes the state and the parameters of an old one, and both go on alike."""
     settings = SETTINGS[optimizer]
     torch.manual_seed(0)
     model, other = (fastmlp.MLP((33, 17, 5)).to(lane, parameters) for _ in range(2))
@@ -186,7 +186,7 @@ def test_goes_on_where_it_stopped(lane, optimizer, parameters, products):
 
 @pytest.mark.parametrize(("parameters", "products"), PRECISIONS[1:], ids=str)
 def test_follows_parameters_that_were_loaded(lane, parameters, products):
-    """Masters and 16-bit copies are of the parameters as they are now."""
+    """Masters and 16-bit copies follow the present parameters."""
     torch.manual_seed(0)
     model, other = (fastmlp.MLP((33, 17, 5)).to(lane, parameters) for _ in range(2))
     images, labels = (t.to(lane) for t in data(16, 33, 5))
@@ -203,7 +203,7 @@ def test_follows_parameters_that_were_loaded(lane, parameters, products):
 @pytest.mark.parametrize("label", [-1, -100, 5])
 @pytest.mark.parametrize("classes", [5, 80], ids=["head", "more classes than the head takes"])
 def test_a_label_out_of_range_makes_the_loss_nan(lane, monkeypatch, classes, label):
-    """Also the labels that torch ignores by default, or that others use for "ignored"."""
+    """This includes the labels that torch ignores by default, or that others use for "ignored"."""
     # As on a GPU, where the check would wait.
     monkeypatch.setattr("fastmlp.step.train_step.check_classes", lambda y, classes: None)
     model = fastmlp.MLP((33, 17, classes)).to(lane)
@@ -217,7 +217,7 @@ def test_a_label_out_of_range_makes_the_loss_nan(lane, monkeypatch, classes, lab
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's, interpreting
 def test_skipped_steps_do_not_count(lane):
-    """AdamW in float16: the first step overflows, so that the second one is the optimizer's first."""
+    """AdamW in float16: the first step overflows, so the second step is the optimizer's first."""
     torch.manual_seed(0)
     start = fastmlp.MLP((33, 17, 5)).to(lane)
     images, labels = (t.to(lane) for t in data(16, 33, 5))
