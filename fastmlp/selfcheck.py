@@ -26,6 +26,8 @@ from torch import Tensor
 from . import functional, ops, reference
 from .activations import ACTIVATIONS, saved_for_grad
 from .backend import KERNEL_DTYPES, Resolved, use_backend
+from .base.losses import LOSSES
+from .step.optimizers import SGD, AdamW, Optimizer
 
 __all__ = ["CHECKS", "KERNELS_ONLY", "CheckResult", "Comparison", "Problem", "run_checks"]
 
@@ -219,17 +221,16 @@ def elementwise_loss(problem: Problem, backend: Resolved) -> Iterator[Comparison
     """The losses of values and of independent logits, M x N elements."""
     y = torch.rand(problem.M, problem.N, generator=torch.Generator().manual_seed(7))
     y = y.to(problem.dtype).to(problem.device)
-    pairs = (
-        (functional.mse_loss, torch.nn.functional.mse_loss),
-        (functional.l1_loss, torch.nn.functional.l1_loss),
-        (functional.bce_with_logits, torch.nn.functional.binary_cross_entropy_with_logits),
-    )
-    for ours, torchs in pairs:
+    for loss in LOSSES.values():
+        if loss.kernel != "elementwise_loss" or loss.input == "probabilities":
+            continue
 
-        def oracle(x: Tensor, reduction: str, torchs: Callable[..., Tensor] = torchs) -> Tensor:
+        def oracle(x: Tensor, reduction: str, torchs: Callable[..., Tensor] | None = loss.torch) -> Tensor:
+            assert torchs is not None
             return torchs(x, y.to(x.dtype), reduction=reduction)
 
-        yield from _loss_and_grad(ours.__name__, partial(ours, target=y), oracle, problem.dz, 1, backend)
+        ours = partial(getattr(functional, loss.function), target=y)
+        yield from _loss_and_grad(loss.function, ours, oracle, problem.dz, 1, backend)
 
 
 def softmax_squared_error(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
@@ -272,38 +273,32 @@ def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     from .kernels.wgrad_update import Hyper, Layer, Layout
     from .kernels.wgrad_update import wgrad_update as launch
 
-    lr, momentum, decay, betas = 0.1, 0.9, 0.02, (0.9, 0.999)
-    rules: tuple[tuple[str, Hyper, Callable[..., torch.optim.Optimizer]], ...] = (
-        ("sgd", Hyper("sgd", weight_decay=decay), partial(torch.optim.SGD, lr=lr, weight_decay=decay)),
-        (
-            "nesterov",
-            Hyper("momentum", nesterov=True, momentum=momentum, weight_decay=decay),
-            partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=True, weight_decay=decay),
-        ),
+    rules: tuple[tuple[Optimizer, Callable[..., torch.optim.Optimizer]], ...] = (
+        (SGD(0.1, 0.02), torch.optim.SGD),
+        (SGD(0.1, 0.02, momentum=0.9, nesterov=True), torch.optim.SGD),
         # AdamW's first step is the gradient's sign unless eps is of the gradient's size.
-        (
-            "adamw",
-            Hyper("adamw", False, 0.0, decay, *betas, eps=0.1),
-            partial(torch.optim.AdamW, lr=lr, betas=betas, eps=0.1, weight_decay=decay),
-        ),
+        (AdamW(0.1, 0.02, eps=0.1), torch.optim.AdamW),
     )
-    hyper_row = torch.tensor([lr, 1 - lr * decay, lr / (1 - betas[0]), (1 - betas[1]) ** -0.5], device=problem.device)
+    first = torch.ones(1, dtype=torch.float64)
     dz, x = problem.dz / problem.M**0.5, problem.x
     start = (problem.weight.float(), problem.bias.float())
-    for name, hyper, rule in rules:
+    for rule, torchs in rules:
+        settings = dataclasses.asdict(rule)
+        del settings["max_grad_norm"]
+        (row,) = rule.rows(first * rule.lr, first).to(problem.device)
         actual = [p.clone() for p in start]
         layout = Layout([Layer(*actual)])
         m_state, v_state = torch.zeros(2, layout.total, device=problem.device)
-        launch(layout, [dz], [x], hyper, hyper_row, m_state=m_state, v_state=v_state)
+        launch(layout, [dz], [x], Hyper(**rule.kernel), row, m_state=m_state, v_state=v_state)
         found = []
         for dtype in (torch.float64, problem.dtype):
             params = [p.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_() for p in start]
             for p, gradient in zip(params, reference.linear_wgrad(dz.to(dtype), x.to(dtype)), strict=True):
                 p.grad = gradient.to(p.dtype)
-            rule(params).step()
+            torchs(params, **settings).step()
             found.append([p.detach() for p in params])
         for what, got, want, own in zip(("W", "b"), actual, *found, strict=True):
-            yield Comparison(f"{what} ({name})", got, want, own, problem.M)
+            yield Comparison(f"{what} ({rule.kernel['optimizer']})", got, want, own, problem.M)
 
 
 CHECKS: Mapping[str, Check] = {

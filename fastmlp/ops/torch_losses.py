@@ -1,8 +1,9 @@
-"""Softmax cross-entropy on plain torch, for CPUs and for dtypes that the kernels do not compute in.
+"""The losses on plain torch, for CPUs and for dtypes that the kernels do not compute in.
 
-The same formulas as ``kernels/cross_entropy.py``, in place wherever a buffer is ours, and never on the autograd tape.
-Z is [M, C] or [N, C, S], computed in float32, or in float64 where anything is. Labels on the CPU without smoothing go
-through torch's nll_loss operators, which check and mask them.
+Cross-entropy has the formulas of ``kernels/cross_entropy.py``, in place wherever a buffer is ours, and never on the
+autograd tape. Z is [M, C] or [N, C, S], computed in float32, or in float64 where anything is. Labels on the CPU without
+smoothing go through torch's nll_loss operators, which check and mask them. The other losses are those of
+``fastmlp.reference``, computed in float32 where the operands have 16 bits, and differentiable any number of times.
 """
 
 from __future__ import annotations
@@ -14,13 +15,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import reference
+from ..base.arguments import LABELS
+from ..base.losses import LOSSES
 from ..cpu.cache import instruction_set
 
-__all__ = ["LABELS", "Settings", "cross_entropy_bwd", "cross_entropy_fwd", "torch_is_as_fast", "vector_width"]
+__all__ = [
+    "Settings",
+    "by_formula",
+    "cross_entropy_bwd",
+    "cross_entropy_fwd",
+    "loss_bwd",
+    "loss_fwd",
+    "mean_factor",
+    "torch_is_as_fast",
+    "vector_width",
+    "widened",
+]
 
 _WIDE = (torch.float32, torch.float64)
-#: Dtypes of labels.
-LABELS = (torch.int64, torch.uint8)
 #: Rows from which the softmax of short ones gains more than a node of the tape in Python costs.
 _MANY_ROWS = 256
 
@@ -174,3 +187,58 @@ def cross_entropy_bwd(
         dz.scatter_add_(1, y.unsqueeze(1), -hot)
         dz.mul_(g_row)
     return None if dz is None else dz.to(z.dtype), dt
+
+
+def widened(t: Tensor) -> Tensor:
+    """16-bit values in float32; others as they are."""
+    return t.float() if t.itemsize < 4 else t
+
+
+def mean_factor(loss: str, a: Tensor, reduction: str) -> float:
+    """The factor of the sum of the losses of A: 1 / count for "mean" (NaN where nothing is counted), else 1."""
+    if reduction != "mean":
+        return 1.0
+    count = LOSSES[loss].count(a)
+    return 1 / count if count else math.nan
+
+
+def _values(target: Tensor, z: Tensor) -> Tensor:
+    """Y [M, C]: the target, or one-hot rows of labels."""
+    if target.is_floating_point():
+        return widened(target)
+    return torch.zeros_like(z).scatter(1, target.long().unsqueeze(1), 1)
+
+
+def by_formula(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
+    """A loss of the reference, its sum, or its mean."""
+    if loss == "softmax_squared_error":
+        losses = reference.softmax_squared_error(a, _values(y, a))
+    else:
+        losses = reference.elementwise_loss(a, y, loss)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / LOSSES[loss].count(a)
+
+
+def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
+    """A loss other than cross-entropy, in a's dtype; torch's own function where torch has one."""
+    function = LOSSES[loss].torch
+    if function is not None:
+        return function(a, y, reduction=reduction)
+    return by_formula(widened(a), widened(y) if y.is_floating_point() else y, loss, reduction).to(a.dtype)
+
+
+def loss_bwd(
+    g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, *, want_da: bool, want_dy: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dA, dY) for the upstream gradient of ``loss_fwd``, each None unless wanted."""
+    g, wide_a = widened(g) * mean_factor(loss, a, reduction), widened(a)
+    da: Tensor | None
+    dy: Tensor | None
+    if loss == "softmax_squared_error":
+        da, dy = reference.softmax_squared_error_backward(g, wide_a, _values(y, wide_a))
+        return da.to(a.dtype) if want_da else None, dy.to(y.dtype) if want_dy else None
+    wide_y = widened(y)
+    da = (reference.elementwise_loss_grad(wide_a, wide_y, loss) * g).to(a.dtype) if want_da else None
+    dy = (reference.elementwise_loss_target_grad(wide_a, wide_y, loss) * g).to(y.dtype) if want_dy else None
+    return da, dy

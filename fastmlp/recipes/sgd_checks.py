@@ -13,7 +13,7 @@ from .. import reference
 from ..train import evaluate
 from ..train.plots import BLUE, ORANGE
 from .base import Recorder, Settings, axes, derivative, percent
-from .sgd_neural_net import ACTIVATIONS, LOSSES, loss_and_gradients, sgd_neural_net
+from .sgd_neural_net import ACTIVATIONS, ELEMENTWISE, LOSSES, loss_and_gradients, sgd_neural_net
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["gradient_error", "run", "valid_pairs"]
 
 Network = tuple[list[Tensor], list[Tensor], tuple[str, ...]]
-_KINDS = {"square": "mse", "linear": "l1", "nll": "bce", "nllm": "nllm"}
 TOLERANCE = 1e-8
 STEPS, LEAST_ACCURACY = 30_000, 0.80
 QUICK_STEPS, QUICK_LEAST_ACCURACY = 3_000, 0.65
@@ -48,7 +47,7 @@ def plain_loss(net: Network, loss: str, x: Tensor, y: Tensor) -> Tensor:
     for w, b, f in zip(*net, strict=True):
         z = a @ w.t() + b
         a = torch.softmax(z, 1) if f == "softmax" else reference.activate(z, f)
-    return reference.elementwise_loss(a, y, _KINDS[loss]).sum()
+    return reference.elementwise_loss(a, y, ELEMENTWISE[loss]).sum()
 
 
 def gradient_error(net: Network, loss: str, x: Tensor, y: Tensor) -> float:
@@ -148,14 +147,14 @@ def _direct(recorder: Recorder) -> None:
     recorder.close(
         "003", "concept 50: softmax and NLLM, dL/dZ = A - Y is the product of factors", p - y, factors, 1e-14
     )
-    factors = reference.elementwise_loss_grad(s, y, "bce") * s * (1 - s)
+    factors = reference.elementwise_loss_grad(s, y, "binary_cross_entropy") * s * (1 - s)
     recorder.close("003", "concept 50: sigmoid and NLL, dL/dZ = A - Y is the product of factors", s - y, factors, 1e-14)
     far = torch.tensor([[60.0, -60.0]])
     eye, zero = torch.eye(2), torch.zeros(2)
     value, _, (db,) = loss_and_gradients([eye], [zero], ("sigmoid",), "nll", far, torch.tensor([[0.0, 1.0]]))
     good = torch.equal(db, torch.tensor([1.0, -1.0])) and math.isclose(value.item(), 120.0)
     a = torch.sigmoid(far[0, 0])  # 1 in float32: the factors give 0 times a huge number
-    lost = (reference.elementwise_loss_grad(a, torch.tensor(0.0), "bce") * a * (1 - a)).item()
+    lost = (reference.elementwise_loss_grad(a, torch.tensor(0.0), "binary_cross_entropy") * a * (1 - a)).item()
     obtained = f"{db[0].item():g} (factors: {lost:g})"
     recorder.add("003", "concept 50: at z = 60 in float32 dL/dZ is still 1", obtained, "exact", good and lost == 0.0)
 

@@ -30,15 +30,17 @@ from ..backend import Resolved, resolve
 from ..base.arguments import check_tensor
 from ..nn import MLP
 
-__all__ = ["ACTIVATIONS", "LOSSES", "SGDResult", "loss_and_gradients", "sgd_neural_net"]
+__all__ = ["ACTIVATIONS", "ELEMENTWISE", "LOSSES", "SGDResult", "loss_and_gradients", "sgd_neural_net"]
 
 ACTIVATIONS = ("step", "relu", "sigmoid", "identity", "tanh", "softmax")
 """The notes' catalogue of activations (7.5.12)."""
 LOSSES = ("square", "linear", "nll", "nllm")
 """The notes' catalogue of losses (7.5.13); each is the sum over the outputs."""
 
+ELEMENTWISE = {"square": "mse", "linear": "l1", "nll": "binary_cross_entropy", "nllm": "nllm"}
+"""The notes' losses by the names of `fastmlp.base.losses`."""
+
 _DIRECT = {("sigmoid", "nll"): "bce_with_logits", ("softmax", "nllm"): "cross_entropy"}
-_ELEMENTWISE = {"square": "mse", "linear": "l1", "nll": "bce", "nllm": "nllm"}
 _CHECK_EVERY = 100
 
 
@@ -164,7 +166,7 @@ def loss_and_gradients(
         value = reference.elementwise_loss(z, y, direct).sum()
         dz = reference.elementwise_loss_grad(z, y, direct)
     else:
-        kind = _ELEMENTWISE[loss]
+        kind = ELEMENTWISE[loss]
         value = reference.elementwise_loss(a, y, kind).sum()
         dz = _within(reference.elementwise_loss_grad(a, y, kind), a, activations[-1], backend)
     dws, dbs = [], []

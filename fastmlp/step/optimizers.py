@@ -15,9 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["LOSSES", "OPTIMIZERS", "SGD", "AdamW", "Optimizer", "optimizer_of"]
-
-LOSSES = ("cross_entropy", "mse", "l1", "bce", "softmax_squared_error")
+__all__ = ["OPTIMIZERS", "SGD", "AdamW", "Optimizer", "optimizer_of"]
 
 
 @dataclass

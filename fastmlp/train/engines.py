@@ -13,6 +13,7 @@ from ..losses import CrossEntropyLoss
 from ..nn import MLP
 from ..step import TrainStep
 from ..step.loss_scale import LossScale
+from ..step.parameters import Copies
 
 __all__ = [
     "ENGINES",
@@ -93,8 +94,8 @@ class StepEngine:
 class AutogradEngine:
     """Forward, ``loss.backward()`` and ``torch.optim.SGD``: the steps as ordinary PyTorch code writes them.
 
-    Parameters of 16 bits are rounded copies of float32 ones, which the optimizer works on: an update smaller than
-    half a unit in the last place would otherwise be lost. float16 also scales the loss (``fastmlp.step.loss_scale``).
+    Parameters of 16 bits have float32 masters (``fastmlp.step.parameters``). float16 also scales the loss
+    (``fastmlp.step.loss_scale``).
 
     Args:
         model: maps [B, features] to logits [B, classes].
@@ -129,7 +130,7 @@ class AutogradEngine:
         half = any(p.dtype == torch.float16 for p in self.params)
         self.loss_scale = LossScale(self.params[0].device) if half else None
         self.has_masters = any(p.dtype.itemsize < 4 for p in self.params)
-        self.masters = [p.detach().float() for p in self.params] if self.has_masters else self.params
+        self.masters = [Copies(p, p.dtype).master for p in self.params] if self.has_masters else self.params
         self.optimizer = torch.optim.SGD(
             self.masters,
             lr=lr,

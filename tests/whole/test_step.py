@@ -12,6 +12,7 @@ import torch
 
 import fastmlp
 from fastmlp import TrainStep, reference, use_backend
+from fastmlp.base.losses import STEP_LOSSES, takes_classes
 from fastmlp.kernels import linear_fwd
 from tests.support.harness import assert_within_budget
 
@@ -37,7 +38,7 @@ def compare(
     """One shuffled epoch with a short last batch: kernels, torch in the same dtype, torch in float64."""
     torch.manual_seed(0)
     start = fastmlp.MLP(sizes, activation)
-    images, labels = data(n, sizes[0], sizes[-1], values=loss not in ("cross_entropy", "softmax_squared_error"))
+    images, labels = data(n, sizes[0], sizes[-1], values=not takes_classes(STEP_LOSSES[loss]))
     images = images if pixels else (images / 255).to(dtype or torch.float32)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(2))
     models, losses = {}, {}
@@ -97,7 +98,7 @@ def test_activations_and_depth(lane, activation):
     compare(lane, (20, 17, 16, 9, 5), activation, lr=0.05)
 
 
-@pytest.mark.parametrize("loss", ["mse", "l1", "bce", "softmax_squared_error"])
+@pytest.mark.parametrize("loss", list(STEP_LOSSES)[1:])
 def test_losses(lane, loss):
     compare(lane, (33, 17, 5), loss=loss, lr=0.1)
 
@@ -204,7 +205,8 @@ def test_follows_parameters_that_were_loaded(lane, parameters, products):
 @pytest.mark.parametrize("classes", [5, 80], ids=["head", "more classes than the head takes"])
 def test_a_label_out_of_range_makes_the_loss_nan(lane, monkeypatch, classes, label):
     """Also the labels that torch ignores by default, or that others use for "ignored"."""
-    monkeypatch.setattr("fastmlp.step.check_classes", lambda y, classes: None)  # as on a GPU, where it would wait
+    # As on a GPU, where it would wait.
+    monkeypatch.setattr("fastmlp.step.train_step.check_classes", lambda y, classes: None)
     model = fastmlp.MLP((33, 17, classes)).to(lane)
     images, labels = data(16, 33, 5)
     labels[3] = label if label < 0 else classes
