@@ -67,7 +67,7 @@ class SoftmaxCrossEntropy(Function):
             return dz if need_z else None, dt if need_t else None, None, None, None
         rows = (*_batched(z, target), weight, kept, denominator)
         backward = ops.on(ctx.backend).cross_entropy_bwd
-        dz, dt = backward(_upstream(dloss, z, s), *rows, s, want_dz=need_z, want_dt=need_t)
+        dz, dt = backward(_upstream(dloss, z, s), rows, s, (need_z, need_t))
         return None if dz is None else dz.view(z.shape), None if dt is None else dt.view(target.shape), None, None, None
 
 
@@ -79,7 +79,7 @@ def _unbatched(loss: Tensor, z: Tensor) -> Tensor:
 
 
 def _upstream(dloss: Tensor, z: Tensor, s: Settings) -> Tensor:
-    """The upstream gradient with one value a row as ``_batched`` has them, or 0-d."""
+    """The upstream gradient with one value per row of ``_batched``, or 0-d."""
     if s.reduction != "none" or z.dim() == 2:
         return dloss
     return dloss.unsqueeze(0) if z.dim() == 1 else dloss.flatten(1)
@@ -126,17 +126,17 @@ def cross_entropy(
         label_smoothing: e in [0, 1]; the target becomes (1 - e) target + e/C. Default 0.
 
     Returns:
-        A 0-d tensor, or for "none" one value a row, in the input's dtype (float32 under torch.autocast). float16 and
+        A 0-d tensor, or for "none" one value per row, in the input's dtype (float32 under torch.autocast). float16 and
         bfloat16 are computed in float32.
 
-    Differentiable in input and probabilities, twice with ``create_graph=True``. Inside the transforms of torch.func,
-    inside torch.compile on plain torch, for empty inputs, where probabilities have a class weight that requires grad,
-    and where it is as fast (labels on a CPU, but for many rows of few classes), torch.nn.functional.cross_entropy
-    itself runs.
+    Differentiable in input and probabilities, twice with ``create_graph=True``. torch.nn.functional.cross_entropy
+    itself runs inside the transforms of torch.func, inside torch.compile on plain torch, for empty inputs, where
+    probabilities have a class weight that requires grad, and where it is as fast: for labels on a CPU, unless there are
+    many rows of few classes.
 
-    A label outside [0, C) that is not ignore_index raises IndexError on CPU. On a GPU labels are not checked, because
-    that would wait for the device: there the loss and the gradient of that row are NaN, and so are the mean and the
-    sum; nothing outside the row is read or written.
+    On a CPU a label outside [0, C) that is not ignore_index raises IndexError. On a GPU labels are not checked, because
+    a check would wait for the device. There the loss and the gradient of such a row are NaN, and so are the mean and
+    the sum. Nothing outside the row is read or written.
 
     Raises:
         TypeError: arguments that are not tensors, ignore_index that is no int, label_smoothing that is no number.
@@ -151,10 +151,9 @@ def cross_entropy(
     check_tensor(target, "the target")
     if torch_losses.torch_is_as_fast(input, target, label_smoothing) and get_backend() != "triton":
         return _torchs(input, target, weight, ignore_index, reduction, label_smoothing)
-    autocast = is_autocast_enabled(input.device.type)
-    check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, autocast)
+    check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     probabilities = target.is_floating_point()
-    dtype = _result_dtype(input, target, weight, autocast)
+    dtype = _result_dtype(input, target, weight)
     backend = resolve(input, dtype)
     weight_learns = weight is not None and weight.requires_grad and torch.is_grad_enabled()
     traced = backend == "torch" and torch.compiler.is_compiling()
@@ -170,40 +169,32 @@ def cross_entropy(
         if torch.is_grad_enabled() and (input.requires_grad or (probabilities and target.requires_grad)):
             return SoftmaxCrossEntropy.apply(input, target, weight, settings, backend)
         return _unbatched(ops.on(backend).cross_entropy_fwd(*_batched(input, target), weight, settings)[0], input)
-    except IndexError:  # from nll_loss's own check: ours says which label it was
+    except IndexError:  # from nll_loss's own check; ours names the label
         _check_labels(input, target, ignore_index)
         raise
 
 
-def _torchs(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-) -> Tensor:
-    """torch's own cross-entropy. It checks its arguments itself; ours say more about what is wrong with them."""
+def _torchs(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    """torch's own cross-entropy. torch checks its arguments itself; our errors say more about them."""
+    ignore_index, reduction, label_smoothing = options
     try:
         return F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
     except Exception:
-        check_cross_entropy(
-            input, target, weight, ignore_index, reduction, label_smoothing, is_autocast_enabled(input.device.type)
-        )
+        check_cross_entropy(input, target, weight, *options)
         if target.is_cpu and not (functorch_active() or target.is_floating_point()):
             _check_labels(input, target, ignore_index)
         raise
 
 
-def _result_dtype(input: Tensor, target: Tensor, weight: Tensor | None, autocast: bool) -> torch.dtype:
+def _result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
     """The input's dtype; probabilities promote it as torch's arithmetic does; autocast widens to float32."""
     dtype = input.dtype
     if target.is_floating_point():
         dtype = torch.promote_types(dtype, target.dtype)
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
-    return torch.float32 if autocast and dtype != torch.float64 else dtype
+    return torch.float32 if dtype != torch.float64 and is_autocast_enabled(input.device.type) else dtype
 
 
 def _check_labels(input: Tensor, target: Tensor, ignore_index: int) -> None:

@@ -19,7 +19,7 @@ from ..base.arguments import check_value_target
 from ..base.compat import is_autocast_enabled
 from ..ops import torch_losses
 
-__all__ = ["LossFunction", "apply", "bce_loss", "bce_with_logits", "l1_loss", "mse_loss", "multiclass_nll"]
+__all__ = ["LossFunction", "apply_loss", "bce_loss", "bce_with_logits", "l1_loss", "mse_loss", "multiclass_nll"]
 
 
 class LossFunction(Function):
@@ -41,14 +41,12 @@ class LossFunction(Function):
         """DA = g dL/da and dY = g dL/dy, the mean's 1/count in g."""
         (g,) = grads
         a, y = ctx.saved_tensors
-        want_da, want_dy = ctx.needs_input_grad[:2]
         # The operations on torch are on the tape themselves.
         do = torch_losses if torch.is_grad_enabled() else ops.on(ctx.backend)
-        da, dy = do.loss_bwd(g, a, y, ctx.loss, ctx.reduction, want_da=want_da, want_dy=want_dy)
-        return da, dy, None, None, None
+        return *do.loss_bwd(g, a, y, ctx.loss, ctx.reduction, ctx.needs_input_grad[:2]), None, None, None
 
 
-def apply(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
+def apply_loss(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
     """A loss by name, of arguments that were checked."""
     # Under torch.autocast these losses are computed in float32, as torch computes its own.
     if is_autocast_enabled(a.device.type):
@@ -61,7 +59,7 @@ def apply(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
 
 def _of_values(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
     check_value_target(a, y, reduction)
-    return apply(a, y, loss, reduction)
+    return apply_loss(a, y, loss, reduction)
 
 
 def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -107,7 +105,7 @@ def bce_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
                 f"expected probabilities from 0 to 1, got {low:g} to {high:g}; apply torch.sigmoid, or use "
                 "bce_with_logits on the values as they are"
             )
-    return apply(input, target, "binary_cross_entropy", reduction)
+    return apply_loss(input, target, "binary_cross_entropy", reduction)
 
 
 def bce_with_logits(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -131,5 +129,5 @@ def multiclass_nll(input: Tensor, target: Tensor, reduction: str = "mean") -> Te
     check_value_target(input, target, reduction)
     if input.dim() == 0:
         raise ValueError("expected probabilities [*, classes], got a 0-d tensor")
-    loss = apply(input, target, "nllm", reduction)
+    loss = apply_loss(input, target, "nllm", reduction)
     return loss.sum(-1) if reduction == "none" else loss

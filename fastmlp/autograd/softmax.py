@@ -14,7 +14,7 @@ from torch.autograd import Function
 from .. import reference
 from ..backend import functorch_active
 from ..base.arguments import check_class_target, check_classes, check_tensor, check_value_target
-from .elementwise import apply
+from .elementwise import apply_loss
 
 __all__ = ["Softmax", "softmax", "softmax_squared_error"]
 
@@ -83,6 +83,6 @@ def softmax_squared_error(input: Tensor, target: Tensor, reduction: str = "mean"
         if target.device.type == "cpu" and target.numel() and not functorch_active():
             check_classes(target, input.shape[-1])
     if input.dim() == 2:
-        return apply(input, target, "softmax_squared_error", reduction)
-    loss = apply(input.unsqueeze(0), target.unsqueeze(0), "softmax_squared_error", reduction)
+        return apply_loss(input, target, "softmax_squared_error", reduction)
+    loss = apply_loss(input.unsqueeze(0), target.unsqueeze(0), "softmax_squared_error", reduction)
     return loss.squeeze(0) if reduction == "none" else loss

@@ -1,7 +1,7 @@
 """Validation of arguments: every error says what came, what was expected and what to do.
 
 The exceptions are of the types that torch raises for the same mistake, so code that catches torch's keeps working.
-Each function returns nothing; it runs on every call, so the good case costs a few attribute reads.
+Most functions return nothing. They run on every call, so the good case costs a few attribute reads.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, LAYER_ACTIVATIONS
+from .compat import is_autocast_enabled
 
 __all__ = [
     "LABELS",
@@ -139,13 +140,7 @@ def check_class_target(input: Tensor, target: Tensor, reduction: str) -> None:
 
 
 def check_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    autocast: bool,
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> None:
     """All that cross-entropy can see without looking at values; ``functional.cross_entropy`` names the exceptions."""
     if weight is not None:
@@ -166,7 +161,7 @@ def check_cross_entropy(
     else:
         _check_label_shape(input, target)
     if weight is not None:
-        _check_weight(input, target, weight, autocast)
+        _check_weight(input, target, weight)
 
 
 def _check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> None:
@@ -213,11 +208,11 @@ def _check_label_dtype(input: Tensor, target: Tensor) -> None:
         )
 
 
-def _check_weight(input: Tensor, target: Tensor, weight: Tensor, autocast: bool) -> None:
+def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
     classes = input.shape[min(1, input.dim() - 1)]
     if weight.dim() != 1 or weight.numel() != classes:
         raise RuntimeError(f"expected weight of shape [{classes}], one value for each class, got {list(weight.shape)}")
-    if autocast or target.is_floating_point():
+    if target.is_floating_point() or is_autocast_enabled(input.device.type):
         return
     if weight.dtype != input.dtype:
         raise RuntimeError(

@@ -23,22 +23,22 @@ class Loss:
 
     Attributes:
         function: its function in ``fastmlp.functional``.
-        kernel: the file of its kernel, and of its operations in ``fastmlp.ops``.
-        input: what A is: any "values", "logits", or "probabilities", which need a sigmoid or a softmax at the end.
-        target: what a step takes: "classes" (class numbers [M]) or "values" (as A). The functions of losses of classes
-            take both.
-        over: what a mean divides by.
         torch: torch's function (A, target, reduction=...); None where torch has none.
         step: its name in ``TrainStep``; None where a step does not have it.
+        kernel: the file of its kernel, and of its operations in ``fastmlp.ops``.
+        input: what A is: any "values", "logits", or "probabilities", which need a sigmoid or a softmax at the end.
+        target: what a step takes: "values" (as A) or "classes" (class numbers [M]). The functions of losses of classes
+            take both.
+        over: what a mean divides by.
     """
 
     function: str
-    kernel: Literal["cross_entropy", "elementwise_loss", "softmax_squared_error"]
-    input: Literal["values", "logits", "probabilities"]
-    target: Literal["classes", "values"]
-    over: Literal["rows", "elements"]
     torch: Callable[..., Tensor] | None
     step: str | None
+    kernel: Literal["cross_entropy", "elementwise_loss", "softmax_squared_error"] = "elementwise_loss"
+    input: Literal["values", "logits", "probabilities"] = "values"
+    target: Literal["classes", "values"] = "values"
+    over: Literal["rows", "elements"] = "elements"
 
     def count(self, a: Tensor) -> int:
         """What the mean over A divides by."""
@@ -46,27 +46,17 @@ class Loss:
 
 
 #: Every loss by name, in the order of the documentation.
-LOSSES: dict[str, Loss] = {
+LOSSES = {
     "cross_entropy": Loss(
-        "cross_entropy", "cross_entropy", "logits", "classes", "rows", F.cross_entropy, "cross_entropy"
+        "cross_entropy", F.cross_entropy, "cross_entropy", "cross_entropy", "logits", "classes", "rows"
     ),
-    "mse": Loss("mse_loss", "elementwise_loss", "values", "values", "elements", F.mse_loss, "mse"),
-    "l1": Loss("l1_loss", "elementwise_loss", "values", "values", "elements", F.l1_loss, "l1"),
-    "binary_cross_entropy": Loss(
-        "bce_loss", "elementwise_loss", "probabilities", "values", "elements", F.binary_cross_entropy, None
-    ),
-    "bce_with_logits": Loss(
-        "bce_with_logits",
-        "elementwise_loss",
-        "logits",
-        "values",
-        "elements",
-        F.binary_cross_entropy_with_logits,
-        "bce",
-    ),
-    "nllm": Loss("multiclass_nll", "elementwise_loss", "probabilities", "values", "rows", None, None),
+    "mse": Loss("mse_loss", F.mse_loss, "mse"),
+    "l1": Loss("l1_loss", F.l1_loss, "l1"),
+    "binary_cross_entropy": Loss("bce_loss", F.binary_cross_entropy, None, input="probabilities"),
+    "bce_with_logits": Loss("bce_with_logits", F.binary_cross_entropy_with_logits, "bce", input="logits"),
+    "nllm": Loss("multiclass_nll", None, None, input="probabilities", over="rows"),
     "softmax_squared_error": Loss(
-        "softmax_squared_error", "softmax_squared_error", "logits", "classes", "rows", None, "softmax_squared_error"
+        "softmax_squared_error", None, "softmax_squared_error", "softmax_squared_error", "logits", "classes", "rows"
     ),
 }
 #: The names that ``TrainStep`` takes, and the losses that they mean.

@@ -10,6 +10,7 @@ Arguments were validated by the callers in ``fastmlp.functional``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..backend import Resolved
 from . import compiled, torch_ops, triton_ops
-from .torch_losses import Settings
+from .torch_losses import Gradients, Rows, Settings
 
 __all__ = ["BackwardOperations", "Operations", "on"]
 
@@ -40,8 +41,8 @@ class BackwardOperations(Protocol):
 class Operations(BackwardOperations, Protocol):
     """Those, the forward pass with b [N], and the losses.
 
-    Cross-entropy takes Z [M, C] or [N, C, S]. The other losses are named as in ``fastmlp.base.losses``; a gradient is
-    None unless it is wanted.
+    Cross-entropy takes Z [M, C] or [N, C, S]. The other losses are named as in ``fastmlp.base.losses``. ``want`` says
+    which of two gradients are wanted; the other is None.
     """
 
     def linear_fwd(
@@ -54,27 +55,13 @@ class Operations(BackwardOperations, Protocol):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(loss, what the backward pass keeps beside the inputs, denominator of the mean or None)."""
 
-    def cross_entropy_bwd(
-        self,
-        dloss: Tensor,
-        z: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        kept: Tensor,
-        denominator: Tensor | None,
-        s: Settings,
-        *,
-        want_dz: bool,
-        want_dt: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def cross_entropy_bwd(self, dloss: Tensor, rows: Rows, s: Settings, want: Sequence[bool]) -> Gradients:
         """(dZ, dTarget)."""
 
     def loss_fwd(self, a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
         """The loss of A and Y, in a's dtype."""
 
-    def loss_bwd(
-        self, g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, *, want_da: bool, want_dy: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def loss_bwd(self, g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: Sequence[bool]) -> Gradients:
         """(dA, dY)."""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from ..base.losses import LOSSES
 from ..cpu.cache import instruction_set
 
 __all__ = [
+    "Gradients",
+    "Rows",
     "Settings",
     "by_formula",
     "cross_entropy_bwd",
@@ -33,6 +36,10 @@ __all__ = [
     "widened",
 ]
 
+#: Z, target, weight, what the forward pass kept and the denominator of the mean, for a backward pass.
+Rows = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
+#: Of the input and of the target, each None unless wanted.
+Gradients = tuple[Tensor | None, Tensor | None]
 _WIDE = (torch.float32, torch.float64)
 #: Rows from which the softmax of short ones gains more than a node of the tape in Python costs.
 _MANY_ROWS = 256
@@ -140,19 +147,9 @@ def cross_entropy_fwd(
     return loss.to(s.dtype), log_p, denominator
 
 
-def cross_entropy_bwd(
-    dloss: Tensor,
-    z: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    log_p: Tensor,
-    denominator: Tensor | None,
-    s: Settings,
-    *,
-    want_dz: bool,
-    want_dt: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dZ, dTarget): dZ = g (p sum_c Q - Q), dt = -(1-e) w log p g, each None unless wanted."""
+def cross_entropy_bwd(dloss: Tensor, rows: Rows, s: Settings, want: Sequence[bool]) -> Gradients:
+    """dZ = g (p sum_c Q - Q) and dt = -(1-e) w log p g."""
+    z, target, weight, log_p, denominator = rows
     g = dloss.to(s.compute_dtype)
     if s.nll:
         weight = None if weight is None else weight.to(s.compute_dtype)
@@ -166,10 +163,10 @@ def cross_entropy_bwd(
     g_row = g.unsqueeze(1) if s.reduction == "none" else g
     dz = dt = None
     if target.is_floating_point():
-        if want_dz:
+        if want[0]:
             q = _soft_target(target, weight, z.shape[1], s)
             dz = log_p.exp().mul_(q.sum(1, keepdim=True)).sub_(q).mul_(g_row)
-        if want_dt:
+        if want[1]:
             dt = log_p * (g_row * (s.smoothing - 1))
             dt = (dt if weight is None else dt.mul_(_per_class(weight, dt, s))).to(target.dtype)
     else:
@@ -228,17 +225,17 @@ def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
     return by_formula(widened(a), widened(y) if y.is_floating_point() else y, loss, reduction).to(a.dtype)
 
 
-def loss_bwd(
-    g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, *, want_da: bool, want_dy: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dA, dY) for the upstream gradient of ``loss_fwd``, each None unless wanted."""
-    g, wide_a = widened(g) * mean_factor(loss, a, reduction), widened(a)
-    da: Tensor | None
-    dy: Tensor | None
+def loss_bwd(g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: Sequence[bool]) -> Gradients:
+    """The gradients of ``loss_fwd`` for the upstream gradient of its result."""
+    g, wide = widened(g) * mean_factor(loss, a, reduction), widened(a)
+    da: Tensor | None = None
+    dy: Tensor | None = None
     if loss == "softmax_squared_error":
-        da, dy = reference.softmax_squared_error_backward(g, wide_a, _values(y, wide_a))
-        return da.to(a.dtype) if want_da else None, dy.to(y.dtype) if want_dy else None
+        da, dy = reference.softmax_squared_error_backward(g, wide, _values(y, wide))
+        return da.to(a.dtype) if want[0] else None, dy.to(y.dtype) if want[1] else None
     wide_y = widened(y)
-    da = (reference.elementwise_loss_grad(wide_a, wide_y, loss) * g).to(a.dtype) if want_da else None
-    dy = (reference.elementwise_loss_target_grad(wide_a, wide_y, loss) * g).to(y.dtype) if want_dy else None
+    if want[0]:
+        da = (reference.elementwise_loss_grad(wide, wide_y, loss) * g).to(a.dtype)
+    if want[1]:
+        dy = (reference.elementwise_loss_target_grad(wide, wide_y, loss) * g).to(y.dtype)
     return da, dy

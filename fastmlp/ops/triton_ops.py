@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from ..base.losses import LOSSES
-from .torch_losses import Settings, mean_factor
+from .torch_losses import Gradients, Rows, Settings, mean_factor
 
 __all__ = [
     "activation_bwd",
@@ -82,34 +83,14 @@ def cross_entropy_fwd(
         return launch(z, target, weight=weight, reduction=s.reduction, dtype=s.dtype, **options)
 
 
-def cross_entropy_bwd(
-    dloss: Tensor,
-    z: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    kept: Tensor,
-    denominator: Tensor | None,
-    s: Settings,
-    *,
-    want_dz: bool,
-    want_dt: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dZ, dTarget), each None unless wanted; ``kept`` and ``denominator`` are from the forward pass."""
+def cross_entropy_bwd(dloss: Tensor, rows: Rows, s: Settings, want: Sequence[bool]) -> Gradients:
+    """(dZ, dTarget)."""
     from ..kernels import cross_entropy_bwd as launch
 
+    z, target, weight, kept, denominator = rows
+    options = {"weight": weight, "ignore_index": s.ignore_index, "smoothing": s.smoothing, "denominator": denominator}
     with device_of(z):
-        return launch(
-            dloss,
-            z,
-            target,
-            kept.contiguous(),
-            weight=weight,
-            ignore_index=s.ignore_index,
-            smoothing=s.smoothing,
-            denominator=denominator,
-            want_dz=want_dz,
-            want_dt=want_dt,
-        )
+        return launch(dloss, z, target, kept.contiguous(), want_dz=want[0], want_dt=want[1], **options)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -131,18 +112,16 @@ def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
     return out.view(a.shape) if reduction == "none" else out
 
 
-def loss_bwd(
-    g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, *, want_da: bool, want_dy: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dA, dY) for the upstream gradient of ``loss_fwd``, each None unless wanted."""
+def loss_bwd(g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: Sequence[bool]) -> Gradients:
+    """(dA, dY) for the upstream gradient of ``loss_fwd``."""
     scale = mean_factor(loss, a, reduction)
     with device_of(a):
         if LOSSES[loss].kernel == "softmax_squared_error":
             from ..kernels import softmax_squared_error_bwd
 
-            return softmax_squared_error_bwd(g, a, y, scale=scale, want_dz=want_da, want_dy=want_dy)
+            return softmax_squared_error_bwd(g, a, y, scale=scale, want_dz=want[0], want_dy=want[1])
         from ..kernels import elementwise_loss_bwd
 
         rows = (_rows(g) if g.dim() else g, _rows(a), _rows(y))
-        da, dy = elementwise_loss_bwd(*rows, loss, scale=scale, want_da=want_da, want_dy=want_dy)
+        da, dy = elementwise_loss_bwd(*rows, loss, scale=scale, want_da=want[0], want_dy=want[1])
     return None if da is None else da.view(a.shape), None if dy is None else dy.view(y.shape)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve
-from ..base.arguments import check_classes, check_rows, check_same_device, check_tensor, readable_rows
+from ..base.arguments import check_batch, check_classes, check_rows, check_same_device, check_tensor, readable_rows
 from ..base.losses import STEP_LOSSES, takes_classes
 from ..nn import MLP, Linear, _only_computes
 from .optimizers import optimizer_of
@@ -346,18 +346,13 @@ class TrainStep:
 
         With ``in_range``, for class numbers on a CPU too.
         """
-        check_tensor(x, "the input")
+        check_batch(x, self.model.sizes[0])
         check_tensor(y, "the target")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("a step cannot train inside torch.inference_mode(); leave it, or use torch.no_grad()")
         self._check_parameters()
         x = x.detach() if x.requires_grad else x
         y = y.detach() if y.requires_grad else y
-        if x.dim() < 2:
-            raise RuntimeError(
-                f"expected an input of shape [batch, {self.model.sizes[0]}] or [batch, ...], got {list(x.shape)}; "
-                "add a batch dimension with x.unsqueeze(0)"
-            )
         x = x.flatten(1) if x.dim() > 2 else x
         if x.shape[1] != self.model.sizes[0]:
             raise RuntimeError(
