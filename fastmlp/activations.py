@@ -42,6 +42,7 @@ class Activation:
         module: torch's module, and the attributes that distinguish its variants.
         epilogue: oneDNN's name of f after a product, where oneDNN computes f.
         kink: f' below 0 where f' steps at 0.
+        twice: whether aten's operator has a derivative itself.
     """
 
     saved: Literal["a", "z"] | None
@@ -56,6 +57,7 @@ class Activation:
     module: tuple[type[nn.Module], dict[str, object]] | None = None
     epilogue: str | None = None
     kink: float | None = None
+    twice: bool = True
 
     def backward(self, da: Tensor, saved: Tensor | None, *, inplace: bool = False) -> Tensor:
         """DZ = dA f'; ``inplace`` may overwrite dA."""
@@ -166,6 +168,7 @@ ACTIVATIONS: dict[str, Activation] = {
         operations=(5, 8),
         lr=0.1,
         module=(nn.SiLU, {}),
+        twice=False,
     ),
 }
 #: What a layer of an MLP may have: an elementwise activation, or softmax over its features.

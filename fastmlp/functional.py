@@ -56,18 +56,17 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         x: [*, in_features], of weight's dtype, or uint8 pixels, which are scaled by 1/255 inside the kernel.
         weight: [out_features, in_features], as torch.nn.functional.linear's; any strides.
         bias: [out_features] or None.
-        activation: identity, sigmoid, relu, tanh, step, leaky_relu (slope 0.01), gelu (exact) or silu, or softmax over
-            the features, which is a pass of its own after the kernel.
+        activation: a name of ``fastmlp.activations.LAYER_ACTIVATIONS``: "identity" (default), another elementwise one,
+            or "softmax" over the features, which is a pass of its own after the kernel.
 
     Returns:
         [*, out_features] in weight's dtype (in the autocast dtype under torch.autocast).
 
     Differentiable with respect to x, weight and bias, twice with ``create_graph=True``. The kernels run on CUDA and
-    HIP tensors in float32 (multiplied as ``torch.backends.cuda.matmul.fp32_precision`` says), float16 and bfloat16,
-    plain torch runs elsewhere: see ``fastmlp.set_backend``. Inside the transforms of torch.func (vmap, grad, jvp, ...)
-    the formula runs as plain torch operations, which the transforms know how to transform. torch.compile takes it into
-    one graph, the kernels as operators; a compiled call has first derivatives only, and forward mode is torch.func's
-    only.
+    HIP tensors in float32 (multiplied as ``torch.backends.cuda.matmul.fp32_precision`` says), float16 and bfloat16.
+    Elsewhere plain torch runs: see ``fastmlp.set_backend``. Inside the transforms of torch.func (vmap, grad, jvp, ...)
+    the formula runs as plain torch operations, which can be transformed. torch.compile takes the call into one graph,
+    with the kernels as operators. A compiled call has first derivatives only. Forward mode exists in torch.func only.
 
     Raises:
         ValueError: unknown activation.
@@ -85,7 +84,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     backend = resolve(x, weight.dtype)
     if functorch_active():
         return reference.linear_act(x, weight, bias, activation)
-    # One row a sample; not reshape(-1, K), which cannot infer the number of rows when K is 0.
+    # One row per sample. reshape(-1, K) cannot infer the number of rows when K is 0.
     x2d = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
     if torch.is_grad_enabled() and (_needs_grad(x) or _needs_grad(weight) or _needs_grad(bias)):
         a, _ = LinearAct.apply(x2d, weight, bias, activation, backend)
@@ -101,15 +100,14 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
         x: [B, in_features] of the weights' dtype, or uint8 pixels, or [B, ...], flattened from dimension 1.
         weights: L tensors [n_l, n_{l-1}].
         biases: L tensors [n_l], or None for a layer without one.
-        activations: L names as in ``linear_act``; the last one is usually "identity" (logits). After a softmax a new
-            node of the tape begins.
+        activations: L names as in ``linear_act``; the last one is usually "identity" (logits). A new node of the tape
+            begins after a softmax.
 
     Returns:
         A_L [B, n_L].
 
-    Gradients, backends and errors as ``linear_act``. Within the backward pass the derivative of each layer's
-    activation is part of the matrix product above it, and layers below the lowest one that needs a gradient cost
-    nothing.
+    Gradients, backends and errors as ``linear_act``. In the backward pass the derivative of each layer's activation is
+    part of the matrix product above the layer. Layers below the lowest one that needs a gradient cost nothing.
 
     Raises:
         ValueError: no layers, or not as many weights as biases and activations.

@@ -24,7 +24,7 @@ class Linear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as torch.nn.Linear, and initialized like it.
-        activation: "identity" (default), sigmoid, relu, tanh, step, leaky_relu, gelu, silu or softmax.
+        activation: "identity" (default), or another name of ``fastmlp.activations.LAYER_ACTIVATIONS``.
 
     Input [*, in_features] (uint8 pixels count as x / 255), output [*, out_features]; ``functional.linear_act`` says
     the rest.
@@ -58,8 +58,8 @@ class MLP(nn.Module):
     Args:
         sizes: number of features of the input, of every hidden layer and of the output: at least two positive ints,
             e.g. ``(784, 512, 512, 10)``.
-        activation: one name for all hidden layers, or a sequence of names, one for each hidden layer, or one for
-            every layer including the last. Default "sigmoid".
+        activation: one name for all hidden layers, or a sequence with a name per hidden layer, or with a name per layer
+            including the last. Default "sigmoid".
         bias: whether the layers have biases.
         device, dtype: of the parameters; default torch's.
 
@@ -67,9 +67,9 @@ class MLP(nn.Module):
     ``layers.{i}.bias`` [out]. Input is [B, sizes[0]] or [B, ...] flattened from dimension 1, of the parameters' dtype
     or uint8 (pixels, scaled by 1/255 in the first kernel); output [B, sizes[-1]].
 
-    The forward pass is one node of the tape, so the hidden layers' gradients never leave the backward kernels. If a
-    hook is registered on one of ``layers`` (or on all modules), or one was replaced by another module or given
-    another ``forward``, the layers are called one by one instead (each still fused) as modules are.
+    The forward pass is one node of the tape, so the hidden layers' gradients never leave the backward kernels. The
+    layers are called one by one, each still fused, where one of ``layers`` (or all modules) has a hook, and where one
+    was replaced by another module or has another ``forward``.
 
     Raises:
         TypeError: sizes that are no sequence of ints (a bool is none).
@@ -122,8 +122,9 @@ class MLP(nn.Module):
         """The MLP that a torch module of nn.Linear layers and activations computes; it shares the parameters.
 
         Accepts an nn.Sequential (nested ones too) or a module whose children, in order, form one: an optional
-        nn.Flatten, then nn.Linear layers, each followed by at most one of nn.Sigmoid, ReLU, Tanh, LeakyReLU(0.01),
-        GELU(), SiLU, Softmax(-1) or Identity. Sharing means that an optimizer made for the module goes on working.
+        nn.Flatten, then nn.Linear layers, each followed by at most one activation: nn.Softmax(-1), or the module of an
+        activation in ``fastmlp.activations``, with the same settings. An optimizer that was made for the module goes
+        on working, because the parameters are shared.
 
         Raises:
             TypeError: a child that an MLP has no place for, or one whose weight is computed by a parametrization.
@@ -206,7 +207,7 @@ def _checked_sizes(sizes: object) -> tuple[int, ...]:
 
 
 def _per_layer(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
-    """One activation a layer; a single name, or one name a hidden layer, leaves the last layer without."""
+    """One activation per layer; a single name, or one name per hidden layer, leaves the last layer without."""
     if isinstance(activation, str):
         check_layer_activation(activation)
         return (*[activation] * (layers - 1), "identity")
@@ -228,7 +229,7 @@ def _only_computes(layer: nn.Module) -> bool:
 
 
 def _parameter(layer: nn.Module, name: str) -> Tensor | None:
-    """``layer.weight`` or ``layer.bias``, without the long way that attributes of a module take."""
+    """``layer.weight`` or ``layer.bias``, without the slow look-up of a module's attributes."""
     parameters = layer._parameters
     return parameters[name] if name in parameters else getattr(layer, name)
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from . import reference
 from .activations import ACTIVATIONS
-from .base.arguments import check_activation, check_input, check_layer, check_tensor
+from .base.arguments import check_activation, check_classes, check_input, check_layer, check_tensor
 from .cpu.few_rows import row_blocks, sample_way
 from .cpu.gemm import keep_choices
 
@@ -391,7 +391,6 @@ def _checked(
             raise RuntimeError(f"expected order as int64 [steps], got {order.dtype} {list(order.shape)}")
         labels = labels[order]  # raises IndexError for a row that is not there
     targets: list[int] = labels.tolist()
-    classes = weights[-1].shape[0]
-    if targets and not 0 <= min(targets) <= max(targets) < classes:
-        raise IndexError(f"expected labels from 0 to {classes - 1}, got {min(targets)} to {max(targets)}")
+    if targets:
+        check_classes(labels, weights[-1].shape[0], "expected labels from 0 to {last}, got {low} to {high}")
     return order, targets

@@ -27,6 +27,8 @@ from torch.nn import functional as F
 from . import functional, ops, reference
 from .activations import ACTIVATIONS, saved_for_grad
 from .backend import KERNEL_DTYPES, Resolved, use_backend
+from .base.losses import LOSSES
+from .step.optimizers import SGD, AdamW, Optimizer
 
 __all__ = ["CHECKS", "KERNELS_ONLY", "CheckResult", "Comparison", "Problem", "run_checks"]
 
@@ -199,12 +201,11 @@ def cross_entropy(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
 def elementwise_loss(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     """The losses of values and of independent logits, M x N elements."""
     y = torch.rand(problem.M, problem.N, generator=_seeded(7)).to(problem.dtype).to(problem.device)
-    for ours, torchs in (
-        (functional.mse_loss, F.mse_loss),
-        (functional.l1_loss, F.l1_loss),
-        (functional.bce_with_logits, F.binary_cross_entropy_with_logits),
-    ):
-        yield from _loss(ours.__name__, ours, torchs, problem.dz, y, 1, backend)
+    for loss in LOSSES.values():
+        if loss.kernel == "elementwise_loss" and loss.input != "probabilities":
+            assert loss.torch is not None
+            ours = getattr(functional, loss.function)
+            yield from _loss(loss.function, ours, loss.torch, problem.dz, y, 1, backend)
 
 
 def softmax_squared_error(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
@@ -241,31 +242,33 @@ def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     from .kernels.layout import Hyper, Layer, Layout
     from .kernels.wgrad_update import wgrad_update as launch
 
-    lr, momentum, decay, betas = 0.1, 0.9, 0.02, (0.9, 0.999)
-    sgd = partial(torch.optim.SGD, lr=lr, weight_decay=decay)
-    # AdamW's first step is the gradient's sign unless eps is of the gradient's size.
-    adamw = partial(torch.optim.AdamW, lr=lr, betas=betas, eps=0.1, weight_decay=decay)
-    rules: tuple[tuple[str, Hyper, Callable[..., torch.optim.Optimizer]], ...] = (
-        ("sgd", Hyper("sgd", (decay,)), sgd),
-        ("nesterov", Hyper("nesterov", (decay, momentum)), partial(sgd, momentum=momentum, nesterov=True)),
-        ("adamw", Hyper("adamw", (1 - betas[0], betas[1], 1 - betas[1], 0.1)), adamw),
+    rules: tuple[tuple[Optimizer, Callable[..., torch.optim.Optimizer]], ...] = (
+        (SGD(0.1, 0.02), torch.optim.SGD),
+        (SGD(0.1, 0.02, momentum=0.9, nesterov=True), torch.optim.SGD),
+        # AdamW's first step is the gradient's sign unless eps is of the gradient's size.
+        (AdamW(0.1, 0.02, eps=0.1), torch.optim.AdamW),
     )
-    hyper_row = torch.tensor([lr, 1 - lr * decay, lr / (1 - betas[0]), (1 - betas[1]) ** -0.5], device=problem.device)
+    first = torch.ones(1, dtype=torch.float64)
     dz, x = problem.dz / problem.M**0.5, problem.x
     start = (problem.weight.float(), problem.bias.float())
-    for name, hyper, rule in rules:
+    for rule, torchs in rules:
+        settings = dataclasses.asdict(rule)
+        del settings["max_grad_norm"]
+        (row,) = rule.rows(first * rule.lr, first).to(problem.device)
         actual = [p.clone() for p in start]
         layout = Layout([Layer(*actual)])
         states = torch.zeros(2, layout.total, device=problem.device)
-        launch(layout, [dz], [x], hyper, hyper_row, states=states)
+        launch(layout, [dz], [x], Hyper(*rule.kernel), row, states=states)
+        make = partial(torchs, **settings)
 
-        def update(dz: Tensor, x: Tensor, rule: Callable[..., torch.optim.Optimizer] = rule) -> list[Tensor]:
+        def update(dz: Tensor, x: Tensor, make: Callable[..., torch.optim.Optimizer] = make) -> list[Tensor]:
             params = [p.to(torch.promote_types(dz.dtype, torch.float32), copy=True).requires_grad_() for p in start]
             for p, gradient in zip(params, reference.linear_wgrad(dz, x), strict=True):
                 p.grad = gradient.to(p.dtype)
-            rule(params).step()
+            make(params).step()
             return [p.detach() for p in params]
 
+        name = rule.kernel[0]
         yield from _compare([f"W ({name})", f"b ({name})"], actual, update, (dz, x), [problem.M] * 2)
 
 

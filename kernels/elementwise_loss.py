@@ -1,13 +1,14 @@
 """Elementwise losses of an output A and a target Y, and their gradients: squared, absolute, binary NLL, -Y log A.
 
-    mse               L = (a - y)^2                                     dL/da = 2 (a - y)
-    l1                L = |a - y|                                       dL/da = sign(a - y)
-    bce               L = -(y log a + (1 - y) log(1 - a))               dL/da = (a - y) / (a (1 - a))
-    bce_with_logits   bce of sigmoid(a) = max(a, 0) - a y + log(1 + e^-|a|)      dL/da = sigmoid(a) - y
-    nllm              L = -y log a                                      dL/da = -y / a
+    mse                    L = (a - y)^2                                dL/da = 2 (a - y)
+    l1                     L = |a - y|                                  dL/da = sign(a - y)
+    binary_cross_entropy   L = -(y log a + (1 - y) log(1 - a))          dL/da = (a - y) / (a (1 - a))
+    bce_with_logits        L = max(a, 0) - a y + log(1 + e^-|a|)        dL/da = sigmoid(a) - y
+    nllm                   L = -y log a                                 dL/da = -y / a
 
-torch's values where a logarithm or quotient is not finite: logarithms of bce are at least -100, a (1 - a) at least
-1e-12, and y = 0 makes nllm and its gradient 0. dL/dy follows each formula.
+bce_with_logits is binary_cross_entropy of sigmoid(a). Where a logarithm or a quotient is not finite, the values are
+torch's: the logarithms of binary_cross_entropy are at least -100, a (1 - a) is at least 1e-12, and y = 0 makes nllm and
+its gradient 0. dL/dy follows each formula.
 
 Shapes: A, Y [M, C], any strides; results contiguous. Contiguous operands are read as one long row, whatever C.
 Dtypes: float32, float16, bfloat16; computed in float32.
@@ -45,7 +46,7 @@ def _loss(a, y, LOSS: tl.constexpr):
         loss = (a - y) * (a - y)
     elif LOSS == "l1":
         loss = tl.abs(a - y)
-    elif LOSS == "bce":
+    elif LOSS == "binary_cross_entropy":
         loss = -(y * _log_probability(a, 1.0 - a) + (1.0 - y) * _log_probability(1.0 - a, a))
     elif LOSS == "bce_with_logits":
         loss = tl.where(a > 0.0, a, 0.0) - a * y + log1p_small(tl.exp(-tl.abs(a)))
@@ -61,11 +62,12 @@ def _loss_grad(a, y, LOSS: tl.constexpr):
         da = 2.0 * (a - y)
     elif LOSS == "l1":
         da = tl.where(a > y, 1.0, tl.where(a < y, -1.0, 0.0))
-    elif LOSS == "bce":
+    elif LOSS == "binary_cross_entropy":
         da = (a - y) / tl.maximum(a * (1.0 - a), 1e-12)
     elif LOSS == "bce_with_logits":
         da = tl.sigmoid(a) - y
     else:
+        tl.static_assert(LOSS == "nllm", "unknown loss")
         da = tl.where(y == 0.0, 0.0, -y / a)
     return da
 
@@ -74,11 +76,12 @@ def _loss_grad(a, y, LOSS: tl.constexpr):
 def _loss_target_grad(a, y, LOSS: tl.constexpr):
     if LOSS == "mse" or LOSS == "l1":
         dy = -_loss_grad(a, y, LOSS)
-    elif LOSS == "bce":
+    elif LOSS == "binary_cross_entropy":
         dy = _log_probability(1.0 - a, a) - _log_probability(a, 1.0 - a)
     elif LOSS == "bce_with_logits":
         dy = -a
     else:
+        tl.static_assert(LOSS == "nllm", "unknown loss")
         dy = -tl.log(a)
     return dy
 

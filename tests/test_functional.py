@@ -323,9 +323,9 @@ GOOD_W, GOOD_B = torch.ones(3, 5), torch.ones(3)
 
 LINEAR_ERRORS: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
     "activation": (
-        lambda: linear_act(torch.ones(2, 5), GOOD_W, None, "softplus"),
+        lambda: linear_act(torch.ones(2, 5), GOOD_W, None, "softmin"),
         ValueError,
-        r"unknown activation 'softplus'; expected one of identity, sigmoid, .*silu",
+        r"unknown activation 'softmin'; expected one of identity, sigmoid, .*silu",
     ),
     "list as input": (
         lambda: linear_act([1.0], GOOD_W),

@@ -15,25 +15,8 @@ from fastmlp import functional, reference
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.ops import torch_ops
 from tests.support.harness import assert_within_budget
+from tests.support.torchs import TORCH_ACTIVATIONS
 
-
-class Step(nn.Module):
-    """[z >= 0] with the derivative zero, as fastmlp has it."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        return reference.activate(z, "step") + 0 * z
-
-
-TORCH_MODULES = {
-    "identity": nn.Identity,
-    "sigmoid": nn.Sigmoid,
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "step": Step,
-    "leaky_relu": nn.LeakyReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-}
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SIZES = (12, 9, 7, 4)
 
@@ -44,7 +27,7 @@ def sequential(model: fastmlp.MLP, dtype: torch.dtype | None = None) -> nn.Seque
     for layer in model.layers:
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.weight.dtype)
         linear.load_state_dict(layer.state_dict())
-        modules += [linear, TORCH_MODULES[layer.activation]()]
+        modules += [linear, TORCH_ACTIVATIONS[layer.activation].module()]
     return nn.Sequential(*modules).to(dtype)
 
 

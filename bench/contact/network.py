@@ -19,7 +19,8 @@ from torch import Tensor
 import fastmlp
 from bench.static.workloads import float32_precision
 from fastmlp import kernels
-from tests.support.steps import OPTIMIZERS, Reference, converted, flat, network, problem
+from tests.support.steps import Reference, converted, flat, network, problem
+from tests.support.torchs import OPTIMIZERS
 
 from .judging import NUMERICS, Tf32Products, dtype_of, run_share
 from .report import Report

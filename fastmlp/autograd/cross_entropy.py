@@ -13,72 +13,20 @@ from torch.autograd import Function
 from torch.nn import _reduction
 from torch.nn import functional as F
 
-from .. import reference
+from .. import ops, reference
 from ..backend import Resolved, functorch_active, get_backend, resolve
-from ..base.arguments import check_same_device, check_tensor
+from ..base.arguments import check_classes, check_cross_entropy, check_tensor
 from ..base.compat import is_autocast_enabled
 from ..ops import torch_losses
-from ..ops.torch_losses import LABELS, Settings
-from ..ops.triton_ops import device_of
+from ..ops.torch_losses import Settings
 
 __all__ = ["SoftmaxCrossEntropy", "cross_entropy"]
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_REDUCTIONS = ("none", "mean", "sum")
-
-
-def _forward(
-    z: Tensor, target: Tensor, weight: Tensor | None, s: Settings, backend: Resolved
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(loss, what the backward pass keeps beside the inputs, denominator or None) for [M, C] or [N, C, S]."""
-    if backend == "torch":
-        return torch_losses.cross_entropy_fwd(z, target, weight, s)
-    from ..kernels import cross_entropy_fwd as launch
-
-    with device_of(z):
-        return launch(
-            z,
-            target,
-            weight=weight,
-            ignore_index=s.ignore_index,
-            smoothing=s.smoothing,
-            reduction=s.reduction,
-            dtype=s.dtype,
-        )
-
-
-def _backward(
-    dloss: Tensor,
-    z: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    kept: Tensor,
-    denominator: Tensor | None,
-    s: Settings,
-    backend: Resolved,
-    *,
-    want_dz: bool,
-    want_dt: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    if backend == "torch":
-        return torch_losses.cross_entropy_bwd(
-            dloss, z, target, weight, kept, denominator, s, want_dz=want_dz, want_dt=want_dt
-        )
-    from ..kernels import cross_entropy_bwd as launch
-
-    with device_of(z):
-        return launch(
-            dloss,
-            z,
-            target,
-            kept.contiguous(),
-            weight=weight,
-            ignore_index=s.ignore_index,
-            smoothing=s.smoothing,
-            denominator=denominator,
-            want_dz=want_dz,
-            want_dt=want_dt,
-        )
+#: What is said of a label that is no class.
+_NO_CLASS = (
+    "target {bad}{at} is out of bounds: expected labels from 0 to {last} for {classes} classes, or "
+    "ignore_index={ignore_index}; relabel it, or give the last layer more outputs"
+)
 
 
 def _batched(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +49,7 @@ class SoftmaxCrossEntropy(Function):
         ctx: Any, z: Tensor, target: Tensor, weight: Tensor | None, settings: Settings, backend: Resolved
     ) -> Tensor:
         """Keep Z, the target and log p (torch) or max and sum of exponentials of each row (kernels)."""
-        loss, kept, denominator = _forward(*_batched(z, target), weight, settings, backend)
+        loss, kept, denominator = ops.on(backend).cross_entropy_fwd(*_batched(z, target), weight, settings)
         ctx.save_for_backward(z, target, weight, kept, denominator)
         ctx.settings, ctx.backend = settings, backend
         return _unbatched(loss, z)
@@ -118,7 +66,8 @@ class SoftmaxCrossEntropy(Function):
             dz, dt = _differentiable_backward(dloss, z, target, weight, s)
             return dz if need_z else None, dt if need_t else None, None, None, None
         rows = (*_batched(z, target), weight, kept, denominator)
-        dz, dt = _backward(_upstream(dloss, z, s), *rows, s, ctx.backend, want_dz=need_z, want_dt=need_t)
+        backward = ops.on(ctx.backend).cross_entropy_bwd
+        dz, dt = backward(_upstream(dloss, z, s), rows, s, (need_z, need_t))
         return None if dz is None else dz.view(z.shape), None if dt is None else dt.view(target.shape), None, None, None
 
 
@@ -130,7 +79,7 @@ def _unbatched(loss: Tensor, z: Tensor) -> Tensor:
 
 
 def _upstream(dloss: Tensor, z: Tensor, s: Settings) -> Tensor:
-    """The upstream gradient with one value a row as ``_batched`` has them, or 0-d."""
+    """The upstream gradient with one value per row of ``_batched``, or 0-d."""
     if s.reduction != "none" or z.dim() == 2:
         return dloss
     return dloss.unsqueeze(0) if z.dim() == 1 else dloss.flatten(1)
@@ -177,17 +126,17 @@ def cross_entropy(
         label_smoothing: e in [0, 1]; the target becomes (1 - e) target + e/C. Default 0.
 
     Returns:
-        A 0-d tensor, or for "none" one value a row, in the input's dtype (float32 under torch.autocast). float16 and
+        A 0-d tensor, or for "none" one value per row, in the input's dtype (float32 under torch.autocast). float16 and
         bfloat16 are computed in float32.
 
-    Differentiable in input and probabilities, twice with ``create_graph=True``. Inside the transforms of torch.func,
-    inside torch.compile on plain torch, for empty inputs, where probabilities have a class weight that requires grad,
-    and where it is as fast (labels on a CPU, but for many rows of few classes), torch.nn.functional.cross_entropy
-    itself runs.
+    Differentiable in input and probabilities, twice with ``create_graph=True``. torch.nn.functional.cross_entropy
+    itself runs inside the transforms of torch.func, inside torch.compile on plain torch, for empty inputs, where
+    probabilities have a class weight that requires grad, and where it is as fast: for labels on a CPU, unless there are
+    many rows of few classes.
 
-    A label outside [0, C) that is not ignore_index raises IndexError on CPU. On a GPU labels are not checked, because
-    that would wait for the device: there the loss and the gradient of that row are NaN, and so are the mean and the
-    sum; nothing outside the row is read or written.
+    On a CPU a label outside [0, C) that is not ignore_index raises IndexError. On a GPU labels are not checked, because
+    a check would wait for the device. There the loss and the gradient of such a row are NaN, and so are the mean and
+    the sum. Nothing outside the row is read or written.
 
     Raises:
         TypeError: arguments that are not tensors, ignore_index that is no int, label_smoothing that is no number.
@@ -202,10 +151,9 @@ def cross_entropy(
     check_tensor(target, "the target")
     if torch_losses.torch_is_as_fast(input, target, label_smoothing) and get_backend() != "triton":
         return _torchs(input, target, weight, ignore_index, reduction, label_smoothing)
-    autocast = is_autocast_enabled(input.device.type)
-    _check(input, target, weight, ignore_index, reduction, label_smoothing, autocast)
+    check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     probabilities = target.is_floating_point()
-    dtype = _result_dtype(input, target, weight, autocast)
+    dtype = _result_dtype(input, target, weight)
     backend = resolve(input, dtype)
     weight_learns = weight is not None and weight.requires_grad and torch.is_grad_enabled()
     traced = backend == "torch" and torch.compiler.is_compiling()
@@ -220,140 +168,36 @@ def cross_entropy(
     try:
         if torch.is_grad_enabled() and (input.requires_grad or (probabilities and target.requires_grad)):
             return SoftmaxCrossEntropy.apply(input, target, weight, settings, backend)
-        return _unbatched(_forward(*_batched(input, target), weight, settings, backend)[0], input)
-    except IndexError:  # from nll_loss's own check: ours says which label it was
+        return _unbatched(ops.on(backend).cross_entropy_fwd(*_batched(input, target), weight, settings)[0], input)
+    except IndexError:  # from nll_loss's own check; ours names the label
         _check_labels(input, target, ignore_index)
         raise
 
 
-def _torchs(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-) -> Tensor:
-    """torch's own cross-entropy. It checks its arguments itself; ours say more about what is wrong with them."""
+def _torchs(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    """torch's own cross-entropy. torch checks its arguments itself; our errors say more about them."""
+    ignore_index, reduction, label_smoothing = options
     try:
         return F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
     except Exception:
-        _check(input, target, weight, ignore_index, reduction, label_smoothing, is_autocast_enabled(input.device.type))
+        check_cross_entropy(input, target, weight, *options)
         if target.is_cpu and not (functorch_active() or target.is_floating_point()):
             _check_labels(input, target, ignore_index)
         raise
 
 
-def _result_dtype(input: Tensor, target: Tensor, weight: Tensor | None, autocast: bool) -> torch.dtype:
+def _result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
     """The input's dtype; probabilities promote it as torch's arithmetic does; autocast widens to float32."""
     dtype = input.dtype
     if target.is_floating_point():
         dtype = torch.promote_types(dtype, target.dtype)
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
-    return torch.float32 if autocast and dtype != torch.float64 else dtype
-
-
-def _check(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    autocast: bool,
-) -> None:
-    """Everything that can be seen without looking at values; see ``cross_entropy`` for the exceptions."""
-    if weight is not None:
-        check_tensor(weight, "weight")
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"expected ignore_index to be an int, got {type(ignore_index).__name__}")
-    if not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"expected label_smoothing to be a float, got {type(label_smoothing).__name__}")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"unknown reduction {reduction!r}; expected one of {', '.join(_REDUCTIONS)}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
-    if input.dtype not in _FLOATS:
-        raise NotImplementedError(f"expected floating-point logits, got {input.dtype}; convert them with .float()")
-    if target.device != input.device or (weight is not None and weight.device != input.device):
-        check_same_device((("the input", input), ("the target", target), ("weight", weight)))
-    if input.shape == target.shape:
-        _check_probabilities(input, target, ignore_index)
-    else:
-        _check_label_shape(input, target)
-    if weight is not None:
-        _check_weight(input, target, weight, autocast)
-
-
-def _check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> None:
-    if input.dim() == 0:
-        raise RuntimeError("expected logits of shape [C], [N, C] or [N, C, d1, ...], got a 0-d tensor")
-    if target.dtype not in _FLOATS:
-        raise RuntimeError(
-            f"expected floating-point class probabilities, because the target has the input's shape "
-            f"{list(input.shape)}, got {target.dtype}; labels have one dimension less, without the classes"
-        )
-    if ignore_index >= 0:
-        raise RuntimeError(
-            f"ignore_index is for labels, got ignore_index={ignore_index} with class probabilities; "
-            "leave it out, or give those rows a probability of 0 everywhere"
-        )
-
-
-def _check_label_shape(input: Tensor, target: Tensor) -> None:
-    if input.dim() == 2 and target.dim() == 1 and input.shape[0] == target.shape[0] and input.shape[1] > 0:
-        _check_label_dtype(input, target)
-        return
-    got = f"input {list(input.shape)} and target {list(target.shape)}"
-    if input.dim() == 0:
-        raise RuntimeError(f"expected logits of shape [C], [N, C] or [N, C, d1, ...], got {got}")
-    if input.dim() <= 2 and target.dim() > 1:
-        raise RuntimeError(f"expected labels [N] for logits [N, C], or probabilities of the input's shape, got {got}")
-    if input.dim() == 1:
-        if target.numel() != 1:
-            raise ValueError(f"expected one label for logits [C], got {got}")
-    elif target.dim() == 0 or input.shape[0] != target.shape[0]:
-        raise ValueError(f"expected as many labels as rows (the batch size), got {got}")
-    elif input.shape[:1] + input.shape[2:] != target.shape:
-        raise RuntimeError(f"expected labels [N, d1, ...] for logits [N, C, d1, ...], got {got}")
-    if input.shape[min(1, input.dim() - 1)] == 0 and target.numel() > 0:
-        raise IndexError(f"there are no classes for a label to name: got {got}")
-    _check_label_dtype(input, target)
-
-
-def _check_label_dtype(input: Tensor, target: Tensor) -> None:
-    if target.dtype not in LABELS:
-        raise RuntimeError(
-            f"expected labels of dtype int64 or uint8, got {target.dtype}; convert them with .long(), or give class "
-            f"probabilities of the input's shape {list(input.shape)}"
-        )
-
-
-def _check_weight(input: Tensor, target: Tensor, weight: Tensor, autocast: bool) -> None:
-    classes = input.shape[min(1, input.dim() - 1)]
-    if weight.dim() != 1 or weight.numel() != classes:
-        raise RuntimeError(f"expected weight of shape [{classes}], one value for each class, got {list(weight.shape)}")
-    if autocast or target.is_floating_point():
-        return
-    if weight.dtype != input.dtype:
-        raise RuntimeError(
-            f"expected weight in the input's dtype {input.dtype}, got {weight.dtype}; convert one of them"
-        )
+    return torch.float32 if dtype != torch.float64 and is_autocast_enabled(input.device.type) else dtype
 
 
 def _check_labels(input: Tensor, target: Tensor, ignore_index: int) -> None:
     """IndexError for a label that is no class and not ignored; looks at the values."""
     classes = input.shape[min(1, input.dim() - 1)]
-    lo, hi = (int(bound) for bound in target.aminmax())
-    if lo >= 0 and hi < classes:
-        return
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        at = f" at position {where[0] if len(where) == 1 else where}" if where else ""
-        raise IndexError(
-            f"target {target[tuple(where)].item()}{at} is out of bounds: expected labels from 0 to {classes - 1} for "
-            f"{classes} classes, or ignore_index={ignore_index}; relabel it, or give the last layer more outputs"
-        )
+    check_classes(target, classes, _NO_CLASS, ignore_index=ignore_index)

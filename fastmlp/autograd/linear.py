@@ -1,15 +1,15 @@
 """The torch.autograd.Function classes: one tape node for a layer, one for a whole MLP.
 
 Forward and backward run the fused operations of ``fastmlp.ops``; nothing inside them is on the tape. What the
-backward pass needs goes through ``save_for_backward``; what nobody asked the gradient of is neither saved nor
-computed.
+backward pass needs goes through ``save_for_backward``. A gradient that nobody asked for is not computed, and nothing is
+saved for it.
 
-Second derivatives: everything that the backward pass reads and that depends on a parameter (hidden A_l, and Z_l for
-gelu and silu) is an output of the node, so that autograd knows where it came from. With ``create_graph=True`` the
-backward pass evaluates the same formulas with differentiable torch operations instead of kernels, and the gradients
-that reach the saved outputs from there come back into the same backward pass. Callers drop these outputs; without
-``create_graph`` their gradients are never made. torch.compile has no second derivatives and would make zeros of these
-gradients, so what it traces has one output.
+Second derivatives: everything that the backward pass reads and that depends on a parameter (hidden A_l, or Z_l where f'
+is computed from Z) is an output of the node. So autograd knows where it came from. With ``create_graph=True`` the
+backward pass evaluates the same formulas with differentiable torch operations instead of kernels. The gradients of the
+saved outputs then come back into the same backward pass. Callers drop these outputs; without ``create_graph`` their
+gradients are never made. torch.compile has no second derivatives and would make zeros of these gradients, so a traced
+node has one output.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import ops, reference
-from ..activations import saved_for_grad
+from ..activations import ACTIVATIONS, saved_for_grad
 from ..backend import Resolved
 from ..base.compat import is_autocast_enabled
 from ..ops import BackwardOperations, torch_ops
@@ -48,7 +48,7 @@ class _Differentiable:
     @staticmethod
     def activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
         """DZ = dA * f'."""
-        if activation == "silu":  # the one backward operation of torch that has no derivative itself
+        if not ACTIVATIONS[activation].twice:
             assert saved is not None
             return da * reference.activation_grad(saved, activation)
         return torch_ops.activation_bwd(da, saved, activation)
@@ -72,8 +72,8 @@ def _backward_operations(backend: Resolved) -> BackwardOperations:
 class LinearAct(Function):
     """A = f(X W^T + b) for X [M, K], W [N, K], b [N] or None.
 
-    ``apply(x, weight, bias, activation, backend)`` returns (A [M, N], Z [M, N] for gelu and silu or None); Z is there
-    for the backward pass only.
+    ``apply(x, weight, bias, activation, backend)`` returns (A [M, N], Z [M, N] or None); Z is there for the
+    backward pass only, where f' is computed from it.
     """
 
     @staticmethod

@@ -12,13 +12,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import reference
-from ..backend import Resolved, functorch_active, resolve
-from ..base.arguments import check_same_device, check_tensor
-from ..ops.torch_losses import LABELS
-from ..ops.triton_ops import device_of
-from .elementwise import REDUCTIONS, check_loss_arguments, outside_autocast, reduced, wide
+from ..backend import functorch_active
+from ..base.arguments import check_class_target, check_classes, check_tensor, check_value_target
+from .elementwise import apply_loss
 
-__all__ = ["Softmax", "SoftmaxSquaredError", "softmax", "softmax_squared_error"]
+__all__ = ["Softmax", "softmax", "softmax_squared_error"]
 
 
 class Softmax(Function):
@@ -54,51 +52,6 @@ def softmax(z: Tensor) -> Tensor:
     return torch.softmax(z, -1) if functorch_active() else Softmax.apply(z)
 
 
-class SoftmaxSquaredError(Function):
-    """``apply(z, target, reduction, backend)`` for Z [M, C] and labels [M] or values [M, C]."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, target: Tensor, reduction: str, backend: Resolved) -> Tensor:
-        """Keep Z and the target: the probabilities are made again where they are needed, one pass over Z."""
-        ctx.save_for_backward(z, target)
-        ctx.reduction, ctx.backend = reduction, backend
-        if backend == "triton":
-            from ..kernels import softmax_squared_error_fwd as launch
-
-            with device_of(z):
-                return launch(z, target, scale=None if reduction == "none" else _scale(z, reduction))
-        rows = reference.softmax_squared_error(wide(z), _values(target, wide(z)))
-        return reduced(rows, reduction, len(z)).to(z.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """DZ = 2 g p (d - sum_c p_c d_c) and dY = -2 g d with d = p - y."""
-        (g,) = grads
-        z, target = ctx.saved_tensors
-        need_z, need_y = ctx.needs_input_grad[:2]
-        scale = _scale(z, ctx.reduction)
-        if torch.is_grad_enabled() or ctx.backend == "torch":
-            y = _values(target, wide(z))
-            dz, dy = reference.softmax_squared_error_backward(wide(g) * scale, wide(z), y)
-            return dz.to(z.dtype) if need_z else None, dy.to(target.dtype) if need_y else None, None, None
-        from ..kernels import softmax_squared_error_bwd as launch
-
-        with device_of(z):
-            dz_out, dy_out = launch(g, z, target, scale=scale, want_dz=need_z, want_dy=need_y)
-        return dz_out, dy_out, None, None
-
-
-def _scale(z: Tensor, reduction: str) -> float:
-    return 1 / len(z) if reduction == "mean" and len(z) else 1.0
-
-
-def _values(target: Tensor, z: Tensor) -> Tensor:
-    """Y [M, C]: the target, or one-hot rows of labels."""
-    if target.is_floating_point():
-        return wide(target)
-    return torch.zeros_like(z).scatter(1, target.long().unsqueeze(1), 1)
-
-
 def softmax_squared_error(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """|softmax(z) - y|^2, forward and gradient each in one pass over the logits.
 
@@ -124,34 +77,12 @@ def softmax_squared_error(input: Tensor, target: Tensor, reduction: str = "mean"
     if input.dim() not in (1, 2):
         raise ValueError(f"expected logits [M, C] or [C], got {list(input.shape)}")
     if target.is_floating_point():
-        check_loss_arguments(input, target, reduction)
+        check_value_target(input, target, reduction)
     else:
-        _check_labels(input, target, reduction)
-    input, target = outside_autocast(input, target)
-    backend = resolve(input)
-    z = input if input.dim() == 2 else input.unsqueeze(0)
-    y = target if input.dim() == 2 else target.unsqueeze(0)
-    if functorch_active():
-        loss = reduced(reference.softmax_squared_error(z, _values(y, z)), reduction, len(z))
-    else:
-        loss = SoftmaxSquaredError.apply(z, y, reduction, backend)
-    return loss.squeeze(0) if input.dim() == 1 and reduction == "none" else loss
-
-
-def _check_labels(input: Tensor, target: Tensor, reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
-    if not input.is_floating_point():
-        raise RuntimeError(f"expected floating-point logits, got {input.dtype}; convert them with .float()")
-    if target.dtype not in LABELS:
-        raise RuntimeError(f"expected labels in int64 or uint8, got {target.dtype}; convert them with .long()")
-    if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"expected labels of shape {list(input.shape[:-1])} for logits {list(input.shape)}, or values of shape "
-            f"{list(input.shape)} in {input.dtype}, got {list(target.shape)} in {target.dtype}"
-        )
-    check_same_device((("the input", input), ("the target", target)))
-    if target.device.type == "cpu" and target.numel() and not functorch_active():
-        low, high = (int(v) for v in torch.aminmax(target))
-        if low < 0 or high >= input.shape[-1]:
-            raise IndexError(f"expected labels from 0 to {input.shape[-1] - 1}, got {low} to {high}")
+        check_class_target(input, target, reduction)
+        if target.device.type == "cpu" and target.numel() and not functorch_active():
+            check_classes(target, input.shape[-1])
+    if input.dim() == 2:
+        return apply_loss(input, target, "softmax_squared_error", reduction)
+    loss = apply_loss(input.unsqueeze(0), target.unsqueeze(0), "softmax_squared_error", reduction)
+    return loss.squeeze(0) if reduction == "none" else loss

@@ -1,7 +1,7 @@
 """Validation of arguments: every error says what came, what was expected and what to do.
 
 The exceptions are of the types that torch raises for the same mistake, so code that catches torch's keeps working.
-Each function returns nothing; it runs on every call, so the good case costs a few attribute reads.
+Most functions return nothing. They run on every call, so the good case costs a few attribute reads.
 """
 
 from __future__ import annotations
@@ -12,18 +12,32 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, LAYER_ACTIVATIONS
+from .compat import is_autocast_enabled
 
 __all__ = [
+    "LABELS",
+    "REDUCTIONS",
     "check_activation",
     "check_batch",
+    "check_class_target",
     "check_classes",
+    "check_cross_entropy",
     "check_input",
     "check_layer",
     "check_layer_activation",
     "check_linear",
+    "check_reduction",
+    "check_rows",
     "check_same_device",
     "check_tensor",
+    "check_value_target",
+    "readable_rows",
 ]
+
+#: Dtypes of labels.
+LABELS = (torch.int64, torch.uint8)
+REDUCTIONS = ("none", "mean", "sum")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_activation(activation: object) -> None:
@@ -57,12 +71,153 @@ def check_same_device(named: Sequence[tuple[str, Tensor | None]]) -> None:
             )
 
 
-def check_classes(y: Tensor, classes: int) -> None:
-    """IndexError unless all of ``y``, int64 and not empty, are class numbers in [0, classes)."""
+def check_classes(
+    y: Tensor,
+    classes: int,
+    message: str = "class number {bad} is out of range; expected classes 0 to {last}, got {low} to {high}",
+    *,
+    ignore_index: int | None = None,
+) -> None:
+    """IndexError unless all of ``y``, integers and not empty, are in [0, classes) or ``ignore_index``.
+
+    ``message`` may name {classes}, {last} = classes - 1, {ignore_index}, the range {low} and {high} of y, the first
+    label {bad} that is no class, and where {at} that label is.
+    """
     low, high = (int(value) for value in torch.aminmax(y))
-    if not 0 <= low <= high < classes:
-        bad = low if low < 0 else high
-        raise IndexError(f"class number {bad} is out of range; the model has classes 0 to {classes - 1}")
+    if low >= 0 and high < classes:
+        return
+    wrong = (y < 0) | (y >= classes)
+    if ignore_index is not None:
+        wrong &= y != ignore_index
+        if not wrong.any():
+            return
+    where = wrong.nonzero()[0].tolist()
+    at = f" at position {where[0] if len(where) == 1 else where}" if where else ""
+    facts = {"classes": classes, "last": classes - 1, "low": low, "high": high, "ignore_index": ignore_index}
+    raise IndexError(message.format(bad=y[tuple(where)].item(), at=at, **facts))
+
+
+def check_reduction(reduction: object) -> None:
+    """ValueError unless ``reduction`` is one of torch's three."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
+
+
+def check_value_target(input: Tensor, target: Tensor, reduction: str) -> None:
+    """TypeError, ValueError or RuntimeError unless both are floating-point, alike, on one device."""
+    check_tensor(input, "the input")
+    check_tensor(target, "the target")
+    check_reduction(reduction)
+    if input.shape != target.shape:
+        raise ValueError(
+            f"expected a target of the input's shape {list(input.shape)}, got {list(target.shape)}; use "
+            "target.expand_as(input) if it should be repeated"
+        )
+    for name, tensor in (("input", input), ("target", target)):
+        if not tensor.is_floating_point():
+            raise RuntimeError(f"expected a floating-point {name}, got {tensor.dtype}; convert it with .float()")
+    if input.dtype != target.dtype:
+        raise RuntimeError(
+            f"expected input and target of the same dtype, got {input.dtype} and {target.dtype}; convert the target "
+            f"with .to({input.dtype})"
+        )
+    check_same_device((("the input", input), ("the target", target)))
+
+
+def check_class_target(input: Tensor, target: Tensor, reduction: str) -> None:
+    """ValueError or RuntimeError unless logits [*, C] have labels [*] of a dtype of labels, on one device."""
+    check_reduction(reduction)
+    if not input.is_floating_point():
+        raise RuntimeError(f"expected floating-point logits, got {input.dtype}; convert them with .float()")
+    if target.dtype not in LABELS:
+        raise RuntimeError(f"expected labels in int64 or uint8, got {target.dtype}; convert them with .long()")
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"expected labels of shape {list(input.shape[:-1])} for logits {list(input.shape)}, or values of shape "
+            f"{list(input.shape)} in {input.dtype}, got {list(target.shape)} in {target.dtype}"
+        )
+    check_same_device((("the input", input), ("the target", target)))
+
+
+def check_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> None:
+    """All that cross-entropy can see without looking at values; ``functional.cross_entropy`` names the exceptions."""
+    if weight is not None:
+        check_tensor(weight, "weight")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"expected ignore_index to be an int, got {type(ignore_index).__name__}")
+    if not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"expected label_smoothing to be a float, got {type(label_smoothing).__name__}")
+    check_reduction(reduction)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
+    if input.dtype not in _FLOATS:
+        raise NotImplementedError(f"expected floating-point logits, got {input.dtype}; convert them with .float()")
+    if target.device != input.device or (weight is not None and weight.device != input.device):
+        check_same_device((("the input", input), ("the target", target), ("weight", weight)))
+    if input.shape == target.shape:
+        _check_probabilities(input, target, ignore_index)
+    else:
+        _check_label_shape(input, target)
+    if weight is not None:
+        _check_weight(input, target, weight)
+
+
+def _check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> None:
+    if input.dim() == 0:
+        raise RuntimeError("expected logits of shape [C], [N, C] or [N, C, d1, ...], got a 0-d tensor")
+    if target.dtype not in _FLOATS:
+        raise RuntimeError(
+            f"expected floating-point class probabilities, because the target has the input's shape "
+            f"{list(input.shape)}, got {target.dtype}; labels have one dimension less, without the classes"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError(
+            f"ignore_index is for labels, got ignore_index={ignore_index} with class probabilities; "
+            "leave it out, or give those rows a probability of 0 everywhere"
+        )
+
+
+def _check_label_shape(input: Tensor, target: Tensor) -> None:
+    if input.dim() == 2 and target.dim() == 1 and input.shape[0] == target.shape[0] and input.shape[1] > 0:
+        _check_label_dtype(input, target)
+        return
+    got = f"input {list(input.shape)} and target {list(target.shape)}"
+    if input.dim() == 0:
+        raise RuntimeError(f"expected logits of shape [C], [N, C] or [N, C, d1, ...], got {got}")
+    if input.dim() <= 2 and target.dim() > 1:
+        raise RuntimeError(f"expected labels [N] for logits [N, C], or probabilities of the input's shape, got {got}")
+    if input.dim() == 1:
+        if target.numel() != 1:
+            raise ValueError(f"expected one label for logits [C], got {got}")
+    elif target.dim() == 0 or input.shape[0] != target.shape[0]:
+        raise ValueError(f"expected as many labels as rows (the batch size), got {got}")
+    elif input.shape[:1] + input.shape[2:] != target.shape:
+        raise RuntimeError(f"expected labels [N, d1, ...] for logits [N, C, d1, ...], got {got}")
+    if input.shape[min(1, input.dim() - 1)] == 0 and target.numel() > 0:
+        raise IndexError(f"there are no classes for a label to name: got {got}")
+    _check_label_dtype(input, target)
+
+
+def _check_label_dtype(input: Tensor, target: Tensor) -> None:
+    if target.dtype not in LABELS:
+        raise RuntimeError(
+            f"expected labels of dtype int64 or uint8, got {target.dtype}; convert them with .long(), or give class "
+            f"probabilities of the input's shape {list(input.shape)}"
+        )
+
+
+def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
+    classes = input.shape[min(1, input.dim() - 1)]
+    if weight.dim() != 1 or weight.numel() != classes:
+        raise RuntimeError(f"expected weight of shape [{classes}], one value for each class, got {list(weight.shape)}")
+    if target.is_floating_point() or is_autocast_enabled(input.device.type):
+        return
+    if weight.dtype != input.dtype:
+        raise RuntimeError(
+            f"expected weight in the input's dtype {input.dtype}, got {weight.dtype}; convert one of them"
+        )
 
 
 def _names(layer: int | None) -> tuple[str, str]:

@@ -1,8 +1,7 @@
 """The fused operations without autograd: on which backend they run.
 
-``ops.on(backend)`` is the module whose functions ``linear_fwd``, ``linear_dgrad``, ``linear_wgrad`` and
-``activation_bwd`` do them: ``fastmlp.ops.torch_ops``, ``fastmlp.ops.triton_ops`` or, while torch.compile traces,
-``fastmlp.ops.compiled``.
+``ops.on(backend)`` is the module that has the functions of ``Operations``: ``fastmlp.ops.torch_ops``,
+``fastmlp.ops.triton_ops`` or, while torch.compile traces, ``fastmlp.ops.compiled``.
 
 ``backend`` is what ``fastmlp.backend.resolve`` returned for the operation's input. A backward pass is given the
 backend of its forward pass, because it runs on another thread and possibly outside the ``use_backend`` block.
@@ -11,6 +10,7 @@ Arguments were validated by the callers in ``fastmlp.functional``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..backend import Resolved
 from . import compiled, torch_ops, triton_ops
+from .torch_losses import Gradients, Rows, Settings
 
 __all__ = ["BackwardOperations", "Operations", "on"]
 
@@ -38,12 +39,30 @@ class BackwardOperations(Protocol):
 
 
 class Operations(BackwardOperations, Protocol):
-    """Those, and the forward pass with b [N]."""
+    """Those, the forward pass with b [N], and the losses.
+
+    Cross-entropy takes Z [M, C] or [N, C, S]. The other losses are named as in ``fastmlp.base.losses``. ``want`` says
+    which of two gradients are wanted; the other is None.
+    """
 
     def linear_fwd(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, save_z: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """(A, Z or None) of A = f(X W^T + b)."""
+
+    def cross_entropy_fwd(
+        self, z: Tensor, target: Tensor, weight: Tensor | None, s: Settings
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(loss, what the backward pass keeps beside the inputs, denominator of the mean or None)."""
+
+    def cross_entropy_bwd(self, dloss: Tensor, rows: Rows, s: Settings, want: Sequence[bool]) -> Gradients:
+        """(dZ, dTarget)."""
+
+    def loss_fwd(self, a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
+        """The loss of A and Y, in a's dtype."""
+
+    def loss_bwd(self, g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: Sequence[bool]) -> Gradients:
+        """(dA, dY)."""
 
 
 def on(backend: Resolved) -> Operations:

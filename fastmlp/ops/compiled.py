@@ -5,7 +5,8 @@ operators the launches are opaque to it: it knows the shapes of their results, k
 break, and calls them. Outside the compilers the operations are those of ``fastmlp.ops.triton_ops``, which calls the
 launchers directly and is a few microseconds faster.
 
-Operators return tensors only: where a launcher returns None, the operator returns an empty tensor.
+Operators return tensors only: where a launcher returns None, the operator returns an empty tensor. The losses are
+those of ``fastmlp.ops.triton_ops``: a compiler traces into their launches or breaks its graph there.
 """
 
 from __future__ import annotations
@@ -15,8 +16,18 @@ from torch import Tensor
 
 from .. import backend
 from . import triton_ops
+from .triton_ops import cross_entropy_bwd, cross_entropy_fwd, loss_bwd, loss_fwd
 
-__all__ = ["activation_bwd", "linear_dgrad", "linear_fwd", "linear_wgrad"]
+__all__ = [
+    "activation_bwd",
+    "cross_entropy_bwd",
+    "cross_entropy_fwd",
+    "linear_dgrad",
+    "linear_fwd",
+    "linear_wgrad",
+    "loss_bwd",
+    "loss_fwd",
+]
 
 
 @torch.library.custom_op("fastmlp::linear_fwd", mutates_args=())

@@ -1,26 +1,46 @@
-"""Softmax cross-entropy on plain torch, for CPUs and for dtypes that the kernels do not compute in.
+"""The losses on plain torch, for CPUs and for dtypes that the kernels do not compute in.
 
-The same formulas as ``kernels/cross_entropy.py``, in place wherever a buffer is ours, and never on the autograd tape.
-Z is [M, C] or [N, C, S], computed in float32, or in float64 where anything is. Labels on the CPU without smoothing go
-through torch's nll_loss operators, which check and mask them.
+Cross-entropy has the formulas of ``kernels/cross_entropy.py``, in place wherever a buffer is ours, and never on the
+autograd tape. Z is [M, C] or [N, C, S], computed in float32, or in float64 where anything is. Labels on the CPU without
+smoothing go through torch's nll_loss operators, which check and mask them. The other losses are those of
+``fastmlp.reference``, computed in float32 where the operands have 16 bits, and differentiable any number of times.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import reference
+from ..base.arguments import LABELS
+from ..base.losses import LOSSES
 from ..cpu.cache import instruction_set
 
-__all__ = ["LABELS", "Settings", "cross_entropy_bwd", "cross_entropy_fwd", "torch_is_as_fast", "vector_width"]
+__all__ = [
+    "Gradients",
+    "Rows",
+    "Settings",
+    "by_formula",
+    "cross_entropy_bwd",
+    "cross_entropy_fwd",
+    "loss_bwd",
+    "loss_fwd",
+    "mean_factor",
+    "torch_is_as_fast",
+    "vector_width",
+    "widened",
+]
 
+#: Z, target, weight, what the forward pass kept and the denominator of the mean, for a backward pass.
+Rows = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
+#: Of the input and of the target, each None unless wanted.
+Gradients = tuple[Tensor | None, Tensor | None]
 _WIDE = (torch.float32, torch.float64)
-#: Dtypes of labels.
-LABELS = (torch.int64, torch.uint8)
 #: Rows from which the softmax of short ones gains more than a node of the tape in Python costs.
 _MANY_ROWS = 256
 
@@ -127,19 +147,9 @@ def cross_entropy_fwd(
     return loss.to(s.dtype), log_p, denominator
 
 
-def cross_entropy_bwd(
-    dloss: Tensor,
-    z: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    log_p: Tensor,
-    denominator: Tensor | None,
-    s: Settings,
-    *,
-    want_dz: bool,
-    want_dt: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dZ, dTarget): dZ = g (p sum_c Q - Q), dt = -(1-e) w log p g, each None unless wanted."""
+def cross_entropy_bwd(dloss: Tensor, rows: Rows, s: Settings, want: Sequence[bool]) -> Gradients:
+    """dZ = g (p sum_c Q - Q) and dt = -(1-e) w log p g."""
+    z, target, weight, log_p, denominator = rows
     g = dloss.to(s.compute_dtype)
     if s.nll:
         weight = None if weight is None else weight.to(s.compute_dtype)
@@ -153,10 +163,10 @@ def cross_entropy_bwd(
     g_row = g.unsqueeze(1) if s.reduction == "none" else g
     dz = dt = None
     if target.is_floating_point():
-        if want_dz:
+        if want[0]:
             q = _soft_target(target, weight, z.shape[1], s)
             dz = log_p.exp().mul_(q.sum(1, keepdim=True)).sub_(q).mul_(g_row)
-        if want_dt:
+        if want[1]:
             dt = log_p * (g_row * (s.smoothing - 1))
             dt = (dt if weight is None else dt.mul_(_per_class(weight, dt, s))).to(target.dtype)
     else:
@@ -174,3 +184,58 @@ def cross_entropy_bwd(
         dz.scatter_add_(1, y.unsqueeze(1), -hot)
         dz.mul_(g_row)
     return None if dz is None else dz.to(z.dtype), dt
+
+
+def widened(t: Tensor) -> Tensor:
+    """16-bit values in float32; others as they are."""
+    return t.float() if t.itemsize < 4 else t
+
+
+def mean_factor(loss: str, a: Tensor, reduction: str) -> float:
+    """The factor of the sum of the losses of A: 1 / count for "mean" (NaN where nothing is counted), else 1."""
+    if reduction != "mean":
+        return 1.0
+    count = LOSSES[loss].count(a)
+    return 1 / count if count else math.nan
+
+
+def _values(target: Tensor, z: Tensor) -> Tensor:
+    """Y [M, C]: the target, or one-hot rows of labels."""
+    if target.is_floating_point():
+        return widened(target)
+    return torch.zeros_like(z).scatter(1, target.long().unsqueeze(1), 1)
+
+
+def by_formula(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
+    """A loss of the reference, its sum, or its mean."""
+    if loss == "softmax_squared_error":
+        losses = reference.softmax_squared_error(a, _values(y, a))
+    else:
+        losses = reference.elementwise_loss(a, y, loss)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / LOSSES[loss].count(a)
+
+
+def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
+    """A loss other than cross-entropy, in a's dtype; torch's own function where torch has one."""
+    function = LOSSES[loss].torch
+    if function is not None:
+        return function(a, y, reduction=reduction)
+    return by_formula(widened(a), widened(y) if y.is_floating_point() else y, loss, reduction).to(a.dtype)
+
+
+def loss_bwd(g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: Sequence[bool]) -> Gradients:
+    """The gradients of ``loss_fwd`` for the upstream gradient of its result."""
+    g, wide = widened(g) * mean_factor(loss, a, reduction), widened(a)
+    da: Tensor | None = None
+    dy: Tensor | None = None
+    if loss == "softmax_squared_error":
+        da, dy = reference.softmax_squared_error_backward(g, wide, _values(y, wide))
+        return da.to(a.dtype) if want[0] else None, dy.to(y.dtype) if want[1] else None
+    wide_y = widened(y)
+    if want[0]:
+        da = (reference.elementwise_loss_grad(wide, wide_y, loss) * g).to(a.dtype)
+    if want[1]:
+        dy = (reference.elementwise_loss_target_grad(wide, wide_y, loss) * g).to(y.dtype)
+    return da, dy

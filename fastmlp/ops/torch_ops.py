@@ -11,8 +11,18 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from . import torch_products
+from .torch_losses import cross_entropy_bwd, cross_entropy_fwd, loss_bwd, loss_fwd
 
-__all__ = ["activation_bwd", "linear_dgrad", "linear_fwd", "linear_wgrad"]
+__all__ = [
+    "activation_bwd",
+    "cross_entropy_bwd",
+    "cross_entropy_fwd",
+    "linear_dgrad",
+    "linear_fwd",
+    "linear_wgrad",
+    "loss_bwd",
+    "loss_fwd",
+]
 
 
 def _scaled(pixels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,7 +43,7 @@ def linear_fwd(
 
 
 def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, inplace: bool = False) -> Tensor:
-    """DZ = dA * f'; ``saved`` is A, Z for gelu and silu, or None. ``inplace`` may overwrite dA."""
+    """DZ = dA * f'; ``saved`` is what f' needs (``fastmlp.activations``). ``inplace`` may overwrite dA."""
     return ACTIVATIONS[activation].backward(da, saved, inplace=inplace)
 
 

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-__all__ = ["activation_bwd", "device_of", "linear_dgrad", "linear_fwd", "linear_wgrad"]
+from ..base.losses import LOSSES
+from .torch_losses import Gradients, Rows, Settings, mean_factor
+
+__all__ = [
+    "activation_bwd",
+    "cross_entropy_bwd",
+    "cross_entropy_fwd",
+    "device_of",
+    "linear_dgrad",
+    "linear_fwd",
+    "linear_wgrad",
+    "loss_bwd",
+    "loss_fwd",
+]
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -56,3 +70,58 @@ def activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
 
     with device_of(da):
         return launch(da, _dense(saved), activation)
+
+
+def cross_entropy_fwd(
+    z: Tensor, target: Tensor, weight: Tensor | None, s: Settings
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, maximum and sum of exponentials of each row, denominator of the mean or None)."""
+    from ..kernels import cross_entropy_fwd as launch
+
+    options = {"ignore_index": s.ignore_index, "smoothing": s.smoothing}
+    with device_of(z):
+        return launch(z, target, weight=weight, reduction=s.reduction, dtype=s.dtype, **options)
+
+
+def cross_entropy_bwd(dloss: Tensor, rows: Rows, s: Settings, want: Sequence[bool]) -> Gradients:
+    """(dZ, dTarget)."""
+    from ..kernels import cross_entropy_bwd as launch
+
+    z, target, weight, kept, denominator = rows
+    options = {"weight": weight, "ignore_index": s.ignore_index, "smoothing": s.smoothing, "denominator": denominator}
+    with device_of(z):
+        return launch(dloss, z, target, kept.contiguous(), want_dz=want[0], want_dt=want[1], **options)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[M, C] for the kernels."""
+    return t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t.reshape(1, -1)
+
+
+def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
+    """A loss other than cross-entropy, in a's dtype."""
+    scale = None if reduction == "none" else mean_factor(loss, a, reduction)
+    with device_of(a):
+        if LOSSES[loss].kernel == "softmax_squared_error":
+            from ..kernels import softmax_squared_error_fwd
+
+            return softmax_squared_error_fwd(a, y, scale=scale)
+        from ..kernels import elementwise_loss_fwd
+
+        out = elementwise_loss_fwd(_rows(a), _rows(y), loss, scale=scale)
+    return out.view(a.shape) if reduction == "none" else out
+
+
+def loss_bwd(g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: Sequence[bool]) -> Gradients:
+    """(dA, dY) for the upstream gradient of ``loss_fwd``."""
+    scale = mean_factor(loss, a, reduction)
+    with device_of(a):
+        if LOSSES[loss].kernel == "softmax_squared_error":
+            from ..kernels import softmax_squared_error_bwd
+
+            return softmax_squared_error_bwd(g, a, y, scale=scale, want_dz=want[0], want_dy=want[1])
+        from ..kernels import elementwise_loss_bwd
+
+        rows = (_rows(g) if g.dim() else g, _rows(a), _rows(y))
+        da, dy = elementwise_loss_bwd(*rows, loss, scale=scale, want_da=want[0], want_dy=want[1])
+    return None if da is None else da.view(a.shape), None if dy is None else dy.view(y.shape)

@@ -35,7 +35,7 @@ _ACTIVATIONS = {
 _LOSSES = {
     "mse": ("square (a - y)^2: 2 (a - y)", (-1.3, 0.4), 2.0),
     "l1": ("linear |a - y|: sign(a - y)", (-1.3, 0.4), 2.0),
-    "bce": ("NLL: -(y/a - (1-y)/(1-a))", (0.4, 0.7), 1.0),
+    "binary_cross_entropy": ("NLL: -(y/a - (1-y)/(1-a))", (0.4, 0.7), 1.0),
     "bce_with_logits": ("NLL of sigmoid(z): sigma(z) - y", (-2.0, 0.4), 1.0),
     "nllm": ("NLLM -sum y log a: -y/a", (0.4, 0.7), 1.0),
 }

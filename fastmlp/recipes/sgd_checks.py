@@ -138,14 +138,14 @@ def _direct(recorder: Recorder) -> None:
     factors = reference.softmax_backward(reference.elementwise_loss_grad(p, y, "nllm"), p)
     claim = "concept 50: softmax and NLLM, dL/dZ = A - Y is the product of factors"
     recorder.close(NOTES, claim, p - y, factors, 1e-14)
-    factors = reference.elementwise_loss_grad(s, y, "bce") * s * (1 - s)
+    factors = reference.elementwise_loss_grad(s, y, "binary_cross_entropy") * s * (1 - s)
     recorder.close(NOTES, "concept 50: sigmoid and NLL, dL/dZ = A - Y is the product of factors", s - y, factors, 1e-14)
     far = torch.tensor([[60.0, -60.0]])
     eye, zero = torch.eye(2), torch.zeros(2)
     value, _, (db,) = loss_and_gradients([eye], [zero], ("sigmoid",), "nll", far, torch.tensor([[0.0, 1.0]]))
     good = torch.equal(db, torch.tensor([1.0, -1.0])) and math.isclose(value.item(), 120.0)
     a = torch.sigmoid(far[0, 0])  # 1 in float32: the factors give 0 times a huge number
-    lost = (reference.elementwise_loss_grad(a, torch.tensor(0.0), "bce") * a * (1 - a)).item()
+    lost = (reference.elementwise_loss_grad(a, torch.tensor(0.0), "binary_cross_entropy") * a * (1 - a)).item()
     obtained = f"{db[0].item():g} (factors: {lost:g})"
     recorder.add(NOTES, "concept 50: at z = 60 in float32 dL/dZ is still 1", obtained, "exact", good and lost == 0.0)
 

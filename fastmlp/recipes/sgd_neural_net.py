@@ -30,11 +30,11 @@ from ..backend import Resolved, resolve
 from ..base.arguments import check_tensor
 from ..nn import MLP
 
-__all__ = ["ACTIVATIONS", "LOSSES", "SGDResult", "loss_and_gradients", "sgd_neural_net"]
+__all__ = ["ACTIVATIONS", "ELEMENTWISE", "LOSSES", "SGDResult", "loss_and_gradients", "sgd_neural_net"]
 
 ACTIVATIONS = ("step", "relu", "sigmoid", "identity", "tanh", "softmax")
 """The notes' catalogue of activations (7.5.12)."""
-ELEMENTWISE = {"square": "mse", "linear": "l1", "nll": "bce", "nllm": "nllm"}
+ELEMENTWISE = {"square": "mse", "linear": "l1", "nll": "binary_cross_entropy", "nllm": "nllm"}
 """The notes' catalogue of losses (7.5.13), each the sum over the outputs, with their names in ``fastmlp.reference``."""
 LOSSES = tuple(ELEMENTWISE)
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: mse (A - Y)^2, l1 |A - Y|, bce: NLL of probabilities, bce_with_logits: NLL of sigmoid(A), nllm: -Y log A.
-ELEMENTWISE_LOSSES = ("mse", "l1", "bce", "bce_with_logits", "nllm")
+from ..base.losses import LOSSES
+
+#: mse (A - Y)^2, l1 |A - Y|, binary_cross_entropy: NLL of probabilities, bce_with_logits: NLL of sigmoid(A),
+#: nllm: -Y log A.
+ELEMENTWISE_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.kernel == "elementwise_loss")
 #: torch's lower bounds for probabilities of exactly 0 or 1: of the logarithms, and of a (1 - a) in the gradient.
 LOG_MIN, VARIANCE_MIN = -100.0, 1e-12
 
@@ -27,7 +30,7 @@ def elementwise_loss(a: Tensor, y: Tensor, loss: str) -> Tensor:
             return (a - y) ** 2
         case "l1":
             return (a - y).abs()
-        case "bce":
+        case "binary_cross_entropy":
             return -(y * torch.log(a).clamp_min(LOG_MIN) + (1 - y) * torch.log1p(-a).clamp_min(LOG_MIN))
         case "bce_with_logits":
             return a.clamp_min(0) - a * y + torch.log1p(torch.exp(-a.abs()))
@@ -43,7 +46,7 @@ def elementwise_loss_grad(a: Tensor, y: Tensor, loss: str) -> Tensor:
             return 2 * (a - y)
         case "l1":
             return torch.sign(a - y)
-        case "bce":
+        case "binary_cross_entropy":
             return (a - y) / (a * (1 - a)).clamp_min(VARIANCE_MIN)
         case "bce_with_logits":
             return torch.sigmoid(a) - y
@@ -57,7 +60,7 @@ def elementwise_loss_target_grad(a: Tensor, y: Tensor, loss: str) -> Tensor:
     match loss:
         case "mse" | "l1":
             return -elementwise_loss_grad(a, y, loss)
-        case "bce":
+        case "binary_cross_entropy":
             return torch.log1p(-a).clamp_min(LOG_MIN) - torch.log(a).clamp_min(LOG_MIN)
         case "bce_with_logits":
             return -a

@@ -6,11 +6,11 @@ torch's default reduction, into the 0-d tensor it is given. All of them compute 
     cross_entropy           -log softmax(A)[y], mean over rows            dA = (softmax(A) - onehot(y)) / M
     mse                     (A - y)^2, mean over elements                 dA = 2 (A - y) / (M C)
     l1                      |A - y|, mean over elements                   dA = sign(A - y) / (M C)
-    bce                     sigmoid NLL of logits, mean over elements     dA = (sigmoid(A) - y) / (M C)
+    bce_with_logits         sigmoid NLL of logits, mean over elements     dA = (sigmoid(A) - y) / (M C)
     softmax_squared_error   |p - onehot|^2, p = softmax(A), over rows     dA = p * (g - sum g p), g = 2 (p - onehot) / M
 
-A class number out of range raises IndexError, found by torch while it computes the loss: to look for it beforehand
-takes longer than the loss of a small batch does.
+A class number out of range raises IndexError. torch finds it while it computes the loss: a check beforehand takes
+longer than the loss of a small batch.
 """
 
 from __future__ import annotations
@@ -21,40 +21,27 @@ import torch
 from torch import Tensor
 
 from ..base.arguments import check_classes
+from ..base.losses import NO_CLASS
 from ..ops.torch_losses import vector_width
 
-__all__ = ["NO_CLASS", "LossFunction", "loss_function", "takes_classes"]
+__all__ = ["FUNCTIONS", "LossFunction", "loss_function"]
 
 #: (A_L [M, C], target, 0-d loss to write) -> dA_L
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-#: The label that the losses of a step ignore: no user writes it, so that every label out of range is found.
-NO_CLASS = torch.iinfo(torch.int64).min
 #: Operators that torch has no function for; where it has one, as for log-softmax, calling it costs half as much.
 _nll_loss = torch.ops.aten.nll_loss_forward.output
 _softmax = torch.ops.aten._softmax.out
 
 
-def takes_classes(loss: str) -> bool:
-    """Whether the target is int64 class numbers [M]; else it is values like the output, [M, C]."""
-    return loss in ("cross_entropy", "softmax_squared_error")
-
-
 def loss_function(
     loss: str, m: int, c: int, dtype: torch.dtype, device: torch.device, scale: Tensor | None = None
 ) -> LossFunction:
-    """The function for batches of ``m`` rows with ``c`` outputs in ``dtype``; ``loss`` is one of LOSSES.
+    """The function for batches of ``m`` rows with ``c`` outputs in ``dtype``; ``loss`` is a name of ``FUNCTIONS``.
 
     dA comes multiplied by ``scale`` (0-d), before it is rounded to 16 bits.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    make = {
-        "cross_entropy": _cross_entropy,
-        "softmax_squared_error": _softmax_squared_error,
-        "mse": _mse,
-        "l1": _l1,
-        "bce": _bce,
-    }[loss]
-    compute = make(m, c, wide, device)
+    compute = FUNCTIONS[loss](m, c, wide, device)
     if wide == dtype:
         return compute
     a_wide, da_narrow = torch.empty((m, c), dtype=wide, device=device), torch.empty((m, c), dtype=dtype, device=device)
@@ -68,7 +55,8 @@ def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=dtype, device=device)
 
 
-def _cross_entropy(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+def cross_entropy(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+    """-log softmax(A)[y], mean over rows."""
     mean = _number(1 / m, dtype, device)
     log_p, da = torch.empty((m, c), dtype=dtype, device=device), torch.empty((m, c), dtype=dtype, device=device)
     minus_one = torch.full((m, 1), -1.0, dtype=dtype, device=device)
@@ -94,7 +82,8 @@ def _cross_entropy(m: int, c: int, dtype: torch.dtype, device: torch.device) -> 
     return compute
 
 
-def _softmax_squared_error(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+def softmax_squared_error(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+    """|softmax(A) - onehot(y)|^2, mean over rows."""
     mean, twice_mean = _number(1 / m, dtype, device), _number(2 / m, dtype, device)
     p, g = torch.empty((m, c), dtype=dtype, device=device), torch.empty((m, c), dtype=dtype, device=device)
     square, inner = torch.empty((m, c), dtype=dtype, device=device), torch.empty((m, 1), dtype=dtype, device=device)
@@ -115,7 +104,8 @@ def _softmax_squared_error(m: int, c: int, dtype: torch.dtype, device: torch.dev
     return compute
 
 
-def _mse(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+def mse(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+    """(A - y)^2, mean over elements."""
     mean, twice_mean = _number(1 / (m * c), dtype, device), _number(2 / (m * c), dtype, device)
     da, square = torch.empty((m, c), dtype=dtype, device=device), torch.empty((m, c), dtype=dtype, device=device)
 
@@ -127,7 +117,8 @@ def _mse(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFuncti
     return compute
 
 
-def _l1(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+def l1(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+    """|A - y|, mean over elements."""
     mean = _number(1 / (m * c), dtype, device)
     da, magnitude = torch.empty((m, c), dtype=dtype, device=device), torch.empty((m, c), dtype=dtype, device=device)
 
@@ -139,7 +130,8 @@ def _l1(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunctio
     return compute
 
 
-def _bce(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+def bce_with_logits(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
+    """Sigmoid NLL of logits, mean over elements."""
     mean = _number(1 / (m * c), dtype, device)
     da, term = torch.empty((m, c), dtype=dtype, device=device), torch.empty((m, c), dtype=dtype, device=device)
     product = torch.empty((m, c), dtype=dtype, device=device)
@@ -151,3 +143,9 @@ def _bce(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFuncti
         return torch.sigmoid(a, out=da).sub_(y).mul_(mean)
 
     return compute
+
+
+#: The functions by the names of ``fastmlp.base.losses``: all losses that a step has.
+FUNCTIONS: dict[str, Callable[[int, int, torch.dtype, torch.device], LossFunction]] = {
+    function.__name__: function for function in (cross_entropy, mse, l1, bce_with_logits, softmax_squared_error)
+}

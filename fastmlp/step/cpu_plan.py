@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..base.losses import takes_classes
 from ..cpu import gemm, threads
 from ..nn import Linear
-from .cpu_losses import takes_classes
 from .optimizers import Optimizer
 
 __all__ = ["scratch_batch", "scratch_layers", "step_way"]

@@ -5,9 +5,6 @@ For each batch size a plan holds the buffers and, per layer, the functions that 
 then is a fixed list of calls: forward, loss and dA, and from the last layer down dX, activation derivative, dW with its
 update. Plain SGD updates each weight inside its gradient's GEMM.
 
-Parameters of 16 bits, and a 16-bit compute dtype, have float32 masters that the optimizer works on; float16 also
-scales the loss and skips a step whose gradients overflow.
-
 On another device than a CPU (float64 on a GPU) aten makes all products, and nothing is measured.
 """
 
@@ -22,16 +19,18 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
+from ..base.losses import takes_classes
 from ..cpu import gemm, threads
 from ..cpu.few_rows import Products, layer_products
 from ..cpu.widened import wide_update, wide_wgrad
 from ..nn import Linear
 from ..online import online_epoch
-from .cpu_losses import LossFunction, loss_function, takes_classes
+from .cpu_losses import LossFunction, loss_function
 from .cpu_optimizer import TorchOptimizer
 from .cpu_plan import scratch_batch, scratch_layers, step_way
 from .loss_scale import LossScale
 from .optimizers import Optimizer
+from .parameters import Copies
 
 __all__ = ["TorchStep"]
 
@@ -39,47 +38,12 @@ __all__ = ["TorchStep"]
 _PLANS = 8
 
 
-class _Copies:
-    """A parameter, what the products read and what the optimizer updates: all the same tensor, or rounded copies."""
-
-    def __init__(self, param: Tensor, dtype: torch.dtype) -> None:
-        self.data = data = param.detach()
-        if not data.is_contiguous():
-            raise RuntimeError(
-                f"TrainStep updates parameters in place and needs them contiguous, got strides {data.stride()}; "
-                "assign param.data = param.data.contiguous()"
-            )
-        self.trained = param.requires_grad
-        wide = torch.promote_types(torch.promote_types(dtype, torch.float32), data.dtype)
-        self.master = data if data.dtype == wide else data.to(wide)
-        self.used = data if data.dtype == dtype else self.master if wide == dtype else data.to(dtype)
-        self.is_one = self.used is data and self.master is data
-        self.version = data._version
-
-    def refresh(self) -> None:
-        """Follow a change that somebody else made to the parameter, such as load_state_dict."""
-        if self.data._version != self.version:
-            if self.master is not self.data:
-                self.master.copy_(self.data)
-            if self.used is not self.data:
-                self.used.copy_(self.master)
-            self.version = self.data._version
-
-    def publish(self) -> None:
-        """Round the updated master into the parameter and into what the products read."""
-        if self.master is not self.data:
-            self.data.copy_(self.master)
-        if self.used is not self.data and self.used is not self.master:
-            self.used.copy_(self.master)
-        self.version = self.data._version
-
-
 class _Layer:
     """One layer's tensors, and the places of its gradients among those of all trained parameters."""
 
     def __init__(self, module: Linear, dtype: torch.dtype, index: int, plain: bool) -> None:
-        weight = _Copies(module.weight, dtype)
-        bias = None if module.bias is None else _Copies(module.bias, dtype)
+        weight = Copies(module.weight, dtype)
+        bias = None if module.bias is None else Copies(module.bias, dtype)
         self.activation: str = module.activation
         self.f = ACTIVATIONS[module.activation]
         self.saves_z = self.f.saved == "z"

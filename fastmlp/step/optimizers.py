@@ -1,8 +1,7 @@
 """The optimizers of a training step: one class per update rule.
 
-A rule has its settings and their checks, the names of what it keeps per parameter, its update in torch, and the row of
-numbers that changes from step to step, which ``kernels/optimizer.py`` reads. Adding a rule means a class here, its
-arithmetic there, and its name in ``OPTIMIZERS``.
+A rule has its settings, the names of what it keeps per parameter, its update in torch, and the row of numbers that
+changes from step to step. ``kernels/optimizer.py`` reads the row and has the same update as device code.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["LOSSES", "OPTIMIZERS", "SGD", "AdamW", "Optimizer", "optimizer_of"]
+__all__ = ["OPTIMIZERS", "SGD", "AdamW", "Optimizer", "optimizer_of"]
 
-LOSSES = ("cross_entropy", "mse", "l1", "bce", "softmax_squared_error")
+Tensors = list[Tensor]
 
 
 @dataclass
@@ -68,12 +67,7 @@ class Optimizer:
         return row
 
     def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: Sequence[list[Tensor]],
-        count: Tensor,
-        skip: Tensor | None,
+        self, params: Tensors, grads: Tensors, states: Sequence[Tensors], count: Tensor, skip: Tensor | None
     ) -> None:
         """Update ``params`` and ``states`` (a list per name) in place; nothing changes where ``skip`` (0-d) is 1.
 
@@ -112,12 +106,7 @@ class SGD(Optimizer):
         return not self.momentum and not self.weight_decay and self.max_grad_norm is None
 
     def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: Sequence[list[Tensor]],
-        count: Tensor,
-        skip: Tensor | None,
+        self, params: Tensors, grads: Tensors, states: Sequence[Tensors], count: Tensor, skip: Tensor | None
     ) -> None:
         """torch's fused update."""
         torch._fused_sgd_(
@@ -169,12 +158,7 @@ class AdamW(Optimizer):
         return torch.cat((row[:2], (row[2] / (1 - beta1**count)).view(1), ((1 - beta2**count) ** -0.5).view(1))).float()
 
     def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: Sequence[list[Tensor]],
-        count: Tensor,
-        skip: Tensor | None,
+        self, params: Tensors, grads: Tensors, states: Sequence[Tensors], count: Tensor, skip: Tensor | None
     ) -> None:
         """torch's fused update."""
         first, second = states
@@ -197,7 +181,7 @@ class AdamW(Optimizer):
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {rule.name: rule for rule in (SGD, AdamW)}
-#: What is said of a setting that another rule has.
+#: What an error says of a setting that another rule has.
 _HINTS = {
     "momentum": "momentum is SGD's setting; AdamW has betas=(beta1, beta2)",
     "nesterov": "nesterov=True needs optimizer='sgd' and a momentum above 0",
@@ -235,15 +219,15 @@ def _check(settings: Mapping[str, Any]) -> None:
     for name, value in named.items():
         if not isinstance(value, Real):
             raise TypeError(f"expected {name} to be a number, got {value!r} of type {type(value).__name__}")
-    if not settings["lr"] >= 0:
-        raise ValueError(f"expected a learning rate of at least 0, got lr={settings['lr']}")
-    if not 0 <= settings["momentum"] < 1:
-        raise ValueError(f"expected a momentum in [0, 1), got {settings['momentum']}")
-    if not settings["weight_decay"] >= 0:
-        raise ValueError(f"expected a weight_decay of at least 0, got {settings['weight_decay']}")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"expected betas in [0, 1), got {betas}")
-    if not settings["eps"] >= 0:
-        raise ValueError(f"expected an eps of at least 0, got {settings['eps']}")
-    if settings["max_grad_norm"] is not None and not settings["max_grad_norm"] > 0:
-        raise ValueError(f"expected a max_grad_norm above 0 or None, got {settings['max_grad_norm']}")
+    lr, momentum, decay, eps, norm = (settings[n] for n in ("lr", "momentum", "weight_decay", "eps", "max_grad_norm"))
+    expected = {
+        f"a learning rate of at least 0, got lr={lr}": lr >= 0,
+        f"a momentum in [0, 1), got {momentum}": 0 <= momentum < 1,
+        f"a weight_decay of at least 0, got {decay}": decay >= 0,
+        f"betas in [0, 1), got {betas}": all(0 <= beta < 1 for beta in betas),
+        f"an eps of at least 0, got {eps}": eps >= 0,
+        f"a max_grad_norm above 0 or None, got {norm}": norm is None or norm > 0,
+    }
+    for text, holds in expected.items():
+        if not holds:
+            raise ValueError(f"expected {text}")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve
-from ..base.arguments import check_classes, check_rows, check_same_device, check_tensor, readable_rows
+from ..base.arguments import check_batch, check_classes, check_rows, check_same_device, check_tensor, readable_rows
+from ..base.losses import STEP_LOSSES, takes_classes
 from ..nn import MLP, Linear, _only_computes
-from .cpu_losses import takes_classes
-from .optimizers import LOSSES, optimizer_of
+from .optimizers import optimizer_of
 
 __all__ = ["TrainStep"]
 
@@ -53,19 +53,20 @@ class TrainStep:
     graph; on a CPU it is in-place BLAS on buffers allocated once. Results agree with autograd and torch.optim to
     rounding.
 
-    A step belongs to one thread and, on a GPU, one stream at a time: its buffers are shared by all its calls, so calls
-    from two threads or two streams at once race on them.
+    A step belongs to one thread and, on a GPU, to one stream at a time. All its calls share its buffers, so
+    simultaneous calls from two threads or two streams race on them.
 
     Args:
         model: the MLP. Parameters with ``requires_grad=False`` stay as they are, and nothing is computed for them.
-        optimizer: "sgd" or "adamw", with the update rules and the argument names of torch.optim.SGD and AdamW.
+        optimizer: a name of ``fastmlp.step.optimizers.OPTIMIZERS``: "sgd" (default), "adamw", ...; with torch.optim's
+            update rules and argument names.
         lr: learning rate; the attribute ``lr`` changes it between steps.
-        momentum, weight_decay, nesterov: default 0, 0, False. (torch's AdamW decays by 0.01 unless told otherwise;
-            here the default is 0 for both.)
-        betas, eps: AdamW's; default (0.9, 0.999), 1e-8.
+        momentum, weight_decay, nesterov: default 0, 0, False. (torch's AdamW decays by 0.01 by default.)
+        betas, eps: default (0.9, 0.999), 1e-8. A setting that the optimizer does not have must keep its default.
         max_grad_norm: scale the gradients so that their global 2-norm is at most this; default None, no clipping.
-        loss: "cross_entropy" (class numbers int64 [B] against logits), "mse", "l1", "bce" (values [B, C]; bce takes
-            logits) or "softmax_squared_error" (class numbers); each a mean as torch's default reduction.
+        loss: "cross_entropy" or "softmax_squared_error" (logits against class numbers int64 [B]), "mse", "l1" or "bce"
+            (values [B, C]). "bce" is ``functional.bce_with_logits``, of logits. Each loss is a mean as with torch's
+            default reduction.
         dtype: of the products: default the parameters' own; float32 parameters with float16 or bfloat16 products are
             mixed precision with float32 masters.
         cuda_graph: capture steps in CUDA graphs at their second use (default True; only with backend "triton").
@@ -103,8 +104,8 @@ class TrainStep:
                 f"TrainStep trains a fastmlp.MLP, got {type(model).__name__}; convert a torch module with "
                 "fastmlp.MLP.from_torch(module), which shares its parameters"
             )
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}; expected one of {', '.join(LOSSES)}")
+        if loss not in STEP_LOSSES:
+            raise ValueError(f"unknown loss {loss!r}; expected one of {', '.join(STEP_LOSSES)}")
         settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         settings |= {"betas": betas, "eps": eps, "max_grad_norm": max_grad_norm}
         self.rule = optimizer_of(optimizer, settings)
@@ -132,7 +133,7 @@ class TrainStep:
         self._inputs = {dtype, first.dtype, torch.uint8}
         if dtype.itemsize == 2:
             self._inputs |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-        #: Whether nothing else finds a class number that is out of range: torch's losses do.
+        #: True on the Triton path, where no other code checks the class numbers.
         self._checks_classes = self.backend == "triton"
         self._has_gradients = False
         layers = model._linears()
@@ -152,11 +153,11 @@ class TrainStep:
             if self.backend == "triton":
                 from .triton_step import TritonStep
 
-                self._engine = TritonStep(layers, self.rule, loss, dtype, cuda_graph=cuda_graph)
+                self._engine = TritonStep(layers, self.rule, STEP_LOSSES[loss], dtype, cuda_graph=cuda_graph)
             else:
                 from .cpu_step import TorchStep
 
-                self._engine = TorchStep(layers, self.rule, loss, dtype)
+                self._engine = TorchStep(layers, self.rule, STEP_LOSSES[loss], dtype)
 
     @property
     def lr(self) -> float:
@@ -174,7 +175,7 @@ class TrainStep:
 
         Args:
             x: [B, sizes[0]] or [B, ...], of the products' or the parameters' dtype, or uint8 pixels.
-            y: int64 [B] class numbers in [0, C), or [B, C] values for mse, l1 and bce.
+            y: int64 [B] class numbers in [0, C), or [B, C] values, as the loss takes.
 
         Returns:
             The loss before the step: 0-d, on the device, without waiting for it; valid for the next 1,023 steps (clone
@@ -283,10 +284,11 @@ class TrainStep:
     def state_dict(self) -> dict[str, Tensor]:
         """What a run needs besides the model's own state_dict to go on exactly as if it had not stopped.
 
-        Copies, by name: for each trained parameter NAME, "NAME.momentum_buffer" with momentum, "NAME.exp_avg" and
-        "NAME.exp_avg_sq" with AdamW, and "NAME.master" in float32 where the parameter has 16 bits; AdamW's "step"
-        (updates so far); for float16 products "loss_scale" and "loss_scale_good_steps". Only tensors, so that
-        safetensors can store it; the same for both backends.
+        Copies, by name. For each trained parameter NAME: the optimizer's states ("NAME.momentum_buffer" with momentum,
+        "NAME.exp_avg" and "NAME.exp_avg_sq" with AdamW), and "NAME.master" in float32 where the parameter has 16 bits.
+        Also "step" (updates so far) where the update depends on it, as AdamW's does, and for float16 products
+        "loss_scale" and "loss_scale_good_steps". Only tensors, so that safetensors can store them; the same for both
+        backends.
         """
         counters = self._engine.counters().items()
         state = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in counters}
@@ -344,18 +346,13 @@ class TrainStep:
 
         With ``in_range``, for class numbers on a CPU too.
         """
-        check_tensor(x, "the input")
+        check_batch(x, self.model.sizes[0])
         check_tensor(y, "the target")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("a step cannot train inside torch.inference_mode(); leave it, or use torch.no_grad()")
         self._check_parameters()
         x = x.detach() if x.requires_grad else x
         y = y.detach() if y.requires_grad else y
-        if x.dim() < 2:
-            raise RuntimeError(
-                f"expected an input of shape [batch, {self.model.sizes[0]}] or [batch, ...], got {list(x.shape)}; "
-                "add a batch dimension with x.unsqueeze(0)"
-            )
         x = x.flatten(1) if x.dim() > 2 else x
         if x.shape[1] != self.model.sizes[0]:
             raise RuntimeError(
@@ -378,7 +375,7 @@ class TrainStep:
 
     def _check_targets(self, y: Tensor, rows: int, *, in_range: bool) -> None:
         classes = self.model.sizes[-1]
-        if not takes_classes(self.loss):
+        if not takes_classes(STEP_LOSSES[self.loss]):
             if y.shape != (rows, classes):
                 raise RuntimeError(
                     f"expected targets of shape [{rows}, {classes}] for {self.loss}, got {list(y.shape)}"
@@ -418,6 +415,11 @@ def _check_layers(model: MLP) -> None:
                     "shared parameters with autograd"
                 )
             seen[id(parameter)] = name
+            if not parameter.is_contiguous():
+                raise RuntimeError(
+                    f"TrainStep updates parameters in place and needs them contiguous, got strides "
+                    f"{parameter.stride()}; assign param.data = param.data.contiguous()"
+                )
             if parameter.dtype != model.layers[0].weight.dtype:
                 raise RuntimeError(
                     f"expected parameters of one dtype, got {name} in {parameter.dtype} and layers.0.weight in "

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..activations import saved_for_grad
+from ..base.losses import LOSSES, NO_CLASS, takes_classes
 from ..kernels import (
     activation_bwd,
     cross_entropy,
@@ -39,10 +40,10 @@ from ..kernels.head import MAX_CLASSES
 from ..kernels.layout import Hyper, Layer, Layout
 from ..kernels.wgrad_update import reduce_update, wgrad_update, workspace
 from ..nn import Linear
-from .cpu_losses import NO_CLASS, takes_classes
 from .graphs import GraphCache, GraphEntry, can_capture
 from .loss_scale import LossScale
 from .optimizers import Optimizer
+from .parameters import Copies
 
 __all__ = ["CHUNK", "TritonStep"]
 
@@ -50,7 +51,7 @@ __all__ = ["CHUNK", "TritonStep"]
 CHUNK = 512
 #: Batch sizes whose buffers are kept, and bytes of all of them together; the latest is kept whatever its size.
 _PLANS, _PLAN_BYTES = 16, 1 << 30
-#: Most rows of AdamW's values that are computed ahead.
+#: Most rows of values that are computed ahead.
 _AHEAD = 256
 
 
@@ -81,15 +82,13 @@ class TritonStep:
         self.layers, self.rule, self.loss, self.dtype = layers, rule, loss, dtype
         self.device = layers[0].weight.device
         self.activations = [layer.activation for layer in layers]
-        if "softmax" in self.activations:
-            raise NotImplementedError(
-                "the fused step has no softmax layer; train with autograd, or put the softmax into the loss "
-                "('cross_entropy', 'softmax_squared_error')"
-            )
-        self.masters = [self._master(layer.weight) for layer in layers]
-        self.bias_masters = [None if layer.bias is None else self._master(layer.bias) for layer in layers]
-        self.weights = [self._used(layer.weight) for layer in layers]
-        self.biases = [None if layer.bias is None else self._used(layer.bias) for layer in layers]
+        own = layers[0].weight.dtype
+        if own not in (torch.float32, dtype):
+            raise TypeError(f"parameters in {own} cannot be trained in {dtype}; use dtype={own}")
+        self._weights = [Copies(layer.weight, dtype) for layer in layers]
+        self._biases = [None if layer.bias is None else Copies(layer.bias, dtype) for layer in layers]
+        self.weights = [weight.used for weight in self._weights]
+        self.biases = [None if bias is None else bias.used for bias in self._biases]
         self.trained = [i for i, layer in enumerate(layers) if layer.weight.requires_grad]
         for i, layer in enumerate(layers):
             if layer.bias is not None and layer.bias.requires_grad and i not in self.trained:
@@ -115,54 +114,20 @@ class TritonStep:
         self._plans: OrderedDict[int, _Plan] = OrderedDict()
         self._converted: Tensor | None = None
         self.graphs = GraphCache(self.device) if cuda_graph and can_capture(self.device) else None
-        #: Parameters with a copy in another precision: (parameter, copy), and the versions that the copies are of.
-        self._copied = [
-            (param.detach(), copy)
-            for layer, *copies in zip(layers, self.masters, self.weights, self.bias_masters, self.biases, strict=True)
-            for param, copy in zip((layer.weight, layer.weight, layer.bias, layer.bias), copies, strict=True)
-            if param is not None and copy is not None and copy.data_ptr() != param.data_ptr()
-        ]
-        self._versions = self._current_versions()
-
-    def _current_versions(self) -> list[int]:
-        return [param._version for param, _ in self._copied]
+        every = [copies for pair in zip(self._weights, self._biases, strict=True) for copies in pair]
+        self._copied = [copies for copies in every if copies is not None and not copies.is_one]
 
     def _follow(self) -> None:
         """Follow changes that somebody else made to the parameters, such as load_state_dict."""
-        versions = self._current_versions()
-        if versions == self._versions:
-            return
-        for (param, copy), old, new in zip(self._copied, self._versions, versions, strict=True):
-            if new != old:
-                copy.copy_(param)
-        self._versions = versions
-
-    def _master(self, param: Tensor) -> Tensor:
-        data = param.detach()
-        if not data.is_contiguous():
-            raise RuntimeError(
-                f"TrainStep updates parameters in place and needs them contiguous, got strides {data.stride()}; "
-                "assign param.data = param.data.contiguous()"
-            )
-        return data if data.dtype == torch.float32 else data.float()
-
-    def _used(self, param: Tensor) -> Tensor:
-        """What the products read: the parameter itself, or a copy in the compute dtype that each update writes."""
-        data = param.detach()
-        if data.dtype not in (torch.float32, self.dtype):
-            raise TypeError(f"parameters in {data.dtype} cannot be trained in {self.dtype}; use dtype={data.dtype}")
-        return data if data.dtype == self.dtype else data.to(self.dtype)
+        for copies in self._copied:
+            copies.refresh()
 
     def _trained_layer(self, i: int) -> Layer:
         low = self.dtype != torch.float32
-        bias = self.layers[i].bias
-        trains_bias = bias is not None and bias.requires_grad
-        return Layer(
-            self.masters[i],
-            self.bias_masters[i] if trains_bias else None,
-            self.weights[i] if low else None,
-            self.biases[i] if low and trains_bias else None,
-        )
+        weight, bias = self._weights[i], self._biases[i]
+        if bias is None or not bias.trained:
+            return Layer(weight.master, None, weight.used if low else None, None)
+        return Layer(weight.master, bias.master, weight.used if low else None, bias.used if low else None)
 
     def _plan(self, m: int) -> _Plan:
         plan = self._plans.get(m)
@@ -206,7 +171,7 @@ class TritonStep:
         return rows.to(self.device)
 
     def _row(self) -> Tensor:
-        """The next step's row; AdamW's are computed ahead, more and more of them while the learning rate stays."""
+        """The next step's row; rows that differ are computed ahead, more of them while the learning rate stays."""
         lr, first, rows = self._ahead
         changes = self.rule.counted and self.count is None
         i = self.steps - first if changes else 0
@@ -285,12 +250,11 @@ class TritonStep:
             cross_entropy(a, y, ignore_index=NO_CLASS, scale=scale, rows=rows, loss=plan.loss_rows, dz=dz)
         else:
             # These kernels take their factor from the host; float16's scale joins on the device.
-            host = 1 / plan.m if takes_classes(self.loss) else 1 / (plan.m * a.shape[1])
+            host = 1 / LOSSES[self.loss].count(a)
             if self.loss == "softmax_squared_error":
                 softmax_squared_error(a, y, scale=host, loss=plan.loss_rows, dz=dz)
             else:
-                name = "bce_with_logits" if self.loss == "bce" else self.loss
-                elementwise_loss(a, y, name, scale=host, loss=plan.loss_rows.view(a.shape), da=dz)
+                elementwise_loss(a, y, self.loss, scale=host, loss=plan.loss_rows.view(a.shape), da=dz)
             if self.loss_scale is not None:
                 dz.mul_(self.loss_scale.scale)
         if self.activations[last] != "identity":
@@ -482,7 +446,7 @@ class TritonStep:
         return state
 
     def counters(self) -> dict[str, float]:
-        """AdamW's number of updates; float16's loss scale and the good steps since it last moved."""
+        """The number of updates where the rule counts; float16's loss scale and the good steps since it last moved."""
         counters: dict[str, float] = {}
         if self.rule.counted:
             counters["step"] = float(self.steps if self.count is None else self.count.item())
@@ -496,9 +460,6 @@ class TritonStep:
             self.count.fill_(self.steps)
         if self.loss_scale is not None:
             self.loss_scale.set_counters(counters)
-        for param, copy in self._copied:
-            if copy.dtype == torch.float32:
-                param.copy_(copy)
-            else:
-                copy.copy_(param)
-        self._versions = self._current_versions()
+        for copies in self._copied:
+            if copies.trained:
+                copies.publish()

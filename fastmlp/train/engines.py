@@ -17,6 +17,7 @@ from ..losses import CrossEntropyLoss
 from ..nn import MLP
 from ..step import TrainStep
 from ..step.loss_scale import LossScale
+from ..step.parameters import Copies
 
 __all__ = [
     "ENGINES",
@@ -86,8 +87,8 @@ class StepEngine:
 class AutogradEngine:
     """Forward, ``loss.backward()`` and ``torch.optim.SGD``: the steps as ordinary PyTorch code writes them.
 
-    The optimizer updates float32 copies of 16-bit parameters, which are then rounded. Otherwise an update smaller than
-    half a unit in the last place would be lost. float16 also scales the loss (``fastmlp.step.loss_scale``).
+    Parameters of 16 bits have float32 masters (``fastmlp.step.parameters``). float16 also scales the loss
+    (``fastmlp.step.loss_scale``).
 
     Args:
         model: maps [B, features] to logits [B, classes].
@@ -122,7 +123,7 @@ class AutogradEngine:
         half = any(p.dtype == torch.float16 for p in self.params)
         self.loss_scale = LossScale(self.params[0].device) if half else None
         self.has_masters = any(p.dtype.itemsize < 4 for p in self.params)
-        self.masters = [p.detach().float() for p in self.params] if self.has_masters else self.params
+        self.masters = [Copies(p, p.dtype).master for p in self.params] if self.has_masters else self.params
         fused = all(p.device.type in ("cpu", "cuda") for p in self.params)
         self.optimizer = torch.optim.SGD(self.masters, fused=fused, **settings)  # type: ignore[arg-type]
 

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..base.arguments import check_classes
 from ..losses import cross_entropy
 from .engines import ENGINES, Engine, check_hyperparameters, engine_for
 from .schedules import Schedule, lr_factors
@@ -268,11 +269,8 @@ def _check_data(model: nn.Module, dataset: LabeledImages) -> None:
         )
     with _evaluation_mode(model):
         classes = model(images[:1]).shape[1]
-    low, high = (int(v) for v in torch.stack(labels.aminmax()).tolist())
-    if low < 0 or high >= classes:
-        raise IndexError(
-            f"labels must be from 0 to {classes - 1} for a model of {classes} classes, got {low} to {high}"
-        )
+    message = "labels must be from 0 to {last} for a model of {classes} classes, got {low} to {high}"
+    check_classes(labels, classes, message)
 
 
 @contextmanager

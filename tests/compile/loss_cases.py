@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fastmlp import kernels
+from fastmlp.reference import ELEMENTWISE_LOSSES
 
 from .cases import KernelCases
 
 __all__ = ["KERNELS"]
 
-LOSSES = ("mse", "l1", "bce", "bce_with_logits", "nllm")
 #: The variants whose operands are column-major.
 COLUMNS = ("l1", "nllm-columns")
 Launcher = Callable[[torch.dtype, Any], object]
@@ -74,17 +74,17 @@ def _softmax_cases(variants: dict[str, Launcher], shapes: tuple[Logits, ...]) ->
 
 KERNELS = {
     "elementwise_loss": _elementwise_cases(
-        {f: _elementwise(kernels.elementwise_loss, f, columns=f in COLUMNS) for f in LOSSES}
+        {f: _elementwise(kernels.elementwise_loss, f, columns=f in COLUMNS) for f in ELEMENTWISE_LOSSES}
     ),
     "elementwise_loss_fwd": _elementwise_cases(
         {
-            "bce-mean": _elementwise(kernels.elementwise_loss_fwd, "bce", scale=0.5),
+            "binary_cross_entropy-mean": _elementwise(kernels.elementwise_loss_fwd, "binary_cross_entropy", scale=0.5),
             "bce_with_logits": _elementwise(kernels.elementwise_loss_fwd, "bce_with_logits"),
         }
     ),
     "elementwise_loss_bwd": _elementwise_cases(
         {
-            "bce": _elementwise(kernels.elementwise_loss_bwd, "bce", want_dy=True),
+            "binary_cross_entropy": _elementwise(kernels.elementwise_loss_bwd, "binary_cross_entropy", want_dy=True),
             "nllm-columns": _elementwise(kernels.elementwise_loss_bwd, "nllm", columns=True, want_dy=False),
         }
     ),

@@ -10,7 +10,6 @@ from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.cpu import few_rows, gemm
 from tests.support.steps import (
-    OPTIMIZERS,
     allocations,
     batches,
     check_float32,
@@ -24,6 +23,7 @@ from tests.support.steps import (
     network,
     problem,
 )
+from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 16, 12, 6)
 #: (rows, way of doing their products)

@@ -12,11 +12,10 @@ from torch import Tensor
 
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
+from fastmlp.base.losses import STEP_LOSSES
 from fastmlp.cpu import cache, gemm
 from fastmlp.step import cpu_step
-from fastmlp.step.optimizers import LOSSES
 from tests.support.steps import (
-    OPTIMIZERS,
     Reference,
     allocations,
     batches,
@@ -34,6 +33,7 @@ from tests.support.steps import (
     one_thread,  # noqa: F401
     problem,
 )
+from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 17, 11, 5)
 #: Taken at import: while other tests run, nothing is timed.
@@ -252,7 +252,7 @@ def test_a_step_allocates_nothing_with_any_activation(activation, optimizer):
     assert allocations(one_step(activation=activation, **OPTIMIZERS[optimizer])) == []
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", STEP_LOSSES)
 @pytest.mark.parametrize("epoch", [False, True], ids=["step", "epoch"])
 @pytest.mark.parametrize("uint8", [False, True], ids=["float", "uint8"])
 def test_a_step_allocates_nothing_with_any_loss_and_input(uint8, epoch, loss):

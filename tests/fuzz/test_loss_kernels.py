@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastmlp import reference
+from fastmlp.base.losses import LOSSES
 from fastmlp.kernels import (
     cross_entropy,
     cross_entropy_bwd,
@@ -178,10 +179,10 @@ class Elementwise:
     def tensors(self) -> tuple[Tensor, Tensor]:
         """(A, Y): probabilities where the loss takes their logarithms."""
         a, y = self.a.build(), self.y.build()
-        if self.loss in ("bce", "nllm"):
+        if LOSSES[self.loss].input == "probabilities":
             # A quotient by a smaller number is beyond float16.
             a.copy_(torch.sigmoid(a.float()).clamp(0.01, 0.99))
-        if self.loss not in ("mse", "l1"):
+        if LOSSES[self.loss].input != "values":
             y.copy_(torch.sigmoid(y.float()).where(y.float() > 0, 0.0))
         return a, y
 

@@ -20,11 +20,12 @@ from torch import Tensor
 
 import fastmlp
 from fastmlp import reference
-from fastmlp.step.optimizers import LOSSES
+from fastmlp.base.losses import LOSSES, STEP_LOSSES
 from tests.conftest import HAS_GPU, INTERPRETING, WITH_KERNELS, uninitialized_is_nan
 from tests.fuzz.cases import Labels, Spec, dims, dtypes, fuzz, labels, specs
 from tests.support.harness import EPS32, assert_within_budget
 from tests.support.steps import Batch, Reference, converted, network, problem
+from tests.support.torchs import TORCH_ACTIVATIONS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
@@ -43,7 +44,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw", "lr": 0.01, "betas": (0.8, 0.95), "eps": 0.01, "weight_decay": 0.1},
 }
 # What is not smooth moves by more than a rounding where Z is nearly 0, and so rarely that no perturbed run may show it.
-SMOOTH = ("identity", "sigmoid", "tanh", "gelu", "silu")
+SMOOTH = tuple(name for name, f in TORCH_ACTIVATIONS.items() if f.smooth)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def trainings(draw: st.DrawFn) -> Training:
         activations=tuple(draw(st.sampled_from(SMOOTH)) for _ in sizes[2:]),
         bias=draw(st.booleans()),
         # l1's gradient is a sign.
-        loss=draw(st.sampled_from([loss for loss in LOSSES if loss != "l1"])),
+        loss=draw(st.sampled_from([loss for loss in STEP_LOSSES if loss != "l1"])),
         optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
         dtype=draw(st.sampled_from([None, torch.bfloat16, torch.float16])),
         batch=batch,
@@ -152,11 +153,9 @@ def test_train_step(case: Training):
 
 
 VALUE_LOSSES = {
-    "mse": fastmlp.functional.mse_loss,
-    "l1": fastmlp.functional.l1_loss,
-    "bce": fastmlp.functional.bce_loss,
-    "bce_with_logits": fastmlp.functional.bce_with_logits,
-    "softmax_squared_error": fastmlp.functional.softmax_squared_error,
+    name: getattr(fastmlp.functional, loss.function)
+    for name, loss in LOSSES.items()
+    if name not in ("cross_entropy", "nllm")
 }
 
 
@@ -197,10 +196,10 @@ def formula(case: Value, a: Tensor, y: Tensor) -> Tensor:
 @fuzz(15, values())
 def test_value_losses(case: Value):
     a, y = case.a.build().to(DEVICE), case.y.build().to(DEVICE)
-    if case.loss == "bce":
+    if LOSSES[case.loss].input == "probabilities":
         # A quotient by a smaller number is beyond float16.
         a = torch.sigmoid(a.float()).clamp(0.01, 0.99).to(a.dtype)
-    if case.loss in ("bce", "bce_with_logits"):
+    if case.loss in ("binary_cross_entropy", "bce_with_logits"):
         y = torch.sigmoid(y.float()).to(y.dtype)
 
     def run(function: Any, dtype: torch.dtype | None) -> list[Tensor | None]:

@@ -12,32 +12,25 @@ from fastmlp import reference
 from fastmlp.kernels.layout import Hyper, Layer, Layout
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
 from fastmlp.kernels.wgrad_update import _plan, reduce_update, wgrad_update
+from fastmlp.step.optimizers import OPTIMIZERS, Optimizer
 from tests.support.harness import FLOATS, assert_within_budget, poisoned
+from tests.support.torchs import UPDATES, torch_optimizer
 
-LR, WD, MU, BETAS, EPS = 0.1, 0.02, 0.9, (0.9, 0.999), 1e-8
-OPTIMIZERS = {
-    "sgd": (Hyper("sgd", (WD,)), lambda p: torch.optim.SGD(p, LR, weight_decay=WD)),
-    "momentum": (
-        Hyper("momentum", (WD, MU)),
-        lambda p: torch.optim.SGD(p, LR, momentum=MU, weight_decay=WD),
-    ),
-    "nesterov": (
-        Hyper("nesterov", (0.0, MU)),
-        lambda p: torch.optim.SGD(p, LR, momentum=MU, nesterov=True),
-    ),
-    "adamw": (
-        Hyper("adamw", (1 - BETAS[0], BETAS[1], 1 - BETAS[1], EPS)),
-        lambda p: torch.optim.AdamW(p, LR, betas=BETAS, eps=EPS, weight_decay=WD),
-    ),
-}
+LR = 0.1
 
 
-def hyper_row(t: int, lane) -> torch.Tensor:
+def hyper_row(t: int, lane, optimizer: str = "sgd") -> torch.Tensor:
     """What changes from step to step, for step number t = 1, 2, ..."""
-    bc1, bc2 = 1 - BETAS[0] ** t, 1 - BETAS[1] ** t
-    row = torch.tensor([LR, 1 - LR * WD, LR / bc1, bc2**-0.5], dtype=torch.float32)
-    assert row.numel() == HYPER_COLUMNS
+    rates, count = (torch.tensor([value], dtype=torch.float64) for value in (LR, t))
+    (row,) = rule(optimizer).rows(rates, count)
+    assert row.shape == (HYPER_COLUMNS,)
     return row.to(lane)
+
+
+def rule(name: str) -> Optimizer:
+    """The settings of an update."""
+    settings = dict(UPDATES[name])
+    return OPTIMIZERS[settings.pop("optimizer", "sgd")](**settings)
 
 
 def problem(sizes, m, dtype, *, bias=True, seed=0):
@@ -56,7 +49,7 @@ def on(lane, tensors):
 
 def run(lane, optimizer, sizes, m, dtype, *, steps=2, bias=True, low=None):
     """Masters after some steps of the kernel, with the same steps of torch.optim in float64 and float32."""
-    hyper, make = OPTIMIZERS[optimizer]
+    hyper = Hyper(*rule(optimizer).kernel)
     weights, biases, _, _ = problem(sizes, m, dtype, bias=bias)
     w, b = on(lane, weights), on(lane, biases)
     low_w = [None if low is None else t.to(low) for t in w]
@@ -64,10 +57,11 @@ def run(lane, optimizer, sizes, m, dtype, *, steps=2, bias=True, low=None):
     layout = Layout([Layer(*t) for t in zip(w, b, low_w, low_b, strict=True)])
     states = torch.zeros(2, layout.total, device=lane)
     params = [[copy.deepcopy(t).to(d) for t in weights + biases if t is not None] for d in (torch.double, torch.float)]
-    optims = [make(p) for p in params]
+    optims = [torch_optimizer(p, UPDATES[optimizer]) for p in params]
     for t in range(1, steps + 1):
         _, _, dzs, xs = problem(sizes, m, dtype, seed=t)
-        wgrad_update(layout, on(lane, dzs), on(lane, xs), hyper, hyper_row(t, lane), states=states)
+        row = hyper_row(t, lane, optimizer)
+        wgrad_update(layout, on(lane, dzs), on(lane, xs), hyper, row, states=states)
         for ps, optim in zip(params, optims, strict=True):
             grads = [
                 reference.linear_wgrad(dz.to(ps[0].dtype), x.to(ps[0].dtype)) for dz, x in zip(dzs, xs, strict=True)
@@ -85,7 +79,7 @@ def run(lane, optimizer, sizes, m, dtype, *, steps=2, bias=True, low=None):
             assert torch.equal(copied, master.to(low))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", UPDATES)
 @pytest.mark.parametrize("m", [17, 1100], ids=["direct", "split"])
 def test_every_optimizer(lane, optimizer, m):
     sizes = (33, 17, 5)

@@ -7,6 +7,7 @@ import torch
 
 import fastmlp
 from fastmlp import TrainStep, use_backend
+from fastmlp.base.losses import STEP_LOSSES, takes_classes
 
 pytestmark = pytest.mark.placement
 
@@ -35,7 +36,7 @@ def batch(device, dtype, rows=ROWS, loss="cross_entropy"):
         x = torch.randint(0, 256, (rows, SIZES[0]), dtype=torch.uint8, device=device)
     else:
         x = torch.randn(rows, SIZES[0], device=device, dtype=dtype)
-    if loss in ("cross_entropy", "softmax_squared_error"):
+    if takes_classes(STEP_LOSSES[loss]):
         return x, torch.randint(0, SIZES[-1], (rows,), device=device)
     return x, torch.rand(rows, SIZES[-1], device=device)
 
@@ -79,7 +80,7 @@ def test_step(machine, optimizer, precision, pixels, device):
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed float16"])
-@pytest.mark.parametrize("loss", ["mse", "l1", "bce", "softmax_squared_error"])
+@pytest.mark.parametrize("loss", list(STEP_LOSSES)[1:])
 def test_losses(machine, loss, precision):
     parameters, products = PRECISIONS[precision]
     step = TrainStep(fastmlp.MLP(SIZES, device="cuda:1", dtype=parameters), lr=0.1, loss=loss, dtype=products)
@@ -147,7 +148,7 @@ def test_float64_runs_on_torch(machine, device, optimizer, precision):
     assert machine.launches == []
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "mse", "l1", "bce", "softmax_squared_error"])
+@pytest.mark.parametrize("loss", STEP_LOSSES)
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 def test_backend_torch(machine, precision, loss):
     with use_backend("torch"):

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 import fastmlp
+from fastmlp.base.losses import STEP_LOSSES
 from fastmlp.cpu import gemm
 from fastmlp.cpu import threads as cpu_threads
 from fastmlp.step import cpu_plan, cpu_step
-from fastmlp.step.optimizers import LOSSES
 from tests.support.steps import (
-    OPTIMIZERS,
     Batch,
     allocations,
     batches,
@@ -31,6 +30,7 @@ from tests.support.steps import (
     problem,
     threads,
 )
+from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 17, 11, 5)
 WAYS = ("each", "aten", "alone")
@@ -69,7 +69,7 @@ def data(rows: int, steps: int, loss: str = "cross_entropy") -> list[Batch]:
     return batches(*problem(SIZES, 70, loss=loss), rows, steps)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", STEP_LOSSES)
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("way", WAYS)

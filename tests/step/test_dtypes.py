@@ -10,11 +10,10 @@ import torch
 
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
+from fastmlp.base.losses import STEP_LOSSES
 from fastmlp.cpu import gemm
 from fastmlp.step import cpu_step
-from fastmlp.step.optimizers import LOSSES
 from tests.support.steps import (
-    OPTIMIZERS,
     Reference,
     batches,
     budget_used,
@@ -29,6 +28,7 @@ from tests.support.steps import (
     problem,
     trained_by_torch,
 )
+from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 17, 11, 5)
 HALVES = [torch.bfloat16, torch.float16]
@@ -135,7 +135,7 @@ def test_every_activation(compute, activation):
     half_run(compute, torch.float32, "sgd", activation=activation, steps=20)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", STEP_LOSSES)
 @pytest.mark.parametrize("compute", HALVES, ids=str)
 def test_every_loss(compute, loss):
     half_run(compute, torch.float32, "momentum", loss=loss, steps=30)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import fastmlp
 from fastmlp.base.arguments import readable_rows
+from fastmlp.base.losses import STEP_LOSSES
 from fastmlp.step import cpu_step
 from tests.support.steps import (
-    OPTIMIZERS,
     Reference,
     converted,
     flat,
@@ -20,6 +20,7 @@ from tests.support.steps import (
     one_thread,  # noqa: F401
     problem,
 )
+from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 17, 11, 5)
 ROWS = 70
@@ -56,7 +57,7 @@ def test_an_epoch_is_its_steps(batch_size, uint8, name):
     assert mean.item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["softmax_squared_error", "mse", "l1", "bce"])
+@pytest.mark.parametrize("loss", list(STEP_LOSSES)[1:])
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_every_loss(batch_size, loss):
     images, labels = data(loss=loss)

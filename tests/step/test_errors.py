@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import fastmlp
-from fastmlp.step.optimizers import LOSSES
+from fastmlp.base.losses import STEP_LOSSES
 from tests.support.steps import (
-    OPTIMIZERS,
     converted,
     flat,
     network,
     one_thread,  # noqa: F401
     problem,
 )
+from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 17, 11, 5)
 
@@ -249,7 +249,7 @@ def test_inference_mode():
         step(X, Y)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", STEP_LOSSES)
 def test_an_empty_batch(loss):
     """Its mean loss is NaN as torch's; nothing is trained, and there is no gradient."""
     x, y = problem(SIZES, 24, loss=loss)

@@ -7,9 +7,8 @@ import torch
 
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.step.optimizers import LOSSES
+from fastmlp.base.losses import STEP_LOSSES
 from tests.support.steps import (
-    OPTIMIZERS,
     Reference,
     batches,
     converted,
@@ -19,6 +18,7 @@ from tests.support.steps import (
     one_thread,  # noqa: F401
     problem,
 )
+from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 17, 11, 5)
 
@@ -42,7 +42,7 @@ def assert_gradients(actual, expected, rtol: float = 1e-10) -> None:
         assert (actual[name] - value).norm() <= rtol * max(1e-3, value.norm()), name
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", STEP_LOSSES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_are_those_of_autograd(activation, loss):
     model = network(SIZES, activation)

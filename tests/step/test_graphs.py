@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastmlp
 from fastmlp import TrainStep
+from fastmlp.base.losses import STEP_LOSSES, takes_classes
 from fastmlp.step import graphs, triton_step
 from tests.conftest import INTERPRETING
 
@@ -51,7 +52,7 @@ def batch(seed: int, rows: int = ROWS, *, pixels: bool = False, loss: str = "cro
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(0, 256, (rows, SIZES[0]), generator=g, dtype=torch.uint8)
     x = x if pixels else torch.randn(rows, SIZES[0], generator=g)
-    if loss in ("cross_entropy", "softmax_squared_error"):
+    if takes_classes(STEP_LOSSES[loss]):
         return x, torch.randint(0, SIZES[-1], (rows,), generator=g)
     return x, torch.rand(rows, SIZES[-1], generator=g)
 

@@ -10,7 +10,6 @@ from safetensors.torch import load, save
 
 import fastmlp
 from tests.support.steps import (
-    OPTIMIZERS,
     batches,
     converted,
     flat,
@@ -19,6 +18,7 @@ from tests.support.steps import (
     one_thread,  # noqa: F401
     problem,
 )
+from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 17, 11, 5)
 CASES = [

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.step.optimizers import LOSSES
+from fastmlp.base.losses import STEP_LOSSES
 from tests.support.steps import (
-    OPTIMIZERS,
     Reference,
     assert_run_within_budget,
     batches,
@@ -25,6 +24,7 @@ from tests.support.steps import (
     one_thread,  # noqa: F401
     problem,
 )
+from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 17, 11, 5)
 STEPS = 100
@@ -55,13 +55,13 @@ def test_every_activation_after_the_last_layer(activation):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", STEP_LOSSES)
 def test_every_loss(loss, optimizer):
     data = batches(*problem(SIZES, 70, loss=loss), 24, STEPS)
     check_against_torch(network(SIZES), data, OPTIMIZERS[optimizer], loss=loss)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", STEP_LOSSES)
 def test_losses_of_large_outputs(loss):
     """Logits of several hundred: exponentials that overflow when they are not taken with care."""
     x, y = problem((3, 4), 6, loss=loss)
@@ -100,7 +100,7 @@ def test_every_depth(sizes, bias, optimizer):
     activation=st.sampled_from(tuple(ACTIVATIONS)),
     rows=st.integers(1, 70),
     bias=st.booleans(),
-    loss=st.sampled_from(LOSSES),
+    loss=st.sampled_from(list(STEP_LOSSES)),
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),
     uint8=st.booleans(),
 )

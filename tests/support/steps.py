@@ -20,7 +20,9 @@ from torch.nn import functional as F
 import fastmlp
 from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
+from fastmlp.base.losses import STEP_LOSSES, takes_classes
 from fastmlp.cpu import cache, gemm
+from tests.support.torchs import OPTIMIZERS, torch_optimizer
 
 Batch = tuple[Tensor, Tensor]
 
@@ -87,27 +89,6 @@ def have_fastest(monkeypatch: pytest.MonkeyPatch, fastest: Callable[[Collection[
         monkeypatch.setattr(gemm, "_fastest", fastest)
 
 
-#: Every setting of the optimizers, by a name for the test.
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "sgd": {"lr": 0.3},
-    "weight decay": {"lr": 0.3, "weight_decay": 0.02},
-    "momentum": {"lr": 0.1, "momentum": 0.9},
-    "nesterov": {"lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
-    "clipping": {"lr": 0.5, "max_grad_norm": 0.05},
-    "clipping, momentum": {"lr": 0.1, "momentum": 0.9, "max_grad_norm": 0.05},
-    "clipping that never acts": {"lr": 0.3, "max_grad_norm": 1e3},
-    "adamw": {"optimizer": "adamw", "lr": 0.01},
-    "adamw, all settings": {
-        "optimizer": "adamw",
-        "lr": 0.01,
-        "betas": (0.8, 0.95),
-        "eps": 1e-6,
-        "weight_decay": 0.1,
-        "max_grad_norm": 0.1,
-    },
-}
-
-
 def problem(
     sizes: Sequence[int], rows: int, *, loss: str = "cross_entropy", uint8: bool = False, seed: int = 1
 ) -> Batch:
@@ -118,7 +99,7 @@ def problem(
     else:
         # Every dtype here has these values, so all dtypes solve one problem.
         x = torch.randn(rows, sizes[0], generator=g).bfloat16().double()
-    if loss in ("cross_entropy", "softmax_squared_error"):
+    if takes_classes(STEP_LOSSES[loss]):
         return x, torch.randint(0, sizes[-1], (rows,), generator=g)
     return x, torch.rand(rows, sizes[-1], generator=g).bfloat16().double()
 
@@ -184,20 +165,14 @@ class Reference:
     nearest: list[float] = field(default_factory=list)  #: per loss, how near to a kink or a jump a value came
 
     def __post_init__(self) -> None:
-        settings = dict(self.settings)
-        self.max_grad_norm = settings.pop("max_grad_norm", None)
-        kind = settings.pop("optimizer", "sgd")
+        self.max_grad_norm = self.settings.get("max_grad_norm")
         self.params = {
             name: p.detach().to(self.master, copy=True).requires_grad_(p.requires_grad)
             for name, p in self.model.named_parameters()
         }
         self.device = next(iter(self.params.values())).device.type
         trained = [p for p in self.params.values() if p.requires_grad]
-        if kind == "adamw":
-            settings.setdefault("weight_decay", 0.0)
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, **settings)
-        else:
-            self.optimizer = torch.optim.SGD(trained, **settings)
+        self.optimizer = torch_optimizer(trained, self.settings)
         self.scaler = torch.amp.GradScaler(self.device, init_scale=2.0**15, enabled=self.compute == torch.float16)
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:

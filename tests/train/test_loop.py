@@ -21,6 +21,7 @@ from fastmlp.train.engines import AutogradEngine, StepEngine
 from fastmlp.train.initial import LEARNING_RATES, initialize_
 from fastmlp.train.plots import plot_history
 from fastmlp.train.schedules import SCHEDULES, lr_factors
+from tests.support.torchs import TORCH_ACTIVATIONS
 
 
 class Data(NamedTuple):
@@ -445,9 +446,8 @@ def test_nesterov_needs_momentum_in_the_engine_and_is_ignored_by_fit():
 def test_initialize(activation):
     model = fastmlp.MLP((50, 40, 30), activation)
     assert initialize_(model, seed=5) is model
-    gain = {"sigmoid": 4, "tanh": 5 / 3}.get(activation, 1)
-    he = activation in ("relu", "leaky_relu", "gelu", "silu")
-    bounds = [math.sqrt(6 / 50) if he else gain * math.sqrt(6 / 90), math.sqrt(6 / 70)]
+    gain = TORCH_ACTIVATIONS[activation].gain
+    bounds = [math.sqrt(6 / 50) if gain is None else gain * math.sqrt(6 / 90), math.sqrt(6 / 70)]
     for layer, bound in zip(model.layers, bounds, strict=True):
         assert not layer.bias.any()
         assert 0.98 * bound < layer.weight.abs().max() <= bound

@@ -12,6 +12,7 @@ import torch
 
 import fastmlp
 from fastmlp import TrainStep, reference, use_backend
+from fastmlp.base.losses import STEP_LOSSES, takes_classes
 from fastmlp.kernels import linear_fwd
 from tests.support.harness import assert_within_budget
 
@@ -37,7 +38,7 @@ def compare(
     """One shuffled epoch with a short last batch: kernels, torch in the same dtype, torch in float64."""
     torch.manual_seed(0)
     start = fastmlp.MLP(sizes, activation)
-    images, labels = data(n, sizes[0], sizes[-1], values=loss not in ("cross_entropy", "softmax_squared_error"))
+    images, labels = data(n, sizes[0], sizes[-1], values=not takes_classes(STEP_LOSSES[loss]))
     images = images if pixels else (images / 255).to(dtype or torch.float32)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(2))
     models, losses = {}, {}
@@ -97,7 +98,7 @@ def test_activations_and_depth(lane, activation):
     compare(lane, (20, 17, 16, 9, 5), activation, lr=0.05)
 
 
-@pytest.mark.parametrize("loss", ["mse", "l1", "bce", "softmax_squared_error"])
+@pytest.mark.parametrize("loss", list(STEP_LOSSES)[1:])
 def test_losses(lane, loss):
     compare(lane, (33, 17, 5), loss=loss, lr=0.1)
 

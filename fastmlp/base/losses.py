@@ -1,0 +1,70 @@
+"""The losses: one record each, which is all that fastmlp knows of them outside the kernels and the reference.
+
+Two public names say "bce". ``functional.bce_loss`` takes probabilities; its loss is "binary_cross_entropy" everywhere
+inside. ``TrainStep(loss="bce")`` takes logits; its loss is "bce_with_logits" everywhere inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["LOSSES", "NO_CLASS", "STEP_LOSSES", "Loss", "takes_classes"]
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """A loss of a network's output A [M, C] and a target.
+
+    Attributes:
+        function: its function in ``fastmlp.functional``.
+        torch: torch's function (A, target, reduction=...); None where torch has none.
+        step: its name in ``TrainStep``; None where a step does not have it.
+        kernel: the file of its kernel, and of its operations in ``fastmlp.ops``.
+        input: what A is: any "values", "logits", or "probabilities", which need a sigmoid or a softmax at the end.
+        target: what a step takes: "values" (as A) or "classes" (class numbers [M]). The functions of losses of classes
+            take both.
+        over: what a mean divides by.
+    """
+
+    function: str
+    torch: Callable[..., Tensor] | None
+    step: str | None
+    kernel: Literal["cross_entropy", "elementwise_loss", "softmax_squared_error"] = "elementwise_loss"
+    input: Literal["values", "logits", "probabilities"] = "values"
+    target: Literal["classes", "values"] = "values"
+    over: Literal["rows", "elements"] = "elements"
+
+    def count(self, a: Tensor) -> int:
+        """What the mean over A divides by."""
+        return a.numel() if self.over == "elements" else math.prod(a.shape[:-1])
+
+
+#: Every loss by name, in the order of the documentation.
+LOSSES = {
+    "cross_entropy": Loss(
+        "cross_entropy", F.cross_entropy, "cross_entropy", "cross_entropy", "logits", "classes", "rows"
+    ),
+    "mse": Loss("mse_loss", F.mse_loss, "mse"),
+    "l1": Loss("l1_loss", F.l1_loss, "l1"),
+    "binary_cross_entropy": Loss("bce_loss", F.binary_cross_entropy, None, input="probabilities"),
+    "bce_with_logits": Loss("bce_with_logits", F.binary_cross_entropy_with_logits, "bce", input="logits"),
+    "nllm": Loss("multiclass_nll", None, None, input="probabilities", over="rows"),
+    "softmax_squared_error": Loss(
+        "softmax_squared_error", None, "softmax_squared_error", "softmax_squared_error", "logits", "classes", "rows"
+    ),
+}
+#: The names that ``TrainStep`` takes, and the losses that they mean.
+STEP_LOSSES = {loss.step: name for name, loss in LOSSES.items() if loss.step is not None}
+#: The label that the losses of a step ignore: no user writes it, so that every label out of range is found.
+NO_CLASS = -(1 << 63)
+
+
+def takes_classes(loss: str) -> bool:
+    """Whether the target of a step is int64 class numbers [M]; else it is values like the output, [M, C]."""
+    return LOSSES[loss].target == "classes"
