@@ -22,8 +22,8 @@ def initialize_(model: MLP, seed: int | None = None) -> MLP:
     """Give each layer of ``model``, in place, starting weights that suit its activation; biases become 0.
 
     The weights are uniform, after Glorot and Bengio (2010), or after He et al. (2015) for activations that are near 0
-    for half of their inputs (``Activation.gain``). With torch's default weights, sigmoid layers hardly tell one input from
-    another at first, and every network here is less accurate after the same epochs. Returns ``model``.
+    for half of their inputs (``Activation.gain``). With torch's default weights, sigmoid layers hardly tell one input
+    from another at first, and every network here is less accurate after the same epochs. Returns ``model``.
 
     Args:
         model: any MLP.
