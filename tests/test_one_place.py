@@ -11,8 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from fastmlp import functional
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.base.losses import LOSSES, STEP_LOSSES
+from fastmlp.step.cpu_losses import FUNCTIONS
 from fastmlp.step.optimizers import OPTIMIZERS
 from tests.support.torchs import TORCH_ACTIVATIONS, TORCH_OPTIMIZERS
 from tests.test_layout import ROOT, sources
@@ -80,6 +82,11 @@ def test_contributing_names_the_files(title, most):
 def test_the_tests_know_every_one():
     assert set(TORCH_ACTIVATIONS) == set(ACTIVATIONS)
     assert set(TORCH_OPTIMIZERS) == set(OPTIMIZERS)
+
+
+def test_every_loss_has_its_functions():
+    assert {loss.function for loss in LOSSES.values()} == set(functional.__all__) - {"linear_act", "mlp", "softmax"}
+    assert set(FUNCTIONS) == set(STEP_LOSSES.values())
 
 
 @pytest.mark.parametrize(
