@@ -9,7 +9,7 @@ Shapes: H [M, K] (the output A_{L-1} of the layer below), W [C, K], b [C]; dZ_L 
 ``saved`` [M, K]; loss [M]. Any strides for H, W, b and saved; outputs contiguous.
 Dtypes: H and W float32, float16 or bfloat16, alike; or H uint8 pixels (X / 255, as ``linear_fwd``), without dZ_{L-1}.
 Accumulated in float32; the loss is that of the float32 logits, and dZ_L is rounded before it is multiplied by W.
-``saved`` is what f'_{L-1} needs: A_{L-1}, which is H itself; Z_{L-1} for gelu and silu; None for identity and step.
+``saved`` is what f'_{L-1} is computed from: A_{L-1}, which is H itself, or Z_{L-1}, or None (see ``activations``).
 Bytes: reads H (and saved) and writes dZ_{L-1} once; reads W once per block of rows, from the L2 cache. ``saved`` that
 is H is still in the cache from the product.
 

@@ -4,7 +4,7 @@ The layer's input X is the output A_{l-1} of the layer below. With that layer's 
 chain needs no elementwise pass between layers. With f = identity the result is plain dX.
 
 Shapes: dZ [M, N], W [N, K], dX and ``saved`` [M, K]; any strides for dZ and W, dX and saved contiguous.
-``saved`` is A_{l-1}, or Z_{l-1} for gelu and silu, or None for identity and step (see ``activations``).
+``saved`` is what f' is computed from: A_{l-1}, or Z_{l-1}, or None (see ``activations``).
 Dtypes: float32, float16 or bfloat16, all alike, accumulated in float32.
 Bytes: reads dZ once per column of tiles, W once per row of tiles and saved once; writes dX. The least possible:
 (M N + N K + 2 M K) items.
