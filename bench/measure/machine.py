@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastmlp.cli.report import cpu_name
-from fastmlp.cpu.gemm import product_dtype
+from fastmlp.cpu import product_dtype
 
 __all__ = ["ROOT", "describe", "device_name", "peaks", "pin_threads", "slug"]
 
@@ -123,7 +123,7 @@ def peaks(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> dic
     """Measured here and now: FLOP/s of a large square product by dtype, bytes/s of a copy too large for the caches.
 
     On a CPU the product is that of the faster library, what torch.mm calls or oneDNN, in the dtype that
-    ``fastmlp.cpu.gemm.product_dtype`` says.
+    ``fastmlp.cpu.product_dtype`` says.
     """
 
     def best(run: Any, repeats: int = 5) -> float:

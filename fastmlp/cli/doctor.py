@@ -33,11 +33,13 @@ def command(data: str | None, everything: bool, as_json: bool) -> int:
     On a GPU the kernels are checked in float32 and in one 16-bit dtype. Without one they run in Triton's interpreter,
     on small problems. The exit code is 1 if a check fails.
     """
+    from fastmlp.cpu import about_choices
+
     report: dict[str, Any] = {
         "versions": common.versions(),
         "platform": platform.platform(),
         **_devices(),
-        "cpu_products": _cpu_products(),
+        "cpu_products": about_choices(),
         "data": _data(data),
     }
     report["triton"] = _triton(report["gpus"])
@@ -75,13 +77,6 @@ def _devices() -> dict[str, Any]:
             }
         )
     return {"cuda": torch.version.cuda, "hip": torch.version.hip, "cpu": cpu_name(), "gpus": gpus}
-
-
-def _cpu_products() -> dict[str, Any]:
-    """How many shapes were measured on this machine to choose who multiplies on the CPU, and where that is kept."""
-    from fastmlp.cpu.cache import choices_path, kept
-
-    return {"measured_shapes": len(kept()), "file": str(choices_path())}
 
 
 def _data(folder: str | None) -> dict[str, Any]:

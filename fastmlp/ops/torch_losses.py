@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cpu.cache import instruction_set
+from ..cpu import instruction_set
 
 __all__ = ["LABELS", "Settings", "cross_entropy_bwd", "cross_entropy_fwd", "torch_is_as_fast", "vector_width"]
 

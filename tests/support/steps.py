@@ -20,11 +20,11 @@ from torch.nn import functional as F
 import fastmlp
 from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.cpu import cache, gemm
+from fastmlp.cpu import cache, choose, onednn, processor
 
 Batch = tuple[Tensor, Tensor]
 
-needs_onednn = pytest.mark.skipif(not gemm._onednn_available(), reason="torch was built without oneDNN")
+needs_onednn = pytest.mark.skipif(not onednn.available(), reason="torch was built without oneDNN")
 
 
 @contextmanager
@@ -47,8 +47,8 @@ def one_thread() -> Iterator[None]:
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the choices of library that only live as long as a process."""
-    monkeypatch.setattr(gemm, "_choices", {})
-    monkeypatch.setattr(gemm, "_measured", {})
+    monkeypatch.setattr(choose, "_choices", {})
+    monkeypatch.setattr(choose, "_measured", {})
     cache.kept.cache_clear()
 
 
@@ -65,14 +65,14 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
 
 def choices_of_products() -> dict[tuple[object, ...], str]:
     """What was chosen so far, but for whole steps."""
-    return {key: choice for key, choice in gemm.choices().items() if not str(key[0]).startswith("step")}
+    return {key: choice for key, choice in choose.choices().items() if not str(key[0]).startswith("step")}
 
 
 def have_16_bit_products(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     """Have a processor with, or without, 16-bit products. aten has loops for them where this processor has none;
     oneDNN, which refuses them there, is asked for large products only.
     """
-    monkeypatch.setattr(gemm, "_product_dtype_here", lambda dtype: dtype if native else torch.float32)
+    monkeypatch.setattr(processor, "_product_dtype_here", lambda dtype: dtype if native else torch.float32)
 
 
 def have_fastest(monkeypatch: pytest.MonkeyPatch, fastest: Callable[[Collection[str]], str] | None = None) -> None:
@@ -80,9 +80,9 @@ def have_fastest(monkeypatch: pytest.MonkeyPatch, fastest: Callable[[Collection[
 
     For tests of small products only, which aten makes: a build without oneDNN cannot run its ways.
     """
-    monkeypatch.setattr(gemm, "_onednn_available", lambda: True)
+    monkeypatch.setattr(onednn, "available", lambda: True)
     if fastest is not None:
-        monkeypatch.setattr(gemm, "_fastest", fastest)
+        monkeypatch.setattr(choose, "_fastest", fastest)
 
 
 #: Every setting of the optimizers, by a name for the test.
