@@ -225,8 +225,9 @@ def online_epoch(
     """One pass of stochastic gradient descent with softmax cross-entropy, one sample a step.
 
     Step j updates every W_l -= lr_j dL/dW_l and b_l -= lr_j dL/db_l for the loss L of one sample at the parameters
-    that the steps before have left, as documents 002 and 003 do; the result equals that loop's up to rounding. The
-    parameters change, in place, when the whole pass is done: an exception leaves them as they were.
+    that the steps before have left, as "Introduction to Neural Networks" and "Explanatory Notes for 6.390" do. The
+    result equals that loop's up to rounding. The parameters change, in place, when the whole pass is done: an exception
+    leaves them as they were.
 
     Args:
         weights: L tensors [n_l, n_{l-1}], float32 or float64, on the CPU; any strides.
@@ -234,7 +235,7 @@ def online_epoch(
         activations: L names as in ``functional.linear_act``.
         images: [count, n_0] in the weights' dtype, or uint8 pixels, which count as x / 255.
         labels: int64 [count], each in [0, n_L).
-        lr: the step size of all steps, or one for each step.
+        lr: the step size of all steps, or one per step.
         order: int64 [steps], the rows of images and labels to use; default all, in order. Rows may repeat.
         block: steps between two updates of the large matrices; the result depends on it by rounding only.
         losses: [steps] in the weights' dtype, to write each step's loss into; default none.
@@ -243,8 +244,7 @@ def online_epoch(
         The mean over the steps of L before each update, 0-d in the weights' dtype; NaN if there are no steps.
 
     Raises:
-        ValueError: unknown activations, sequences of different lengths, a block below 1, as many lr as there are not
-            steps.
+        ValueError: unknown activations, sequences of different lengths, a block below 1, more or fewer lr than steps.
         TypeError: arguments that are not tensors.
         IndexError: a label outside [0, n_L), an entry of order outside [0, count).
         RuntimeError: shapes, dtypes or devices that do not fit.

@@ -25,7 +25,6 @@ __all__ = [
     "choices",
     "choose",
     "get_cpu_gemm",
-    "keep_choices",
     "only_aten",
     "set_cpu_gemm",
     "worth_measuring",
@@ -48,8 +47,6 @@ _WORTH_MEASURING = 1 << 20
 
 _mode = "auto"
 _choices: dict[tuple[object, ...], Choice] = {}
-#: Those of them that are not in the user's cache yet.
-_measured: dict[str, Choice] = {}
 
 
 def set_cpu_gemm(mode: str) -> None:
@@ -125,7 +122,8 @@ def choose(
             _choices[key] = cast(Choice, kept)
         else:
             with torch.no_grad():
-                _choices[key] = _measured[label] = _fastest(trials(rows))
+                _choices[key] = winner = _fastest(trials(rows))
+            cache.keep({label: winner})
     return _choices[key]
 
 
@@ -142,10 +140,3 @@ def _fastest(candidates: dict[Choice, Callable[[], object]]) -> Choice:
             if round_ >= _WARM_UP:
                 best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
     return min(best, key=best.__getitem__)
-
-
-def keep_choices() -> None:
-    """Write what was measured since the last call into the user's cache."""
-    if _measured:
-        cache.keep(_measured)
-        _measured.clear()

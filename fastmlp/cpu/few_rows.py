@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from . import choose
+from . import choose, products
 from .choose import Choice
-from .products import Update, planned_dgrad, planned_linear, planned_update, planned_wgrad
+from .products import Update
 from .widened import wide_update, wide_wgrad
 
 __all__ = ["FEW_ROWS", "Products", "layer_products", "row_blocks", "sample_blocks"]
@@ -100,14 +100,14 @@ def layer_products(
     layer = _Layer(m, weight, bias, activation, out, dx, update and wide is None, dw)
     way = _way(layer) if m <= FEW_ROWS else "each"
     if way == "rows":
-        products = _by_rows(layer, row_blocks(*weight.shape))
+        chosen = _by_rows(layer, row_blocks(*weight.shape))
     elif way in _SAMPLE_UPDATES and m == 1 and layer.update:
-        products = _each(layer._replace(update=False))._replace(update=_SAMPLE_UPDATES[way](weight))
+        chosen = _each(layer._replace(update=False))._replace(update=_SAMPLE_UPDATES[way](weight))
     else:
-        products = _each(layer)
+        chosen = _each(layer)
     if wide is None or not update:
-        return products
-    return products._replace(update=wide_update(m, wide) if widened else _rounded_update(products, wide))
+        return chosen
+    return chosen._replace(update=wide_update(m, wide) if widened else _rounded_update(chosen, wide))
 
 
 def row_blocks(rows: int, columns: int) -> int:
@@ -120,9 +120,7 @@ def row_blocks(rows: int, columns: int) -> int:
 
 def sample_blocks(weight: Tensor) -> int:
     """``row_blocks`` of a weight for which "rows" is the fastest way to do the products of a single row, else 0."""
-    layer = _Layer(1, weight, None, "identity", weight, weight, True, None)
-    way = _way(layer)
-    choose.keep_choices()
+    way = _way(_Layer(1, weight, None, "identity", weight, weight, True, None))
     return row_blocks(*weight.shape) if way == "rows" else 0
 
 
@@ -152,7 +150,7 @@ def _way(layer: _Layer) -> Choice:
         if blocks > 1:
             ways["rows"] = _by_rows(scratch, blocks)
         # Not with lr = 0, for which BLAS would not multiply at all.
-        return {way: partial(products.in_turn, x, dz, 1e-3) for way, products in ways.items()}
+        return {way: partial(products_of_way.in_turn, x, dz, 1e-3) for way, products_of_way in ways.items()}
 
     kind = f"{'sample' if sample else 'few rows'}{' without dgrad' if layer.dx is None else ''}"
     kind += " stored" if stored else ""
@@ -161,12 +159,12 @@ def _way(layer: _Layer) -> Choice:
 
 
 def _each(layer: _Layer) -> Products:
-    m, weight = layer.m, layer.weight
+    m, weight, (n, k) = layer.m, layer.weight, layer.weight.shape
     return Products(
-        planned_linear(m, weight, layer.bias, layer.activation, layer.out),
-        None if layer.dx is None else planned_dgrad(m, weight, layer.dx),
-        planned_update(m, weight) if layer.update else None,
-        None if layer.dw is None else planned_wgrad(m, layer.dw, weight.dtype),
+        products.linear(m, weight, layer.bias, layer.activation, layer.out),
+        None if layer.dx is None else products.dgrad(m, weight, layer.dx),
+        products.update(m, weight) if layer.update else None,
+        None if layer.dw is None else products.wgrad(m, n, k, weight.dtype, layer.dw),
     )
 
 
@@ -210,7 +208,7 @@ def _by_rows(layer: _Layer, blocks: int) -> Products:
         linear,
         None if dx is None else dgrad,
         None if not layer.update else _elementwise_update(weight) if m == 1 else update,
-        None if dw is None else planned_wgrad(m, dw, weight.dtype) if m == 1 else wgrad,
+        None if dw is None else products.wgrad(m, n, k, weight.dtype, dw) if m == 1 else wgrad,
     )
 
 
@@ -226,8 +224,8 @@ def _product_update(w: Tensor) -> Update:
 _SAMPLE_UPDATES: dict[Choice, Callable[[Tensor], Update]] = {"aten": _elementwise_update, "addmm": _product_update}
 
 
-def _rounded_update(products: Products, master: Tensor) -> Update:
+def _rounded_update(chosen: Products, master: Tensor) -> Update:
     """The update of a master by a gradient that is rounded to the dtype of the products."""
-    wgrad = products.wgrad
+    wgrad = chosen.wgrad
     assert wgrad is not None
     return lambda dz, x, lr: master.add_(wgrad(dz, x).to(master.dtype), alpha=-lr)

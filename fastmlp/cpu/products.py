@@ -1,7 +1,7 @@
 """The matrix products of a linear layer by the library that is faster at their shape: Z = X W^T + b, dZ W, dZ^T X.
 
-``linear``, ``dgrad`` and ``wgrad`` multiply at once, for modules and functions. The functions ``planned_*`` choose a
-library ahead, for a training step, and return a function that multiplies into buffers.
+Each function chooses a library and returns a function that multiplies into a given buffer, or into new memory where
+``out`` is None. oneDNN's results are always new tensors.
 """
 
 from __future__ import annotations
@@ -17,50 +17,30 @@ from . import choose, onednn
 from .choose import Choice
 from .processor import product_dtype
 
-__all__ = ["Update", "dgrad", "linear", "planned_dgrad", "planned_linear", "planned_update", "planned_wgrad", "wgrad"]
+__all__ = ["Update", "dgrad", "linear", "update", "wgrad"]
 
 #: (dZ, X, lr): W -= lr dZ^T X, in place.
 Update = Callable[[Tensor, Tensor, float], object]
 _LIBRARIES: tuple[Choice, ...] = ("aten", "onednn")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """f(X W^T + b), new memory; ``activation`` is one that oneDNN has (``Activation.epilogue``)."""
-    f = ACTIVATIONS[activation]
-    library = _linear_library(x.shape[0], weight, bias, activation)
-    choose.keep_choices()
-    if library == "onednn":
-        return onednn.linear(x, weight, bias, f.epilogue)
-    return f.overwrite(torch.nn.functional.linear(x, weight, bias))
-
-
-def dgrad(dz: Tensor, weight: Tensor) -> Tensor:
-    """dZ W, new memory."""
-    library = _dgrad_library(dz.shape[0], weight)
-    choose.keep_choices()
-    return onednn.linear(dz, weight.t(), None, "none") if library == "onednn" else torch.mm(dz, weight)
-
-
-def wgrad(dz: Tensor, x: Tensor) -> Tensor:
-    """dZ^T X, new memory."""
-    library = _wgrad_library(dz.shape[0], x.shape[1], dz.shape[1], dz.dtype)
-    choose.keep_choices()
-    return onednn.wgrad(dz, x) if library == "onednn" else torch.mm(dz.t(), x)
-
-
-def planned_linear(
-    m: int, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor
+def linear(
+    m: int, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """A function X -> f(X W^T + b) for X [m, K]; ``activation`` is one that oneDNN has.
-
-    The result is ``out`` [m, N] or, where oneDNN is faster, a new tensor.
-    """
+    """X [m, K] -> f(X W^T + b) in ``out`` [m, N]; ``activation`` is one that oneDNN has (``Activation.epilogue``)."""
     wide = product_dtype(weight.dtype, weight.device)
-    if wide == weight.dtype:
-        return _linear(_linear_library(m, weight, bias, activation), weight, bias, activation, out)
-    x32, w32 = weight.new_empty((m, weight.shape[1]), dtype=wide), weight.to(wide)
+    n, k = weight.shape
+
+    def trials(rows: int) -> dict[Choice, Callable[[], object]]:
+        x, scratch = weight.new_ones((rows, k)), weight.new_empty((rows, n))
+        return {library: partial(_linear(library, weight, bias, activation, scratch), x) for library in _LIBRARIES}
+
+    if wide == weight.dtype or out is None:
+        library = choose.choose(f"linear {ACTIVATIONS[activation].epilogue}", m, k, n, weight.dtype, trials)
+        return _linear(library, weight, bias, activation, out)
+    x32, w32 = weight.new_empty((m, k), dtype=wide), weight.to(wide)
     b32 = None if bias is None else bias.to(wide)
-    product = planned_linear(m, w32, b32, activation, torch.empty_like(out, dtype=wide))
+    product = linear(m, w32, b32, activation, torch.empty_like(out, dtype=wide))
 
     def widened(x: Tensor) -> Tensor:
         w32.copy_(weight)
@@ -71,13 +51,19 @@ def planned_linear(
     return widened
 
 
-def planned_dgrad(m: int, weight: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function dZ -> dZ W for dZ [m, N]; the result is ``out`` [m, K] or a new tensor."""
+def dgrad(m: int, weight: Tensor, out: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """DZ [m, N] -> dZ W in ``out`` [m, K]."""
     wide = product_dtype(weight.dtype, weight.device)
-    if wide == weight.dtype:
-        return _dgrad(_dgrad_library(m, weight), weight, out)
-    dz32, w32 = weight.new_empty((m, weight.shape[0]), dtype=wide), weight.to(wide)
-    product = planned_dgrad(m, w32, torch.empty_like(out, dtype=wide))
+    n, k = weight.shape
+
+    def trials(rows: int) -> dict[Choice, Callable[[], object]]:
+        dz, scratch = weight.new_ones((rows, n)), weight.new_empty((rows, k))
+        return {library: partial(_dgrad(library, weight, scratch), dz) for library in _LIBRARIES}
+
+    if wide == weight.dtype or out is None:
+        return _dgrad(choose.choose("dgrad", m, k, n, weight.dtype, trials), weight, out)
+    dz32, w32 = weight.new_empty((m, n), dtype=wide), weight.to(wide)
+    product = dgrad(m, w32, torch.empty_like(out, dtype=wide))
 
     def widened(dz: Tensor) -> Tensor:
         w32.copy_(weight)
@@ -86,23 +72,24 @@ def planned_dgrad(m: int, weight: Tensor, out: Tensor) -> Callable[[Tensor], Ten
     return widened
 
 
-def planned_wgrad(m: int, out: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (dZ, X) -> dZ^T X for dZ [m, N], X [m, K] in ``dtype``.
-
-    The result is in the dtype of ``out`` [N, K], which may be wider: ``out`` itself or a new tensor.
-    """
-    n, k = out.shape
-    if out.dtype != dtype:
+def wgrad(m: int, n: int, k: int, dtype: torch.dtype, out: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """(dZ [m, n], X [m, k]), both in ``dtype``, -> dZ^T X in ``out`` [n, k], whose dtype may be wider."""
+    if out is not None and out.dtype != dtype:
         dz32, x32 = out.new_empty((m, n)), out.new_empty((m, k))
-        product = planned_wgrad(m, out, out.dtype)
+        product = wgrad(m, n, k, out.dtype, out)
         return lambda dz, x: product(dz32.copy_(dz), x32.copy_(x))
     if m == 1:  # one product per element, which BLAS computes several times as slowly
         return lambda dz, x: torch.mul(dz.t(), x, out=out)
-    return _wgrad(_wgrad_library(m, k, n, dtype), out)
+
+    def trials(rows: int) -> dict[Choice, Callable[[], object]]:
+        dz, x, scratch = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((rows, n), (rows, k), (n, k)))
+        return {library: partial(_wgrad(library, scratch), dz, x) for library in _LIBRARIES}
+
+    return _wgrad(choose.choose("wgrad", m, k, n, dtype, trials), out)
 
 
-def planned_update(m: int, weight: Tensor) -> Update:
-    """A function (dZ, X, lr) that does W -= lr dZ^T X in place: the plain SGD step of a layer's weight."""
+def update(m: int, weight: Tensor) -> Update:
+    """(dZ [m, N], X [m, K], lr): W -= lr dZ^T X in place, the plain SGD step of a layer's weight."""
     n, k = weight.shape
 
     def trials(rows: int) -> dict[Choice, Callable[[], object]]:
@@ -113,36 +100,8 @@ def planned_update(m: int, weight: Tensor) -> Update:
     return _update(choose.choose("wgrad_update", m, k, n, weight.dtype, trials), m, weight)
 
 
-def _linear_library(m: int, weight: Tensor, bias: Tensor | None, activation: str) -> Choice:
-    n, k = weight.shape
-
-    def trials(rows: int) -> dict[Choice, Callable[[], object]]:
-        x, out = weight.new_ones((rows, k)), weight.new_empty((rows, n))
-        return {library: partial(_linear(library, weight, bias, activation, out), x) for library in _LIBRARIES}
-
-    return choose.choose(f"linear {ACTIVATIONS[activation].epilogue}", m, k, n, weight.dtype, trials)
-
-
-def _dgrad_library(m: int, weight: Tensor) -> Choice:
-    n, k = weight.shape
-
-    def trials(rows: int) -> dict[Choice, Callable[[], object]]:
-        dz, out = weight.new_ones((rows, n)), weight.new_empty((rows, k))
-        return {library: partial(_dgrad(library, weight, out), dz) for library in _LIBRARIES}
-
-    return choose.choose("dgrad", m, k, n, weight.dtype, trials)
-
-
-def _wgrad_library(m: int, k: int, n: int, dtype: torch.dtype) -> Choice:
-    def trials(rows: int) -> dict[Choice, Callable[[], object]]:
-        dz, x, out = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((rows, n), (rows, k), (n, k)))
-        return {library: partial(_wgrad(library, out), dz, x) for library in _LIBRARIES}
-
-    return choose.choose("wgrad", m, k, n, dtype, trials)
-
-
 def _linear(
-    library: Choice, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor
+    library: Choice, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
     f, weight_t = ACTIVATIONS[activation], weight.t()
     if library == "onednn":
@@ -152,14 +111,14 @@ def _linear(
     return lambda x: f.overwrite(torch.addmm(bias, x, weight_t, out=out))
 
 
-def _dgrad(library: Choice, weight: Tensor, out: Tensor) -> Callable[[Tensor], Tensor]:
+def _dgrad(library: Choice, weight: Tensor, out: Tensor | None) -> Callable[[Tensor], Tensor]:
     weight_t = weight.t()
     if library == "onednn":
         return lambda dz: onednn.linear(dz, weight_t, None, "none")
     return lambda dz: torch.mm(dz, weight, out=out)
 
 
-def _wgrad(library: Choice, out: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _wgrad(library: Choice, out: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
     return onednn.wgrad if library == "onednn" else lambda dz, x: torch.mm(dz.t(), x, out=out)
 
 

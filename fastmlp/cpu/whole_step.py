@@ -50,9 +50,7 @@ def plan_step(
     way: Choice = "aten"
     if weights[0].device.type == "cpu":
         way = _step_way(kind, m, weights, dtype, scratch)
-    step = _in_way(way, plan)
-    choose.keep_choices()
-    return step
+    return _in_way(way, plan)
 
 
 def _step_way(kind: str, m: int, weights: Sequence[Tensor], dtype: torch.dtype, scratch: Scratch) -> Choice:

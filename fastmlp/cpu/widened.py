@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import choose
+from . import choose, products
 from .choose import Choice
 from .processor import product_dtype
-from .products import Update, planned_update, planned_wgrad
+from .products import Update
 
 __all__ = ["wide_update", "wide_wgrad"]
 
@@ -31,11 +31,11 @@ def wide_wgrad(m: int, master: Tensor, dtype: torch.dtype, *, update: bool) -> b
     def trials(rows: int) -> dict[Choice, Callable[[], object]]:
         dz, x = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((rows, n), (rows, k)))
         scratch, dw = torch.zeros_like(master), torch.empty((n, k), dtype=dtype, device="cpu")
-        narrow = planned_wgrad(rows, dw, dtype)
+        narrow = products.wgrad(rows, n, k, dtype, dw)
         if update:
             into = wide_update(rows, scratch)
             return {"aten": lambda: scratch.add_(narrow(dz, x), alpha=-1e-3), "wide": lambda: into(dz, x, 1e-3)}
-        wide = planned_wgrad(rows, scratch, dtype)
+        wide = products.wgrad(rows, n, k, dtype, scratch)
         return {"aten": lambda: scratch.copy_(narrow(dz, x)), "wide": lambda: wide(dz, x)}
 
     if dtype != torch.bfloat16 or master.dtype != torch.float32:
@@ -52,5 +52,5 @@ def wide_update(m: int, master: Tensor) -> Update:
     wide_dz, wide_x = master.new_empty((m, n)), master.new_empty((m, k))
     if m == 1:
         return lambda dz, x, lr: master.addcmul_(wide_dz.copy_(dz).t(), wide_x.copy_(x), value=-lr)
-    into = planned_update(m, master)
+    into = products.update(m, master)
     return lambda dz, x, lr: into(wide_dz.copy_(dz), wide_x.copy_(x), lr)

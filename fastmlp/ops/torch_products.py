@@ -55,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> T
         wide_b = None if bias is None else bias.to(wide)
         return linear(x.to(wide), weight.to(wide), wide_b, activation).to(weight.dtype)
     if _may_choose(x.size(0) * weight.numel(), x, weight):
-        return cpu.linear(x, weight, bias, activation)
+        return cpu.linear(x.size(0), weight, bias, activation)(x)
     return ACTIVATIONS[activation].overwrite(torch.nn.functional.linear(x, weight, bias))
 
 
@@ -64,7 +64,7 @@ def dgrad(dz: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype.itemsize == 2 and (wide := _wide(dz, weight)) is not None:
         return dgrad(dz.to(wide), weight.to(wide)).to(weight.dtype)
     if _may_choose(dz.size(0) * weight.numel(), dz, weight):
-        return cpu.dgrad(dz, weight)
+        return cpu.dgrad(dz.size(0), weight)(dz)
     return torch.mm(dz, weight)
 
 
@@ -75,5 +75,5 @@ def wgrad(dz: Tensor, x: Tensor) -> Tensor:
     if x.size(0) == 1:  # one product per element, which BLAS computes several times as slowly
         return torch.mul(dz.t(), x)
     if _may_choose(dz.size(1) * x.numel(), dz, x):
-        return cpu.wgrad(dz, x)
+        return cpu.wgrad(x.size(0), dz.size(1), x.size(1), dz.dtype)(dz, x)
     return torch.mm(dz.t(), x)

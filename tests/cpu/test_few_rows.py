@@ -8,7 +8,7 @@ import torch
 import fastmlp
 from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.cpu import choose, few_rows
+from fastmlp.cpu import choose, few_rows, products
 from tests.support.steps import (
     OPTIMIZERS,
     allocations,
@@ -143,10 +143,10 @@ def test_many_rows_are_not_measured_together(monkeypatch):
 def test_the_update_of_a_single_row_is_not_measured_twice(monkeypatch):
     """Its way of updating is part of what was measured; no other one is asked for."""
     take(monkeypatch, "addmm")
-    monkeypatch.setattr(few_rows, "planned_update", None)
+    monkeypatch.setattr(products, "update", None)
     weight = torch.randn(16, 12)
-    products = few_rows.layer_products(1, weight, None, "identity", torch.empty(1, 16), None, update=True)
-    assert products.update is not None
+    found = few_rows.layer_products(1, weight, None, "identity", torch.empty(1, 16), None, update=True)
+    assert found.update is not None
 
 
 def test_blocks(monkeypatch):

@@ -48,7 +48,6 @@ def one_thread() -> Iterator[None]:
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the choices of library that only live as long as a process."""
     monkeypatch.setattr(choose, "_choices", {})
-    monkeypatch.setattr(choose, "_measured", {})
     cache.kept.cache_clear()
 
 
