@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastmlp.cpu.gemm import product_dtype
+from fastmlp.cpu import product_dtype
 
 from .problems import (
     CrossEntropyProblem,

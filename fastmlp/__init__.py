@@ -4,7 +4,7 @@ from . import functional, reference
 from .backend import get_backend, set_backend, use_backend
 from .base import checkout  # noqa: F401
 from .base.version import __version__
-from .cpu.gemm import get_cpu_gemm, set_cpu_gemm
+from .cpu import get_cpu_gemm, set_cpu_gemm
 from .data import ImageDataset, find_fashion_mnist, load_fashion_mnist
 from .losses import CrossEntropyLoss
 from .nn import MLP, Linear

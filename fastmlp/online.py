@@ -9,39 +9,36 @@ so within a block the products that sample j needs are those of W_0, corrected t
     z_j      = W_j a_j   = W_0 a_j   - D^T (A a_j)         rows of D [j, N] and A [j, K]: d_i and a_i for i < j
     dL/da_j  = W_j^T d_j = W_0^T d_j - A^T (D d_j)
 
-and the block ends with one matrix product W -= D^T A. The same sums as the plain loop in another order: equal to it
-up to rounding. What is saved is memory traffic, which is all that a single sample costs: the plain loop reads and
-writes every W at every sample.
+and the block ends with one matrix product W -= D^T A. These are the sums of the plain loop in another order, so the
+results are equal up to rounding. The recurrence saves memory traffic, which is all that a single sample costs: the
+plain loop reads and writes every W at every sample.
 
 - First layer: its inputs X are known in advance, so W_0 x_j for the whole block is one product, and so is the Gram
-  matrix X X^T, from which each A a_j is read off. W is touched three times a block.
-- Later layers: a_j depends on all samples before, so W_0 is read twice a sample, but never written. A is kept in the
-  rows below W_0, so W_0 a_j and A a_j are one matrix-vector product, and so are W_0^T d_j and the correction.
-- Layers with few weights (`SMALL`) are cheaper updated in place, and so are larger ones where the threads can share
-  their rows alike in all three products (``fastmlp.cpu.few_rows``).
+  matrix X X^T, which contains each A a_j. A block touches W three times.
+- Later layers: a_j depends on all samples before, so every sample reads W_0 twice, but never writes it. The rows of A
+  lie below W_0. So one matrix-vector product gives W_0 a_j and A a_j, and another one W_0^T d_j and the correction.
+- Layers with few weights (`SMALL`) are cheaper updated in place. So are larger ones where the threads can share their
+  rows alike in all three products (``fastmlp.cpu.sample_blocks``).
 
 Biases are a last column of W, with 1 as last entry of every a_j. d_j is scaled by lr_j at the loss, which scales all
-of them, since back-propagation is linear.
+gradients, since back-propagation is linear.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .activations import ACTIVATIONS
 from .base.arguments import check_activation, check_classes, check_input, check_layer, check_tensor
-from .cpu.few_rows import row_blocks, sample_way
-from .cpu.gemm import keep_choices
 
 __all__ = ["BLOCK", "SMALL", "online_epoch"]
 
-#: Samples a block, unless asked otherwise: the fastest on 784-512-512-10, where 16 to 64 are within 15 % of it.
+#: Samples per block, unless asked otherwise: the fastest on 784-512-512-10, where 16 to 64 are within 15 % of it.
 BLOCK = 32
 #: Later layers of at most this many weights are updated in place at every sample.
 SMALL = 16_384
@@ -50,16 +47,16 @@ SMALL = 16_384
 class _Layer:
     """One layer during an epoch: a working copy of its weights, and views made once for every sample of a block.
 
-    ``inputs[j]`` is a_{j} of length K with ``augmented[j]`` the same and the bias's 1 behind; the layer below writes
+    ``inputs[j]`` is a_j of length K, and ``augmented[j]`` the same with the bias's 1 behind; the layer below writes
     there. ``outputs[j]`` are the next layer's inputs. ``dz[j]`` receives d_j. With the identity, z and a are the same
     memory, and so are da and dz.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str, rows: int, extra: int) -> None:
-        self.weight, self.bias, self.activation = weight, bias, activation
+        self.weight, self.bias, self.f = weight, bias, ACTIVATIONS[activation]
+        self.linear = activation == "identity"
         self.N, self.K = weight.shape
         self.width = self.K + (bias is not None)
-        self.below: _Layer | None = None
         # Rows of 64-byte multiples: unaligned rows double the time of a matrix-vector product.
         stride = math.ceil(self.width * weight.element_size() / 64) * 64 // weight.element_size()
         self.storage = weight.new_zeros(self.N + extra, stride)
@@ -71,6 +68,8 @@ class _Layer:
         self.dz = [row[: self.N] for row in self.factors]
         self.z = weight.new_zeros(self.N + extra)
         self.da = weight.new_zeros(self.N)
+        self.activate = None if self.linear else self.f.into
+        self.derive = None if self.linear else self.f.backward_into
 
     def take_inputs(self, rows: Tensor) -> None:
         """Make the rows of a [count, width] tensor this layer's inputs."""
@@ -79,29 +78,23 @@ class _Layer:
         self.augmented = list(rows)
         self.inputs = [row[: self.K] for row in rows]
 
-    def write_to(self, outputs: Sequence[Tensor]) -> None:
-        """Fix where the activations go."""
-        self.outputs = outputs
-        self.linear = self.activation == "identity"
-        f = ACTIVATIONS[self.activation]
-        self.activate = None if self.linear else f.into
-        self.derive = None if self.linear else f.backward_into
-        self.saved = [self.z[: self.N]] * len(outputs) if f.saved == "z" else outputs
-
-    def gradient_goes_to(self, j: int) -> Tensor:
-        """Where dL/da_j is wanted."""
-        return self.dz[j] if self.linear else self.da
+    def connect(self, below: _Layer | None, outputs: Sequence[Tensor]) -> None:
+        """Fix where the activations go, and dL/da of the layer below."""
+        z = [self.z[: self.N]] * len(outputs)
+        self.outputs, self.z_for = outputs, outputs if self.linear else z
+        self.saved = z if self.f.saved == "z" else outputs
+        self.gradient = self.dz if self.linear else [self.da] * len(outputs)
+        self.gradient_below = [] if below is None else below.gradient
 
     def start(self, count: int) -> None:
         """Called before the first sample of a block of ``count``."""
 
-    def forward(self, j: int) -> None:
-        """outputs[j] from inputs[j]."""
+    def forward(self, j: int) -> Tensor:
+        """Z from inputs[j]."""
         raise NotImplementedError
 
     def backward(self, j: int) -> None:
-        """d_j from da, then da of the layer below."""
-        raise NotImplementedError
+        """From d_j, dL/da of the layer below, and the update where it is made in place."""
 
     def finish(self, count: int) -> None:
         """Apply the updates of a block of ``count`` samples."""
@@ -125,7 +118,6 @@ class _FirstLayer(_Layer):
         self.product = list(self.products)
         self.before = [self.gram[j, :j] for j in range(rows)]  # A a_j
         self.factors_t = [self.factors[:j].t() for j in range(rows)]
-        self.z_out = self.z[: self.N]
 
     def load(self, images: Tensor) -> None:
         """The inputs of the next block: [count, K], or uint8 pixels."""
@@ -138,15 +130,8 @@ class _FirstLayer(_Layer):
         torch.mm(x, self.copy.t(), out=self.products[:count])
         torch.mm(x, x.t(), out=self.gram[:count, :count])
 
-    def forward(self, j: int) -> None:
-        z = self.outputs[j] if self.linear else self.z_out
-        torch.addmv(self.product[j], self.factors_t[j], self.before[j], alpha=-1, out=z)
-        if self.activate is not None:
-            self.activate(z, self.outputs[j])
-
-    def backward(self, j: int) -> None:
-        if self.derive is not None:
-            self.derive(self.da, self.saved[j], self.dz[j])
+    def forward(self, j: int) -> Tensor:
+        return torch.addmv(self.product[j], self.factors_t[j], self.before[j], alpha=-1, out=self.z_for[j])
 
     def finish(self, count: int) -> None:
         self.copy.addmm_(self.factors[:count].t(), self.x[:count], alpha=-1)
@@ -168,20 +153,14 @@ class _DeferredLayer(_Layer):
         self.dz_and_tail = [self.factors[j, : N + j] for j in range(rows)]  # d_j over -D d_j
         self.tail = [self.factors[j, N : N + j] for j in range(rows)]
 
-    def forward(self, j: int) -> None:
+    def forward(self, j: int) -> Tensor:
         torch.mv(self.stacked[j], self.augmented[j], out=self.products[j])
-        z = self.outputs[j] if self.linear else self.product
-        torch.addmv(self.product, self.factors_t[j], self.before[j], alpha=-1, out=z)
-        if self.activate is not None:
-            self.activate(z, self.outputs[j])
+        return torch.addmv(self.product, self.factors_t[j], self.before[j], alpha=-1, out=self.z_for[j])
 
     def backward(self, j: int) -> None:
-        if self.derive is not None:
-            self.derive(self.da, self.saved[j], self.dz[j])
-        assert self.below is not None
         tail = self.tail[j]
         torch.addmv(tail, self.factors_above[j], self.dz[j], beta=0, alpha=-1, out=tail)
-        torch.mv(self.stacked_t[j], self.dz_and_tail[j], out=self.below.gradient_goes_to(j))
+        torch.mv(self.stacked_t[j], self.dz_and_tail[j], out=self.gradient_below[j])
 
     def finish(self, count: int) -> None:
         self.copy.addmm_(self.factors[:count, : self.N].t(), self.storage[self.N :][:count, : self.width], alpha=-1)
@@ -196,27 +175,22 @@ class _SmallLayer(_Layer):
         self.dz, self.inputs, self.augmented = self.dz * rows, self.inputs * rows, self.augmented * rows
         self.copy_t = self.copy[:, : self.K].t()
 
-    def forward(self, j: int) -> None:
-        z = self.outputs[j] if self.linear else self.z
-        torch.mv(self.copy, self.augmented[j], out=z)
-        if self.activate is not None:
-            self.activate(z, self.outputs[j])
+    def forward(self, j: int) -> Tensor:
+        return torch.mv(self.copy, self.augmented[j], out=self.z_for[j])
 
     def backward(self, j: int) -> None:
-        dz = self.dz[j]
-        if self.derive is not None:
-            self.derive(self.da, self.saved[j], dz)
-        assert self.below is not None
-        torch.mv(self.copy_t, dz, out=self.below.gradient_goes_to(j))
-        self.copy.addr_(dz, self.augmented[j], alpha=-1)
+        torch.mv(self.copy_t, self.dz[j], out=self.gradient_below[j])
+        self.copy.addr_(self.dz[j], self.augmented[j], alpha=-1)
 
 
 class _SharedLayer(_SmallLayer):
-    """Updated in place at every sample, with its rows shared alike by the threads of all three products."""
+    """Updated in place at every sample, with its rows shared alike by the threads of all three products.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str, rows: int) -> None:
+    These are the products of ``fastmlp.cpu.few_rows`` on views that are made once: W has a bias column here.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str, rows: int, blocks: int) -> None:
         super().__init__(weight, bias, activation, rows)
-        blocks = row_blocks(self.N, self.K)
         shared = self.storage.view(blocks, self.N // blocks, -1)
         self.shared, self.shared_t = shared[:, :, : self.K], shared[:, :, : self.width].transpose(1, 2)
         self.input = self.augmented[0].expand(blocks, 1, self.width)
@@ -224,20 +198,15 @@ class _SharedLayer(_SmallLayer):
         self.dz_blocks = self.dz[0].view(blocks, 1, -1)
         self.parts = weight.new_empty(blocks, 1, self.K)
         self.column, self.row = self.dz[0].unsqueeze(1), self.augmented[0].unsqueeze(0)
+        self.activate = self.f.into
 
-    def forward(self, j: int) -> None:
+    def forward(self, j: int) -> Tensor:
         torch.bmm(self.input, self.shared_t, out=self.z_blocks)
-        if self.activate is None:
-            self.outputs[j].copy_(self.z)
-        else:
-            self.activate(self.z, self.outputs[j])
+        return self.z
 
     def backward(self, j: int) -> None:
-        if self.derive is not None:
-            self.derive(self.da, self.saved[j], self.dz[j])
-        assert self.below is not None
         torch.bmm(self.dz_blocks, self.shared, out=self.parts)
-        torch.sum(self.parts, (0, 1), out=self.below.gradient_goes_to(j))
+        torch.sum(self.parts, (0, 1), out=self.gradient_below[j])
         self.copy.addcmul_(self.column, self.row, value=-1)
 
 
@@ -256,8 +225,9 @@ def online_epoch(
     """One pass of stochastic gradient descent with softmax cross-entropy, one sample a step.
 
     Step j updates every W_l -= lr_j dL/dW_l and b_l -= lr_j dL/db_l for the loss L of one sample at the parameters
-    that the steps before have left, as documents 002 and 003 do; the result equals that loop's up to rounding. The
-    parameters change, in place, when the whole pass is done: an exception leaves them as they were.
+    that the steps before have left, as "Introduction to Neural Networks" and "Explanatory Notes for 6.390" do. The
+    result equals that loop's up to rounding. The parameters change, in place, when the whole pass is done: an exception
+    leaves them as they were.
 
     Args:
         weights: L tensors [n_l, n_{l-1}], float32 or float64, on the CPU; any strides.
@@ -265,7 +235,7 @@ def online_epoch(
         activations: L names as in ``functional.linear_act``.
         images: [count, n_0] in the weights' dtype, or uint8 pixels, which count as x / 255.
         labels: int64 [count], each in [0, n_L).
-        lr: the step size of all steps, or one for each step.
+        lr: the step size of all steps, or one per step.
         order: int64 [steps], the rows of images and labels to use; default all, in order. Rows may repeat.
         block: steps between two updates of the large matrices; the result depends on it by rounding only.
         losses: [steps] in the weights' dtype, to write each step's loss into; default none.
@@ -274,8 +244,7 @@ def online_epoch(
         The mean over the steps of L before each update, 0-d in the weights' dtype; NaN if there are no steps.
 
     Raises:
-        ValueError: unknown activations, sequences of different lengths, a block below 1, as many lr as there are not
-            steps.
+        ValueError: unknown activations, sequences of different lengths, a block below 1, more or fewer lr than steps.
         TypeError: arguments that are not tensors.
         IndexError: a label outside [0, n_L), an entry of order outside [0, count).
         RuntimeError: shapes, dtypes or devices that do not fit.
@@ -287,14 +256,18 @@ def online_epoch(
         raise ValueError(f"expected one lr, or one for each of the {steps} steps, got {len(rates)}")
 
     dtype, block = weights[0].dtype, max(1, min(block, steps))
-    layers = _layers(weights, biases, activations, block)
-    first, last = layers[0], layers[-1]
+    first, *later = (
+        _layer(weight.detach(), None if bias is None else bias.detach(), activation, block, first=index == 0)
+        for index, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True))
+    )
     assert isinstance(first, _FirstLayer)
-    classes = last.N
+    layers = [first, *later]
+    last, classes = layers[-1], layers[-1].N
     hot = list(torch.eye(classes, dtype=dtype, device="cpu"))
     probabilities = torch.empty(classes, dtype=dtype, device="cpu")
     logits = torch.empty(block, classes, dtype=dtype, device="cpu")
-    last.write_to(list(logits))
+    for i, layer in enumerate(layers):
+        layer.connect(layers[i - 1] if i else None, list(logits) if layer is last else layers[i + 1].inputs)
     down = layers[::-1]
     total = torch.zeros((), dtype=torch.float64, device="cpu")
     for begin in range(0, steps, block):
@@ -304,12 +277,15 @@ def online_epoch(
             layer.start(count)
         for j in range(count):
             for layer in layers:
-                layer.forward(j)
+                z = layer.forward(j)
+                if layer.activate is not None:
+                    layer.activate(z, layer.outputs[j])
             # dL/dlogits = softmax - onehot, times lr_j, so that everything below is.
             torch.softmax(last.outputs[j], 0, out=probabilities)
-            gradient = last.gradient_goes_to(j)
-            torch.sub(probabilities, hot[targets[begin + j]], out=gradient).mul_(rates[begin + j])
+            torch.sub(probabilities, hot[targets[begin + j]], out=last.gradient[j]).mul_(rates[begin + j])
             for layer in down:
+                if layer.derive is not None:
+                    layer.derive(layer.da, layer.saved[j], layer.dz[j])
                 layer.backward(j)
         for layer in layers:
             layer.finish(count)
@@ -324,26 +300,15 @@ def online_epoch(
     return (total / steps).to(dtype)
 
 
-def _layers(
-    weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str], rows: int
-) -> list[_Layer]:
-    layers: list[_Layer] = []
-    for index, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
-        kind = _kind(index, weight)
-        layers.append(kind(weight.detach(), None if bias is None else bias.detach(), activation, rows))
-    for below, layer in itertools.pairwise(layers):
-        below.write_to(layer.inputs)
-        layer.below = below
-    keep_choices()
-    return layers
-
-
-def _kind(index: int, weight: Tensor) -> Callable[[Tensor, Tensor | None, str, int], _Layer]:
-    if index == 0:
-        return _FirstLayer
+def _layer(weight: Tensor, bias: Tensor | None, activation: str, rows: int, *, first: bool) -> _Layer:
+    if first:
+        return _FirstLayer(weight, bias, activation, rows)
     if weight.numel() <= SMALL:
-        return _SmallLayer
-    return _SharedLayer if sample_way(weight) == "rows" else _DeferredLayer
+        return _SmallLayer(weight, bias, activation, rows)
+    blocks = cpu.sample_blocks(weight)
+    if blocks:
+        return _SharedLayer(weight, bias, activation, rows, blocks)
+    return _DeferredLayer(weight, bias, activation, rows)
 
 
 def _checked(

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmlp.cpu import cache, gemm
+from fastmlp.cpu import cache, choose
 from tests.support.covering import SIMULATED, left_out
 
 pytest_plugins = ["tests.fuzz.plugin", "tests.support.precision"]
@@ -40,8 +40,9 @@ if HAS_GPU:
 ROOT = Path(__file__).resolve().parents[1]
 #: Tests whose results depend on what the processor has: vector registers, 16-bit products, threads.
 ON_THE_PROCESSOR = (
-    "tests/cpu/test_gemm.py",
+    "tests/cpu/test_choose.py",
     "tests/cpu/test_few_rows.py",
+    "tests/cpu/test_processor.py",
     "tests/step/test_cpu_plan.py",
     "tests/cpu/test_threads.py",
     "tests/test_online.py",
@@ -190,13 +191,13 @@ def nothing_is_timed(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     place = -1 if request.config.getoption("lesser_cpu") else 0
 
-    def fastest(candidates: dict[gemm.Library, Callable[[], object]]) -> gemm.Library:
+    def fastest(candidates: dict[choose.Choice, Callable[[], object]]) -> choose.Choice:
         for run in candidates.values():
             run()
         return list(candidates)[place]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gemm, "_fastest", fastest)
+        patch.setattr(choose, "_fastest", fastest)
         yield
 
 

@@ -154,6 +154,35 @@ def test_only_the_command_bench_reaches_into_bench():
     assert found == {"cli/bench.py"}
 
 
+def past_the_door(files: Mapping[str, str]) -> list[str]:
+    """What is imported from cpu/, but for the names of its __init__."""
+    return [
+        f"{name}:{line} imports {other}"
+        for name in sorted(files)
+        for other, line in imported(name, files).items()
+        if other.startswith("cpu/") and other != "cpu/__init__.py" and not name.startswith("cpu/")
+    ]
+
+
+def test_cpu_has_one_door():
+    assert past_the_door(sources()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("from .. import cpu", False),
+        ("from ..cpu import linear", False),
+        ("from ..cpu import products", True),
+        ("from ..cpu.products import linear", True),
+        ("def f():\n    from ..cpu.products import linear", True),
+    ],
+)
+def test_the_test_sees_who_passes_the_door(source, wrong):
+    files = dict.fromkeys(("__init__.py", "cpu/__init__.py", "cpu/products.py"), "")
+    assert bool(past_the_door({**files, "ops/choose.py": source})) == wrong
+
+
 def test_every_folder_with_code_is_a_package():
     """setup.py finds packages; a folder without __init__.py would be missing in the wheel."""
     folders = {path.parent for folder in ("fastmlp", "kernels") for path in (ROOT / folder).rglob("*.py")}
@@ -164,7 +193,7 @@ def test_every_folder_with_code_is_a_package():
     ("source", "wrong"),
     [
         ("from ..activations import ACTIVATIONS", False),
-        ("from . import gemm", False),
+        ("from . import products", False),
         ("from ..ops import on", True),
         ("def f():\n    from ..ops import choose", True),
         ("import fastmlp.ops.choose", True),
@@ -174,7 +203,14 @@ def test_every_folder_with_code_is_a_package():
 )
 def test_the_test_sees_what_is_wrong(source, wrong):
     files = dict.fromkeys(
-        ("__init__.py", "activations.py", "cpu/gemm.py", "ops/__init__.py", "ops/choose.py", "reference/__init__.py"),
+        (
+            "__init__.py",
+            "activations.py",
+            "cpu/products.py",
+            "ops/__init__.py",
+            "ops/choose.py",
+            "reference/__init__.py",
+        ),
         "",
     )
     assert bool(wrong_imports({**files, "cpu/cache.py": source})) == wrong

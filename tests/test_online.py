@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmlp import online, reference
+from fastmlp import cpu, online, reference
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.online import online_epoch
 from tests.support.steps import one_thread  # noqa: F401
@@ -22,9 +22,9 @@ Network = tuple[list[Tensor], list[Tensor | None], list[str]]
 def later_layers(request, monkeypatch):
     """The later layers of a small network take one path, or one of those of large ones."""
     monkeypatch.setattr(online, "SMALL", 10**9 if request.param == "in place" else 0)
-    monkeypatch.setattr(online, "sample_way", lambda weight: "rows" if request.param == "shared" else "aten")
     # As many blocks as divide the rows, as if there were so many threads.
-    monkeypatch.setattr(online, "row_blocks", lambda rows, columns: next(b for b in (3, 2, 1) if rows % b == 0))
+    shared = (lambda weight: next(b for b in (3, 2, 1) if len(weight) % b == 0)) if request.param == "shared" else None
+    monkeypatch.setattr(cpu, "sample_blocks", shared or (lambda weight: 0))
 
 
 def network(sizes: Sequence[int], activations: Sequence[str], *, bias: bool = True, seed: int = 0) -> Network:

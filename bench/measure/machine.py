@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastmlp.cli.report import cpu_name
-from fastmlp.cpu.gemm import product_dtype
+from fastmlp.cpu import product_dtype
 
 __all__ = ["ROOT", "describe", "device_name", "peaks", "pin_threads", "slug"]
 
@@ -122,7 +122,7 @@ def _clocks() -> str | None:
 def peaks(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> dict[str, float]:
     """Measure the FLOP/s of a large square product in each dtype, and the bytes/s of a copy too large for the caches.
 
-    On a CPU the product is the faster of torch.mm's and oneDNN's, in ``fastmlp.cpu.gemm.product_dtype``.
+    On a CPU the product is that of the faster library, aten or oneDNN, in ``fastmlp.cpu.product_dtype``.
     """
 
     def best(run: Any, repeats: int = 5) -> float:

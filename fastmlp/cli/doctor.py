@@ -33,10 +33,13 @@ def command(data: str | None, everything: bool, as_json: bool) -> int:
     On a GPU the kernels are checked in float32 and in one 16-bit dtype. Without one they run in Triton's interpreter,
     on small problems. The exit code is 1 if a check fails.
     """
+    from fastmlp.cpu import about_choices
+
     report: dict[str, Any] = {
         "versions": common.versions(),
         "platform": platform.platform(),
         **_devices(),
+        "cpu_products": about_choices(),
         "data": _data(data),
     }
     report["triton"] = _triton(report["gpus"])
@@ -59,8 +62,6 @@ def command(data: str | None, everything: bool, as_json: bool) -> int:
 def _devices() -> dict[str, Any]:
     import torch
 
-    from fastmlp.cpu.cache import choices_path, kept
-
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = [
         {
@@ -71,14 +72,7 @@ def _devices() -> dict[str, Any]:
         }
         for gpu in map(torch.cuda.get_device_properties, range(count))
     ]
-    return {
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "cpu": cpu_name(),
-        "gpus": gpus,
-        # How many shapes of products were measured on this CPU to choose a library, and where the choices are kept.
-        "cpu_products": {"measured_shapes": len(kept()), "file": str(choices_path())},
-    }
+    return {"cuda": torch.version.cuda, "hip": torch.version.hip, "cpu": cpu_name(), "gpus": gpus}
 
 
 def _data(folder: str | None) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def cpu_name() -> str:
     """The processor's name from the operating system, its vector instructions, and torch's number of threads."""
     import torch
 
-    from fastmlp.cpu.cache import instruction_set, processor_name
+    from fastmlp.cpu import instruction_set, processor_name
 
     threads = torch.get_num_threads()
     return f"{processor_name()} ({instruction_set()}), {threads} thread{'s' if threads != 1 else ''}"

@@ -1,1 +1,27 @@
-"""How matrix products run on a CPU: which library, how many threads, in which dtype."""
+"""How matrix products run on a CPU: which library multiplies, with how many threads, in which dtype.
+
+These names are all that the rest of fastmlp uses.
+"""
+
+from .cache import about_choices
+from .choose import get_cpu_gemm, set_cpu_gemm
+from .few_rows import Products, layer_products, sample_blocks
+from .processor import instruction_set, processor_name, product_dtype
+from .products import dgrad, linear, wgrad
+from .whole_step import plan_step
+
+__all__ = [
+    "Products",
+    "about_choices",
+    "dgrad",
+    "get_cpu_gemm",
+    "instruction_set",
+    "layer_products",
+    "linear",
+    "plan_step",
+    "processor_name",
+    "product_dtype",
+    "sample_blocks",
+    "set_cpu_gemm",
+    "wgrad",
+]

@@ -1,58 +1,36 @@
-"""What was measured about the CPU's libraries, kept in the user's cache from one process to the next.
+"""The choices that were measured on this machine, in a file of the user's cache.
 
-A choice between two libraries that round differently is part of a result. Kept in a file, it is made once for a
-machine, so that a seed gives the same bits in every later run, and only the first run spends time on measuring.
+Two libraries round differently, so the choice between them changes results. A choice that is kept is made once per
+machine: later runs with the same seed give the same bits, and only the first run spends time on measuring.
 
     {"AMD EPYC 9654, AVX512, torch 2.14.1, fastmlp 0.1.0": {
         "linear sigmoid 64x784x512 float32, 2 threads": "onednn", ...}, ...}
 
-Deleting the file has everything measured anew. A file that cannot be read or written is as good as none: every process
-then measures for itself.
+Without the file everything is measured anew. Where the file cannot be read or written, every process measures for
+itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..base.atomic import atomic_write, cache_folder
 from ..base.version import __version__
+from .processor import instruction_set, processor_name
 
-__all__ = ["choices_path", "instruction_set", "keep", "kept", "processor_name"]
+__all__ = ["about_choices", "choices_path", "keep", "kept"]
 
 
 def choices_path() -> Path:
     """The file, which need not exist."""
     return cache_folder() / "cpu-gemm.json"
-
-
-def processor_name() -> str:
-    """The processor's name as the operating system gives it; where that names a whole series ("AMD EPYC", in virtual
-    machines), followed by the CPUID family and model, which tell its generations apart.
-    """
-    about: dict[str, str] = {}
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as stream:
-        for line in itertools.takewhile(str.strip, stream):  # of the first core
-            key, _, value = line.partition(":")
-            about[key.strip()] = value.strip()
-    name = about.get("model name") or platform.processor() or platform.machine()
-    if any(c.isdigit() for c in name) or not {"cpu family", "model"} <= about.keys():
-        return name
-    return f"{name} family {about['cpu family']} model {about['model']}"
-
-
-def instruction_set() -> str:
-    """The vector instructions that torch computes with, such as AVX2 or AVX512: one name may stand for processors with
-    either, above all on virtual machines.
-    """
-    return torch.backends.cpu.get_cpu_capability()
 
 
 @functools.cache
@@ -62,7 +40,7 @@ def _machine() -> str:
 
 
 def _read() -> dict[str, dict[str, str]]:
-    """The whole file; empty where it is missing or not what ``keep`` writes."""
+    """The whole file; empty where the file is missing or is not what ``keep`` writes."""
     try:
         content = json.loads(choices_path().read_bytes())
     except (OSError, ValueError):
@@ -83,8 +61,13 @@ def kept() -> Mapping[str, str]:
 
 
 def keep(choices: Mapping[str, str]) -> None:
-    """Add choices to the file; what another process has added meanwhile stays, and wins."""
+    """Add choices to the file. A choice that another process has added meanwhile stays, and wins."""
     content = _read()
     content[_machine()] = {**choices, **content.get(_machine(), {})}
     with contextlib.suppress(OSError):
         atomic_write(choices_path(), json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def about_choices() -> dict[str, Any]:
+    """How many choices are kept for this machine ("measured_shapes"), and in which "file"."""
+    return {"measured_shapes": len(kept()), "file": str(choices_path())}

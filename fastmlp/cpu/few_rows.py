@@ -1,19 +1,19 @@
 """A layer's products in a training step on a CPU: Z = X W^T + b, dX = dZ W, and W -= lr dZ^T X or dW = dZ^T X.
 
-For many rows each product by itself goes to the library that is faster at it (``fastmlp.cpu.gemm``). For few, all of
-them cost what moving W costs, and that hangs on which core moves which part of it: what one core has just read or
-written, another one fetches the slow way. aten's elementwise operations, an optimizer's among them, give every thread
-a block of rows; BLAS and oneDNN share W in ways of their own. So for few rows the ways to do all of a layer's products
-are measured one after the other as in a step, and the fastest is taken:
+For many rows each product by itself goes to the library that is faster at it (``fastmlp.cpu.products``). For few rows,
+most of the time goes into moving W, and depends on which core moves which part of W: a core is slow to fetch what
+another core has just read or written. aten's elementwise operations, an optimizer's among them, give every thread a
+block of rows. BLAS and oneDNN share W in ways of their own. So the ways to do all products of a layer with few rows are
+measured one product after the other, as in a step, and the fastest way is taken:
 
     each    every product by the library that is faster at it alone
     rows    Z block by block, dX as the sum of what the blocks contribute, dW block by block: batched products with one
-            block of rows of W for a thread
+            block of rows of W per thread
     aten    a single row: BLAS, and an elementwise update
     addmm   a single row: BLAS, and the update as a product of depth 1, shared as BLAS shares its others
 
-The products of 512 x 784 with two threads of an AMD EPYC: a single row 54 us against 99 and 114 in the two other ways;
-two rows 58 against 133; 16 rows 168 against 183; 64 rows the same.
+The products of 512 x 784 with two threads of an AMD EPYC take 54 us for a single row by "rows", and 99 and 114 us in
+the two other ways; 58 instead of 133 us for two rows; 168 instead of 183 us for 16 rows; the same time for 64 rows.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from . import gemm
+from . import choose, products
+from .choose import Choice
+from .products import Update
+from .widened import wide_update, wide_wgrad
 
-__all__ = ["FEW_ROWS", "Products", "layer_products", "row_blocks", "sample_way"]
+__all__ = ["FEW_ROWS", "Products", "layer_products", "row_blocks", "sample_blocks"]
 
 #: Batch sizes up to which the products of a layer are measured together.
 FEW_ROWS = 32
 #: Elements that aten gives to one thread at least, before it uses a second one (at::internal::GRAIN_SIZE).
 _GRAIN = 32_768
-
-Update = Callable[[Tensor, Tensor, float], object]
 
 
 class Products(NamedTuple):
@@ -58,16 +59,16 @@ class Products(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """What the products of ``m`` rows read and write."""
+    """What the products of ``m`` rows read and write; ``update`` says whether W is updated in place."""
 
     m: int
-    weight: Tensor  #: [N, K], contiguous
-    bias: Tensor | None  #: [N]
+    weight: Tensor
+    bias: Tensor | None
     activation: str
-    out: Tensor  #: [m, N]
-    dx: Tensor | None  #: [m, K], or None: no dgrad
-    update: bool  #: whether W is updated in place
-    dw: Tensor | None  #: [N, K] in ``gemm.product_dtype``, or None: no wgrad
+    out: Tensor
+    dx: Tensor | None
+    update: bool
+    dw: Tensor | None
 
 
 def layer_products(
@@ -80,106 +81,91 @@ def layer_products(
     *,
     update: bool = False,
     dw: Tensor | None = None,
+    wide: Tensor | None = None,
 ) -> Products:
     """The products of ``m`` rows with a contiguous ``weight`` [N, K].
 
     Args:
         bias: [N] or None.
-        activation: applied by ``linear`` if oneDNN has it (``Activation.epilogue``).
+        activation: applied by ``linear``; one that oneDNN has (``Activation.epilogue``).
         out, dx: [m, N] and [m, K] for the results; without ``dx`` there is no dgrad.
         update: whether ``weight`` is updated in place.
-        dw: [N, K] in ``gemm.product_dtype``, for wgrad's result; without it there is none.
+        dw: [N, K] in ``product_dtype``, for wgrad's result; without ``dw`` there is no wgrad.
+        wide: [N, K] in a wider dtype, where ``weight`` is a rounded copy: its master, which is then updated in place of
+            it, or, without ``update``, the tensor for wgrad's result where the product is faster in the wider dtype.
     """
-    layer = _Layer(m, weight, bias, activation, out, dx, update, dw)
-    way: gemm.Library = "each"
-    if m == 1:
-        way = sample_way(weight, dgrad=dx is not None)
-    elif m <= FEW_ROWS:
-        way = _few_rows_way(layer)
+    widened = wide is not None and wide_wgrad(m, wide, weight.dtype, update=update)
+    if widened and not update:
+        dw = wide
+    layer = _Layer(m, weight, bias, activation, out, dx, update and wide is None, dw)
+    way = _way(layer) if m <= FEW_ROWS else "each"
     if way == "rows":
-        return _by_rows(layer, row_blocks(*weight.shape))
-    if m > 1 or not update:
-        return _each(layer)
-    ways = {"addmm": _product_update, "onednn": _onednn_update}
-    return _each(layer._replace(update=False))._replace(update=ways.get(way, _elementwise_update)(weight))
+        chosen = _by_rows(layer, row_blocks(*weight.shape))
+    elif way in _SAMPLE_UPDATES and m == 1 and layer.update:
+        chosen = _each(layer._replace(update=False))._replace(update=_SAMPLE_UPDATES[way](weight))
+    else:
+        chosen = _each(layer)
+    if wide is None or not update:
+        return chosen
+    return chosen._replace(update=wide_update(m, wide) if widened else _rounded_update(chosen, wide))
 
 
 def row_blocks(rows: int, columns: int) -> int:
-    """Blocks of rows into which threads share a contiguous [rows, columns] matrix in an elementwise operation; 1 where
-    they share it in the middle of a row.
+    """The number of blocks of rows into which threads share a contiguous [rows, columns] matrix in an elementwise
+    operation; 1 where a block would end in the middle of a row.
     """
     blocks = min(torch.get_num_threads(), -(-rows * columns // _GRAIN))
     return blocks if blocks and rows % blocks == 0 else 1
 
 
-def sample_way(weight: Tensor, *, dgrad: bool = True) -> gemm.Library:
-    """The fastest way for a single row and a contiguous ``weight`` [N, K]: measured, or known, for float32; else
-    "aten".
+def sample_blocks(weight: Tensor) -> int:
+    """``row_blocks`` of a weight for which "rows" is the fastest way to do the products of a single row, else 0."""
+    way = _way(_Layer(1, weight, None, "identity", weight, weight, True, None))
+    return row_blocks(*weight.shape) if way == "rows" else 0
+
+
+def _way(layer: _Layer) -> Choice:
+    """The fastest way, measured or known, for float32; else "aten" for a single row, "each" for more rows.
+
+    More rows than one are not measured where there are no blocks to share.
     """
-    blocks = row_blocks(*weight.shape)
+    m, weight, sample = layer.m, layer.weight, layer.m == 1
+    (n, k), blocks = weight.shape, row_blocks(*weight.shape)
+    unmeasured: Choice = "aten" if sample else "each"
+    if weight.dtype != torch.float32 or (blocks == 1 and not sample):
+        return unmeasured
+    stored = layer.dw is not None and not sample
 
-    def trials(rows: int) -> dict[gemm.Library, Callable[[], object]]:
-        layer, x, dz = _scratch(weight, rows, "identity", dgrad=dgrad, stored=False)
-        w = layer.weight
-        ways: dict[gemm.Library, Products] = {
-            "aten": _by_blas(layer, _elementwise_update(w)),
-            "addmm": _by_blas(layer, _product_update(w)),
-        }
+    def trials(rows: int) -> dict[Choice, Callable[[], object]]:
+        x, dz, w = weight.new_ones((rows, k)), weight.new_ones((rows, n)), weight.new_zeros((n, k))
+        dx, dw = None if layer.dx is None else torch.empty_like(x), torch.empty_like(w) if stored else None
+        f = "identity" if sample else layer.activation
+        scratch = _Layer(rows, w, None, f, torch.empty_like(dz), dx, not stored, dw)
+        if sample:
+            with choose.only_aten():
+                blas = _each(scratch._replace(update=False))
+            ways = {way: blas._replace(update=update(w)) for way, update in _SAMPLE_UPDATES.items()}
+        else:
+            ways = {"each": _each(scratch)}
         if blocks > 1:
-            ways["rows"] = _by_rows(layer, blocks)
-        return _in_turn(ways, x, dz)
+            ways["rows"] = _by_rows(scratch, blocks)
+        # Not with lr = 0, for which BLAS would not multiply at all.
+        return {way: partial(products_of_way.in_turn, x, dz, 1e-3) for way, products_of_way in ways.items()}
 
-    if weight.dtype != torch.float32:
-        return "aten"
-    n, k = weight.shape
-    way = gemm.choose("sample" if dgrad else "sample without dgrad", 1, k, n, weight.dtype, trials, 0)
-    return "aten" if way == "rows" and blocks == 1 else way
-
-
-def _few_rows_way(layer: _Layer) -> gemm.Library:
-    """ "rows" or "each"; what has no rows to share, or another dtype than float32, is not measured."""
-    weight, dgrad, stored = layer.weight, layer.dx is not None, layer.dw is not None
-    blocks = row_blocks(*weight.shape)
-    if weight.dtype != torch.float32 or blocks == 1:
-        return "each"
-
-    def trials(rows: int) -> dict[gemm.Library, Callable[[], object]]:
-        scratch, x, dz = _scratch(weight, rows, layer.activation, dgrad=dgrad, stored=stored)
-        return _in_turn({"each": _each(scratch), "rows": _by_rows(scratch, blocks)}, x, dz)
-
-    kind = f"few rows{'' if dgrad else ' without dgrad'}{' stored' if stored else ''}"
-    n, k = weight.shape
-    return gemm.choose(kind, layer.m, k, n, weight.dtype, trials, 0)
-
-
-def _scratch(weight: Tensor, rows: int, activation: str, *, dgrad: bool, stored: bool) -> tuple[_Layer, Tensor, Tensor]:
-    """A layer of the shape of ``weight`` to measure with, X and dZ."""
-    n, k = weight.shape
-    x, dz, w = weight.new_ones((rows, k)), weight.new_ones((rows, n)), weight.new_zeros((n, k))
-    dx, dw = torch.empty_like(x) if dgrad else None, torch.empty_like(w) if stored else None
-    return _Layer(rows, w, None, activation, torch.empty_like(dz), dx, not stored, dw), x, dz
-
-
-def _in_turn(ways: dict[gemm.Library, Products], x: Tensor, dz: Tensor) -> dict[gemm.Library, Callable[[], object]]:
-    # Not with lr = 0, for which BLAS would not multiply at all.
-    return {name: partial(products.in_turn, x, dz, 1e-3) for name, products in ways.items()}
+    kind = f"{'sample' if sample else 'few rows'}{' without dgrad' if layer.dx is None else ''}"
+    kind += " stored" if stored else ""
+    way = choose.choose(kind, m, k, n, weight.dtype, trials, whatever_size=True)
+    return unmeasured if way == "rows" and blocks == 1 else way
 
 
 def _each(layer: _Layer) -> Products:
-    m, weight = layer.m, layer.weight
+    m, weight, (n, k) = layer.m, layer.weight, layer.weight.shape
     return Products(
-        gemm.linear(m, weight, layer.bias, layer.activation, layer.out),
-        None if layer.dx is None else gemm.dgrad(m, weight, layer.dx),
-        gemm.wgrad_update(m, weight) if layer.update else None,
-        None if layer.dw is None else gemm.wgrad(m, layer.dw, weight.dtype),
+        products.linear(m, weight, layer.bias, layer.activation, layer.out),
+        None if layer.dx is None else products.dgrad(m, weight, layer.dx),
+        products.update(m, weight) if layer.update else None,
+        None if layer.dw is None else products.wgrad(m, n, k, weight.dtype, layer.dw),
     )
-
-
-def _by_blas(layer: _Layer, update: Update) -> Products:
-    w, z, dx = layer.weight, layer.out, layer.dx
-    w_t = w.t()
-    dgrad = None if dx is None else lambda dz: torch.mm(dz, w, out=dx)
-    return Products(lambda x: torch.mm(x, w_t, out=z), dgrad, update, None)
 
 
 def _by_rows(layer: _Layer, blocks: int) -> Products:
@@ -222,7 +208,7 @@ def _by_rows(layer: _Layer, blocks: int) -> Products:
         linear,
         None if dx is None else dgrad,
         None if not layer.update else _elementwise_update(weight) if m == 1 else update,
-        None if dw is None else gemm.wgrad(m, dw, weight.dtype) if m == 1 else wgrad,
+        None if dw is None else products.wgrad(m, n, k, weight.dtype, dw) if m == 1 else wgrad,
     )
 
 
@@ -234,5 +220,12 @@ def _product_update(w: Tensor) -> Update:
     return lambda dz, x, lr: w.addmm_(dz.t(), x, alpha=-lr)
 
 
-def _onednn_update(w: Tensor) -> Update:
-    return lambda dz, x, lr: w.add_(gemm.onednn_wgrad(dz, x), alpha=-lr)
+#: How a single row updates W, by the choice.
+_SAMPLE_UPDATES: dict[Choice, Callable[[Tensor], Update]] = {"aten": _elementwise_update, "addmm": _product_update}
+
+
+def _rounded_update(chosen: Products, master: Tensor) -> Update:
+    """The update of a master by a gradient that is rounded to the dtype of the products."""
+    wgrad = chosen.wgrad
+    assert wgrad is not None
+    return lambda dz, x, lr: master.add_(wgrad(dz, x).to(master.dtype), alpha=-lr)

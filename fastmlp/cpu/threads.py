@@ -1,8 +1,8 @@
-"""A function run by the calling thread alone: no second one for torch's operations or for BLAS.
+"""A function run by the calling thread alone: torch's operations and BLAS use no second thread.
 
-``torch.set_num_threads`` would do it for the whole process, threads that start meanwhile included. OpenMP and MKL have
-a number for the calling thread only (``omp_set_num_threads``, ``mkl_set_num_threads_local``); to set both and set them
-back takes a microsecond.
+``torch.set_num_threads`` would change the whole process, threads that start meanwhile included. OpenMP and MKL have a
+number of threads for the calling thread only (``omp_set_num_threads``, ``mkl_set_num_threads_local``). To set both and
+to set them back takes a microsecond.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 @functools.cache
 def _setters() -> tuple[Callable[[int], None], Callable[[int], int]] | None:
-    """OpenMP's and MKL's functions as torch's library finds them, or None where it is built with something else."""
+    """OpenMP's and MKL's functions as torch's library finds them; None where torch is built with something else."""
     found = list(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))
     try:
         library = ctypes.CDLL(str(found[0]))

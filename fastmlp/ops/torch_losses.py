@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import reference
 from ..base.arguments import LABELS
 from ..base.losses import LOSSES
-from ..cpu.cache import instruction_set
+from ..cpu import instruction_set
 
 __all__ = [
     "Gradients",

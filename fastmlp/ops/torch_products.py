@@ -1,9 +1,10 @@
 """The three matrix products of a linear layer on plain torch, for modules and functions.
 
-On a CPU the library that is faster at a shape multiplies, aten's BLAS or oneDNN, and 16 bits that the processor cannot
-multiply are widened to float32: ``fastmlp.cpu.gemm`` knows both. (A training step plans with it ahead, on buffers; the
-functions here ask at every call.) What is small, not contiguous, or seen by somebody else (torch.compile, a transform
-of torch.func, a dispatch mode, a subclass of Tensor) goes to aten, whose operators all of them know.
+``fastmlp.cpu`` makes large products on a CPU by the faster library. It also says which 16 bits the processor cannot
+multiply; such operands are widened to float32. (A training step plans its products ahead, on buffers; the functions
+here ask at every call.) aten makes the products that are small or not contiguous, and those that somebody else observes
+(torch.compile, a transform of torch.func, a dispatch mode, a subclass of Tensor), because all observers know aten's
+operators.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .. import cpu
 from ..activations import ACTIVATIONS
 from ..backend import functorch_active
-from ..cpu import gemm
 
 __all__ = ["dgrad", "linear", "wgrad"]
 
@@ -24,7 +25,7 @@ _PLAIN = (Tensor, Parameter)
 
 
 def _unseen(a: Tensor, b: Tensor) -> bool:
-    """Whether the operators that run on these tensors are this function's own business."""
+    """Whether nobody else observes which operators run on these tensors of a CPU."""
     return (
         not torch.compiler.is_compiling()
         and a.device.type == "cpu"
@@ -36,22 +37,16 @@ def _unseen(a: Tensor, b: Tensor) -> bool:
 
 
 def _wide(a: Tensor, b: Tensor) -> torch.dtype | None:
-    """float32 for 16 bits that the processor cannot multiply, where that is this function's to choose; else None."""
+    """float32 for 16 bits that the processor cannot multiply, where nobody observes it; else None."""
     if not _unseen(a, b):
         return None
-    wide = gemm.product_dtype(a.dtype, a.device)
+    wide = cpu.product_dtype(a.dtype, a.device)
     return None if wide == a.dtype else wide
 
 
-def _may_choose(a: Tensor, b: Tensor) -> bool:
-    """Whether the library is this function's to choose, for a product that is large enough."""
-    return _unseen(a, b) and a.is_contiguous() and b.is_contiguous()
-
-
-def _chosen(library: gemm.Library) -> gemm.Library:
-    """What was measured to find out is kept for later processes."""
-    gemm.keep_choices()
-    return library
+def _may_choose(multiplications: int, a: Tensor, b: Tensor) -> bool:
+    """Whether ``fastmlp.cpu`` makes the product."""
+    return multiplications >= _LARGE and _unseen(a, b) and a.is_contiguous() and b.is_contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -59,26 +54,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> T
     if weight.dtype.itemsize == 2 and (wide := _wide(x, weight)) is not None:
         wide_b = None if bias is None else bias.to(wide)
         return linear(x.to(wide), weight.to(wide), wide_b, activation).to(weight.dtype)
-    f = ACTIVATIONS[activation]
-    if (
-        x.size(0) * weight.numel() >= _LARGE
-        and _may_choose(x, weight)
-        and _chosen(gemm.linear_library(x.size(0), weight, bias, activation)) == "onednn"
-    ):
-        return gemm.onednn_linear(x, weight, bias, f.epilogue or "none")
-    return f.overwrite(torch.nn.functional.linear(x, weight, bias))
+    if _may_choose(x.size(0) * weight.numel(), x, weight):
+        return cpu.linear(x.size(0), weight, bias, activation)(x)
+    return ACTIVATIONS[activation].overwrite(torch.nn.functional.linear(x, weight, bias))
 
 
 def dgrad(dz: Tensor, weight: Tensor) -> Tensor:
     """dZ W, new memory."""
     if weight.dtype.itemsize == 2 and (wide := _wide(dz, weight)) is not None:
         return dgrad(dz.to(wide), weight.to(wide)).to(weight.dtype)
-    if (
-        dz.size(0) * weight.numel() >= _LARGE
-        and _may_choose(dz, weight)
-        and _chosen(gemm.dgrad_library(dz.size(0), weight)) == "onednn"
-    ):
-        return gemm.onednn_linear(dz, weight.t(), None, "none")
+    if _may_choose(dz.size(0) * weight.numel(), dz, weight):
+        return cpu.dgrad(dz.size(0), weight)(dz)
     return torch.mm(dz, weight)
 
 
@@ -86,13 +72,8 @@ def wgrad(dz: Tensor, x: Tensor) -> Tensor:
     """dZ^T X, new memory."""
     if dz.dtype.itemsize == 2 and (wide := _wide(dz, x)) is not None:
         return wgrad(dz.to(wide), x.to(wide)).to(dz.dtype)
-    m = x.size(0)
-    if m == 1:  # one product an element, which BLAS computes several times as slowly
+    if x.size(0) == 1:  # one product per element, which BLAS computes several times as slowly
         return torch.mul(dz.t(), x)
-    if (
-        dz.size(1) * x.numel() >= _LARGE
-        and _may_choose(dz, x)
-        and _chosen(gemm.wgrad_library(m, x.size(1), dz.size(1), dz.dtype)) == "onednn"
-    ):
-        return gemm.onednn_wgrad(dz, x)
+    if _may_choose(dz.size(1) * x.numel(), dz, x):
+        return cpu.wgrad(x.size(0), dz.size(1), x.size(1), dz.dtype)(dz, x)
     return torch.mm(dz.t(), x)

@@ -35,7 +35,7 @@ class TorchOptimizer:
 
     @property
     def grads(self) -> list[Tensor]:
-        """The gradients that ``update`` applies, one for each parameter; zeros at first, allocated when asked for."""
+        """The gradients that ``update`` applies, one per parameter; allocated, as zeros, when asked for."""
         if self._grads is None:
             self._grads = [torch.zeros_like(t) for t in self.params]
         return self._grads
@@ -45,7 +45,7 @@ class TorchOptimizer:
         return dict(self._states)
 
     def counters(self) -> dict[str, float]:
-        """The number of updates where the rule counts; float16's loss scale and the good steps since it last moved."""
+        """The number of updates, if the rule counts; float16's loss scale and the good steps since it last moved."""
         counters = {"step": float(self._step.item())} if self.rule.counted else {}
         return counters | (self.loss_scale.counters() if self.loss_scale is not None else {})
 

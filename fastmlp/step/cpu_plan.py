@@ -1,81 +1,130 @@
-"""How a whole training step runs on a CPU: by all threads or one, by the libraries chosen for each layer or by aten.
+"""What a step on plain torch works on: the tensors of a network, and a plan per batch size.
 
-What a product takes on its own is not what it takes of a step. A call of oneDNN's looks its primitive up with code that
-the operations before have pushed out of the caches, and it pushes out that of the operations after it. And what one
-thread has just written, another one has to fetch, which in a small network takes longer than to multiply alone. So
-where products are short, steps of a network of the same shape are timed, and the fastest way is taken:
-
-    each    the products of each layer as ``fastmlp.cpu.few_rows`` chose them, all threads
-    aten    every product by BLAS, all threads
-    alone   every product by BLAS, every operation by the calling thread alone
-
-Plain SGD with two threads of an AMD EPYC, in this order: 8 rows through 784-64-64-10 139, 124 and 115 us, 16 rows
-through 784-512-512-10 504, 571 and 736 us. In hours when the two threads share no cache, 8 rows through 784-128-128-10
-259, 311 and 153 us.
+A plan holds the buffers of a batch size and, per layer, the products that ``fastmlp.cpu`` chose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .. import cpu
+from ..activations import ACTIVATIONS
 from ..base.losses import takes_classes
-from ..cpu import gemm, threads
 from ..nn import Linear
+from .cpu_losses import loss_function
+from .cpu_optimizer import TorchOptimizer
+from .loss_scale import LossScale
 from .optimizers import Optimizer
+from .parameters import Copies
 
-__all__ = ["scratch_batch", "scratch_layers", "step_way"]
-
-#: Multiplications of one pass through all layers from which on products are so long that each is best by itself.
-_LONG = 1 << 25
-
-#: A batch size and ways -> for each way a step of one scratch network.
-Trials = Callable[[int, Sequence[gemm.Library]], dict[gemm.Library, Callable[[], object]]]
+__all__ = ["Layer", "Network", "Plan"]
 
 
-def step_way(
-    layers: Sequence[Linear], rule: Optimizer, loss: str, dtype: torch.dtype, m: int, trials: Trials
-) -> gemm.Library:
-    """The fastest way, measured or known, for steps of ``m`` rows that compute in ``dtype``."""
-    products = [m * layer.weight.numel() for layer in layers]
-    with_threads = threads.available()
-    if sum(products) >= _LONG or not (with_threads or gemm.worth_measuring(max(products))):
-        return "each"
-    ways: list[gemm.Library] = ["each", "aten", "alone"] if with_threads else ["each", "aten"]
-    k, n = layers[0].in_features, layers[-1].out_features
-    way = gemm.choose(_kind(layers, rule, loss), m, k, n, dtype, lambda rows: trials(rows, ways), 0)
-    return way if way in ("aten", "alone") else "each"
+class Layer:
+    """One layer's tensors, and the places of its gradients among those of all trained parameters."""
+
+    def __init__(self, module: Linear, dtype: torch.dtype, index: int, plain: bool) -> None:
+        weight = Copies(module.weight, dtype)
+        bias = None if module.bias is None else Copies(module.bias, dtype)
+        self.copies = [c for c in (weight, bias) if c is not None]
+        self.activation: str = module.activation
+        self.f = ACTIVATIONS[module.activation]
+        self.saves_z = self.f.saved == "z"
+        self.weight, self.master_w, self.train_w = weight.used, weight.master, weight.trained
+        self.bias = None if bias is None else bias.used
+        self.train_b = bias is not None and bias.trained
+        self.row_b = None if bias is None else bias.master.unsqueeze(0)
+        self.db = torch.empty_like(self.row_b) if plain and self.train_b and self.row_b is not None else None
+        self.narrow = self.train_w and self.weight.dtype != self.master_w.dtype
+        self.in_place = plain and self.train_w and not self.narrow
+        #: Where dW is computed before it is widened to the master's dtype.
+        self.dw: Tensor | None = None
+        if self.narrow:
+            self.dw = torch.empty_like(self.weight, dtype=cpu.product_dtype(dtype, self.weight.device))
+        self.grad_w, self.grad_b = index, index + self.train_w
 
 
-def _kind(layers: Sequence[Linear], rule: Optimizer, loss: str) -> str:
-    """What the time of a step hangs on, besides the batch size, the dtype and the threads."""
-    sizes = [str(layer.out_features) for layer in layers]
-    names = sorted({layer.activation for layer in layers})
-    optimizer = f"{rule.name}{' momentum' if 'momentum_buffer' in rule.states else ''}"
-    return f"step to {'-'.join(sizes)} {' '.join(names)} {loss} {optimizer}"
+class Network:
+    """The tensors of an MLP and of its optimizer, which the plans of all batch sizes share."""
+
+    def __init__(self, modules: Sequence[Linear], rule: Optimizer, loss: str, dtype: torch.dtype) -> None:
+        self.modules, self.rule, self.loss, self.dtype = modules, rule, loss, dtype
+        self.device = modules[0].weight.device
+        loss_scale = LossScale(self.device) if dtype == torch.float16 else None
+        self.scale = None if loss_scale is None else loss_scale.scale
+        #: Gradients and optimizer state exist only where the optimizer needs them all at once.
+        self.plain = rule.is_plain_sgd and loss_scale is None
+        self.layers: list[Layer] = []
+        masters: list[Tensor] = []
+        for module in modules:
+            layer = Layer(module, dtype, len(masters), self.plain)
+            masters += [c.master for c in layer.copies if c.trained]
+            self.layers.append(layer)
+        self.lowest = next(i for i, layer in enumerate(self.layers) if layer.train_w or layer.train_b)
+        self.optimizer = TorchOptimizer(masters, rule, loss_scale)
+        #: Parameters that are not their own master, or not what the products read.
+        self.copies = [c for layer in self.layers for c in layer.copies if not c.is_one]
+        self.trained_copies = [c for c in self.copies if c.trained]
+        #: A tensor, because torch would make one of a Python number at every step.
+        self.pixel = self.layers[0].weight.new_full((), 1 / 255)
+
+    def publish(self) -> None:
+        """Round the updated masters into the parameters and into what the products read."""
+        for copies in self.trained_copies:
+            copies.publish()
+
+    def kind(self) -> str:
+        """What the time of a step depends on, besides the batch size, the dtype and the threads."""
+        sizes = [str(module.out_features) for module in self.modules]
+        names = sorted({module.activation for module in self.modules})
+        optimizer = f"{self.rule.name}{' momentum' if 'momentum_buffer' in self.rule.states else ''}"
+        return f"step to {'-'.join(sizes)} {' '.join(names)} {self.loss} {optimizer}"
+
+    def scratch(self) -> Network:
+        """A network like this with parameters of its own, all of about 1/K; no random number is drawn."""
+        modules = []
+        for module in self.modules:
+            k, n, bias = module.in_features, module.out_features, module.bias is not None
+            copy = Linear(k, n, bias, module.activation, "meta", module.weight.dtype).to_empty(device="cpu")
+            for own, param in zip(copy.parameters(), module.parameters(), strict=True):
+                torch.nn.init.constant_(own, 1 / k)
+                own.requires_grad_(param.requires_grad)
+            modules.append(copy)
+        return Network(modules, replace(self.rule, lr=1e-3), self.loss, self.dtype)
+
+    def batch(self, m: int) -> tuple[Tensor, Tensor, Tensor]:
+        """X of ones, a target for the loss, and where the loss goes."""
+        y = torch.zeros(m, dtype=torch.int64, device="cpu")
+        if not takes_classes(self.loss):
+            y = y.new_zeros((m, self.modules[-1].out_features), dtype=self.dtype)
+        out = y.new_empty((), dtype=torch.promote_types(self.dtype, torch.float32))
+        return y.new_ones((m, self.modules[0].in_features), dtype=self.dtype), y, out
 
 
-def scratch_layers(layers: Sequence[Linear]) -> list[Linear]:
-    """Layers like these with parameters of their own, all of about 1/K; no random number is drawn."""
-    copies = []
-    for layer in layers:
-        bias = layer.bias is not None
-        copy = Linear(layer.in_features, layer.out_features, bias, layer.activation, "meta", layer.weight.dtype)
-        copy.to_empty(device="cpu")
-        for own, param in zip(copy.parameters(), layer.parameters(), strict=True):
-            torch.nn.init.constant_(own, 1 / layer.in_features)
-            own.requires_grad_(param.requires_grad)
-        copies.append(copy)
-    return copies
+class Plan:
+    """Buffers and chosen products for batches of ``m`` rows."""
 
-
-def scratch_batch(m: int, layers: Sequence[Linear], loss: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """X of ones, a target for ``loss``, and where its value goes."""
-    c = layers[-1].out_features
-    y = torch.zeros(m, dtype=torch.int64, device="cpu")
-    if not takes_classes(loss):
-        y = y.new_zeros((m, c), dtype=dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    return y.new_ones((m, layers[0].in_features), dtype=dtype), y, y.new_empty((), dtype=wide)
+    def __init__(self, net: Network, m: int) -> None:
+        new, (n, k) = net.pixel.new_empty, (net.modules[-1].out_features, net.modules[0].in_features)
+        self.loss = loss_function(net.loss, m, n, net.dtype, net.device, net.scale)
+        self.x = new((m, k))
+        self.pixels: Tensor | None = None
+        self.y = torch.empty(m, dtype=torch.int64, device=net.device) if takes_classes(net.loss) else None
+        self.products: list[cpu.Products] = []
+        self.kept_a: list[Tensor | None] = []
+        for i, layer in enumerate(net.layers):
+            n, k = layer.weight.shape
+            out, dx = new((m, n)), new((m, k)) if i > net.lowest else None
+            dw, wide = layer.dw, layer.master_w if layer.narrow else None
+            if layer.train_w and not net.plain:  # into the gradient itself, where the dtypes agree
+                grad = net.optimizer.grads[layer.grad_w]
+                dw, wide = (dw, grad) if dw is not None and dw.dtype != grad.dtype else (grad, None)
+            fused = layer.activation if layer.f.epilogue else "identity"
+            update = layer.train_w and net.plain
+            products = cpu.layer_products(m, layer.weight, layer.bias, fused, out, dx, update=update, dw=dw, wide=wide)
+            self.products.append(products)
+            self.kept_a.append(None if layer.f.epilogue else new((m, n)))

@@ -8,7 +8,7 @@ import torch
 import fastmlp
 from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.cpu import few_rows, gemm
+from fastmlp.cpu import choose, few_rows, products
 from tests.support.steps import (
     allocations,
     batches,
@@ -48,7 +48,11 @@ def two_blocks(monkeypatch, fresh_choices) -> None:  # noqa: F811
 def take(monkeypatch, way: str) -> None:
     """For few rows; products by themselves are aten's, or all oneDNN's."""
     other = "onednn" if way == "onednn" else "aten"
-    monkeypatch.setattr(gemm, "choose", lambda kind, *args: way if kind.startswith(("sample", "few rows")) else other)
+
+    def choice(kind: str, *args: object, **settings: bool) -> str:
+        return way if kind.startswith(("sample", "few rows")) else other
+
+    monkeypatch.setattr(choose, "choose", choice)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -125,7 +129,7 @@ def test_other_dtypes_are_not_measured(dtype, rows):
     weight = torch.randn(16, 12).to(dtype)
     out, dx = weight.new_empty(rows, 16), weight.new_empty(rows, 12)
     few_rows.layer_products(rows, weight, None, "identity", out, dx, update=True)
-    assert gemm.choices() == {}
+    assert choose.choices() == {}
 
 
 def test_many_rows_are_not_measured_together(monkeypatch):
@@ -137,12 +141,12 @@ def test_many_rows_are_not_measured_together(monkeypatch):
 
 
 def test_the_update_of_a_single_row_is_not_measured_twice(monkeypatch):
-    """Its way of updating is part of what was measured; ``gemm`` is not asked for another."""
+    """Its way of updating is part of what was measured; no other one is asked for."""
     take(monkeypatch, "addmm")
-    monkeypatch.setattr(gemm, "wgrad_update", None)
+    monkeypatch.setattr(products, "update", None)
     weight = torch.randn(16, 12)
-    products = few_rows.layer_products(1, weight, None, "identity", torch.empty(1, 16), None, update=True)
-    assert products.update is not None
+    found = few_rows.layer_products(1, weight, None, "identity", torch.empty(1, 16), None, update=True)
+    assert found.update is not None
 
 
 def test_blocks(monkeypatch):

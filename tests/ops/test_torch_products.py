@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.cpu import cache, gemm
+from fastmlp.cpu import cache, choose, onednn
 from fastmlp.ops import torch_products
 from tests.support.steps import fresh_choices, have_16_bit_products, needs_onednn  # noqa: F401
 
@@ -27,10 +27,10 @@ M, SIZES = 96, (257, 256, 200, 10)
 def onednn_calls(monkeypatch) -> list[str]:
     """The names of the products that oneDNN makes, in a mode in which it makes all that it may."""
     calls: list[str] = []
-    for name in ("onednn_linear", "onednn_wgrad"):
-        original = getattr(gemm, name)
-        # Called by name inside gemm too: a product of wgrad counts once more as linear.
-        monkeypatch.setattr(gemm, name, lambda *a, f=original, n=name: (calls.append(n), f(*a))[1])
+    for name in ("linear", "wgrad"):
+        original = getattr(onednn, name)
+        # Called by name inside onednn too: a product of wgrad counts once more as linear.
+        monkeypatch.setattr(onednn, name, lambda *a, f=original, n=name: (calls.append(f"onednn_{n}"), f(*a))[1])
     fastmlp.set_cpu_gemm("onednn")
     return calls
 
@@ -85,12 +85,12 @@ def test_what_was_measured():
     fastmlp.set_cpu_gemm("auto")
     model, x, y = model_and_batch()
     results(model, x, y)
-    kinds = {(key[0], *key[2:4]) for key in gemm.choices()}
+    kinds = {(key[0], *key[2:4]) for key in choose.choices()}
     assert kinds == {(kind, k, n) for k, n in ((257, 256), (256, 200)) for kind in ("linear sigmoid", "dgrad", "wgrad")}
     assert cache.choices_path().is_file()
-    known = gemm.choices()
+    known = choose.choices()
     results(model, x, y)
-    assert gemm.choices() == known
+    assert choose.choices() == known
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 import fastmlp
 from fastmlp.base.losses import STEP_LOSSES
-from fastmlp.cpu import gemm
+from fastmlp.cpu import choose, whole_step
 from fastmlp.cpu import threads as cpu_threads
 from fastmlp.step import cpu_plan, cpu_step
+from fastmlp.step.cpu_losses import LossFunction
 from tests.support.steps import (
     Batch,
     allocations,
@@ -49,10 +50,10 @@ def two_threads(monkeypatch, fresh_choices) -> Iterator[None]:  # noqa: F811
 
 def take(monkeypatch: pytest.MonkeyPatch, way: str) -> list[int]:
     """Have steps run in that way; the threads that each of their losses sees are added to the list."""
-    monkeypatch.setattr(cpu_step, "step_way", lambda *args: way)
-    seen, loss_function = [], cpu_step.loss_function
+    monkeypatch.setattr(whole_step, "_step_way", lambda *args: way)
+    seen, loss_function = [], cpu_plan.loss_function
 
-    def watched(*args: Any) -> cpu_step.LossFunction:
+    def watched(*args: Any) -> LossFunction:
         compute = loss_function(*args)
 
         def with_threads(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def take(monkeypatch: pytest.MonkeyPatch, way: str) -> list[int]:
 
         return with_threads
 
-    monkeypatch.setattr(cpu_step, "loss_function", watched)
+    monkeypatch.setattr(cpu_plan, "loss_function", watched)
     return seen
 
 
@@ -104,8 +105,8 @@ def test_a_step_allocates_nothing(monkeypatch, way, rows, optimizer):
 def test_the_fastest_is_taken_and_kept(monkeypatch, fastest):
     """A later process does not measure, and one with other threads measures again."""
     plans = []
-    new_plan = cpu_step.TorchStep._new_plan
-    monkeypatch.setattr(cpu_step.TorchStep, "_new_plan", lambda *args: plans.append(args[2]) or new_plan(*args))
+    in_way = whole_step._in_way
+    monkeypatch.setattr(whole_step, "_in_way", lambda way, plan: plans.append(way) or in_way(way, plan))
     have_fastest(monkeypatch, lambda candidates: fastest if "each" in candidates else "aten")
     x, y = for_step(*problem(SIZES, 40), torch.float32)
 
@@ -114,7 +115,7 @@ def test_the_fastest_is_taken_and_kept(monkeypatch, fastest):
 
     one_step()
     assert plans == [*WAYS, fastest]
-    ((kind, *shape),) = [key for key in gemm.choices() if "step" in key[0]]
+    ((kind, *shape),) = [key for key in choose.choices() if "step" in key[0]]
     assert kind == "step to 17-11-5 identity sigmoid cross_entropy sgd"
     assert shape == [32, 13, 5, torch.float32, 2]
     plans.clear()
@@ -145,10 +146,10 @@ def test_measuring_touches_nothing(monkeypatch, activation, optimizer, dtype):
 
     state = torch.get_rng_state()
     measured = train(state)
-    assert any("step" in key[0] for key in gemm.choices())
-    known = dict(gemm.choices())
+    assert any("step" in key[0] for key in choose.choices())
+    known = dict(choose.choices())
     again = train(state)
-    assert gemm.choices() == known
+    assert choose.choices() == known
     assert torch.equal(measured[0], again[0])
     assert measured[1].keys() == again[1].keys()
     assert all(torch.equal(value, again[1][name]) for name, value in measured[1].items())
@@ -161,7 +162,7 @@ def test_not_measured(monkeypatch, why):
     have_fastest(monkeypatch)
     rows = 40
     if why == "long":
-        monkeypatch.setattr(cpu_plan, "_LONG", rows * (13 * 17 + 17 * 11 + 11 * 5))
+        monkeypatch.setattr(whole_step, "_LONG", rows * (13 * 17 + 17 * 11 + 11 * 5))
     elif why == "mode":
         fastmlp.set_cpu_gemm("aten")
     elif why == "deterministic":
@@ -170,7 +171,7 @@ def test_not_measured(monkeypatch, why):
         torch.set_num_threads(1)
     dtype = torch.float64 if why == "float64" else torch.float32
     seen = []
-    monkeypatch.setattr(cpu_step.TorchStep, "_trials", lambda *args: seen.append(args))
+    monkeypatch.setattr(cpu_step.TorchStep, "_scratch", lambda *args: seen.append(args))
     try:
         step = fastmlp.TrainStep(converted(network(SIZES), dtype), lr=0.1)
         step(*for_step(*problem(SIZES, rows), dtype))
@@ -181,10 +182,10 @@ def test_not_measured(monkeypatch, why):
 
 def test_only_aten_ends_with_an_error():
     def fail() -> None:
-        with gemm.only_aten():
-            assert gemm.get_cpu_gemm() == "aten"
+        with choose.only_aten():
+            assert choose.get_cpu_gemm() == "aten"
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert gemm.get_cpu_gemm() == "auto"
+    assert choose.get_cpu_gemm() == "auto"

@@ -11,8 +11,7 @@ import torch
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.base.losses import STEP_LOSSES
-from fastmlp.cpu import gemm
-from fastmlp.step import cpu_step
+from fastmlp.cpu import choose, few_rows, whole_step
 from tests.support.steps import (
     Reference,
     batches,
@@ -81,7 +80,7 @@ def test_every_optimizer(compute, params, optimizer):
 @pytest.mark.parametrize("params", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 24])
 def test_both_ways_to_a_gradient(monkeypatch, rows, params, optimizer, wide):
-    monkeypatch.setattr(cpu_step, "wide_wgrad", lambda *args, update: wide)
+    monkeypatch.setattr(few_rows, "wide_wgrad", lambda *args, update: wide)
     half_run(torch.bfloat16, params, optimizer, rows=rows)
 
 
@@ -98,7 +97,7 @@ def test_the_faster_way_to_a_gradient_is_taken(monkeypatch, fresh_choices, nativ
     fastmlp.set_cpu_gemm("auto")
     have_16_bit_products(monkeypatch, native)
     have_fastest(monkeypatch, lambda ways: fastest if "wide" in ways else "aten")
-    monkeypatch.setattr(cpu_step, "step_way", lambda *args: "each")
+    monkeypatch.setattr(whole_step, "_step_way", lambda *args: "each")
     model = converted(network(SIZES), torch.float32)
     x, y = problem(SIZES, 24)
     step = fastmlp.TrainStep(model, lr=1.0, optimizer=optimizer, dtype=torch.bfloat16)
@@ -108,7 +107,7 @@ def test_the_faster_way_to_a_gradient_is_taken(monkeypatch, fresh_choices, nativ
         gradients = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
     else:
         gradients = list(step.gradients(x.bfloat16(), y).values())
-    assert {choice for key, choice in gemm.choices().items() if "wide" in key[0]} == choices
+    assert {choice for key, choice in choose.choices().items() if "wide" in key[0]} == choices
     if optimizer == "adamw":
         rounded = [torch.equal(g, g.bfloat16().float()) for g in gradients[::2]]
         assert rounded == [choices == {"aten"}] * 3

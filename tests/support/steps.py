@@ -21,12 +21,12 @@ import fastmlp
 from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.base.losses import STEP_LOSSES, takes_classes
-from fastmlp.cpu import cache, gemm
+from fastmlp.cpu import cache, choose, onednn, processor
 from tests.support.torchs import OPTIMIZERS, torch_optimizer
 
 Batch = tuple[Tensor, Tensor]
 
-needs_onednn = pytest.mark.skipif(not gemm._onednn_available(), reason="torch was built without oneDNN")
+needs_onednn = pytest.mark.skipif(not onednn.available(), reason="torch was built without oneDNN")
 
 
 @contextmanager
@@ -49,8 +49,7 @@ def one_thread() -> Iterator[None]:
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the choices of libraries that last only as long as a process."""
-    monkeypatch.setattr(gemm, "_choices", {})
-    monkeypatch.setattr(gemm, "_measured", {})
+    monkeypatch.setattr(choose, "_choices", {})
     cache.kept.cache_clear()
 
 
@@ -67,7 +66,7 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
 
 def choices_of_products() -> dict[tuple[object, ...], str]:
     """The choices so far, without those of whole steps."""
-    return {key: choice for key, choice in gemm.choices().items() if not str(key[0]).startswith("step")}
+    return {key: choice for key, choice in choose.choices().items() if not str(key[0]).startswith("step")}
 
 
 def have_16_bit_products(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
@@ -76,7 +75,7 @@ def have_16_bit_products(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     aten has loops for 16-bit products on any processor. oneDNN refuses them on a processor without, but makes large
     products only.
     """
-    monkeypatch.setattr(gemm, "_product_dtype_here", lambda dtype: dtype if native else torch.float32)
+    monkeypatch.setattr(processor, "_product_dtype_here", lambda dtype: dtype if native else torch.float32)
 
 
 def have_fastest(monkeypatch: pytest.MonkeyPatch, fastest: Callable[[Collection[str]], str] | None = None) -> None:
@@ -84,9 +83,9 @@ def have_fastest(monkeypatch: pytest.MonkeyPatch, fastest: Callable[[Collection[
 
     For tests of small products only, which aten makes: a build without oneDNN cannot run oneDNN's candidates.
     """
-    monkeypatch.setattr(gemm, "_onednn_available", lambda: True)
+    monkeypatch.setattr(onednn, "available", lambda: True)
     if fastest is not None:
-        monkeypatch.setattr(gemm, "_fastest", fastest)
+        monkeypatch.setattr(choose, "_fastest", fastest)
 
 
 def problem(

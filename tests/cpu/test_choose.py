@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 
@@ -13,8 +12,7 @@ from torch import Tensor
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.base.losses import STEP_LOSSES
-from fastmlp.cpu import cache, gemm
-from fastmlp.step import cpu_step
+from fastmlp.cpu import cache, choose, onednn, whole_step
 from tests.support.steps import (
     Reference,
     allocations,
@@ -37,13 +35,13 @@ from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 17, 11, 5)
 #: Taken at import: while other tests run, nothing is timed.
-TIMED = gemm._fastest
+TIMED = choose._fastest
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, fresh_choices) -> None:  # noqa: F811
     """And all products are large enough for a choice."""
-    monkeypatch.setattr(gemm, "_WORTH_MEASURING", 0)
+    monkeypatch.setattr(choose, "_WORTH_MEASURING", 0)
 
 
 def run(dtype: torch.dtype = torch.float32, optimizer: str = "sgd", steps: int = 5, **settings) -> Tensor:
@@ -93,7 +91,7 @@ def test_each_mode_trains(mode):
 def test_errors(monkeypatch):
     with pytest.raises(ValueError, match="unknown mode 'mkl'; expected one of auto, aten, onednn"):
         fastmlp.set_cpu_gemm("mkl")
-    monkeypatch.setattr(gemm, "_onednn_available", lambda: False)
+    monkeypatch.setattr(onednn, "available", lambda: False)
     with pytest.raises(RuntimeError, match="has no oneDNN linear operator; use 'auto' or 'aten'"):
         fastmlp.set_cpu_gemm("onednn")
 
@@ -103,7 +101,7 @@ def test_what_was_measured(monkeypatch):
     """Each product of each layer once, by the power of two below the batch size."""
     have_fastest(monkeypatch, TIMED)
     fastmlp.set_cpu_gemm("auto")
-    assert gemm.choices() == {}
+    assert choose.choices() == {}
     run()
     threads = torch.get_num_threads()
     shapes = [(13, 17), (17, 11), (11, 5)]
@@ -120,11 +118,11 @@ def test_what_was_measured(monkeypatch):
 
 @needs_onednn
 def test_small_products_are_not_measured(monkeypatch):
-    monkeypatch.setattr(gemm, "_WORTH_MEASURING", 24 * 13 * 17)
-    monkeypatch.setattr(cpu_step, "step_way", lambda *args: "each")
+    monkeypatch.setattr(choose, "_WORTH_MEASURING", 24 * 13 * 17)
+    monkeypatch.setattr(whole_step, "_step_way", lambda *args: "each")
     fastmlp.set_cpu_gemm("auto")
     run()
-    assert {key[:4] for key in gemm.choices()} == {("linear sigmoid", 16, 13, 17), ("wgrad_update", 16, 13, 17)}
+    assert {key[:4] for key in choose.choices()} == {("linear sigmoid", 16, 13, 17), ("wgrad_update", 16, 13, 17)}
 
 
 @needs_onednn
@@ -134,13 +132,13 @@ def test_measured_once_for_batch_sizes_that_are_near(monkeypatch):
     step = fastmlp.TrainStep(model, lr=0.1)
     x, y = for_step(*problem(SIZES, 70), torch.float32)
     step(x[:32], y[:32])
-    known = gemm.choices()
+    known = choose.choices()
     for m in (33, 50, 63):
         step(x[:m], y[:m])
-    assert gemm.choices() == known
+    assert choose.choices() == known
     step(x[:64], y[:64])
-    assert len(gemm.choices()) == 2 * len(known)
-    assert {key[1] for key in gemm.choices()} == {32, 64}
+    assert len(choose.choices()) == 2 * len(known)
+    assert {key[1] for key in choose.choices()} == {32, 64}
 
 
 def test_the_faster_one_is_chosen(monkeypatch):
@@ -155,15 +153,15 @@ def test_the_faster_one_is_chosen(monkeypatch):
         return lambda rows: {name: wait(0.02 if name == slow else 0.0) for name in ("aten", "onednn")}
 
     fastmlp.set_cpu_gemm("auto")
-    assert gemm.choose("a", 1, 1, 1, torch.float32, trials("aten")) == "onednn"
-    assert gemm.choose("b", 1, 1, 1, torch.float32, trials("onednn")) == "aten"
+    assert choose.choose("a", 1, 1, 1, torch.float32, trials("aten")) == "onednn"
+    assert choose.choose("b", 1, 1, 1, torch.float32, trials("onednn")) == "aten"
 
 
 @needs_onednn
 def test_choices_last_longer_than_the_process(monkeypatch):
     fastmlp.set_cpu_gemm("auto")
     run()
-    choices, path = gemm.choices(), cache.choices_path()
+    choices, path = choose.choices(), cache.choices_path()
     content = json.loads(path.read_text())
     ((machine, kept),) = content.items()
     assert f"torch {torch.__version__}, fastmlp {fastmlp.__version__}" in machine
@@ -173,7 +171,7 @@ def test_choices_last_longer_than_the_process(monkeypatch):
     path.write_text(json.dumps({"another machine": kept, machine: swapped}))
     new_process(monkeypatch)
     run()
-    assert gemm.choices() == {key: "aten" if c == "onednn" else "onednn" for key, c in choices.items()}
+    assert choose.choices() == {key: "aten" if c == "onednn" else "onednn" for key, c in choices.items()}
     run(optimizer="momentum")
     content = json.loads(path.read_text())
     assert content["another machine"] == kept
@@ -189,7 +187,7 @@ def test_a_file_of_something_else_is_replaced(content):
     path.write_text(content)
     run()
     found = json.loads(path.read_text())
-    assert sorted(max(found.values(), key=len).values()) == sorted(gemm.choices().values())
+    assert sorted(max(found.values(), key=len).values()) == sorted(choose.choices().values())
 
 
 @needs_onednn
@@ -197,7 +195,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     fastmlp.set_cpu_gemm("auto")
     (tmp_path / "cache").write_text("not a folder")
     run()
-    assert gemm.choices()
+    assert choose.choices()
     assert (tmp_path / "cache").read_text() == "not a folder"
 
 
@@ -208,12 +206,12 @@ def test_aten_without_a_measurement(monkeypatch, why):
     elif why == "deterministic":
         torch.use_deterministic_algorithms(True)
     elif why == "no oneDNN":
-        monkeypatch.setattr(gemm, "_onednn_available", lambda: False)
+        monkeypatch.setattr(onednn, "available", lambda: False)
     try:
         run(torch.float64 if why == "float64" else torch.float32)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert gemm.choices() == {}
+    assert choose.choices() == {}
 
 
 def one_step(dtype: torch.dtype = torch.float32, *, epoch: bool = False, uint8: bool = False, **settings):
@@ -286,18 +284,3 @@ def test_in_16_bits_nothing_is_left_allocated(monkeypatch, mode, native, dtype):
     step = one_step(dtype, momentum=0.9)
     few, many = allocations(step, steps=2), allocations(step, steps=12)
     assert sum(many) <= max(0, sum(few))
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "name"),
-    [
-        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel\t\t: 2\n", "AMD EPYC family 25 model 17"),
-        ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC 9755\n\n", "AMD EPYC 9755"),
-        ("model name\t: Cortex\n", "Cortex"),
-        ("Processor\t: 0\n", "riscv"),
-    ],
-)
-def test_processors_of_one_name_are_told_apart(monkeypatch, cpuinfo, name):
-    monkeypatch.setattr(cache, "open", lambda *args, **kwargs: io.StringIO(cpuinfo), raising=False)
-    monkeypatch.setattr(cache.platform, "processor", lambda: "riscv")
-    assert cache.processor_name() == name

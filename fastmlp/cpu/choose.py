@@ -1,0 +1,142 @@
+"""The choice among ways to do the same work, measured per shape.
+
+aten's ``addmm``/``mm`` call MKL and write into a given buffer. oneDNN's fused linear adds bias and activation in the
+same pass but allocates its result. Which is faster depends on the processor (MKL's kernels hold back on AMD) and on the
+shape. The first use of a shape times all ways on scratch data for a few milliseconds. The choice is kept, also for
+later processes (``fastmlp.cpu.cache``). Batch sizes between two powers of two share one choice, and so do all from 512
+on. Libraries round differently: ``set_cpu_gemm("aten")`` gives the same bits on other machines of the kind too, and
+``torch.use_deterministic_algorithms(True)`` implies it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal, cast, get_args
+
+import torch
+
+from . import cache, onednn
+
+__all__ = [
+    "Choice",
+    "Trials",
+    "choices",
+    "choose",
+    "get_cpu_gemm",
+    "only_aten",
+    "set_cpu_gemm",
+    "worth_measuring",
+]
+
+Choice = Literal["aten", "onednn", "addmm", "rows", "each", "alone", "wide"]
+#: Rows of scratch data to make -> the work on them, by choice.
+Trials = Callable[[int], dict[Choice, Callable[[], object]]]
+_MODES = ("auto", "aten", "onednn")
+
+_ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+#: A measurement begins with calls that are not counted, because the first ones map memory. Then all ways take turns for
+#: at least five rounds, and for more rounds while there is time.
+_WARM_UP, _LEAST_ROUNDS, _MOST_ROUNDS, _BUDGET_S = 2, 5, 25, 0.02
+#: From this many rows on, which library is faster no longer changes: larger batches are measured with so many.
+_MOST_ROWS = 512
+#: Products of fewer multiplications always use aten. oneDNN allocates a new result on every call, which costs more than
+#: it saves on small products.
+_WORTH_MEASURING = 1 << 20
+
+_mode = "auto"
+_choices: dict[tuple[object, ...], Choice] = {}
+
+
+def set_cpu_gemm(mode: str) -> None:
+    """Choose who multiplies matrices on a CPU: "auto" (measured per shape), "aten" or "onednn".
+
+    With "auto", training steps of small networks are measured whole, and may run on one thread.
+
+    Takes effect for following calls of modules and functions, and for training steps planned afterwards. Modules and
+    functions leave to aten what is small, not contiguous, traced or watched (``fastmlp.ops.torch_products``).
+
+    Raises:
+        ValueError: unknown mode.
+        RuntimeError: "onednn" where torch was built without it.
+    """
+    global _mode
+    if mode not in _MODES:
+        raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(_MODES)}")
+    if mode == "onednn" and not onednn.available():
+        raise RuntimeError("this build of torch has no oneDNN linear operator; use 'auto' or 'aten'")
+    _mode = mode
+
+
+def get_cpu_gemm() -> str:
+    """The mode in force: "auto", "aten" or "onednn"."""
+    return _mode
+
+
+@contextlib.contextmanager
+def only_aten() -> Iterator[None]:
+    """Everything that is chosen meanwhile is aten."""
+    global _mode
+    mode, _mode = _mode, "aten"
+    try:
+        yield
+    finally:
+        _mode = mode
+
+
+def choices() -> dict[tuple[object, ...], str]:
+    """The choices so far: (kind of work, M, K, N, dtype, threads) -> "aten" or "onednn" for a product, one of the ways
+    of ``fastmlp.cpu.few_rows`` or ``fastmlp.cpu.whole_step`` for a layer or a step.
+
+    M is the power of two at or below the batch sizes that the choice is used for, 512 for all larger ones.
+    """
+    return dict(_choices)
+
+
+def worth_measuring(multiplications: int) -> bool:
+    """Whether a product of so many need not be aten's."""
+    return multiplications >= _WORTH_MEASURING
+
+
+def choose(
+    kind: str, m: int, k: int, n: int, dtype: torch.dtype, trials: Trials, *, whatever_size: bool = False
+) -> Choice:
+    """The fastest by its best of a few interleaved rounds.
+
+    aten, unmeasured, for products that are not ``worth_measuring``, unless ``whatever_size``.
+    """
+    if dtype not in _ONEDNN_DTYPES or _mode == "aten" or not onednn.available():
+        return "aten"
+    if _mode == "onednn":
+        return "onednn"
+    if torch.are_deterministic_algorithms_enabled() or not (whatever_size or worth_measuring(m * k * n)):
+        return "aten"
+    onednn.keep_freed_memory()
+    rows = min(1 << m.bit_length() - 1, _MOST_ROWS)
+    key = (kind, rows, k, n, dtype, torch.get_num_threads())
+    if key not in _choices:
+        label = f"{kind} {rows}x{k}x{n} {str(dtype).removeprefix('torch.')}, {key[-1]} threads"
+        kept = cache.kept().get(label)
+        if kept in get_args(Choice):
+            _choices[key] = cast(Choice, kept)
+        else:
+            with torch.no_grad():
+                _choices[key] = winner = _fastest(trials(rows))
+            cache.keep({label: winner})
+    return _choices[key]
+
+
+def _fastest(candidates: dict[Choice, Callable[[], object]]) -> Choice:
+    """The one with the smallest time of all rounds."""
+    best: dict[Choice, float] = {}
+    started = time.perf_counter()
+    for round_ in range(_WARM_UP + _MOST_ROUNDS):
+        if round_ >= _WARM_UP + _LEAST_ROUNDS and time.perf_counter() - started > _BUDGET_S:
+            break
+        for name, run in candidates.items():
+            begin = time.perf_counter()
+            run()
+            if round_ >= _WARM_UP:
+                best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
+    return min(best, key=best.__getitem__)

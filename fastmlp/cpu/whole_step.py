@@ -1,0 +1,76 @@
+"""How a whole training step runs on a CPU: by all threads or one, by the libraries chosen for each layer or by aten.
+
+A product is slower inside a step than alone, because its code and data are no longer in the cache. oneDNN's calls also
+push out the code of the operations after them. And a second thread has to fetch what the first one has just written,
+which in a small network takes longer than to multiply alone. So where products are short, steps of a network of the
+same shape are timed, and the fastest way is taken:
+
+    each    the products of each layer as ``fastmlp.cpu.few_rows`` chose them, all threads
+    aten    every product by BLAS, all threads
+    alone   every product by BLAS, every operation by the calling thread alone
+
+Plain SGD with two threads of an AMD EPYC takes 139, 124 and 115 us in this order for 8 rows through 784-64-64-10; 504,
+571 and 736 us for 16 rows through 784-512-512-10; in hours when the two threads share no cache, 259, 311 and 153 us for
+8 rows through 784-128-128-10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import choose, threads
+from .choose import Choice
+
+__all__ = ["plan_step"]
+
+#: Multiplications of one pass through all layers from which on products are so long that each is best by itself.
+_LONG = 1 << 25
+
+Step = Callable[..., None]
+#: A number of rows -> what plans their step on a network of scratch data, and the arguments of that step.
+Scratch = Callable[[int], tuple[Callable[[], Step], tuple[Tensor, ...]]]
+
+
+def plan_step(
+    kind: str, m: int, weights: Sequence[Tensor], dtype: torch.dtype, plan: Callable[[], Step], scratch: Scratch
+) -> Step:
+    """The step of ``m`` rows that ``plan`` returns, planned and called in the fastest way.
+
+    Args:
+        kind: what the time of a step depends on, besides ``m``, ``dtype``, the threads, and the inputs and outputs.
+        weights: of all layers; on another device than a CPU aten makes all products, and nothing is measured.
+        plan: asks for the products of the layers (``layer_products``).
+        scratch: the same for a step to measure with, which must touch nothing of this one's.
+    """
+    way: Choice = "aten"
+    if weights[0].device.type == "cpu":
+        way = _step_way(kind, m, weights, dtype, scratch)
+    return _in_way(way, plan)
+
+
+def _step_way(kind: str, m: int, weights: Sequence[Tensor], dtype: torch.dtype, scratch: Scratch) -> Choice:
+    """The fastest way, measured or known."""
+    products = [m * weight.numel() for weight in weights]
+    with_threads = threads.available()
+    if sum(products) >= _LONG or not (with_threads or choose.worth_measuring(max(products))):
+        return "each"
+    ways: tuple[Choice, ...] = ("each", "aten", "alone") if with_threads else ("each", "aten")
+
+    def trials(rows: int) -> dict[Choice, Callable[[], object]]:
+        plan, batch = scratch(rows)
+        return {way: partial(_in_way(way, plan), *batch) for way in ways}
+
+    k, n = weights[0].shape[1], weights[-1].shape[0]
+    way = choose.choose(kind, m, k, n, dtype, trials, whatever_size=True)
+    return way if way in ("aten", "alone") else "each"
+
+
+def _in_way(way: Choice, plan: Callable[[], Step]) -> Step:
+    with nullcontext() if way == "each" else choose.only_aten():
+        step = plan()
+    return partial(threads.alone, step) if way == "alone" else step
