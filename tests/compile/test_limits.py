@@ -11,10 +11,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 
 import pytest
+import torch
 from triton.runtime.jit import JITFunction
 
 from fastmlp import kernels
 from fastmlp.kernels.configs import Tile
+from tests.support.precision import default_precision, set_matmul  # noqa: F401  a fixture
 
 from . import limits
 from .cases import FAMILIES, HOT, Case, covering, full, registry
@@ -47,6 +49,30 @@ def test_limits(cases: list[Case], record_property: Callable[[str, object], None
                 if limit not in allowed:
                     problems.append(f"{case.name}: {launch.name}: {limits.LIMITS[limit]}: {what}")
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.usefixtures("default_precision")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_limits_where_torch_allows_tf32(target: str) -> None:
+    """The largest and the smallest tile of every product in float32, as one tf32 product, for both ways to round."""
+    set_matmul("tf32")
+    device, launched = TARGETS[target].device, {}
+    for kernel, entry in registry().items():
+        variant = next(iter(entry.variants))
+        tiles = entry.tiles(torch.float32, device, variant) if entry.gemm else ()
+        for tile in dict.fromkeys((*tiles[:1], *tiles[-1:])):
+            case = Case(kernel, TARGETS[target], torch.float32, tile, variant)
+            launched[case] = [launch for launch in case.run() if launch.name in entry.gemm]
+    disassemble(launch for launches in launched.values() for launch in launches)
+    found = {
+        f"{case.name}: {launch.name}: {limits.LIMITS[limit]}: {what}"
+        for case, launches in launched.items()
+        for launch in launches
+        for limit, what in limits.violations(case, launch).items()
+        if limit not in limits.exceptions_for(case)
+    }
+    assert {launch.constexprs["INPUT_PRECISION"] for launches in launched.values() for launch in launches} == {"tf32"}
+    assert found == set()
 
 
 def test_instructions_are_those_of_the_cubins() -> None:
