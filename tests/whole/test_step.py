@@ -70,6 +70,8 @@ def test_the_reference_network(lane, m, dtype, pixels):
         compare(lane, (784, 512, 512, 10), m=m, n=3 * m, dtype=dtype, pixels=pixels, lr=0.1, momentum=0.9)
     elif m == 64:
         compare(lane, (33, 17, 16, 10), m=24, n=72, dtype=dtype, pixels=pixels, lr=0.1, momentum=0.9)
+    else:
+        pytest.skip("the smaller network runs once; large batches need a GPU")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -79,7 +81,7 @@ def test_pixels_in_16_bits_give_the_same_bits(lane, m, dtype):
     gpu = lane.type == "cuda"
     m, n, k = (m, 512, 784) if gpu else (m // 64, 17, 33)
     if not gpu and m > 64:
-        return
+        pytest.skip("the smaller batch runs once; large batches need a GPU")
     images, _ = data(m, k, 10)
     w = (torch.randn(n, k, generator=torch.Generator().manual_seed(3)) / k**0.5).to(dtype)
     results = [linear_fwd(images.to(lane), w.to(lane), None, "relu")[0] for _ in range(20 if gpu else 2)]
