@@ -1,4 +1,4 @@
-"""Which code runs: set_backend, use_backend, resolve and every error of theirs."""
+"""Which code runs: set_backend, use_backend, resolve, and every error that they raise."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def auto():
 
 
 def on_gpu(dtype: torch.dtype = torch.float32) -> SimpleNamespace:
-    """What ``resolve`` reads of a tensor, as a CUDA tensor has it."""
+    """The attributes of a CUDA tensor that ``resolve`` reads."""
     return SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda", 0))
 
 
@@ -70,7 +70,7 @@ def test_use_backend_as_a_decorator():
 
 
 def test_use_backend_is_of_its_thread():
-    """Two threads in blocks of their own, overlapping in time, and a third in none."""
+    """Two threads have blocks of their own, which overlap in time, and a third thread has no block."""
     barrier = threading.Barrier(3, timeout=30)
     seen: dict[str, list[str]] = {}
 
@@ -158,7 +158,7 @@ class TestTriton:
 
     @pytest.mark.parametrize("interpret", ["0", "1"])
     def test_the_machine_is_asked(self, interpret):
-        """On the CPU of a machine without a GPU the interpreter is what makes the difference."""
+        """On the CPU of a machine without a GPU, only the interpreter can run kernels."""
         code = (
             "import torch, fastmlp\n"
             "fastmlp.set_backend('triton')\n"
@@ -177,7 +177,7 @@ class TestTriton:
 
 
 def test_backward_keeps_the_backend_of_its_forward(monkeypatch):
-    """Also outside the block, and whatever was chosen since."""
+    """The backward pass keeps the backend outside the block too, whatever was chosen since."""
     seen = []
     for name in torch_ops.__all__:
 
@@ -197,7 +197,7 @@ def test_backward_keeps_the_backend_of_its_forward(monkeypatch):
 
 
 def test_launches_follow_the_tensors_device(monkeypatch):
-    """A tensor on the second GPU is computed there though the first is the current device."""
+    """A tensor on the second GPU is computed there, although the first GPU is the current device."""
     entered = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())

@@ -74,7 +74,7 @@ def test_readme_has_two_commands_and_a_picture():
 
 
 def test_readme_python_runs(monkeypatch):
-    """As written, but for the data: the bundled subset, so that no test downloads."""
+    """The README's Python runs as written, except that the data are the bundled subset, so that no test downloads."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     assert blocks
     monkeypatch.setattr(fastmlp, "load_fashion_mnist", functools.partial(fastmlp.load_fashion_mnist, source="bundled"))
@@ -119,7 +119,7 @@ def test_table_names_launchers_and_references_that_exist():
 
 
 def test_speed_figures_are_those_of_the_results():
-    """README.md says what `fastmlp bench report` writes from the committed JSON."""
+    """README.md has the text that `fastmlp bench report` writes from the committed JSON."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     section = text.partition(readme.BEGIN)[2].partition(readme.END)[0]
     assert section.strip() == readme.speed_section(load_all(FOLDER)).strip()

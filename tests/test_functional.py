@@ -14,13 +14,13 @@ from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.functional import linear_act, mlp
 
-# torch scripts its decompositions when forward mode is first used, and warns of torch.jit.script itself.
+# On the first use of forward mode torch scripts its decompositions, and warns of its own call of torch.jit.script.
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 def layer(K: int = 5, N: int = 3, dtype=torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(weight, bias), which require grad."""
+    """(weight, bias), both of which require grad."""
     g = torch.Generator().manual_seed(seed)
     w, b = torch.randn(N, K, generator=g), torch.randn(N, generator=g)
     return w.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
@@ -33,7 +33,7 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Te
 
 
 def torchs_mlp(x: Tensor, weights, biases, activations) -> Tensor:
-    """The same of a whole network."""
+    """A whole network of torch's own layers and activations, on the tape."""
     for w, b, activation in zip(weights, biases, activations, strict=True):
         x = plain(x, w, b, activation)
     return x
@@ -57,7 +57,7 @@ def test_linear_act_keeps_leading_dimensions(shape, activation):
     ("shape", "K", "N"), [((4, 0), 0, 3), ((2, 3, 0), 0, 3), ((0,), 0, 3), ((4, 5), 5, 0)], ids=str
 )
 def test_linear_act_without_features(shape, K, N):
-    """No inputs: the activation of the bias. No outputs: nothing, and a zero gradient."""
+    """Without inputs the result is the activation of the bias. Without outputs it is empty, with a zero gradient."""
     x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     w, b = torch.zeros(N, K, dtype=torch.float64, requires_grad=True), torch.ones(N, dtype=torch.float64)
     out = linear_act(x, w, b, "tanh")
@@ -122,7 +122,7 @@ def test_without_a_tape(guard, activation):
 
 
 def test_the_arguments_are_left_alone():
-    """No activation works in place on memory of the caller, whatever the layer and the bias."""
+    """No activation works in place on memory of the caller, with or without a bias."""
     for activation in ACTIVATIONS:
         x, w, b = torch.randn(4, 5), torch.randn(3, 5), torch.randn(3)
         before = [t.clone() for t in (x, w, b)]
@@ -132,7 +132,7 @@ def test_the_arguments_are_left_alone():
 
 
 class TestAutocast:
-    """Under torch.autocast: torch's dtypes, and torch's results within its own rounding."""
+    """Under torch.autocast dtypes equal torch's, and results equal torch's within the rounding."""
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("activation", ["identity", "sigmoid", "gelu"])
@@ -154,7 +154,7 @@ class TestAutocast:
             torch.testing.assert_close(actual, expected, rtol=8 * eps, atol=8 * eps * expected.abs().max().item())
 
     def test_linear_act(self):
-        # Small whole numbers, which no processor rounds: with and without 16-bit products the sums are the same.
+        # No processor rounds small whole numbers, so the sums are the same with and without 16-bit products.
         w, b, x = (torch.randint(-3, 4, shape).float().requires_grad_() for shape in ((3, 5), (3,), (2, 3, 5)))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = linear_act(x, w, b, "relu")
@@ -176,7 +176,7 @@ class TestAutocast:
 
 
 class TestTorchFunc:
-    """The transforms of torch.func see plain operations; all of them work."""
+    """The transforms of torch.func see plain operations, and all transforms work."""
 
     sizes = (5, 4, 3)
 
@@ -211,7 +211,7 @@ class TestTorchFunc:
         torch.testing.assert_close(hessian(value)(x), torch.autograd.functional.hessian(value, x))
 
     def test_ensemble(self):
-        """vmap over stacked parameters, the input shared."""
+        """vmap runs over stacked parameters; the input is shared."""
         models = [fastmlp.MLP(self.sizes, dtype=torch.float64) for _ in range(3)]
         params, _ = torch.func.stack_module_state(models)
         x = torch.randn(6, 5, dtype=torch.float64)
@@ -245,7 +245,7 @@ def test_forward_mode_outside_torch_func_says_what_is_missing():
 
 
 def test_meta_tensors_give_shapes():
-    """Shape inference without memory, as torch."""
+    """Meta tensors give shapes without memory, as in torch."""
     model = fastmlp.MLP((784, 512, 10), device="meta")
     out = model(torch.empty(3, 28, 28, device="meta"))
     assert out.shape == (3, 10)
@@ -295,7 +295,7 @@ class TestCompile:
             torch.testing.assert_close(actual, expected)
 
     def test_second_derivatives_are_refused(self, backend):
-        """torch.compile has none; the error is torch's, and nothing wrong comes out."""
+        """torch.compile has no second derivatives. Torch raises the error, so no wrong result comes out."""
         model = fastmlp.MLP((6, 5, 3), dtype=torch.float64)
         x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
         value = torch.compile(model, backend=backend)(x).square().sum()
@@ -313,7 +313,7 @@ class TestCompile:
 
 
 def test_tied_input_and_weight():
-    """The same tensor as input and weight: both gradients add up."""
+    """If one tensor is both input and weight, both gradients add up."""
     both = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
     results = [torch.autograd.grad(f(both, both, None, "tanh").sum(), both)[0] for f in (linear_act, plain)]
     torch.testing.assert_close(*results)

@@ -1,8 +1,9 @@
-"""The layout of fastmlp/ and kernels/: a file imports from its own folder and from rows above, and in no circle.
+"""The layout of fastmlp/ and kernels/: a file imports from its own folder and from rows above, and never in a circle.
 
-Read from the sources, imports inside functions and under TYPE_CHECKING included. A row is a line of `ROWS`; a folder of
-fastmlp/, or a file that lies directly in it, is a room. Files of one row that lie directly in fastmlp/ share a room.
-One file imports from outside of the package: cli/bench.py takes the command `fastmlp bench` from a checkout's bench/.
+The imports are read from the sources, including imports inside functions and under TYPE_CHECKING. A row is a line of
+`ROWS`. A room is a folder of fastmlp/, or a file that lies directly in fastmlp/. Files of one row that lie directly in
+fastmlp/ share a room. Only cli/bench.py imports from outside of the package: it takes the command `fastmlp bench` from
+a checkout's bench/.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def sources() -> dict[str, str]:
 
 
 def room_of(name: str) -> str:
-    """The folder that a file is in, or the file itself where it lies directly in fastmlp/."""
+    """The folder of a file, or the file itself where it lies directly in fastmlp/."""
     return name.partition("/")[0].removesuffix(".py")
 
 
@@ -64,7 +65,7 @@ def imported(name: str, files: Mapping[str, str]) -> dict[str, int]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             base = base + (node.module.split(".") if node.module else [])
-            # A name is a submodule where there is such a file, unless the package gives the name to something else.
+            # An imported name is a submodule if a file has the name, unless the package uses the name otherwise.
             modules = [
                 [*base, alias.name] if found_file([*base, alias.name], files) and base != KERNELS else base
                 for alias in node.names
@@ -88,7 +89,7 @@ def allowed(name: str, other: str) -> bool:
 
 
 def wrong_imports(files: Mapping[str, str]) -> list[str]:
-    """What is imported from a row below, or from another room of the same row."""
+    """The imports from a row below, or from another room of the same row."""
     return [
         f"{name}:{line} imports {other}"
         for name in sorted(files)
@@ -130,7 +131,7 @@ def test_imports_go_in_no_circle():
 
 
 def test_kernels_know_nothing_of_fastmlp():
-    """But where its cache is."""
+    """The one exception is the place of the user's cache folder."""
     files = sources()
     outside = {
         (name, other)
@@ -155,7 +156,7 @@ def test_only_the_command_bench_reaches_into_bench():
 
 
 def past_the_door(files: Mapping[str, str]) -> list[str]:
-    """What is imported from cpu/, but for the names of its __init__."""
+    """The imports from cpu/, except imports of the names in its __init__."""
     return [
         f"{name}:{line} imports {other}"
         for name in sorted(files)

@@ -17,7 +17,7 @@ from fastmlp.ops import torch_losses
 from tests.conftest import HAS_GPU, INTERPRETING
 
 C = 4
-# Many rows of few classes are computed transposed; few rows of labels are left to torch.
+# Many rows of few classes are computed transposed. Torch computes few rows of labels.
 SHAPES = [(C,), (5, C), (300, C), (3, C, 2), (2, C, 3, 2)]
 REDUCTIONS = ["none", "mean", "sum"]
 
@@ -44,7 +44,7 @@ def class_weight(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def check_as_torch(z: Tensor, target: Tensor, **options) -> None:
-    """Loss and gradients equal torch's, with create_graph too, for an upstream gradient that is not 1."""
+    """Loss and gradients equal torch's for an upstream gradient that is not 1, with create_graph too."""
     inputs = [t for t in (z, target) if t.requires_grad]
     ours, torchs = cross_entropy(z, target, **options), F.cross_entropy(z, target, **options)
     assert ours.dtype == torchs.dtype
@@ -104,7 +104,7 @@ def test_dtypes(dtype, kind):
     ids=str,
 )
 def test_mixed_dtypes_promote_as_torch(z_dtype, t_dtype, w_dtype):
-    """The dtype is torch's; the value may be nearer to the truth (log p is not rounded to float16 on the way)."""
+    """The dtype equals torch's. The value may be more accurate, because log p is not rounded to float16 on the way."""
     z, t = logits((3, C), z_dtype), probabilities((3, C), t_dtype)
     weight = None if w_dtype is None else class_weight(w_dtype)
     ours, torchs = cross_entropy(z, t, weight), F.cross_entropy(z, t, weight)
@@ -170,7 +170,7 @@ def test_saved_tensors_are_checked(monkeypatch):
 @pytest.mark.parametrize("classes", [1, 7, 8, 10, 15, 16])
 @pytest.mark.parametrize("width", [8, 16], ids=["AVX2", "AVX-512"])
 def test_many_short_rows_on_a_cpu(monkeypatch, width, classes, dtype):
-    """Both sides of the transposed softmax's limit: contiguous gradients, no further from float64 than torch's."""
+    """On both sides of the transposed softmax's limit gradients are contiguous and as near to float64 as torch's."""
     monkeypatch.setattr(torch_losses, "vector_width", lambda dtype: width)
     z = (torch.randn(4096, classes, generator=torch.Generator().manual_seed(4)) * 3).to(dtype).requires_grad_()
     y = torch.randint(0, classes, (4096,), generator=torch.Generator().manual_seed(5))
@@ -201,7 +201,7 @@ def test_only_what_is_asked():
 
 
 def test_class_weight_that_requires_grad():
-    """Differentiable with probabilities, an error with labels, as in torch."""
+    """As in torch, class weights are differentiable with probabilities and raise an error with labels."""
     z, t, w = logits((5, C)), probabilities((5, C)), class_weight().requires_grad_()
     got, expected = (torch.autograd.grad(f(z, t, w), [z, t, w]) for f in (cross_entropy, F.cross_entropy))
     torch.testing.assert_close(got, expected)
@@ -270,7 +270,7 @@ def test_deprecated_arguments_warn():
 
 
 def test_module():
-    """A torch.nn.CrossEntropyLoss: its arguments, its state_dict, its repr."""
+    """The module has the arguments, the state_dict and the repr of torch.nn.CrossEntropyLoss."""
     options = {"weight": class_weight(), "ignore_index": 1, "reduction": "sum", "label_smoothing": 0.1}
     ours, torchs = CrossEntropyLoss(**options), torch.nn.CrossEntropyLoss(**options)
     assert isinstance(ours, torch.nn.CrossEntropyLoss)

@@ -261,7 +261,7 @@ class TestInput:
     )
     @pytest.mark.parametrize("hooked", [False, True])
     def test_errors(self, x, message, hooked):
-        """The same with a hook on a layer, when the layers run one by one, but for their names in the message."""
+        """With a hook on a layer the layers run one by one; the messages differ only in the names of parameters."""
         model = fastmlp.MLP(SIZES)
         if hooked:
             model.layers[1].register_forward_hook(lambda *args: None)
@@ -276,7 +276,7 @@ class TestInput:
 
 @pytest.fixture
 def nodes(monkeypatch) -> list[str]:
-    """Which functions the modules call: "mlp" for the whole network, "linear_act" for a layer."""
+    """The functions that the modules call: "mlp" for the whole network, "linear_act" for a layer."""
     seen: list[str] = []
     for name in ("mlp", "linear_act"):
         original = getattr(functional, name)
@@ -390,7 +390,7 @@ class TestLayersThatAreMore:
 
     @pytest.mark.parametrize("replacement", ["nn.Linear", "nn.Sequential", "subclass", "instance"])
     def test_replaced_layer(self, replacement, nodes):
-        """Another module in place of a layer is called as it is: LoRA and quantization work so."""
+        """Another module in place of a layer is called as it is. LoRA and quantization work in this way."""
         model, x = self.model()
         old = model.layers[1]
         if replacement == "nn.Linear":
@@ -415,7 +415,7 @@ class TestLayersThatAreMore:
         torch.testing.assert_close(out, model.layers[2](middle(model.layers[0](x.flatten(1)))))
 
     def test_tied_layers(self):
-        """One layer used twice: its gradients add up."""
+        """If one layer is used twice, its gradients add up."""
         torch.manual_seed(0)
         model = fastmlp.MLP((6, 6, 6), "tanh", dtype=torch.float64)
         model.layers[1].weight = model.layers[0].weight

@@ -1,7 +1,7 @@
 """One place for each concept: no table by activation, optimizer or loss outside the files that CONTRIBUTING names.
 
-A new activation or optimizer would otherwise need an entry in tables that nobody finds. Read from the sources: a dict
-display, or the items of a tuple, list, set or match statement, with two names of one kind is a table.
+A new activation or optimizer would otherwise need an entry in tables that nobody finds. The tables are read from the
+sources. A table is a dict display, or the items of a tuple, list, set or match statement, with two names of one kind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastmlp.step.optimizers import OPTIMIZERS
 from tests.support.torchs import TORCH_ACTIVATIONS, TORCH_OPTIMIZERS
 from tests.test_layout import ROOT, sources
 
-#: Names, without words that mean something else too, and the files that may have tables of them.
+#: By kind, the names (without words that mean something else too) and the files that may have tables of these names.
 KINDS = {
     "activation": (
         set(ACTIVATIONS) - {"identity", "step"},
@@ -51,7 +51,7 @@ def tables(source: str, names: set[str]) -> Iterator[int]:
         if isinstance(node, ast.Dict):
             found = strings(node.keys)
         elif isinstance(node, (ast.Tuple, ast.List, ast.Set)) and node not in exported:
-            # Pairs of a name and something else are a table too.
+            # A list of pairs that begin with a name is a table too.
             found = strings([e.elts[0] if isinstance(e, ast.Tuple) and e.elts else e for e in node.elts])
         elif isinstance(node, ast.Match):
             patterns = [pattern for case in node.cases for pattern in ast.walk(case.pattern)]
@@ -71,7 +71,7 @@ def test_tables_are_where_contributing_says(kind):
 
 @pytest.mark.parametrize(("title", "most"), [("an activation", 6), ("an optimizer", 5), ("a loss", 8)])
 def test_contributing_names_the_files(title, most):
-    """Also those with tables, and no more than so many."""
+    """CONTRIBUTING names at most ``most`` files, among them every file with a table."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = text.partition(f"## To add {title}\n")[2].partition("\n## ")[0]
     assert 0 < sum(line[:1].isdigit() for line in section.splitlines()) <= most

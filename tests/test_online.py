@@ -20,9 +20,9 @@ Network = tuple[list[Tensor], list[Tensor | None], list[str]]
 
 @pytest.fixture(params=["in place", "deferred", "shared"])
 def later_layers(request, monkeypatch):
-    """The later layers of a small network take one path, or one of those of large ones."""
+    """The later layers of this small network take the path of small networks, or a path of large networks."""
     monkeypatch.setattr(online, "SMALL", 10**9 if request.param == "in place" else 0)
-    # As many blocks as divide the rows, as if there were so many threads.
+    # The number of blocks divides the rows, as if there were as many threads.
     shared = (lambda weight: next(b for b in (3, 2, 1) if len(weight) % b == 0)) if request.param == "shared" else None
     monkeypatch.setattr(cpu, "sample_blocks", shared or (lambda weight: 0))
 
@@ -52,7 +52,7 @@ def copied(net: Network, dtype: torch.dtype = torch.float64) -> Network:
 
 
 def one_by_one(net: Network, x: Tensor, y: Tensor, lr: float | Sequence[float]) -> Tensor:
-    """The definition: after every sample W_l -= lr dL/dW_l, b_l -= lr dL/db_l. Returns the mean loss."""
+    """The definition: W_l -= lr dL/dW_l and b_l -= lr dL/db_l after every sample. Returns the mean loss."""
     weights, biases, activations = net
     losses = []
     for j in range(len(y)):
@@ -74,7 +74,7 @@ def parameters(net: Network) -> Tensor:
 
 
 def check(net: Network, x: Tensor, y: Tensor, *, blocks: Sequence[int], lr: float | Sequence[float] = 0.1) -> None:
-    """float64 to 1e-10; float32 against float64 with at most twice the plain loop's error, plus a floor."""
+    """float64 is right to 1e-10. float32 has at most twice the plain loop's error against float64, plus a floor."""
     expected, plain = copied(net), copied(net, torch.float32)
     loss = one_by_one(expected, x, y, lr)
     one_by_one(plain, x.float(), y, lr)
@@ -105,7 +105,7 @@ def test_every_activation_in_every_place(later_layers, activation):
 
 
 def test_the_reference_network():
-    """784-512-512-10 on pixels, with the layer kinds that it really takes."""
+    """784-512-512-10 on pixels, with the kinds of layers that this network really takes."""
     g = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (COUNT, 784), generator=g, dtype=torch.uint8)
     labels = torch.randint(0, 10, (COUNT,), generator=g)

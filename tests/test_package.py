@@ -1,4 +1,4 @@
-"""The package as a whole: what importing it costs and needs, what is public, where kernels may be."""
+"""The package as a whole: the cost and needs of an import, the public names, and the places of kernels."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ sys.meta_path.insert(0, Block())
 
 
 def test_works_without_triton():
-    """macOS and Windows: plain torch does everything, and asking for the kernels says what is missing."""
+    """On macOS and Windows plain torch does everything, and an error says what the kernels need."""
     out = python(
         WITHOUT_TRITON
         + """
@@ -78,7 +78,7 @@ assert not any(name.partition(".")[0] == "triton" for name in sys.modules)
 
 
 def test_the_test_blocks_triton():
-    """Without it the test above would prove nothing."""
+    """If triton could be imported, the test above would prove nothing."""
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TRITON + "import triton"], capture_output=True, text=True, cwd=ROOT
     )
@@ -93,10 +93,10 @@ def test_import_is_light():
 
 
 def test_a_bare_checkout_needs_no_installation(tmp_path):
-    """No environment, no installed fastmlp, no home: the package and its kernels are those of the checkout."""
+    """With no environment, no installed fastmlp and no home, the package and its kernels come from the checkout."""
     for name in ("fastmlp", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    # Without `-S` the editable installation of this environment would serve what the checkout does not.
+    # Without `-S` the editable installation of this environment would supply the files that the checkout does not.
     paths = [str(tmp_path), *(p for p in sys.path if p.endswith("-packages"))]
     code = f"""
 import sys
@@ -121,7 +121,7 @@ if {triton_available()}:
 
 
 def test_import_changes_nothing_global():
-    """Neither torch's settings nor the random number generators nor the environment."""
+    """An import changes neither torch's settings nor the random number generators nor the environment."""
     python(
         """
 import os, random, torch
@@ -184,7 +184,7 @@ class TestSources:
         assert sum(len(self.jitted(p)) for p in SOURCES if p.is_relative_to(ROOT / "kernels")) > 0
 
     def test_kernel_names(self):
-        """A kernel that is launched is private and ends in _kernel; what others share is a plain device function."""
+        """A launched kernel is private and ends in _kernel; code that kernels share is a plain device function."""
         for path in SOURCES:
             if path.parent == ROOT / "kernels":
                 source = path.read_text(encoding="utf-8")
@@ -198,9 +198,9 @@ class TestSources:
                 assert "save_for_backward" not in path.read_text(encoding="utf-8")
 
     def test_triton_is_never_imported_at_the_top_of_fastmlp(self):
-        """Only inside functions, so that the package imports where triton does not exist.
+        """Imports of triton are inside functions, so that the package can be imported where triton does not exist.
 
-        ``triton_step`` is itself imported inside a function, once the kernels are to run the step.
+        The exception ``step/triton_step.py`` is itself imported in a function, once the kernels are to run the step.
         """
         for path in (p for p in SOURCES if p.is_relative_to(ROOT / "fastmlp") and p.name != "triton_step.py"):
             for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -226,7 +226,7 @@ def modules() -> list[str]:
 
 @pytest.mark.parametrize("name", modules())
 def test_public_names(name):
-    """Each module is documented, says what is public, has it, and documents every class and function of it."""
+    """Each module is documented, names its public objects, has them, and documents every public class and function."""
     if name.startswith("fastmlp.kernels") and not triton_available():
         pytest.skip("triton is not installed")
     module = importlib.import_module(name)
@@ -268,7 +268,7 @@ def test_typed():
 
 @needs_triton
 class TestActivations:
-    """One set of activations in three places: the table, the reference and the device functions."""
+    """The table, the reference and the device functions have the same set of activations."""
 
     def test_device_functions_know_the_same_names(self):
         source = ast.parse((ROOT / "kernels" / "activations.py").read_text(encoding="utf-8"))
@@ -288,7 +288,7 @@ class TestActivations:
         assert activations.LEAKY_SLOPE.value == LEAKY_SLOPE
 
     def test_the_same_values(self):
-        """Every device function against the reference, in the interpreter, forward and backward."""
+        """Every device function against the reference, forward and backward, in the interpreter."""
         python(
             """
 import torch

@@ -55,7 +55,7 @@ def test_torchs_results(loss, reduction, dtype):
         a, y = operands(loss, *shape, dtype=dtype)
         got, da, dy = both_gradients(ours, a, y, reduction)
         want, da_torch, dy_torch = both_gradients(theirs, a, y, reduction)
-        assert torch.equal(got, want), "the value is torch's to the bit"
+        assert torch.equal(got, want), "the value differs from torch's"
         assert got.dtype == da.dtype == dy.dtype == dtype
         _, da_expected, dy_expected = both_gradients(theirs, a.double(), y.double(), reduction)
         assert_within_budget(da, da_expected, da_torch, reduction=1, what="gradient of the input")

@@ -18,7 +18,7 @@ NAMES = ("x", "w0", "b0", "w1", "b1", "w2", "b2")
 
 
 def tensors(sizes=SIZES, batch: int = 3, dtype=torch.float64, seed: int = 0) -> dict[str, Tensor]:
-    """x, w0, b0, ... of one network, all of which require grad."""
+    """The tensors x, w0, b0, ... of one network; all of them require grad."""
     g = torch.Generator().manual_seed(seed)
     out = {"x": torch.randn(batch, sizes[0], generator=g, dtype=torch.float64)}
     for layer, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
@@ -108,7 +108,7 @@ def test_third_derivative(activation):
 
 @pytest.mark.parametrize("activation", ["sigmoid", "gelu"])
 def test_tied_weights(activation):
-    """One weight in two layers of one node: both contributions, in the second derivative too."""
+    """A weight in two layers of one node gets both contributions, in the second derivative too."""
     results = []
     for network in (mlp, reference.mlp):
         t = tensors((4, 4, 4))
@@ -121,7 +121,7 @@ def test_tied_weights(activation):
 
 
 def test_gradient_penalty_trains():
-    """backward() through gradients: the parameters' .grad holds both parts of the loss."""
+    """After backward() through gradients, the parameters' .grad holds both parts of the loss."""
     grads = []
     for network in (mlp, reference.mlp):
         t = tensors()
@@ -155,7 +155,7 @@ def test_upstream_gradients_of_any_strides(consumer, activation):
         activations = ["tanh", "gelu", activation]
         out = run(network, t, activations)
         if activation == "step" and network is reference.mlp:
-            results.append([torch.zeros_like(p) for p in t.values()])  # torch has no derivative, which is zero
+            results.append([torch.zeros_like(p) for p in t.values()])  # the derivative is zero, and torch has none
         else:
             results.append(torch.autograd.grad(UPSTREAM[consumer](out), list(t.values())))
     for actual, expected in zip(*results, strict=True):
@@ -176,7 +176,7 @@ def test_upstream_gradients_of_linear_act(activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_empty_batch(activation, create_graph):
-    """An empty output, and gradients that are zeros of full size, as torch."""
+    """As in torch, the output is empty and the gradients are zeros of full size."""
     t = tensors(batch=0)
     out = run(mlp, t, [activation] * 3)
     assert out.shape == (0, 3)

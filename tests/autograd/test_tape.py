@@ -1,4 +1,4 @@
-"""What the tape of fastmlp's autograd functions keeps and computes, and how it behaves beside torch's own nodes."""
+"""Which tensors fastmlp's autograd functions keep and compute, and how their nodes behave beside torch's own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.autograd.test_linear import NAMES, close, run, tensors
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:
-    """(operation, shape of its result) of every fused operation that runs; elementwise ones without work left out."""
+    """(operation, shape of its result) of every fused operation that runs, without elementwise ones that do no work."""
     seen: list[tuple[str, tuple[int, ...]]] = []
     for name in torch_ops.__all__:
         original = getattr(torch_ops, name)
@@ -48,7 +48,7 @@ def saved_by(function) -> list[Tensor]:
 
 
 class TestNoNeedlessWork:
-    """needs_input_grad: what nobody asked for is neither computed nor kept."""
+    """needs_input_grad: gradients that are not needed are not computed, and their tensors are not kept."""
 
     def backward(self, calls, **frozen) -> list[tuple[str, tuple[int, ...]]]:
         t = tensors()
@@ -123,18 +123,18 @@ class TestNoNeedlessWork:
     @pytest.mark.parametrize(
         ("wanted", "activations", "expected"),
         [
-            # Everything but x: each layer's input, W above the first, A of the layers with a derivative.
+            # All but x require grad: each layer's input, W above the first layer, A of layers with a derivative.
             (NAMES[1:], ["sigmoid", "relu", "identity"], ["(3, 2)", "(3, 2)", "(3, 5)", "(3, 5)", "w1", "w2", "x"]),
-            # gelu: Z for the derivative and A for the layer above.
+            # gelu keeps Z for the derivative and A for the layer above.
             (NAMES[1:], ["gelu", "gelu", "identity"], ["(3, 2)", "(3, 2)", "(3, 5)", "(3, 5)", "w1", "w2", "x"]),
-            # Only the last layer: its input.
+            # Only the last layer requires grad: its input.
             (("w2", "b2"), ["gelu", "gelu", "identity"], ["(3, 2)"]),
-            # Only the last bias: nothing at all.
+            # Only the last bias requires grad: nothing at all.
             (("b2",), ["gelu", "gelu", "identity"], []),
-            # Only biases: what their chain of derivatives needs, no layer's input.
+            # Only biases require grad: the tensors of their chain of derivatives, but no layer's input.
             (("b0", "b1", "b2"), ["sigmoid", "sigmoid", "identity"], ["(3, 2)", "(3, 5)", "w1", "w2"]),
             (("b0", "b1", "b2"), ["identity", "step", "identity"], ["w1", "w2"]),
-            # A frozen middle layer keeps its W for the gradient below it, not its input.
+            # A frozen middle layer keeps its W for the gradient of the layer below, but not its input.
             (("w0", "w2"), ["identity", "identity", "identity"], ["(3, 2)", "w1", "w2", "x"]),
             (("x",), ["identity", "tanh", "silu"], ["(3, 2)", "(3, 3)", "w0", "w1", "w2"]),
         ],
@@ -161,7 +161,7 @@ class TestNoNeedlessWork:
 
     @pytest.mark.parametrize("activation", ["sigmoid", "gelu"])
     def test_memory_is_freed_without_the_garbage_collector(self, activation, monkeypatch):
-        """Neither the node nor what it kept is part of a reference cycle."""
+        """Neither the node nor a tensor that it kept is part of a reference cycle."""
         made: list[StorageWeakRef] = []
         original = torch_ops.linear_fwd
 
@@ -232,7 +232,7 @@ class TestTapeSemantics:
             out.sum().backward()
 
     def test_in_place_change_of_what_backward_does_not_need(self):
-        """As torch: biases, W_1 when x needs no gradient, the output where its derivative does not read it."""
+        """As in torch, biases may change, W_1 if x needs no gradient, and an output that no derivative reads."""
         t = tensors()
         t["x"].requires_grad_(False)
         out = run(mlp, t, ["sigmoid", "gelu", "identity"])
@@ -277,7 +277,7 @@ class TestTapeSemantics:
             assert torch.equal(recomputed[name].grad, plain[name].grad)
 
     def test_undefined_upstream_gradient(self):
-        """A consumer that passes no gradient on gives none, not zeros and not an error."""
+        """A consumer that passes no gradient on leaves the gradients None, without zeros and without an error."""
 
         class Stop(torch.autograd.Function):
             @staticmethod

@@ -1,4 +1,4 @@
-"""``fastmlp bench`` and ``python -m bench``: files, the report from JSON alone, and one line for every wrong input."""
+"""``fastmlp bench`` and ``python -m bench``: files, the report from JSON alone, one line of error per wrong input."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def run(*argv) -> int:
 
 
 def error_of(capsys, *argv) -> str:
-    """The one line of a command that the input makes fail."""
+    """The one line that a command prints when its input makes it fail."""
     assert run(*argv) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -217,7 +217,7 @@ def test_table_fits_eighty_columns(results, capsys):
 
 
 def test_without_a_checkout(monkeypatch, capsys, tmp_path):
-    """As in an installed wheel, which has no bench/ beside it."""
+    """Run as in an installed wheel, which has no bench/ beside it."""
     module = importlib.import_module("fastmlp.cli.bench")
     monkeypatch.setattr(module, "__file__", str(tmp_path / "site-packages" / "fastmlp" / "cli" / "bench.py"))
     assert module.checkout() is None

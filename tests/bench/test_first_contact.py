@@ -33,7 +33,7 @@ def load(out: Path) -> dict[str, Any]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits for its parent does not."""
+    """Whether a process runs; a process that has ended and waits for its parent does not run."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
@@ -42,8 +42,10 @@ def alive(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
-    """One run: a stage whose module is missing, one whose units go wrong, one that never ends, one for which no time
-    is left, a good one; with the verdict and the items by unit.
+    """One run of five stages, with the verdict and the items by unit.
+
+    The module of one stage is missing, the units of one stage go wrong, one stage never ends, one stage has no time
+    left, and one stage is good.
     """
     out = tmp_path_factory.mktemp("contact") / "new" / "folder"
     stages = (
@@ -229,7 +231,7 @@ def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_told_to_end_it_still_gives_its_verdict(tmp_path: Path) -> None:
-    """Started as a file from another folder with an empty environment, and ended in the middle of a stage."""
+    """The script starts as a file from another folder with an empty environment, and is ended within a stage."""
     command = [sys.executable, str(ROOT / "bench" / "first_contact.py"), "--out", "out", "--limit", "600", "--rehearse"]
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -249,7 +251,7 @@ def test_told_to_end_it_still_gives_its_verdict(tmp_path: Path) -> None:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """torch.cuda's events, streams and graphs as stand-ins that record, beside tensors of a GPU that is not there.
 
-    Each has the methods and the signatures of what it stands for, so that a call that torch does not know raises.
+    Each stand-in has the methods and signatures of the original, so a call that torch does not know raises.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -362,7 +364,7 @@ def test_nvidia_smi_is_asked_field_by_field_where_it_does_not_know_all(
 
 @pytest.mark.execute
 def test_stages_rehearsed(tmp_path: Path) -> None:
-    """A unit of each stage that launches kernels, in this process: right results pass, and no time is given."""
+    """A unit of each stage that launches kernels runs in this process. Right results pass, and no time is given."""
     import torch
 
     from bench.contact import alternatives, kernels_once, network, tiles, timings
@@ -408,7 +410,7 @@ def test_a_wrong_product_is_over_its_budget() -> None:
         assert product_share(right, "float32")[0] <= 1
         wrong = dataclasses.replace(right, results=lambda: {"A": right.results()["A"] * (1 + 1e-5)})
         assert product_share(wrong, "float32")[0] > 1
-        # Operands have digits that tf32 has not: one tf32 product is too little for float32, and enough for tf32.
+        # Operands have digits that tf32 lacks, so one tf32 product is accurate enough for tf32 but not for float32.
         with float32_precision("tf32"):
             assert product_share(right, "float32")[0] > 1
             assert product_share(right, "tf32")[0] <= 1

@@ -1,4 +1,4 @@
-"""``python -m bench host``: what is timed is what a GPU's host does, and nothing of it is left behind."""
+"""``python -m bench host`` times the work that the host of a GPU does, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEYS = ("eager_us", "modules_us", "step_us", "epoch_step_us")
 
 @pytest.fixture
 def launches(monkeypatch) -> Counter[str]:
-    """Launches by kernel, counted where Triton begins with them."""
+    """Number of launches by kernel, counted where Triton begins a launch."""
     from triton.runtime.jit import JITFunction
 
     counted: Counter[str] = Counter()
@@ -87,7 +87,7 @@ def test_the_stand_ins_are_gone_afterwards(monkeypatch):
 
 @pytest.fixture
 def document(monkeypatch) -> dict[str, Any]:
-    """What the command prints: a run that was not measured."""
+    """The document of a run that was not measured, to test what the command prints."""
     samples = {way: [10.0 * (i + 1), 11.0 * (i + 1), 12.0 * (i + 1)] for i, way in enumerate(WAYS)}
     machine = {"name": "Test CPU", "threads": 1, "commit": "abcdef"}
     medians = {way: values[1] for way, values in samples.items()}

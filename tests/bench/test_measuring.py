@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: turns, the gate, what is timed and what is not, and what changed between two runs."""
+"""The benchmarks' own parts: turns, the gate, which contenders are timed, and the changes between two runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROBLEM = LinearProblem(8, 12, 6)
 
 
 class Forward(OpRun):
-    """A contender for linear_act that is ``wrong`` by a factor, or not."""
+    """A contender for linear_act whose result is multiplied by ``wrong``."""
 
     def __init__(self, problem, wrong=1.0):
         super().__init__(problem, ("A",))
@@ -68,7 +68,7 @@ def test_every_contender_has_its_turn_in_every_round():
     samples = turns.samples
     assert {name: len(s.seconds) for name, s in samples.items()} == {"a": 3, "b": 3, "c": 3}
     assert all(seconds > 0 for s in samples.values() for seconds in s.seconds)
-    # One call fills a turn of no length, and the next round begins with another contender.
+    # One call fills a turn of zero length, and the next round begins with another contender.
     rounds = ["".join(order[-9:])[i : i + 3] for i in (0, 3, 6)]
     assert [sorted(turn) for turn in rounds] == [["a", "b", "c"]] * 3
     assert len(set(rounds)) > 1
@@ -91,7 +91,7 @@ def processor(request, monkeypatch) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_groups_are_the_cases_in_their_order(processor, name):
-    """All of quick at once; what is larger than a group's memory goes alone."""
+    """The preset quick is one group; a case larger than a group's memory is a group of its own."""
     cases = preset(name, "cpu").cases
     found = list(groups(cases))
     assert [case for group in found for case in group] == list(cases)
@@ -174,7 +174,7 @@ def test_contenders_have_names_of_their_own():
 
 
 def test_units_at_a_kink_may_have_either_derivative():
-    """A z may be so near to 0 that float32 has its sign by chance; the gate allows what hangs on it, and no more."""
+    """A z may be so near to 0 that its sign in float32 is chance. The gate allows what depends on the sign, no more."""
     problem = StepProblem((40, 30, 10), 8192, "relu")
     unsettled = problem.unsettled()
     assert set(unsettled) == set(problem.oracle(torch.float64))
@@ -244,7 +244,7 @@ def test_changes_are_sorted_and_printed_with_their_spread(capsys):
 
 
 def test_contenders_are_compared_in_units_of_the_baseline(capsys):
-    """A machine that runs at two thirds of its speed changes nothing but the baseline's own times."""
+    """On a machine at two thirds of its speed only the baseline's own times change."""
     before = document({"eager": [2.0, 2.2], "a": [1.0, 1.2]})
     after = document({"eager": [3.0, 3.3], "a": [1.5, 1.8]})
     changes = compare(before, after)
@@ -266,7 +266,7 @@ def test_runs_without_a_common_case_are_an_error():
 @pytest.mark.usefixtures("default_precision")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_precision_of_float32_is_recorded(name):
-    """Whichever of torch's settings was made: torch.get_float32_matmul_precision raises in half of these."""
+    """Every setting of torch's is recorded, though torch.get_float32_matmul_precision raises in half of them."""
     steps, allowed = SETTINGS[name]
     for set_to, value in steps:
         set_to(value)

@@ -1,4 +1,4 @@
-"""What the report makes of the JSON of runs: curves that hide others, names of points, one machine in the README."""
+"""The report of the JSON of runs: curves that hide others, names of points, one machine in the README."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contenders that no machine without a GPU runs whole: captured steps, the compiled whole step, TrainKernel."""
+"""Contenders that need a GPU to run completely: captured steps, the compiled whole step, TrainKernel."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TRAINING = [
 
 
 def verdict(problem, run, calls=GATE_CALLS):
-    """What the gate says of a run after its calls."""
+    """The gate's verdict on a run after its calls."""
     for _ in range(calls):
         run()
     return judge(problem, run.results())
@@ -76,7 +76,7 @@ def test_gate_notices_another_order_another_loss_and_a_missing_step():
 
 @pytest.mark.parametrize(("fused", "chosen"), [(False, None), (True, True)])
 def test_eager_leaves_the_way_of_the_update_to_torch(fused, chosen):
-    """fused=False would forbid foreach too, torch's choice on a GPU."""
+    """fused=False would also forbid foreach, which torch chooses on a GPU."""
     run = Eager(fused=fused).build(TRAINING[0])
     assert (run.optimizer.defaults["fused"], run.optimizer.defaults["foreach"]) == (chosen, None)
 
@@ -85,9 +85,9 @@ def test_eager_leaves_the_way_of_the_update_to_torch(fused, chosen):
 
 
 class PlayedGraph(TorchDispatchMode):
-    """What torch.cuda.CUDAGraph is to the operators of a step: records them with their tensors, and repeats them.
+    """A stand-in for torch.cuda.CUDAGraph that records the operators of a step with their tensors and repeats them.
 
-    As in a real graph numbers are kept, and results appear where they were at the capture.
+    As in a real graph, numbers keep their values of the capture, and results appear in the tensors of the capture.
     """
 
     def __init__(self):
@@ -96,7 +96,7 @@ class PlayedGraph(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls):
-        """Compiled code runs as compiled; under other modes Dynamo refuses to run it."""
+        """Compiled code runs as compiled under an infra mode; under other modes Dynamo refuses to run it."""
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -116,7 +116,7 @@ class PlayedGraph(TorchDispatchMode):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """torch.cuda's streams and graphs played on the CPU; the graphs that were captured."""
+    """The captured graphs. torch.cuda's streams and graphs are replaced by stand-ins on the CPU."""
     captured = []
 
     @contextmanager
@@ -207,12 +207,12 @@ def test_short_presets_of_a_cpu_compile_no_whole_step():
     assert not any("whole_default" in case.leave_out for case in preset("full", "cpu").cases)
 
 
-# TrainKernel, by a stand-in with its documented interface
+# TrainKernel, replaced by a stand-in with its documented interface
 
 
 def played_trainkernel(in_place: bool) -> ModuleType:
-    """A package that runs the step as it is, on the tensors given or on copies; a replay puts the new state in the old
-    one's place, or only returns it."""
+    """A package that runs the step uncompiled. With ``in_place`` it uses the given tensors and a replay overwrites the
+    old state; otherwise it uses copies and a replay only returns the new state."""
 
     def compile_training(step, examples):
         def capture(state, x, y):

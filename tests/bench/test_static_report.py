@@ -1,4 +1,4 @@
-"""The parts of ``bench.static``: what they count against what is known, and the report kept in the repository."""
+"""The parts of ``bench.static``: their counts against known values, and the report kept in the repository."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.support.precision import SETTINGS
 
 HEADER = Path(triton.__file__).parent / "backends" / "nvidia" / "include" / "cuda_occupancy.h"
 
-# One line of input, one of output: programs a multiprocessor, by NVIDIA's own rules.
+# For each line of input this prints one line with the programs per multiprocessor, by NVIDIA's own rules.
 _CALCULATOR = """
 #include <stdio.h>
 #include "cuda_occupancy.h"
@@ -120,7 +120,7 @@ def test_every_kernel_has_its_work():
 
 
 def _small(name):
-    """A launch that reads and writes each of its bytes exactly once: one program, or programs that share nothing."""
+    """A launch that reads and writes each byte exactly once. It has one program, or programs that share nothing."""
     x, w, b = draw(16, 64), draw(16, 64, seed=1), draw(16)
     if name == "linear_fwd":
         kernels.linear_fwd(x, w, b, "gelu", save_z=True)
@@ -149,7 +149,7 @@ def test_compulsory_bytes_are_those_of_an_execution_that_repeats_nothing(name):
     (launch,) = gpu.launches
     work, stats = work_of(launch), launch.stats
     assert stats is not None
-    scalars = 64 * math.prod(launch.grid) * launch.num_warps  # the optimizer's row and the like, read by every warp
+    scalars = 64 * math.prod(launch.grid) * launch.num_warps  # scalars such as the optimizer's row, read by every warp
     read = stats.global_load["bytes"] + stats.async_copy["bytes"]
     assert work.read <= read <= work.read + (scalars if name == "reduce_update" else 0)
     assert stats.global_store["bytes"] == work.written
@@ -157,7 +157,7 @@ def test_compulsory_bytes_are_those_of_an_execution_that_repeats_nothing(name):
 
 @pytest.mark.execute
 def test_sampled_execution_counts_as_the_whole():
-    """Programs of a matrix product do the same, so part of them has its part of the counts."""
+    """All programs of a matrix product do the same, so a share of the programs has the same share of the counts."""
     with SimulatedGPU(80) as gpu:
         kernels.linear_fwd(draw(64, 64), draw(64, 64, seed=1), None, "relu")
     (launch,) = gpu.launches
@@ -216,7 +216,7 @@ def test_roofline():
     assert roofline(products, gpu, MODES["float32"]).seconds == pytest.approx(3e-3)
     assert roofline(products, gpu, MODES["bfloat16"]).seconds == pytest.approx(0.5e-3)
     assert roofline(Work(vector_flops=19_500_000_000), gpu, MODES["float32"]).bound == "vector"
-    amd = GPUS["MI300X"]  # float32 as it is: no product is split in three
+    amd = GPUS["MI300X"]  # float32 stays as it is: no product is split in three
     assert roofline(Work(matrix_flops=163_400_000_000), amd, MODES["float32"]).seconds == pytest.approx(1e-3)
     works = [Work(read=2_039_000_000), products]
     assert total_roofline(works, gpu, MODES["tf32"]) == pytest.approx(2e-3)
@@ -367,7 +367,7 @@ def test_the_kept_report_is_complete(kept):
     assert {row["target"] for row in report["machine"]} == set(TARGETS)
     for section in ("machine", "execution"):
         assert {row["workload"] for row in report[section]} == set(WORKLOADS)
-    # sm_80 splits neither reduction of these shapes: the kernel that adds the parts is in the steps of large batches.
+    # sm_80 splits neither reduction of these shapes. The kernel that adds the parts is in the steps of large batches.
     launched = {row["kernel"] for row in report["machine"]} | {
         name for row in report["steps"] for name in row["kernels"]
     }
@@ -376,6 +376,6 @@ def test_the_kept_report_is_complete(kept):
         "_linear_fwd_kernel": 2, "_head_kernel": 1, "_linear_dgrad_kernel": 1, "_wgrad_update_kernel": 1
     }  # fmt: skip
     assert [row for row in report["findings"] if not row["reason"]] == []
-    # An exception that nothing needs any more goes.
+    # Every exception is needed by a finding.
     assert len({row["reason"] for row in report["findings"]}) == len({e.reason for e in EXCEPTIONS})
     assert {row["mode"] for row in report["numerics"]} == {"float32", "tf32", "bfloat16", "float16"}

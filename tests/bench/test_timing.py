@@ -1,4 +1,4 @@
-"""How a call is timed: chains of calls, flushed single calls, and results that say which it was; a GPU is played."""
+"""How a call is timed, on a stand-in GPU: chains of calls, flushed single calls, and results that name the way."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FLUSH = 200
 
 
 class Device:
-    """A host and a device with a clock each, in microseconds; nothing passes but what is asked for."""
+    """A host and a device, each with a clock in microseconds. Time passes only for the work that is asked for."""
 
     def __init__(self) -> None:
         self.host = self.ready = 0
         self.log: list[str] = []
 
     def work(self, host: int, device: int) -> None:
-        """The host launches what the device then takes ``device`` for."""
+        """The host launches work in ``host`` microseconds, which then takes the device ``device`` microseconds."""
         self.host += host
         self.ready = max(self.host, self.ready) + device
 
@@ -46,7 +46,7 @@ class Device:
 
 
 class Event:
-    """What torch.cuda.Event does on the device of ``monkeypatch``'s machine."""
+    """A torch.cuda.Event on the device of the fixture ``machine``."""
 
     machine: Device
 
@@ -61,7 +61,7 @@ class Event:
 
 
 class Buffer:
-    """What is overwritten to flush the L2 cache."""
+    """The buffer that is overwritten to flush the L2 cache."""
 
     def __init__(self, machine: Device) -> None:
         self.machine = machine
@@ -72,7 +72,7 @@ class Buffer:
 
 
 class Launches:
-    """A contender whose call takes the host and the device so many microseconds."""
+    """A contender whose call takes the host ``host`` and the device ``device`` microseconds."""
 
     def __init__(self, machine: Device, host: int, device: int) -> None:
         self.machine, self.cost = machine, (host, device)

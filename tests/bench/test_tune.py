@@ -1,4 +1,4 @@
-"""Measured tiles: what ``gemm_tile`` does with a table, and how the tuner fills one."""
+"""Measured tiles: how ``gemm_tile`` uses a table, and how the tuner fills a table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.ptxsim import SimulatedGPU
 A100 = Device("cuda", 80, 108, 166912)
 SHAPE = (64, 512, 784)
 KEY = "cuda-80-108"
-#: Taken at import: while tests run, another one keeps the user's cache out of them.
+#: Taken at import, because another function keeps the user's cache out of the tests while they run.
 table_path = tuned.table_path
 
 
@@ -28,7 +28,7 @@ def by_rule(device: Device = A100) -> configs.Tile:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache of the user's, and nothing remembered of another one."""
+    """An empty user's cache, with nothing remembered of another cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuned, "table_path", table_path)
     configs.use_new_table()
@@ -119,7 +119,7 @@ def test_products_of_a_step():
 @pytest.mark.execute
 @pytest.mark.parametrize("kind", tune.KINDS)
 def test_the_fastest_right_tile_wins(kind, monkeypatch, cache):
-    """On a simulated GPU with a clock that prefers the last candidate, or, where that is wrong, the one before."""
+    """The clock of a simulated GPU prefers the last candidate, then the candidate before it if the last is wrong."""
     with SimulatedGPU(arch=80):
         from fastmlp.kernels.device import current_device
 

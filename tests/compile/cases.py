@@ -1,14 +1,14 @@
-"""What is compiled: kernel x dtype x tile x variant x target, in full or as a set that covers each of them.
+"""The cases to compile: kernel x dtype x tile x variant x target, in full or as a set that covers each of them.
 
-A kernel's entry has the tiles that the library can choose for it and its variants: launches that between them reach
-every compile-time flag, every activation, aligned and unaligned operands. The launch is the library's own launcher on a
-simulated GPU that records, with the choice of the tile replaced.
+A kernel's entry has the tiles that ``configs`` can choose for the kernel, and the kernel's variants. The variants are
+launches that together reach every compile-time flag, every activation, aligned operands and unaligned operands. A case
+runs the package's own launcher on a simulated GPU that records the launch; only the choice of the tile is replaced.
 
-The covering set takes, for every target, every tile of every kernel (of a matrix product for float32 and a 16-bit
-dtype) with one variant, the next one for the next target; and further cases until every variant and dtype meets every
-target. Which one it is hangs on the case alone, so that a change to the tables leaves the other cases as they are.
-Of the ``HOT`` kernels, on one target of each family, it is the first variant. The full product is for
-``make compile-all``.
+The covering set takes, for every target, every tile of every kernel with one variant. A tile of a matrix product is
+taken twice, for float32 and for a 16-bit dtype. The next target takes the next variant. Further cases are added until
+every variant and every dtype meets every target. The variant depends on the case alone, so a change to the tables
+leaves the other cases as they are. The ``HOT`` kernels take their first variant on one target of each family.
+``make compile-all`` compiles the full product.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .targets import TARGETS, Target
 
 __all__ = ["Case", "KernelCases", "covering", "full"]
 
-#: One target of each family of matrix units, and the kernels on whose first variant speed hangs most.
+#: One target of each family of matrix units, and the kernels whose first variant matters most for speed.
 FAMILIES = ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
 HOT = ("linear_fwd", "linear_dgrad", "linear_wgrad")
 
@@ -42,12 +42,14 @@ class KernelCases:
     """How to reach one launcher's kernels.
 
     Attributes:
-        kernels: the Triton functions that its launches consist of.
-        tiles: what configs can choose for a dtype, a device and a variant; ``(None,)`` for a kernel that has one tile.
-        variants: by name, a launch with a dtype and a tile.
+        kernels: the Triton functions that the launcher launches.
+        tiles: the tiles that configs can choose for a dtype, a device and a variant; ``(None,)`` where there is only
+            one.
+        variants: launches by name, each a function of a dtype and a tile.
         force: a context in which the launcher takes the given tile.
-        aligned: whether a variant's operands are contiguous with rows of whole 16-byte pieces, for a dtype and a tile.
-        gemm: the Triton functions among ``kernels`` that are matrix products, and must reach the target's matrix units.
+        aligned: whether a variant's operands are contiguous and their rows are whole 16-byte pieces, for a dtype and a
+            tile.
+        gemm: the Triton functions among ``kernels`` that are matrix products; they must use the target's matrix units.
     """
 
     kernels: tuple[str, ...]
@@ -60,7 +62,7 @@ class KernelCases:
 
 @dataclass(frozen=True)
 class Case:
-    """One launch to compile (or to execute): the launcher ``kernel`` with everything that decides about its code."""
+    """One launch to compile or to execute: the launcher ``kernel`` and everything that determines the code."""
 
     kernel: str
     target: Target
@@ -85,7 +87,7 @@ class Case:
         return self.entry.aligned(self.variant, self.dtype, self.tile)
 
     def run(self, **simulation: Any) -> list[Launch]:
-        """The launches that the launcher makes on the simulated target; by default only assembled and recorded."""
+        """The launches that the launcher makes on the simulated target, by default assembled and recorded only."""
         simulation.setdefault("assemble", not simulation.get("execute"))
         with self.target.simulated(**simulation) as gpu, self.entry.force(self.tile):
             self.entry.variants[self.variant](self.dtype, self.tile)
@@ -93,7 +95,7 @@ class Case:
 
 
 def tile_name(tile: Any) -> str:
-    """A tile of ``configs.Tile`` as 128x128x16-8w4s, any other as its fields."""
+    """A ``configs.Tile`` is written as 128x128x16-8w4s, any other tile as its fields."""
     values = tuple(tile)
     if hasattr(tile, "num_stages"):
         return "x".join(map(str, values[:3])) + f"-{tile.num_warps}w{tile.num_stages}s"
@@ -144,12 +146,15 @@ def covering() -> Iterator[Case]:
 
 
 def _pick(items: Sequence[Any], number: int, *what: object) -> Any:
-    """One of ``items``: by a hash of ``what``, the next one for the next target."""
+    """One of ``items``, chosen by a hash of ``what``; the next target gets the next item."""
     return items[(crc32(repr(what).encode()) + number) % len(items)]
 
 
 def _places(entry: KernelCases, target: Target, number: int) -> list[tuple[int, Any, list[str]]]:
-    """(operand size, tile, variants that can have it): all for a kernel tiled by configs, else the sizes in turn."""
+    """(operand size, tile, variants that can have the tile).
+
+    A kernel that ``configs`` tiles has every size with every tile. The tiles of other kernels take the sizes in turn.
+    """
     device, variants = target.device, list(entry.variants)
     tiles = entry.tiles(torch.float32, device, variants[0])
     if not isinstance(tiles[0], Tile):

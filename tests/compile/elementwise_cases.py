@@ -1,4 +1,4 @@
-"""activation_bwd: no tiles to choose, but an activation, a dtype and a layout."""
+"""activation_bwd has no tiles to choose; its cases differ in activation, dtype and layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _activation_bwd(activation: str, rows: int, cols: int, *, columns: bool) -> 
 
 
 def _variants() -> dict[str, Callable[[torch.dtype, None], object]]:
-    """All activations dense and aligned; the other layouts in turn."""
+    """Every activation with dense, aligned operands, and each other layout with one activation."""
     variants = {f"dense-{f}": _activation_bwd(f, 64, 512, columns=False) for f in ACTIVATIONS if f != "identity"}
     variants["odd-sigmoid"] = _activation_bwd("sigmoid", 7, 77, columns=False)
     variants["columns-gelu"] = _activation_bwd("gelu", 64, 512, columns=True)

@@ -18,7 +18,7 @@ from .cases import KernelCases
 
 __all__ = ["KERNELS"]
 
-# Every dimension is a multiple of every tile's, and large enough that wgrad splits BATCH and not SHORT_BATCH.
+# Every dimension is a multiple of every tile's. The dimensions are so large that wgrad splits BATCH, not SHORT_BATCH.
 BATCH, SHORT_BATCH, IN, OUT = 512, 256, 1024, 512
 
 
@@ -104,8 +104,9 @@ def _aligned(variant: str, dtype: torch.dtype, tile: Tile) -> bool:
     return _wide(variant) and "columns" not in variant.split("-")
 
 
-# Names: the activation; k784 is FashionMNIST's input, no multiple of a depth of 32 but still aligned to 16; "odd"
-# operands are aligned to one element, as are rows of 10 (n10); "columns" have their first dimension contiguous.
+# A variant's name has the activation. k784 is FashionMNIST's input, aligned to 16 but no multiple of a depth of 32.
+# "odd" operands are aligned to one element, and so are rows of 10 (n10). "columns" operands have their first dimension
+# contiguous.
 KERNELS = {
     "linear_fwd": _gemm(
         "fwd",

@@ -1,9 +1,11 @@
-"""Faults of the compilers around asynchronous matrix units, found in the code they generate.
+"""Faults that compilers make around asynchronous matrix units, found in the generated code.
 
-wgmma reads its first operand from registers while the program goes on, and ptxas must not reuse them before the program
-has waited (triton issues 9433 and 11781: Triton let it, and so did CUDA 12.9's ptxas). tcgen05 keeps its accumulator in
-tensor memory, and Triton 3.6 to 3.8 can run products that follow each other through one accumulator in the wrong order
-(triton issue 10821); they do so where the accumulator of one product is copied to that of the next.
+wgmma reads its first operand from registers while the program goes on. These registers must not be reused before the
+program has waited. Triton allowed the reuse (triton issues 9433 and 11781), and so did CUDA 12.9's ptxas.
+
+tcgen05 keeps its accumulator in tensor memory. Triton 3.6 to 3.8 can run consecutive products through one accumulator
+in the wrong order (triton issue 10821). The fault occurs where the accumulator of one product is copied to the
+accumulator of the next product.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ _A_REGISTERS = 4
 
 
 def overwritten_operands(code: list[tuple[str, str, str]]) -> list[str]:
-    """Instructions that write registers which a wgmma before them may still be reading.
+    """Instructions that write registers which an earlier wgmma may still be reading.
 
     Args:
         code: (mnemonic, modifiers, operands) of each machine instruction, in order.
     """
-    groups: list[set[int]] = [set()]  # the registers of each group of wgmma that was not waited for, the last one open
+    groups: list[set[int]] = [set()]  # registers of each wgmma group not waited for; the last group is still open
     found = []
     for name, modifiers, operands in code:
         fields = [field.strip() for field in operands.split(",")]
@@ -60,11 +62,14 @@ def _width(name: str, modifiers: str) -> int:
 
 
 def pending_operands(ptx: str) -> int:
-    """How many waits leave a wgmma pending in a kernel where some read registers; ptxas alone keeps those intact."""
+    """How many waits leave a wgmma pending, in a kernel where some wgmma read registers.
+
+    Only ptxas then keeps the registers intact.
+    """
     return len(_PARTIAL_WAIT.findall(ptx)) if _FROM_REGISTERS.search(ptx) else 0
 
 
 def copied_accumulators(ttgir: str) -> int:
-    """How often the accumulator of one tcgen05 product is copied to that of another."""
+    """How often the accumulator of one tcgen05 product is copied to the accumulator of another product."""
     loaded = re.findall(r"(%[\w.]+(?:_\d+)?)(?:, %\S+)? = ttng\.tmem_load", ttgir)
     return sum(len(re.findall(rf"ttng\.tmem_store {re.escape(value)},", ttgir)) for value in loaded)

@@ -1,7 +1,7 @@
-"""What must hold of the machine code of every case, and the exceptions, each with its reason.
+"""The limits on the machine code of every case, and the exceptions, each with its reason.
 
-An exception names a witness, a case that exceeds the limit. A test compiles it and fails when it no longer does, so
-that no exception outlives its reason.
+An exception names a witness, a case that exceeds the limit. A test compiles the witness and fails when the witness
+keeps the limit, so no exception outlives its reason.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class LimitException:
     Attributes:
         limit: a key of ``LIMITS``.
         cases: a pattern of ``Case.name``, as in fnmatch: target/kernel/dtype/tile/variant.
-        witness: the name of one of them that does exceed it.
-        reason: why that is right, or the least bad.
+        witness: the name of one of these cases, which does exceed the limit.
+        reason: why exceeding the limit is right, or least bad.
     """
 
     limit: str
@@ -55,13 +55,13 @@ EXCEPTIONS: tuple[LimitException, ...] = (
     _narrow(
         "*pixels*",
         "sm_80/linear_wgrad/float32/64x64x32-4w3s/split-k784-pixels-gather",
-        "pixels are widened in registers and take the layout of W's dtype, 4 or 8 values a thread; a warp's load is "
-        "still one of whole sectors",
+        "pixels are widened in registers and take the layout of W's dtype, 4 or 8 values per thread; a warp still "
+        "loads whole sectors",
     ),
     _narrow(
         "sm_75/*/float16/*",
         "sm_75/linear_fwd/float16/16x32x16-2w2s/sigmoid",
-        "the block of the narrower operand has 8 bytes a thread, and the other follows its layout",
+        "the block of the narrower operand has 8 bytes per thread, and the other operand follows its layout",
     ),
     _narrow(
         "gfx*/cross_entropy*",
@@ -71,8 +71,8 @@ EXCEPTIONS: tuple[LimitException, ...] = (
     _narrow(
         "*/softmax_squared_error*",
         "sm_80/softmax_squared_error/float32/64x100/labels",
-        "a row length that is no multiple of 16 is not known to be aligned; this loss is for the few classes of the "
-        "lecture notes, where rows are shorter than one warp's load",
+        "rows whose length is no multiple of 16 are not known to be aligned; this loss is for the few classes of the "
+        "lecture notes, whose rows are shorter than one warp's load",
     ),
 )
 
@@ -83,12 +83,12 @@ def exceptions_for(case: Case) -> dict[str, LimitException]:
 
 
 def violations(case: Case, launch: Launch) -> dict[str, str]:
-    """The limits that one launch of a case exceeds, with what was found."""
+    """The limits that one launch of a case exceeds, each with a description of the finding."""
     found = {}
     code = resources(launch)
     if code.spilled:
         unit = "bytes of local memory and stack" if "cubin" in launch.asm else "vector registers and bytes of scratch"
-        found["spill"] = f"{code.spilled} {unit} a thread beside {code.registers} registers"
+        found["spill"] = f"{code.spilled} {unit} per thread beside {code.registers} registers"
     limit = case.target.device.shared_limit
     if code.shared > limit:
         found["shared"] = f"{code.shared} bytes, and the target has {limit}"
@@ -107,7 +107,7 @@ def violations(case: Case, launch: Launch) -> dict[str, str]:
         narrow = [load for load in loads(launch) if load.width < load.possible]
         if narrow:
             found["narrow load"] = ", ".join(
-                f"{load.file}:{load.line} loads {load.width} of {load.possible} bytes a thread" for load in narrow
+                f"{load.file}:{load.line} loads {load.width} of {load.possible} bytes per thread" for load in narrow
             )
         elif "ptx" in launch.asm and (wide := instructions(launch).wide_loads) < generated_wide_loads(launch):
             found["narrow load"] = f"{generated_wide_loads(launch)} bytes in loads of 16 in PTX, {wide} in machine code"
@@ -115,11 +115,11 @@ def violations(case: Case, launch: Launch) -> dict[str, str]:
 
 
 def _units_expected(case: Case) -> tuple[str, ...]:
-    """The matrix instructions, of which one must be there.
+    """The matrix instructions, at least one of which must be in the code.
 
-    Hopper's and Blackwell's own units (the first of two) take blocks of 64 rows and more, smaller blocks run on the
-    warp-wide ones. The forward product of pixels in 16 bits is turned: its columns count. A kernel that is not tiled by
-    ``configs`` may use either.
+    Hopper's and Blackwell's own units (the first of two) take blocks of 64 rows or more; smaller blocks run on the
+    warp-wide units. The 16-bit forward product of pixels is transposed, so its columns count instead of its rows. A
+    kernel that ``configs`` does not tile may use either unit.
     """
     units = case.target.matrix_units[case.dtype]
     if len(units) == 2 and isinstance(case.tile, Tile):

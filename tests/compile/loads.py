@@ -1,9 +1,9 @@
 """How wide the global loads of a kernel are, and how wide they could be.
 
-Triton's last block-level form (TTGIR) tells what each load brings: a block of n items of s bytes for a program of T
-threads, so that n s / T bytes a thread, 16 at most, would fit one instruction. The generated code (PTX, or AMD's
-assembly) tells what it became. The two are joined by the line of the source, which both keep. (The machine code of
-NVIDIA keeps it too, but only roughly once instructions are reordered; what it holds is compared by amount.)
+Triton's last block-level form (TTGIR) has the block of each load. A block of n items of s bytes in a program of T
+threads is n s / T bytes per thread, of which one instruction can load 16 at most. The generated code (PTX, or AMD's
+assembly) has the instructions that the load became. Both forms keep the line of the source, by which they are joined.
+NVIDIA's machine code keeps the line only roughly once instructions are reordered, so its loads are compared by amount.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Place = tuple[str, int]  # file name and line
 
 
 class Load(NamedTuple):
-    """One `tl.load` in the source: bytes a thread and instruction, as they are and as they could be."""
+    """One `tl.load` in the source: bytes per thread and instruction, actual and possible."""
 
     file: str
     line: int
@@ -34,7 +34,7 @@ class Load(NamedTuple):
 
 
 def loads(launch: Launch) -> list[Load]:
-    """Every load of blocks of a launch; loads of single values are left out."""
+    """Every load of a block in a launch; loads of single values are left out."""
     generated: dict[Place, int] = {}
     for place, width in _generated(launch):
         generated[place] = min(width, generated.get(place, WIDEST))
@@ -97,7 +97,7 @@ _GCN_BYTES = {
 
 
 def _generated(launch: Launch) -> list[tuple[Place, int]]:
-    """(source, bytes a thread) of every load instruction of the generated code."""
+    """(source, bytes per thread) of every load instruction of the generated code."""
     text = str(launch.asm["ptx" if "ptx" in launch.asm else "amdgcn"])
     width_of = _ptx_width if "ptx" in launch.asm else _gcn_width
     files = {number: Path(name).name for number, name in _FILE.findall(text)}

@@ -21,7 +21,7 @@ Launcher = Callable[[torch.dtype, Any], object]
 
 
 class Logits(NamedTuple):
-    """Shape of the logits of a softmax; few classes, many, and more than registers hold."""
+    """Shape of the logits of a softmax, with few classes, many classes, or more classes than registers hold."""
 
     rows: int
     classes: int

@@ -1,8 +1,8 @@
-"""What a compiled kernel is made of, read from its machine code: registers, spills, shared memory, instructions.
+"""Registers, spills, shared memory and instructions of a compiled kernel, read from its machine code.
 
-NVIDIA: ``cuobjdump`` and ``nvdisasm``, which come with Triton beside its ptxas. nvdisasm takes longer to start than to
-read a kernel, so ``disassemble`` gives it the code of many end to end. AMD: the assembly that Triton keeps, and the
-metadata at its end. What was read is kept in Triton's cache, beside the code.
+NVIDIA's machine code is read by ``cuobjdump`` and ``nvdisasm``, which come with Triton beside its ptxas. nvdisasm takes
+longer to start than to read a kernel, so ``disassemble`` gives it the code of many kernels end to end. For AMD, Triton
+keeps the assembly, with metadata at its end. The results are kept in Triton's cache beside the code.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ class MissingTool(RuntimeError):
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel asks of its target.
+    """The resources that one kernel needs of its target.
 
     Attributes:
-        registers: a thread's registers (vector registers on AMD, accumulation registers included).
-        spilled: NVIDIA: bytes of local memory and stack a thread; AMD: spilled vector registers and bytes of scratch.
-        shared: bytes of shared memory of a program.
+        registers: registers per thread (vector registers on AMD, accumulation registers included).
+        spilled: bytes of local memory and stack per thread on NVIDIA; spilled vector registers plus bytes of scratch on
+            AMD.
+        shared: bytes of shared memory per program.
     """
 
     registers: int
@@ -61,12 +62,12 @@ class Resources:
 
 @dataclass(frozen=True)
 class Instructions:
-    """The instructions of one kernel, each counted once wherever it stands.
+    """The instructions of one kernel, each counted once, also inside loops.
 
     Attributes:
-        counts: how many there are by mnemonic without modifiers, e.g. "HMMA", "v_mfma_f32_16x16x16_f16".
-        wide_loads: bytes a thread that the global loads of 16 bytes and more, asynchronous copies included, bring.
-        overwritten: instructions that write what a wgmma may still be reading, see ``hazards``.
+        counts: number of instructions by mnemonic without modifiers, e.g. "HMMA", "v_mfma_f32_16x16x16_f16".
+        wide_loads: bytes per thread that global loads of 16 bytes or more bring, asynchronous copies included.
+        overwritten: instructions that write registers which a wgmma may still be reading, see ``hazards``.
     """
 
     counts: dict[str, int]
@@ -102,7 +103,7 @@ def instructions(launch: Launch) -> Instructions:
 
 
 def disassemble(launches: Iterable[Launch]) -> None:
-    """Reads the instructions of many launches, so that ``instructions`` has them at hand.
+    """Read the instructions of many launches at once; ``instructions`` then returns them from the cache.
 
     Raises:
         MissingTool: nvdisasm is not in the installed Triton.
@@ -135,7 +136,10 @@ def _binary(launch: Launch) -> bytes:
 
 
 class _Kept:
-    """What was read of one binary, from now on or from an earlier time by the same code; None before that."""
+    """The stored results for one binary, written by this process or by an earlier one with the same code.
+
+    None where nothing is stored yet.
+    """
 
     def __init__(self, launch: Launch, what: str) -> None:
         key = f"{what} {digest(launch)} {_own_source()}"

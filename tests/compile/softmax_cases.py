@@ -32,7 +32,8 @@ class Logits(NamedTuple):
         return torch.zeros(self.rows if self.contiguous else (self.rows // 16, 16), dtype=torch.int64)
 
 
-# Few rows and many: one warp a program and four. 16,384 classes are the longest row that stays in registers.
+# Launches of few rows have one warp per program, launches of many rows have four. A row of 16,384 classes is the
+# longest that stays in registers.
 ONE_PASS = (
     Logits(64, 2), Logits(64, 10), Logits(65536, 10), Logits(4096, 100), Logits(64, 256), Logits(64, 1000),
     Logits(64, 4096), Logits(64, 16384), Logits(16, 50257), Logits(16, 131072), Logits(64, 10, 0), Logits(64, 100, 0),
@@ -59,7 +60,7 @@ def _one_pass(*, probabilities: bool = False, weight: bool = False, **options: A
 
 
 def _training_step(dtype: torch.dtype, shape: Logits) -> object:
-    """Everything the training step asks for: gathered uint8 labels, scale from the device, correct predictions."""
+    """Every option that the training step uses: gathered uint8 labels, a scale on the device, correct predictions."""
     if not shape.contiguous:
         return cross_entropy(shape.make(dtype), shape.labels(), scale=torch.zeros(()))
     labels, rows = torch.zeros(shape.rows, dtype=torch.uint8), torch.zeros(shape.rows, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What only the training step launches: the head, and the weight gradients of all layers with their update."""
+"""Kernels that only the training step launches: the head, and the weight gradients of all layers with their update."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Launcher = Callable[[torch.dtype, Any], object]
 
 
 class Head(NamedTuple):
-    """A last layer; the rows decide whether programs share them, the classes about the padding."""
+    """A last layer. Its rows decide whether programs share rows; its classes decide about the padding."""
 
     rows: int
     classes: int
@@ -58,7 +58,7 @@ def _head(activation: str, *, odd: bool = False, pixels: bool = False, **options
 WIDTHS = (784, 512, 512, 10)
 
 
-#: Every rule, with constants.
+#: Every update rule with its constants.
 HYPER = {
     "none": Hyper("none"),
     "sgd": Hyper("sgd", (0.01,)),

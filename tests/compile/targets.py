@@ -20,9 +20,9 @@ class Target:
         name: sm_80, gfx942, ...
         backend: "cuda" or "hip".
         arch: Triton's name for it.
-        dtypes: what is compiled for it; sm_75 has no bfloat16.
-        matrix_units: machine instructions of the units that a dot must reach, by dtype, as prefixes. Empty: no such
-            unit, or none that Triton can generate code for.
+        dtypes: the dtypes that are compiled for it; sm_75 has no bfloat16.
+        matrix_units: by dtype, prefixes of the machine instructions of the units that a dot must use. Empty where there
+            is no such unit or Triton generates no code for it.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Target:
 
     @property
     def device(self) -> Device:
-        """What the tile tables see of it."""
+        """The device as the tile tables see it."""
         gpu = self.simulated()
         return Device(self.backend, self.arch, gpu.multiprocessor_count, gpu.max_shared_mem)
 

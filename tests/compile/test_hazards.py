@@ -1,4 +1,4 @@
-"""The hazards are found where they are, and what avoids them is needed."""
+"""The hazards are found where they are, and the measures against them are needed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_wait_that_leaves_registers_pending_is_found(operand, pending):
 
 
 def test_products_through_one_accumulator_are_found(monkeypatch):
-    """Were they found no more, Triton would have stopped copying accumulators, and "tf32x3 apart" had no reason."""
+    """If this fails, Triton has stopped copying accumulators, and "tf32x3 apart" is no longer needed."""
     module = importlib.import_module("fastmlp.kernels.linear_dgrad")
     target = TARGETS["sm_100"]
     tile = next(t for t in registry()["linear_dgrad"].tiles(torch.float32, target.device, "sigmoid") if t.rows == 64)

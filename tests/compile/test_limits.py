@@ -27,7 +27,7 @@ pytestmark = pytest.mark.compile
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The cases of one kernel for one target are one test: their machine code is read together."""
+    """The cases of one kernel for one target are one test, because their machine code is read together."""
     if "cases" in metafunc.fixturenames:
         groups: defaultdict[str, list[Case]] = defaultdict(list)
         for case in full() if metafunc.config.getoption("--full") else covering():
@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_limits(cases: list[Case], record_property: Callable[[str, object], None]) -> None:
-    """Every case: compiled by Triton's JIT and the target's assembler, then inspected."""
+    """Every case is compiled by Triton's JIT and the target's assembler, then inspected."""
     launched = {case: case.run() for case in cases}
     disassemble(launch for launches in launched.values() for launch in launches)
     problems = []
@@ -54,7 +54,7 @@ def test_limits(cases: list[Case], record_property: Callable[[str, object], None
 @pytest.mark.usefixtures("default_precision")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_limits_where_torch_allows_tf32(target: str) -> None:
-    """The largest and the smallest tile of every product in float32, as one tf32 product, for both ways to round."""
+    """The largest and the smallest tile of every float32 product, as one tf32 product, for both ways to round."""
     set_matmul("tf32")
     device, launched = TARGETS[target].device, {}
     for kernel, entry in registry().items():
@@ -76,7 +76,7 @@ def test_limits_where_torch_allows_tf32(target: str) -> None:
 
 
 def test_instructions_are_those_of_the_cubins() -> None:
-    """Codes read end to end give what nvdisasm says of each cubin by itself."""
+    """Kernels read end to end give the same instructions as nvdisasm gives for each cubin alone."""
     for target in TARGETS.values():
         if target.backend == "cuda":
             launches = [
@@ -106,7 +106,7 @@ def test_every_exception_is_needed(exception: limits.LimitException) -> None:
 
 
 def test_every_kernel_is_compiled() -> None:
-    """Every @triton.jit function that is launched is in the table: a new kernel needs cases."""
+    """Every launched @triton.jit function is in the table, so a new kernel needs cases."""
     written = set()
     for module in pkgutil.iter_modules(kernels.__path__):
         for name, value in vars(importlib.import_module(f"{kernels.__name__}.{module.name}")).items():
@@ -120,7 +120,7 @@ def test_every_launcher_is_in_the_table() -> None:
 
 
 def test_the_covering_set_covers() -> None:
-    """Every tile on every target with every operand size, every variant on every target, and nothing twice."""
+    """Every tile is in the set for every target and operand size, every variant for every target, and no case twice."""
     everything, chosen = list(full()), list(covering())
     assert len({case.name for case in chosen}) == len(chosen)
     assert {case.name for case in chosen} <= {case.name for case in everything}

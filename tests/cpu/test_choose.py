@@ -1,4 +1,4 @@
-"""Who multiplies on the CPU: modes, measured choices, equal results; and the memory of a training step."""
+"""Which library multiplies on the CPU: modes, measured choices, equal results; and the memory of a training step."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from tests.support.steps import (
 from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 17, 11, 5)
-#: Taken at import: while other tests run, nothing is timed.
+#: Taken at import, because nothing is timed while other tests run.
 TIMED = choose._fastest
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, fresh_choices) -> None:  # noqa: F811
-    """And all products are large enough for a choice."""
+    """Fresh choices, for which all products are large enough."""
     monkeypatch.setattr(choose, "_WORTH_MEASURING", 0)
 
 
@@ -56,7 +56,7 @@ def run(dtype: torch.dtype = torch.float32, optimizer: str = "sgd", steps: int =
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_onednn_within_the_budget(activation, optimizer):
-    """The library that the measurement may have passed over on this machine."""
+    """The measurement on this machine may never choose oneDNN."""
     fastmlp.set_cpu_gemm("onednn")
     check_float32(network(SIZES, activation), batches(*problem(SIZES, 70), 24, 20), OPTIMIZERS[optimizer])
 
@@ -98,7 +98,7 @@ def test_errors(monkeypatch):
 
 @needs_onednn
 def test_what_was_measured(monkeypatch):
-    """Each product of each layer once, by the power of two below the batch size."""
+    """Each product of each layer is measured once, for the power of two below the batch size."""
     have_fastest(monkeypatch, TIMED)
     fastmlp.set_cpu_gemm("auto")
     assert choose.choices() == {}
@@ -166,7 +166,7 @@ def test_choices_last_longer_than_the_process(monkeypatch):
     ((machine, kept),) = content.items()
     assert f"torch {torch.__version__}, fastmlp {fastmlp.__version__}" in machine
     assert len(kept) == len(choices)
-    # The opposite of every measurement: nothing but the file can be the reason for it.
+    # The file gets the opposite of every measurement, so the choices below can only come from the file.
     swapped = {name: "aten" if choice == "onednn" else "onednn" for name, choice in kept.items()}
     path.write_text(json.dumps({"another machine": kept, machine: swapped}))
     new_process(monkeypatch)
@@ -215,7 +215,7 @@ def test_aten_without_a_measurement(monkeypatch, why):
 
 
 def one_step(dtype: torch.dtype = torch.float32, *, epoch: bool = False, uint8: bool = False, **settings):
-    """A function that takes a step; with ``epoch`` the three steps of an epoch, the last one of fewer rows."""
+    """A function that takes a step, or with ``epoch`` the three steps of an epoch, the last with fewer rows."""
     loss = settings.get("loss", "cross_entropy")
     x, y = problem(SIZES, 40, uint8=uint8, loss=loss)
     x, y = for_step(x, y, dtype)
@@ -262,7 +262,7 @@ def test_a_step_allocates_nothing_with_any_loss_and_input(uint8, epoch, loss):
 @pytest.mark.parametrize("name", ["sgd", "nesterov", "adamw"])
 @pytest.mark.parametrize("epoch", [False, True], ids=["step", "epoch"])
 def test_with_onednn_nothing_is_left_allocated(name, epoch):
-    """Its results are new tensors, each released when the next step has its own."""
+    """oneDNN's results are new tensors; each is released when the next step has its own result."""
     fastmlp.set_cpu_gemm("onednn")
     step = one_step(epoch=epoch, **OPTIMIZERS[name])
     few, many = allocations(step, steps=2), allocations(step, steps=12)
@@ -277,7 +277,7 @@ def test_with_onednn_nothing_is_left_allocated(name, epoch):
     ids=["aten, 16-bit products", "aten, by way of float32", "auto, by way of float32", "auto, as the processor does"],
 )
 def test_in_16_bits_nothing_is_left_allocated(monkeypatch, mode, native, dtype):
-    """Inside their products torch's 16-bit libraries have scratch of their own, and so has a sum in float32."""
+    """Torch's 16-bit libraries use scratch memory inside their products, and so does a sum in float32."""
     if native is not None:
         have_16_bit_products(monkeypatch, native)
     fastmlp.set_cpu_gemm(mode)

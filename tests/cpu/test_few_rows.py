@@ -1,4 +1,4 @@
-"""The products of few rows: every way of them, what is measured, and the blocks that threads share."""
+"""The products of few rows: every way to compute them, which ways are measured, and the blocks that threads share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.steps import (
 from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 16, 12, 6)
-#: (rows, way of doing their products)
+#: (rows, way to compute their products)
 WAYS = [
     (1, "aten"),
     (1, "addmm"),
@@ -46,7 +46,7 @@ def two_blocks(monkeypatch, fresh_choices) -> None:  # noqa: F811
 
 
 def take(monkeypatch, way: str) -> None:
-    """For few rows; products by themselves are aten's, or all oneDNN's."""
+    """Take this way for few rows. All other products are oneDNN's if the way is "onednn", else aten's."""
     other = "onednn" if way == "onednn" else "aten"
 
     def choice(kind: str, *args: object, **settings: bool) -> str:
@@ -60,9 +60,9 @@ def take(monkeypatch, way: str) -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
 @pytest.mark.parametrize(("rows", "way"), WAYS)
 def test_every_way_trains(monkeypatch, rows, way, optimizer, activation, bias):
-    """Six steps are those of torch.optim in float64, to rounding."""
+    """Six steps equal six steps of torch.optim in float64, up to rounding."""
     take(monkeypatch, way)
-    # Steps as long as those of other tests would be unstable on so few rows: they would multiply every rounding.
+    # The learning rates of other tests would be unstable on so few rows and would multiply every rounding.
     settings = OPTIMIZERS[optimizer] | ({} if optimizer == "adamw" else {"lr": 0.02})
     check_float32(network(SIZES, activation, bias=bias), batches(*problem(SIZES, 6 * rows), rows, 6), settings)
 
@@ -71,7 +71,7 @@ def test_every_way_trains(monkeypatch, rows, way, optimizer, activation, bias):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(("rows", "way"), WAYS)
 def test_products(monkeypatch, rows, way, bias, activation):
-    """Each of them against float64; nothing of what was in the buffers is left."""
+    """Each product against float64; no old content of the buffers is left."""
     take(monkeypatch, way)
     n, k = 16, 13
     weight, b = torch.randn(n, k), torch.randn(n) if bias else None
@@ -141,7 +141,7 @@ def test_many_rows_are_not_measured_together(monkeypatch):
 
 
 def test_the_update_of_a_single_row_is_not_measured_twice(monkeypatch):
-    """Its way of updating is part of what was measured; no other one is asked for."""
+    """The update of a single row was measured with its products, so no other choice is made."""
     take(monkeypatch, "addmm")
     monkeypatch.setattr(products, "update", None)
     weight = torch.randn(16, 12)
@@ -150,7 +150,7 @@ def test_the_update_of_a_single_row_is_not_measured_twice(monkeypatch):
 
 
 def test_blocks(monkeypatch):
-    """As aten shares elements: 32,768 for a thread at least, and one block unless all are whole rows."""
+    """Blocks follow aten's sharing: at least 32,768 elements per thread, and one block unless all are whole rows."""
     monkeypatch.undo()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert [few_rows.row_blocks(*shape) for shape in ((64, 512), (128, 512), (512, 512), (66, 4096), (10, 4096))] == [

@@ -1,4 +1,4 @@
-"""One thread for a while: inside, afterwards, elsewhere, and where that is not possible."""
+"""One thread for one call: inside the call, afterwards, on other threads, and where this is not possible."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_setters = pytest.mark.skipif(cpu_threads._setters() is None, reason="torch
 
 
 def mkl_threads() -> int:
-    """The calling thread's own number."""
+    """MKL's number of threads for the calling thread."""
     setters = cpu_threads._setters()
     assert setters is not None
     threads = setters[1](1)
@@ -54,7 +54,7 @@ def test_one_inside_of_another():
 
 @needs_setters
 def test_other_threads_keep_theirs():
-    """Also those that start while this one is alone."""
+    """This includes threads that start while this thread is alone."""
     seen = []
 
     def elsewhere() -> None:
@@ -68,7 +68,7 @@ def test_other_threads_keep_theirs():
 
 @needs_setters
 def test_large_operations_use_all_threads_again():
-    """What OpenMP keeps of its threads is as good as before."""
+    """OpenMP's pool of threads works as before."""
     x = torch.rand(1 << 20)
     expected = x.sum()
     for _ in range(3):
@@ -77,7 +77,7 @@ def test_large_operations_use_all_threads_again():
 
 
 def test_where_it_is_not_possible(monkeypatch):
-    """As it would be called anyway."""
+    """The function is called as without ``alone``."""
     monkeypatch.setattr(cpu_threads, "_setters", lambda: None)
     assert not cpu_threads.available()
     assert cpu_threads.alone(torch.get_num_threads) == 3

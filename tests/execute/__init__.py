@@ -1,1 +1,1 @@
-"""The execute lane beyond the kernels' own tests: whole networks, warps in random order, memory traffic."""
+"""Tests of the execute lane beyond the kernels' own: large tiles, warps in random order, memory traffic."""

@@ -1,7 +1,7 @@
 """Ragged outputs of the largest tiles, whose epilogues take a block in parts.
 
-The rule gives such tiles to outputs larger than a simulated GPU can compute; here they are forced on small ones. What
-full blocks of every tile do is in ``test_traffic``.
+The rule gives such tiles to outputs larger than a simulated GPU can compute, so these tests force them on small
+outputs. ``test_traffic`` tests full blocks of every tile.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Memory traffic and products of every tile of every matrix product, counted in the executed code.
 
-Operands are contiguous and every block is full, so each request can be whole 32-byte sectors, shared memory can be
-read and written without bank conflicts, and no product is computed twice.
+Operands are contiguous and every block is full. Each request can therefore consist of whole 32-byte sectors, shared
+memory can be read and written without bank conflicts, and no product needs to be computed twice.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tests.support.harness import assert_within_budget
 
 pytestmark = pytest.mark.execute
 
-#: Sectors moved over the fewest that the same requests could move.
+#: Sectors moved, divided by the fewest that the same requests could move.
 MOST_SECTORS = 1.1
-#: Share of the shared-memory wavefronts that are there only because of bank conflicts.
+#: Share of the shared-memory wavefronts that bank conflicts cause.
 MOST_CONFLICTS = 0.1
 
 
@@ -40,7 +40,7 @@ def _cases(*kinds: str) -> list[object]:
 
 @pytest.mark.parametrize(("target", "kind", "dtype", "tile"), _cases("fwd", "dgrad", "wgrad"))
 def test_sectors_and_bank_conflicts(target: Target, kind: str, dtype: torch.dtype, tile: Tile) -> None:
-    """Two by two tiles of output, three blocks deep; the product itself is checked on the way."""
+    """Two by two tiles of output, three blocks deep; the values of the product are checked too."""
     g = torch.Generator().manual_seed(0)
     rows, cols, depth = 2 * tile.rows, 2 * tile.cols, 3 * tile.depth
 
@@ -65,14 +65,14 @@ def test_sectors_and_bank_conflicts(target: Target, kind: str, dtype: torch.dtyp
     assert_within_budget(result, expected, own, reduction=depth)
     (launch,) = gpu.launches
     assert launch.stats is not None
-    if TRITON >= (3, 8):  # what the tables were made with; 3.6 sums the bias gradient with bank conflicts
+    if TRITON >= (3, 8):  # the tables were made with 3.8; 3.6 sums the bias gradient with bank conflicts
         check(launch.stats)
     check_products(launch.stats, rows * cols * depth, dtype)
 
 
 @pytest.mark.parametrize(("target", "kind", "dtype", "tile"), _cases("update"))
 def test_products_of_the_update(target: Target, kind: str, dtype: torch.dtype, tile: Tile) -> None:
-    """Two by two tiles of a weight, three blocks of samples; its values are tested with the kernel."""
+    """Two by two tiles of a weight, three blocks of samples; the kernel's own tests check the values."""
     g = torch.Generator().manual_seed(0)
     n, k, m = 2 * tile.rows, 2 * tile.cols, 3 * tile.depth
     weight, dz, x = (torch.randn(shape, generator=g) for shape in ((n, k), (m, n), (m, k)))
@@ -85,7 +85,7 @@ def test_products_of_the_update(target: Target, kind: str, dtype: torch.dtype, t
 
 
 def check_products(stats: Stats, multiplications: int, dtype: torch.dtype) -> None:
-    """Once each; a float32 product is three of tf32 parts."""
+    """Each multiplication is made once; a float32 product is three products of tf32 parts."""
     assert stats.mma_flops == 2 * multiplications * (3 if dtype == torch.float32 else 1)
 
 
@@ -93,10 +93,10 @@ def check(stats: Stats) -> None:
     """The limits on one launch."""
     requests = (stats.global_load, stats.async_copy, stats.global_store)
     sectors, fewest = (sum(kind[key] for kind in requests) for key in ("sectors", "min_sectors"))
-    assert sectors <= MOST_SECTORS * fewest, f"{sectors} sectors, {fewest} would do: {stats.hot_global[:3]}"
+    assert sectors <= MOST_SECTORS * fewest, f"{sectors} sectors where {fewest} suffice: {stats.hot_global[:3]}"
     shared = (stats.shared_load, stats.shared_store)
     wavefronts, conflicts = (sum(kind[key] for kind in shared) for key in ("wavefronts", "conflicts"))
-    assert wavefronts > 0, "a tensor-core product without shared memory?"
+    assert wavefronts > 0, "a tensor-core product made no access to shared memory"
     assert conflicts <= MOST_CONFLICTS * wavefronts, f"{conflicts} of {wavefronts} wavefronts: {stats.hot_shared[:3]}"
 
 
@@ -115,7 +115,7 @@ def test_the_limits_refuse_bank_conflicts() -> None:
 
 
 def test_the_limits_refuse_scattered_stores() -> None:
-    """A product whose result has its columns apart writes a sector for every element."""
+    """A product whose result has its columns apart writes one sector per element."""
     dz, x = torch.ones(64, 64), torch.ones(64, 32)
     dw = torch.empty(64, 8 * 32)[:, ::8]
     stats = run_triton(

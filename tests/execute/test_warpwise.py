@@ -1,9 +1,10 @@
 """Every kernel warp by warp, in random order, with the executor's checks on.
 
-Shared memory: races between warps, reads of what was never written, use of what an asynchronous copy has not brought.
-Global memory: accesses outside the arguments, and two programs that store different values to one place. All
-programs are in flight together, and warps are switched after random memory instructions. The result must be that of
-the lockstep run bit by bit, whatever the seed: nothing may depend on an order that the GPU does not promise.
+In shared memory the checks find races between warps, reads of bytes that were never written, and use of data that an
+asynchronous copy has not brought yet. In global memory they find accesses outside the arguments, and two programs that
+store different values to one place. All programs are in flight together, and warps are switched after random memory
+instructions. For every seed the result must equal the lockstep run bit by bit, because nothing may depend on an order
+that the GPU does not promise.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from tests.support.harness import assert_within_budget, poisoned
 pytestmark = pytest.mark.execute
 
 CPU = torch.device("cpu")
-#: Seeds for what passes data from one launch or program to another.
+#: Seeds for tests in which data pass from one launch or program to another.
 SYNCHRONIZING_SEEDS = range(30)
 
 
 def random_order(arch: int, seed: int) -> SimulatedGPU:
-    """A simulated GPU that makes every check and no promise."""
+    """A simulated GPU that makes every check and promises no order."""
     return SimulatedGPU(arch, mode="warpwise", seed=seed, interleave=True, preempt=0.02, global_races=True)
 
 
@@ -55,7 +56,7 @@ def test_order_of_warps_and_programs_does_not_matter(name: str, arch: int, seed:
 
 @pytest.mark.parametrize("seed", SYNCHRONIZING_SEEDS)
 def test_split_reduction(seed: int) -> None:
-    """Programs that share a tile's reduction, and the launch that adds their partial sums."""
+    """Programs share a tile's reduction, and a second launch adds their partial sums."""
     dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
     g = torch.Generator().manual_seed(seed)
     dz = poisoned(torch.randn(515 + seed, 9, generator=g).to(dtype))

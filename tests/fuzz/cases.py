@@ -1,8 +1,8 @@
-"""Strategies: sizes, layouts, dtypes and tensors described by a few numbers, and the decorator of every fuzz test.
+"""Strategies for sizes, layouts, dtypes and tensors described by a few numbers, and the decorator of every fuzz test.
 
-A tensor is drawn as a ``Spec`` and its values come from the seed in it. Arrays drawn element by element
-(hypothesis.extra.numpy) would take all of Hypothesis's entropy at the sizes that reach past a tile, print as walls of
-numbers, and have no bfloat16; a Spec shrinks to a small shape, a dense layout and seed 0, and prints on one line.
+A tensor is drawn as a ``Spec``, whose seed determines the values. A Spec shrinks to a small shape, a dense layout and
+seed 0, and prints on one line. Arrays drawn element by element (hypothesis.extra.numpy) would take all of Hypothesis's
+entropy at sizes beyond one tile, print as walls of numbers, and have no bfloat16.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ __all__ = [
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("dense", "rows", "columns", "spread")
 
-# One, small primes, and one less than, exactly and one more than the powers of two that tiles are made of.
+# One, small primes, and the powers of two that tiles are made of, with one less and one more.
 _SMALL = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
 _LARGE = (47, 61, 63, 64, 65, 67, 97, 127, 128, 129, *((130, 255, 256, 257, 513) if HAS_GPU else ()))
 
 
 def fuzz(share: int, strategy: st.SearchStrategy, *, launches: bool = False) -> Callable[[Callable], Callable]:
-    """Run the test with ``share`` cases (ten times as many at night) of ``strategy``, its argument ``case``.
+    """Run the test with ``share`` cases of ``strategy`` (ten times as many at night) as its argument ``case``.
 
-    ``launches``: the test launches kernels through the fixture ``lane``. Where there is neither a GPU nor the
-    interpreter, that compiles every case for the simulated GPU, so only the night run does it, for a few cases.
+    ``launches``: whether the test launches kernels through the fixture ``lane``. Where there is neither a GPU nor the
+    interpreter, every case is then compiled for the simulated GPU, so only the night run executes a few cases.
     """
 
     def decorate(test: Callable[..., None]) -> Callable:
@@ -64,7 +64,7 @@ def fuzz(share: int, strategy: st.SearchStrategy, *, launches: bool = False) -> 
             ended += 1
 
         def cases_run() -> int:
-            """How many cases ended well since this was last asked."""
+            """How many cases passed since the last call."""
             nonlocal ended
             count, ended = ended, 0
             return count
@@ -131,7 +131,10 @@ def specs(
     scale: float = 1.0,
     scales: tuple[float, ...] = (1.0, 1e-3, 30.0),
 ) -> st.SearchStrategy[Spec]:
-    """Specs of one shape and dtype: any layout (``expanded`` ones too, or only ``dense``), offset, scale and seed."""
+    """Specs of one shape and dtype with any layout, offset, scale and seed.
+
+    ``expanded`` adds expanded layouts; ``dense`` allows dense layouts only.
+    """
     layouts = ("dense",) if dense else LAYOUTS + (("expanded rows", "expanded columns") if expanded else ())
     return st.builds(
         Spec,
@@ -146,7 +149,7 @@ def specs(
 
 @dataclass(frozen=True)
 class Labels:
-    """Class labels in poisoned storage; ``ignored`` (a share of them) are ``ignore_index``."""
+    """Class labels in poisoned storage; a share ``ignored`` of them are ``ignore_index``."""
 
     shape: tuple[int, ...]
     classes: int
@@ -166,7 +169,7 @@ class Labels:
 
 @st.composite
 def labels(draw: st.DrawFn, shape: tuple[int, ...], classes: int, *, ignoring: bool = True) -> Labels:
-    """int64 or uint8 labels; ignore_index may be torch's -100, a class, or a number that is neither."""
+    """int64 or uint8 labels; ignore_index may be torch's -100, a class, or another number."""
     dtype = draw(st.sampled_from([torch.int64, torch.uint8])) if classes <= 256 else torch.int64
     others = [-100, -1] if dtype == torch.int64 else [255]
     ignore_index = draw(st.sampled_from([*others, 0, classes - 1]))

@@ -1,7 +1,7 @@
-"""Profiles, seed and count of the fuzzer: README.md beside this file says how it is run.
+"""Profiles, seed and count of the fuzzer. README.md beside this file says how to run the fuzzer.
 
-A pytest plugin and not a conftest: under pytest-xdist the seed has to be drawn, and the summary written, by the process
-that collects nothing.
+This is a pytest plugin instead of a conftest, because under pytest-xdist the process that collects nothing must draw
+the seed and write the summary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# max_examples is a percentage here: tests.fuzz.cases.fuzz multiplies it with the share of each test.
+# max_examples is a percentage here; tests.fuzz.cases.fuzz multiplies it by the share of each test.
 settings.register_profile(
     "ci",
     max_examples=100,
@@ -20,7 +20,7 @@ settings.register_profile(
     database=None,
     derandomize=False,
     print_blob=True,
-    # A lane (a fixture) has no state that one case could leave to the next; kernels in the interpreter are slow.
+    # The fixture ``lane`` keeps no state from one case to the next. Kernels in the interpreter are slow.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.register_profile("night", settings.get_profile("ci"), max_examples=1000)
@@ -30,13 +30,13 @@ _PROPERTY = "fuzz cases"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the profile "ci" unless another was asked for; take its seed unless one was given.
+    """Load the profile "ci" unless another profile was asked for; take the profile's seed unless a seed was given.
 
     The seed of "ci" is 0, so that only a change can turn it red; every other profile draws a new one.
     """
     profile = config.getoption("hypothesis_profile")
     if config.getoption("hypothesis_seed") is None:
-        # Hypothesis reads the option after this, and so do the workers of pytest-xdist.
+        # Hypothesis and the workers of pytest-xdist read the option afterwards.
         drawn = random.SystemRandom().getrandbits(32) if profile not in (None, "ci") else 0
         config.option.hypothesis_seed = str(drawn)
     if not profile:
@@ -57,7 +57,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """How many cases ran, by test, and what repeats them."""
+    """Print how many cases ran, by test, and the option that repeats them."""
     counts = {
         report.nodeid: value
         for reports in terminalreporter.stats.values()

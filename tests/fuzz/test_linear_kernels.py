@@ -27,7 +27,7 @@ class Forward:
     bias: Spec | None
     activation: str
     save_z: bool
-    rows: Spec | None  #: seed of the rows to gather; its shape is [M]
+    rows: Spec | None  #: seed of the rows to gather; the shape is [M]
 
 
 @st.composite
@@ -91,7 +91,7 @@ def test_linear_fwd(lane, case: Forward):
     expected, torchs = reference.activate(z64, case.activation), reference.linear_act(taken, w, b, case.activation)
     got = a.cpu()
     if case.activation == "step":
-        # The jump: 0 and 1 are both right where rounding can move Z over it.
+        # 0 and 1 are both right where rounding can move Z over the jump.
         assert ((got == 0) | (got == 1)).all()
         near = z64.abs() <= 2.0**-23 * max(1.0, K**0.5) * magnitude
         assert torch.equal(got.double()[~near], expected[~near])
@@ -120,7 +120,7 @@ def input_gradients(draw: st.DrawFn) -> InputGradient:
 
 
 def kept(z: Tensor, activation: str) -> Tensor | None:
-    """What the forward pass would have kept of Z, in poisoned storage."""
+    """The tensor that the forward pass would have kept for f', in poisoned storage."""
     kind = saved_for_grad(activation)
     if kind is None:
         return None
@@ -128,7 +128,7 @@ def kept(z: Tensor, activation: str) -> Tensor | None:
 
 
 def derivative(saved: Tensor | None, activation: str) -> Tensor | float:
-    """f' in float64 from what was kept."""
+    """f' in float64 from the kept tensor."""
     if saved is None:
         return 1.0 if activation == "identity" else 0.0
     if saved_for_grad(activation) == "a":
@@ -206,7 +206,7 @@ def test_linear_wgrad(lane, case: WeightGradient):
 
 
 def test_a_wrong_result_is_found(lane):
-    """The fuzzer's check itself: one element off by more than the budget is seen."""
+    """The fuzzer's check itself sees one element that is off by more than the budget."""
     case = Forward(Spec((3, 5), torch.float32), Spec((4, 5), torch.float32), None, "identity", False, None)
     x, w = case.x.build(), case.weight.build()
     a, _ = linear_fwd(x.to(lane), w.to(lane), None, "identity")

@@ -29,12 +29,12 @@ from fastmlp.kernels import (
 from tests.fuzz.cases import Labels, Spec, dims, dtypes, fuzz, labels, specs
 from tests.support.harness import assert_within_budget, nan_like, poisoned
 
-# Triton's interpreter is numpy: inf - inf and 0 / 0 in elements that a mask then drops warn there.
+# Triton's interpreter is numpy, which warns of inf - inf and 0 / 0 in elements that a mask then drops.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 def assert_close(got: Tensor, expected: Tensor, torchs: Tensor, *, reduction: int, magnitude: float, what: str) -> None:
-    """Within the budget, and NaN where the result is not defined (the mean over no rows)."""
+    """Results are within the budget, and NaN where they are not defined (the mean over no rows)."""
     undefined = expected.isnan()
     assert torch.equal(got.isnan(), undefined), f"{what}: NaN in other places than expected"
     got, expected, torchs = (t.masked_fill(undefined, 0.0) for t in (got, expected, torchs))
@@ -48,7 +48,7 @@ class CrossEntropy:
     weight: Spec | None
     smoothing: float
     reduction: str
-    upstream: Spec | None  #: of the rows, for "none"
+    upstream: Spec | None  #: upstream gradient of the rows, for the reduction "none"
     whole_row: int  #: rows of more classes take the path of very long rows
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -106,7 +106,7 @@ def torchs_own(z: Tensor, target: Tensor, weight: Tensor | None, case: CrossEntr
 
 
 def spread(z: Tensor, weight: Tensor | None, target: Tensor) -> float:
-    """The size of the terms of a row's loss: range of its logits times the largest weight and target mass."""
+    """The size of the terms of a row's loss: the range of the row's logits times the largest weight and target mass."""
     reach = (z.double().amax(1) - z.double().amin(1)).max().item() + 1.0
     mass = target.double().sum(1).max().item() + 1.0 if target.is_floating_point() else 1.0
     return reach * mass * (1.0 if weight is None else weight.double().max().item())
@@ -177,10 +177,10 @@ class Elementwise:
     upstream: Spec
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """(A, Y): probabilities where the loss takes their logarithms."""
+        """(A, Y). They are probabilities where the loss takes logarithms."""
         a, y = self.a.build(), self.y.build()
         if LOSSES[self.loss].input == "probabilities":
-            # A quotient by a smaller number is beyond float16.
+            # A division by a smaller number overflows float16.
             a.copy_(torch.sigmoid(a.float()).clamp(0.01, 0.99))
         if LOSSES[self.loss].input != "values":
             y.copy_(torch.sigmoid(y.float()).where(y.float() > 0, 0.0))
@@ -287,7 +287,7 @@ def test_softmax_squared_error(lane, case: SquaredError):
 
 
 def test_poisoned_labels_are_out_of_range():
-    """What surrounds labels in these tests would be seen if it were read."""
+    """A read of the memory around the labels would change the results of these tests."""
     y = poisoned(torch.zeros(3, dtype=torch.int64), layout="dense")
     assert y._base is not None
     assert y._base.max() == torch.iinfo(torch.int64).max

@@ -2,9 +2,9 @@
 
 The backend is the kernels where they run (a GPU, Triton's interpreter) and plain torch otherwise.
 
-Budget of a network: rounding in one layer is an input error of the next, so the floor is measured, not derived. The
-float64 network is run again with every operand, hidden activation and hidden gradient off by up to one rounding of
-the dtype; results may be off by twice as much as these runs are, or as torch's own in the dtype.
+The rounding of one layer is an input error of the next layer, so the budget of a network is measured, not derived. The
+float64 network runs again with every operand, hidden activation and hidden gradient off by up to one rounding of the
+dtype. The allowed error of a result is twice the error of these runs, or twice the error of torch in the dtype.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def layers(draw: st.DrawFn, n_in: int, n_out: int, dtype: torch.dtype, *, expand
 
 @st.composite
 def networks(draw: st.DrawFn, *, depth: int) -> Network:
-    """A batch, the layers' sizes, and one dtype for all but pixels; of a single layer the input may have any rank."""
+    """A batch, the layers' sizes, and one dtype for all but pixels. The input of a single layer may have any rank."""
     batch, *sizes = draw(dims(depth + 2))
     dtype = draw(dtypes)
     n_in = sizes[0]
@@ -93,7 +93,7 @@ Forward = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None]], Tensor]
 def run(
     case: Network, forward: Forward, dtype: torch.dtype | None = None, jitter: Callable[[Tensor], Tensor] | None = None
 ) -> list[Tensor | None]:
-    """[output, dX, dW_1, db_1, ...] in ``dtype`` (default: the case's); None for what does not require grad."""
+    """[output, dX, dW_1, db_1, ...] in ``dtype`` (default: the case's); None for tensors that do not require grad."""
 
     def leaf(spec: Spec, learns: bool) -> Tensor:
         t = spec.build()
@@ -120,14 +120,14 @@ def run(
 
 
 def truth(case: Network, jitter: Callable[[Tensor], Tensor] = lambda t: t) -> Forward:
-    """The network of ``fastmlp.reference``, layer by layer, with ``jitter`` on what is rounded between layers."""
+    """The network of ``fastmlp.reference``, layer by layer. ``jitter`` moves the values that layers round."""
 
     def forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
         a = reference.pixels(x, weights[0].dtype)
         a = a.flatten(1) if len(weights) > 1 else a
         for layer, w, b in zip(case.layers, weights, biases, strict=True):
             z = jitter(reference.linear_act(a, w, b))
-            # The comparison that step is has no derivative on the tape; its gradient is 0, not None.
+            # The step activation is a comparison, which has no derivative on the tape. Its gradient is 0, not None.
             on_tape = 0 * z if layer.activation == "step" else 0
             a = jitter(reference.activate(z, layer.activation) + on_tape)
         return a
@@ -136,7 +136,7 @@ def truth(case: Network, jitter: Callable[[Tensor], Tensor] = lambda t: t) -> Fo
 
 
 class _Jitter(torch.autograd.Function):
-    """t (1 + e u), u uniform in [-1, 1], in the forward pass and on the gradient."""
+    """t (1 + size u) with u uniform in [-1, 1], in the forward pass and on the gradient."""
 
     @staticmethod
     def forward(ctx, t: Tensor, size: float, g: torch.Generator) -> Tensor:
@@ -149,7 +149,7 @@ class _Jitter(torch.autograd.Function):
 
 
 def deviations(case: Network, expected: list[Tensor | None]) -> list[float]:
-    """How far each result moves when everything is off by a rounding of the dtype."""
+    """How far each result moves when every value is off by one rounding of the dtype."""
     worst = [0.0] * len(expected)
     eps = torch.finfo(case.dtype).eps
     for seed in range(PERTURBED_RUNS):
@@ -200,13 +200,13 @@ def test_mlp(case: Network):
 
 @fuzz(5, networks(depth=2))
 def test_mlp_module(case: Network):
-    """MLP built from the same sizes: parameters and biases are its own, so only such networks come here."""
+    """An MLP of the same sizes. An MLP makes its own parameters, so only networks that an MLP can have come here."""
 
     def forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
         sizes = [weights[0].shape[1], *(w.shape[0] for w in weights)]
         model = fastmlp.MLP(sizes, [layer.activation for layer in case.layers], dtype=case.dtype, device=DEVICE)
         for module, w, b in zip(model.layers, weights, biases, strict=True):
-            # Tensors instead of parameters: the gradients of this test's leaves are looked at.
+            # Tensors replace the parameters, because the test checks the gradients of its own leaves.
             del module.weight, module.bias
             module.weight, module.bias = w, b
         return model(x)

@@ -1,4 +1,4 @@
-"""The launchers of the training step's own kernels against float64: the head, and gradient with update."""
+"""The launchers of the training step's own kernels against float64: the head, and the gradient with the update."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.fuzz.test_linear_kernels import absolute, build_rows, derivative, kep
 from tests.fuzz.test_loss_kernels import double, moved, spread
 from tests.support.harness import EPS32, assert_within_budget, nan_like, poisoned
 
-# Triton's interpreter is numpy: inf - inf and 0 / 0 in elements that a mask then drops warn there.
+# Triton's interpreter is numpy, which warns of inf - inf and 0 / 0 in elements that a mask then drops.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 SCALE = 0.25
@@ -30,14 +30,14 @@ SCALE = 0.25
 
 @dataclass(frozen=True)
 class Head:
-    h: Spec  #: pixels, or Z_{L-1}, of which the activation makes H
+    h: Spec  #: pixels, or Z_{L-1}, from which the activation makes H
     weight: Spec
     bias: Spec | None
     target: Labels
     class_weight: Spec | None
     smoothing: float
     activation: str
-    rows: Spec | None  #: seed of the rows to gather; its shape is [M]
+    rows: Spec | None  #: seed of the rows to gather; the shape is [M]
     gather_h: bool
 
 
@@ -55,7 +55,7 @@ def heads(draw: st.DrawFn) -> Head:
         target=draw(labels((stored,), C)),
         class_weight=draw(st.none() | specs((C,), torch.float32, scales=(1.0,))),
         smoothing=draw(st.sampled_from([0.0, 0.1, 1.0])),
-        # Gathered rows and pixels are the input of a network of one layer: nothing is below.
+        # Gathered rows and pixels are the input of a network of one layer, so there is no layer below.
         activation="identity" if gather_h or pixels else draw(activations),
         rows=draw(specs((M,), torch.int64, dense=True)) if gathered else None,
         gather_h=gather_h,
@@ -114,14 +114,15 @@ def test_head(lane, case: Head):
     if below:
         slope = derivative(saved, case.activation)
         torchs = (own_z.grad @ w) * (slope.to(w.dtype) if isinstance(slope, Tensor) else slope)
-        # dZ is rounded to W's dtype and has the error of the logits; what it is multiplied with may cancel.
+        # dZ is rounded to W's dtype and has the error of the logits; the products with W may cancel.
         aw = w.double().abs()
         rounding = torch.finfo(w.dtype).eps / EPS32 * largest((dz.abs() @ aw) * abs(slope))
         passed_on = SCALE * size * largest(aw.sum(0) * abs(slope))
         assert_within_budget(
             got["dz_prev"], da * slope, torchs, reduction=K + C, magnitude=rounding + passed_on, what="dZ_prev"
         )
-    # Rounded logits can be equal where the kernel's own are not: the label's must be the largest of those, or below it.
+    # Rounded logits can be equal where the kernel's own logits differ. The rounded logit of a label counted as correct
+    # must be the largest; the label of any other row may have the largest too.
     assert ((correct.cpu() == 0) | (correct.cpu() == 1)).all()
     right = (y >= 0) & (y < C)
     at_label = got["logits"].gather(1, y.long().clamp(0, C - 1)[:, None])[:, 0]
@@ -137,7 +138,7 @@ class Update:
     bias: bool
     optimizer: str
     weight_decay: float
-    low: torch.dtype | None  #: of the 16-bit copies
+    low: torch.dtype | None  #: dtype of the 16-bit copies
     rows: Spec | None
     unscale: float | None
     seed: int
@@ -151,12 +152,12 @@ STEPS = 2
 def updates(draw: st.DrawFn) -> Update:
     count = draw(st.integers(1, 4))
     sizes = draw(dims(count + 1))
-    # The last one is a batch that several programs share.
+    # Several programs share a batch of 600 rows.
     m = draw(st.sampled_from([1, 7, 16, 33, 600]))
     dtype = draw(dtypes)
     gathered = draw(st.booleans())
     first = (draw(st.sampled_from([1, 7, 40])) if gathered else m, sizes[0])
-    inner = st.sampled_from(["dense", "rows"])  # the kernel wants an inner stride of 1
+    inner = st.sampled_from(["dense", "rows"])  # the kernel needs an inner stride of 1
 
     def x_spec(i: int) -> st.SearchStrategy[Spec]:
         kinds = st.sampled_from([dtype, torch.uint8]) if i == 0 else st.just(dtype)
@@ -179,7 +180,7 @@ def updates(draw: st.DrawFn) -> Update:
 
 
 def optimizer_of(case: Update, params: list[Tensor]) -> torch.optim.Optimizer:
-    """torch's own."""
+    """torch's own optimizer."""
     if case.optimizer == "adamw":
         return torch.optim.AdamW(params, LR, betas=BETAS, eps=EPS, weight_decay=case.weight_decay)
     momentum = 0.0 if case.optimizer == "sgd" else MOMENTUM
@@ -209,7 +210,7 @@ def test_wgrad_update(lane, case: Update):
     hyper = Hyper(case.optimizer, constants[case.optimizer])
     factor = 1.0 if case.unscale is None else case.unscale
 
-    # torch's optimizers in float64, and in float32 on gradients in the products' dtype.
+    # torch's optimizers run in float64, and in float32 on gradients in the products' dtype.
     params = [
         [t.to(d, copy=True) for pair in zip(weights, biases, strict=True) for t in pair if t is not None]
         for d in (torch.float64, torch.float32)
@@ -237,7 +238,7 @@ def test_wgrad_update(lane, case: Update):
             optimizer.step()
     torch.testing.assert_close(loss.cpu(), loss_rows.mean())
 
-    # How far a parameter moves for a change of its gradient: AdamW divides by sqrt(v) + eps, at least eps.
+    # How far a parameter moves per change of its gradient. AdamW divides by sqrt(v) + eps, which is at least eps.
     gain = {"sgd": 1.0, "momentum": 1.0 + MOMENTUM, "nesterov": 1.0 + 2 * MOMENTUM, "adamw": 2.0 / EPS}[case.optimizer]
     got = [t for pair in zip(w, b, strict=True) for t in pair if t is not None]
     m = dzs[0].shape[0]

@@ -1,11 +1,11 @@
-"""TrainStep whole against autograd and torch.optim in float64, and the value losses with their gradients.
+"""The whole TrainStep against autograd and torch.optim in float64, and the value losses with their gradients.
 
 The backend is the kernels where they run (a GPU, Triton's interpreter) and plain torch otherwise.
 
-Budget of a step: rounding in one layer is an input error of the next, and the second step begins where the first one
-ended. Beside the floor for one sum and one rounding, the budget is therefore measured: the float64 training is run
-again with parameters and inputs off by up to one rounding of the products' dtype before every step. Results may be off
-by twice as much as these runs are, or torch's own.
+The rounding of one layer is an input error of the next layer, and the second step begins where the first step ended.
+The budget of a step is therefore measured, beside a floor for one sum and one rounding. The float64 training runs again
+with parameters and inputs off by up to one rounding of the products' dtype before every step. The allowed error of a
+result is twice the error of these runs, or twice the error of torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEVICE = torch.device("cuda" if HAS_GPU and not INTERPRETING else "cpu")
 BACKEND = "triton" if INTERPRETING or HAS_GPU else "torch"
 PERTURBED_RUNS = 6
 
-#: Where a gradient is nearly 0, AdamW's first steps are its sign, unless eps is large: then they are continuous in it.
+#: Where a gradient is nearly 0, AdamW's first steps are its sign. With a large eps they are continuous in the gradient.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.3, "weight_decay": 0.02},
     "momentum": {"lr": 0.1, "momentum": 0.9},
@@ -43,7 +43,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "clipping": {"lr": 0.5, "max_grad_norm": 0.05},
     "adamw": {"optimizer": "adamw", "lr": 0.01, "betas": (0.8, 0.95), "eps": 0.01, "weight_decay": 0.1},
 }
-# What is not smooth moves by more than a rounding where Z is nearly 0, and so rarely that no perturbed run may show it.
+# An activation that is not smooth moves by more than a rounding where Z is nearly 0. This is so rare that the perturbed
+# runs may not show it.
 SMOOTH = tuple(name for name, f in TORCH_ACTIVATIONS.items() if f.smooth)
 
 
@@ -54,11 +55,11 @@ class Training:
     bias: bool
     loss: str
     optimizer: str
-    dtype: torch.dtype | None  #: of the products, where it is not the parameters' float32
+    dtype: torch.dtype | None  #: dtype of the products; None: the parameters' float32
     batch: int
-    rows: int  #: of the data set; the last batch of an epoch can be short
+    rows: int  #: rows of the data set; the last batch of an epoch can be short
     pixels: bool
-    epoch: bool  #: one epoch in random order, or two single steps
+    epoch: bool  #: one epoch in random order instead of two single steps
     seed: int
 
 
@@ -84,7 +85,7 @@ def trainings(draw: st.DrawFn) -> Training:
 
 
 def trained(case: Training, start: fastmlp.MLP, x: Tensor, y: Tensor, order: Tensor) -> list[Tensor]:
-    """[loss, parameter, ...] after the library's own steps."""
+    """[loss, parameter, ...] after fastmlp's own steps."""
     model = converted(start, torch.float32).to(DEVICE)
     y = y.float() if y.is_floating_point() else y
     x, y, order = ((x if case.pixels else x.float()).to(DEVICE), y.to(DEVICE), order.to(DEVICE))
@@ -100,12 +101,12 @@ def trained(case: Training, start: fastmlp.MLP, x: Tensor, y: Tensor, order: Ten
 
 
 def batches(case: Training, order: Tensor) -> list[Tensor]:
-    """The rows of every step: those of the epoch, or the first batch twice."""
+    """The rows of every step: the batches of the epoch, or the first batch twice."""
     return list(order.split(case.batch)) if case.epoch else [order[: case.batch]] * 2
 
 
 def by_torch(training: Reference, data: list[Batch], size: float = 0.0, seed: int = 0) -> list[Tensor]:
-    """[loss, parameter, ...] after torch's own steps; before each, everything is moved by up to ``size`` of itself."""
+    """[loss, parameter, ...] after torch's own steps. ``size`` is the largest relative change before a step."""
     g = torch.Generator().manual_seed(seed)
 
     def jitter(t: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ def test_train_step(case: Training):
     for i, (name, ours, want, torchs) in enumerate(zip(names, got, exact, own, strict=True)):
         far = max((run[i] - want).abs().max().item() for run in moved)
         error = (ours.double() - want).abs().max().item()
-        # One rounding of what comes out of the products: the loss, or a parameter's change.
+        # One rounding of the result of the products, which is the loss or a parameter's change.
         made = want if i == 0 else want - before[i - 1]
         floor = eps * made.abs().max().item() + EPS32 * longest**0.5 * max(1.0, want.abs().max().item())
         allowed = 2 * max((torchs.double() - want).abs().max().item(), far) + floor
@@ -197,7 +198,7 @@ def formula(case: Value, a: Tensor, y: Tensor) -> Tensor:
 def test_value_losses(case: Value):
     a, y = case.a.build().to(DEVICE), case.y.build().to(DEVICE)
     if LOSSES[case.loss].input == "probabilities":
-        # A quotient by a smaller number is beyond float16.
+        # A division by a smaller number overflows float16.
         a = torch.sigmoid(a.float()).clamp(0.01, 0.99).to(a.dtype)
     if case.loss in ("binary_cross_entropy", "bce_with_logits"):
         y = torch.sigmoid(y.float()).to(y.dtype)
@@ -216,7 +217,7 @@ def test_value_losses(case: Value):
     terms = a.numel() if case.reduction == "sum" else 1
     size = (1.0 + a.double().abs().max().item() + y.double().abs().max().item()) ** 2
     if case.loss == "softmax_squared_error":
-        # Probabilities, whatever the logits, and a row's sum over targets of any size.
+        # Probabilities have size 1 for all logits; a row's sum runs over targets of any size.
         size = 1.0 if not y.is_floating_point() else (1.0 + y.double().abs().sum(1).max().item()) ** 2
     for name, ours, want, torchs in zip(("loss", "dA", "dY"), got, exact, own, strict=True):
         assert (ours is None) == (want is None), name

@@ -14,10 +14,11 @@ from tests.conftest import INTERPRETING
 
 @pytest.fixture(autouse=True, scope="session")
 def bfloat16_rounds_to_nearest() -> Iterator[None]:
-    """Triton's interpreter cuts float32 off to bfloat16; every GPU (and torch) rounds to nearest, ties to even.
+    """Make Triton's interpreter round float32 to bfloat16 to nearest, ties to even, as every GPU and torch do.
 
-    Cut off, one conversion is twice as far off as rounded, always towards zero, and the errors of a chain of layers
-    add up instead of cancelling: the budget of harness.py, set by torch's error, would have to hide that.
+    By itself the interpreter cuts the digits off. A cut has twice the error of a rounding, always towards zero, so the
+    errors of a chain of layers add up instead of cancelling. The error budget of tests/support/harness.py is set by
+    torch's error and would have to allow for the sum.
     """
     if not INTERPRETING:
         yield

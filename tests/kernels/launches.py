@@ -1,4 +1,4 @@
-"""Small launches of every kernel, of several programs each: what the tests that concern all kernels run."""
+"""Small launches of every kernel, of several programs each, for the tests that concern all kernels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastmlp.kernels.wgrad_update import wgrad_update
 
 __all__ = ["LAUNCHES", "SINGLE_PROGRAM", "kernel_names"]
 
-#: Kernels that are one program whatever the shape, because they finish what several programs of another began.
+#: Kernels that are one program for every shape, because they finish the work of several programs of another kernel.
 SINGLE_PROGRAM = frozenset({"_reduce_kernel", "_reduce_sum_kernel"})
 
 
 def kernel_names() -> set[str]:
-    """The name of every kernel (as against device function) in fastmlp.kernels."""
+    """The names of all kernels in fastmlp.kernels; device functions are not kernels."""
     names = set()
     for path in Path(kernels.__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
@@ -98,7 +98,7 @@ def _head(device: torch.device) -> list[Tensor | None]:
 
 
 def _wgrad_update(device: torch.device) -> list[Tensor | None]:
-    """Several layers directly, and one with the batch split over programs; the first on gathered pixels."""
+    """Several layers updated directly, and one whose batch is split over programs; the first layer gathers pixels."""
     results: list[Tensor | None] = []
     for m, sizes in ((20, (40, 33, 9, 5)), (70, (17, 20))):
         images = torch.randint(0, 256, (50, sizes[0]), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)

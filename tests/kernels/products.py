@@ -14,7 +14,7 @@ __all__ = ["PRODUCTS", "draw"]
 
 
 def draw(*shape: int) -> Tensor:
-    """Nowhere near 0, so that an infinite factor gives an infinite product."""
+    """Values far from 0, so that an infinite factor gives an infinite product."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
     return values + values.sign()
 
@@ -49,5 +49,6 @@ def _head(lane: torch.device, h: Tensor, w: Tensor) -> dict[str, Tensor]:
     return {"Z": logits, "dX": dx}
 
 
-#: By name: from a device, A and B to the product and then what else the kernel makes of each row of A, by name.
+#: By name, functions of a device, A and B. They return tensors by name: the product first, then everything else that
+#: the kernel computes of each row of A.
 PRODUCTS = {"fwd": _fwd, "dgrad": _dgrad, "wgrad": _wgrad, "update": _update, "head": _head}

@@ -13,7 +13,7 @@ from fastmlp import reference
 from fastmlp.kernels import cross_entropy, cross_entropy_bwd, cross_entropy_fwd, softmax_tiles
 from tests.support.harness import assert_within_budget, nan_like, poisoned
 
-# Triton's interpreter is numpy: inf - inf and 0 / 0, which the special rows are made of, warn there.
+# Triton's interpreter is numpy, which warns of inf - inf and 0 / 0. The special rows are made of these.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -33,7 +33,7 @@ def logits_of(M: int, C: int, dtype: torch.dtype, *, layout: str = "rows", seed:
 
 
 def labels_of(M: int, C: int, *, ignore_index: int = -100, seed: int = 1) -> Tensor:
-    """Labels [M], about a fifth of them ignore_index (none if there is one row)."""
+    """Labels [M]; about a fifth of them are ignore_index, but none where there is one row."""
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(0, C, (M,), generator=g)
     y[3::5] = ignore_index
@@ -41,7 +41,7 @@ def labels_of(M: int, C: int, *, ignore_index: int = -100, seed: int = 1) -> Ten
 
 
 def options_of(options: dict, C: int, dtype: torch.dtype) -> dict:
-    """``options`` with weight=True replaced by poisoned class weights."""
+    """``options``, in which poisoned class weights replace weight=True."""
     g = torch.Generator().manual_seed(2)
     weight = poisoned((torch.rand(C, generator=g) + 0.1).to(dtype)) if options.get("weight") else None
     return {**options, "weight": weight}
@@ -72,7 +72,7 @@ def torch_loss_and_grads(z: Tensor, target: Tensor, options: dict, reduction: st
 
 
 def check_one_pass(lane, z: Tensor, target: Tensor, options: dict, *, scale: float = 0.125):
-    """The one-pass kernel on prepared storage: outputs start as NaN inside memory that must not change."""
+    """Run the one-pass kernel on prepared storage. Outputs start as NaN inside memory that must not change."""
     memory = torch.full((z.shape[0] + 2, z.shape[1] + 6), OUTSIDE, dtype=z.dtype).to(lane)
     dz = memory[1:-1, 3:-3]
     dz.fill_(math.nan)
@@ -101,7 +101,7 @@ def target_of(target: Tensor) -> Tensor:
 
 
 def check_two_passes(lane, z: Tensor, target: Tensor, options: dict, reduction: str, dloss: Tensor | None = None):
-    """cross_entropy_fwd and cross_entropy_bwd; logits [M, C] or [N, C, S]."""
+    """Run cross_entropy_fwd and cross_entropy_bwd on logits [M, C] or [N, C, S]."""
     zd, td, C = z.double(), target_of(target), z.shape[1]
     expected = reference.cross_entropy(zd, td, reduction=reduction, **double(options))
     dloss = torch.full_like(expected, 0.75).float() if dloss is None else dloss
@@ -195,7 +195,7 @@ def test_probabilities(lane, options, dtype):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("probabilities", [False, True], ids=["labels", "probabilities"])
 def test_rows_longer_than_a_block(lane, monkeypatch, options, probabilities):
-    """The path of very many classes: a running maximum in every lane, and a second reading for dZ."""
+    """Very many classes take a path of their own: a running maximum in every lane, and a second reading for dZ."""
     monkeypatch.setattr(softmax_tiles, "WHOLE_ROW", 32)
     z = logits_of(3, 230, torch.float32)
     target = labels_of(3, 230)
@@ -225,7 +225,7 @@ def test_strided_logits(lane, layout, C):
 @pytest.mark.parametrize("S", [1, 2, 19, 32])
 @pytest.mark.parametrize("probabilities", [False, True], ids=["labels", "probabilities"])
 def test_positions(lane, S, probabilities):
-    """[N, C, S] with labels [N, S] or probabilities [N, C, S], read where they are."""
+    """Logits [N, C, S] with labels [N, S] or probabilities [N, C, S], read in place."""
     N, C = 3, 11
     z = logits_of(N * C, S, torch.float32).unflatten(0, (N, C))
     target = labels_of(N * S, C).view(N, S)
@@ -244,7 +244,7 @@ def test_upstream_strides(lane):
 
 
 def test_large_offset_keeps_the_digits(lane):
-    """Logits near 1e4, whose differences float32 holds exactly: max + log_sum would round them away."""
+    """Float32 holds the differences of logits near 1e4 exactly; max + log_sum would round the differences away."""
     g = torch.Generator().manual_seed(0)
     z = torch.randint(-4, 5, (17, 33), generator=g) + 10_000.0
     check_one_pass(lane, z, labels_of(17, 33), {})
@@ -272,7 +272,7 @@ SPECIAL = torch.tensor(
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["label0", "label2", "ignored", "probabilities"])
 def test_special_values_as_torch(lane, monkeypatch, kind, smoothing, whole_row):
-    """-inf, inf, NaN, equal and huge logits give what torch gives, NaN for NaN and inf for inf."""
+    """-inf, inf, NaN, equal and huge logits give torch's results, with NaN and inf in the same places."""
     monkeypatch.setattr(softmax_tiles, "WHOLE_ROW", whole_row)
     rows = len(SPECIAL)
     targets = {
@@ -297,7 +297,7 @@ def test_special_values_as_torch(lane, monkeypatch, kind, smoothing, whole_row):
 @pytest.mark.parametrize("options", OPTIONS[:1] + OPTIONS[2:])
 @pytest.mark.parametrize("whole_row", [16384, 8], ids=["whole", "blocks"])
 def test_label_out_of_range_is_nan(lane, monkeypatch, options, whole_row):
-    """NaN in the rows of labels that are neither a class nor ignore_index, everything else as without them."""
+    """Rows whose label is neither a class nor ignore_index are NaN; all other rows are as without them."""
     monkeypatch.setattr(softmax_tiles, "WHOLE_ROW", whole_row)
     z = logits_of(9, 10, torch.float32)
     y = torch.tensor([0, 10, 9, -1, 2**40, 3, -(2**62), 11, 4])
@@ -328,7 +328,7 @@ def test_all_rows_ignored(lane):
 
 @pytest.mark.parametrize("layout", ["dense", "spread"])
 def test_training_step_arguments(lane, layout):
-    """Labels gathered by row and of uint8, the scale read from the device, correct predictions counted."""
+    """Gathered uint8 labels, a scale on the device, and a count of correct predictions."""
     z = logits_of(33, 10, torch.float32)
     z[4] = 0.0  # a tie: the first class is the prediction
     rows = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:33]
@@ -344,7 +344,7 @@ def test_training_step_arguments(lane, layout):
         correct=correct,
     )
     expected, expected_dz = cross_entropy(z.to(lane), labels[rows].long().to(lane), scale=0.25)
-    # Another kernel to the compiler, which may contract other products and sums into fused ones.
+    # To the compiler this is another kernel, in which it may fuse other products and sums.
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(dz, expected_dz, rtol=1e-6, atol=1e-7)
     assert torch.equal(correct.cpu(), (z.argmax(1) == labels[rows]).int())

@@ -1,4 +1,4 @@
-"""kernels/device.py: how float32 is multiplied, by either of torch's settings."""
+"""kernels/device.py: how float32 is multiplied under each of torch's settings."""
 
 from __future__ import annotations
 

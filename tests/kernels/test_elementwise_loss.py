@@ -13,7 +13,7 @@ from fastmlp.base.losses import LOSSES
 from fastmlp.kernels import elementwise_loss, elementwise_loss_bwd, elementwise_loss_fwd
 from tests.support.harness import assert_within_budget, nan_like, poisoned
 
-# Triton's interpreter is numpy: log 0, inf - inf and 0 / 0, which the borders are made of, warn there.
+# Triton's interpreter is numpy, which warns of log 0, inf - inf and 0 / 0. The border cases are made of these.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 SHAPES = [(1, 1), (17, 10), (130, 17), (3, 1000)]
@@ -89,7 +89,7 @@ def test_expanded_upstream(lane):
 
 
 def test_logarithms_keep_their_digits(lane):
-    """Confident predictions: errors are relative down to losses of 1e-38, up to the rounding of exp's argument."""
+    """Losses down to 1e-38 have a small relative error, up to the rounding of exp's argument."""
     z = torch.tensor([[20.0, -20.0, 60.0, -60.0, 1.0, -0.01, 0.0, 88.0]])
     y = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.5, 0.0]])
     got = elementwise_loss_fwd(z.to(lane), y.to(lane), "bce_with_logits").cpu()

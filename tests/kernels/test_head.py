@@ -27,7 +27,7 @@ OPTIONS = [
 
 
 def case(M: int, K: int, C: int, dtype: torch.dtype, activation: str = "identity", *, layout: str = "rows"):
-    """Poisoned (h, weight, bias, labels, z_prev): h = f(z_prev), rounded; about a fifth of the labels ignored."""
+    """Poisoned (h, weight, bias, labels, z_prev). h is f(z_prev), rounded; about a fifth of the labels are ignored."""
     g = torch.Generator().manual_seed(M + K + C)
     z_prev = torch.randn(M, K, generator=g).to(dtype)
     h = poisoned(reference.activate(z_prev, activation), layout=layout)
@@ -39,7 +39,7 @@ def case(M: int, K: int, C: int, dtype: torch.dtype, activation: str = "identity
 
 
 def f_prime(h: Tensor, z_prev: Tensor, activation: str) -> Tensor:
-    """f' from what the kernel is given: the rounded output, or Z for gelu and silu."""
+    """f' from the tensor that the kernel is given: the rounded output, or Z for gelu and silu."""
     if saved_for_grad(activation) == "a":
         return reference.activation_grad_from_output(h, activation)
     return reference.activation_grad(z_prev, activation)
@@ -52,7 +52,7 @@ def expected_of(h, w, b, y, z_prev, activation, scale, options):
 
 
 def torchs(h, w, b, y, z_prev, activation, scale, options):
-    """The same by torch's own operations in the working dtype: linear, cross_entropy, their backward, f'."""
+    """The same results by torch's own operations in the working dtype: linear, cross_entropy, their backward, f'."""
     h = h.detach().clone().requires_grad_()
     z = F.linear(h, w, b)
     z.retain_grad()
@@ -69,7 +69,7 @@ def torchs(h, w, b, y, z_prev, activation, scale, options):
 
 
 def check(lane, h, w, b, y, z_prev, activation="identity", *, scale=0.25, **options) -> None:
-    """All outputs, which start as NaN."""
+    """All outputs of the kernel. They start as NaN."""
     (M, K), C = h.shape, w.shape[0]
     dtype = w.dtype
     loss, correct = nan_like((M,), torch.float32).to(lane), torch.full((M,), -1, dtype=torch.int32).to(lane)
@@ -141,7 +141,7 @@ def test_many_classes(lane, C):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_rows(lane, dtype):
-    """Enough blocks of rows that none of them is shared."""
+    """There are so many blocks of rows that programs share none of them."""
     check(lane, *case(700, 32, 10, dtype, "relu"), "relu")
 
 
@@ -159,7 +159,7 @@ def test_allocates_what_is_not_given(lane):
 
 
 def test_equals_separate_kernels(lane):
-    """The same loss and dZ as linear, then ``cross_entropy``, up to the rounding of the product."""
+    """Loss and dZ equal those of linear followed by ``cross_entropy``, up to the rounding of the product."""
     h, w, b, y, _ = case(33, 40, 10, torch.float32)
     loss, dz, _ = head(h.to(lane), w.to(lane), b.to(lane), y.to(lane), scale=0.5)
     loss2, dz2 = cross_entropy(F.linear(h, w, b).to(lane), y.to(lane), scale=0.5)
@@ -174,13 +174,13 @@ def test_rows_gathered_and_scale_on_the_device(lane):
     rows = torch.randperm(60, generator=g)[:33]
     got = head(h, w, b, labels.to(lane), rows=poisoned(rows).to(lane), scale=torch.tensor(0.125).to(lane))
     for a, e in zip(got, head(h, w, b, labels[rows].long().to(lane), scale=0.125), strict=True):
-        # Another kernel to the compiler, which may contract other products and sums into fused ones.
+        # To the compiler this is another kernel, in which it may fuse other products and sums.
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_single_layer_on_pixels(lane, dtype):
-    """Softmax regression: pixels gathered by row, no layer below."""
+    """Softmax regression gathers pixels by row and has no layer below."""
     g = torch.Generator().manual_seed(3)
     images = poisoned(torch.randint(0, 256, (50, 49), generator=g, dtype=torch.uint8))
     labels = torch.randint(0, 10, (50,), generator=g)

@@ -1,8 +1,8 @@
-"""Offsets beyond 2^31 elements: each kernel's addresses in 64 bits, along every stride it takes.
+"""Offsets beyond 2^31 elements need addresses of 64 bits, in each kernel and along every stride that it takes.
 
-Views far apart in memory that is reserved but hardly touched: no strides here need gigabytes. Outputs larger than
-2^31 elements are written by the last programs of the launch only, in the interpreter; a GPU writes them whole. The
-simulated GPU has no part in this: it copies whole storages.
+The operands are views with large strides. On a CPU their memory is reserved but hardly touched, so the strides take no
+gigabytes. In the interpreter only the last programs of a launch run for outputs larger than 2^31 elements; a GPU writes
+these outputs whole. The simulated GPU has no part in these tests, because it copies whole storages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.large,
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
-#: A stride below 2^31, so that a kernel is given 32 bits; twice it is above.
+#: A stride below 2^31, which a kernel is given in 32 bits. Twice this stride is above 2^31.
 FAR = 2**30 + 8
 HALF = torch.float16
 
@@ -59,7 +59,7 @@ def reserve(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if elements * dtype.itemsize > 0.6 * torch.cuda.mem_get_info()[0]:
             pytest.skip(f"needs {elements * dtype.itemsize / 1e9:.0f} GB of free GPU memory")
         return torch.zeros(elements, dtype=dtype, device=device)
-    # Lives as long as the tensor that it becomes.
+    # The memory lives as long as the tensor made of it.
     memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype)
 
@@ -89,7 +89,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = HALF) -> Tensor:
 
 
 def check(got: Tensor, compute, *inputs: Tensor, reduction: int = 8) -> None:
-    """``compute`` of the inputs in float64 and in their own dtype, against ``got``."""
+    """Compare ``got`` with ``compute`` of the inputs in float64 and in their own dtype."""
     wide = [t.cpu().double() if t.is_floating_point() else t.cpu() for t in inputs]
     assert_within_budget(got.cpu(), compute(*wide), compute(*(t.cpu() for t in inputs)), reduction=reduction)
 
@@ -231,7 +231,7 @@ def test_cross_entropy_gradient(device, dim):
 
 @pytest.mark.parametrize("operand", ["logits", "labels", "upstream"])
 def test_cross_entropy_positions(device, operand):
-    """[N, C, S]: the stride from sample to sample."""
+    """The stride from sample to sample of logits [N, C, S]."""
     z, y, g = draw(3, 2, 2), torch.tensor([[0, 1], [1, 1], [1, 0]], dtype=torch.uint8), draw(3, 2, seed=1)
     placed = {"logits": z, "labels": y, "upstream": g}
     placed = {k: far(v, 0, device) if k == operand else v.to(device) for k, v in placed.items()}

@@ -47,7 +47,7 @@ def test_activation_of_the_layer_below(lane, activation, dtype):
     kept = {"z": z, "a": reference.activate(z, activation), None: None}[saved_for_grad(activation)]
     saved = None if kept is None else poisoned(kept, layout="dense").to(lane)
     dx = linear_dgrad(dz.to(lane), w.to(lane), saved, activation, dx=nan_like((17, 33), dtype).to(lane))
-    # f' from a rounded A differs from f' of z by A's rounding, which is torch's own way of computing it too.
+    # f' from a rounded A differs from f' of z by A's rounding. Torch computes f' from a rounded A too.
     truth, own = expected(dz, w, z, activation)
     if saved_for_grad(activation) == "a":
         own = torch.autograd.grad(reference.activate(z.requires_grad_(), activation), z, reference.linear_dgrad(dz, w))[

@@ -23,7 +23,7 @@ def case(M: int, K: int, N: int, dtype: torch.dtype, *, bias: bool = True, layou
 
 
 def check(lane, x, w, b, activation, a, z=None):
-    """A (and Z) against float64, within the budget set by torch in the same dtype."""
+    """A (and Z) against float64, within the budget that torch sets in the same dtype."""
     K = w.shape[1]
     double = [t if t is None or t.dtype == torch.uint8 else t.double() for t in (x, w, b)]
     for got, f, what in ((a, activation, "A"), (z, "identity", "Z")):
@@ -55,7 +55,7 @@ def test_activations(lane, activation, dtype):
 
 
 def test_tanh_near_zero_keeps_its_digits(lane):
-    """Each value is checked by itself: 1 - 2 / (1 + e^2z) would be right beside the largest value only."""
+    """Each value is checked by itself; 1 - 2 / (1 + e^2z) would be accurate only relative to the largest value."""
     x = torch.logspace(-12, 1, 66)[:, None] * torch.tensor([1.0, -1.0])
     a, _ = linear_fwd(x.view(-1, 1).to(lane), torch.ones(1, 1).to(lane), None, "tanh")
     expected = torch.tanh(x.view(-1, 1).double())

@@ -22,7 +22,7 @@ def case(M: int, K: int, N: int, dtype: torch.dtype, *, layout: str = "rows"):
 
 
 def check(dz, x, dw, db):
-    """DW and db against float64, within the budget set by torch in the same dtype."""
+    """Check dW and db against float64, within the budget that torch sets in the same dtype."""
     truth = reference.linear_wgrad(dz.double(), x if x.dtype == torch.uint8 else x.double())
     own = reference.linear_wgrad(dz, x)
     for got, want, torchs, what in zip((dw, db), truth, own, ("dW", "db"), strict=True):
@@ -45,7 +45,7 @@ def test_shapes(lane, shape, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_split_over_the_batch(lane, dtype):
-    """A batch long enough that programs share each tile's reduction, ragged in every way; bitwise repeatable."""
+    """Programs share each tile's reduction of this long batch, ragged in every dimension; results repeat bit by bit."""
     M, K, N = 1100, 33, 17
     device = current_device()
     assert splits(gemm_tile("wgrad", N, K, M, dtype, device, wide=False), N, K, M, device) > 1

@@ -1,7 +1,8 @@
 """NaN and infinities in every kernel, with the bits that GPUs give NaN.
 
-An operation on a CPU makes the NaN 0x7fc00000, an operation on a GPU 0x7fffffff, and negation 0xffffffff. What
-computes with the bits of floating-point numbers must keep all of them: the largest wrap around when integers are added.
+An operation on a CPU makes the NaN 0x7fc00000. An operation on a GPU makes the NaN 0x7fffffff, and its negation is
+0xffffffff. Code that computes with the bits of floating-point numbers must keep every one of these a NaN, although the
+largest wrap around in an integer addition.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fastmlp.kernels.tiling import _tf32
 from tests.kernels.products import PRODUCTS, draw
 from tests.support.precision import set_matmul
 
-# What numpy says of inf - inf in the interpreter.
+# The interpreter is numpy, which warns of inf - inf.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 PATTERNS = {"CPU": 0x7FC00000, "GPU": 0x7FFFFFFF, "GPU, negated": 0xFFFFFFFF}
@@ -35,13 +36,13 @@ M, K, N = 33, 40, 17
 
 
 def number(bits: int) -> torch.Tensor:
-    """The float32 with these bits, as a 0-d tensor: Python's float would not keep them."""
+    """The float32 with these bits, as a 0-d tensor, because Python's float would not keep the bits."""
     return torch.tensor(bits - ((bits >> 31) << 32), dtype=torch.int32).view(torch.float32)
 
 
 @pytest.fixture(params=["ieee", "tf32"])
 def precision(request, default_precision, monkeypatch):
-    """Torch's setting for float32 products. The interpreter, which has no tf32 of its own, rounds and splits too."""
+    """Torch's setting for float32 products. The interpreter has no tf32, but rounds and splits the operands too."""
     monkeypatch.setattr(Device, "has_tf32", property(lambda self: self.backend != "hip" and self.arch != 75))
     set_matmul(request.param)
     return request.param
@@ -50,7 +51,7 @@ def precision(request, default_precision, monkeypatch):
 @pytest.mark.everywhere
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_nan_in_a_product(lane, precision, name):
-    """NaN in the row of the result whose operand has it, or in the column, and nowhere else."""
+    """The result has NaN in the row or column whose operand has NaN, and nowhere else."""
     for pattern, bits in PATTERNS.items():
         a, b = draw(M, K), draw(N, K)
         a[3, 7] = number(bits)
@@ -68,7 +69,7 @@ def test_nan_in_a_product(lane, precision, name):
 @pytest.mark.everywhere
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_infinities_in_a_product(lane, precision, name):
-    """As in torch, but for the split of float32 operands: inf - inf is NaN (see ``tiling.dot``)."""
+    """Infinities give torch's results, but NaN where float32 operands are split (inf - inf, see ``tiling.dot``)."""
     split = input_precision(current_device(), torch.float32).startswith("tf32x3")
     for infinity in (math.inf, -math.inf):
         a, b = draw(M, K), draw(N, K)
@@ -87,7 +88,7 @@ def _round_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 @pytest.mark.everywhere
 def test_rounding_to_tf32(lane):
-    """Nearest, to either side where both are as near; NaN stays NaN, and what is infinite or 0 what it is."""
+    """A value is rounded to the nearest, ties to either side. NaN stays NaN; infinities and 0 stay as they are."""
     if current_device().arch == 75:
         pytest.skip("sm_75 has no tf32")
     special = [*PATTERNS.values(), 0x7F800000, 0xFF800000, 0, 0x80000000, 1, 0x3F801000, 0x3F803000, 0x3F802FFF]
@@ -112,7 +113,7 @@ def test_rounding_to_tf32(lane):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_nan_in_the_losses(lane, pattern):
-    """NaN in the row that has it: loss, gradient, and no correct prediction."""
+    """A row with NaN has loss NaN, gradient NaN and no correct prediction; other rows are unaffected."""
     z, y = draw(9, 10), torch.arange(9)
     z[3, 4] = number(PATTERNS[pattern])
     z[y != 3, y[y != 3]] = 9.0
@@ -146,5 +147,5 @@ def test_nan_in_the_activations(lane, pattern):
         assert a.cpu().isnan().nonzero().tolist() == [[1, n] for n in range(5)], activation
         if activation != "identity":
             dz = activation_bwd(torch.ones(3, 5).to(lane), z.to(lane), activation)
-            expected = [] if activation.endswith("relu") else [[1, 2]]  # f' of those is a constant everywhere
+            expected = [] if activation.endswith("relu") else [[1, 2]]  # their f' is constant everywhere
             assert dz.cpu().isnan().nonzero().tolist() == expected, activation

@@ -1,4 +1,4 @@
-"""No program of a launch depends on another's having run: in any order the results are the same, bit by bit."""
+"""No program of a launch depends on another program; in any order the results are the same, bit by bit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_kernel_is_among_them():
 
 @triton.jit
 def _double_neighbour_kernel(x_ptr, N, REACH: tl.constexpr):
-    """x[i + REACH] = 2 x[i]: with REACH 1 each program reads what another one writes."""
+    """x[i + REACH] = 2 x[i]. With REACH 1, each program reads a value that another program writes."""
     i = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(x_ptr + i + REACH, tl.load(x_ptr + i) * 2.0, mask=i + REACH < N)
 

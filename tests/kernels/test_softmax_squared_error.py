@@ -13,7 +13,7 @@ from fastmlp import reference
 from fastmlp.kernels import softmax_squared_error, softmax_squared_error_bwd, softmax_squared_error_fwd
 from tests.support.harness import assert_within_budget, nan_like, poisoned
 
-# Triton's interpreter is numpy: the differences of huge logits warn there.
+# Triton's interpreter is numpy, which warns of the differences of huge logits.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -129,7 +129,7 @@ def test_upstream_of_one_number(lane):
 
 
 def test_no_jacobian_in_the_arithmetic(lane):
-    """Against the explicit C x C Jacobian, as the document writes it: dZ = J^T 2 (p - y)."""
+    """The kernel against the explicit C x C Jacobian of "Explanatory Notes for 6.390": dZ = J^T 2 (p - y)."""
     z, target = logits_of(5, 10, torch.float32), target_of(5, 10, "labels", torch.float32)
     p = torch.softmax(z.double(), 1)
     jacobian = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
@@ -151,7 +151,7 @@ def test_label_out_of_range_is_nan_in_its_row(lane, monkeypatch, whole_row):
 
 @pytest.mark.parametrize("whole_row", [8192, 2], ids=["whole", "blocks"])
 def test_infinite_and_huge_logits(lane, monkeypatch, whole_row):
-    """-inf is probability 0; logits near 1e4 keep their differences."""
+    """A logit of -inf has probability 0; logits near 1e4 keep their differences."""
     module = importlib.import_module("fastmlp.kernels.softmax_squared_error")
     monkeypatch.setattr(module, "WHOLE_ROW", whole_row)
     monkeypatch.setattr(module, "BLOCK_C", 16)

@@ -1,6 +1,7 @@
-"""Every tile that configs can choose, on a ragged problem of several programs: numerics of all of them.
+"""The results of every tile that configs can choose, on a ragged problem of several programs.
 
-The other tests take the tile that the rule chooses for their shape; large tiles are chosen for large shapes only.
+The other tests take the tile that the rule chooses for their shape, and the rule chooses large tiles for large shapes
+only.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ CONTIGUOUS = {"fwd": ("depth",), "dgrad": ("depth", "cols"), "wgrad": ("rows", "
 
 
 def shapes(kind: str, tile: Tile, *, wide: bool, full: bool) -> Sequence[tuple[int, int, int]]:
-    """(rows, cols, depth) of the output and its reduction: a full tile and a few rows, columns and steps more.
+    """(rows, cols, depth) of the output and its reduction: a full tile plus a few rows, columns and steps.
 
-    Of wide operands the contiguous dimensions have a multiple of 16 more.
+    Where operands are ``wide``, their contiguous dimensions have 16 more than the tile.
     """
     contiguous = CONTIGUOUS[kind] if wide else ()
     more = {"rows": 3, "cols": 5, "depth": tile.depth + 7} | dict.fromkeys(contiguous, 16)
@@ -68,7 +69,7 @@ def tiles_of(kind: str, dtype: torch.dtype, *, wide: bool, full: bool) -> list[T
         pytest.skip("sm_75 has no bfloat16")
     tiles = list(configs.all_tiles(kind, dtype, device, wide=wide))
     if not full and dtype.itemsize == 2 and device.arch != 75 and len(tiles) > 1:
-        tiles = tiles[dtype == torch.bfloat16 :: 2]  # the two 16-bit dtypes have the same tiles: each takes every other
+        tiles = tiles[dtype == torch.bfloat16 :: 2]  # both 16-bit dtypes have the same tiles; each takes half
     return tiles
 
 
@@ -90,7 +91,7 @@ def test_every_tile(
 def test_every_tile_of_the_update(
     lane: torch.device, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:  # fmt: skip
-    """W = 0 and a learning rate of 1 leave -dW of each of two layers, whose batch may be split over programs."""
+    """With W = 0 and a learning rate of 1 the update leaves -dW in two layers; programs may share the batch."""
     module = importlib.import_module("fastmlp.kernels.wgrad_update")
     monkeypatch.setattr(module, "splits", lambda *args: splits)
     hyper_row = torch.tensor((1.0, 1.0, 1.0, 1.0)).to(lane)

@@ -17,7 +17,7 @@ M, K, N = 33, 150, 17
 @pytest.mark.parametrize("precision", ["tf32x3", "tf32x3 apart"])
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_split_products(lane, monkeypatch, name, precision):
-    """As accurate as float32, with an accumulator per product (which tcgen05 gets) and with one for all three."""
+    """Split products are as accurate as float32, with one accumulator each (as for tcgen05) or one for all three."""
     if current_device().arch == 75:
         pytest.skip("sm_75 has no tf32")
     for stem in ("linear_fwd", "linear_dgrad", "linear_wgrad", "wgrad_update", "head"):
@@ -27,6 +27,6 @@ def test_split_products(lane, monkeypatch, name, precision):
     got = PRODUCTS[name](lane, a, b)
     exact, own = a.double() @ b.double().T, a @ b.T
     assert_within_budget(next(iter(got.values())).cpu(), exact, own, reduction=K)
-    if name == "head":  # which multiplies twice
+    if name == "head":  # the head multiplies twice
         dz, own_dz = (z.softmax(1) - F.one_hot(z.new_zeros(M).long(), N) for z in (exact, own))
         assert_within_budget(got["dX"].cpu(), dz @ b.double(), own_dz @ b, reduction=K)

@@ -20,7 +20,7 @@ LR = 0.1
 
 
 def hyper_row(t: int, lane, optimizer: str = "sgd") -> torch.Tensor:
-    """What changes from step to step, for step number t = 1, 2, ..."""
+    """The settings that change from step to step, for step number t = 1, 2, ..."""
     rates, count = (torch.tensor([value], dtype=torch.float64) for value in (LR, t))
     (row,) = rule(optimizer).rows(rates, count)
     assert row.shape == (HYPER_COLUMNS,)
@@ -34,7 +34,7 @@ def rule(name: str) -> Optimizer:
 
 
 def problem(sizes, m, dtype, *, bias=True, seed=0):
-    """(layers as float32 masters, dzs, xs) of an MLP with the given sizes."""
+    """(layers with float32 masters, dzs, xs) of an MLP with the given sizes."""
     g = torch.Generator().manual_seed(seed)
     weights = [torch.randn(n, k, generator=g) for k, n in itertools.pairwise(sizes)]
     biases = [torch.randn(n, generator=g) if bias else None for n in sizes[1:]]
@@ -48,7 +48,7 @@ def on(lane, tensors):
 
 
 def run(lane, optimizer, sizes, m, dtype, *, steps=2, bias=True, low=None):
-    """Masters after some steps of the kernel, with the same steps of torch.optim in float64 and float32."""
+    """Masters after some steps of the kernel, and after the same steps of torch.optim in float64 and float32."""
     hyper = Hyper(*rule(optimizer).kernel)
     weights, biases, _, _ = problem(sizes, m, dtype, bias=bias)
     w, b = on(lane, weights), on(lane, biases)

@@ -1,8 +1,8 @@
-"""Plants a bug in a copy of the kernels and asks a lane's own tests whether they see it.
+"""Plant a bug in a copy of the kernels, and run a lane's own tests to learn whether they see the bug.
 
-The copy is a folder of its own, changed by replacing text, and takes the place of ``fastmlp.kernels`` in a process of
-its own; the checkout is never written to. The process is forked from a server that has torch and Triton loaded
-already, so that a mutant costs its tests and little more, and so that one that crashes or hangs harms nothing.
+The copy is a separate folder, in which text is replaced. It takes the place of ``fastmlp.kernels`` in a separate
+process; the checkout is never written to. The process is forked from a server that has loaded torch and Triton already,
+so a mutant costs little more than its tests. A mutant that crashes or hangs harms nothing.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ TIME_LIMIT = 300  # seconds
 
 @dataclass(frozen=True)
 class Mutant:
-    """One planted bug and who is to find it.
+    """One planted bug and the tests that must find it.
 
     Attributes:
         kernel: the file in kernels/, without its suffix.
-        bug: the kind.
+        bug: the kind of the bug.
         old, new: a text and its replacement, or several; each old text must be in the file exactly once.
-        tests: a test file and a -k expression: what is run of it, up to the first failure.
+        tests: a test file and a -k expression that selects its tests, which run up to the first failure.
         lane: "interpret" or "execute".
     """
 
@@ -48,12 +48,12 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """What the test is called."""
+        """The name of the test."""
         return f"{self.kernel}: {self.bug}"
 
     @property
     def edits(self) -> list[tuple[str, str]]:
-        """(old, new), one pair an edit."""
+        """(old, new), one pair per edit."""
         old, new = ((t,) if isinstance(t, str) else t for t in (self.old, self.new))
         return list(zip(old, new, strict=True))
 
@@ -64,7 +64,7 @@ class Outcome:
 
     Attributes:
         exit_code: pytest's, or a negative signal number, or None if the time limit was reached.
-        ran: how many tests ran to their verdict.
+        ran: how many tests ran to the end.
         failure: the first failing test and its error, or "".
         error: the names of the failure's exception class and of its bases.
     """
@@ -81,7 +81,7 @@ class Outcome:
 
     @property
     def caught(self) -> bool:
-        """A check saw wrong values or a forbidden access; an error in the mutant itself (a name, a type) is none."""
+        """A check saw wrong values or a forbidden access; an error in the mutant (a name, a type) is no catch."""
         if self.exit_code != pytest.ExitCode.TESTS_FAILED:
             return self.exit_code is not None and self.exit_code < 0
         out_of_bounds = "InterpreterError" in self.error and "IndexError(" in self.failure
@@ -92,7 +92,7 @@ def plant(mutant: Mutant | None, folder: Path) -> Path:
     """Copy the kernels into ``folder`` and make the edits; None copies only.
 
     Raises:
-        ValueError: a text that is not in the file exactly once, with the lines most like it.
+        ValueError: a text is not in the file exactly once; the message has the lines most like it.
     """
     copy = folder / "kernels"
     shutil.copytree(KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -117,7 +117,7 @@ def plant(mutant: Mutant | None, folder: Path) -> Path:
 def check(folder: Path, tests: tuple[str, str]) -> Outcome:
     """Run ``tests`` (file, -k expression), in a process whose fastmlp.kernels is the copy in ``folder``."""
     context = multiprocessing.get_context("forkserver")
-    # What every test loads, but nothing that loads the kernels; gluon is what Triton's interpreter loads when it runs.
+    # Every test loads these modules, and none of them loads the kernels. Triton's interpreter loads gluon when it runs.
     context.set_forkserver_preload(["fastmlp", "triton", "triton.experimental.gluon", "pytest", "numpy.testing"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(str(folder), *tests, sender))
@@ -125,7 +125,7 @@ def check(folder: Path, tests: tuple[str, str]) -> Outcome:
     sender.close()
     try:
         result = receiver.recv() if receiver.poll(TIME_LIMIT) else None
-    except EOFError:  # it ended without a word
+    except EOFError:  # the process ended without a message
         process.join()
         return Outcome(process.exitcode if process.exitcode != 0 else None)
     finally:
@@ -147,7 +147,7 @@ def _run(folder: str, path: str, keyword: str, sender: Connection) -> None:
     # Plugins and tracebacks that these tests do not need would cost every mutant more than its tests.
     unneeded = ("cacheprovider", "xdist", "benchmark", "hypothesispytest", "tests.fuzz.plugin", "unraisableexception")
     options = ["-x", "-q", "--tb=no", "--rootdir", str(ROOT), *(f"-pno:{name}" for name in unneeded), "-k", keyword]
-    # Its own temporary folder: without, pytest removes those of earlier runs, which the processes beside it do too.
+    # Without its own temporary folder, pytest removes those of earlier runs, and so do the processes beside it.
     options.append(f"--basetemp={Path(folder).parent / 'temporary'}")
     try:
         _replace_kernels(Path(folder))

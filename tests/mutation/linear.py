@@ -365,7 +365,7 @@ _ACTIVATIONS = (
         "return far",
         (FWD, "test_tanh_near_zero"),
     ),
-    # The product of the GPU; the interpreter has one of its own.
+    # The GPU's product; the interpreter has its own.
     Mutant(
         "tiling",
         "a term of the product dropped",

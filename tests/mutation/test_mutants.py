@@ -40,7 +40,7 @@ def here() -> list[Mutant]:
 
 
 def baselines() -> dict[str, str]:
-    """By test file, a -k expression for all tests that the mutants of this lane are run against."""
+    """By test file, a -k expression for all tests that the mutants of this lane run."""
     expressions: dict[str, dict[str, None]] = defaultdict(dict)
     for mutant in here():
         expressions[mutant.tests[0]][mutant.tests[1]] = None
@@ -62,7 +62,7 @@ class TestInThisLane:
 
 
 def test_every_mutant_changes_one_file(tmp_path: Path):
-    """The texts that the mutants replace are in the kernels as they are now."""
+    """The texts that the mutants replace are in the current kernels."""
     stale = []
     for i, mutant in enumerate(MUTANTS):
         try:

@@ -1,4 +1,4 @@
-"""Modules and functions on a CPU: the measured library, 16 bits by way of float32, and who is left to aten."""
+"""Modules and functions on a CPU: the measured library, 16 bits by way of float32, and products left to aten."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tests.support.steps import fresh_choices, have_16_bit_products, needs_onedn
 
 pytestmark = pytest.mark.usefixtures("fresh_choices")
 
-#: The first two products of each layer are large enough for a choice, the last layer's are not.
+#: The products of the first two layers are large enough for a choice, the products of the last layer are not.
 M, SIZES = 96, (257, 256, 200, 10)
 
 
 @pytest.fixture
 def onednn_calls(monkeypatch) -> list[str]:
-    """The names of the products that oneDNN makes, in a mode in which it makes all that it may."""
+    """The names of the products that oneDNN makes, in a mode in which oneDNN makes every product that it can."""
     calls: list[str] = []
     for name in ("linear", "wgrad"):
         original = getattr(onednn, name)
-        # Called by name inside onednn too: a product of wgrad counts once more as linear.
+        # onednn.wgrad calls ``linear`` by name, so a product of wgrad counts once more as linear.
         monkeypatch.setattr(onednn, name, lambda *a, f=original, n=name: (calls.append(f"onednn_{n}"), f(*a))[1])
     fastmlp.set_cpu_gemm("onednn")
     return calls
@@ -56,7 +56,7 @@ def results(model: torch.nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def assert_within_budget(model: fastmlp.MLP, x: Tensor, y: Tensor) -> None:
-    """No further from float64 than twice torch's own modules in the same dtype, and a floor."""
+    """The error against float64 is at most twice that of torch's own modules in the same dtype, plus a floor."""
     torchs = model.to_torch()
     wide = {n: t.double() for n, t in model.state_dict().items()}
     exact = fastmlp.MLP(SIZES, model.layers[0].activation, dtype=torch.float64)
@@ -72,7 +72,7 @@ def assert_within_budget(model: fastmlp.MLP, x: Tensor, y: Tensor) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_onednn_within_the_budget(onednn_calls, activation):
     model, x, y = model_and_batch(activation=activation)
-    if activation == "step":  # not to_torch's
+    if activation == "step":  # to_torch does not convert it
         results(model, x, y)
     else:
         assert_within_budget(model, x, y)
@@ -81,7 +81,7 @@ def test_onednn_within_the_budget(onednn_calls, activation):
 
 @needs_onednn
 def test_what_was_measured():
-    """Each product that is large enough once, and kept for later processes."""
+    """Each product that is large enough is measured once, and the choice is kept for later processes."""
     fastmlp.set_cpu_gemm("auto")
     model, x, y = model_and_batch()
     results(model, x, y)
@@ -104,7 +104,7 @@ def test_16_bits_by_way_of_float32(monkeypatch, m, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_single_samples(dtype):
-    """Outer products: one multiplication an element, the gradients as contiguous as any."""
+    """Outer products take one multiplication per element, and their gradients are contiguous like any others."""
     model, x, y = model_and_batch(dtype, m=1)
     assert_within_budget(model, x, y)
     spread = torch.randn(SIZES[0], 3).to(dtype)[:, :1].t()
@@ -145,7 +145,7 @@ def transposed(model: fastmlp.MLP, x: Tensor) -> None:
 
 
 class Subclass(Tensor):
-    """Somebody else's tensor."""
+    """A tensor class of other code."""
 
 
 def subclass(model: fastmlp.MLP, x: Tensor) -> None:
@@ -185,5 +185,5 @@ def test_inference_mode(onednn_calls):
 
 
 def test_threshold():
-    """The reference network at 64 rows is above it, its last layer below."""
+    """The reference network's hidden layers at 64 rows are above the threshold, its last layer is below."""
     assert 64 * 512 * 512 >= torch_products._LARGE > 64 * 512 * 10

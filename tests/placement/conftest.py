@@ -1,4 +1,4 @@
-"""Fake GPUs, where there are no real ones."""
+"""Fake GPUs where there are no real GPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.conftest import HAS_GPU, INTERPRETING
 def machine() -> Iterator[object]:
     """Two GPUs on which nothing is computed."""
     if HAS_GPU or INTERPRETING:
-        pytest.skip("fake GPUs stand where there is no real one, and no interpreter")
+        pytest.skip("fake GPUs need a process with neither a real GPU nor the interpreter")
     from tests.placement.machine import Machine
 
     with Machine() as machine:

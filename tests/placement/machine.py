@@ -1,4 +1,4 @@
-"""A machine with two GPUs on which nothing is computed: fake tensors have a device, a shape and an address.
+"""A machine with two GPUs that compute nothing; its fake tensors have a device, a shape and an address.
 
 Inside ``with Machine() as machine:`` tensors on "cuda:0" and "cuda:1" can be made. Torch operations that mix devices
 fail as they do on GPUs, and kernels are recorded instead of launched. Tensors on the CPU are real ones.
@@ -41,7 +41,7 @@ class Launch:
 
 
 class _FakeMode(FakeTensorMode):
-    """For a machine whose torch.cuda says that there are GPUs, and that must not be asked for them."""
+    """Fake tensors that never initialize a GPU, for a machine whose torch.cuda only claims to have GPUs."""
 
     @property
     def avoid_device_init(self) -> bool:
@@ -49,7 +49,7 @@ class _FakeMode(FakeTensorMode):
 
 
 class _Driver(SimulatedGPU):
-    """What the launchers ask of Triton's driver; the current device is torch's, as on a real machine."""
+    """The part of Triton's driver that the launchers use. The current device is torch's, as on a real machine."""
 
     def __init__(self, machine: Machine, arch: int) -> None:
         super().__init__(arch, execute=False)
@@ -60,7 +60,7 @@ class _Driver(SimulatedGPU):
 
 
 class _Watch(TorchDispatchMode):
-    """Every torch operation passes here: those on the CPU to real tensors, all others to fake ones."""
+    """Every torch operation passes through here. Operations on the CPU get real tensors, all others fake tensors."""
 
     def __init__(self, machine: Machine) -> None:
         super().__init__()
@@ -102,13 +102,13 @@ class _Watch(TorchDispatchMode):
         known = {t.untyped_storage()._cdata for t in given}
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and pinned:
-                machine.pinned[t.untyped_storage()._cdata] = t  # kept, so that no other gets its address
+                machine.pinned[t.untyped_storage()._cdata] = t  # kept, so that no other tensor gets its address
             elif isinstance(t, Tensor) and t.untyped_storage()._cdata not in known:
                 machine.created(func, t)
         return result
 
     def _check_copy(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Copies between host and GPU for which the host waits."""
+        """Note the copies between host and GPU for which the host waits."""
         if func is aten.copy_.default:
             to, source, later = args[0], args[1], (*args, *kwargs.values())[2:3] == (True,)
         elif func is aten._to_copy.default and kwargs.get("device") is not None:
@@ -134,7 +134,7 @@ class Machine(StandIn):
     """Two GPUs.
 
     Attributes:
-        launches: the kernels launched, those of captures once more for every replay.
+        launches: the launched kernels; the kernels of a capture are repeated for every replay.
         pinned: tensors in pinned memory, by the address of their storage.
     """
 
@@ -165,7 +165,7 @@ class Machine(StandIn):
 
     @contextmanager
     def hot(self, device: str | torch.device, *, host: bool = False) -> Iterator[None]:
-        """In here the host waits for nothing, and new tensors are on ``device`` (``host``: or on the CPU)."""
+        """Require that the host never waits and new tensors are on ``device`` (with ``host``, or on the CPU)."""
         before = self._hot, self._host_allowed
         self._hot, self._host_allowed = torch.device(device), host
         try:
@@ -184,7 +184,7 @@ class Machine(StandIn):
         assert self._hot is None, f"the host waits for the device: {what}"
 
     def created(self, func: Any, t: Tensor) -> None:
-        """Note a tensor, new or a view."""
+        """Note a tensor, which is new or a view."""
         if t.device.type == "cuda":
             storage = t.untyped_storage()
             if storage._cdata not in self._storages:
@@ -217,7 +217,7 @@ class Machine(StandIn):
     def _backward(
         self, outputs: Sequence[Tensor], grads: Any, keep: bool, create: bool, inputs: Any, *_: Any, **__: Any
     ) -> Any:
-        """The backward pass of torch's engine, whose threads ask for real GPUs: nodes in order, on their device."""
+        """Replace torch's backward pass, whose threads need real GPUs: run the nodes in order, each on its device."""
         found = {id(t): None for t in inputs}
         nodes, pending = _below([t.grad_fn for t in outputs])
         waiting: dict[Any, list[Tensor | None]] = {n: [None] * len(n._input_metadata) for n in nodes}
@@ -279,5 +279,5 @@ def _below(roots: Sequence[Any]) -> tuple[list[Any], Counter[Any]]:
 
 
 def _address(t: Tensor) -> int:
-    """Different for different storages, as fake tensors' own are not."""
+    """An address that differs between storages; the addresses of fake tensors do not."""
     return (t.untyped_storage()._cdata << 16) + t.storage_offset() * t.element_size()

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.placement
 
 @contextmanager
 def defaults(device: str | None, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """As a user may have set them at the top of a script."""
+    """The defaults as a user may have set them at the start of a script."""
     torch.set_default_device(device)
     torch.set_default_dtype(dtype)
     try:
@@ -52,7 +52,7 @@ def all_of_a_step(machine, optimizer, precision):
 @pytest.mark.parametrize("precision", ["float32", "mixed float16"])
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "clipped"])
 def test_step(machine, optimizer, precision, setting):
-    """The same launches, of tensors of the same dtypes."""
+    """The launches are the same, with tensors of the same dtypes."""
     expected = all_of_a_step(machine, optimizer, precision)
     machine.launches.clear()
     with defaults(*setting):
@@ -101,7 +101,7 @@ def test_training(machine, setting, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_step_on_a_cpu(machine, optimizer, dtype, setting):
-    """The same parameters, bit for bit."""
+    """The parameters are the same, bit for bit."""
 
     def trained() -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_a_step_on_a_cpu(machine, optimizer, dtype, setting):
 
 @pytest.mark.parametrize("setting", DEFAULTS.values(), ids=DEFAULTS)
 def test_initial_weights_and_online_training_on_a_cpu(machine, setting):
-    """The same parameters, bit for bit."""
+    """The parameters are the same, bit for bit."""
     images = torch.randn(40, SIZES[0], generator=torch.Generator().manual_seed(2))
     labels = torch.arange(40) % SIZES[-1]
 

@@ -1,4 +1,4 @@
-"""The fake machine finds what it is there to find."""
+"""The fake machine finds the faults that it is meant to find."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_is_no_wait(machine):
         z = torch.where(x > 0, x * 2 + y, 1.0)
         z[torch.arange(2, device="cuda:1")] = 3.0
         assert torch.full((), 2.0, device="cuda:1").device == x.device
-    assert x.sum().item() == 1.0, "a number, whichever, where waiting is allowed"
+    assert x.sum().item() == 1.0, "item() gives some number where waiting is allowed"
 
 
 def test_tensors_on_the_wrong_device(machine):

@@ -1,4 +1,4 @@
-"""What a TrainStep holds on a GPU does not grow with the number of batch sizes, epochs or data sets."""
+"""The memory that a TrainStep holds on a GPU does not grow with the number of batch sizes, epochs or data sets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rows_of(n, *, pixels=False):
 
 
 def one_size(machine, rows):
-    """What a step of a single batch size holds, its graph included."""
+    """The bytes that a step of a single batch size holds, its graph included."""
     before = machine.held()
     step = new_step()
     for _ in range(4):
@@ -62,7 +62,7 @@ def test_300_batch_sizes_of_epochs(machine):
 
 @pytest.mark.parametrize("products", [None, torch.bfloat16, torch.float16], ids=str)
 def test_100_epochs_over_float_images(machine, products):
-    """One copy in the products' dtype, kept or made anew, and one capture for each size of a batch."""
+    """There is one copy in the products' dtype, kept or made anew, and one capture per size of a batch."""
     images, labels = rows_of(2000)
     step = new_step(products)
     before = machine.held()
@@ -91,7 +91,7 @@ def test_100_data_sets(machine, products):
 
 
 def test_100_orders_and_rates(machine):
-    """Neither orders nor rates are kept, and none of them is a reason for another graph."""
+    """Orders and rates are not kept, and neither needs another graph."""
     images, labels = rows_of(2000, pixels=True)
     step = new_step()
     held = []

@@ -1,4 +1,4 @@
-"""TrainStep on GPUs: every tensor on the model's device, no wait of the host, and the current device as it was."""
+"""TrainStep on GPUs: all tensors are on the model's device, the host never waits, and the current device is kept."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def batch(device, dtype, rows=ROWS, loss="cross_entropy"):
 
 
 def every_call(machine, step, device, dtype, loss="cross_entropy"):
-    """Each method of a step, often enough for launches, capture and replay; whatever must not wait does not."""
+    """Call each method of a step, often enough for launches, capture and replay; calls that must not wait do not."""
     x, y = batch(device, dtype, loss=loss)
     images, labels = batch(device, dtype, 2 * ROWS + 5, loss)
     order = torch.randperm(len(images), device=device)
     for i in range(4):
-        with machine.hot(device, host=True):  # rates come from the host, where they change
+        with machine.hot(device, host=True):  # rates come from the host where they change
             step.lr = 0.1 / (i + 1)
             losses = [step(x, y), step.epoch(images, labels, ROWS)]
             losses.append(step.epoch(images, labels, ROWS, order, [1.0, 0.5, 0.25]))
@@ -174,7 +174,7 @@ def test_data_on_another_device_is_an_error(machine, backend):
 
 
 def test_parameters_that_change_are_followed(machine):
-    """16-bit copies of parameters that somebody else wrote to are made anew on their device, without a wait."""
+    """16-bit copies of parameters that other code wrote to are made anew on their device, without a wait."""
     model = fastmlp.MLP(SIZES, device="cuda:1")
     step = TrainStep(model, dtype=torch.bfloat16, lr=0.1)
     x, y = batch("cuda:1", torch.uint8)
@@ -208,7 +208,7 @@ def test_captures_let_other_threads_allocate(machine):
 
 
 def test_labels_are_not_looked_at(machine):
-    """A class number out of range makes NaN on a GPU; looking for one would be a wait."""
+    """A class number out of range makes NaN on a GPU, because a search for it would make the host wait."""
     step = TrainStep(fastmlp.MLP(SIZES, device="cuda:0"), lr=0.1)
     x, y = batch("cuda:0", torch.uint8)
     with machine.hot("cuda:0", host=True):

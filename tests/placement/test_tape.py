@@ -1,4 +1,4 @@
-"""Forward, loss and backward on GPUs: every tensor on the input's device, no wait of the host."""
+"""Forward, loss and backward on GPUs: every tensor is on the input's device, and the host never waits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def labels(device, rows=ROWS):
 
 
 def loss_and_backward(machine, device, dtype, *, pixels=False, autocast=None):
-    """A training pass by autograd, and what it launched."""
+    """A training pass by autograd, and its launches."""
     before = len(machine.launches)
     model = fastmlp.MLP(SIZES, ["relu", "gelu", "identity"], device=device, dtype=dtype)
     loss_of = fastmlp.CrossEntropyLoss(label_smoothing=0.1)

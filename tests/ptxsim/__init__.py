@@ -1,4 +1,4 @@
-"""Runs the PTX that Triton generates on a CPU, with numpy: see README.md."""
+"""Run the PTX that Triton generates on a CPU, with numpy. README.md describes the package."""
 
 from .compile import compile_triton, run_triton, triton_kernel
 from .errors import (

@@ -1,4 +1,4 @@
-"""From a @triton.jit function and arguments to a kernel that runs here, specialised as Triton's JIT would do it."""
+"""Compile a @triton.jit function with its arguments to a kernel that runs here, specialised as Triton's JIT does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .stats import Stats
 
 
 class _Array:
-    """What Triton's specialisation looks at in a tensor: dtype and address; a numpy array does not show these."""
+    """The dtype and address that Triton's specialisation reads of a tensor; a numpy array does not have them."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
@@ -62,7 +62,7 @@ def triton_kernel(
     num_stages: int = 3,
     **options: Any,
 ) -> tuple[PtxKernel, list[str]]:
-    """As `compile_triton`, but decoded: (kernel, names of the run-time arguments in order)."""
+    """Like `compile_triton`, but the kernel is decoded: (kernel, names of the run-time arguments in order)."""
     compiled, names = compile_triton(fn, args, constexprs, arch, num_warps, num_stages, **options)
     return decode_compiled(compiled), names
 
@@ -83,7 +83,7 @@ def run_triton(
     Args:
         args: run-time arguments by name: torch CPU tensors, numpy arrays, numbers, None, and tuples of these.
         constexprs: the tl.constexpr arguments by name.
-        grid: programs in each direction, or a function of all arguments by name that tells.
+        grid: programs in each direction, or a function that returns them for all arguments by name.
         options: further compile options of Triton, e.g. {"maxnreg": 128}.
         launch: options of `PtxKernel.launch`: mode, seed and so on.
     """

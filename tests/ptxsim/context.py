@@ -1,7 +1,8 @@
 """Warps that advance together: their registers, and the control flow of lanes that diverge and meet again.
 
-A context is either all warps of many CTAs (lockstep) or a single warp (warpwise). Its lanes are divided into
-groups by program counter; the group that is furthest behind runs, and merges with another when it arrives there.
+A context holds either all warps of many CTAs (lockstep) or a single warp (warpwise). Its lanes are divided into
+groups by program counter. The group that is furthest behind runs; it merges with another group on reaching that group's
+program counter.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 NORMAL, BRANCH, BAR, EXIT, BRX = range(5)
 
-SIMULATED_MULTIPROCESSORS = 108  # what %nsmid tells
+SIMULATED_MULTIPROCESSORS = 108  # the value of %nsmid
 
 _KEPT_MASKS = 64
 
@@ -33,9 +34,9 @@ class Group:
     __slots__ = ("mask", "nw", "parked", "pc", "spins", "yields")
 
     def __init__(self, pc: int, mask: np.ndarray | None, nw: int, yields: int = 0) -> None:
-        self.pc, self.mask, self.nw = pc, mask, nw  # mask: None for all lanes; nw: warps that it touches
-        self.yields = yields  # how often it has let others go first: groups with fewer run first
-        self.spins = 0  # backward branches since
+        self.pc, self.mask, self.nw = pc, mask, nw  # mask: None for all lanes; nw: number of warps with lanes in it
+        self.yields = yields  # how often the group has let others go first; groups with fewer yields run first
+        self.spins = 0  # backward branches since the last yield
         self.parked = False  # waits at a .sync instruction for the rest of its warps
 
 
@@ -43,10 +44,10 @@ class Context:
     """Registers and control state of warps that advance together.
 
     Args:
-        launch: the launch this is part of.
-        ctas, warps: linear indices of the CTAs, and the warps of each that are here.
+        launch: the launch that the context belongs to.
+        ctas, warps: linear indices of the CTAs, and which warps of each CTA are in the context.
         shared: shared memory of these CTAs.
-        whole: all warps of each CTA are here, so that barriers are settled within the context.
+        whole: whether all warps of each CTA are in the context, which then settles barriers by itself.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Context:
         self.lstride = -(-launch.kernel.local_size // 16) * 16
         self.lmem = np.zeros(self.L * self.lstride, u8)
         self.pending: list[PendingCopy] = []
-        self.fragments: dict[tuple, tuple[list[np.ndarray], np.ndarray]] = {}  # operands of mma that were used lately
+        self.fragments: dict[tuple, tuple[list[np.ndarray], np.ndarray]] = {}  # recently used operands of mma
         self._mask_lanes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._first_lanes: dict[int, np.ndarray] = {}
         self.committed = np.zeros(self.L, i64)  # cp.async groups of each lane
@@ -83,10 +84,10 @@ class Context:
         self.live = np.ones(self.L, np.bool_)
         self.groups = [Group(0, None, self.W)]
         self.waiting: dict[int, np.ndarray] = {}  # barrier id -> lanes that have arrived
-        self.wait_count: dict[int, int | None] = {}  # threads it waits for; None: all
-        self.wait_pc = np.zeros(self.L, i64)  # where each goes on
+        self.wait_count: dict[int, int | None] = {}  # barrier id -> threads that it waits for; None: all
+        self.wait_pc = np.zeros(self.L, i64)  # where each lane goes on
         self.wait_yields = np.zeros(self.L, i64)
-        self.bar_request: tuple[int, int | None] | None = None  # what a single warp waits for
+        self.bar_request: tuple[int, int | None] | None = None  # the barrier that a single warp waits for
 
     def _special_registers(self) -> dict[str, np.ndarray]:
         kernel, c = self.launch.kernel, self.ctas
@@ -135,7 +136,7 @@ class Context:
             "%gridid": np.array([1], u64),
         }
 
-    # What the decoded closures use.
+    # Used by the decoded closures.
 
     def write_masked(self, d: int, v: np.ndarray, m: np.ndarray) -> None:
         self.R[d] = np.where(m, v, self.R[d])
@@ -151,7 +152,7 @@ class Context:
         return a if a.size == self.L else np.full(self.L, a[0])
 
     def active_lanes(self, m: np.ndarray) -> np.ndarray:
-        """Indices of the lanes of a mask. Masks are never changed either, and often are one predicate register."""
+        """Indices of the lanes of a mask. Like registers, masks are never changed; many are one predicate register."""
         known = self._mask_lanes.get(id(m))
         if known is None:
             if len(self._mask_lanes) >= _KEPT_MASKS:
@@ -204,7 +205,7 @@ class Context:
                 return stopped
 
     def _run_group(self, g: Group) -> str | None:
-        """Run a group until it ends, splits, merges or waits; None means: choose again."""
+        """Run a group until it ends, splits, merges or waits. None means that a group is to be chosen again."""
         code, launch = self.code, self.launch
         others = {o.pc: o for o in self.groups if o is not g}
         pc, m, nw = g.pc, g.mask, g.nw
@@ -277,7 +278,7 @@ class Context:
         return None
 
     def _spun(self, g: Group) -> bool:
-        """Count a backward branch; after too many the group lets others go first."""
+        """Count a backward branch. After too many of them the group lets others go first."""
         g.spins += 1
         if g.spins <= self.launch.spin_limit:
             return False
@@ -286,7 +287,7 @@ class Context:
         return True
 
     def _take_out(self, g: Group, pc: int, active: np.ndarray | None) -> np.ndarray:
-        """Remove the group; its lanes that do not take part go on behind pc. Returns those that do, as a mask."""
+        """Remove the group. Lanes that take no part go on behind pc; lanes that take part are returned as a mask."""
         self.groups.remove(g)
         if active is None:
             return np.ones(self.L, np.bool_)
@@ -308,7 +309,7 @@ class Context:
     def _barrier(self, g: Group, ins: Instruction, pc: int, active: np.ndarray | None) -> int | str | None:
         id_slot, count_slot = ins.bar
         if self.whole and count_slot is None and active is g.mask:
-            # The usual case, all live threads of some CTAs at once: they pass without waiting.
+            # In the usual case all live threads of some CTAs arrive at once, and they pass without waiting.
             here = np.ones(self.ncta, np.bool_)
             complete = active is None
             if not complete:
@@ -364,7 +365,7 @@ class Context:
     # Groups.
 
     def add_group(self, pc: int, mask: np.ndarray, yields: int = 0) -> Group:
-        """Lanes that go on at pc: a group of their own, or part of the one that is there."""
+        """Let lanes go on at pc, as a group of their own or as part of the group that is there."""
         for g in self.groups:
             if g.pc == pc and g.mask is not None:
                 g.mask = g.mask | mask
@@ -392,7 +393,7 @@ class Context:
         g.nw = self.W if g.mask is None else int(g.mask.reshape(self.W, 32).any(1).sum())
 
     def _converged(self, m: np.ndarray) -> bool:
-        """Whether each warp that takes part does so with all lanes that have not exited."""
+        """Whether each participating warp takes part with all of its lanes that have not exited."""
         lanes = m.reshape(self.W, 32)
         return bool((lanes | ~self.live.reshape(self.W, 32))[lanes.any(1)].all())
 

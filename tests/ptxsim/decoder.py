@@ -1,11 +1,11 @@
-"""From parsed instructions to closures over register arrays.
+"""Decode parsed instructions to closures over register arrays.
 
-Each instruction is decoded once to a function fn(c, m): c is the `Context` whose lanes run it, m the lanes that take
-part, or None when all do. Decoders are registered by opcode with `@opcode`; they ask the `Decoder` for the slots
-of their operands. Names shared by all the ops_*.py files:
+Each instruction is decoded once to a function fn(c, m). c is the `Context` whose lanes run the instruction; m is the
+mask of the lanes that take part, or None when all do. Decoders are registered by opcode with `@opcode`; they ask the
+`Decoder` for the slots of their operands. These names are shared by all the ops_*.py files:
 
     D decoder    T PTX type, e.g. "f32"    b its bits    R registers by slot, arrays of [lanes] or [1]
-    d, ds destination slots    a, x, y, s, ss source slots    es bytes of an element    n bytes a lane moves
+    d, ds destination slots    a, x, y, s, ss source slots    es bytes of an element    n bytes per lane
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Decoder:
         clock: Callable[[], int],
     ) -> None:
         self.mod, self.dyn_base, self.noise, self.clock = mod, dyn_base, noise, clock
-        self.bits: list[int] = []  # of each slot
-        self.init: list[np.ndarray] = []  # what each slot holds at the start
+        self.bits: list[int] = []  # width of each slot
+        self.init: list[np.ndarray] = []  # initial value of each slot
         self.slots: dict[str, int] = {}
         self.special: dict[str, int] = {}
         self.param_slots: dict[tuple[int, int, int, bool], int] = {}  # see param()
@@ -155,7 +155,7 @@ class Decoder:
         return self.const(v, bits)
 
     def symbol(self, s: str) -> int | None:
-        """The address of "variable" or "variable+offset", of a kernel parameter too."""
+        """The address of "variable" or "variable+offset"; the variable may be a kernel parameter."""
         m = re.match(r"([\w$]+)(?:\+(\d+))?$", s)
         if not m:
             return None

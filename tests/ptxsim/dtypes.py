@@ -1,7 +1,7 @@
-"""PTX types as numpy arrays: registers hold bits in unsigned containers, and are viewed as numbers to compute.
+"""PTX types as numpy arrays. Registers hold bits in unsigned containers; to compute, the bits are viewed as numbers.
 
 A register array has one element per lane, or a single element when the value is the same for every lane.
-Rounding beyond what numpy offers (one rounding of a fused product and sum, directed modes, bfloat16) is here too.
+Roundings that numpy lacks are here too: one rounding of a fused product and sum, directed modes, bfloat16.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ BITS.update(f16=16, bf16=16, f32=32, f64=64, f16x2=32, bf16x2=32, tf32=32, f32x2
 UINT = {1: np.bool_, 8: u8, 16: u16, 32: u32, 64: u64}
 SINT = {8: i8, 16: i16, 32: i32, 64: i64}
 
-# What a register holds before it is written: a NaN in every float view.
+# The bits of a register before the first write: a NaN in every float view.
 POISON = {1: False, 8: 0xAD, 16: 0x7FFD, 32: 0x7FC0DEAD, 64: 0x7FF8DEADBEEFDEAD}
 
 
 def byte_flags(flags: np.ndarray, n: int) -> tuple[np.ndarray, np.unsignedinteger]:
-    """Flags of one byte each as [len / n, words], and the word in which all are set: n of them in one comparison."""
+    """Flags of one byte each as [len / n, words], and the word in which all are set, to compare n flags at once."""
     width = min(n, 8)
     t = UINT[8 * width]
     return flags.view(t).reshape(-1, n // width), t(int.from_bytes(b"\1" * width, "little"))
@@ -72,7 +72,7 @@ def round_sum_f32(p: np.ndarray, c: np.ndarray) -> np.ndarray:
         p, c = np.broadcast_to(p, s.shape)[tie], np.broadcast_to(np.asarray(c, f64), s.shape)[tie]
         t = s[tie]
         bv = t - p
-        e = (p - (t - bv)) + (c - bv)  # what the float64 sum lost (Knuth's two-sum)
+        e = (p - (t - bv)) + (c - bv)  # the part that the float64 sum lost (Knuth's two-sum)
         t = np.where(e > 0, np.nextafter(t, np.inf), np.where(e < 0, np.nextafter(t, -np.inf), t))
         r[tie] = t.astype(f32)
     return r
@@ -107,7 +107,7 @@ def as_numbers(T: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def as_bits(T: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The inverse of `as_numbers`: numbers, in the dtype that it gives, to the bits of PTX type `T`."""
+    """The inverse of `as_numbers`: the function that turns numbers, in that dtype, into the bits of PTX type `T`."""
     if T == "f16":
         return lambda x: x.astype(f16).view(u16)
     if T == "bf16":

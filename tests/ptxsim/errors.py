@@ -1,4 +1,4 @@
-"""The faults that the executor reports, each naming the PTX line, the source line, the address and the thread."""
+"""The faults that the executor reports. Each names the PTX line, the source line, the address and the thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class SimError(Exception):
     """A fault found while a kernel ran.
 
     Attributes:
-        kind: what sort of fault, in words (a class attribute).
+        kind: the sort of fault, in words (a class attribute).
         ins: the PTX instruction, or None.
         address: the byte address of the access (shared addresses count from the program's own start), or None.
         threads: the program and thread at fault, as text, or None.
@@ -57,7 +57,7 @@ class UninitShared(SimError):
 
 
 class SharedRace(SimError):
-    """Two warps (or, with `global_races`, two programs) touch the same bytes, one writes, and nothing orders them."""
+    """Two warps (or, with `global_races`, programs) access the same bytes, one writes, and nothing orders them."""
 
     kind = "shared-memory race"
 

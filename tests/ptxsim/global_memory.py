@@ -1,4 +1,4 @@
-"""Global memory: the arguments of a launch in one arena with red-zones, its bounds, and the counts of its traffic."""
+"""Global memory: the arguments of a launch in one arena with red zones, the checks of bounds, and traffic counts."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def is_buffer(x: Any) -> bool:
 
 
 class GlobalMemory:
-    """One flat arena; every storage has red-zones on both sides.
+    """One flat arena; every storage has red zones on both sides.
 
     Storages begin at multiples of 512 bytes, as a device allocates them. Host storage that is not even 16-byte
     aligned keeps its address modulo 16, because Triton has specialised the kernel on that.
 
     Args:
         image: initial contents of the module's own variables.
-        buffers: (name, tensor or array) of every pointer argument; those that share storage overlap here too.
+        buffers: (name, tensor or array) of every pointer argument; arguments that share storage overlap here too.
         scratch: bytes of scratch memory to add, or 0.
         strict: admit only the elements of a strided view, not the whole of its storage.
     """
@@ -121,7 +121,7 @@ class GlobalMemory:
         self.regions.append((start, start + extent, a))
 
     def view(self, nbytes: int, elem: int) -> tuple[np.ndarray, np.ndarray]:
-        """The arena as [n / nbytes, nbytes / elem] of unsigned elem-byte integers, and which rows may be touched."""
+        """The arena as unsigned elem-byte integers [n / nbytes, nbytes / elem], and which rows may be touched."""
         found = self._views.get((nbytes, elem))
         if found is None:
             if nbytes not in self._ok:
@@ -132,7 +132,7 @@ class GlobalMemory:
         return found
 
     def write_back(self) -> None:
-        """Copy the bytes that changed to the tensors and arrays themselves."""
+        """Copy the changed bytes to the tensors and arrays of the caller."""
         for lo, hi, off in self.blocks:
             new, host = self.mem[off : off + hi - lo], host_bytes(lo, hi - lo)
             changed = new != host
@@ -140,14 +140,14 @@ class GlobalMemory:
                 host[changed] = new[changed]
 
     def written(self, writers: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
-        """Which bytes of each argument that was stored to were, by what ``note_writes`` kept."""
+        """The written bytes of each argument that was stored to, as noted by ``note_writes``."""
         stored = np.zeros(self.mem.size, np.bool_)
         for nbytes, last in writers.items():
             stored |= np.repeat(last != 0, nbytes)
         return {a.name: stored[start:end] for start, end, a in self.regions if stored[start:end].any()}
 
     def describe(self, address: int) -> str:
-        """Where an address lies, seen from the nearest argument."""
+        """Where an address lies relative to the nearest argument."""
         off = int(address) - GBASE
         best = None
         for s, e, a in self.regions:
@@ -176,7 +176,7 @@ def locate_global(
     m: np.ndarray | None,
     what: str,
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
-    """The checked place of a global access of nbytes a lane.
+    """The checked place of a global access of nbytes per lane.
 
     Returns:
         (row in the [n, nbytes / elem] view, lanes or None for all, addresses, view); rows and addresses have one
@@ -192,7 +192,7 @@ def locate_global(
             a = a[idx]
     view, ok = c.launch.global_memory.view(nbytes, elem)
     i = a - u64(GBASE)
-    bits = int(np.bitwise_or.reduce(i))  # of any lane: no address is larger than this
+    bits = int(np.bitwise_or.reduce(i))  # the bits set in any lane: no address is larger
     if bits & (nbytes - 1):
         j = int(np.flatnonzero(a & u64(nbytes - 1))[0])
         raise Misaligned(
@@ -248,7 +248,7 @@ def count_global(
         s >>= u64(5)
         sectors = len(s) + np.count_nonzero((s[:, 1:] != s[:, :-1]) & valid[:, 1:])
         st[0] += len(s)
-    b = n * nbytes  # distinct bytes a warp asks for
+    b = n * nbytes  # distinct bytes requested per warp
     st[1] += int(sectors)
     st[2] += int(((b + 31) // 32).sum())
     st[3] += int(b.sum())
@@ -263,7 +263,7 @@ def note_writes(
     data: np.ndarray,
     view: np.ndarray,
 ) -> None:
-    """`global_races`: two CTAs store different values to one place (no order between CTAs is assumed)."""
+    """For `global_races`: report CTAs that store different values to one place. No order between CTAs is assumed."""
     lanes = c.lanes_all if idx is None else idx
     cta = c.ctas[c.cta_of_lane[lanes]] + 1
     own = c.launch.writers.get(nbytes)

@@ -42,16 +42,16 @@ def decoded(ptx: str, shared: int, num_warps: int, global_scratch_size: int, pro
 
 
 class PtxKernel:
-    """One kernel, ready to be launched.
+    """One kernel, ready for launches.
 
     Args:
         ptx: the text of a module with a single `.entry`.
-        shared_bytes: dynamic shared memory of a program.
-        num_warps: warps of a program.
-        global_scratch_size, profile_scratch_size: bytes a program needs of Triton's scratch buffers.
+        shared_bytes: bytes of dynamic shared memory per program.
+        num_warps: warps per program.
+        global_scratch_size, profile_scratch_size: bytes per program in Triton's scratch buffers.
 
     Raises:
-        NotImplementedError: for an instruction that is not modelled, naming it.
+        NotImplementedError: an instruction is not modelled; the message names it.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PtxKernel:
         self.code = [*mod.raw, end]
         self.special_slots = decoder.special
         self._registers, self._param_slots = decoder.init, decoder.param_slots
-        # The smallest shared access: what one element of the shadow state stands for.
+        # One element of the shadow state stands for the smallest shared access.
         self.gran = min(
             [4]
             + [
@@ -116,14 +116,14 @@ class PtxKernel:
 
         Args:
             grid: programs in x, or in (x, y, z).
-            args: the kernel parameters in PTX order, without Triton's two scratch pointers: torch CPU tensors, numpy
-                arrays, numbers, None for a null pointer. A mapping gives them names for messages.
+            args: the kernel parameters in PTX order, without Triton's two scratch pointers. A parameter is a torch CPU
+                tensor, a numpy array, a number, or None for a null pointer. A mapping names the parameters in messages.
             mode: "lockstep" (fast) or "warpwise" (random order of warps, all checks).
 
         The other options are described in README.md.
 
         Raises:
-            SimError: a fault of the kernel. What it stored before is in the tensors.
+            SimError: a fault of the kernel. The tensors hold everything that it stored before.
             ValueError: unknown option value, wrong number of arguments, tensor not on the CPU.
         """
         if mode not in MODES:
@@ -208,7 +208,7 @@ class PtxKernel:
         return registers
 
     def _noise(self, r: np.ndarray, error: float) -> np.ndarray:
-        """An approximate result, float32: correctly rounded, or perturbed by up to about its documented error."""
+        """An approximate float32 result, correctly rounded or perturbed by up to about its documented error."""
         if not self._noise_scale:
             return r
         u = self._noise_rng.uniform(-1, 1, np.shape(r))

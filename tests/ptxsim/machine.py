@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class LaunchState:
-    """What belongs to one launch, and not to the kernel or to some of its warps."""
+    """The state of one launch that belongs neither to the kernel nor to single warps."""
 
     kernel: PtxKernel
     grid: tuple[int, int, int]
-    registers: list[np.ndarray]  # what every slot holds at the start, parameters included
-    parameters: np.ndarray  # their bytes
+    registers: list[np.ndarray]  # initial value of every slot, parameters included
+    parameters: np.ndarray  # bytes of the parameters
     global_memory: GlobalMemory
     rng: np.random.Generator
     preempt: float
@@ -34,7 +34,7 @@ class LaunchState:
     uninit: str
     count_traffic: bool
     shuffle_atomics: bool
-    writers: dict[int, np.ndarray] | None  # global_races: by access size, which CTA stored last; None: off
+    writers: dict[int, np.ndarray] | None  # for global_races: the CTA that stored last, by access size; None: off
     stats: Stats = field(default_factory=Stats)
     steps: int = 0
     bank_memo: dict = field(default_factory=dict)
@@ -57,7 +57,7 @@ def _never_complete(launch: LaunchState, c: Context, lane: int) -> Deadlock:
 
 
 def run_lockstep(launch: LaunchState, resident: int) -> None:
-    """All warps of `resident` CTAs together, batch after batch."""
+    """Run all warps of `resident` CTAs together, batch after batch."""
     warps = range(launch.kernel.num_warps)
     for start in range(0, launch.ncta, resident):
         ctas = range(start, min(launch.ncta, start + resident))
@@ -68,13 +68,13 @@ def run_lockstep(launch: LaunchState, resident: int) -> None:
 
 
 def run_warpwise(launch: LaunchState, resident: int) -> None:
-    """Each warp alone until it waits, ends or is preempted; then a random one of those that can go on.
+    """Run each warp alone until it waits, ends or is preempted; then run a random warp of those that can go on.
 
-    `resident` CTAs are in flight together, and begin in random order.
+    `resident` CTAs are in flight together. CTAs begin in random order.
     """
     todo = list(launch.rng.permutation(launch.ncta))
     live: dict[int, dict[int, Context]] = {}  # CTA -> warp -> context
-    arrived: dict[tuple[int, int], dict[int, int | None]] = {}  # (CTA, barrier) -> warp -> threads it waits for
+    arrived: dict[tuple[int, int], dict[int, int | None]] = {}  # (CTA, barrier) -> warp -> threads to wait for
     runnable: list[tuple[int, int]] = []
     while todo or live:
         while todo and len(live) < resident:

@@ -1,7 +1,7 @@
-"""A GPU that takes launches and does nothing: what is left of a step is what it costs the host.
+"""A GPU that takes launches and does nothing, so the time of a step is the time of the host alone.
 
-A ``SimulatedGPU`` records every launch, which takes the host some 180 microseconds each. Everything of Triton but the
-driver is as real here as there: binder, specialisation, caches and compiler.
+A ``SimulatedGPU`` records every launch, which takes the host some 180 microseconds per launch. Everything of Triton but
+the driver is real here, as in ``SimulatedGPU``: binder, specialisation, caches and compiler.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ __all__ = ["NullGPU"]
 
 
 def _nothing(*launch: Any) -> None:
-    """Stands where Triton has the C function that hands a launch to the driver."""
+    """Replaces Triton's C function that hands a launch to the driver."""
 
 
 class NullGPU(SimulatedGPU):
-    """A context manager as ``SimulatedGPU`` is one; launches leave memory as it is, and ``launches`` stays empty."""
+    """A context manager like ``SimulatedGPU``. Launches leave memory as it is, and ``launches`` stays empty."""
 
     def __init__(self, arch: int = 90) -> None:
         super().__init__(arch, execute=False)

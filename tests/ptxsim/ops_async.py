@@ -22,7 +22,7 @@ class PendingCopy(NamedTuple):
     """Copies of some lanes that have been issued together and have not landed."""
 
     lanes: np.ndarray
-    group: np.ndarray  # of each lane: groups it had committed before
+    group: np.ndarray  # number of groups that each lane had committed before
     rows: np.ndarray  # destinations, in rows of nbytes
     nbytes: int
     data: np.ndarray  # [lanes, elements]
@@ -47,7 +47,10 @@ def _commit(c: Context, m: Mask) -> None:
 
 
 def _wait(c: Context, n: int | None, m: Mask) -> None:
-    """Land all copies of the active lanes but those of their n latest groups; None: all, committed or not."""
+    """Land the copies of the active lanes, except the n latest groups of each lane.
+
+    n = None lands all copies, committed or not.
+    """
     left = []
     sm = c.shared
     for copy in c.pending:
@@ -96,7 +99,7 @@ def cp(D: Decoder, ins: Instruction) -> Execute:
     ins.global_counts, ins.shared_counts, ins.ismem = [0, 0, 0, 0], [0, 0, 0], True
 
     def read_some(c: Context, m: Mask, lanes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Copies of fewer than n bytes (masks make them 0): the rest of the destination becomes zero."""
+        """Copies of fewer than n bytes (0 bytes where a mask is off). The rest of the destination becomes zero."""
         data = np.zeros((len(lanes), n // elem), UINT[8 * elem])
         by_lane = np.zeros(c.L, u32)
         by_lane[lanes] = sizes

@@ -20,7 +20,7 @@ Update = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def _update(ins: Instruction, kind: str, T: str) -> Update:
-    """f(old, x, y) -> new, all in bits; y is the new value of a cas, whose x is compared."""
+    """f(old, x, y) -> new, all in bits. A cas compares x, and y is its new value."""
     t = UINT[BITS[T]]
     if kind == "exch":
         return lambda old, x, y: x
@@ -49,7 +49,7 @@ def _update(ins: Instruction, kind: str, T: str) -> Update:
 
 
 def _check_shared_atomic(c: Context, ins: Instruction, rows: np.ndarray, idx: np.ndarray | None, n: int) -> None:
-    """Atomics do not race with each other, but with a later plain read by another warp they do."""
+    """Atomics do not race with each other, but they race with a later plain read by another warp."""
     sm = c.shared
     if sm.nflight or sm.init is not None:
         rd, sm.rd = sm.rd, None
@@ -103,7 +103,7 @@ def atomic(D: Decoder, ins: Instruction) -> Execute:
         xs = np.stack([pick(s) for s in values], 1)
         ys = xs if new_value is None else pick(new_value)[:, None]
         out = np.empty((count, v), t)
-        # The order among lanes that hit one place: random when the launch asks for it, else by lane.
+        # Lanes that hit one place go in random order when the launch asks for it, else in the order of lanes.
         order = c.launch.rng.permutation(count) if c.launch.shuffle_atomics else np.arange(count)
         order = order[np.argsort(i[order], kind="stable")]
         place = i[order]

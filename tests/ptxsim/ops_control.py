@@ -58,7 +58,7 @@ def trap(D: Decoder, ins: Instruction) -> Execute:
 
 @opcode("call")
 def call(D: Decoder, ins: Instruction) -> Execute:
-    """Only what Triton's device_assert and device_print call."""
+    """Only the functions that Triton's device_assert and device_print call."""
     if "__assertfail" in ins.text:
         return _raise_trap(ins, "device assertion failed")
     if "vprintf" in ins.text:

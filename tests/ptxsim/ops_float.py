@@ -19,7 +19,7 @@ def float_arithmetic(D: Decoder, ins: Instruction) -> Execute:
     T, o = operand_type(ins), ins.op
     if T.endswith("x2"):
         return _packed(D, ins, T)
-    # In a mixed form such as sub.rn.f32.bf16 d, a, c the last type is that of the first sources.
+    # In a mixed form such as sub.rn.f32.bf16 d, a, c the last type belongs to the first sources.
     types = [m for m in ins.mods if m in FLOAT_TYPES]
     n_sources = len(ins.ops) - 1
     source_types = [T] * n_sources
@@ -39,7 +39,7 @@ def float_arithmetic(D: Decoder, ins: Instruction) -> Execute:
 
 
 def _on_f32(f: FloatFunction, s: list[int]) -> Callable[[Registers], np.ndarray]:
-    """The bits of f of float32 registers, without loops for the usual numbers of them."""
+    """The bits of f of float32 registers, without a loop for the usual numbers of registers."""
     if len(s) == 3:
         x, y, z = s
         return lambda R: f(R[x].view(f32), R[y].view(f32), R[z].view(f32)).view(u32)

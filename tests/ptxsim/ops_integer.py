@@ -144,7 +144,7 @@ def _sub_borrow(x: np.ndarray, y: np.ndarray, borrow_in: np.ndarray | None, b: i
 
 @opcode("addc", "subc", "madc")
 def carry_arithmetic(D: Decoder, ins: Instruction) -> Execute:
-    """add.cc, addc and their kin: the carry is one flag a lane, beside the registers."""
+    """add.cc, addc and their kin. The carry is one flag per lane, beside the registers."""
     T = operand_type(ins)
     b = BITS[T]
     sets, uses, base = "cc" in ins.mods, ins.op.endswith("c"), ins.op[:3]

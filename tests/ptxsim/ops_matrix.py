@@ -40,7 +40,7 @@ class _Rows:
 
 
 def _active_warps(c: Context, m: Mask) -> np.ndarray | None:
-    """Indices of the warps that take part; None for all."""
+    """Indices of the participating warps; None for all."""
     return None if m is None else np.flatnonzero(m.reshape(c.W, 32).any(1))
 
 
@@ -107,14 +107,14 @@ _MMA_TYPES = (*_PER_REGISTER, "f32", "s32", "e4m3", "e5m2")
 
 @functools.cache
 def mma_layout(M: int, N: int, K: int, per: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the elements of the fragments lie: PTX manual, matrix fragments of mma.m16n8k*.
+    """Where the elements of the fragments lie (PTX manual, matrix fragments of mma.m16n8k*).
 
     Args:
         per: elements of A and of B in one register.
 
     Returns:
-        Gather tables (A, B, C): dense A [M * K] and B [K * N] from the [lane, element] order of a warp's
-        registers, and [lane, element] of C from dense C [M * N].
+        Gather tables (A, B, C). The tables of A and B gather dense A [M * K] and B [K * N] from the [lane, element]
+        order of a warp's registers. The table of C gathers [lane, element] from dense C [M * N].
     """
     lane = np.arange(32)
     group, t = lane // 4, lane % 4
@@ -149,8 +149,8 @@ class _Fragment:
     def dense(self, c: Context, rows: int, cols: int) -> np.ndarray:
         """[warps, rows, columns]."""
         registers = [c.R[s] for s in self.slots]
-        # Many instructions share a fragment. Arrays of registers are never changed, only replaced, so their
-        # identity stands for their contents as long as something (here the entry) keeps them alive.
+        # Many instructions share a fragment. Register arrays are never changed, only replaced. The identity of an array
+        # therefore stands for its contents as long as something (here the entry) keeps the array alive.
         key = (self.T, id(self.table), *map(id, registers))
         known = c.fragments.get(key)
         if known is not None:
@@ -214,7 +214,7 @@ def mma(D: Decoder, ins: Instruction) -> Execute:
     return fn
 
 
-# D = P + C: the float64 products [lanes, elements] and the registers of C to the registers of D.
+# D = P + C, from the float64 products P [lanes, elements] and the registers of C to the registers of D.
 
 
 def _add_f16(c: Context, P: np.ndarray, sc: list[int], clamp: bool) -> list[np.ndarray]:

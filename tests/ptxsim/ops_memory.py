@@ -29,7 +29,7 @@ def vector_length(ins: Instruction) -> int:
 
 
 class _Load:
-    """What all loads share: destinations, and the extension of an element to its register."""
+    """The part that all loads share: destinations, and the extension of an element to its register."""
 
     def __init__(self, D: Decoder, ins: Instruction) -> None:
         self.T, self.v = operand_type(ins), vector_length(ins)
@@ -47,7 +47,7 @@ class _Load:
         return column.astype(UINT[bits])
 
     def deliver(self, c: Context, data: np.ndarray, idx: np.ndarray | None) -> None:
-        """Rows of elements, one a lane (or one for all), to the destination registers."""
+        """Write rows of elements, one per lane or one for all lanes, to the destination registers."""
         columns = np.ascontiguousarray(data.T)
         for column, d, bits in zip(columns, self.ds, self.register_bits, strict=True):
             value = self.widen(column, bits)
@@ -96,7 +96,7 @@ def _load_param(D: Decoder, ins: Instruction, load: _Load) -> Execute:
 
 
 def _load_param_at(ins: Instruction, load: _Load, slot: int, off: np.ndarray | None) -> Execute:
-    """A parameter by its address: so Triton chooses among the members of a tuple at run time."""
+    """Load a parameter by its address. Triton chooses among the members of a tuple at run time in this way."""
     n, t = load.n, UINT[load.b]
 
     def fn(c: Context, m: Mask) -> None:
@@ -128,7 +128,7 @@ def _load_param_at(ins: Instruction, load: _Load, slot: int, off: np.ndarray | N
 
 
 def _load_generic(ins: Instruction, load: _Load, slot: int, off: np.ndarray | None) -> Execute:
-    """A generic address tells its space: that of parameters, or global memory."""
+    """A generic address shows its space, which is the space of parameters or global memory."""
     from_param = _load_param_at(ins, load, slot, off)
     from_global = _load_global(ins, load, slot, off)
 
@@ -187,7 +187,7 @@ def _load_local(ins: Instruction, load: _Load, slot: int, off: np.ndarray | None
 
 
 def _local(c: Context, ins: Instruction, slot: int, off: np.ndarray | None, n: int, m: Mask) -> np.ndarray:
-    """Byte addresses in the per-lane local memory; inactive lanes get their lane's base."""
+    """Byte addresses in the local memory of each lane; an inactive lane gets its base address."""
     a = c.R[slot]
     if off is not None:
         a = a + off
@@ -202,7 +202,7 @@ def _local(c: Context, ins: Instruction, slot: int, off: np.ndarray | None, n: i
 
 
 class _Store:
-    """What all stores share: sources, as rows of elements."""
+    """The part that all stores share: sources, as rows of elements."""
 
     def __init__(self, D: Decoder, ins: Instruction) -> None:
         b = BITS[operand_type(ins)]
@@ -224,7 +224,7 @@ class _Store:
 @opcode("st")
 def st(D: Decoder, ins: Instruction) -> Execute:
     space = state_space(ins)
-    if space == "param":  # arguments of a call, which needs none of them here
+    if space == "param":  # arguments of a call, which this model does not need
         return lambda c, m: None
     store = _Store(D, ins)
     slot, off = D.addr(ins, ins.ops[0])
@@ -253,7 +253,7 @@ def _store_global(ins: Instruction, store: _Store, slot: int, off: np.ndarray | 
         else:
             note_writes(c, ins, i, idx, n, data, view)
             view[i] = data
-            note_writes(c, ins, i, idx, n, data, view)  # again: CTAs that store in this very step
+            note_writes(c, ins, i, idx, n, data, view)  # noted again for CTAs that store in this very step
 
     return fn
 

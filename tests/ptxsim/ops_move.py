@@ -90,7 +90,7 @@ def _pack(D: Decoder, ins: Instruction, d: int, b: int) -> Execute:
 def cvta(D: Decoder, ins: Instruction) -> Execute:
     a, d = D.src(ins, ins.ops[1], 64), D.dst(ins, ins.ops[0], 64)
     space = next(m.split("::")[0] for m in ins.mods if m != "to")
-    if space not in ("global", "param", "local"):  # in these an address is its own generic address
+    if space not in ("global", "param", "local"):  # in these spaces an address equals its generic address
         unsupported(ins, "(generic addresses) ")
     return assign(d, lambda R: R[a])
 
@@ -183,7 +183,7 @@ def setp(D: Decoder, ins: Instruction) -> Execute:
 
 
 def _setp_pair(ins: Instruction, T: str, ds: list[int], x: int, y: int, combined: bool) -> Execute:
-    """The comparison of two pairs of 16-bit numbers: the first predicate is the low halves', the second the high's."""
+    """Compare two pairs of 16-bit numbers: the low halves set the first predicate, the high halves the second."""
     if combined or len(ds) != 2:
         unsupported(ins, "of pairs with a boolean operator or one destination ")
     low, high = ds

@@ -18,7 +18,7 @@ def _put(c: Context, d: int, v: np.ndarray, m: Mask) -> None:
 
 
 def _ballot(bits: np.ndarray) -> np.ndarray:
-    """[warps, 32] predicates -> one 32-bit word a warp."""
+    """[warps, 32] predicates -> one 32-bit word per warp."""
     return (bits.astype(u64) << np.arange(32, dtype=u64)).sum(1).astype(u32)
 
 
@@ -35,7 +35,7 @@ def activemask(D: Decoder, ins: Instruction) -> Execute:
 
 @opcode("elect")
 def elect(D: Decoder, ins: Instruction) -> Execute:
-    """The lowest lane of the member mask, and whether this is it."""
+    """The lowest lane of the member mask, and whether each lane is this lane."""
     ds, ps = (x.strip() for x in ins.ops[0].split("|"))
     d, p = D.dst(ins, ds, 32), D.dst(ins, ps, 1)
     mask = D.src(ins, ins.ops[1], 32)

@@ -1,4 +1,4 @@
-"""PTX text of one kernel to instructions: parameters, registers, symbols, labels, source lines."""
+"""Parse the PTX text of one kernel: instructions, parameters, registers, symbols, labels, source lines."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ _OPCODE = re.compile(r"([\w.:]+)\s*(.*)$", re.S)
 
 
 class Instruction:
-    """One PTX instruction as written, and what the decoder makes of it."""
+    """One PTX instruction as written, with the fields that the decoder adds."""
 
-    line: int  # of the PTX text
+    line: int  # line of the PTX text
     loc: str | None  # "file.py:line" of the source
     text: str
     op: str  # the opcode: "fma"
-    mods: list[str]  # what follows it: ["rn", "f32"]
+    mods: list[str]  # the modifiers that follow the opcode: ["rn", "f32"]
     ops: list[str]  # operands
-    scope: dict[str, Any]  # names of an inline-assembly block to their unique ones
+    scope: dict[str, Any]  # names of an inline-assembly block -> unique names
     pc: int
     guard: str | None  # predicate
     guard_negated: bool
-    # From here on the decoder's.
+    # The decoder's fields.
     kind: int  # NORMAL, BRANCH, BAR, EXIT or BRX of the context
-    fn: Callable[[Any, Any], None] | None  # fn(context, mask) of NORMAL ones
+    fn: Callable[[Any, Any], None] | None  # fn(context, mask) of NORMAL instructions
     guard_slot: int | None
     target: int  # where a branch goes
     targets: list[int]  # where a branch by table goes
-    index_slot: int  # and what chooses
+    index_slot: int  # slot of the index that chooses a target
     bar: tuple[int, int | None]  # slots of a barrier's id and of its thread count
-    warp_sync: bool  # needs the whole warp
-    ismem: bool  # a place where warps may be switched
+    warp_sync: bool  # whether the whole warp is needed
+    ismem: bool  # whether warps may be switched here
     cls: str  # class in the statistics
     mma: int  # tensor-core operations of one warp
     # Counts of a launch.
-    count: int  # warps that issued it
+    count: int  # warps that issued the instruction
     global_counts: list[int] | None  # requests, sectors, minimal sectors, bytes
     shared_counts: list[int] | None  # requests, wavefronts, conflicts
 
@@ -188,7 +188,7 @@ class Module:
                 loc = (int(m.group(1)), int(m.group(2)))
                 line += 1
                 continue
-            # Nearly every line is one statement; what is not goes character by character.
+            # Nearly every line is one statement; any other line is read character by character.
             m = None if cur.strip() else _ONE_STATEMENT.match(code)
             if m:
                 self._statement(m.group(1), line, loc, scopes)
@@ -262,7 +262,7 @@ class Module:
             ins.scope = scopes[0]
         else:
             ins.scope = {name: unique for scope in scopes for name, unique in scope.items()}
-        # The block's own table, not a copy: a branch may come before its label.
+        # The block's own table, not a copy, because a branch may come before its label.
         ins.scope[LABELS] = scopes[-1].setdefault(LABELS, {})
         m = _GUARDED.match(s) if s.startswith("@") else None
         if m:

@@ -21,10 +21,10 @@ class SharedMemory:
 
     Args:
         size: bytes of one CTA.
-        ncta, nwarps: CTAs that live here, and the warps of each.
+        ncta, nwarps: number of CTAs that live here, and of warps per CTA.
         gran: bytes that one element of the shadow state stands for.
-        race: keep who read and wrote what since the last barrier.
-        uninit: keep what has been written at all.
+        race: keep which warp read and wrote which bytes since the last barrier.
+        uninit: keep which bytes have been written at all.
     """
 
     def __init__(self, size: int, ncta: int, nwarps: int, gran: int, race: bool, uninit: bool) -> None:
@@ -36,14 +36,14 @@ class SharedMemory:
         self.init = np.zeros(n, np.bool_) if uninit else None
         self.flight = np.zeros(n, np.bool_)  # where an asynchronous copy will write
         self.nflight = 0
-        # A barrier begins a new epoch of its CTA; rd and wr hold the epoch in which each warp last did so.
+        # A barrier begins a new epoch of its CTA. rd and wr hold the epoch in which each warp last read and wrote.
         self.epoch = np.ones(ncta, i32)
         self.rd = np.zeros((nwarps, n), i32) if race else None
         self.wr = np.zeros((nwarps, n), i32) if race else None
         self._views: dict[tuple[int, int], np.ndarray] = {}
 
     def view(self, nbytes: int, elem: int) -> np.ndarray:
-        """All of it as [n / nbytes, nbytes / elem] of unsigned elem-byte integers."""
+        """All shared memory as unsigned elem-byte integers [n / nbytes, nbytes / elem]."""
         v = self._views.get((nbytes, elem))
         if v is None:
             v = self._views[nbytes, elem] = self.mem.view(UINT[elem * 8]).reshape(-1, nbytes // elem)
@@ -68,7 +68,7 @@ def locate_shared(
     m: np.ndarray | None,
     what: str,
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """The checked place of a shared access of nbytes a lane.
+    """The checked place of a shared access of nbytes per lane.
 
     Returns:
         (row in the [n / nbytes, ...] views, lanes or None for all, byte address within the CTA).
@@ -86,7 +86,7 @@ def locate_shared(
             a = a[idx]
         if base.size > 1:
             base = base[idx]
-    bits = int(np.bitwise_or.reduce(a))  # of any lane: no address is larger than this
+    bits = int(np.bitwise_or.reduce(a))  # the bits set in any lane: no address is larger
     if bits & (nbytes - 1):
         j = int(np.flatnonzero(a & u32(nbytes - 1))[0])
         raise Misaligned(
@@ -119,7 +119,7 @@ def count_shared(
         st[1] += w
         return
     size, times = c.L, 1
-    if c.ncta > 1:  # mostly all CTAs do the same, and one tells for all
+    if c.ncta > 1:  # mostly all CTAs do the same, so one is counted for all
         first = None if m is None else m[: c.T]
         if m is None or (m.reshape(c.ncta, c.T) == first).all():
             per_cta = a.reshape(c.ncta, -1)
@@ -143,11 +143,11 @@ def count_shared(
 def bank_wavefronts(A: np.ndarray, nbytes: int) -> tuple[int, int, int]:
     """(requests, wavefronts, wavefronts beyond the necessary) of one access.
 
-    32 banks of 4 bytes. 8-byte accesses go by half-warps, 16-byte ones by quarter-warps; lanes on the same word
-    share a wavefront.
+    There are 32 banks of 4 bytes. 8-byte accesses go by half-warps, 16-byte accesses by quarter-warps. Lanes on the
+    same word share a wavefront.
 
     Args:
-        A: shared byte address per lane, -1 where it is inactive: [32 * warps].
+        A: shared byte address per lane [32 * warps], -1 where the lane is inactive.
         nbytes: bytes of each lane.
     """
     W = A.size // 32
@@ -175,12 +175,12 @@ def check_shared(
     nbytes: int,
     changes: np.ndarray | None = None,
 ) -> None:
-    """Uninitialised reads, cp.async hazards, races.
+    """Check an access for uninitialised reads, cp.async hazards and races.
 
     Args:
         rows: row of nbytes per lane, or one for all.
-        changes: None for a read. For a write, per lane and element, whether the value changes: rewriting the
-            value already there is harmless, and Triton lets replicas of a value do so.
+        changes: None for a read. For a write, whether the value changes, per lane and element. Rewriting the value
+            already there is harmless, and Triton lets replicas of a value do so.
     """
     sm = c.shared
     if sm.nflight:
@@ -229,7 +229,7 @@ def _check_race(
     lanes = c.lanes_all if idx is None else idx
     G = sm.cells(rows, nbytes)
     n = G.shape[1]
-    if len(rows) == 1 and len(lanes) > 1:  # uniform address: one representative per warp
+    if len(rows) == 1 and len(lanes) > 1:  # a uniform address needs one representative per warp
         lanes = lanes[np.unique(lanes // 32, return_index=True)[1]]
         G = np.broadcast_to(G, (len(lanes), n))
     w, epoch = _warp_and_epoch(c, lanes)
@@ -270,7 +270,7 @@ def mark_written(c: Context, lanes: np.ndarray, rows: np.ndarray, nbytes: int) -
 
 
 def check_overwrite(c: Context, ins: Instruction, lanes: np.ndarray, rows: np.ndarray, nbytes: int) -> None:
-    """An asynchronous copy may not write what another copy will, or what another warp used in this epoch."""
+    """An asynchronous copy may not write a place that another copy will write or another warp used in this epoch."""
     sm = c.shared
     if sm.nflight:
         flight, _ = sm.flags(sm.flight, nbytes)

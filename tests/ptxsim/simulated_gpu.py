@@ -1,9 +1,9 @@
 """A simulated GPU behind Triton's own JIT.
 
-Inside `with SimulatedGPU(arch=80) as gpu:` every ordinary `kernel[grid](...)` on CPU tensors is specialised and
-compiled by Triton for that architecture and, instead of going to a device, recorded in `gpu.launches` and executed
-by `PtxKernel`. Everything of Triton but the driver is real: binder, specialisation, compiler and, on request, the
-assembler, whose machine code nothing here executes.
+Inside `with SimulatedGPU(arch=80) as gpu:` Triton specialises and compiles every ordinary `kernel[grid](...)` on CPU
+tensors for that architecture. Instead of going to a device, the launch is recorded in `gpu.launches` and executed by
+`PtxKernel`. Everything of Triton but the driver is real: binder, specialisation, compiler and, on request, the
+assembler. Nothing here executes the assembler's machine code.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class _Properties:
     multiprocessor_count: int
 
 
-# NVIDIA: the CUDA programming guide's technical specifications, and the multiprocessors of T4, A100, A10, RTX 4090,
-# H100, B200 and RTX 5090. AMD: the LDS of a work group, and the compute units of MI210, MI300X, MI355X and (counted in
-# work-group processors) RX 7900 XTX.
+# The values of NVIDIA are from the technical specifications in the CUDA programming guide, with the multiprocessors of
+# T4, A100, A10, RTX 4090, H100, B200 and RTX 5090. The values of AMD are the LDS per work group and the compute units
+# of MI210, MI300X, MI355X and (counted in work-group processors) RX 7900 XTX.
 _PROPERTIES = {
     ("cuda", 75): _Properties(65536, 40),
     ("cuda", 80): _Properties(166912, 108),
@@ -50,8 +50,8 @@ _PROPERTIES = {
 #: Triton's version.
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
-# Triton keeps compiled kernels and the limit of shared memory by device number. Every target therefore has a number of
-# its own, and one that no real GPU of the same process has.
+# Triton keeps compiled kernels and the limit of shared memory by device number. Every target therefore has its own
+# number, which no real GPU of the same process has.
 FIRST_DEVICE = 1000
 _device_numbers: dict[tuple[str, int | str], int] = {}
 
@@ -59,7 +59,7 @@ _device_numbers: dict[tuple[str, int | str], int] = {}
 def _leave_out_assembler(
     backend: Any = None, stages: dict[str, Any] | None = None, *options: Any
 ) -> tuple[str, str] | None:
-    """Triton's hook into its list of stages; called without arguments it names itself for Triton's caches."""
+    """Triton's hook into its list of stages. Called without arguments, it returns its name for Triton's caches."""
     if stages is None:
         return "no machine code", "no machine code"
     stages["cubin" if "cubin" in stages else "hsaco"] = lambda source, metadata: b""
@@ -67,7 +67,7 @@ def _leave_out_assembler(
 
 
 def flatten(name: str, value: Any, kind: Any) -> Iterator[tuple[str, Any]]:
-    """The run-time parts of one argument, in PTX order, with names: those of a tuple are "name[0]", "name[1]".
+    """The run-time parts of one argument with their names, in PTX order. Parts of a tuple are "name[0]", "name[1]".
 
     Args:
         kind: the argument in Triton's signature: a type, "constexpr" (compiled away), or a tuple of these.
@@ -95,15 +95,15 @@ class Launch:
     Attributes:
         name: the kernel function.
         grid: programs in x, y, z.
-        arch: what it was compiled for: 80, "gfx942", ...
-        shared: bytes of shared memory of a program.
+        arch: the architecture that the kernel was compiled for: 80, "gfx942", ...
+        shared: bytes of shared memory per program.
         num_warps, num_stages: as compiled.
         arguments: every argument by name, tensors as they were passed.
-        constexprs: what was compiled in, by name: the tl.constexpr arguments, and run-time arguments that Triton makes
+        constexprs: compiled-in values by name: the tl.constexpr arguments, and run-time arguments that Triton makes
             constant (None, and an int equal to 1). Parts of a tuple are "name[0]", "name[1]".
-        asm: what Triton made of the kernel, by stage: "ttgir", "ptx", "amdgcn" and so on; the machine code, "cubin" or
-            "hsaco", is empty unless it was asked for (before Triton 3.8 it is always there).
-        stats: counts of the execution; None when it was only recorded.
+        asm: Triton's output by stage: "ttgir", "ptx", "amdgcn" and so on. The machine code, "cubin" or "hsaco", is
+            empty unless it was asked for; before Triton 3.8 it is always there.
+        stats: counts of the execution; None when the launch was only recorded.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Launch:
 
 
 def _constexprs_by_name(src: ASTSource) -> dict[str, Any]:
-    """The compiled-in arguments; Triton has them by position, and by position within tuples."""
+    """The compiled-in arguments by name. Triton has them by position, and by position within tuples."""
     named = {}
     for (first, *inner), value in src.constants.items():
         named[src.fn.arg_names[first] + "".join(f"[{i}]" for i in inner)] = value
@@ -127,9 +127,10 @@ def _constexprs_by_name(src: ASTSource) -> dict[str, Any]:
 
 
 class Launcher:
-    """What Triton calls to launch one compiled kernel.
+    """The object that Triton calls to launch one compiled kernel.
 
-    Triton's caches keep it when the `with` block is over, so it holds no SimulatedGPU: the one in charge records.
+    Triton's caches keep the launcher when the `with` block is over. A launcher therefore holds no SimulatedGPU; the
+    SimulatedGPU in charge records the launch.
     """
 
     def __init__(self, compiled: CompiledKernel) -> None:
@@ -171,7 +172,7 @@ class Launcher:
             exit_hook(launch_metadata)
 
     def parameters(self, record: Launch) -> dict[str, Any]:
-        """The kernel's parameters by name, those of a tuple one by one."""
+        """The kernel's parameters by name; the parts of a tuple are separate parameters."""
         flat: dict[str, Any] = {}
         for name, kind in self._signature.items():
             flat.update(flatten(name, record.arguments[name], kind))
@@ -182,13 +183,14 @@ class Launcher:
 
 
 class SimulatedGPU:
-    """A GPU that Triton compiles for, and that is not there. Use it as a context manager, as often as you like.
+    """A GPU that Triton compiles for but that does not exist. Use it as a context manager, as often as you like.
 
     Args:
         arch: a compute capability (75, 80, 86, 89, 90, 100, 120), ("hip", "gfx942") and the like, or a GPUTarget.
-        execute: execute the launches; False only records them, and then any target that Triton compiles for will do.
-        assemble: make machine code too, for who wants to read it; it takes a fifth of the compiler's time.
-        multiprocessors: what the device says it has; by default what a well-known one of its architecture has.
+        execute: whether launches are executed. False only records them and allows any target that Triton compiles for.
+        assemble: whether machine code is made too, for reading; assembling takes a fifth of the compiler's time.
+        multiprocessors: reported number of multiprocessors; by default the number of a well-known device of the
+            architecture.
         launch_options: options of `PtxKernel.launch` for every launch: mode, seed, races and so on.
 
     Attributes:
@@ -231,7 +233,7 @@ class SimulatedGPU:
         self._replaced.append((driver._active, original, knobs.runtime.add_stages_inspection_hook))
 
         def init_handles(compiled: CompiledKernel) -> None:
-            # launcher_cls is not given the compiled code, so remember whose turn it is.
+            # launcher_cls is not given the compiled kernel, so remember which kernel is starting.
             self._starting = compiled
             try:
                 original(compiled)
@@ -239,7 +241,7 @@ class SimulatedGPU:
                 self._starting = None
 
         CompiledKernel._init_handles = init_handles
-        # Before 3.8 Triton's caches do not keep kernels of other stages apart.
+        # Before 3.8 Triton's caches do not keep kernels with different stages apart.
         leave_out = TRITON >= (3, 8) and not self.assemble
         knobs.runtime.add_stages_inspection_hook = _leave_out_assembler if leave_out else None
         driver.set_active(self)
@@ -252,12 +254,12 @@ class SimulatedGPU:
         driver.set_active(active)
 
     def submit(self, launch: Launch, launcher: Launcher) -> None:
-        """What becomes of a launch."""
+        """Execute (if asked to) and record a launch."""
         if self.execute:
             launch.stats = launcher.execute(launch, self.launch_options)
         self.launches.append(launch)
 
-    # What Triton asks of a driver.
+    # The interface of a driver that Triton uses.
 
     @property
     def utils(self) -> SimulatedGPU:
@@ -289,7 +291,7 @@ class SimulatedGPU:
         return ty
 
     def get_benchmarker(self) -> Callable[..., list[float]]:
-        """No time passes on a simulated GPU: every configuration of an autotuner takes as long as any other."""
+        """No time passes on a simulated GPU, so all configurations of an autotuner take equally long."""
 
         def benchmark(call: Callable[[], None], quantiles: list[float] | None = None, **options: Any) -> list[float]:
             call()
@@ -298,7 +300,7 @@ class SimulatedGPU:
         return benchmark
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
-        """(module, function, registers, spills, threads a program may have); there is no module to unload."""
+        """(module, function, registers, spills, most threads per program); there is no module to unload."""
         return None, None, 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:

@@ -44,11 +44,11 @@ def instruction_class(op: str, mods: list[str]) -> str:
 class Stats:
     """Dynamic counts of one launch. Instruction counts are per warp (warps that issue it).
 
-    `global_load`, `global_store` and `async_copy` have requests, sectors (of 32 bytes), min_sectors (what the same
-    bytes need at least, request by request) and bytes; `shared_load` and `shared_store` have requests, wavefronts
-    and conflicts (wavefronts beyond the necessary). `hot_global` and `hot_shared` list (wasted sectors or
-    wavefronts, PTX line, source line, instruction), worst first. `written` has, for each argument that was
-    stored to, which of its bytes were; it is empty without `global_races`, which watches the stores.
+    `global_load`, `global_store` and `async_copy` have requests, sectors (of 32 bytes), min_sectors (the fewest sectors
+    for the same bytes, request by request) and bytes. `shared_load` and `shared_store` have requests, wavefronts and
+    conflicts (wavefronts beyond the necessary). `hot_global` and `hot_shared` list (wasted sectors or wavefronts, PTX
+    line, source line, instruction), worst first. `written` has, for each argument that was stored to, which of its
+    bytes were written; it is empty without `global_races`, which watches the stores.
     """
 
     FIELDS = ("requests", "sectors", "min_sectors", "bytes")
@@ -74,13 +74,13 @@ class Stats:
 
     @property
     def load_efficiency(self) -> float:
-        """Minimal over actual sectors of all global reads, asynchronous copies included."""
+        """Minimal sectors divided by actual sectors of all global reads, asynchronous copies included."""
         a, b = self.global_load, self.async_copy
         return (a["min_sectors"] + b["min_sectors"]) / max(1, a["sectors"] + b["sectors"])
 
     @property
     def store_efficiency(self) -> float:
-        """Minimal over actual sectors of all global writes."""
+        """Minimal sectors divided by actual sectors of all global writes."""
         return self.global_store["min_sectors"] / max(1, self.global_store["sectors"])
 
     def collect(self, code: list[Instruction]) -> None:

@@ -115,7 +115,7 @@ def _mutants(
 def test_missing_barrier_is_caught(kw: dict) -> None:
     r = _mutants(r"\bbar\.sync", lambda s: "", **kw)
     caught = [x for x in r if x[1] != "unnoticed"]
-    # the first barrier only guards shared memory that nobody has used yet, and one or two more can be implied by others
+    # The first barrier only guards shared memory that is not used yet, and other barriers can imply one or two more.
     assert len(caught) >= max(2, len(r) / 2), r
 
 

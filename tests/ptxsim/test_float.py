@@ -38,7 +38,7 @@ def test_fma_rounds_once() -> None:
     r = np.random.default_rng(1)
     n = 1024
     a, b, c = floats(n, 1, False), floats(n, 2, False), floats(n, 3, False)
-    # products whose sum with c falls on or just beside a float32 tie
+    # Products whose sum with c falls on a float32 tie or just beside it.
     a[:512] = (1 + r.integers(0, 1 << 12, 512) * 2.0**-12).astype(np.float32)
     b[:512] = (1 + r.integers(0, 1 << 12, 512) * 2.0**-12).astype(np.float32)
     c[:512] = (np.where(r.random(512) < 0.5, 1, -1) * 2.0 ** r.integers(-60, 1, 512)).astype(np.float32)
@@ -96,7 +96,7 @@ def test_float_compare(cmp: str, ref: Callable) -> None:
 @pytest.mark.parametrize("T", ["bf16", "f16"])
 @pytest.mark.parametrize(("cmp", "ref"), [("lt", lambda a, b: a < b), ("neu", lambda a, b: a != b)])
 def test_compare_of_pairs(cmp: str, ref: Callable, T: str) -> None:
-    """Low halves into the first predicate, high halves into the second."""
+    """The low halves set the first predicate, the high halves the second."""
     dtype = torch.bfloat16 if T == "bf16" else torch.float16
     low, high = (torch.from_numpy(floats(seed=s)).to(dtype) for s in (1, 2))
     low[20:40] = high[20:40]
@@ -279,7 +279,7 @@ def test_packed_halves(op: str, T: str) -> None:
     }[op]
     text = f"{op}.{T}x2 %o, " + ", ".join(f"%a{i}" for i in range(n)) + ";"
     got = torch.from_numpy(run_ptx(text, [ra, rb, rc], 32).view(np.int32)).view(a.dtype).view(-1, 2)
-    # float64 holds every sum and product of these exactly, so one rounding is all there is
+    # float64 holds every sum and product of these exactly, so there is only one rounding.
     assert torch.equal(got, want.to(a.dtype))
 
 

@@ -48,7 +48,7 @@ def test_linear_sigmoid(arch: int, dt: torch.dtype, prec: str, stages: int) -> N
 @pytest.mark.parametrize(("arch", "dt", "prec"), LINEAR_CASES[:5], ids=case_id)
 @pytest.mark.parametrize("stages", [1, 3])
 def test_linear_warpwise_equals_lockstep(arch: int, dt: torch.dtype, prec: str, stages: int) -> None:
-    """random warp order, races and asynchronous copies checked; the bits are those of lockstep"""
+    """In random warp order, with races and asynchronous copies checked, the bits equal those of lockstep."""
     for M, N, K, pad in ((32, 64, 160, 0), (45, 51, 117, 3)):
         _, a = run_linear(M, N, K, dt, prec, arch, stages, pad=pad)
         sa, b = run_linear(M, N, K, dt, prec, arch, stages, pad=pad, mode="warpwise", seed=1)
@@ -122,7 +122,7 @@ def k_dot(a, b, c, ACC: tl.constexpr, K: tl.constexpr, B: tl.constexpr):
 
 
 def test_float16_accumulators() -> None:
-    """Each mma rounds to float16: sums of 64 products, in steps of 16."""
+    """Each mma rounds to float16, so sums of 64 products are rounded in steps of 16."""
     a, b, c = torch.randn(32, 64).half(), torch.randn(64, 32).half(), torch.zeros(32, 32, dtype=f16)
     st = run_triton(k_dot, {"a": a, "b": b, "c": c}, {"ACC": tl.float16, "K": 64, "B": 32}, (1,))
     assert st.by_opcode["mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16"] > 0
@@ -144,5 +144,5 @@ def test_layer_of_full_size(tile: tuple[int, int, int]) -> None:
     BM, BN, BK = tile
     st, _ = run_linear(64, 512, 784, bf16, "ieee", 80, tile=tile)
     assert st.ctas == (64 // BM) * (512 // BN)
-    # K is no multiple of 32 or 64: the products run over the masked rest too.
+    # K is no multiple of 32 or 64, so the products run over the masked rest too.
     assert st.mma_flops == 2 * 64 * 512 * (-(-784 // BK) * BK)

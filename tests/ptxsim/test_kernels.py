@@ -136,7 +136,7 @@ def k_math(x, y, o, n, seed, B: tl.constexpr):
 
 
 def philox(seed: int, c: int) -> int:
-    """first output word of Philox4x32-10 with key (seed, 0) and counter (c, 0, 0, 0)"""
+    """The first output word of Philox4x32-10 with key (seed, 0) and counter (c, 0, 0, 0)."""
     k0, k1, c0, c1, c2, c3 = seed, 0, c, 0, 0, 0
     for _ in range(10):
         a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2

@@ -1,4 +1,4 @@
-"""Kernel parameters, above all those that are chosen at run time among the members of a tuple."""
+"""Kernel parameters, above all members of a tuple that are chosen at run time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BY_REGISTER = re.compile(r"ld\.param\.\w+\s+%\w+, \[%")
 
 @triton.jit
 def scale_members(xs, ys, sizes, factors, offsets, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """ys[i] = xs[i] * factors[i], shifted by offsets[i]: program i works on member i."""
+    """ys[i] = xs[i] * factors[i], shifted by offsets[i]. Program i works on member i."""
     pid = tl.program_id(0)
     x, y, n, factor, offset = xs[0], ys[0], sizes[0], factors[0], offsets[0]
     for i in tl.static_range(1, COUNT):
@@ -57,7 +57,7 @@ def test_members_chosen_at_run_time(arch: int, mode: str) -> None:
     compiled, _ = compile_triton(scale_members, args, {"COUNT": 3, "BLOCK": 256}, arch)
     stats = run_triton(scale_members, args, {"COUNT": 3, "BLOCK": 256}, (3,), arch, mode=mode)
     check(args)
-    if TRITON >= (3, 8):  # before, it loads every member and selects
+    if TRITON >= (3, 8):  # earlier versions load every member and select
         assert len(BY_REGISTER.findall(compiled.asm["ptx"])) == 5, "Triton no longer loads parameters by register"
         assert stats.by_class["ld.param"] >= 5 * 3 * 4  # five of them in each of four warps of three programs
 
@@ -110,7 +110,7 @@ PARAM_CASES = [
     ("ld.param.s8 %x0, [p0]; cvt.s64.s32 %o, %x0;", lambda t: 0xFFFFFFFFFFFFFFE1),
     ("ld.param.b32 %x0, [p3+4]; cvt.u64.u32 %o, %x0;", lambda t: 0x11223344),
     ("ld.param.v2.b32 {%x0, %x1}, [p3]; mov.b64 %o, {%x1, %x0};", lambda t: 0x5566778811223344),
-    # a register wider than what is loaded: sign-extended for .s, zero-extended for .u and .b
+    # a register wider than the loaded value: sign-extended for .s, zero-extended for .u and .b
     ("ld.param.s32 %o, [p2];", lambda t: 0xFFFFFFFFB4A59687),
     ("ld.param.u32 %o, [p2];", lambda t: 0xB4A59687),
     ("ld.param.b32 %o, [p2];", lambda t: 0xB4A59687),
@@ -134,7 +134,7 @@ PARAM_CASES = [
         "selp.b64 %y2, %y0, %y1, %p1; ld.param.b64 %o, [%y2];",
         lambda t: VALUES[3] if t < 40 else VALUES[4],
     ),
-    # in some lanes only; the address of the others is wrong
+    # in some lanes only; the other lanes have a wrong address
     (
         "setp.lt.u32 %p1, %t, 40; mov.b64 %y0, p3; selp.b64 %y0, %y0, 12345, %p1; @%p1 ld.param.b64 %o, [%y0];",
         lambda t: VALUES[3] if t < 40 else 0,

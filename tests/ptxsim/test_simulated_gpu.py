@@ -104,7 +104,7 @@ def test_none_and_flags(bias: bool) -> None:
 
 
 def test_no_real_gpu_has_the_number_of_a_simulated_one() -> None:
-    """Triton would hand a real GPU the kernels that were compiled for a simulated GPU of the same number."""
+    """Otherwise Triton would hand a real GPU the kernels compiled for a simulated GPU of the same number."""
     numbers = [SimulatedGPU(arch, execute=False).get_current_device() for arch in (80, 90, ("hip", "gfx942"), 80)]
     assert min(numbers) >= 1000
     assert numbers[0] == numbers[3]
@@ -293,7 +293,7 @@ def test_too_much_shared_memory_is_refused_as_on_the_device() -> None:
 
 @pytest.mark.parametrize("first", [SimulatedGPU, NullGPU])
 def test_null_gpu_compiles_and_launches_nothing(first: type[SimulatedGPU]) -> None:
-    """Whichever of the two compiled a kernel first, each keeps its own launcher."""
+    """Each of the two keeps its own launcher, whichever compiled a kernel first."""
     before = _state()
     factor = 11.0 if first is NullGPU else 12.0
     for kind in (first, NullGPU, SimulatedGPU):

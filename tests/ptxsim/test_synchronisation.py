@@ -79,7 +79,7 @@ ATOMIC_CASES = [
 @pytest.mark.parametrize("form", ["atom", "red"])
 @pytest.mark.parametrize("case", ATOMIC_CASES, ids=lambda c: c[0])
 def test_atomic_instructions(case: tuple, form: str, space: str, mode: str) -> None:
-    """64 lanes on one word, which a barrier later holds what they all did to it."""
+    """64 lanes update one word. After a barrier the word holds the result of all updates."""
     op, operand, start, after = case
     result = "%x3, " if form == "atom" else ""
     text = f""".version 8.0
@@ -191,10 +191,10 @@ def test_lost_update_between_ctas() -> None:
         return run_triton(k_splitk, {"x": X, "w": W, "o": o, "M": M, "N": N, "K": K, "KS": 32}, con, (1, 1, 4), **kw)
 
     o = torch.zeros(M, N)
-    go(mode="warpwise")  # one CTA after the other: the fault does not show
+    go(mode="warpwise")  # with one CTA after the other, the fault does not show
     assert (o.double() - ref).abs().max() < 1e-3
     o = torch.zeros(M, N)
-    go()  # all CTAs together: it does
+    go()  # with all CTAs together, the fault shows
     assert (o.double() - ref).abs().max() > 0.1
     bad = 0
     for seed in range(4):
@@ -207,7 +207,7 @@ def test_lost_update_between_ctas() -> None:
 
 
 def test_missing_barrier_before_the_semaphore() -> None:
-    """split-K: without the barrier between the partial stores and the atomic, another CTA may read too early"""
+    """Without the barrier between the partial stores and the atomic of split-K, another CTA may read too early."""
     M, N, K, S = 16, 64, 192, 3
     X, W = torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16()
 

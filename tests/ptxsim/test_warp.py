@@ -41,7 +41,7 @@ def test_warp_operations() -> None:
 
 def test_votes() -> None:
     x = ints(32, 64, seed=5)
-    x[32:48] |= 1  # the second warp: all of its lower half are odd
+    x[32:48] |= 1  # the lower half of the second warp has odd values only
     odd = (x & 1).astype(bool).reshape(2, 32)
     for mask in (0xFFFFFFFF, 0x0000FFFF, 0x00F0FF00):
         members = np.array([mask >> i & 1 for i in range(32)], bool)

@@ -33,7 +33,7 @@ def test_step_is_one_from_zero_on():
 
 @pytest.mark.parametrize("activation", DIFFERENTIABLE)
 def test_activation_grad_is_the_derivative(activation):
-    """This includes the kinks, where torch's value counts."""
+    """This includes the kinks, where torch's value is the right one."""
     z = POINTS.clone().requires_grad_()
     (expected,) = torch.autograd.grad(TORCH_ACTIVATIONS[activation].module()(z).sum(), z)
     close(reference.activation_grad(POINTS, activation), expected)

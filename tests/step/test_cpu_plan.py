@@ -1,4 +1,4 @@
-"""Whole steps on a CPU: every way of running them, what is measured, and that measuring leaves nothing behind."""
+"""Whole steps on a CPU: every way of running them, which ways are measured, and no trace left by measuring."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 17, 11, 5)
 WAYS = ("each", "aten", "alone")
-#: The threads that a step "alone" sees: both, where torch was built without the functions that leave one out.
+#: The number of threads that a step "alone" sees: 2 where torch was built without the functions that leave one out.
 ALONE = 2 if cpu_threads._setters() is None else 1
 
 
 @pytest.fixture(autouse=True)
 def two_threads(monkeypatch, fresh_choices) -> Iterator[None]:  # noqa: F811
-    """And "auto", whose choices of this test end with it. With any build of torch there is a choice to make."""
+    """Two threads and the mode "auto". The choices end with the test. With any build of torch there is a choice."""
     fastmlp.set_cpu_gemm("auto")
     monkeypatch.setattr(cpu_threads, "available", lambda: torch.get_num_threads() > 1)
     with threads(2):
@@ -49,7 +49,7 @@ def two_threads(monkeypatch, fresh_choices) -> Iterator[None]:  # noqa: F811
 
 
 def take(monkeypatch: pytest.MonkeyPatch, way: str) -> list[int]:
-    """Have steps run in that way; the threads that each of their losses sees are added to the list."""
+    """Have steps run in the given way. The returned list gets the number of threads that each loss function sees."""
     monkeypatch.setattr(whole_step, "_step_way", lambda *args: way)
     seen, loss_function = [], cpu_plan.loss_function
 
@@ -103,7 +103,7 @@ def test_a_step_allocates_nothing(monkeypatch, way, rows, optimizer):
 
 @pytest.mark.parametrize("fastest", WAYS)
 def test_the_fastest_is_taken_and_kept(monkeypatch, fastest):
-    """A later process does not measure, and one with other threads measures again."""
+    """A later process does not measure again, but a process with another number of threads does."""
     plans = []
     in_way = whole_step._in_way
     monkeypatch.setattr(whole_step, "_in_way", lambda way, plan: plans.append(way) or in_way(way, plan))
@@ -132,7 +132,7 @@ def test_the_fastest_is_taken_and_kept(monkeypatch, fastest):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "clipping, momentum"])
 @pytest.mark.parametrize("activation", ["relu", "gelu", ["step", "tanh"]], ids=str)
 def test_measuring_touches_nothing(monkeypatch, activation, optimizer, dtype):
-    """Parameters, optimizer, learning rate and torch's random numbers are as without it."""
+    """Parameters, optimizer, learning rate and torch's random numbers are the same as without measuring."""
     have_fastest(monkeypatch)
 
     def train(state: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, float]:

@@ -44,10 +44,10 @@ def half_run(
     rows: int = 24,
     steps: int = 60,
 ) -> None:
-    """Against float64, beside autocast with float32 masters; the masters' roundings to ``params`` come on top.
+    """Compare a run with float64, beside autocast with float32 masters. Roundings of masters to ``params`` are allowed.
 
-    Where a derivative jumps, the side that a rounding to 16 bits takes is luck, which differs between processors: it
-    makes one run in eight miss the budget. There the median of seven runs is within it.
+    Where a derivative jumps, the side that a rounding to 16 bits takes is luck and differs between processors. One run
+    in eight misses the budget there, so the median of seven runs must be within the budget.
     """
     used, settings = [], OPTIMIZERS[optimizer]
     for seed in range(7 if has_kink(activation) or has_kink(loss) else 1):
@@ -61,7 +61,7 @@ def half_run(
             value = step(x.to(compute), y)
         assert value.dtype == torch.float32
         assert {p.dtype for p in narrow.parameters()} == {params}
-        # A rounding to the parameters' dtype at the end, by both; one more of either may go the other way.
+        # Both runs round to the parameters' dtype at the end, and some of their roundings may go to different sides.
         eps = EPS32 if params == torch.float32 else torch.finfo(params).eps / steps**0.5
         used.append(budget_used(flat(narrow), expected, own.flat(params), steps, eps))
         assert (flat(narrow) - flat(model)).norm() > 1e-2 * flat(model).norm(), "nothing was learned"
@@ -91,8 +91,9 @@ def test_both_ways_to_a_gradient(monkeypatch, rows, params, optimizer, wide):
     ids=["float32 is faster", "bfloat16 is faster", "no 16-bit products"],
 )
 def test_the_faster_way_to_a_gradient_is_taken(monkeypatch, fresh_choices, native, fastest, choices, optimizer):  # noqa: F811
-    """A gradient made in float32 is not rounded to 16 bits; plain SGD has it added to the weight at once. Where there
-    are no 16-bit products nothing is measured: float32 it is.
+    """A gradient made in float32 is not rounded to 16 bits; plain SGD adds it to the weight at once.
+
+    Where there are no 16-bit products nothing is measured, and gradients are made in float32.
     """
     fastmlp.set_cpu_gemm("auto")
     have_16_bit_products(monkeypatch, native)
@@ -123,7 +124,7 @@ def test_the_faster_way_to_a_gradient_is_taken(monkeypatch, fresh_choices, nativ
 @pytest.mark.parametrize("compute", HALVES, ids=str)
 @pytest.mark.parametrize("native", [True, False], ids=["16-bit products", "no 16-bit products"])
 def test_processors_with_and_without_16_bit_products(monkeypatch, native, compute, params, optimizer):
-    """Without, they are made in float32; whatever this machine has, both are accurate."""
+    """Without 16-bit products the products are made in float32. Both ways are accurate on every machine."""
     have_16_bit_products(monkeypatch, native)
     half_run(compute, params, optimizer)
 
@@ -147,7 +148,7 @@ def test_every_loss(compute, loss):
 )
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
 def test_every_pair_of_dtypes(params, compute, optimizer):
-    """Parameters follow their masters, which are as wide as the wider of the two and float32 at least."""
+    """Parameters follow their masters. The masters have the larger of the two dtypes, and float32 at least."""
     model = network(SIZES)
     data = batches(*problem(SIZES, 70), 24, 10)
     expected = Reference(model, OPTIMIZERS[optimizer]).train(data).flat()
@@ -164,7 +165,7 @@ def test_every_pair_of_dtypes(params, compute, optimizer):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_small_updates_add_up(dtype):
-    """200 updates of a weight near 1 that are each below half a unit in its last place."""
+    """200 updates of a weight near 1 add up, although each update is below half a unit in the weight's last place."""
     model = fastmlp.MLP((1, 2), bias=False, dtype=dtype)
     with torch.no_grad():
         model.layers[0].weight.copy_(torch.tensor([[1.0], [0.0]]))
@@ -178,7 +179,7 @@ def test_small_updates_add_up(dtype):
 
 @pytest.mark.parametrize("params", [torch.float32, torch.bfloat16], ids=str)
 def test_parameters_loaded_between_steps_are_used(params):
-    """The 16-bit copies and the masters follow a change in place that is not the step's own."""
+    """The 16-bit copies and the masters follow a change in place that other code made."""
     x, y = problem(SIZES, 24)
     x = x.bfloat16()
     model = converted(network(SIZES), params)
@@ -193,7 +194,7 @@ def test_parameters_loaded_between_steps_are_used(params):
 
 
 def test_inputs_of_every_floating_point_dtype_in_16_bits():
-    x, y = problem(SIZES, 24)  # the values are bfloat16's
+    x, y = problem(SIZES, 24)  # bfloat16 holds the values exactly
     results = []
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         model = converted(network(SIZES), torch.float32)
@@ -204,14 +205,14 @@ def test_inputs_of_every_floating_point_dtype_in_16_bits():
 
 
 class TestLossScale:
-    """float16: gradients are computed times a scale, and a step in which they overflow is skipped."""
+    """In float16 gradients are computed times a scale, and a step in which they overflow is skipped."""
 
     @staticmethod
     def scale(step):
         return step._engine.optimizer.loss_scale.scale.item()
 
     def test_small_gradients_survive(self):
-        """Gradients near 1e-8, which float16 rounds to 0: its least number is 6e-8."""
+        """Gradients near 1e-8 would be 0 in float16, whose smallest number is 6e-8."""
         model = network((4, 3))
         x, y = problem((4, 3), 6, loss="mse")
         x = x * 1e-7

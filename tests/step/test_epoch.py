@@ -1,4 +1,4 @@
-"""TrainStep.epoch: one pass over data on the device equals its steps one by one; the losses it leaves."""
+"""TrainStep.epoch: one pass over data on the device equals the single steps, and leaves their losses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def steps_of(order: Tensor, batch_size: int, images: Tensor, labels: Tensor):
 @pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
 @pytest.mark.parametrize("batch_size", [1, 2, 16, 35, 70, 100])
 def test_an_epoch_is_its_steps(batch_size, uint8, name):
-    """Full batches, a smaller last one, one larger than the data."""
+    """Batch sizes that divide the data, that leave a smaller last batch, and one larger than the data."""
     images, labels = data(None if uint8 else torch.float64)
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(5))
     expected = Reference(network(SIZES), OPTIMIZERS[name]).train(steps_of(order, batch_size, images, labels))
@@ -72,7 +72,7 @@ def test_every_loss(batch_size, loss):
 @pytest.mark.parametrize("source", ["uint8", "float32", "compute"])
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_every_dtype_bitwise(batch_size, source, dtype):
-    """The same rows step by step; batches of 1 take another order of sums in float32."""
+    """An epoch equals single steps over the same rows; in float32 batches of 1 take another order of sums."""
     images, labels = data({"uint8": None, "float32": torch.float32, "compute": dtype}[source])
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(5))
     models = [converted(network(SIZES), torch.float32) for _ in range(2)]
@@ -84,7 +84,7 @@ def test_every_dtype_bitwise(batch_size, source, dtype):
 
 
 class TestBatchesOfOne:
-    """Plain SGD with cross-entropy on single rows is the blocked recurrence; everything else goes step by step."""
+    """Plain SGD with cross-entropy on single rows takes the blocked recurrence; all other cases go step by step."""
 
     @staticmethod
     def run(monkeypatch, model, **settings):
@@ -222,7 +222,7 @@ def test_no_rows(batch_size):
 
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_the_step_whose_loss_is_nan_can_be_named(batch_size):
-    """A NaN pixel: the first NaN of ``losses`` is the step that met it, and the mean is NaN."""
+    """With a NaN pixel, the first NaN of ``losses`` is at the step that read the pixel, and the mean is NaN."""
     images, labels = data()
     images[37, 4] = math.nan
     step = fastmlp.TrainStep(network(SIZES), lr=0.1)
@@ -261,7 +261,7 @@ def test_a_loss_stays_for_the_next_1023_steps():
     ],
 )
 def test_rows_out_of_range_where_nothing_may_wait(order, readable, outside):
-    """A GPU is given rows that it can read, and which steps had others."""
+    """A GPU gets rows that it can read, and a mark on each step that had other rows."""
     rows, bad = readable_rows(torch.tensor(order), 10, 2)
     assert rows.tolist() == readable
     assert bad.tolist() == outside

@@ -1,4 +1,7 @@
-"""Wrong input to TrainStep: what torch would raise, what came, what was expected, what to do; nothing changes."""
+"""Wrong input to TrainStep raises the errors that torch raises, and changes nothing.
+
+A message says what came, what was expected and what to do.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ SIZES = (13, 17, 11, 5)
 
 
 def _number(value: object) -> str:
-    """Names of cases without the tensors in them, whose values and addresses differ between processes."""
+    """Names of cases without the tensors, because values and addresses of tensors differ between processes."""
     return value if isinstance(value, str) else value.__name__ if isinstance(value, type) else ""
 
 
@@ -67,7 +70,7 @@ def test_the_learning_rate_attribute():
 
 
 class TestModels:
-    """What a TrainStep cannot train."""
+    """Models that a TrainStep cannot train."""
 
     def test_another_module(self):
         with pytest.raises(TypeError, match=r"trains a fastmlp.MLP, got Linear.*MLP\.from_torch"):
@@ -201,7 +204,7 @@ def test_epochs(arguments, error, message):
 
 
 class TestStaleParameters:
-    """A TrainStep holds the model's own memory; it must not go on with memory that the model has left."""
+    """A TrainStep holds the model's own memory. It must not go on with memory that the model no longer uses."""
 
     def test_conversion(self):
         model = network(SIZES)
@@ -251,7 +254,7 @@ def test_inference_mode():
 
 @pytest.mark.parametrize("loss", STEP_LOSSES)
 def test_an_empty_batch(loss):
-    """Its mean loss is NaN as torch's; nothing is trained, and there is no gradient."""
+    """The mean loss of an empty batch is NaN as in torch; nothing is trained, and there is no gradient."""
     x, y = problem(SIZES, 24, loss=loss)
     model = network(SIZES)
     step = fastmlp.TrainStep(model, lr=0.3, momentum=0.9, weight_decay=0.1, loss=loss)
@@ -263,7 +266,7 @@ def test_an_empty_batch(loss):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_nan_goes_where_torch_lets_it_go(name):
-    """Into the loss and every parameter that it reaches; no exception, as the host does not look."""
+    """NaN goes into the loss and every parameter that it reaches. No exception is raised, as the host does not look."""
     model = converted(network(SIZES), torch.float32)
     x = X.float().clone()
     x[3, 4] = math.nan

@@ -67,7 +67,7 @@ def test_gradients_and_update_are_a_step(name):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["sgd", "nesterov", "clipping", "adamw"])
 def test_accumulated_batches_are_one_large_batch(name, dtype):
-    """The mean loss of 3 batches of 20: a third of the sum of their gradients."""
+    """The gradient of the mean loss of 3 batches of 20 is a third of the sum of their gradients."""
     x, y = problem(SIZES, 60)
     model, twin = converted(network(SIZES), dtype), network(SIZES)
     settings = {**OPTIMIZERS[name], "lr": 0.05}
@@ -84,7 +84,7 @@ def test_accumulated_batches_are_one_large_batch(name, dtype):
 
 
 def test_accumulate_starts_anew_after_an_update_or_a_step():
-    """So that a loop may always accumulate."""
+    """A loop may therefore always accumulate."""
     data = batches(*problem(SIZES, 70), 24, 4)
     model = network(SIZES)
     step = fastmlp.TrainStep(model, lr=0.3)
@@ -132,7 +132,7 @@ def test_gradients_are_float32_at_least(dtype):
     grads = fastmlp.TrainStep(model, lr=0.3).gradients(x.to(dtype), y)
     assert {g.dtype for g in grads.values()} == {torch.float32}
     expected = autograd(network(SIZES), [(x, y)])
-    for name, grad in grads.items():  # float16's are divided by the loss scale again
+    for name, grad in grads.items():  # float16 gradients are divided by the loss scale again
         assert (grad - expected[name]).norm() <= 20 * torch.finfo(dtype).eps * expected[name].norm(), name
 
 

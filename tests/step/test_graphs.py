@@ -1,7 +1,7 @@
-"""TrainStep's CUDA graphs on the simulated GPU: bit for bit what plain launches give, whatever changes in between.
+"""TrainStep's CUDA graphs on the simulated GPU give the bits of plain launches, whatever changes between the steps.
 
-``tests.support.cuda_graph`` says what a capture and a replay are there: only what is declared a step's state outlasts
-the time between two replays.
+``tests.support.cuda_graph`` describes captures and replays on the simulated GPU. Between two replays only the tensors
+that are declared a step's state keep their values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.cuda_graph import SimulatedCuda
 
 pytestmark = pytest.mark.execute
 
-#: No number is a multiple of 16, so that layers share their compiled kernels.
+#: No size is a multiple of 16, so that layers share their compiled kernels.
 SIZES = (20, 18, 5)
 ROWS = 12
 
@@ -71,7 +71,7 @@ def run(
     execute: bool = True,
     **settings,
 ) -> tuple[list[Tensor], SimulatedCuda]:
-    """What the script yields, then parameters and state; and the GPU."""
+    """(results, GPU). The results are the script's tensors, followed by the parameters and the state."""
     torch.manual_seed(0)
     with SimulatedCuda(execute=execute) as cuda:
         model = fastmlp.MLP(sizes, "relu", dtype=precision[0])
@@ -84,7 +84,7 @@ def run(
 
 
 def check(script: Script, *, replays: int, **settings) -> tuple[list[Tensor], SimulatedCuda]:
-    """The same script with plain launches and with graphs, of which so many are replayed at least."""
+    """Run the same script with plain launches and with graphs, which must be replayed at least ``replays`` times."""
     expected, plain = run(script, cuda_graph=False, **settings)
     actual, cuda = run(script, cuda_graph=True, **settings)
     assert plain.captures == []
@@ -105,7 +105,7 @@ def steps(count: int, **options) -> Script:
 
 
 def epochs(count: int, rows: int = 2 * ROWS, **options) -> Script:
-    """Over one data set, in another order each time."""
+    """Epochs over one data set, each in another order."""
 
     def script(step: TrainStep) -> Iterator[Tensor]:
         images, labels = batch(0, rows, **options)
@@ -117,7 +117,7 @@ def epochs(count: int, rows: int = 2 * ROWS, **options) -> Script:
 
 
 def both(count: int, **options) -> Script:
-    """Steps, and epochs."""
+    """Steps, followed by epochs."""
 
     def script(step: TrainStep) -> Iterator[Tensor]:
         yield from steps(count, **options)(step)
@@ -128,7 +128,7 @@ def both(count: int, **options) -> Script:
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_steps(settings):
-    """Every step has tensors of its own."""
+    """Every step gets new tensors."""
     _, cuda = check(steps(4), replays=3, sizes=(20, 18, 17, 5), **settings)
     assert len(cuda.captures) == 1
     assert set(cuda.capture_modes) == {"thread_local"}, "other threads may allocate meanwhile"
@@ -180,7 +180,7 @@ def test_the_precision_of_float32_products_changes():
 
 
 def test_adamw_counts_every_step_however_it_is_taken():
-    """Its corrections for the first steps differ by factors from one step to the next."""
+    """AdamW's corrections for the first steps differ by large factors from one step to the next."""
 
     def script(step: TrainStep) -> Iterator[Tensor]:
         images, labels = batch(9, 2 * ROWS)
@@ -233,7 +233,7 @@ def test_data_sets_come_and_go():
 
 
 def test_a_graph_that_was_given_up_is_captured_again(monkeypatch):
-    """Three sizes where two are kept, each often enough to be captured, and the first one once more."""
+    """Three sizes, each often enough to be captured, where two graphs are kept. Then the first size comes once more."""
     monkeypatch.setattr(graphs, "_KEPT", 2)
     monkeypatch.setattr(graphs, "_CALLS_PER_EVICTION", 3)
 
@@ -247,7 +247,7 @@ def test_a_graph_that_was_given_up_is_captured_again(monkeypatch):
 
 
 def test_a_graph_goes_with_the_buffers_that_it_uses(monkeypatch):
-    """Three sizes where the buffers of two are kept."""
+    """Three sizes, where the buffers of two sizes are kept."""
     monkeypatch.setattr(triton_step, "_PLANS", 2)
 
     def script(step: TrainStep) -> Iterator[Tensor]:
@@ -260,7 +260,7 @@ def test_a_graph_goes_with_the_buffers_that_it_uses(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["step", "epoch"])
 def test_more_sizes_than_are_kept(kind):
-    """Sixteen batch sizes have a graph each; twenty in rotation have none, instead of a capture at every call."""
+    """Sixteen batch sizes have a graph each. Twenty sizes in rotation have no graph, instead of a capture per call."""
 
     def rotation(count: int) -> Script:
         def script(step: TrainStep) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""fastmlp/step/parameters.py: which tensors are one, and how they follow each other."""
+"""fastmlp/step/parameters.py: which tensors are the same, and how masters, parameters and copies follow each other."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def test_a_change_of_the_parameter_reaches_the_copies_and_an_update_the_paramete
     copies.publish()
     assert param.tolist() == [1.0] * 3
     assert copies.used.tolist() == [1 + 2**-9] * 3
-    copies.refresh()  # its own rounding is no change
+    copies.refresh()  # the rounding that publish() made is no change
     assert copies.master.tolist() == [1 + 2**-9] * 3

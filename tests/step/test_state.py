@@ -1,4 +1,4 @@
-"""TrainStep's state_dict: a run that is stopped and taken up goes on bit by bit as if it had not been."""
+"""TrainStep's state_dict: a run that stops and resumes equals an uninterrupted run bit by bit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_goes_on_where_it_stopped(parameters, products, optimizer):
     other = converted(network(SIZES, seed=7), parameters)
     resumed = fastmlp.TrainStep(other, dtype=products, **OPTIMIZERS[optimizer])
     for x, y in data[:2]:
-        resumed(x, y)  # a state of its own, which has to go
+        resumed(x, y)  # makes a state that loading must replace
     other.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
     for x, y in data[5:]:

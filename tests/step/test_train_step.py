@@ -63,7 +63,7 @@ def test_every_loss(loss, optimizer):
 
 @pytest.mark.parametrize("loss", STEP_LOSSES)
 def test_losses_of_large_outputs(loss):
-    """Logits of several hundred: exponentials that overflow when they are not taken with care."""
+    """Exponentials of logits of several hundred overflow when they are not taken with care."""
     x, y = problem((3, 4), 6, loss=loss)
     model = network((3, 4))
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_losses_of_long_batches(classes):
     "sizes", [(7, 3), (1, 1, 2), (5, 1, 3), (13, 9, 10), (6, 7, 8, 9, 10, 4), (33, 65, 17, 2)], ids=str
 )
 def test_every_depth(sizes, bias, optimizer):
-    """Eight networks with few parameters share the budget of float32: a handful of roundings are a matter of luck."""
+    """Eight networks with few parameters share the budget of float32, because a handful of roundings depend on luck."""
     runs = []
     for seed in range(8 if sum(sizes) <= 10 else 1):
         data = batches(*problem(sizes, 40, seed=seed + 1), 17, 30)
@@ -121,7 +121,7 @@ def test_the_reference_network(optimizer):
     """784-512-512-10 on pixels."""
     sizes = (784, 512, 512, 10)
     data = batches(*problem(sizes, 96, uint8=True), 64, 4)
-    # AdamW divides by the gradient, so that with its usual eps the luck of rounding the least ones decides the error.
+    # AdamW divides by the gradient. With its usual eps, luck in rounding the smallest gradients decides the error.
     settings = OPTIMIZERS[optimizer] | ({"eps": 1e-3} if optimizer == "adamw" else {})
     check_against_torch(network(sizes), data, settings)
 
@@ -166,7 +166,7 @@ def test_pixels_are_divided_by_255():
 
 
 def test_strided_and_many_dimensional_inputs():
-    """Columns of a wider tensor, a transposed one, an image of several dimensions, labels with gaps."""
+    """Columns of a larger tensor, a transposed tensor, an image of several dimensions, labels with gaps."""
     x, y = problem((12, 3), 24)
     results = []
     wide = torch.full((24, 20), float("nan"), dtype=torch.float64)
@@ -203,7 +203,7 @@ def test_changing_the_learning_rate():
 
 
 def test_batch_sizes_may_change_at_every_step():
-    """More of them than there are buffers kept."""
+    """There are more batch sizes than kept buffers."""
     x, y = problem(SIZES, 70)
     data = [(x[:m], y[:m]) for m in (24, 1, 70, 24, 2, 3, 4, 5, 6, 7, 8, 9, 10, 24, 1, 69)]
     check_against_torch(network(SIZES), data, OPTIMIZERS["momentum"])
@@ -222,7 +222,7 @@ def test_two_runs_are_bitwise_equal(name):
 
 
 def test_the_models_own_memory_is_updated():
-    """Same parameters at the same addresses, without gradients; the model's next forward pass sees the update."""
+    """The parameters stay at their addresses, without gradients; the model's next forward pass sees the update."""
     model = converted(network(SIZES), torch.float32)
     addresses = [p.data_ptr() for p in model.parameters()]
     x, y = for_step(*problem(SIZES, 24), torch.float32)

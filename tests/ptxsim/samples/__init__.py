@@ -1,1 +1,1 @@
-"""What the tests of the executor run: single instructions, and Triton kernels that several tests share."""
+"""Code that the executor's tests run: single instructions, and Triton kernels that several tests share."""

@@ -1,4 +1,4 @@
-"""Single PTX instructions on one value a lane, and values that are likely to break them."""
+"""Single PTX instructions on one value per lane, and values that are likely to break the instructions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def run_ptx(body: str, ins: list[np.ndarray], out_bits: int) -> np.ndarray:
     """Run a few instructions.
 
     Args:
-        body: they find their operands in registers %a0, %a1, ... and leave the result in %o. There are also
-            %p<8> (predicates), %h<8> (16 bits), %x<20> (32 bits) and %y<20> (64 bits).
-        ins: the values of each operand, one a lane, as unsigned arrays of the register's width.
+        body: the instructions. They find their operands in registers %a0, %a1, ... and leave the result in %o. There
+            are also %p<8> (predicates), %h<8> (16 bits), %x<20> (32 bits) and %y<20> (64 bits).
+        ins: the values of each operand, one per lane, as unsigned arrays of the register's width.
         out_bits: width of %o.
 
     Returns:
@@ -63,7 +63,7 @@ EDGE32 = [0, 1, 2, 3, 31, 32, 33, 127, 255, 256, 0x7FFFFFFF, 0x80000000, 0x80000
 
 
 def ints(bits: int, n: int = 96, seed: int = 0) -> np.ndarray:
-    """Random integers, with those first that are next to some boundary."""
+    """Random integers; integers next to a boundary come first."""
     r = np.random.default_rng(seed)
     v = [int(x) for x in r.integers(0, 1 << 63, n)]
     v = [(a * 2 + 1 if i % 2 else a * 2) >> (64 - bits) for i, a in enumerate(v)]
@@ -78,7 +78,7 @@ def fbits(x: np.ndarray) -> np.ndarray:
 
 
 def floats(n: int = 128, seed: int = 0, special: bool = True) -> np.ndarray:
-    """Random float32 of many magnitudes, with zeros, infinities, a NaN and ties first if `special`."""
+    """Random float32 of many magnitudes. If `special`, zeros, infinities, a NaN and ties come first."""
     r = np.random.default_rng(seed)
     x = (r.standard_normal(n) * np.exp2(r.integers(-20, 20, n))).astype(np.float32)
     if special:

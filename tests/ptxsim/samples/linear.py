@@ -76,7 +76,7 @@ def case_id(value: object) -> str:
 
 
 def gemm_bound(X: Tensor, W: Tensor, K: int, prec: str) -> Tensor:
-    """sum |a||b| times an error per product: float32 sums of K steps, and the rounding of inputs to tf32."""
+    """sum |a||b| times the error per product, which comes from float32 sums of K steps and from rounding to tf32."""
     per = 2.0**-24 * (K**0.5 * 4)
     if prec == "tf32":
         per += 2 * 2.0**-11 + 2.0**-20
