@@ -14,26 +14,6 @@ from torch import Tensor
 from ..activations import ACTIVATIONS, LAYER_ACTIVATIONS
 from .compat import is_autocast_enabled
 
-__all__ = [
-    "LABELS",
-    "REDUCTIONS",
-    "check_activation",
-    "check_batch",
-    "check_class_target",
-    "check_classes",
-    "check_cross_entropy",
-    "check_input",
-    "check_layer",
-    "check_layer_activation",
-    "check_linear",
-    "check_reduction",
-    "check_rows",
-    "check_same_device",
-    "check_tensor",
-    "check_value_target",
-    "readable_rows",
-]
-
 #: Dtypes of labels.
 LABELS = (torch.int64, torch.uint8)
 REDUCTIONS = ("none", "mean", "sum")

@@ -31,8 +31,6 @@ from .choose import Choice
 from .products import Update
 from .widened import wide_update, wide_wgrad
 
-__all__ = ["FEW_ROWS", "Products", "layer_products", "row_blocks", "sample_blocks"]
-
 #: Batch sizes up to which the products of a layer are measured together.
 FEW_ROWS = 32
 #: Elements that aten gives to one thread at least, before it uses a second one (at::internal::GRAIN_SIZE).

@@ -15,8 +15,6 @@ from torch import Tensor
 from ..data import ImageDataset, load_fashion_mnist
 from ..train.plots import BLUE
 
-__all__ = ["DOCUMENTS", "Outcome", "Plot", "Recorder", "Result", "Settings", "derivative"]
-
 BLOG, FORMULAS, NOTEBOOK, NOTES = "000", "001", "002", "003"
 DOCUMENTS = {BLOG: "blog post", FORMULAS: "its formulas", NOTEBOOK: "notebook", NOTES: "6.390 notes"}
 """A short name of each source document by its number; ``fastmlp.recipes`` has the titles."""

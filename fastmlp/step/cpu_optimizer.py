@@ -8,8 +8,6 @@ from torch import Tensor
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 
-__all__ = ["TorchOptimizer"]
-
 
 class TorchOptimizer:
     """Clips gradients and applies them to ``params``.

@@ -21,8 +21,6 @@ from .loss_scale import LossScale
 from .optimizers import Optimizer
 from .parameters import Copies
 
-__all__ = ["Layer", "Network", "Plan"]
-
 
 class Layer:
     """One layer's tensors, and the places of its gradients among those of all trained parameters."""

@@ -21,8 +21,6 @@ from ..online import online_epoch
 from .cpu_plan import Layer, Network, Plan
 from .optimizers import Optimizer
 
-__all__ = ["TorchStep"]
-
 #: Batch sizes whose plans are kept; a further one takes the place of the first.
 _PLANS = 8
 

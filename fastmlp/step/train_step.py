@@ -15,8 +15,6 @@ from ..base.losses import STEP_LOSSES, takes_classes
 from ..nn import MLP, Linear, _only_computes
 from .optimizers import optimizer_of
 
-__all__ = ["TrainStep"]
-
 _RING = 1024
 
 

@@ -45,8 +45,6 @@ from .loss_scale import LossScale
 from .optimizers import Optimizer
 from .parameters import Copies
 
-__all__ = ["CHUNK", "TritonStep"]
-
 #: Steps of one captured graph.
 CHUNK = 512
 #: Batch sizes whose buffers are kept, and bytes of all of them together; the latest is kept whatever its size.
