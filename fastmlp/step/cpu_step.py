@@ -75,7 +75,7 @@ class TorchStep:
 
     def parameter_state(self) -> dict[str, list[Tensor]]:
         """What belongs to each trained parameter, live: optimizer state, and masters of 16 bits."""
-        state = self.optimizer.parameter_state()
+        state = dict(self.optimizer.states)
         if any(c.master is not c.data for c in self.network.copies):
             state["master"] = list(self.optimizer.params)
         return state
