@@ -12,7 +12,7 @@ from .autograd.elementwise import bce_loss, bce_with_logits, l1_loss, mse_loss, 
 from .autograd.linear import LinearAct, MLPFunction
 from .autograd.softmax import softmax, softmax_squared_error
 from .backend import functorch_active, resolve
-from .base.arguments import check_batch, check_input, check_layer, check_layer_activation, check_linear, check_tensor
+from .base.arguments import check_activation, check_batch, check_input, check_layer, check_network, check_tensor
 from .base.compat import is_autocast_enabled
 from .losses import cross_entropy
 
@@ -33,9 +33,7 @@ __all__ = [
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that torch.autocast asks matrix products on x's device to run in, or None outside autocast."""
     device_type = x.device.type
-    if is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
+    return torch.get_autocast_dtype(device_type) if is_autocast_enabled(device_type) else None
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -73,14 +71,15 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         TypeError: arguments that are not tensors.
         RuntimeError: shapes, dtypes or devices that do not fit, as torch.nn.functional.linear.
     """
-    check_layer_activation(activation)
+    check_activation(activation)
     if activation == "softmax":
         return softmax(linear_act(x, weight, bias))
     check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x, weight, bias = _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)  # type: ignore[assignment]
-    check_linear(x, weight, bias)
+    check_layer(weight, bias)
+    check_input(x, weight)
     backend = resolve(x, weight.dtype)
     if functorch_active():
         return reference.linear_act(x, weight, bias, activation)
@@ -113,19 +112,14 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
         ValueError: no layers, or not as many weights as biases and activations.
     """
     for activation in activations:
-        check_layer_activation(activation)
-    if not len(weights) == len(biases) == len(activations) or not weights:
-        raise ValueError(
-            f"expected as many weights as biases and activations, at least one of each, got {len(weights)} weights, "
-            f"{len(biases)} biases and {len(activations)} activations"
-        )
+        check_activation(activation)
     check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x = _cast(x, dtype)  # type: ignore[assignment]
         weights = [_cast(w, dtype) for w in weights]  # type: ignore[misc]
         biases = [_cast(b, dtype) for b in biases]
-    _check_chain(weights, biases)
+    check_network(weights, biases, activations)
     check_batch(x, weights[0].shape[1])
     x = x.flatten(1) if x.dim() > 2 else x
     check_input(x, weights[0], "weights[0]")
@@ -151,22 +145,3 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
     params = [p for pair in zip(weights[first:], biases[first:], strict=True) for p in pair]
     a, *_ = MLPFunction.apply(x, tuple(activations[first:]), backend, *params)
     return a
-
-
-def _check_chain(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-    """Each layer by itself, and each against the layer below."""
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        check_layer(weight, bias, layer)
-        if layer == 0:
-            continue
-        below = weights[layer - 1]
-        if weight.size(1) != below.size(0):
-            raise RuntimeError(
-                f"expected weights[{layer}] of shape [out_features, {below.shape[0]}] to follow weights[{layer - 1}] "
-                f"of shape {list(below.shape)}, got {list(weight.shape)}"
-            )
-        if weight.dtype != below.dtype or weight.device != below.device:
-            raise RuntimeError(
-                f"expected all layers of one dtype on one device, got weights[{layer - 1}] in {below.dtype} on "
-                f"{below.device} and weights[{layer}] in {weight.dtype} on {weight.device}; convert one with .to(...)"
-            )

@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
 from .activations import ACTIVATIONS, LEAKY_SLOPE
-from .base.arguments import check_batch, check_layer_activation
+from .base.arguments import check_activation, check_batch
 
 __all__ = ["MLP", "Linear"]
 
@@ -39,7 +39,7 @@ class Linear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_layer_activation(activation)
+        check_activation(activation)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation
 
@@ -172,21 +172,15 @@ class MLP(nn.Module):
         """
         modules: list[nn.Module] = [nn.Flatten()]
         for layer in self._linears():
-            plain = nn.Linear(
-                layer.in_features,
-                layer.out_features,
-                bias=layer.bias is not None,
-                device="meta",
-                dtype=layer.weight.dtype,
-            )
+            k, n, bias = layer.in_features, layer.out_features, layer.bias is not None
+            plain = nn.Linear(k, n, bias, "meta", layer.weight.dtype)
             plain.weight, plain.bias = layer.weight, layer.bias
             modules.append(plain)
             if layer.activation == "softmax":
                 modules.append(nn.Softmax(-1))
-                continue
-            if layer.activation not in _TORCH_MODULES:
+            elif layer.activation not in _TORCH_MODULES:
                 raise ValueError(f"torch has no module for the activation {layer.activation!r}")
-            if layer.activation != "identity":
+            elif layer.activation != "identity":
                 kind, settings = _TORCH_MODULES[layer.activation]
                 modules.append(kind(**settings))
         return nn.Sequential(*modules)
@@ -209,11 +203,11 @@ def _checked_sizes(sizes: object) -> tuple[int, ...]:
 def _per_layer(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
     """One activation per layer; a single name, or one name per hidden layer, leaves the last layer without."""
     if isinstance(activation, str):
-        check_layer_activation(activation)
+        check_activation(activation)
         return (*[activation] * (layers - 1), "identity")
     names = tuple(activation) if isinstance(activation, Iterable) else (activation,)
     for name in names:
-        check_layer_activation(name)
+        check_activation(name)
     if len(names) == layers:
         return names
     if len(names) == layers - 1:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from . import cpu, reference
 from .activations import ACTIVATIONS
-from .base.arguments import check_activation, check_classes, check_input, check_layer, check_tensor
+from .base.arguments import check_activation, check_classes, check_input, check_network, check_tensor
 
 __all__ = ["BLOCK", "SMALL", "online_epoch"]
 
@@ -321,26 +321,18 @@ def _checked(
     block: int,
 ) -> tuple[Tensor | None, list[int]]:
     """(rows to use or None for all, their labels as ints), after checking everything."""
-    if not len(weights) == len(biases) == len(activations) or not weights:
-        raise ValueError(
-            f"expected as many weights as biases and activations, at least one of each, got {len(weights)} weights, "
-            f"{len(biases)} biases and {len(activations)} activations"
-        )
     if block < 1:
         raise ValueError(f"block is a number of samples, expected at least 1, got {block}")
-    for index, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
-        check_activation(activation)
-        check_layer(weight, bias, index)
+    for activation in activations:
+        check_activation(activation, ACTIVATIONS)
+    for index, weight in enumerate(weights):
+        check_tensor(weight, f"weights[{index}]")
         if weight.dtype not in (torch.float32, torch.float64) or weight.device.type != "cpu":
             raise RuntimeError(
                 f"expected weights in float32 or float64 on the CPU, got weights[{index}] in {weight.dtype} on "
                 f"{weight.device}; use minibatches there"
             )
-        if index and (weight.shape[1] != weights[index - 1].shape[0] or weight.dtype != weights[0].dtype):
-            raise RuntimeError(
-                f"expected weights[{index}] of shape [out_features, {weights[index - 1].shape[0]}] in "
-                f"{weights[0].dtype}, got {list(weight.shape)} in {weight.dtype}"
-            )
+    check_network(weights, biases, activations)
     check_tensor(images, "images")
     check_tensor(labels, "labels")
     if images.dim() != 2 or labels.shape != images.shape[:1]:

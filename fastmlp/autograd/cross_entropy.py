@@ -20,8 +20,6 @@ from ..base.compat import is_autocast_enabled
 from ..ops import torch_losses
 from ..ops.torch_losses import Settings
 
-__all__ = ["SoftmaxCrossEntropy", "cross_entropy"]
-
 #: What is said of a label that is no class.
 _NO_CLASS = (
     "target {bad}{at} is out of bounds: expected labels from 0 to {last} for {classes} classes, or "

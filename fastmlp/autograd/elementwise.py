@@ -19,8 +19,6 @@ from ..base.arguments import check_value_target
 from ..base.compat import is_autocast_enabled
 from ..ops import torch_losses
 
-__all__ = ["LossFunction", "apply_loss", "bce_loss", "bce_with_logits", "l1_loss", "mse_loss", "multiclass_nll"]
-
 
 class LossFunction(Function):
     """``apply(a, y, loss, reduction, backend)`` with ``loss`` a name of ``fastmlp.base.losses.LOSSES``.

@@ -27,9 +27,6 @@ from ..backend import Resolved
 from ..base.compat import is_autocast_enabled
 from ..ops import BackwardOperations, torch_ops
 
-__all__ = ["LinearAct", "MLPFunction"]
-
-
 _AS_IT_IS = nullcontext()
 
 

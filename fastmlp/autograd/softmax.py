@@ -16,8 +16,6 @@ from ..backend import functorch_active
 from ..base.arguments import check_class_target, check_classes, check_tensor, check_value_target
 from .elementwise import apply_loss
 
-__all__ = ["Softmax", "softmax", "softmax_squared_error"]
-
 
 class Softmax(Function):
     """``apply(z)``: softmax over the last dimension; keeps the probabilities."""

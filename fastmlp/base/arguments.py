@@ -6,33 +6,13 @@ Most functions return nothing. They run on every call, so the good case costs a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from ..activations import ACTIVATIONS, LAYER_ACTIVATIONS
+from ..activations import LAYER_ACTIVATIONS
 from .compat import is_autocast_enabled
-
-__all__ = [
-    "LABELS",
-    "REDUCTIONS",
-    "check_activation",
-    "check_batch",
-    "check_class_target",
-    "check_classes",
-    "check_cross_entropy",
-    "check_input",
-    "check_layer",
-    "check_layer_activation",
-    "check_linear",
-    "check_reduction",
-    "check_rows",
-    "check_same_device",
-    "check_tensor",
-    "check_value_target",
-    "readable_rows",
-]
 
 #: Dtypes of labels.
 LABELS = (torch.int64, torch.uint8)
@@ -40,16 +20,10 @@ REDUCTIONS = ("none", "mean", "sum")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_activation(activation: object) -> None:
-    """ValueError unless ``activation`` is the name of an elementwise activation."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-
-
-def check_layer_activation(activation: object) -> None:
-    """ValueError unless ``activation`` is the name of an elementwise activation or "softmax"."""
-    if activation not in LAYER_ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(LAYER_ACTIVATIONS)}")
+def check_activation(activation: object, known: Collection[str] = LAYER_ACTIVATIONS) -> None:
+    """ValueError unless ``activation`` is one of the ``known`` names."""
+    if activation not in known:
+        raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(known)}")
 
 
 def check_tensor(value: object, name: str) -> None:
@@ -160,6 +134,11 @@ def check_cross_entropy(
         _check_probabilities(input, target, ignore_index)
     else:
         _check_label_shape(input, target)
+        if target.dtype not in LABELS:
+            raise RuntimeError(
+                f"expected labels of dtype int64 or uint8, got {target.dtype}; convert them with .long(), or give "
+                f"class probabilities of the input's shape {list(input.shape)}"
+            )
     if weight is not None:
         _check_weight(input, target, weight)
 
@@ -181,7 +160,6 @@ def _check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> No
 
 def _check_label_shape(input: Tensor, target: Tensor) -> None:
     if input.dim() == 2 and target.dim() == 1 and input.shape[0] == target.shape[0] and input.shape[1] > 0:
-        _check_label_dtype(input, target)
         return
     got = f"input {list(input.shape)} and target {list(target.shape)}"
     if input.dim() == 0:
@@ -197,15 +175,6 @@ def _check_label_shape(input: Tensor, target: Tensor) -> None:
         raise RuntimeError(f"expected labels [N, d1, ...] for logits [N, C, d1, ...], got {got}")
     if input.shape[min(1, input.dim() - 1)] == 0 and target.numel() > 0:
         raise IndexError(f"there are no classes for a label to name: got {got}")
-    _check_label_dtype(input, target)
-
-
-def _check_label_dtype(input: Tensor, target: Tensor) -> None:
-    if target.dtype not in LABELS:
-        raise RuntimeError(
-            f"expected labels of dtype int64 or uint8, got {target.dtype}; convert them with .long(), or give class "
-            f"probabilities of the input's shape {list(input.shape)}"
-        )
 
 
 def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
@@ -302,10 +271,33 @@ def check_batch(x: Tensor, features: int) -> None:
         )
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Check the arguments of A = f(X W^T + b); errors as ``check_layer`` and ``check_input``."""
-    check_layer(weight, bias)
-    check_input(x, weight)
+def check_network(weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str]) -> None:
+    """Check each layer by itself, and against the layer below.
+
+    Raises:
+        ValueError: no layers, or not as many weights as biases and activations.
+        RuntimeError: shapes, dtypes or devices that do not fit; and what ``check_layer`` raises.
+    """
+    if not len(weights) == len(biases) == len(activations) or not weights:
+        raise ValueError(
+            f"expected as many weights as biases and activations, at least one of each, got {len(weights)} weights, "
+            f"{len(biases)} biases and {len(activations)} activations"
+        )
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        check_layer(weight, bias, layer)
+        if layer == 0:
+            continue
+        below = weights[layer - 1]
+        if weight.size(1) != below.size(0):
+            raise RuntimeError(
+                f"expected weights[{layer}] of shape [out_features, {below.shape[0]}] to follow weights[{layer - 1}] "
+                f"of shape {list(below.shape)}, got {list(weight.shape)}"
+            )
+        if weight.dtype != below.dtype or weight.device != below.device:
+            raise RuntimeError(
+                f"expected all layers of one dtype on one device, got weights[{layer - 1}] in {below.dtype} on "
+                f"{below.device} and weights[{layer}] in {weight.dtype} on {weight.device}; convert one with .to(...)"
+            )
 
 
 def check_rows(order: Tensor, rows: int) -> None:

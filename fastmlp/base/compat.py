@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["is_autocast_enabled"]
-
 #: Device types that have autocast, asked once: torch.compile before torch 2.12 cannot trace the question.
 _AVAILABLE = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind))
 

@@ -14,8 +14,6 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["LOSSES", "NO_CLASS", "STEP_LOSSES", "Loss", "takes_classes"]
-
 
 @dataclass(frozen=True, eq=False)
 class Loss:

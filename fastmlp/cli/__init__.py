@@ -32,8 +32,7 @@ class Commands(click.Group):
         """The command of that name, or None."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"{__name__}.{cmd_name}").command
-        return command
+        return importlib.import_module(f"{__name__}.{cmd_name}").command
 
 
 def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:

@@ -10,8 +10,6 @@ import click
 
 from .common import UserError
 
-__all__ = ["checkout", "command"]
-
 
 def checkout() -> Path | None:
     """The root of the checkout that has this package and the benchmarks; None in an installation."""
@@ -40,8 +38,7 @@ def _absent() -> click.Command:
 def _present(root: Path) -> click.Command:
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    found: click.Command = importlib.import_module("bench.cli").cli
-    return found
+    return importlib.import_module("bench.cli").cli
 
 
 _root = checkout()

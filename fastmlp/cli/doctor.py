@@ -157,7 +157,7 @@ def _apart(who: str, failed: dict[str, Any], arguments: list[str], environment: 
             timeout=TIMEOUT_S,
             check=True,
         )
-        results: list[dict[str, Any]] = json.loads(done.stdout)
+        return json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return [{**failure, "message": f"{who} did not finish in {TIMEOUT_S} s"}]
     except subprocess.CalledProcessError as error:
@@ -165,7 +165,6 @@ def _apart(who: str, failed: dict[str, Any], arguments: list[str], environment: 
         return [{**failure, "message": f"{who} failed: {last}"}]
     except ValueError:
         return [{**failure, "message": f"{who} gave no results"}]
-    return results
 
 
 def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -149,23 +149,17 @@ def _list(as_json: bool) -> None:
 
 def _write_plots(outcomes: list[Outcome], folder: Path) -> list[str]:
     """Draw every plot of the outcomes into ``folder``; returns the files."""
-    import io
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from fastmlp.base.atomic import atomic_write
+    from fastmlp.train.plots import save
 
     paths = []
     for outcome in outcomes:
         for name, draw in outcome.plots.items():
             figure = Figure(figsize=(9.6, 4.2), dpi=150, layout="constrained")
-            FigureCanvasAgg(figure)
             draw(figure)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png")
             path = folder / f"{name}.png"
             with common.user_errors((OSError,)):
-                atomic_write(path, buffer.getvalue())
+                save(figure, path)
             paths.append(str(path))
     return paths

@@ -25,8 +25,6 @@ from ..base.atomic import atomic_write, cache_folder
 from ..base.version import __version__
 from .processor import instruction_set, processor_name
 
-__all__ = ["about_choices", "choices_path", "keep", "kept"]
-
 
 def choices_path() -> Path:
     """The file, which need not exist."""

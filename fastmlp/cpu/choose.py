@@ -19,17 +19,6 @@ import torch
 
 from . import cache, onednn
 
-__all__ = [
-    "Choice",
-    "Trials",
-    "choices",
-    "choose",
-    "get_cpu_gemm",
-    "only_aten",
-    "set_cpu_gemm",
-    "worth_measuring",
-]
-
 Choice = Literal["aten", "onednn", "addmm", "rows", "each", "alone", "wide"]
 #: Rows of scratch data to make -> the work on them, by choice.
 Trials = Callable[[int], dict[Choice, Callable[[], object]]]

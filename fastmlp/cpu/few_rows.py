@@ -31,8 +31,6 @@ from .choose import Choice
 from .products import Update
 from .widened import wide_update, wide_wgrad
 
-__all__ = ["FEW_ROWS", "Products", "layer_products", "row_blocks", "sample_blocks"]
-
 #: Batch sizes up to which the products of a layer are measured together.
 FEW_ROWS = 32
 #: Elements that aten gives to one thread at least, before it uses a second one (at::internal::GRAIN_SIZE).
@@ -207,21 +205,16 @@ def _by_rows(layer: _Layer, blocks: int) -> Products:
     return Products(
         linear,
         None if dx is None else dgrad,
-        None if not layer.update else _elementwise_update(weight) if m == 1 else update,
+        None if not layer.update else _SAMPLE_UPDATES["aten"](weight) if m == 1 else update,
         None if dw is None else products.wgrad(m, n, k, weight.dtype, dw) if m == 1 else wgrad,
     )
 
 
-def _elementwise_update(w: Tensor) -> Update:
-    return lambda dz, x, lr: w.addcmul_(dz.t(), x, value=-lr)
-
-
-def _product_update(w: Tensor) -> Update:
-    return lambda dz, x, lr: w.addmm_(dz.t(), x, alpha=-lr)
-
-
 #: How a single row updates W, by the choice.
-_SAMPLE_UPDATES: dict[Choice, Callable[[Tensor], Update]] = {"aten": _elementwise_update, "addmm": _product_update}
+_SAMPLE_UPDATES: dict[Choice, Callable[[Tensor], Update]] = {
+    "aten": lambda w: lambda dz, x, lr: w.addcmul_(dz.t(), x, value=-lr),
+    "addmm": lambda w: lambda dz, x, lr: w.addmm_(dz.t(), x, alpha=-lr),
+}
 
 
 def _rounded_update(chosen: Products, master: Tensor) -> Update:

@@ -8,8 +8,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-__all__ = ["available", "keep_freed_memory", "linear", "wgrad"]
-
 #: Rows whose dZ is transposed at a time (it stays in the caches), and from how many on by two threads, in halves.
 _TRANSPOSED_ROWS, _LEAST_ROWS = 4096, 1024
 #: Elements of a dZ from which on the vector code of a shuffle makes up for the cost of calling it.

@@ -9,8 +9,6 @@ import platform
 
 import torch
 
-__all__ = ["instruction_set", "processor_name", "product_dtype"]
-
 
 def processor_name() -> str:
     """The processor's name as the operating system gives it.

@@ -17,8 +17,6 @@ from . import choose, onednn
 from .choose import Choice
 from .processor import product_dtype
 
-__all__ = ["Update", "dgrad", "linear", "update", "wgrad"]
-
 #: (dZ, X, lr): W -= lr dZ^T X, in place.
 Update = Callable[[Tensor, Tensor, float], object]
 _LIBRARIES: tuple[Choice, ...] = ("aten", "onednn")

@@ -15,8 +15,6 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["alone", "available"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

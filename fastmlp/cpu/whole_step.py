@@ -26,8 +26,6 @@ from torch import Tensor
 from . import choose, threads
 from .choose import Choice
 
-__all__ = ["plan_step"]
-
 #: Multiplications of one pass through all layers from which on products are so long that each is best by itself.
 _LONG = 1 << 25
 

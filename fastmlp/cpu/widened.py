@@ -18,8 +18,6 @@ from .choose import Choice
 from .processor import product_dtype
 from .products import Update
 
-__all__ = ["wide_update", "wide_wgrad"]
-
 
 def wide_wgrad(m: int, master: Tensor, dtype: torch.dtype, *, update: bool) -> bool:
     """Whether dZ^T X of ``m`` rows in ``dtype`` is faster in the dtype of ``master`` [N, K]: measured, or known.

@@ -16,8 +16,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["LoadedImage", "load_image"]
-
 SIZE = 28
 MARGIN_TOLERANCE = 0.05 * 255  # how far a margin may be from the corners' value, as in the data set's own processing
 

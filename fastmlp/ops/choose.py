@@ -20,8 +20,6 @@ from ..backend import Resolved
 from . import compiled, torch_ops, triton_ops
 from .torch_losses import Gradients, Rows, Settings
 
-__all__ = ["BackwardOperations", "Operations", "on"]
-
 
 class BackwardOperations(Protocol):
     """DZ [M, N], X [M, K], W [N, K]; ``saved`` is what f' needs (``fastmlp.activations.saved_for_grad``)."""

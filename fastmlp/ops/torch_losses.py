@@ -21,21 +21,6 @@ from ..base.arguments import LABELS
 from ..base.losses import LOSSES
 from ..cpu import instruction_set
 
-__all__ = [
-    "Gradients",
-    "Rows",
-    "Settings",
-    "by_formula",
-    "cross_entropy_bwd",
-    "cross_entropy_fwd",
-    "loss_bwd",
-    "loss_fwd",
-    "mean_factor",
-    "torch_is_as_fast",
-    "vector_width",
-    "widened",
-]
-
 #: Z, target, weight, what the forward pass kept and the denominator of the mean, for a backward pass.
 Rows = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 #: Of the input and of the target, each None unless wanted.

@@ -11,18 +11,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from . import torch_products
-from .torch_losses import cross_entropy_bwd, cross_entropy_fwd, loss_bwd, loss_fwd
-
-__all__ = [
-    "activation_bwd",
-    "cross_entropy_bwd",
-    "cross_entropy_fwd",
-    "linear_dgrad",
-    "linear_fwd",
-    "linear_wgrad",
-    "loss_bwd",
-    "loss_fwd",
-]
+from .torch_losses import cross_entropy_bwd, cross_entropy_fwd, loss_bwd, loss_fwd  # noqa: F401
 
 
 def _scaled(pixels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,8 +17,6 @@ from .. import cpu
 from ..activations import ACTIVATIONS
 from ..backend import functorch_active
 
-__all__ = ["dgrad", "linear", "wgrad"]
-
 #: Multiplications of a product that repay asking which library is faster: 64 rows and a layer of 256 x 256.
 _LARGE = 1 << 22
 _PLAIN = (Tensor, Parameter)

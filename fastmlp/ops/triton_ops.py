@@ -11,18 +11,6 @@ from torch import Tensor
 from ..base.losses import LOSSES
 from .torch_losses import Gradients, Rows, Settings, mean_factor
 
-__all__ = [
-    "activation_bwd",
-    "cross_entropy_bwd",
-    "cross_entropy_fwd",
-    "device_of",
-    "linear_dgrad",
-    "linear_fwd",
-    "linear_wgrad",
-    "loss_bwd",
-    "loss_fwd",
-]
-
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, torch operations on their tensors': make them the same."""

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageDataset, load_fashion_mnist
-from ..train.plots import BLUE
-
-__all__ = ["DOCUMENTS", "Outcome", "Plot", "Recorder", "Result", "Settings", "derivative"]
+from ..train.plots import BLUE, look
 
 BLOG, FORMULAS, NOTEBOOK, NOTES = "000", "001", "002", "003"
 DOCUMENTS = {BLOG: "blog post", FORMULAS: "its formulas", NOTEBOOK: "notebook", NOTES: "6.390 notes"}
@@ -181,9 +179,7 @@ def axes(ax: Any, title: str, xlabel: str, ylabel: str) -> None:
     ax.set_title(title, loc="left", fontsize=10)
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
-    ax.grid(color="#dddddd", linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set_axisbelow(True)
+    look(ax)
 
 
 def curve(ax: Any, losses: Tensor, per_step: int = 1) -> int:

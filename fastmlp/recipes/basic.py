@@ -18,8 +18,6 @@ from ..step import TrainStep
 from ..train import evaluate
 from .base import NOTEBOOK, Recorder, Settings, axes, curve, percent
 
-__all__ = ["as_the_document", "gaussian_", "run"]
-
 SIZES, LR = (784, 512, 512, 10), 0.02
 TOLERANCE, SEEDS, STEPS = 0.02, 3, 100
 #: By recipe: hidden activation, biases or none, the notebook's accuracy, and the least accuracy of the quick form.

@@ -22,8 +22,6 @@ from .base import BLOG, NOTEBOOK, NOTES, Recorder, Settings, axes, derivative
 from .sgd_neural_net import loss_and_gradients
 from .softmax_squared import jacobian
 
-__all__ = ["run"]
-
 TOLERANCE = 1e-9
 _ACTIVATIONS = {
     "step": "0",

@@ -16,8 +16,6 @@ from ..functional import linear_act, mse_loss
 from ..train.plots import BLUE
 from .base import BLOG, Recorder, Settings, axes, derivative
 
-__all__ = ["run"]
-
 PRINTED = ("1.0", "0.16000000000000011", "6.871947673606854e-08")
 """What the blog post prints: the first loss, the second and, after dots, the tenth."""
 LR, STEPS = 0.1, 10

@@ -16,8 +16,6 @@ from ..train.plots import ORANGE
 from .base import NOTES, Recorder, Settings, axes, curve, derivative, percent
 from .sgd_neural_net import ACTIVATIONS, ELEMENTWISE, LOSSES, loss_and_gradients, sgd_neural_net
 
-__all__ = ["gradient_error", "run", "valid_pairs"]
-
 Network = tuple[list[Tensor], list[Tensor], tuple[str, ...]]
 TOLERANCE = 1e-8
 STEPS, LEAST_ACCURACY = 30_000, 0.80

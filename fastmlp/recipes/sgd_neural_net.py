@@ -30,8 +30,6 @@ from ..backend import Resolved, resolve
 from ..base.arguments import check_tensor
 from ..nn import MLP
 
-__all__ = ["ACTIVATIONS", "ELEMENTWISE", "LOSSES", "SGDResult", "loss_and_gradients", "sgd_neural_net"]
-
 ACTIVATIONS = ("step", "relu", "sigmoid", "identity", "tanh", "softmax")
 """The notes' catalogue of activations (7.5.12)."""
 ELEMENTWISE = {"square": "mse", "linear": "l1", "nll": "binary_cross_entropy", "nllm": "nllm"}

@@ -17,8 +17,6 @@ from ..step import TrainStep
 from ..train import evaluate
 from .base import BLOG, Recorder, Settings, axes, curve, derivative, percent
 
-__all__ = ["explicit_gradient", "jacobian", "run"]
-
 LR, BATCH = 0.5, 64
 EPOCHS, LEAST_ACCURACY = 8, 0.80
 QUICK_EPOCHS, QUICK_LEAST_ACCURACY = 3, 0.70

@@ -24,8 +24,6 @@ from ..base.arguments import check_classes
 from ..base.losses import NO_CLASS
 from ..ops.torch_losses import vector_width
 
-__all__ = ["FUNCTIONS", "LossFunction", "loss_function"]
-
 #: (A_L [M, C], target, 0-d loss to write) -> dA_L
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 #: Operators that torch has no function for; where it has one, as for log-softmax, calling it costs half as much.

@@ -8,8 +8,6 @@ from torch import Tensor
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 
-__all__ = ["TorchOptimizer"]
-
 
 class TorchOptimizer:
     """Clips gradients and applies them to ``params``.
@@ -18,13 +16,16 @@ class TorchOptimizer:
         params: float32 or float64 tensors, updated in place.
         rule: the update; ``rule.lr`` is read every time.
         loss_scale: float16's; a step whose gradients overflow is skipped.
+
+    Attributes:
+        states: what the rule keeps of each parameter, live, by name.
     """
 
     def __init__(self, params: list[Tensor], rule: Optimizer, loss_scale: LossScale | None) -> None:
         self.params, self.rule, self.loss_scale = params, rule, loss_scale
         first = params[0]
         self._grads: list[Tensor] | None = None
-        self._states = {name: [torch.zeros_like(t) for t in params] for name in rule.states}
+        self.states = {name: [torch.zeros_like(t) for t in params] for name in rule.states}
         self._step = torch.zeros((), dtype=torch.float32, device=first.device)
         self._one = torch.ones_like(self._step)
         if rule.max_grad_norm is not None:
@@ -39,10 +40,6 @@ class TorchOptimizer:
         if self._grads is None:
             self._grads = [torch.zeros_like(t) for t in self.params]
         return self._grads
-
-    def parameter_state(self) -> dict[str, list[Tensor]]:
-        """What belongs to each parameter, live."""
-        return dict(self._states)
 
     def counters(self) -> dict[str, float]:
         """The number of updates, if the rule counts; float16's loss scale and the good steps since it last moved."""
@@ -65,7 +62,7 @@ class TorchOptimizer:
             self._clip(grads)
         if self.rule.counted:
             self._step.add_(self._one if skip is None else self._one - skip)
-        self.rule.update(self.params, grads, list(self._states.values()), self._step, skip)
+        self.rule.update(self.params, grads, list(self.states.values()), self._step, skip)
         if self.loss_scale is not None:
             self.loss_scale.adjust()
 

@@ -21,8 +21,6 @@ from .loss_scale import LossScale
 from .optimizers import Optimizer
 from .parameters import Copies
 
-__all__ = ["Layer", "Network", "Plan"]
-
 
 class Layer:
     """One layer's tensors, and the places of its gradients among those of all trained parameters."""
@@ -40,7 +38,6 @@ class Layer:
         self.row_b = None if bias is None else bias.master.unsqueeze(0)
         self.db = torch.empty_like(self.row_b) if plain and self.train_b and self.row_b is not None else None
         self.narrow = self.train_w and self.weight.dtype != self.master_w.dtype
-        self.in_place = plain and self.train_w and not self.narrow
         #: Where dW is computed before it is widened to the master's dtype.
         self.dw: Tensor | None = None
         if self.narrow:

@@ -21,8 +21,6 @@ from ..online import online_epoch
 from .cpu_plan import Layer, Network, Plan
 from .optimizers import Optimizer
 
-__all__ = ["TorchStep"]
-
 #: Batch sizes whose plans are kept; a further one takes the place of the first.
 _PLANS = 8
 
@@ -77,7 +75,7 @@ class TorchStep:
 
     def parameter_state(self) -> dict[str, list[Tensor]]:
         """What belongs to each trained parameter, live: optimizer state, and masters of 16 bits."""
-        state = self.optimizer.parameter_state()
+        state = dict(self.optimizer.states)
         if any(c.master is not c.data for c in self.network.copies):
             state["master"] = list(self.optimizer.params)
         return state

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["GraphCache", "GraphEntry", "can_capture"]
-
 #: Graphs that are kept, and the calls that lie at least between two captures for which another graph is dropped. Sizes
 #: that keep changing are launched plainly: a capture takes as long as dozens of plain steps.
 _KEPT, _CALLS_PER_EVICTION = 16, 64

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["LossScale"]
-
 #: The gradient of a mean over one row, times this, is still below float16's largest number, 65,504.
 _START = 2.0**15
 _GROWTH_STEPS = 2000

@@ -14,8 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["OPTIMIZERS", "SGD", "AdamW", "Optimizer", "optimizer_of"]
-
 Tensors = list[Tensor]
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Copies"]
-
 
 class Copies:
     """A parameter, what the products read and what the optimizer updates: all the same tensor, or rounded copies.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,37 +13,13 @@ from ..backend import resolve
 from ..base.arguments import check_batch, check_classes, check_rows, check_same_device, check_tensor, readable_rows
 from ..base.losses import STEP_LOSSES, takes_classes
 from ..nn import MLP, Linear, _only_computes
+from .cpu_step import TorchStep
 from .optimizers import optimizer_of
 
-__all__ = ["TrainStep"]
+if TYPE_CHECKING:
+    from .triton_step import TritonStep
 
 _RING = 1024
-
-
-class _Engine(Protocol):
-    """What runs the step: ``fastmlp.step.cpu_step.TorchStep`` or ``fastmlp.step.triton_step.TritonStep``."""
-
-    def step(self, x: Tensor, y: Tensor, out: Tensor) -> None: ...
-
-    def epoch(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        order: Tensor,
-        lrs: Tensor,
-        losses: Tensor,
-    ) -> None: ...
-
-    def gradients(self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> list[Tensor]: ...
-
-    def update(self) -> None: ...
-
-    def parameter_state(self) -> dict[str, list[Tensor]]: ...
-
-    def counters(self) -> dict[str, float]: ...
-
-    def set_counters(self, counters: dict[str, float]) -> None: ...
 
 
 class TrainStep:
@@ -115,7 +91,7 @@ class TrainStep:
         if not self._names:
             raise ValueError("no parameter of the model requires a gradient; there is nothing to train")
         first = named[0][1]
-        check_same_device([(name, parameter) for name, parameter in named])
+        check_same_device(named)
         dtype = first.dtype if dtype is None else dtype
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"expected dtype to be a torch.dtype such as torch.bfloat16, got {dtype!r}")
@@ -148,15 +124,13 @@ class TrainStep:
         self._on_device: AbstractContextManager[object] = nullcontext()
         if self.device.type == "cuda":
             self._on_device = torch.cuda.device(self.device)
-        self._engine: _Engine
+        self._engine: TorchStep | TritonStep
         with self._on_device:
             if self.backend == "triton":
                 from .triton_step import TritonStep
 
                 self._engine = TritonStep(layers, self.rule, STEP_LOSSES[loss], dtype, cuda_graph=cuda_graph)
             else:
-                from .cpu_step import TorchStep
-
                 self._engine = TorchStep(layers, self.rule, STEP_LOSSES[loss], dtype)
 
     @property
@@ -292,9 +266,7 @@ class TrainStep:
         """
         counters = self._engine.counters().items()
         state = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in counters}
-        for name, tensor in self._parameter_state().items():
-            state[name] = tensor.clone()
-        return state
+        return state | {name: tensor.clone() for name, tensor in self._parameter_state().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take up a state that ``state_dict`` returned; load the model's own first.

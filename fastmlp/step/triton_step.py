@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +43,6 @@ from .graphs import GraphCache, GraphEntry, can_capture
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 from .parameters import Copies
-
-__all__ = ["CHUNK", "TritonStep"]
 
 #: Steps of one captured graph.
 CHUNK = 512
@@ -105,6 +102,7 @@ class TritonStep:
         self.states = [zeros.clone() for _ in rule.states]
         self.grads = zeros if self.all_first else None
         self.loss_scale = LossScale(self.device) if self.scaled else None
+        self._unscale = None if self.loss_scale is None else self.loss_scale.inverse
         self.steps = 0
         #: The number of updates where only the device knows which steps were skipped.
         self.count: Tensor | None = None
@@ -114,8 +112,7 @@ class TritonStep:
         self._plans: OrderedDict[int, _Plan] = OrderedDict()
         self._converted: Tensor | None = None
         self.graphs = GraphCache(self.device) if cuda_graph and can_capture(self.device) else None
-        every = [copies for pair in zip(self._weights, self._biases, strict=True) for copies in pair]
-        self._copied = [copies for copies in every if copies is not None and not copies.is_one]
+        self._copied = [c for c in (*self._weights, *self._biases) if c is not None and not c.is_one]
 
     def _follow(self) -> None:
         """Follow changes that somebody else made to the parameters, such as load_state_dict."""
@@ -261,37 +258,33 @@ class TritonStep:
             activation_bwd(dz, self._saved(plan, last), self.activations[last], dz=dz)
 
     def _weights_step(
-        self, plan: _Plan, x: Tensor, rows: Tensor | None, hyper: Hyper, row: Tensor, loss: Tensor, **options: Any
+        self, plan: _Plan, x: Tensor, rows: Tensor | None, row: Tensor, loss: Tensor, *, store: bool, add: bool = False
     ) -> None:
-        """The grouped weight gradient, with whatever ``hyper`` does to it."""
+        """The grouped weight gradient with its update; with ``store`` it goes, or is added, to the flat gradients."""
         inputs = [x, *plan.a[:-1]]
         dzs = [plan.dz[i] for i in self.trained]
         wgrad_update(
             self.layout,
             [dz for dz in dzs if dz is not None],
             [inputs[i] for i in self.trained],
-            hyper,
+            Hyper("none") if store else self.hyper,
             row,
             states=self.states,
             rows=rows if self.trained[0] == 0 else None,
             loss_rows=plan.loss_rows,
             loss=loss,
             partial=plan.partial,
-            **options,
+            grads=self.grads if store else None,
+            unscale=self._unscale,
+            accumulate=add,
         )
 
     def _launch(self, plan: _Plan, x: Tensor, y: Tensor, rows: Tensor | None, row: Tensor, loss: Tensor) -> None:
         """The whole step as launches on the current stream."""
         self._forward_backward(plan, x, y, rows)
-        if not self.all_first:
-            self._weights_step(plan, x, rows, self.hyper, row, loss)
-            return
-        self._weights_step(plan, x, rows, Hyper("none"), row, loss, grads=self.grads, unscale=self._unscale)
-        self._apply(row)
-
-    @property
-    def _unscale(self) -> Tensor | None:
-        return None if self.loss_scale is None else self.loss_scale.inverse
+        self._weights_step(plan, x, rows, row, loss, store=self.all_first)
+        if self.all_first:
+            self._apply(row)
 
     def _apply(self, row: Tensor) -> None:
         """Update from the flat gradients: clipped, and skipped where float16 overflowed, all on the device."""
@@ -307,16 +300,7 @@ class TritonStep:
         if self.rule.max_grad_norm is not None:
             norm = torch.linalg.vector_norm(grads)
             factor = torch.clamp(self.rule.max_grad_norm / (norm + 1e-6), max=1.0)
-        reduce_update(
-            self.layout,
-            grads,
-            1,
-            self.hyper,
-            row,
-            states=self.states,
-            unscale=factor,
-            skip=skip,
-        )
+        reduce_update(self.layout, grads, 1, self.hyper, row, states=self.states, unscale=factor, skip=skip)
         if self.loss_scale is not None:
             self.loss_scale.adjust()
 
@@ -327,9 +311,9 @@ class TritonStep:
         m = x.shape[0]
         plan, row = self._plan(m), self._row()
         self.steps += 1
-        entry = (
-            self.graphs.entry((m, tf32_allowed(), x.dtype, y.dtype, y.shape[1:])) if self.graphs is not None else None
-        )
+        entry = None
+        if self.graphs is not None:
+            entry = self.graphs.entry((m, tf32_allowed(), x.dtype, y.dtype, y.shape[1:]))
         if self.graphs is None or entry is None:
             self._launch(plan, x, y, None, row, out)
             return
@@ -402,17 +386,7 @@ class TritonStep:
         if partial is None:
             plan.partial = workspace(self.layout, plan.m, self.dtype, self.device, direct=False)
         self._forward_backward(plan, x, y, None)
-        self._weights_step(
-            plan,
-            x,
-            None,
-            Hyper("none"),
-            self._row(),
-            out,
-            grads=self.grads,
-            unscale=self._unscale,
-            accumulate=accumulate,
-        )
+        self._weights_step(plan, x, None, self._row(), out, store=True, add=accumulate)
         plan.partial = partial
         return self.layout.views(self.grads)
 

@@ -23,8 +23,6 @@ from safetensors.torch import save as save_tensors
 
 from ..base.atomic import atomic_write
 
-__all__ = ["Checkpoint", "CheckpointError", "checkpoint_paths", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
-
 FORMAT = "fastmlp checkpoint"
 FORMAT_VERSION = 1
 

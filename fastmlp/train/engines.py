@@ -19,16 +19,6 @@ from ..step import TrainStep
 from ..step.loss_scale import LossScale
 from ..step.parameters import Copies
 
-__all__ = [
-    "ENGINES",
-    "OPTIMIZERS",
-    "AutogradEngine",
-    "Engine",
-    "StepEngine",
-    "check_hyperparameters",
-    "engine_for",
-]
-
 OPTIMIZERS = ("sgd",)
 
 

@@ -11,8 +11,6 @@ from torch import nn
 from ..activations import ACTIVATIONS
 from ..nn import MLP
 
-__all__ = ["LEARNING_RATES", "initialize_"]
-
 LEARNING_RATES: Mapping[str, float] = {name: f.lr for name, f in ACTIVATIONS.items()}
 """Base learning rate by hidden activation (``Activation.lr``)."""
 

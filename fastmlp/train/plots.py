@@ -11,8 +11,6 @@ from ..base.atomic import atomic_write
 if TYPE_CHECKING:
     from .loop import History
 
-__all__ = ["look", "plot_history", "save"]
-
 # Okabe and Ito's colours, which stay apart for colour-blind readers and in gray.
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-__all__ = ["SCHEDULES", "Schedule", "lr_factors"]
-
 Schedule = Callable[[int, int, int], float]
 
 
