@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -189,7 +190,13 @@ class Run:
             if self.epoch == 0:
                 for leftover in (CURVES, SUMMARY):
                     (self.folder / leftover).unlink(missing_ok=True)
-            save_checkpoint(self.folder / WEIGHTS, model, config, vars(result))
+            save = partial(save_checkpoint, self.folder / WEIGHTS, model, config, vars(result))
+            try:
+                save()
+            except KeyboardInterrupt:  # perhaps between the two files, which then would not belong together
+                save()
+                self.epoch = result.epoch
+                raise
         self.epoch = result.epoch
 
     def state(self) -> str:
