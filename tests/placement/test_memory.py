@@ -47,17 +47,17 @@ def test_300_batch_sizes(machine, graph):
     assert held <= allowed, f"{held:,} bytes after 300 sizes, {allowed // 24:,} for one"
 
 
-def test_300_batch_sizes_of_epochs(machine):
+def test_100_batch_sizes_of_epochs(machine):
     images, labels = rows_of(1300, pixels=True)
     step = new_step()
     for _ in range(3):
         step.epoch(images, labels, 1300)
     one = machine.held()
-    for batch_size in random.Random(0).sample(range(1001, 1300), 299):
+    for batch_size in random.Random(0).sample(range(1001, 1300), 99):
         for _ in range(3):
             step.epoch(images, labels, batch_size)
     held = machine.held()
-    assert held <= 24 * one, f"{held:,} bytes after 300 sizes, {one:,} for one"
+    assert held <= 24 * one, f"{held:,} bytes after 100 sizes, {one:,} for one"
 
 
 @pytest.mark.parametrize("products", [None, torch.bfloat16, torch.float16], ids=str)
@@ -77,15 +77,15 @@ def test_100_epochs_over_float_images(machine, products):
 
 
 @pytest.mark.parametrize("products", [None, torch.bfloat16], ids=str)
-def test_100_data_sets(machine, products):
+def test_50_data_sets(machine, products):
     """Data sets that the caller has given up are not held without bound."""
     step = new_step(products)
-    for i in range(100):
+    for i in range(50):
         images, labels = rows_of(2000)
         for _ in range(2):
             step.epoch(images, labels, 256)
         del images, labels
-        if i == 30:
+        if i == 20:
             early = machine.held()
     assert machine.held() <= early * 1.2
 
@@ -94,14 +94,15 @@ def test_100_orders_and_rates(machine):
     """Orders and rates are not kept, and neither needs another graph."""
     images, labels = rows_of(2000, pixels=True)
     step = new_step()
-    held = []
+    held = {}
     for i in range(100):
         step.lr = 0.1 / (i + 1)
         order = torch.randperm(2000, device="cuda:0")
         step.epoch(images, labels, 256, order, [1 / (i + j + 1) for j in range(8)])
         step(images[:100], labels[:100])
-        held.append(machine.held())
-    assert max(held[50:]) <= max(held[:10])
+        if i in (4, 9, 50, 75, 99):
+            held[i] = machine.held()
+    assert max(held[50], held[75], held[99]) <= max(held[4], held[9])
     assert len(machine.captures) <= 4
 
 

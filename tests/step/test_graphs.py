@@ -23,6 +23,7 @@ if INTERPRETING:
     pytest.skip("the simulated GPU runs compiled kernels", allow_module_level=True)
 
 from tests.support.cuda_graph import SimulatedCuda
+from tests.support.precision import default_precision, set_matmul  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.execute
 
@@ -165,15 +166,12 @@ def test_the_learning_rate_changes(optimizer):
     check(script, replays=5, **{**SETTINGS[optimizer], "lr": 1.0})
 
 
+@pytest.mark.usefixtures("default_precision")
 def test_the_precision_of_float32_products_changes():
     def script(step: TrainStep) -> Iterator[Tensor]:
-        before = torch.get_float32_matmul_precision()
-        try:
-            for precision in ("highest", "high", "highest"):
-                torch.set_float32_matmul_precision(precision)
-                yield from steps(3)(step)
-        finally:
-            torch.set_float32_matmul_precision(before)
+        for precision in ("ieee", "tf32", "ieee"):
+            set_matmul(precision)
+            yield from steps(3)(step)
 
     _, cuda = check(script, replays=7, **SETTINGS["sgd"])
     assert len(cuda.captures) == 2
