@@ -1,17 +1,19 @@
-"""Modules: Linear with its activation, MLP, and conversion from and to plain torch modules."""
+"""Modules: MLP, and its conversion from and to plain torch modules; ``fastmlp.layers`` has the layers."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import functional
+from . import functional, reference
 from .activations import ACTIVATIONS, LEAKY_SLOPE
 from .base.arguments import check_activation, check_batch
+from .layers import Affine, LayerList, Linear, activate
 
 __all__ = ["MLP", "Linear"]
 
@@ -19,41 +21,8 @@ __all__ = ["MLP", "Linear"]
 _TORCH_MODULES = {name: f.module for name, f in ACTIVATIONS.items() if f.module is not None}
 
 
-class Linear(nn.Linear):
-    """torch.nn.Linear followed by an activation, in one kernel: A = f(x W^T + b).
-
-    Args:
-        in_features, out_features, bias, device, dtype: as torch.nn.Linear, and initialized like it.
-        activation: "identity" (default), or another name of ``fastmlp.activations.LAYER_ACTIVATIONS``.
-
-    Input [*, in_features] (uint8 pixels count as x / 255), output [*, out_features]; ``functional.linear_act`` says
-    the rest.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        activation: str = "identity",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_activation(activation)
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.activation = activation
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[*, in_features] to [*, out_features]."""
-        return functional.linear_act(input, self.weight, self.bias, self.activation)
-
-    def extra_repr(self) -> str:
-        """What torch prints, and the activation."""
-        return f"{super().extra_repr()}, activation={self.activation!r}"
-
-
 class MLP(nn.Module):
-    """Multilayer perceptron: Linear layers with an activation after each but the last.
+    """Multilayer perceptron: linear layers with an activation after each but the last.
 
     Args:
         sizes: number of features of the input, of every hidden layer and of the output: at least two positive ints,
@@ -63,13 +32,18 @@ class MLP(nn.Module):
         bias: whether the layers have biases.
         device, dtype: of the parameters; default torch's.
 
-    ``layers`` is an nn.ModuleList of ``Linear``, so state_dict has ``layers.{i}.weight`` [out, in] and
+    ``layers`` is an nn.ModuleList of nn.Linear modules, so state_dict has ``layers.{i}.weight`` [out, in] and
     ``layers.{i}.bias`` [out]. Input is [B, sizes[0]] or [B, ...] flattened from dimension 1, of the parameters' dtype
     or uint8 (pixels, scaled by 1/255 in the first kernel); output [B, sizes[-1]].
 
+    A layer called by itself is the affine map x W^T + b. Its activation belongs to the place in ``layers``, and
+    ``layers[i].activation = "tanh"`` changes it. So a tool may wrap or replace a layer by what it makes of an
+    nn.Linear (LoRA, quantization), and the MLP goes on applying the activation after it. A ``fastmlp.Linear`` put into
+    ``layers`` brings its own activation in place of the other.
+
     The forward pass is one node of the tape, so the hidden layers' gradients never leave the backward kernels. The
-    layers are called one by one, each still fused, where one of ``layers`` (or all modules) has a hook, and where one
-    was replaced by another module or has another ``forward``.
+    layers are called one by one, each followed by its activation, where one of ``layers`` (or all modules) has a hook,
+    and where one was replaced by another module or has another ``forward``.
 
     Raises:
         TypeError: sizes that are no sequence of ints (a bool is none).
@@ -87,31 +61,49 @@ class MLP(nn.Module):
         super().__init__()
         self.sizes = _checked_sizes(sizes)
         activations = _per_layer(activation, len(self.sizes) - 1)
-        self.layers = nn.ModuleList(
-            Linear(n_in, n_out, bias, f, device, dtype)
+        self.layers = LayerList(
+            Affine(n_in, n_out, bias, f, device, dtype)
             for n_in, n_out, f in zip(self.sizes[:-1], self.sizes[1:], activations, strict=True)
         )
 
     @property
     def activations(self) -> tuple[str, ...]:
         """The activation of each layer, the last one included."""
-        return tuple(layer.activation for layer in self._linears())
+        return tuple(slot.activation for slot in self.layers.slots())
 
     def _linears(self) -> list[Linear]:
-        return list(self.layers)  # type: ignore[arg-type]
+        """The layers, which have a weight, a bias and an activation unless somebody replaced them."""
+        return list(self._modules["layers"]._modules.values())  # type: ignore[union-attr, arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, sizes[0]] (or [B, ...]) to [B, sizes[-1]]."""
         layers = self._linears()
         if _has_any_global_hook() or not all(map(_only_computes, layers)):
-            check_batch(x, self.sizes[0])
-            x = x.flatten(1) if x.dim() > 2 else x
-            for layer in layers:
-                x = layer(x)
-            return x
+            return self._one_by_one(x)
         weights = [_parameter(layer, "weight") for layer in layers]
         biases = [_parameter(layer, "bias") for layer in layers]
-        return functional.mlp(x, weights, biases, [layer.activation for layer in layers])  # type: ignore[arg-type]
+        return functional.mlp(x, weights, biases, [layer._slot.activation for layer in layers])  # type: ignore[arg-type]
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        check_batch(x, self.sizes[0])
+        x = x.flatten(1) if x.dim() > 2 else x
+        for i, (layer, slot) in enumerate(zip(self.layers, self.layers.slots(), strict=True)):
+            if i == 0 and x.dtype == torch.uint8:  # no other module knows what the pixels mean
+                x = reference.pixels(x, _floating_dtype(layer))
+            x = layer(x)
+            if not isinstance(layer, Linear):
+                x = activate(x, slot.activation)
+        return x
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "layers" and isinstance(value, (nn.ModuleList, nn.Sequential)) and not isinstance(value, LayerList):
+            old = self._modules.get(name)
+            value = old.replaced(value) if isinstance(old, LayerList) else LayerList(value)
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.layers = self.layers  # an nn.ModuleList where it was pickled by an earlier version
 
     def extra_repr(self) -> str:
         """The sizes; the layers print themselves."""
@@ -127,26 +119,24 @@ class MLP(nn.Module):
         on working, because the parameters are shared.
 
         Raises:
-            TypeError: a child that an MLP has no place for, or one whose weight is computed by a parametrization.
+            TypeError: a child that an MLP has no place for, or one whose weight is computed by a parametrization; a
+                wrapper of torch.nn.parallel or torch.distributed, whose communication an MLP would not do.
             ValueError: children in an order that is not an MLP's, or with hooks.
         """
         linears: list[nn.Linear] = []
         activations: list[str] = []
-        for child in _leaves(module):
-            if _has_hooks(child):
-                raise ValueError(f"{child} has hooks (weight_norm and pruning add such), which an MLP would not call")
+        for child, activation in _leaves(module):
             if isinstance(child, nn.Flatten):
                 if linears or child.start_dim != 1 or child.end_dim != -1:
                     raise ValueError(
                         f"{child} after {len(linears)} linear layers: nn.Flatten is accepted only before the first "
                         "layer and with start_dim=1, end_dim=-1"
                     )
-            elif type(child).forward in (nn.Linear.forward, Linear.forward):
-                assert isinstance(child, nn.Linear)
+            elif _is_linear(child):
                 if not isinstance(child.weight, nn.Parameter):
                     raise TypeError(f"the weight of {child} is computed, not a parameter; remove its parametrization")
-                linears.append(child)
-                activations.append(child.activation if isinstance(child, Linear) else "identity")
+                linears.append(child)  # type: ignore[arg-type]
+                activations.append(activation)
             else:
                 name = _activation_name(child)
                 if not linears or (activations[-1] != "identity" and name != "identity"):
@@ -167,21 +157,28 @@ class MLP(nn.Module):
     def to_torch(self) -> nn.Sequential:
         """An nn.Sequential of nn.Flatten, nn.Linear and activation modules; it shares the parameters.
 
+        A layer that somebody replaced, hooked or parametrized is itself in the nn.Sequential.
+
         Raises:
             ValueError: the activation "step", for which torch has no module.
         """
         modules: list[nn.Module] = [nn.Flatten()]
-        for layer in self._linears():
-            k, n, bias = layer.in_features, layer.out_features, layer.bias is not None
-            plain = nn.Linear(k, n, bias, "meta", layer.weight.dtype)
-            plain.weight, plain.bias = layer.weight, layer.bias
-            modules.append(plain)
-            if layer.activation == "softmax":
+        for layer, activation in zip(self._linears(), self.activations, strict=True):
+            if _only_computes(layer) and isinstance(layer.weight, nn.Parameter):
+                k, n, bias = layer.in_features, layer.out_features, layer.bias is not None
+                plain = nn.Linear(k, n, bias, "meta", layer.weight.dtype)
+                plain.weight, plain.bias = layer.weight, layer.bias
+                modules.append(plain)
+            else:
+                modules.append(layer)
+                if isinstance(layer, Linear):  # applies its activation itself
+                    continue
+            if activation == "softmax":
                 modules.append(nn.Softmax(-1))
-            elif layer.activation not in _TORCH_MODULES:
-                raise ValueError(f"torch has no module for the activation {layer.activation!r}")
-            elif layer.activation != "identity":
-                kind, settings = _TORCH_MODULES[layer.activation]
+            elif activation not in _TORCH_MODULES:
+                raise ValueError(f"torch has no module for the activation {activation!r}")
+            elif activation != "identity":
+                kind, settings = _TORCH_MODULES[activation]
                 modules.append(kind(**settings))
         return nn.Sequential(*modules)
 
@@ -218,8 +215,10 @@ def _per_layer(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
 
 
 def _only_computes(layer: nn.Module) -> bool:
-    """True if calling ``layer`` does nothing but ``Linear.forward``: no hook, no other class, no patched forward."""
-    return type(layer).forward is Linear.forward and not _has_hooks(layer) and "forward" not in layer.__dict__
+    """True if a call of ``layer`` is the forward of Linear or Affine and no more: no hook, no patched forward."""
+    forward = type(layer).forward
+    own = forward is Affine.forward or forward is Linear.forward
+    return own and not _has_hooks(layer) and "forward" not in layer.__dict__
 
 
 def _parameter(layer: nn.Module, name: str) -> Tensor | None:
@@ -228,16 +227,55 @@ def _parameter(layer: nn.Module, name: str) -> Tensor | None:
     return parameters[name] if name in parameters else getattr(layer, name)
 
 
+def _floating_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that a module computes in, as far as its parameters and buffers say."""
+    tensors = (*module.parameters(), *module.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
+
+
 def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def _leaves(module: nn.Module) -> list[nn.Module]:
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).forward in (nn.Linear.forward, Affine.forward, Linear.forward)
+
+
+def is_parallel(module: nn.Module) -> bool:
+    """Whether calling ``module`` also talks to other devices or processes: DistributedDataParallel, FSDP and others."""
+    return any(base.__module__.startswith(("torch.nn.parallel", "torch.distributed")) for base in type(module).__mro__)
+
+
+def _leaves(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The modules that ``module`` calls in order, each with the activation that belongs to it."""
+    if is_parallel(module):
+        raise TypeError(
+            f"{type(module).__name__} communicates when it is called, which an MLP would not do; train it with "
+            "autograd, or convert the module before it is wrapped"
+        )
+    if "_orig_mod" in module._modules:  # torch.compile's
+        return _leaves(module._orig_mod)  # type: ignore[arg-type]
+    if _has_hooks(module) or "forward" in module.__dict__:
+        raise ValueError(
+            f"{module} has hooks (weight_norm and pruning add such) or a patched forward, which an MLP would not call"
+        )
+    if isinstance(module, MLP):
+        if type(module).forward is not MLP.forward:
+            raise TypeError(f"{type(module).__name__} has another forward than MLP, which from_torch cannot read")
+        if replaced := [layer for layer in module.layers if not _is_linear(layer)]:
+            raise TypeError(f"an MLP from from_torch has no place for the replaced layer {replaced[0]}")
+        return [
+            (leaf, name)
+            for layer, name in zip(module.layers, module.activations, strict=True)
+            for leaf, _ in _leaves(layer)
+        ]
+    if isinstance(module, Linear):
+        return [(module, module.activation)]
     # Not children(), which leaves out a module's second appearance, such as one nn.ReLU used after every layer.
     children = [child for child in module._modules.values() if child is not None]
     if not children or isinstance(module, nn.Linear):
-        return [module]
-    return [leaf for child in children for leaf in _leaves(child)]
+        return [(module, "identity")]
+    return [pair for child in children for pair in _leaves(child)]
 
 
 def _activation_name(module: nn.Module) -> str:

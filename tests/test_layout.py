@@ -22,7 +22,7 @@ ROWS = (
     ("reference", "kernels", "cpu"),
     ("ops",),
     ("autograd",),
-    ("functional", "nn", "losses", "online"),
+    ("functional", "layers", "nn", "losses", "online"),
     ("step",),
     ("train", "data"),
     ("__init__",),

@@ -120,9 +120,11 @@ class TestAgreementWithTorch:
 
 
 class TestLinear:
-    def test_is_a_torch_linear(self):
+    def test_is_like_a_torch_linear_and_none(self):
+        """A tool that replaces an nn.Linear by an affine map would drop the activation."""
         layer = fastmlp.Linear(5, 3, activation="gelu")
-        assert isinstance(layer, nn.Linear)
+        assert not isinstance(layer, nn.Linear)
+        assert (layer.in_features, layer.out_features) == (5, 3)
         assert repr(layer) == "Linear(in_features=5, out_features=3, bias=True, activation='gelu')"
         assert list(layer.state_dict()) == ["weight", "bias"]
         assert fastmlp.Linear(5, 3, bias=False).bias is None
@@ -141,7 +143,8 @@ class TestLinear:
     def test_forward(self, activation):
         layer = fastmlp.Linear(5, 3, activation=activation, dtype=torch.float64)
         x = torch.randn(2, 4, 5, dtype=torch.float64)
-        torch.testing.assert_close(layer(x), reference.activate(nn.Linear.forward(layer, x), activation))
+        z = nn.functional.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(layer(x), reference.activate(z, activation))
 
     def test_unknown_activation(self):
         with pytest.raises(ValueError, match="unknown activation 'Relu'; expected one of identity"):
@@ -160,7 +163,7 @@ class TestConstruction:
     def test_layout(self):
         model = fastmlp.MLP((784, 512, 10), "relu")
         assert isinstance(model.layers, nn.ModuleList)
-        assert all(isinstance(layer, fastmlp.Linear) for layer in model.layers)
+        assert all(isinstance(layer, nn.Linear) for layer in model.layers)
         assert {name: tuple(p.shape) for name, p in model.state_dict().items()} == {
             "layers.0.weight": (512, 784),
             "layers.0.bias": (512,),
@@ -353,7 +356,7 @@ class TestLayersThatAreMore:
             model(x)
         finally:
             handle.remove()
-        assert seen == ["Linear"] * 3 + ["MLP"]
+        assert seen == ["Affine"] * 3 + ["MLP"]
         nodes.clear()
         model(x)
         assert nodes == ["mlp"]
@@ -390,7 +393,7 @@ class TestLayersThatAreMore:
 
     @pytest.mark.parametrize("replacement", ["nn.Linear", "nn.Sequential", "subclass", "instance"])
     def test_replaced_layer(self, replacement, nodes):
-        """Another module in place of a layer is called as it is. LoRA and quantization work in this way."""
+        """Another module in place of a layer is called as it is, and the layer's activation follows it."""
         model, x = self.model()
         old = model.layers[1]
         if replacement == "nn.Linear":
@@ -408,11 +411,13 @@ class TestLayersThatAreMore:
             model.layers[1] = Doubled(9, 7, activation="relu", dtype=torch.float64)
             middle = model.layers[1]
         else:
-            old.forward = lambda input: 3 * fastmlp.Linear.forward(old, input)
+            old.forward = lambda input: 3 * nn.Linear.forward(old, input)
             middle = old
         out = model(x)
         assert "mlp" not in nodes
-        torch.testing.assert_close(out, model.layers[2](middle(model.layers[0](x.flatten(1)))))
+        a = middle(torch.tanh(model.layers[0](x.flatten(1))))
+        a = a if replacement == "subclass" else nn.functional.gelu(a)  # a fastmlp.Linear has its own
+        torch.testing.assert_close(out, model.layers[2](a))
 
     def test_tied_layers(self):
         """If one layer is used twice, its gradients add up."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backend import resolve
 from ..base.arguments import check_batch, check_classes, check_rows, check_same_device, check_tensor, readable_rows
 from ..base.losses import STEP_LOSSES, takes_classes
-from ..nn import MLP, Linear, _only_computes
+from ..nn import MLP, _only_computes, is_parallel
 from .cpu_step import TorchStep
 from .optimizers import optimizer_of
 
@@ -76,10 +76,12 @@ class TrainStep:
         cuda_graph: bool = True,
     ) -> None:
         if not isinstance(model, MLP):
-            raise TypeError(
-                f"TrainStep trains a fastmlp.MLP, got {type(model).__name__}; convert a torch module with "
-                "fastmlp.MLP.from_torch(module), which shares its parameters"
+            advice = (
+                "a step would not communicate; train such a module with autograd"
+                if is_parallel(model)
+                else "convert a torch module with fastmlp.MLP.from_torch(module), which shares its parameters"
             )
+            raise TypeError(f"TrainStep trains a fastmlp.MLP, got {type(model).__name__}; {advice}")
         if loss not in STEP_LOSSES:
             raise ValueError(f"unknown loss {loss!r}; expected one of {', '.join(STEP_LOSSES)}")
         settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
@@ -368,8 +370,8 @@ class TrainStep:
 def _check_layers(model: MLP) -> None:
     """ValueError or RuntimeError for a model that computes something else than its layers' parameters say."""
     seen: dict[int, str] = {}
-    for i, layer in enumerate(model.layers):
-        if not isinstance(layer, Linear) or not _only_computes(layer):
+    for i, layer in enumerate(model._linears()):
+        if not _only_computes(layer):
             raise ValueError(
                 f"layers.{i} has hooks, another class than fastmlp.Linear or a forward of its own, which a TrainStep "
                 "would not call; remove them, or train with autograd"

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from ..activations import ACTIVATIONS
 from ..nn import MLP
@@ -29,8 +28,7 @@ def initialize_(model: MLP, seed: int | None = None) -> MLP:
             the CPU.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    for layer, activation in zip(model.layers, model.activations, strict=True):
-        assert isinstance(layer, nn.Linear)
+    for layer, activation in zip(model._linears(), model.activations, strict=True):
         outputs, inputs = layer.weight.shape
         gain = 1.0 if activation == "softmax" else ACTIVATIONS[activation].gain
         bound = math.sqrt(6 / inputs) if gain is None else gain * math.sqrt(6 / (inputs + outputs))
