@@ -6,16 +6,20 @@ from .base import checkout  # noqa: F401
 from .base.version import __version__
 from .cpu import get_cpu_gemm, set_cpu_gemm
 from .data import ImageDataset, find_fashion_mnist, load_fashion_mnist
-from .losses import CrossEntropyLoss
+from .losses import BCEWithLogitsLoss, CrossEntropyLoss, HuberLoss, L1Loss, MSELoss
 from .nn import MLP, Linear
 from .step import TrainStep
 from .train.checkpoint import load_checkpoint, save_checkpoint
 
 __all__ = [
     "MLP",
+    "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "HuberLoss",
     "ImageDataset",
+    "L1Loss",
     "Linear",
+    "MSELoss",
     "TrainStep",
     "__version__",
     "find_fashion_mnist",

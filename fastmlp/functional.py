@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .autograd.elementwise import bce_loss, bce_with_logits, l1_loss, mse_loss, multiclass_nll
+from .autograd.elementwise import bce_loss, bce_with_logits, huber_loss, l1_loss, mse_loss, multiclass_nll
 from .autograd.linear import LinearAct, MLPFunction
 from .autograd.softmax import softmax, softmax_squared_error
 from .backend import functorch_active, resolve
@@ -20,6 +20,7 @@ __all__ = [
     "bce_loss",
     "bce_with_logits",
     "cross_entropy",
+    "huber_loss",
     "l1_loss",
     "linear_act",
     "mlp",

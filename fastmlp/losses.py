@@ -6,8 +6,17 @@ import torch
 from torch import Tensor
 
 from .autograd.cross_entropy import SoftmaxCrossEntropy, cross_entropy
+from .autograd.elementwise import bce_with_logits, huber_loss, l1_loss, mse_loss
 
-__all__ = ["CrossEntropyLoss", "SoftmaxCrossEntropy", "cross_entropy"]
+__all__ = [
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "HuberLoss",
+    "L1Loss",
+    "MSELoss",
+    "SoftmaxCrossEntropy",
+    "cross_entropy",
+]
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -23,3 +32,35 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
+
+
+class MSELoss(torch.nn.MSELoss):
+    """torch.nn.MSELoss on the fused operations; shapes, dtypes and errors as ``functional.mse_loss``."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of values and targets of one shape."""
+        return mse_loss(input, target, self.reduction)
+
+
+class L1Loss(torch.nn.L1Loss):
+    """torch.nn.L1Loss on the fused operations; shapes, dtypes and errors as ``functional.l1_loss``."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of values and targets of one shape."""
+        return l1_loss(input, target, self.reduction)
+
+
+class HuberLoss(torch.nn.HuberLoss):
+    """torch.nn.HuberLoss on the fused operations; shapes, dtypes and errors as ``functional.huber_loss``."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of values and targets of one shape."""
+        return huber_loss(input, target, self.reduction, self.delta)
+
+
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    """torch.nn.BCEWithLogitsLoss on the fused operations; arguments and errors as ``functional.bce_with_logits``."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits and targets of one shape."""
+        return bce_with_logits(input, target, self.weight, self.pos_weight, self.reduction)

@@ -1,7 +1,8 @@
-"""Elementwise losses of an output A and a target Y, and their gradients: squared, absolute, binary NLL, -Y log A.
+"""Elementwise losses of an output A and a target Y with gradients: squared, absolute, Huber, binary NLL, -Y log A.
 
     mse                    L = (a - y)^2                                dL/da = 2 (a - y)
     l1                     L = |a - y|                                  dL/da = sign(a - y)
+    huber                  L = c (a - y - c/2)                          dL/da = c = clamp(a - y, -delta, delta)
     binary_cross_entropy   L = -(y log a + (1 - y) log(1 - a))          dL/da = (a - y) / (a (1 - a))
     bce_with_logits        L = max(a, 0) - a y + log(1 + e^-|a|)        dL/da = sigmoid(a) - y
     nllm                   L = -y log a                                 dL/da = -y / a
@@ -41,11 +42,21 @@ def _log_probability(p, rest):
 
 
 @triton.jit
-def _loss(a, y, LOSS: tl.constexpr):
+def _near(a, y, delta):
+    """A - Y between -delta and delta; NaN stays NaN."""
+    d = a - y
+    return tl.where(d > delta, delta, tl.where(d < -delta, -delta, d))
+
+
+@triton.jit
+def _loss(a, y, delta, LOSS: tl.constexpr):
     if LOSS == "mse":
         loss = (a - y) * (a - y)
     elif LOSS == "l1":
         loss = tl.abs(a - y)
+    elif LOSS == "huber":
+        near = _near(a, y, delta)
+        loss = near * (a - y - 0.5 * near)
     elif LOSS == "binary_cross_entropy":
         loss = -(y * _log_probability(a, 1.0 - a) + (1.0 - y) * _log_probability(1.0 - a, a))
     elif LOSS == "bce_with_logits":
@@ -57,11 +68,13 @@ def _loss(a, y, LOSS: tl.constexpr):
 
 
 @triton.jit
-def _loss_grad(a, y, LOSS: tl.constexpr):
+def _loss_grad(a, y, delta, LOSS: tl.constexpr):
     if LOSS == "mse":
         da = 2.0 * (a - y)
     elif LOSS == "l1":
         da = tl.where(a > y, 1.0, tl.where(a < y, -1.0, 0.0))
+    elif LOSS == "huber":
+        da = _near(a, y, delta)
     elif LOSS == "binary_cross_entropy":
         da = (a - y) / tl.maximum(a * (1.0 - a), 1e-12)
     elif LOSS == "bce_with_logits":
@@ -73,9 +86,9 @@ def _loss_grad(a, y, LOSS: tl.constexpr):
 
 
 @triton.jit
-def _loss_target_grad(a, y, LOSS: tl.constexpr):
-    if LOSS == "mse" or LOSS == "l1":
-        dy = -_loss_grad(a, y, LOSS)
+def _loss_target_grad(a, y, delta, LOSS: tl.constexpr):
+    if LOSS == "mse" or LOSS == "l1" or LOSS == "huber":
+        dy = -_loss_grad(a, y, delta, LOSS)
     elif LOSS == "binary_cross_entropy":
         dy = _log_probability(1.0 - a, a) - _log_probability(a, 1.0 - a)
     elif LOSS == "bce_with_logits":
@@ -89,7 +102,7 @@ def _loss_target_grad(a, y, LOSS: tl.constexpr):
 @triton.jit
 def _elementwise_loss_kernel(
     a_ptr, y_ptr, g_ptr, loss_ptr, partial_ptr, da_ptr, dy_ptr,
-    scale, total, C, stride_am, stride_ac, stride_ym, stride_yc, stride_gm, stride_gc,
+    scale, delta, total, C, stride_am, stride_ac, stride_ym, stride_yc, stride_gm, stride_gc,
     LOSS: tl.constexpr, DENSE: tl.constexpr, G_NUMBER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -110,7 +123,7 @@ def _elementwise_loss_kernel(
     a = tl.load(a_ptrs, mask=mask, other=0.5).to(tl.float32)
     y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
     if loss_ptr is not None or partial_ptr is not None:
-        loss = tl.where(mask, _loss(a, y, LOSS), 0.0)
+        loss = tl.where(mask, _loss(a, y, delta, LOSS), 0.0)
         if loss_ptr is not None:
             tl.store(loss_ptr + offs, loss.to(loss_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:
@@ -122,9 +135,9 @@ def _elementwise_loss_kernel(
         else:
             g = scale * tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32)
     if da_ptr is not None:
-        tl.store(da_ptr + offs, (g * _loss_grad(a, y, LOSS)).to(da_ptr.dtype.element_ty), mask=mask)
+        tl.store(da_ptr + offs, (g * _loss_grad(a, y, delta, LOSS)).to(da_ptr.dtype.element_ty), mask=mask)
     if dy_ptr is not None:
-        tl.store(dy_ptr + offs, (g * _loss_target_grad(a, y, LOSS)).to(dy_ptr.dtype.element_ty), mask=mask)
+        tl.store(dy_ptr + offs, (g * _loss_target_grad(a, y, delta, LOSS)).to(dy_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(
@@ -138,6 +151,7 @@ def _launch(
     da: Tensor | None = None,
     dy: Tensor | None = None,
     scale: float = 1.0,
+    delta: float = 1.0,
 ) -> None:
     total, C = a.numel(), a.shape[1]
     number = g is not None and not any(g.stride())  # 0-d, or expanded from one number
@@ -145,7 +159,7 @@ def _launch(
     dense = all(t.is_contiguous() for t in (a, y, *(() if g is None or number else (g,))))
     _elementwise_loss_kernel[(cdiv(total, BLOCK),)](
         a, y, g, loss, partial, da, dy,
-        float(scale), total, C, *a.stride(), *y.stride(), *stride_g,
+        float(scale), float(delta), total, C, *a.stride(), *y.stride(), *stride_g,
         LOSS=loss_name, DENSE=dense, G_NUMBER=number, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
@@ -163,27 +177,37 @@ def elementwise_loss(
     return loss, da
 
 
-def elementwise_loss_fwd(a: Tensor, y: Tensor, loss_name: str, *, scale: float | None = None) -> Tensor:
+def elementwise_loss_fwd(
+    a: Tensor, y: Tensor, loss_name: str, *, scale: float | None = None, delta: float = 1.0
+) -> Tensor:
     """Launch the forward pass on [M, C], in a's dtype: every element's loss, or scale times their sum (0-d)."""
     if scale is None:
         loss = torch.empty(a.shape, dtype=a.dtype, device=a.device)
         if a.numel():
-            _launch(a, y, loss_name, loss=loss)
+            _launch(a, y, loss_name, loss=loss, delta=delta)
         return loss
     out = torch.empty((), dtype=a.dtype, device=a.device)
     partial = torch.empty(cdiv(a.numel(), BLOCK), dtype=torch.float32, device=a.device)
     if a.numel():
-        _launch(a, y, loss_name, partial=partial)
+        _launch(a, y, loss_name, partial=partial, delta=delta)
     reduce_sum(partial, out, scale)
     return out
 
 
 def elementwise_loss_bwd(
-    dloss: Tensor, a: Tensor, y: Tensor, loss_name: str, *, scale: float = 1.0, want_da: bool = True, want_dy: bool
+    dloss: Tensor,
+    a: Tensor,
+    y: Tensor,
+    loss_name: str,
+    *,
+    scale: float = 1.0,
+    delta: float = 1.0,
+    want_da: bool = True,
+    want_dy: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the backward pass: (dA, dY), each None unless wanted; ``dloss`` is 0-d or [M, C] with any strides."""
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device) if want_da else None
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device) if want_dy else None
     if a.numel():
-        _launch(a, y, loss_name, g=dloss, da=da, dy=dy, scale=scale)
+        _launch(a, y, loss_name, g=dloss, da=da, dy=dy, scale=scale, delta=delta)
     return da, dy

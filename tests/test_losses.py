@@ -1,4 +1,4 @@
-"""fastmlp/losses.py beside torch.nn.functional.cross_entropy: results, gradients, dtypes and errors."""
+"""fastmlp/losses.py beside torch's losses: results, gradients, dtypes and errors, most of cross-entropy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
+import fastmlp
 from fastmlp import reference, use_backend
 from fastmlp.losses import CrossEntropyLoss, cross_entropy
 from fastmlp.ops import torch_losses
@@ -403,3 +404,55 @@ def test_kernels_check_labels_on_the_cpu(lane):
 def test_kernels_on_the_cpu_are_an_error():
     with use_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' needs tensors on a GPU"):
         cross_entropy(torch.zeros(2, C), torch.tensor([1, 0]))
+
+
+#: Arguments of the modules by name, besides the reduction.
+MODULES = {
+    "MSELoss": [{}],
+    "L1Loss": [{}],
+    "HuberLoss": [{}, {"delta": 0.25}],
+    "BCEWithLogitsLoss": [{}, {"weight": torch.rand(5, 1), "pos_weight": torch.tensor([0.5, 2.0, 3.0, 1.0])}],
+}
+
+
+class TestModules:
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    @pytest.mark.parametrize(("name", "arguments"), [(name, a) for name, each in MODULES.items() for a in each])
+    def test_as_torch(self, name, arguments, reduction):
+        ours = getattr(fastmlp, name)(reduction=reduction, **arguments)
+        theirs = getattr(torch.nn, name)(reduction=reduction, **arguments)
+        assert repr(ours) == repr(theirs)
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+        a, y = torch.randn(5, C), torch.rand(5, C)
+        for module in (ours, copy.deepcopy(ours)):
+            results = []
+            for loss in (module, theirs):
+                leaf = a.clone().requires_grad_()
+                out = loss(leaf, y)
+                results.append((out, torch.autograd.grad(out.sum(), leaf)[0]))
+            for got, want in zip(*results, strict=True):
+                assert got.dtype == want.dtype
+                torch.testing.assert_close(got, want)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ours(a.bfloat16(), y).dtype == theirs(a.bfloat16(), y).dtype
+
+    @pytest.mark.parametrize("name", ["MSELoss", "L1Loss", "BCEWithLogitsLoss"])
+    @pytest.mark.parametrize(("size_average", "reduce"), [(True, None), (False, None), (None, False)])
+    @pytest.mark.filterwarnings("ignore:size_average and reduce")
+    def test_deprecated_arguments(self, name, size_average, reduce):
+        ours, theirs = (
+            getattr(module, name)(size_average=size_average, reduce=reduce) for module in (fastmlp, torch.nn)
+        )
+        assert ours.reduction == theirs.reduction
+        a, y = torch.randn(5, C), torch.rand(5, C)
+        torch.testing.assert_close(ours(a, y), theirs(a, y))
+
+    def test_errors(self):
+        with pytest.raises(TypeError):
+            fastmlp.HuberLoss(delta="1")
+        with pytest.raises(RuntimeError, match="delta to be above 0"):
+            fastmlp.HuberLoss(delta=-1.0)(torch.zeros(3), torch.zeros(3))
+        with pytest.raises(ValueError, match="unknown reduction 'average'"):
+            fastmlp.MSELoss(reduction="average")(torch.zeros(3), torch.zeros(3))
+        with pytest.raises(TypeError):
+            fastmlp.BCEWithLogitsLoss(weight=[1.0])

@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from .. import reference
 from ..backend import functorch_active
-from ..base.arguments import check_class_target, check_classes, check_tensor, check_value_target
+from ..base.arguments import check_class_target, check_classes, check_tensor, check_values
 from .elementwise import apply_loss
 
 
@@ -55,11 +55,11 @@ def softmax_squared_error(input: Tensor, target: Tensor, reduction: str = "mean"
 
     Args:
         input: logits [M, C] or [C].
-        target: int64 or uint8 labels [M] (or 0-d), y their one-hot rows; or values of the logits' shape and dtype.
+        target: int64 or uint8 labels [M] (or 0-d), y their one-hot rows; or values of the logits' shape.
         reduction: "mean" over the rows (default), "sum", or "none".
 
     Returns:
-        0-d, or [M] for "none" (0-d for logits [C]); in the input's dtype.
+        0-d, or [M] for "none" (0-d for logits [C]); in the promoted dtype of logits and values.
 
     Differentiable in the logits and in a target of values, any number of times. Kernels on GPUs, plain torch
     elsewhere: see ``fastmlp.set_backend``.
@@ -75,7 +75,7 @@ def softmax_squared_error(input: Tensor, target: Tensor, reduction: str = "mean"
     if input.dim() not in (1, 2):
         raise ValueError(f"expected logits [M, C] or [C], got {list(input.shape)}")
     if target.is_floating_point():
-        check_value_target(input, target, reduction)
+        check_values(input, target, reduction)
     else:
         check_class_target(input, target, reduction)
         if target.device.type == "cpu" and target.numel() and not functorch_active():

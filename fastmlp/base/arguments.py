@@ -77,25 +77,81 @@ def check_reduction(reduction: object) -> None:
         raise ValueError(f"unknown reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
 
 
-def check_value_target(input: Tensor, target: Tensor, reduction: str) -> None:
-    """TypeError, ValueError or RuntimeError unless both are floating-point, alike, on one device."""
+def check_values(input: Tensor, target: Tensor, reduction: str, *, broadcasts: bool = False) -> None:
+    """Check that both are floating-point, of one shape and on one device.
+
+    Raises:
+        TypeError: not tensors.
+        ValueError: an unknown reduction, shapes that differ (RuntimeError where torch ``broadcasts`` and cannot).
+        RuntimeError: dtypes that are not floating-point, NotImplementedError where torch raises that; two devices.
+    """
     check_tensor(input, "the input")
     check_tensor(target, "the target")
     check_reduction(reduction)
     if input.shape != target.shape:
-        raise ValueError(
+        kind = RuntimeError if broadcasts and _broadcast(target.shape, input.shape) is None else ValueError
+        raise kind(
             f"expected a target of the input's shape {list(input.shape)}, got {list(target.shape)}; use "
             "target.expand_as(input) if it should be repeated"
         )
     for name, tensor in (("input", input), ("target", target)):
         if not tensor.is_floating_point():
-            raise RuntimeError(f"expected a floating-point {name}, got {tensor.dtype}; convert it with .float()")
+            integers = name == "target" and tensor.dtype not in (torch.bool, torch.complex64, torch.complex128)
+            raise (RuntimeError if integers else NotImplementedError)(
+                f"expected a floating-point {name}, got {tensor.dtype}; convert it with .float()"
+            )
+    check_same_device((("the input", input), ("the target", target)))
+
+
+def _broadcast(*shapes: torch.Size) -> torch.Size | None:
+    """The shape that tensors of these shapes have together, or None."""
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return None
+
+
+def check_factors(input: Tensor, *, same_shape: bool, **factors: Tensor | None) -> None:
+    """Check weights of a loss of single elements against its input.
+
+    Raises:
+        TypeError: not tensors.
+        ValueError: with ``same_shape``, another shape than the input's.
+        RuntimeError: a shape that does not broadcast to the input's; another device.
+    """
+    for name, factor in factors.items():
+        if factor is None:
+            continue
+        check_tensor(factor, name)
+        if same_shape and factor.shape != input.shape:
+            raise ValueError(f"expected {name} of the input's shape {list(input.shape)}, got {list(factor.shape)}")
+        if _broadcast(factor.shape, input.shape) != input.shape:
+            raise RuntimeError(
+                f"expected {name} of a shape that broadcasts to the input's {list(input.shape)}, such as "
+                f"{list(input.shape[-1:])}, got {list(factor.shape)}"
+            )
+    check_same_device((("the input", input), *factors.items()))
+
+
+def check_delta(delta: object) -> float:
+    """The threshold of the Huber loss as a float: TypeError for no number, RuntimeError unless it is above 0."""
+    if not isinstance(delta, (int, float)):
+        if isinstance(delta, str) or not hasattr(delta, "__float__"):
+            raise TypeError(f"expected delta to be a number, got {delta!r} of type {type(delta).__name__}")
+        delta = float(delta)
+    if not delta > 0:
+        raise RuntimeError(f"expected delta to be above 0, got {delta}")
+    return delta
+
+
+def check_value_target(input: Tensor, target: Tensor, reduction: str) -> None:
+    """``check_values``, and RuntimeError for dtypes that differ."""
+    check_values(input, target, reduction)
     if input.dtype != target.dtype:
         raise RuntimeError(
             f"expected input and target of the same dtype, got {input.dtype} and {target.dtype}; convert the target "
             f"with .to({input.dtype})"
         )
-    check_same_device((("the input", input), ("the target", target)))
 
 
 def check_class_target(input: Tensor, target: Tensor, reduction: str) -> None:

@@ -28,6 +28,9 @@ class Loss:
         target: what a step takes: "values" (as A) or "classes" (class numbers [M]). The functions of losses of classes
             take both.
         over: what a mean divides by.
+        dtype: of the loss where A and the target have different ones: the promoted one, or that of one operand as
+            torch has it; "equal" where torch refuses them outside autocast.
+        broadcasts: whether torch's function broadcasts, and so raises another error for shapes that do not fit.
     """
 
     function: str
@@ -37,6 +40,8 @@ class Loss:
     input: Literal["values", "logits", "probabilities"] = "values"
     target: Literal["classes", "values"] = "values"
     over: Literal["rows", "elements"] = "elements"
+    dtype: Literal["promoted", "input", "target", "equal"] = "promoted"
+    broadcasts: bool = False
 
     def count(self, a: Tensor) -> int:
         """What the mean over A divides by."""
@@ -48,10 +53,13 @@ LOSSES = {
     "cross_entropy": Loss(
         "cross_entropy", F.cross_entropy, "cross_entropy", "cross_entropy", "logits", "classes", "rows"
     ),
-    "mse": Loss("mse_loss", F.mse_loss, "mse"),
-    "l1": Loss("l1_loss", F.l1_loss, "l1"),
-    "binary_cross_entropy": Loss("bce_loss", F.binary_cross_entropy, None, input="probabilities"),
-    "bce_with_logits": Loss("bce_with_logits", F.binary_cross_entropy_with_logits, "bce", input="logits"),
+    "mse": Loss("mse_loss", F.mse_loss, "mse", broadcasts=True),
+    "l1": Loss("l1_loss", F.l1_loss, "l1", broadcasts=True),
+    "huber": Loss("huber_loss", F.huber_loss, None, dtype="input", broadcasts=True),
+    "binary_cross_entropy": Loss("bce_loss", F.binary_cross_entropy, None, input="probabilities", dtype="equal"),
+    "bce_with_logits": Loss(
+        "bce_with_logits", F.binary_cross_entropy_with_logits, "bce", input="logits", dtype="target"
+    ),
     "nllm": Loss("multiclass_nll", None, None, input="probabilities", over="rows"),
     "softmax_squared_error": Loss(
         "softmax_squared_error", None, "softmax_squared_error", "softmax_squared_error", "logits", "classes", "rows"

@@ -56,10 +56,12 @@ class Operations(BackwardOperations, Protocol):
     def cross_entropy_bwd(self, dloss: Tensor, rows: Rows, s: Settings, want: Sequence[bool]) -> Gradients:
         """(dZ, dTarget)."""
 
-    def loss_fwd(self, a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
+    def loss_fwd(self, a: Tensor, y: Tensor, loss: str, reduction: str, delta: float = ...) -> Tensor:
         """The loss of A and Y, in a's dtype."""
 
-    def loss_bwd(self, g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: Sequence[bool]) -> Gradients:
+    def loss_bwd(
+        self, g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: Sequence[bool], delta: float = ...
+    ) -> Gradients:
         """(dA, dY)."""
 
 

@@ -191,26 +191,30 @@ def _values(target: Tensor, z: Tensor) -> Tensor:
     return torch.zeros_like(z).scatter(1, target.long().unsqueeze(1), 1)
 
 
-def by_formula(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
+def by_formula(a: Tensor, y: Tensor, loss: str, reduction: str, delta: float = 1.0) -> Tensor:
     """A loss of the reference, its sum, or its mean."""
     if loss == "softmax_squared_error":
         losses = reference.softmax_squared_error(a, _values(y, a))
     else:
-        losses = reference.elementwise_loss(a, y, loss)
+        losses = reference.elementwise_loss(a, y, loss, delta)
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / LOSSES[loss].count(a)
 
 
-def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
+def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str, delta: float = 1.0) -> Tensor:
     """A loss other than cross-entropy, in a's dtype; torch's own function where torch has one."""
     function = LOSSES[loss].torch
+    if function is torch.nn.functional.huber_loss:
+        return function(a, y, reduction=reduction, delta=delta)
     if function is not None:
         return function(a, y, reduction=reduction)
     return by_formula(widened(a), widened(y) if y.is_floating_point() else y, loss, reduction).to(a.dtype)
 
 
-def loss_bwd(g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: Sequence[bool]) -> Gradients:
+def loss_bwd(
+    g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: Sequence[bool], delta: float = 1.0
+) -> Gradients:
     """The gradients of ``loss_fwd`` for the upstream gradient of its result."""
     g, wide = widened(g) * mean_factor(loss, a, reduction), widened(a)
     da: Tensor | None = None
@@ -220,7 +224,7 @@ def loss_bwd(g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: S
         return da.to(a.dtype) if want[0] else None, dy.to(y.dtype) if want[1] else None
     wide_y = widened(y)
     if want[0]:
-        da = (reference.elementwise_loss_grad(wide, wide_y, loss) * g).to(a.dtype)
+        da = (reference.elementwise_loss_grad(wide, wide_y, loss, delta) * g).to(a.dtype)
     if want[1]:
-        dy = (reference.elementwise_loss_target_grad(wide, wide_y, loss) * g).to(y.dtype)
+        dy = (reference.elementwise_loss_target_grad(wide, wide_y, loss, delta) * g).to(y.dtype)
     return da, dy

@@ -86,7 +86,7 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t.reshape(1, -1)
 
 
-def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
+def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str, delta: float = 1.0) -> Tensor:
     """A loss other than cross-entropy, in a's dtype."""
     scale = None if reduction == "none" else mean_factor(loss, a, reduction)
     with device_of(a):
@@ -96,11 +96,13 @@ def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
             return softmax_squared_error_fwd(a, y, scale=scale)
         from ..kernels import elementwise_loss_fwd
 
-        out = elementwise_loss_fwd(_rows(a), _rows(y), loss, scale=scale)
+        out = elementwise_loss_fwd(_rows(a), _rows(y), loss, scale=scale, delta=delta)
     return out.view(a.shape) if reduction == "none" else out
 
 
-def loss_bwd(g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: Sequence[bool]) -> Gradients:
+def loss_bwd(
+    g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: Sequence[bool], delta: float = 1.0
+) -> Gradients:
     """(dA, dY) for the upstream gradient of ``loss_fwd``."""
     scale = mean_factor(loss, a, reduction)
     with device_of(a):
@@ -111,5 +113,5 @@ def loss_bwd(g: Tensor, a: Tensor, y: Tensor, loss: str, reduction: str, want: S
         from ..kernels import elementwise_loss_bwd
 
         rows = (_rows(g) if g.dim() else g, _rows(a), _rows(y))
-        da, dy = elementwise_loss_bwd(*rows, loss, scale=scale, want_da=want[0], want_dy=want[1])
+        da, dy = elementwise_loss_bwd(*rows, loss, scale=scale, delta=delta, want_da=want[0], want_dy=want[1])
     return None if da is None else da.view(a.shape), None if dy is None else dy.view(y.shape)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..base.losses import LOSSES
 
-#: mse (A - Y)^2, l1 |A - Y|, binary_cross_entropy: NLL of probabilities, bce_with_logits: NLL of sigmoid(A),
-#: nllm: -Y log A.
+#: mse (A - Y)^2, l1 |A - Y|, huber: (A - Y)^2 / 2 near 0, binary_cross_entropy: NLL of probabilities, bce_with_logits:
+#: NLL of sigmoid(A), nllm: -Y log A.
 ELEMENTWISE_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.kernel == "elementwise_loss")
 #: torch's lower bounds for probabilities of exactly 0 or 1: of the logarithms, and of a (1 - a) in the gradient.
 LOG_MIN, VARIANCE_MIN = -100.0, 1e-12
@@ -23,13 +23,16 @@ def _unknown(loss: str) -> ValueError:
     return ValueError(f"unknown loss {loss!r}; expected one of {', '.join(ELEMENTWISE_LOSSES)}")
 
 
-def elementwise_loss(a: Tensor, y: Tensor, loss: str) -> Tensor:
-    """The loss of every element."""
+def elementwise_loss(a: Tensor, y: Tensor, loss: str, delta: float = 1.0) -> Tensor:
+    """The loss of every element; huber is squared to a distance of ``delta`` and absolute beyond."""
     match loss:
         case "mse":
             return (a - y) ** 2
         case "l1":
             return (a - y).abs()
+        case "huber":
+            near = (a - y).clamp(-delta, delta)
+            return near * (a - y - near / 2)
         case "binary_cross_entropy":
             return -(y * torch.log(a).clamp_min(LOG_MIN) + (1 - y) * torch.log1p(-a).clamp_min(LOG_MIN))
         case "bce_with_logits":
@@ -39,13 +42,15 @@ def elementwise_loss(a: Tensor, y: Tensor, loss: str) -> Tensor:
     raise _unknown(loss)
 
 
-def elementwise_loss_grad(a: Tensor, y: Tensor, loss: str) -> Tensor:
+def elementwise_loss_grad(a: Tensor, y: Tensor, loss: str, delta: float = 1.0) -> Tensor:
     """dL/dA of every element; 0, torch's value, at the kink of l1."""
     match loss:
         case "mse":
             return 2 * (a - y)
         case "l1":
             return torch.sign(a - y)
+        case "huber":
+            return (a - y).clamp(-delta, delta)
         case "binary_cross_entropy":
             return (a - y) / (a * (1 - a)).clamp_min(VARIANCE_MIN)
         case "bce_with_logits":
@@ -55,11 +60,11 @@ def elementwise_loss_grad(a: Tensor, y: Tensor, loss: str) -> Tensor:
     raise _unknown(loss)
 
 
-def elementwise_loss_target_grad(a: Tensor, y: Tensor, loss: str) -> Tensor:
+def elementwise_loss_target_grad(a: Tensor, y: Tensor, loss: str, delta: float = 1.0) -> Tensor:
     """dL/dY of every element."""
     match loss:
-        case "mse" | "l1":
-            return -elementwise_loss_grad(a, y, loss)
+        case "mse" | "l1" | "huber":
+            return -elementwise_loss_grad(a, y, loss, delta)
         case "binary_cross_entropy":
             return torch.log1p(-a).clamp_min(LOG_MIN) - torch.log(a).clamp_min(LOG_MIN)
         case "bce_with_logits":

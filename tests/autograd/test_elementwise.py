@@ -1,6 +1,9 @@
-"""mse_loss, l1_loss, bce_loss, bce_with_logits, multiclass_nll, softmax and softmax_squared_error."""
+"""mse_loss, l1_loss, huber_loss, bce_loss, bce_with_logits, multiclass_nll, softmax and softmax_squared_error."""
 
 from __future__ import annotations
+
+import itertools
+import math
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from fastmlp import reference, use_backend
 from fastmlp.functional import (
     bce_loss,
     bce_with_logits,
+    huber_loss,
     l1_loss,
     mse_loss,
     multiclass_nll,
@@ -23,6 +27,7 @@ from tests.support.harness import assert_within_budget
 LOSSES = {
     "mse": (mse_loss, F.mse_loss),
     "l1": (l1_loss, F.l1_loss),
+    "huber": (huber_loss, F.huber_loss),
     "bce": (bce_loss, F.binary_cross_entropy),
     "bce_with_logits": (bce_with_logits, F.binary_cross_entropy_with_logits),
 }
@@ -34,7 +39,7 @@ def operands(loss: str, *shape: int, dtype: torch.dtype = torch.float64) -> tupl
     a, y = torch.randn(shape, generator=g, dtype=torch.float64), torch.randn(shape, generator=g, dtype=torch.float64)
     if loss in ("bce", "multiclass_nll"):
         a = torch.sigmoid(a)
-    if loss not in ("mse", "l1"):
+    if loss not in ("mse", "l1", "huber"):
         y = torch.sigmoid(y)
     return a.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
 
@@ -183,7 +188,7 @@ class TestArguments:
 
     def test_dtypes(self):
         with pytest.raises(RuntimeError, match="same dtype"):
-            mse_loss(torch.zeros(3), torch.zeros(3).double())
+            bce_loss(torch.zeros(3), torch.zeros(3).double())
         with pytest.raises(RuntimeError, match="floating-point target"):
             l1_loss(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
 
@@ -203,6 +208,141 @@ class TestArguments:
         assert mse_loss(torch.zeros(0), torch.zeros(0)).isnan()
         assert l1_loss(torch.zeros(0), torch.zeros(0), "sum").item() == 0
         assert softmax_squared_error(torch.zeros(0, 3), torch.zeros(0, 3), "none").shape == (0,)
+
+
+#: Bad calls, to which torch too objects; ``loss`` is ours or torch's.
+BAD_CALLS = {
+    "shapes": lambda loss: loss(torch.zeros(3, 4), torch.zeros(4, 3)),
+    "devices": lambda loss: loss(torch.zeros(3), torch.zeros(3, device="meta")),
+    "reduction": lambda loss: loss(torch.zeros(3), torch.zeros(3), reduction="average"),
+    "integers": lambda loss: loss(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)),
+    "complex input": lambda loss: loss(torch.zeros(3, dtype=torch.complex64), torch.zeros(3)),
+    "weight shape": lambda loss: loss(torch.zeros(3, 4), torch.zeros(3, 4), weight=torch.ones(3)),
+    "weight of more dimensions": lambda loss: loss(torch.zeros(3), torch.zeros(3), weight=torch.ones(2, 3)),
+    "weight device": lambda loss: loss(torch.zeros(3), torch.zeros(3), weight=torch.ones(3, device="meta")),
+    "pos_weight": lambda loss: loss(torch.zeros(3, 4), torch.zeros(3, 4), pos_weight=torch.ones(3)),
+    "pos_weight number": lambda loss: loss(torch.zeros(3), torch.zeros(3), pos_weight=2.0),
+    "delta": lambda loss: loss(torch.zeros(3), torch.zeros(3), delta=0.0),
+    "delta NaN": lambda loss: loss(torch.zeros(3), torch.zeros(3), delta=math.nan),
+    "delta text": lambda loss: loss(torch.zeros(3), torch.zeros(3), delta="1"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("case", BAD_CALLS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_errors_are_of_torchs_type(loss, case):
+    ours, theirs = LOSSES[loss]
+    arguments = case.split()[0]
+    if arguments == "pos_weight" and loss != "bce_with_logits":
+        pytest.skip("has no such argument")
+    if arguments == "delta" and loss != "huber":
+        pytest.skip("has no such argument")
+    if arguments == "weight" and loss == "bce":
+        pytest.skip("ours has no such argument")
+    if (loss, case) == ("l1", "complex input"):
+        pytest.skip("torch's accepts it")
+    with pytest.raises(Exception) as error:
+        BAD_CALLS[case](theirs)
+    kind = RuntimeError if case == "complex input" and loss == "bce" else type(error.value)
+    with pytest.raises(kind, match=r"expected|unknown reduction"):
+        BAD_CALLS[case](ours)
+
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+class TestPromotion:
+    """Input and target of two dtypes: the dtype of the loss and its value are torch's."""
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_as_torch(self, loss, reduction, autocast):
+        ours, theirs = LOSSES[loss]
+        a, y = (t.detach() for t in operands(loss, 5, 4))
+        for dtypes in itertools.product(FLOATS, FLOATS):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                leaves = [t.to(dtype).requires_grad_() for t, dtype in zip((a, y), dtypes, strict=True)]
+                try:
+                    want = theirs(*leaves, reduction=reduction)
+                except RuntimeError:
+                    with pytest.raises(RuntimeError, match="same dtype"):
+                        ours(*leaves, reduction=reduction)
+                    continue
+                got = ours(*leaves, reduction=reduction)
+            assert got.dtype == want.dtype, dtypes
+            exact = theirs(*(t.double() for t in leaves), reduction=reduction)
+            assert_within_budget(got, exact, want, reduction=20, what=f"loss of {dtypes}")
+            grads = torch.autograd.grad(got.sum(), leaves)
+            expected = torch.autograd.grad(exact.sum(), leaves)
+            for grad, leaf, right in zip(grads, leaves, expected, strict=True):
+                assert grad.dtype == leaf.dtype
+                # One rounding of the loss's gradient, and one of the operand's.
+                loss_grad_eps = max(torch.finfo(dtype).eps for dtype in (want.dtype, *dtypes))
+                torch.testing.assert_close(grad.double(), right.double(), rtol=4 * loss_grad_eps, atol=loss_grad_eps)
+
+    @pytest.mark.parametrize("function", [softmax_squared_error, multiclass_nll])
+    def test_losses_that_torch_lacks(self, function):
+        a, y = (t.detach() for t in operands("multiclass_nll", 5, 4))
+        for dtypes in itertools.product(FLOATS, FLOATS):
+            pair = [t.to(dtype) for t, dtype in zip((a, y), dtypes, strict=True)]
+            promoted = torch.promote_types(*dtypes)
+            got = function(*pair)
+            assert got.dtype == promoted
+            torch.testing.assert_close(got, function(*(t.to(promoted) for t in pair)))
+            with torch.autocast("cpu", torch.bfloat16):
+                assert function(*pair).dtype == torch.promote_types(promoted, torch.float32)
+
+    def test_functions_of_functions(self):
+        a, y = (t.detach() for t in operands("mse", 5, 4))
+        rows = torch.func.vmap(mse_loss)(a.float(), y.bfloat16())
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows, ((a.float() - y.bfloat16()) ** 2).mean(1))
+
+
+class TestWeights:
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    @pytest.mark.parametrize("loss", ["mse", "l1", "huber", "bce_with_logits"])
+    def test_weight(self, loss, reduction):
+        ours, theirs = LOSSES[loss]
+        weight = torch.rand(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        got = both_gradients(lambda *t, **k: ours(*t, weight=weight, **k), *operands(loss, 7, 5), reduction)
+        want = both_gradients(lambda *t, **k: theirs(*t, weight=weight, **k), *operands(loss, 7, 5), reduction)
+        for value, expected in zip(got, want, strict=True):
+            torch.testing.assert_close(value, expected)
+
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_pos_weight(self, reduction):
+        a, y = operands("bce_with_logits", 7, 5)
+        pos_weight, weight = torch.arange(1, 6).double(), torch.linspace(0, 1, 7).double().unsqueeze(1)
+        losses = -weight * (pos_weight * y * F.logsigmoid(a) + (1 - y) * F.logsigmoid(-a))
+        want = {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
+        torch.testing.assert_close(bce_with_logits(a, y, weight, pos_weight, reduction), want)
+
+    def test_reduction_in_its_old_place(self):
+        a, y = operands("bce_with_logits", 7, 5)
+        assert torch.equal(bce_with_logits(a, y, "sum"), bce_with_logits(a, y, reduction="sum"))
+
+
+class TestDelta:
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    @pytest.mark.parametrize("delta", [0.01, 0.5, 2, math.inf, torch.tensor(0.5)])
+    def test_as_torch(self, delta, reduction):
+        a, y = operands("huber", 7, 5)
+        with torch.no_grad():
+            y[0] = a[0]
+            y[1] = a[1] + 0.5
+        got = both_gradients(lambda *t, **k: huber_loss(*t, delta=delta, **k), a, y, reduction)
+        want = both_gradients(lambda *t, **k: F.huber_loss(*t, delta=float(delta), **k), a, y, reduction)
+        for value, expected in zip(got, want, strict=True):
+            torch.testing.assert_close(value, expected)
+        assert gradgradcheck(lambda a: huber_loss(a, y[2:], reduction, delta), (a[2:].detach().requires_grad_(),))
+
+    def test_torch_func(self):
+        a, y = (t.detach() for t in operands("huber", 7, 5))
+        rows = torch.func.vmap(lambda a, y: huber_loss(a, y, delta=0.5))(a, y)
+        torch.testing.assert_close(rows, F.huber_loss(a, y, reduction="none", delta=0.5).mean(1))
 
 
 class TestModes:
@@ -236,6 +376,11 @@ def test_on_the_kernels(lane, reduction):
             want = both_gradients(theirs, a, y, reduction)
             for ours, plain in zip(got, want, strict=True):
                 torch.testing.assert_close(ours, plain, msg=name)
+        a, y = (t.detach().to(lane) for t in operands("huber", 7, 17, dtype=torch.float32))
+        got = both_gradients(lambda *t, **k: huber_loss(*t, delta=0.5, **k), a, y, reduction)
+        want = both_gradients(lambda *t, **k: F.huber_loss(*t, delta=0.5, **k), a, y, reduction)
+        for ours, plain in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, plain)
         z, y = (t.detach().to(lane) for t in operands("mse", 7, 17, dtype=torch.float32))
         got = both_gradients(softmax_squared_error, z, y, reduction)
         want = both_gradients(TestSoftmaxSquaredError.plain, z, y, reduction)

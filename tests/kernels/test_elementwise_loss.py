@@ -88,6 +88,24 @@ def test_expanded_upstream(lane):
     assert torch.equal(spread.cpu(), number.cpu())
 
 
+@pytest.mark.parametrize("delta", [0.25, 3.0, math.inf])
+def test_delta(lane, delta):
+    a, y = operands((17, 10), "huber", torch.float32)
+    y[0] = a[0] - 0.25  # at the border of the first delta
+    losses = elementwise_loss_fwd(a.to(lane), y.to(lane), "huber", delta=delta).cpu()
+    torch.testing.assert_close(losses, reference.elementwise_loss(a, y, "huber", delta))
+    g = torch.tensor(2.0).to(lane)
+    da, dy = elementwise_loss_bwd(g, a.to(lane), y.to(lane), "huber", delta=delta, want_dy=True)
+    expected = 2 * reference.elementwise_loss_grad(a, y, "huber", delta)
+    assert da is not None
+    assert dy is not None
+    torch.testing.assert_close(da.cpu(), expected)
+    torch.testing.assert_close(dy.cpu(), -expected)
+    assert float(elementwise_loss_fwd(a.to(lane), y.to(lane), "huber", scale=1.0, delta=delta)) == pytest.approx(
+        reference.elementwise_loss(a.double(), y.double(), "huber", delta).sum().item(), rel=1e-5
+    )
+
+
 def test_logarithms_keep_their_digits(lane):
     """Losses down to 1e-38 have a small relative error, up to the rounding of exp's argument."""
     z = torch.tensor([[20.0, -20.0, 60.0, -60.0, 1.0, -0.01, 0.0, 88.0]])
@@ -112,7 +130,7 @@ def test_borders_as_torch(lane):
     losses, grads = elementwise_loss(a.to(lane), y.to(lane), "nllm")
     assert losses.cpu().tolist() == [[0.0, math.inf, 0.0, 0.0]]
     special, zero = torch.tensor([[math.nan, math.inf, -math.inf, 0.0]]), torch.zeros(1, 4)
-    for loss in ("mse", "l1", "bce_with_logits"):
+    for loss in ("mse", "l1", "huber", "bce_with_logits"):
         values, grads = elementwise_loss(special.to(lane), zero.to(lane), loss)
         torch.testing.assert_close(values.cpu(), reference.elementwise_loss(special, zero, loss), equal_nan=True)
         expected = reference.elementwise_loss_grad(special, zero, loss)

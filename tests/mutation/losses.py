@@ -189,15 +189,15 @@ _OTHER_LOSSES = (
     Mutant(
         "elementwise_loss",
         "mask dropped in a store",
-        "tl.store(da_ptr + offs, (g * _loss_grad(a, y, LOSS)).to(da_ptr.dtype.element_ty), mask=mask)",
-        "tl.store(da_ptr + offs, (g * _loss_grad(a, y, LOSS)).to(da_ptr.dtype.element_ty))",
+        "tl.store(da_ptr + offs, (g * _loss_grad(a, y, delta, LOSS)).to(da_ptr.dtype.element_ty), mask=mask)",
+        "tl.store(da_ptr + offs, (g * _loss_grad(a, y, delta, LOSS)).to(da_ptr.dtype.element_ty))",
         (ELEMENTWISE, "test_strides"),
     ),
     Mutant(
         "elementwise_loss",
         "mask dropped in the reduction tail",
-        "loss = tl.where(mask, _loss(a, y, LOSS), 0.0)",
-        "loss = _loss(a, y, LOSS)",
+        "loss = tl.where(mask, _loss(a, y, delta, LOSS), 0.0)",
+        "loss = _loss(a, y, delta, LOSS)",
         (ELEMENTWISE, "test_shapes and mse"),
     ),
     Mutant(
@@ -213,6 +213,20 @@ _OTHER_LOSSES = (
         "da = tl.sigmoid(a) - y",
         "da = tl.sigmoid(a) + y",
         (ELEMENTWISE, "test_shapes and logits"),
+    ),
+    Mutant(
+        "elementwise_loss",
+        "border of Huber on one side only",
+        "tl.where(d < -delta, -delta, d))",
+        "d)",
+        (ELEMENTWISE, "test_delta"),
+    ),
+    Mutant(
+        "elementwise_loss",
+        "delta lost in the sum",
+        "_launch(a, y, loss_name, partial=partial, delta=delta)",
+        "_launch(a, y, loss_name, partial=partial)",
+        (ELEMENTWISE, "test_delta"),
     ),
     Mutant(
         "elementwise_loss",

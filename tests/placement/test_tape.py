@@ -12,7 +12,7 @@ pytestmark = pytest.mark.placement
 
 SIZES, ROWS = (20, 18, 17, 5), 12
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-VALUES = ["mse_loss", "l1_loss", "bce_loss", "bce_with_logits", "multiclass_nll"]
+VALUES = ["mse_loss", "l1_loss", "huber_loss", "bce_loss", "bce_with_logits", "multiclass_nll"]
 REDUCTIONS = ["mean", "sum", "none"]
 
 
