@@ -448,8 +448,8 @@ class TestModules:
         torch.testing.assert_close(ours(a, y), theirs(a, y))
 
     def test_errors(self):
-        with pytest.raises(TypeError):
-            fastmlp.HuberLoss(delta="1")
+        with pytest.raises(TypeError, match="delta"):
+            fastmlp.HuberLoss(delta="1")(torch.zeros(3), torch.zeros(3))
         with pytest.raises(RuntimeError, match="delta to be above 0"):
             fastmlp.HuberLoss(delta=-1.0)(torch.zeros(3), torch.zeros(3))
         with pytest.raises(ValueError, match="unknown reduction 'average'"):

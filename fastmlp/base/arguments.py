@@ -100,7 +100,8 @@ def check_values(input: Tensor, target: Tensor, reduction: str, *, broadcasts: b
             raise (RuntimeError if integers else NotImplementedError)(
                 f"expected a floating-point {name}, got {tensor.dtype}; convert it with .float()"
             )
-    check_same_device((("the input", input), ("the target", target)))
+    if input.device != target.device:
+        check_same_device((("the input", input), ("the target", target)))
 
 
 def _broadcast(*shapes: torch.Size) -> torch.Size | None:
