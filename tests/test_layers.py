@@ -191,7 +191,7 @@ class TestTools:
         assert_alike(model.apply(constant), twin.apply(constant), x)
 
     def test_peft(self):
-        peft = pytest.importorskip("peft")
+        peft = pytest.importorskip("peft", exc_type=ImportError)
         model, twin, x = pair()
         for network, names in ((model, ["layers.0", "layers.1"]), (twin, ["1", "3"])):
             peft.inject_adapter_in_model(peft.LoraConfig(target_modules=names, r=2), network)
@@ -203,8 +203,8 @@ class TestTools:
         assert_alike(model.double(), twin, x)
 
     def test_torchao(self):
-        torchao = pytest.importorskip("torchao.quantization")
-        qat = pytest.importorskip("torchao.quantization.qat")
+        torchao = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+        qat = pytest.importorskip("torchao.quantization.qat", exc_type=ImportError)
         model, twin, x = pair()
         weight = qat.IntxFakeQuantizeConfig(torch.int8, "per_channel")
         for network in (model.float(), twin.float()):
