@@ -124,7 +124,7 @@ def host_gpu() -> Iterator[None]:
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         stack.enter_context(mock.patch("fastmlp.step.triton_step.can_capture", _yes))
-        stack.enter_context(mock.patch("fastmlp.step.train_step.check_classes", _unchecked))
+        stack.enter_context(mock.patch("fastmlp.step.validation.check_classes", _unchecked))
         stack.enter_context(mock.patch("fastmlp.autograd.cross_entropy._check_labels", _unchecked))
         stack.enter_context(NullGPU())
         stack.enter_context(fastmlp.use_backend("triton"))

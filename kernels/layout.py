@@ -21,7 +21,7 @@ SEGMENT = 1024
 
 @dataclass(frozen=True)
 class Layer:
-    """One trained layer: float32 masters and, where products read 16-bit copies, those."""
+    """One trained layer: float32 masters and, where products read 16 bits, the copies or parameters that they read."""
 
     weight: Tensor  #: [N, K], contiguous
     bias: Tensor | None  #: [N], or None where there is none to train
@@ -60,10 +60,13 @@ class ParameterArguments(NamedTuple):
 
 
 class Layout:
-    """Where each parameter of some layers lies in flat buffers of ``total`` elements, and what kernels take of it."""
+    """Where each parameter of some layers lies in flat buffers of ``total`` elements, and what kernels take of it.
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = tuple(layers)
+    ``low_is_param`` says whether the 16-bit tensors of the layers are the parameters, not copies of them.
+    """
+
+    def __init__(self, layers: Sequence[Layer], *, low_is_param: bool = False) -> None:
+        self.layers, self.low_is_param = tuple(layers), low_is_param
         self.params: list[Tensor] = []
         self.starts: list[int] = []
         self.total = 0

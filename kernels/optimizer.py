@@ -26,14 +26,28 @@ HYPER_COLUMNS = 4
 
 @triton.jit
 def update_block(
-    g, w_ptr, low_ptr, states, offs, state_offs, mask, hyper_ptr, constants, OPTIMIZER: tl.constexpr
+    g, w_ptr, low_ptr, states, offs, state_offs, mask, hyper_ptr, constants, OPTIMIZER: tl.constexpr,
+    LOW_IS_PARAM: tl.constexpr,
 ):  # fmt: skip
     """Apply the float32 gradient block g to the parameters at w_ptr + offs and to their states at offset state_offs.
 
-    Unless ``low_ptr`` is None, also write the parameters, rounded, to low_ptr + offs.
+    Unless ``low_ptr`` is None, also write the parameters, rounded, to low_ptr + offs. With ``LOW_IS_PARAM`` these are
+    the parameters themselves and w_ptr their masters. A parameter that is not the rounded master was assigned since the
+    last update, and takes the master's place.
     """
     lr = tl.load(hyper_ptr)
     w = tl.load(w_ptr + offs, mask=mask, other=0.0)
+    if low_ptr is not None:
+        # Four values per thread, as many as of the float32 parameters. Otherwise the compiler gives a thread 16 bytes,
+        # eight values, of these, and reads the parameters half a sector at a time.
+        low_ptrs = low_ptr + offs
+        if len(offs.shape) == 2:
+            low_ptrs = tl.max_contiguous(low_ptrs, [1, 4])
+        else:
+            low_ptrs = tl.max_contiguous(low_ptrs, [4])
+        if LOW_IS_PARAM:
+            low = tl.load(low_ptrs, mask=mask, other=0.0)
+            w = tl.where(w.to(low.dtype) == low, w, low.to(tl.float32))
     if OPTIMIZER == "sgd":
         w -= lr * (g + constants[0] * w)
     elif OPTIMIZER == "momentum" or OPTIMIZER == "nesterov":
@@ -57,11 +71,4 @@ def update_block(
         w -= tl.load(hyper_ptr + 2) * m / (tl.sqrt(v) * tl.load(hyper_ptr + 3) + constants[3])
     tl.store(w_ptr + offs, w, mask=mask)
     if low_ptr is not None:
-        # Four values per thread, as many as of the float32 parameters. Otherwise the compiler gives a thread 16 bytes,
-        # eight values, of these, and reads the parameters half a sector at a time.
-        low_ptrs = low_ptr + offs
-        if len(offs.shape) == 2:
-            low_ptrs = tl.max_contiguous(low_ptrs, [1, 4])
-        else:
-            low_ptrs = tl.max_contiguous(low_ptrs, [4])
         tl.store(low_ptrs, w.to(low_ptr.dtype.element_ty), mask=mask)

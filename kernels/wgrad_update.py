@@ -43,7 +43,7 @@ LOSS_BLOCK = 1024
 def _wgrad_layer(
     operands, layer, rows_ptr, states, partial_ptr, hyper_ptr, constants, scale_ptr,
     pid, split, M, m_per_split, stride_split,
-    OPTIMIZER: tl.constexpr, EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
     """Tile number ``pid`` of one layer: gradient of the split's samples, then update or partial sums."""
@@ -68,12 +68,12 @@ def _wgrad_layer(
             db = db * tl.load(scale_ptr)
         update_block(
             dw, layer.w_ptr, layer.low_w_ptr, states, offs_w, layer.w_segment + offs_w, mask_w, hyper_ptr, constants,
-            OPTIMIZER,
+            OPTIMIZER, LOW_IS_PARAM,
         )  # fmt: skip
         if (layer.b_segment >= 0) & (pid_k == 0):
             update_block(
                 db, layer.b_ptr, layer.low_b_ptr, states, offs_n, layer.b_segment + offs_n, mask_n, hyper_ptr,
-                constants, OPTIMIZER,
+                constants, OPTIMIZER, LOW_IS_PARAM,
             )  # fmt: skip
     else:
         slice_ptr = partial_ptr + split.to(tl.int64) * stride_split
@@ -105,7 +105,8 @@ class _Operands(NamedTuple):
 def _wgrad_update_kernel(
     operands, layers, rows_ptr, states, partial_ptr, hyper_ptr, constants, scale_ptr, loss_rows_ptr, loss_ptr,
     M, loss_count, tiles, m_per_split, stride_split,
-    LAYERS: tl.constexpr, OPTIMIZER: tl.constexpr, EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    LAYERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
     LOSS_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +120,7 @@ def _wgrad_update_kernel(
         _wgrad_layer(
             operands[0], layers[0], rows_ptr, states, partial_ptr, hyper_ptr, constants, scale_ptr,
             pid, split, M, m_per_split, stride_split,
-            OPTIMIZER, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
+            OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
         )  # fmt: skip
     elif pid < tiles:
         if LAYERS > 1:
@@ -132,7 +133,7 @@ def _wgrad_update_kernel(
             _wgrad_layer(
                 factors, layer, None, states, partial_ptr, hyper_ptr, constants, scale_ptr,
                 pid - factors.first_tile, split, M, m_per_split, stride_split,
-                OPTIMIZER, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
+                OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
             )  # fmt: skip
     elif loss_ptr is not None:
         if split == 0:
@@ -142,7 +143,8 @@ def _wgrad_update_kernel(
 @triton.jit
 def _reduce_update_kernel(
     partial_ptr, parameters, grad_ptr, states, hyper_ptr, constants, scale_ptr, skip_ptr, n_splits, stride_split,
-    PARAMETERS: tl.constexpr, OPTIMIZER: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
+    PARAMETERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     parameter = parameters[0]
@@ -163,7 +165,8 @@ def _reduce_update_kernel(
         if skip_ptr is not None:
             mask = mask & (tl.load(skip_ptr).to(tl.int32) == 0)
         update_block(
-            g, parameter.w_ptr, parameter.low_ptr, states, offs, flat, mask, hyper_ptr, constants, OPTIMIZER
+            g, parameter.w_ptr, parameter.low_ptr, states, offs, flat, mask, hyper_ptr, constants, OPTIMIZER,
+            LOW_IS_PARAM,
         )  # fmt: skip
 
 
@@ -226,7 +229,7 @@ def wgrad_update(
         tuple(operands), layout.of_layers, rows, tuple(states), None if direct else partial, hyper_row,
         hyper.constants, unscale, loss_rows, loss,
         m, 0 if loss_rows is None else loss_rows.numel(), tiles, m_per_split, layout.total,
-        LAYERS=len(operands), OPTIMIZER=hyper.optimizer, EVEN_M=m % tile.depth == 0,
+        LAYERS=len(operands), OPTIMIZER=hyper.optimizer, LOW_IS_PARAM=layout.low_is_param, EVEN_M=m % tile.depth == 0,
         INPUT_PRECISION=input_precision(current_device(), dtype),
         BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, LOSS_BLOCK=LOSS_BLOCK,
         **tile.compile_options,
@@ -259,5 +262,6 @@ def reduce_update(
     _reduce_update_kernel[(layout.total // SEGMENT,)](
         partial, layout.of_parameters, grads, tuple(states), hyper_row, hyper.constants, unscale, skip,
         n_splits, layout.total,
-        PARAMETERS=len(layout.of_parameters), OPTIMIZER=hyper.optimizer, ACCUMULATE=accumulate, BLOCK=SEGMENT,
+        PARAMETERS=len(layout.of_parameters), OPTIMIZER=hyper.optimizer, LOW_IS_PARAM=layout.low_is_param,
+        ACCUMULATE=accumulate, BLOCK=SEGMENT,
     )  # fmt: skip

@@ -41,6 +41,11 @@ class TorchOptimizer:
             self._grads = [torch.zeros_like(t) for t in self.params]
         return self._grads
 
+    def settings_changed(self) -> None:
+        """Take up a changed ``rule.max_grad_norm``; every other setting is read at each update."""
+        if self.rule.max_grad_norm is not None:
+            self._max_norm.fill_(self.rule.max_grad_norm)
+
     def counters(self) -> dict[str, float]:
         """The number of updates, if the rule counts; float16's loss scale and the good steps since it last moved."""
         counters = {"step": float(self._step.item())} if self.rule.counted else {}

@@ -69,8 +69,13 @@ class Network:
         #: A tensor, because torch would make one of a Python number at every step.
         self.pixel = self.layers[0].weight.new_full((), 1 / 255)
 
+    def follow(self) -> None:
+        """Bring the parameters as they are now into the masters and into what the products read."""
+        for copies in self.copies:
+            copies.follow()
+
     def publish(self) -> None:
-        """Round the updated masters into the parameters and into what the products read."""
+        """Round the updated masters into the parameters."""
         for copies in self.trained_copies:
             copies.publish()
 

@@ -70,11 +70,22 @@ class TorchStep:
 
     def update(self) -> None:
         """Apply the optimizer to what ``gradients`` left."""
+        self.network.follow()
         self.optimizer.update(scaled=False)
         self.network.publish()
 
+    def settings_changed(self) -> None:
+        """Take up the rule's settings; those of its ``structure`` are as they were."""
+        self.optimizer.settings_changed()
+
+    def updated(self) -> None:
+        """The versions of the parameters are those of this engine's last update."""
+        for copies in self.network.copies:
+            copies.published()
+
     def parameter_state(self) -> dict[str, list[Tensor]]:
         """What belongs to each trained parameter, live: optimizer state, and masters of 16 bits."""
+        self.network.follow()
         state = dict(self.optimizer.states)
         if any(c.master is not c.data for c in self.network.copies):
             state["master"] = list(self.optimizer.params)
@@ -129,8 +140,7 @@ def _step(
     net: Network, plan: Plan, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None, *, update: bool = True
 ) -> None:
     """``TorchStep.step``; without ``update`` the gradients are stored, and the parameters stay as they are."""
-    for copies in net.copies:
-        copies.refresh()
+    net.follow()
     if rows is not None:
         if plan.y is None or plan.y.dtype != y.dtype:
             plan.y = y.new_empty((rows.shape[0], *y.shape[1:]))

@@ -6,7 +6,8 @@ changes from step to step. ``kernels/optimizer.py`` reads the row and has the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, ClassVar
@@ -49,6 +50,16 @@ class Optimizer:
     def is_plain_sgd(self) -> bool:
         """W -= lr dW and nothing else, so that gradient and update can be one product."""
         return False
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of all settings."""
+        return tuple(field.name for field in fields(self))
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """What an engine is built for; all other settings may change from step to step."""
+        return self.kernel[0], self.states, self.is_plain_sgd, self.max_grad_norm is None
 
     def rows(self, lrs: Tensor, count: Tensor | None) -> Tensor:
         """float32 [steps, 4]: lr, 1 - lr weight_decay, and what else depends on the step.
@@ -191,41 +202,77 @@ def optimizer_of(name: str, settings: Mapping[str, Any]) -> Optimizer:
 
     Raises:
         ValueError: an unknown rule, a setting outside its range, or a setting of another rule.
-        TypeError: a setting that is no number.
+        TypeError: a setting that is no number, or an optimizer that is no name.
     """
+    if not isinstance(name, str):
+        raise TypeError(_no_name(name))
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}")
-    _check(settings)
     rule = OPTIMIZERS[name]
     own = {field.name for field in fields(rule)}
     defaults = {field.name: field.default for other in OPTIMIZERS.values() for field in fields(other)}
-    for setting, value in settings.items():
+    values = {setting: check_setting(setting, value) for setting, value in settings.items()}
+    for setting, value in values.items():
         if setting not in own and value != defaults[setting]:
             raise ValueError(_HINTS.get(setting, f"{setting}={value!r} is not a setting of optimizer {name!r}"))
-    return rule(**{setting: value for setting, value in settings.items() if setting in own})
+    return rule(**{setting: value for setting, value in values.items() if setting in own})
 
 
-def _check(settings: Mapping[str, Any]) -> None:
-    """Whether each value can be what its name says, whichever rule has it."""
-    betas = settings["betas"]
-    if len(betas) != 2:
-        raise ValueError(f"expected betas=(beta1, beta2), got {len(betas)} values: {betas}")
-    named = {name: settings[name] for name in ("lr", "momentum", "weight_decay", "eps")}
-    named |= {"beta1": betas[0], "beta2": betas[1]}
-    if settings["max_grad_norm"] is not None:
-        named["max_grad_norm"] = settings["max_grad_norm"]
-    for name, value in named.items():
-        if not isinstance(value, Real):
-            raise TypeError(f"expected {name} to be a number, got {value!r} of type {type(value).__name__}")
-    lr, momentum, decay, eps, norm = (settings[n] for n in ("lr", "momentum", "weight_decay", "eps", "max_grad_norm"))
-    expected = {
-        f"a learning rate of at least 0, got lr={lr}": lr >= 0,
-        f"a momentum in [0, 1), got {momentum}": 0 <= momentum < 1,
-        f"a weight_decay of at least 0, got {decay}": decay >= 0,
-        f"betas in [0, 1), got {betas}": all(0 <= beta < 1 for beta in betas),
-        f"an eps of at least 0, got {eps}": eps >= 0,
-        f"a max_grad_norm above 0 or None, got {norm}": norm is None or norm > 0,
-    }
-    for text, holds in expected.items():
-        if not holds:
-            raise ValueError(f"expected {text}")
+def _no_name(optimizer: object) -> str:
+    """What to say of an optimizer that is given as torch's class or object."""
+    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+    known = {"SGD": "sgd", "AdamW": "adamw"}
+    advice = "train with autograd and that optimizer"
+    if kind.__module__.startswith("torch.optim") and kind.__name__ in known:
+        advice = f"pass optimizer={known[kind.__name__]!r} with its settings, or {advice}"
+    return f"expected the name of an optimizer, one of {', '.join(OPTIMIZERS)}, got {kind.__name__}; {advice}"
+
+
+#: What each setting has to be, and the test of a float for it. NaN passes none of the tests.
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "lr": ("a learning rate of at least 0, got lr={}", lambda v: 0 <= v < math.inf),
+    "momentum": ("a momentum in [0, 1), got {}", lambda v: 0 <= v < 1),
+    "weight_decay": ("a weight_decay of at least 0, got {}", lambda v: 0 <= v < math.inf),
+    "eps": ("an eps of at least 0, got {}", lambda v: 0 <= v < math.inf),
+    "max_grad_norm": ("a max_grad_norm above 0 or None, got {}", lambda v: v > 0),
+}
+
+
+def check_setting(setting: str, value: Any) -> Any:
+    """The value as Python numbers, if it can be what the setting's name says, whichever rule has the setting.
+
+    A 0-d tensor on the CPU counts as its number.
+    """
+    if setting == "nesterov":
+        if not isinstance(value, bool | int):
+            raise TypeError(f"expected nesterov to be a bool, got {value!r} of type {type(value).__name__}")
+        return bool(value)
+    if setting == "betas":
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise TypeError(f"expected betas=(beta1, beta2), got {value!r} of type {type(value).__name__}")
+        if len(value) != 2:
+            raise ValueError(f"expected betas=(beta1, beta2), got {len(value)} values: {value}")
+        numbers = tuple(_number(name, beta) for name, beta in zip(("beta1", "beta2"), value, strict=True))
+        if not all(0 <= beta < 1 for beta in numbers):
+            raise ValueError(f"expected betas in [0, 1), got {value}")
+        return numbers
+    if setting == "max_grad_norm" and value is None:
+        return None
+    number = _number(setting, value)
+    text, holds = _RANGES[setting]
+    if not holds(number):
+        raise ValueError(f"expected {text.format(number)}")
+    return number
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, Tensor):
+        if value.dim() or not value.is_cpu or value.is_complex():
+            raise ValueError(
+                f"expected {name} to be a number or a 0-d tensor on the CPU, got a tensor {list(value.shape)} of "
+                f"{value.dtype} on {value.device}"
+            )
+        return float(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"expected {name} to be a number, got {value!r} of type {type(value).__name__}")
+    return float(value)

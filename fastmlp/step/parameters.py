@@ -13,6 +13,10 @@ from torch import Tensor
 class Copies:
     """A parameter, what the products read and what the optimizer updates: all the same tensor, or rounded copies.
 
+    The parameter is the model, and anybody may write to it at any time. Its version counter tells of most writes, but
+    an edit of ``.data`` does not raise the counter, nor does a fused optimizer of torch. ``follow`` therefore also
+    compares values.
+
     Attributes:
         data: the parameter, off the tape.
         master: what the optimizer updates: float32, or float64 where the parameter or ``dtype`` is.
@@ -28,21 +32,36 @@ class Copies:
         self.master = data if data.dtype == wide else data.to(wide)
         self.used = data if data.dtype == dtype else self.master if wide == dtype else data.to(dtype)
         self.is_one = self.used is data and self.master is data
-        self.version = data._version
+        self._version = data._version
 
-    def refresh(self) -> None:
-        """Follow a change that somebody else made to the parameter, such as load_state_dict."""
-        if self.data._version != self.version:
-            if self.master is not self.data:
-                self.master.copy_(self.data)
-            if self.used is not self.data:
-                self.used.copy_(self.master)
-            self.version = self.data._version
+    def follow(self) -> None:
+        """Make the copies those of the parameter, whoever wrote to it. The device is not waited for.
 
-    def publish(self) -> None:
-        """Round the updated master into the parameter and into what the products read."""
-        if self.master is not self.data:
-            self.data.copy_(self.master)
+        Where nobody wrote, the master keeps the digits that the parameter has no room for.
+        """
+        if not self.follow_version() and self.master is not self.data:
+            rounded = self.master.to(self.data.dtype)
+            # On a CPU the comparison alone costs half of what the selection costs.
+            if not (self.data.is_cpu and torch.equal(rounded, self.data)):
+                self.master.copy_(torch.where(rounded == self.data, self.master, self.data.to(self.master.dtype)))
         if self.used is not self.data and self.used is not self.master:
             self.used.copy_(self.master)
-        self.version = self.data._version
+
+    def follow_version(self) -> bool:
+        """Whether the version tells of a write; the master then is the parameter."""
+        if self.data._version == self._version:
+            return False
+        if self.master is not self.data:
+            self.master.copy_(self.data)
+        self._version = self.data._version
+        return True
+
+    def publish(self) -> None:
+        """Round the updated master into the parameter; ``follow`` brings it to what the products read."""
+        if self.master is not self.data:
+            self.data.copy_(self.master)
+            self._version = self.data._version
+
+    def published(self) -> None:
+        """Take the parameter's version for that of the last update."""
+        self._version = self.data._version

@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..backend import resolve
-from ..base.arguments import check_batch, check_classes, check_rows, check_same_device, check_tensor, readable_rows
-from ..base.losses import STEP_LOSSES, takes_classes
-from ..nn import MLP, _only_computes, is_parallel
+from ..base.losses import STEP_LOSSES
+from ..nn import MLP
+from .binding import Binding
 from .cpu_step import TorchStep
-from .optimizers import optimizer_of
+from .optimizers import Optimizer, check_setting, optimizer_of
+from .settings import StepOptimizer
+from .validation import Batches, check_batch_size, check_dtype, check_is_mlp, check_loss, learning_rates
 
 if TYPE_CHECKING:
     from .triton_step import TritonStep
 
-_RING = 1024
+#: Losses that are allocated together.
+_BLOCK = 256
 
 
 class TrainStep:
@@ -29,14 +33,21 @@ class TrainStep:
     graph; on a CPU it is in-place BLAS on buffers allocated once. Results agree with autograd and torch.optim to
     rounding.
 
+    A step does what the model says when it is called. It follows parameters that are frozen or thawed, activations that
+    are changed, values that anybody writes into parameters, and settings that are assigned or scheduled. Where it
+    cannot follow (hooks, a ``forward`` of the model's own, other layers or parameters) the call raises an error and
+    changes nothing. A frozen parameter keeps its optimizer state for the time after. Every update raises the version
+    counter of the parameters, so that autograd finds what it saved changed.
+
     A step belongs to one thread and, on a GPU, to one stream at a time. All its calls share its buffers, so
-    simultaneous calls from two threads or two streams race on them.
+    simultaneous calls from two threads or two streams race on them. Copies (copy.deepcopy, pickle) have the model, the
+    optimizer's state and the settings, and no gradients that wait for ``update``.
 
     Args:
         model: the MLP. Parameters with ``requires_grad=False`` stay as they are, and nothing is computed for them.
         optimizer: a name of ``fastmlp.step.optimizers.OPTIMIZERS``: "sgd" (default), "adamw", ...; with torch.optim's
             update rules and argument names.
-        lr: learning rate; the attribute ``lr`` changes it between steps.
+        lr: learning rate; the attribute ``lr`` changes it between steps. Each number may be a 0-d tensor on the CPU.
         momentum, weight_decay, nesterov: default 0, 0, False. (torch's AdamW decays by 0.01 by default.)
         betas, eps: default (0.9, 0.999), 1e-8. A setting that the optimizer does not have must keep its default.
         max_grad_norm: scale the gradients so that their global 2-norm is at most this; default None, no clipping.
@@ -49,6 +60,8 @@ class TrainStep:
 
     Attributes:
         lr: the learning rate of the next step.
+        optimizer: what the schedulers of torch.optim.lr_scheduler take. ``step.optimizer.param_groups[0]`` has all
+            settings by their names above; values assigned there count from the next step on.
         losses: [steps] on the device, float32 (float64 for float64): the loss of every step of the last ``epoch``.
         backend: "triton" or "torch", whichever runs the steps.
 
@@ -75,76 +88,68 @@ class TrainStep:
         dtype: torch.dtype | None = None,
         cuda_graph: bool = True,
     ) -> None:
-        if not isinstance(model, MLP):
-            advice = (
-                "a step would not communicate; train such a module with autograd"
-                if is_parallel(model)
-                else "convert a torch module with fastmlp.MLP.from_torch(module), which shares its parameters"
-            )
-            raise TypeError(f"TrainStep trains a fastmlp.MLP, got {type(model).__name__}; {advice}")
-        if loss not in STEP_LOSSES:
-            raise ValueError(f"unknown loss {loss!r}; expected one of {', '.join(STEP_LOSSES)}")
+        check_is_mlp(model)
+        check_loss(loss)
         settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         settings |= {"betas": betas, "eps": eps, "max_grad_norm": max_grad_norm}
         self.rule = optimizer_of(optimizer, settings)
-        _check_layers(model)
-        named = list(model.named_parameters())
-        self._names = [name for name, parameter in named if parameter.requires_grad]
-        if not self._names:
-            raise ValueError("no parameter of the model requires a gradient; there is nothing to train")
-        first = named[0][1]
-        check_same_device(named)
+        self._binding = Binding(model)
+        first = self._binding.layers[0].weight
         dtype = first.dtype if dtype is None else dtype
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"expected dtype to be a torch.dtype such as torch.bfloat16, got {dtype!r}")
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise TypeError(f"expected dtype float32, float64, float16 or bfloat16, got {dtype}")
+        check_dtype(dtype)
         self.model, self.loss = model, loss
         self.device, self.dtype = first.device, dtype
         self.backend = resolve(first, dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        self.losses = torch.zeros(0, dtype=wide, device=self.device)
-        # Losses are handed out as elements of a ring, so that a step neither allocates nor copies; one stays valid
-        # for the next _RING - 1 steps.
-        self._ring = list(torch.zeros(_RING, dtype=wide, device=self.device).unbind())
-        self._count = 0
-        self._inputs = {dtype, first.dtype, torch.uint8}
-        if dtype.itemsize == 2:
-            self._inputs |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+        self.optimizer = StepOptimizer(self, model.parameters(), self.rule)
+        self.losses = torch.zeros(0, dtype=torch.promote_types(dtype, torch.float32), device=self.device)
+        self._next_losses: list[Tensor] = []
+        self._batches = Batches(self._binding.ends, STEP_LOSSES[loss], loss, dtype, first.dtype, self.losses)
+        self._cuda_graph = cuda_graph
         #: True on the Triton path, where no other code checks the class numbers.
         self._checks_classes = self.backend == "triton"
         self._has_gradients = False
-        layers = model._linears()
-        #: Where each parameter is kept, under which name, and where its memory was.
-        self._bound = [
-            (layer._parameters, name, parameter, parameter.data_ptr())
-            for layer in layers
-            for name, parameter in layer._parameters.items()
-            if parameter is not None
-        ]
+        #: Optimizer state of parameters that are frozen now, by name.
+        self._parked: dict[str, Tensor] = {}
         #: Kernels go to the current device; the model's need not be that.
         self._on_device: AbstractContextManager[object] = nullcontext()
         if self.device.type == "cuda":
             self._on_device = torch.cuda.device(self.device)
-        self._engine: TorchStep | TritonStep
+        self._engine = self._new_engine(self._binding, self.rule)
+
+    def _new_engine(self, binding: Binding, rule: Optimizer) -> TorchStep | TritonStep:
+        loss = STEP_LOSSES[self.loss]
         with self._on_device:
             if self.backend == "triton":
                 from .triton_step import TritonStep
 
-                self._engine = TritonStep(layers, self.rule, STEP_LOSSES[loss], dtype, cuda_graph=cuda_graph)
-            else:
-                self._engine = TorchStep(layers, self.rule, STEP_LOSSES[loss], dtype)
+                return TritonStep(binding.layers, rule, loss, self.dtype, cuda_graph=self._cuda_graph)
+            return TorchStep(binding.layers, rule, loss, self.dtype)
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        return self.rule.lr
+        return float(self.optimizer.param_groups[0]["lr"])
 
     @lr.setter
     def lr(self, value: float) -> None:
-        if not value >= 0:
-            raise ValueError(f"expected a learning rate of at least 0, got lr={value}")
-        self.rule.lr = value
+        self.optimizer.param_groups[0]["lr"] = check_setting("lr", value)
+
+    def __repr__(self) -> str:
+        """The model, the optimizer with its settings, loss, dtype and backend."""
+        group, sizes = self.optimizer.param_groups[0], "-".join(map(str, self.model.sizes))
+        settings = ", ".join(f"{name}={group[name]}" for name in self.rule.settings)
+        return (
+            f"TrainStep({type(self.model).__name__} {sizes}, {self.rule.name}({settings}), loss={self.loss!r}, "
+            f"dtype={self.dtype}, backend={self.backend!r})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The model, the arguments and the state."""
+        group = self.optimizer.param_groups[0]
+        arguments = {name: group[name] for name in self.rule.settings}
+        arguments |= {"optimizer": self.rule.name, "loss": self.loss, "dtype": self.dtype}
+        arguments |= {"cuda_graph": self._cuda_graph}
+        return _restored, (self.model, arguments, self.state_dict(), self._parked)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """One optimizer step on a batch.
@@ -154,17 +159,18 @@ class TrainStep:
             y: int64 [B] class numbers in [0, C), or [B, C] values, as the loss takes.
 
         Returns:
-            The loss before the step: 0-d, on the device, without waiting for it; valid for the next 1,023 steps (clone
-            it to keep it longer). On a CPU an out-of-range class number raises IndexError before anything changes. On a
-            GPU it makes the loss NaN; without the kernels (backend "torch") it is a device-side assertion of torch's.
+            The loss before the step: 0-d, on the device, without waiting for it; a tensor of its own. On a CPU an
+            out-of-range class number raises IndexError before anything changes. On a GPU it makes the loss NaN; without
+            the kernels (backend "torch") it is a device-side assertion of torch's.
         """
-        x, y = self._check_batch(x, y, in_range=self._checks_classes)
+        x, y = self._checked(x, y, in_range=self._checks_classes)
         loss = self._next_loss()
         with self._on_device:
             if x.shape[0] == 0:
                 loss.fill_(float("nan"))
             else:
                 self._engine.step(x, y, loss)
+                self._updated()
         self._has_gradients = False
         return loss
 
@@ -190,36 +196,22 @@ class TrainStep:
             The mean loss of the n rows, each at the parameters of its step: 0-d float32 on the device. ``losses`` has
             the loss of each step.
         """
-        images, labels = self._check_batch(images, labels, in_range=True)
-        if not (isinstance(batch_size, int) and batch_size > 0):
-            raise ValueError(f"expected a batch_size of at least 1, a whole number, got {batch_size!r}")
-        if order is None:
-            order = torch.arange(images.shape[0], device=self.device)
-        check_tensor(order, "order")
-        if order.dtype != torch.int64 or order.dim() != 1:
-            raise RuntimeError(f"expected order to be int64 [n], got {order.dtype} {list(order.shape)}")
-        check_same_device((("the images", images), ("order", order)))
+        images, labels = self._checked(images, labels, in_range=True)
+        batch_size = check_batch_size(batch_size)
+        order = self._batches.checked_order(order, images)
         n = order.shape[0]
         steps = -(-n // batch_size)
-        if lr_factors is None:
-            lrs = torch.full((steps,), self.lr, dtype=torch.float64, device="cpu")
-        else:
-            lrs = torch.tensor(lr_factors, dtype=torch.float64, device="cpu") * self.lr
-        if lrs.shape != (steps,):
-            raise ValueError(f"expected {steps} lr_factors, one for each step, got {len(lrs)}")
+        lrs = learning_rates(self.rule.lr, lr_factors, steps)
         self._has_gradients = False
-        self.losses = losses = torch.full((steps,), float("nan"), dtype=self._ring[0].dtype, device=self.device)
+        self.losses = losses = torch.full((steps,), float("nan"), dtype=self.losses.dtype, device=self.device)
         if not steps:
             return torch.full((), float("nan"), dtype=torch.float32, device=self.device)
         with self._on_device:
-            outside = None
-            if self.device.type == "cpu" or images.shape[0] == 0:
-                check_rows(order, images.shape[0])
-            else:
-                order, outside = readable_rows(order, images.shape[0], batch_size)
+            order, outside = self._batches.readable(order, images, batch_size)
             self._engine.epoch(images, labels, batch_size, order, lrs, losses)
             if outside is not None:
                 losses.masked_fill_(outside, float("nan"))
+            self._updated()
             last = n - (steps - 1) * batch_size
             return ((losses[:-1].sum() * batch_size + losses[-1] * last) / n).float()
 
@@ -236,26 +228,27 @@ class TrainStep:
         Raises:
             ValueError: an empty batch, whose mean loss has no gradient; and what a step raises.
         """
-        x, y = self._check_batch(x, y, in_range=self._checks_classes)
+        x, y = self._checked(x, y, in_range=self._checks_classes)
         if x.shape[0] == 0:
             raise ValueError("expected at least one row; the mean loss of an empty batch has no gradient")
         with self._on_device:
             grads = self._engine.gradients(x, y, self._next_loss(), accumulate=accumulate and self._has_gradients)
         self._has_gradients = True
-        return dict(zip(self._names, grads, strict=True))
+        return dict(zip(self._binding.trained, grads, strict=True))
 
     def update(self) -> None:
         """Apply the optimizer (and clipping, if asked for) to the gradients that ``gradients`` computed.
 
         Raises:
-            RuntimeError: there are none since the last step or update.
+            RuntimeError: there are none since the last step or update, or since parameters were frozen or thawed.
         """
-        self._check_parameters()
+        self._follow()
         if not self._has_gradients:
             raise RuntimeError("there are no gradients to apply; call gradients(x, y) before update()")
         self._has_gradients = False
         with self._on_device:
             self._engine.update()
+        self._updated()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a run needs besides the model's own state_dict to go on exactly as if it had not stopped.
@@ -298,104 +291,65 @@ class TrainStep:
         return {
             f"{name}.{kind}": tensor
             for kind, tensors in self._engine.parameter_state().items()
-            for name, tensor in zip(self._names, tensors, strict=True)
+            for name, tensor in zip(self._binding.trained, tensors, strict=True)
         }
 
     def _next_loss(self) -> Tensor:
-        self._count = (self._count + 1) % _RING
-        return self._ring[self._count]
+        """A 0-d tensor that nobody else has, without an allocation at each step."""
+        if not self._next_losses:
+            block = torch.empty(_BLOCK, dtype=self.losses.dtype, device=self.device)
+            # ``.data``: each loss has a version counter of its own, as other tensors have.
+            self._next_losses = [loss.data for loss in block.unbind()]
+        return self._next_losses.pop()
 
-    def _check_parameters(self) -> None:
-        """RuntimeError if the parameters are no longer those of the model, or not where they were."""
-        for parameters, name, parameter, address in self._bound:
-            if parameters[name] is not parameter or parameter.data_ptr() != address:
-                raise RuntimeError(
-                    f"a {name} of the model was replaced or moved after the TrainStep was made (by model.to(...), or "
-                    "by assigning a parameter or its .data), so a step would train what the model no longer has; make "
-                    "a new TrainStep"
-                )
+    def _checked(self, x: Tensor, y: Tensor, *, in_range: bool) -> tuple[Tensor, Tensor]:
+        """X [B, K] and Y off the tape, for the model and the settings as they are now."""
+        self._follow()
+        return self._batches.checked(x, y, in_range=in_range)
 
-    def _check_batch(self, x: Tensor, y: Tensor, *, in_range: bool) -> tuple[Tensor, Tensor]:
-        """X flattened to [B, K] and Y, both off the tape; raises what torch would for arguments that do not fit.
-
-        With ``in_range``, for class numbers on a CPU too.
-        """
-        check_batch(x, self.model.sizes[0])
-        check_tensor(y, "the target")
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("a step cannot train inside torch.inference_mode(); leave it, or use torch.no_grad()")
-        self._check_parameters()
-        x = x.detach() if x.requires_grad else x
-        y = y.detach() if y.requires_grad else y
-        x = x.flatten(1) if x.dim() > 2 else x
-        if x.shape[1] != self.model.sizes[0]:
-            raise RuntimeError(
-                f"expected an input with {self.model.sizes[0]} features, got {x.shape[1]}; reshape the input or build "
-                f"the model with sizes[0]={x.shape[1]}"
-            )
-        if x.dtype not in self._inputs:
-            raise RuntimeError(
-                f"expected an input of dtype {self.dtype} or uint8 pixels, got {x.dtype}; convert it with "
-                f".to({self.dtype})"
-            )
-        if y.dim() == 0 or x.shape[0] != y.shape[0]:
-            raise ValueError(
-                f"expected as many targets as inputs, got inputs {list(x.shape)} and targets {list(y.shape)}"
-            )
-        if not x.device == y.device == self.device:
-            check_same_device((("the parameters", self._ring[0]), ("the input", x), ("the target", y)))
-        self._check_targets(y, x.shape[0], in_range=in_range)
-        return x, y
-
-    def _check_targets(self, y: Tensor, rows: int, *, in_range: bool) -> None:
-        classes = self.model.sizes[-1]
-        if not takes_classes(STEP_LOSSES[self.loss]):
-            if y.shape != (rows, classes):
-                raise RuntimeError(
-                    f"expected targets of shape [{rows}, {classes}] for {self.loss}, got {list(y.shape)}"
-                )
-            if not y.is_floating_point():
-                raise RuntimeError(
-                    f"expected floating-point targets for {self.loss}, got {y.dtype}; convert them with .float()"
-                )
+    def _follow(self) -> None:
+        """Take up what changed of the model and the settings since the last call, or raise an error."""
+        rule, binding = self.optimizer.changed(self.rule), self._binding
+        if not binding.holds():
+            binding = binding.rebound()
+        elif rule is None:
             return
-        if y.dim() != 1:
-            raise RuntimeError(f"expected class numbers of shape [{rows}], got {list(y.shape)}")
-        if y.dtype != torch.int64:
-            raise RuntimeError(f"expected class numbers of dtype int64, got {y.dtype}; convert them with .long()")
-        if rows and in_range and self.device.type == "cpu":
-            check_classes(y, classes)
+        if binding.kind != self._binding.kind or (rule is not None and rule.structure != self.rule.structure):
+            self._rebuild(binding, self.rule if rule is None else rule)
+        elif rule is not None:
+            vars(self.rule).update(vars(rule))
+            self._engine.settings_changed()
+        self._binding = binding
+
+    def _rebuild(self, binding: Binding, rule: Optimizer) -> None:
+        """A new engine, with the state of the old one as far as both have it."""
+        state, counters = self._parked | self._parameter_state(), self._engine.counters()
+        thawed = [name for name in binding.trained if name not in self._binding.trained]
+        if thawed and counters.get("step"):
+            raise RuntimeError(
+                f"{', '.join(thawed)} cannot be thawed after {counters['step']:.0f} updates: {rule.name} counts the "
+                "updates of all parameters together; make a new TrainStep"
+            )
+        engine = self._new_engine(binding, rule)
+        self._engine, self._binding, self.rule, self._has_gradients = engine, binding, rule, False
+        own = self._parameter_state()
+        self._parked = {name: tensor for name, tensor in state.items() if name not in own}
+        for name, tensor in own.items():
+            if name in state:
+                tensor.copy_(state[name])
+        engine.parameter_state()  # lets the masters follow parameters that were written to while they were frozen
+        engine.set_counters(counters)
+
+    def _updated(self) -> None:
+        """Tell autograd that the parameters changed, and torch's schedulers that an update came before theirs."""
+        increment_version(self._binding.parameters)
+        self._engine.updated()
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
-def _check_layers(model: MLP) -> None:
-    """ValueError or RuntimeError for a model that computes something else than its layers' parameters say."""
-    seen: dict[int, str] = {}
-    for i, layer in enumerate(model._linears()):
-        if not _only_computes(layer):
-            raise ValueError(
-                f"layers.{i} has hooks, another class than fastmlp.Linear or a forward of its own, which a TrainStep "
-                "would not call; remove them, or train with autograd"
-            )
-        if layer.activation == "softmax":
-            raise ValueError(
-                f"layers.{i} has softmax as its activation, which a TrainStep does not compute; use the loss "
-                "'cross_entropy' or 'softmax_squared_error' on logits, or train with autograd"
-            )
-        for name, parameter in layer.named_parameters():
-            name = f"layers.{i}.{name}"
-            if id(parameter) in seen:
-                raise ValueError(
-                    f"{name} and {seen[id(parameter)]} are one parameter, which a TrainStep would update twice; train "
-                    "shared parameters with autograd"
-                )
-            seen[id(parameter)] = name
-            if not parameter.is_contiguous():
-                raise RuntimeError(
-                    f"TrainStep updates parameters in place and needs them contiguous, got strides "
-                    f"{parameter.stride()}; assign param.data = param.data.contiguous()"
-                )
-            if parameter.dtype != model.layers[0].weight.dtype:
-                raise RuntimeError(
-                    f"expected parameters of one dtype, got {name} in {parameter.dtype} and layers.0.weight in "
-                    f"{model.layers[0].weight.dtype}; convert the model with model.to(dtype)"
-                )
+def _restored(model: MLP, arguments: dict[str, Any], state: dict[str, Tensor], parked: dict[str, Tensor]) -> TrainStep:
+    """The copy that ``TrainStep.__reduce__`` describes."""
+    step = TrainStep(model, **arguments)
+    step._parked = parked
+    step.load_state_dict(state)
+    return step

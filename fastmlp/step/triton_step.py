@@ -94,10 +94,9 @@ class TritonStep:
                     "train both, or use backend 'torch'"
                 )
         self.lowest = min(self.trained)
-        self.layout = Layout([self._trained_layer(i) for i in self.trained])
+        self.layout = Layout([self._trained_layer(i) for i in self.trained], low_is_param=own != torch.float32)
         self.scaled = dtype == torch.float16
         self.all_first = self.scaled or rule.max_grad_norm is not None
-        self.hyper = Hyper(*rule.kernel)
         zeros = torch.zeros(self.layout.total, dtype=torch.float32, device=self.device)
         self.states = [zeros.clone() for _ in rule.states]
         self.grads = zeros if self.all_first else None
@@ -108,16 +107,29 @@ class TritonStep:
         self.count: Tensor | None = None
         if self.scaled and rule.counted:
             self.count = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._ahead: tuple[float, int, list[Tensor]] = (-1.0, 0, [])
+        self.settings_changed()
         self._plans: OrderedDict[int, _Plan] = OrderedDict()
         self._converted: Tensor | None = None
         self.graphs = GraphCache(self.device) if cuda_graph and can_capture(self.device) else None
         self._copied = [c for c in (*self._weights, *self._biases) if c is not None and not c.is_one]
+        self._narrowed = [c for c in self._copied if c.master is c.data]
+        self._widened = [c for c in self._copied if c.master is not c.data]
+
+    def settings_changed(self) -> None:
+        """Take up the rule's settings; those of its ``structure`` are as they were."""
+        self.hyper = Hyper(*self.rule.kernel)
+        #: The learning rate of rows that are computed ahead, the number of the first one's step, and the rows.
+        self._ahead: tuple[float, int, list[Tensor]] = (-1.0, 0, [])
 
     def _follow(self) -> None:
-        """Follow changes that somebody else made to the parameters, such as load_state_dict."""
-        for copies in self._copied:
-            copies.refresh()
+        """Bring the parameters as they are now into what the products read and, where a version tells, the masters.
+
+        The kernel of the update compares parameters with their masters itself.
+        """
+        for copies in self._widened:
+            copies.follow_version()
+        if self._narrowed:
+            torch._foreach_copy_([c.used for c in self._narrowed], [c.data for c in self._narrowed])
 
     def _trained_layer(self, i: int) -> Layer:
         low = self.dtype != torch.float32
@@ -313,7 +325,7 @@ class TritonStep:
         self.steps += 1
         entry = None
         if self.graphs is not None:
-            entry = self.graphs.entry((m, tf32_allowed(), x.dtype, y.dtype, y.shape[1:]))
+            entry = self.graphs.entry((m, *self._baked(), x.dtype, y.dtype, y.shape[1:]))
         if self.graphs is None or entry is None:
             self._launch(plan, x, y, None, row, out)
             return
@@ -331,6 +343,10 @@ class TritonStep:
             entry, lambda: self._launch(plan, buffers["x"], buffers["y"], None, buffers["row"], buffers["loss"])
         )
         out.copy_(buffers["loss"])
+
+    def _baked(self) -> tuple[object, ...]:
+        """What a graph keeps of the settings at its capture."""
+        return tf32_allowed(), self.hyper.constants, self.rule.max_grad_norm
 
     def epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Tensor, losses: Tensor
@@ -355,7 +371,7 @@ class TritonStep:
         plan = self._plan(m)
         # A graph reads the memory at these addresses, whichever tensor lies there at its replay.
         data = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (images, labels)]
-        entry = self.graphs.entry((m, tf32_allowed(), count, *data)) if self.graphs is not None else None
+        entry = self.graphs.entry((m, *self._baked(), count, *data)) if self.graphs is not None else None
         buffers = GraphEntry().buffers if entry is None else entry.buffers
         if not buffers:
             # 16 bytes per step keep every pointer aligned alike, so that all steps share one compiled kernel.
@@ -410,8 +426,15 @@ class TritonStep:
             self._converted = torch.empty(images.shape, dtype=dtype, device=self.device)
         return self._converted.copy_(images)
 
+    def updated(self) -> None:
+        """The versions of the parameters are those of this engine's last update."""
+        for copies in self._copied:
+            copies.published()
+
     def parameter_state(self) -> dict[str, list[Tensor]]:
         """What belongs to each trained parameter, live and float32: optimizer state, and masters of 16 bits."""
+        for copies in self._copied:
+            copies.follow()
         state: dict[str, list[Tensor]] = {}
         for name, flat in zip(self.rule.states, self.states, strict=True):
             state[name] = self.layout.views(flat)

@@ -71,21 +71,22 @@ def _states(layout: Layout, optimizer: str) -> list[torch.Tensor]:
     return [torch.zeros(layout.total) for _ in range({"nesterov": 1, "adamw": 2}.get(optimizer, 0))]
 
 
-def _layout(dtype: torch.dtype, widths: tuple[int, ...]) -> Any:
+def _layout(dtype: torch.dtype, widths: tuple[int, ...], params: bool) -> Any:
     low = dtype if dtype.itemsize == 2 else None
     layers = []
     for inputs, outputs in pairwise(widths):
         weight, bias = torch.zeros((outputs, inputs)), torch.zeros(outputs)
         copies = (weight.to(low), bias.to(low)) if low else (None, None)
         layers.append(Layer(weight, bias, *copies))
-    return Layout(layers)
+    return Layout(layers, low_is_param=params)
 
 
 def _update(
     optimizer: str, *, batch: int = 64, widths: tuple[int, ...] = WIDTHS, pixels: bool = False, unscale: bool = False,
+    params: bool = False,
 ) -> Launcher:  # fmt: skip
     def launch(dtype: torch.dtype, tile: Tile) -> object:
-        layout = _layout(dtype, widths)
+        layout = _layout(dtype, widths, params)
         dzs = [torch.zeros((batch, n), dtype=dtype) for n in widths[1:]]
         xs = [torch.zeros((batch, n), dtype=dtype) for n in widths[:-1]]
         rows = None
@@ -109,9 +110,9 @@ def _force(tile: Tile) -> Iterator[None]:
         yield
 
 
-def _reduce(optimizer: str, *, unscale: bool = False, accumulate: bool = False) -> Launcher:
+def _reduce(optimizer: str, *, unscale: bool = False, accumulate: bool = False, params: bool = False) -> Launcher:
     def launch(dtype: torch.dtype, tile: None) -> object:
-        layout = _layout(dtype, WIDTHS)
+        layout = _layout(dtype, WIDTHS, params)
         flat = torch.zeros((2, layout.total))
         return wgrad_update.reduce_update(
             layout, flat[:1], 1, HYPER[optimizer], torch.zeros(HYPER_COLUMNS),
@@ -142,7 +143,7 @@ KERNELS = {
         variants={
             "sgd": _update("sgd"),
             "momentum-pixels-gather": _update("nesterov", pixels=True),
-            "adamw-unscale": _update("adamw", unscale=True),
+            "adamw-unscale": _update("adamw", unscale=True, params=True),
             "split-adamw": _update("adamw", batch=4096),
             "none-odd": _update("none", batch=77, widths=(77, 33, 10)),
         },
@@ -155,7 +156,7 @@ KERNELS = {
         tiles=lambda dtype, device, variant: (None,),
         variants={
             "sgd": _reduce("sgd"),
-            "adamw-unscale": _reduce("adamw", unscale=True),
+            "adamw-unscale": _reduce("adamw", unscale=True, params=True),
             "none-accumulate": _reduce("none", accumulate=True),
         },
         force=lambda tile: nullcontext(),

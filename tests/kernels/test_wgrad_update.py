@@ -94,6 +94,28 @@ def test_16_bit_products_with_float32_masters(lane, dtype, m):
     run(lane, "momentum", (33, 17, 5), m, dtype, low=dtype)
 
 
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("m", [40, 1100], ids=["direct", "split"])
+def test_16_bit_parameters_that_were_assigned_are_updated(lane, dtype, m):
+    """Their masters, which have more digits than the others' parameters, are left where nothing was assigned."""
+    sizes = (33, 17)
+    (weight,), (bias,), dzs, xs = problem(sizes, m, dtype)
+    masters, params = on(lane, (weight, bias)), on(lane, (weight.to(dtype), bias.to(dtype)))
+    params[0][3:5, 7:] = 2.0
+    params[1][2] = float("nan")
+    expected = [torch.where(p == w.to(dtype), w, p.float()).cpu() for w, p in zip(masters, params, strict=True)]
+    layout = Layout([Layer(*masters, *params)], low_is_param=True)
+    wgrad_update(layout, on(lane, dzs), on(lane, xs), Hyper("sgd", (0.0,)), hyper_row(1, lane))
+    grads = reference.linear_wgrad(dzs[0].double(), xs[0].double())
+    own = reference.linear_wgrad(dzs[0].float(), xs[0].float())
+    for master, param, start, grad, less in zip(masters, params, expected, grads, own, strict=True):
+        torch.testing.assert_close(param, master.to(dtype), rtol=0, atol=0, equal_nan=True)
+        known = ~start.isnan()
+        assert torch.equal(~master.cpu().isnan(), known)
+        results = [t[known] for t in (master.cpu(), start.double() - LR * grad, start - LR * less)]
+        assert_within_budget(*results, reduction=m)
+
+
 @pytest.mark.parametrize("sizes", [(20, 3), (5, 1, 1, 3), (130, 63, 40, 17, 9, 4)], ids=str)
 def test_depths_and_no_bias(lane, sizes):
     run(lane, "nesterov", sizes, 33, torch.float32, bias=False)

@@ -365,6 +365,13 @@ _UPDATE = (
         "tl.store(low_ptrs, g.to(low_ptr.dtype.element_ty), mask=mask)",
         (UPDATE, "16_bit and direct and float16"),
     ),
+    Mutant(
+        "optimizer",
+        "an assigned parameter is overwritten",
+        "w = tl.where(w.to(low.dtype) == low, w, low.to(tl.float32))",
+        "w += 0.0",
+        (UPDATE, "assigned and direct and bfloat16"),
+    ),
 )
 
 MUTANTS = (*_CROSS_ENTROPY, *_SOFTMAX, *_OTHER_LOSSES, *_HEAD, *_UPDATE)

@@ -239,19 +239,6 @@ def test_the_learning_rate_survives_an_epoch_that_fails(monkeypatch):
     assert step.lr == 0.1
 
 
-def test_a_loss_stays_for_the_next_1023_steps():
-    x, y = problem((3, 2), 4)
-    model = network((3, 2))
-    step = fastmlp.TrainStep(model, lr=0.5)
-    first = step(x, y)
-    value = first.item()
-    later = [step(x, y) for _ in range(1023)]
-    assert first.item() == value
-    assert len({loss.data_ptr() for loss in [first, *later]}) == 1024
-    assert step(x, y).data_ptr() == first.data_ptr()
-    assert first.item() < value
-
-
 @pytest.mark.parametrize(
     ("order", "readable", "outside"),
     [

@@ -32,11 +32,13 @@ def test_a_change_of_the_parameter_reaches_the_copies_and_an_update_the_paramete
     copies = Copies(param, F16)
     with torch.no_grad():
         param.fill_(0.5)
-    copies.refresh()
+    copies.follow()
     assert copies.master.tolist() == copies.used.tolist() == [0.5] * 3
     copies.master.fill_(1 + 2**-9)
     copies.publish()
     assert param.tolist() == [1.0] * 3
-    assert copies.used.tolist() == [1 + 2**-9] * 3
-    copies.refresh()  # the rounding that publish() made is no change
-    assert copies.master.tolist() == [1 + 2**-9] * 3
+    copies.follow()  # the rounding that publish() made is no change
+    assert copies.master.tolist() == copies.used.tolist() == [1 + 2**-9] * 3
+    param.data[0] = 2.0  # raises no version
+    copies.follow()
+    assert copies.master.tolist() == copies.used.tolist() == [2.0, 1 + 2**-9, 1 + 2**-9]

@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import fastmlp.step.graphs
-import fastmlp.step.train_step
 import fastmlp.step.triton_step
+import fastmlp.step.validation
 from fastmlp import TrainStep
 from tests.conftest import uninitialized_is_nan
 from tests.ptxsim import SimulatedGPU
@@ -245,7 +245,7 @@ class SimulatedCuda(StandIn):
         self._stack.enter_context(self._gpu)
         self._stack.enter_context(fastmlp.use_backend("triton"))
         for name in ("check_classes", "check_rows"):  # only a CPU looks at values
-            patch.setattr(fastmlp.step.train_step, name, lambda *_: None)
+            patch.setattr(fastmlp.step.validation, name, lambda *_: None)
         if self._gpu.execute:
             self._stack.enter_context(uninitialized_is_nan())
         return self

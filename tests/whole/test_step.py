@@ -208,14 +208,14 @@ def test_follows_parameters_that_were_loaded(lane, parameters, products):
 def test_a_label_out_of_range_makes_the_loss_nan(lane, monkeypatch, classes, label):
     """This includes the labels that torch ignores by default, or that others use for "ignored"."""
     # As on a GPU, where the check would wait.
-    monkeypatch.setattr("fastmlp.step.train_step.check_classes", lambda y, classes: None)
+    monkeypatch.setattr("fastmlp.step.validation.check_classes", lambda y, classes: None)
     model = fastmlp.MLP((33, 17, classes)).to(lane)
     images, labels = data(16, 33, 5)
     labels[3] = label if label < 0 else classes
     with use_backend("triton"):
         step = TrainStep(model, lr=0.1)
         assert step.gradients(images.to(lane), labels.to(lane))["layers.1.bias"].isnan().any()
-        assert step._ring[step._count].isnan()
+        assert step(images.to(lane), labels.to(lane)).isnan()
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's, interpreting

@@ -1,0 +1,179 @@
+"""What an engine was built from, and whether the model still is that.
+
+A step works on the model's own tensors and calls none of its modules. So each step first asks whether the modules still
+compute what the engine computes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from operator import itemgetter
+
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+
+from ..base.arguments import check_network, check_same_device
+from ..nn import MLP, _only_computes
+
+_numel, _is_contiguous = Tensor.numel, Tensor.is_contiguous
+_FORWARD = MLP.forward
+#: The hooks of a module, and those of all modules. A call runs those that are not empty.
+_hook_tables = itemgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_forward_hooks,
+    torch_module._global_backward_pre_hooks,
+    torch_module._global_backward_hooks,
+)
+
+
+class Binding:
+    """A model as an engine needs it.
+
+    Attributes:
+        layers: the model's layers.
+        trained: names of the parameters that require a gradient, weight before bias of each layer.
+        parameters: the parameters of these names.
+        ends: features of the model's input and output.
+        kind: what an engine is built for: the names of the trained parameters, and the activations.
+
+    Raises:
+        ValueError: the model computes something else than its layers' parameters say, or has nothing to train.
+        RuntimeError: parameters of different dtypes, devices or sizes, or not contiguous.
+    """
+
+    def __init__(self, model: MLP) -> None:
+        self._model, self._attributes = model, model.__dict__
+        self._modules, self._container = model._modules, model.layers
+        self.layers = model._linears()
+        # A parameter has no table before its first hook.
+        parameters = [p for layer in self.layers for p in layer._parameters.values() if p is not None]
+        tables = [table for p in parameters for table in (p._backward_hooks, p._post_accumulate_grad_hooks)]
+        self._hooks = *_GLOBAL_HOOKS, *(table for table in tables if table is not None)
+        _check_model(model, any(self._hooks) or any(_hook_tables(model.__dict__)))
+        named = [
+            (f"layers.{i}.{name}", layer._parameters, name, parameter)
+            for i, layer in enumerate(self.layers)
+            for name in ("weight", "bias")
+            if (parameter := layer._parameters.get(name)) is not None
+        ]
+        of_model = [(name, parameter) for name, _, _, parameter in named]
+        _check_parameters(of_model)
+        check_same_device(of_model)
+        weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
+        check_network(weights, biases, [layer.activation for layer in self.layers])
+        self.ends = weights[0].shape[1], weights[-1].shape[0]
+        trained = [(name, parameter) for name, _, _, parameter in named if parameter.requires_grad]
+        if not trained:
+            raise ValueError("no parameter of the model requires a gradient; there is nothing to train")
+        self.trained = [name for name, _ in trained]
+        self.parameters = [parameter for _, parameter in trained]
+        self._all = [parameter for *_, parameter in named]
+        self._places = [(table, name, parameter) for _, table, name, parameter in named]
+        self._weights = weights
+        self._addresses = [parameter.data_ptr() for parameter in self._all]
+        self._requires_grad = [parameter.requires_grad for parameter in self._all]
+        #: One parameter per layer, which tells the number of outputs.
+        self._outputs = [list(layer.parameters())[-1] for layer in self.layers]
+        self._numels = list(map(_numel, self._outputs))
+        self._shapes = [parameter.shape for parameter in self._all]
+        self._layers = [(layer.__dict__, layer._slot, layer._slot.activation) for layer in self.layers]
+        self.kind = self.trained, [activation for *_, activation in self._layers]
+        self._referents = gc.get_referents(self._modules, self._container._modules, *self._all)
+
+    def holds(self) -> bool:
+        """Whether nothing has changed that a step depends on. False may also be a change that does not matter.
+
+        Each step asks, so that every property is read by one call of C for all parameters.
+        """
+        # One call finds the layers in their tables, and the first hook of each parameter: an object that it refers to.
+        container = self._container._modules
+        if any(self._hooks) or gc.get_referents(self._modules, container, *self._all) != self._referents:
+            return False
+        for table, name, parameter in self._places:
+            if table.get(name) is not parameter:
+                return False
+        for attributes, slot, activation in self._layers:
+            if slot.activation != activation or attributes["_slot"] is not slot:
+                return False
+            if "forward" in attributes or any(_hook_tables(attributes)):
+                return False
+        # The same address, order, and number of outputs leave no other shape that fits between the layers beside it.
+        return (
+            [parameter.data_ptr() for parameter in self._all] == self._addresses
+            and [parameter.requires_grad for parameter in self._all] == self._requires_grad
+            and list(map(_numel, self._outputs)) == self._numels
+            and all(map(_is_contiguous, self._weights))
+            and not ("forward" in self._attributes or any(_hook_tables(self._attributes)))
+            and type(self._model).forward is _FORWARD
+        )
+
+    def rebound(self) -> Binding:
+        """The binding of the same parameters after a change.
+
+        Raises:
+            RuntimeError: the parameters are not those of the model any more, or not where they were.
+            ValueError, RuntimeError: as a new binding.
+        """
+        for (table, name, parameter), address, shape in zip(self._places, self._addresses, self._shapes, strict=True):
+            if table.get(name) is not parameter or parameter.data_ptr() != address or parameter.shape != shape:
+                raise RuntimeError(
+                    f"a {name} of the model was replaced or moved after the TrainStep was made (by model.to(...), by "
+                    "a parametrization, or by assigning a parameter or its .data), so a step would train what the "
+                    "model no longer has; make a new TrainStep"
+                )
+        if self._model._linears() != self.layers:
+            raise RuntimeError(
+                "the layers of the model are others than when the TrainStep was made, so a step would train what the "
+                "model no longer has; make a new TrainStep"
+            )
+        return Binding(self._model)
+
+
+def _check_model(model: MLP, has_hooks: bool) -> None:
+    """ValueError for a model whose call does more, or something else, than its layers' formula."""
+    if type(model).forward is not _FORWARD or "forward" in model.__dict__:
+        raise ValueError(
+            f"{type(model).__name__} has a forward of its own, which a TrainStep would not call; train the model with "
+            "autograd"
+        )
+    for i, layer in enumerate(model._linears()):
+        if not _only_computes(layer) or "weight" not in layer._parameters:
+            raise ValueError(
+                f"layers.{i} has hooks, another class than an MLP's layers, a parametrization or a forward of its own, "
+                "which a TrainStep would not call; remove them, or train with autograd"
+            )
+        if layer.activation == "softmax":
+            raise ValueError(
+                f"layers.{i} has softmax as its activation, which a TrainStep does not compute; use the loss "
+                "'cross_entropy' or 'softmax_squared_error' on logits, or train with autograd"
+            )
+    if has_hooks:
+        raise ValueError(
+            "the model, one of its parameters, or every module of the process has a hook, which a TrainStep would not "
+            "call; remove the hook, or train with autograd"
+        )
+
+
+def _check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
+    """ValueError or RuntimeError for parameters that cannot be updated in place, each on its own."""
+    seen: dict[int, str] = {}
+    first = named[0][1]
+    for name, parameter in named:
+        if id(parameter) in seen:
+            raise ValueError(
+                f"{name} and {seen[id(parameter)]} are one parameter, which a TrainStep would update twice; train "
+                "shared parameters with autograd"
+            )
+        seen[id(parameter)] = name
+        if not parameter.is_contiguous():
+            raise RuntimeError(
+                f"TrainStep updates parameters in place and needs them contiguous, got strides "
+                f"{parameter.stride()}; assign param.data = param.data.contiguous()"
+            )
+        if parameter.dtype != first.dtype:
+            raise RuntimeError(
+                f"expected parameters of one dtype, got {name} in {parameter.dtype} and layers.0.weight in "
+                f"{first.dtype}; convert the model with model.to(dtype)"
+            )

@@ -1,0 +1,95 @@
+"""The settings of a step as torch's schedulers see them: a torch.optim.Optimizer whose param_groups drive the step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from operator import itemgetter
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
+
+from .optimizers import Optimizer, optimizer_of
+
+
+class StepOptimizer(torch.optim.Optimizer):
+    """``TrainStep.optimizer``: one param group, whose values the next step takes.
+
+    Schedulers of torch.optim.lr_scheduler take it as they take any optimizer. The values may also be assigned, as in
+    ``step.optimizer.param_groups[0]["momentum"] = 0.8``; the names are those of ``TrainStep``. The step itself does the
+    updates. What the optimizer keeps per parameter is in ``TrainStep.state_dict``.
+    """
+
+    def __init__(self, step: Any, params: Iterable[Tensor], rule: Optimizer) -> None:
+        self._built, self._train_step = False, weakref.ref(step)
+        names = rule.settings
+        super().__init__(params, {name: getattr(rule, name) for name in names})
+        self._built = True
+        self._values_of = itemgetter(*names)
+        self._names, self._seen = names, self._values_of(self.param_groups[0])
+        #: What an update of torch's optimizers would call.
+        self.hooks = (
+            self._optimizer_step_pre_hooks,
+            self._optimizer_step_post_hooks,
+            torch_optimizer._global_optimizer_pre_hooks,
+            torch_optimizer._global_optimizer_post_hooks,
+        )
+
+    def changed(self, rule: Optimizer) -> Optimizer | None:
+        """The rule with the group's values, if they are others than at the last call.
+
+        Raises:
+            TypeError, ValueError: a value that its name does not allow.
+            RuntimeError: there is a hook, which a step would not call, or another group.
+        """
+        if any(self.hooks) or len(self.param_groups) != 1:
+            raise RuntimeError(
+                "step.optimizer has a hook or a second param group, which a TrainStep does not follow; remove it, or "
+                "train with autograd and a torch.optim optimizer"
+            )
+        values = self._values_of(self.param_groups[0])
+        try:
+            if values == self._seen:
+                return None
+        except RuntimeError:  # a tensor of several elements: the check below says what is wrong with it
+            pass
+        new = optimizer_of(rule.name, dict(zip(self._names, values, strict=True)))
+        # A tensor may change its value and stay the same object: its number is read at every step.
+        self._seen = () if any(isinstance(value, Tensor) for value in values) else values
+        return new
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """``TrainStep.update``: apply the gradients of ``TrainStep.gradients``."""
+        if closure is not None:
+            raise TypeError("step.optimizer takes no closure; call the TrainStep, which computes the loss itself")
+        self._step().update()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """A TrainStep has one group; a further one is a NotImplementedError."""
+        if self._built:
+            raise NotImplementedError(
+                "a TrainStep has one param group; for settings per layer train with autograd and torch.optim"
+            )
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> NoReturn:
+        """A RuntimeError: the state is the step's."""
+        raise RuntimeError(
+            "step.optimizer keeps no state; save step.state_dict(), and the settings with the program that sets them"
+        )
+
+    def load_state_dict(self, state_dict: object) -> NoReturn:
+        """A RuntimeError: the state is the step's."""
+        raise RuntimeError("step.optimizer keeps no state; load the state of the step with step.load_state_dict(...)")
+
+    def _step(self) -> Any:
+        step = self._train_step()
+        if step is None:
+            raise RuntimeError("the TrainStep of this optimizer is gone; keep the step as long as its optimizer")
+        return step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is the optimizer of the copied step."""
+        return getattr, (self._step(), "optimizer")
