@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from ..base.names import unknown
+
 Schedule = Callable[[int, int, int], float]
 
 
@@ -48,7 +50,7 @@ def lr_factors(schedule: str | Schedule, steps: int, warmup: float = 0.05) -> li
     """
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {schedule!r}; expected one of {', '.join(SCHEDULES)}, or a function")
+            raise ValueError(unknown("schedule", schedule, SCHEDULES, ", or a function"))
         schedule = SCHEDULES[schedule]
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup is the share of the steps to warm up in, expected at least 0 and below 1: {warmup}")
