@@ -11,7 +11,7 @@ from . import common
 
 
 @click.command("eval", short_help="Evaluate a checkpoint on the test images.")
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=common.Folder())
 @common.data_option
 @common.machine_options
 @common.json_option

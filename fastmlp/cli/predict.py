@@ -22,7 +22,7 @@ BATCH = 64
 
 
 @click.command("predict", short_help="Classify image files with a checkpoint.")
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=common.Folder())
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option(
     "--invert/--no-invert",

@@ -24,7 +24,7 @@ from ..base.arguments import check_classes
 from ..base.names import unknown
 from ..losses import cross_entropy
 from .engines import ENGINES, Engine, check_hyperparameters, engine_for
-from .schedules import Schedule, lr_factors
+from .schedules import Schedule, lr_factor
 
 CHECK_EVERY = 100
 """Steps between two readings of the loss by the host, each of which waits for the device."""
@@ -186,7 +186,7 @@ def fit(
         _check_data(model, dataset)
     n = len(train.labels)
     steps = -(-n // batch_size)
-    factors = lr_factors(schedule, epochs * steps, warmup)
+    factor = lr_factor(schedule, epochs * steps, warmup)
     runner: Engine
     if isinstance(engine, str):
         engine = engine_for(model) if engine == "auto" else engine
@@ -202,9 +202,12 @@ def fit(
     good = _snapshot(model)
     highest_loss = EXPLODED * _loss_of_a_guess(model, train)
 
+    def factors(epoch: int, first: int, last: int) -> list[float]:
+        return [factor((epoch - 1) * steps + step) for step in range(first, last)]
+
     def stop(what: str, epoch: int, first: int, last: int) -> DivergenceError:
         model.load_state_dict(good)
-        highest = lr * max(factors[(epoch - 1) * steps + first : (epoch - 1) * steps + last])
+        highest = lr * max(factors(epoch, first, last))
         where = f"at step {last}" if last == first + 1 else f"between steps {first + 1} and {last}"
         return DivergenceError(
             f"training diverged: {what} in epoch {epoch}, {where} of {steps}, at learning rates up to {highest:.4g}; "
@@ -222,8 +225,7 @@ def fit(
         for first in range(0, steps, CHECK_EVERY):
             last = min(first + CHECK_EVERY, steps)
             rows = order[first * batch_size : last * batch_size]
-            span = factors[(epoch - 1) * steps + first : (epoch - 1) * steps + last]
-            loss = runner.epoch(train.images, train.labels, batch_size, rows, span).item()
+            loss = runner.epoch(train.images, train.labels, batch_size, rows, factors(epoch, first, last)).item()
             if not math.isfinite(loss):
                 raise stop(f"the loss became {loss}", epoch, *_first_bad_step(runner, first, last))
             loss_sum += loss * len(rows)

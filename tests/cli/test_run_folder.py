@@ -73,7 +73,7 @@ def test_a_fault_at_any_call_of_a_training(request, tmp_path, small, capsys, kin
         codes[train(out, "--overwrite", "--seed", 1)] += 1
 
     points = Counter()
-    for call in every_point(out, kind, before, work, 1 if full else 4):
+    for call in every_point(out, kind, before, work, 1 if full else 10):
         points[call] += 1
         lines = capsys.readouterr().err.split("\n")
         lines = [line for line in lines if line]
@@ -81,7 +81,7 @@ def test_a_fault_at_any_call_of_a_training(request, tmp_path, small, capsys, kin
         assert all(line.startswith("fastmlp: ") for line in lines)
         assert epoch_of(out) in (1, 2)
     print(f"{kind}: {points.total()} faults, 0 losses, exit codes {dict(codes)}")
-    assert points.total() >= (2 if kind == "half" else 120 if full else 30)
+    assert points.total() >= (1 if kind == "half" else 120 if full else 10)
     assert set(codes) <= ({0, 130} if kind == "interrupt" else {0} if kind == "half" else {0, 1, 2})
     assert train(out, "--overwrite") == 0
     assert sorted(os.listdir(out)) == RESULTS
@@ -180,8 +180,8 @@ def test_one_of_many_trainings_gets_the_folder(tmp_path):
         thread.join(60)
     assert (len(runs), len(refused)) == (1, 5)
     with runs[0]:
-        pass
-    assert not (tmp_path / "run").exists()
+        assert os.listdir(tmp_path / "run") == [CLAIM]
+    assert not (tmp_path / "run" / CLAIM).exists()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
@@ -260,6 +260,7 @@ def test_no_file_has_a_path_of_the_machine(tmp_path, small, monkeypatch):
     ("argv", "words"),
     [
         (["train", "--out", ""], "'--out': expected the name of a folder, got an empty text"),
+        (["eval", ""], "'CHECKPOINT': expected the name of a folder"),
         (["train", "--data", ""], "'--data': expected the name of a folder"),
         (["reproduce", "--all", "--plot", ""], "'--plot': expected the name of a folder"),
         (["bench", "quick", "--out", ""], "'--out': expected a path, got an empty text"),
@@ -292,10 +293,9 @@ def test_errors_speak_of_options(tmp_path, capsys, monkeypatch):
         assert "backend '" not in error.partition("; ")[2]
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
-def test_an_exploded_loss_is_a_divergence(tmp_path, capsys, activation):
+def test_an_exploded_loss_is_a_divergence(tmp_path, capsys):
     """Saturated units keep the loss finite."""
-    argv = ["--data", "bundled", "--sizes", "784-8-10", "--lr", "1e10", "--activation", activation]
+    argv = ["--data", "bundled", "--sizes", "784-8-10", "--lr", "1e10", "--activation", "sigmoid"]
     assert cli.main(["train", *argv, "--out", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert "training diverged: the loss became " in error
