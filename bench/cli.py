@@ -23,6 +23,16 @@ class _Error(click.ClickException):
     exit_code = 2
 
 
+class _Place(click.Path):
+    """A path that is not empty: an empty one would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; a usage error if there is none."""
+        if value == "":
+            self.fail("expected a path, got an empty text; '.' is the current folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def _log(text: str) -> None:
     click.echo(text, err=True)
 
@@ -32,7 +42,7 @@ def _options(command: Any) -> Any:
         click.option(
             "--report/--no-report", default=True, show_default=True, help="Write RESULTS.md and the plots afterwards."
         ),
-        click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Instead of bench/results."),
+        click.option("--out", type=_Place(path_type=Path, file_okay=False), help="Instead of bench/results."),
         click.option("--threads", type=click.IntRange(1), help="Threads of the CPU.  [default: one per core]"),
         click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="cpu, cuda or cuda:N."),
     ):
@@ -221,8 +231,8 @@ def _run_accuracy(
 
 
 @cli.command("compare")
-@click.argument("before", type=click.Path(path_type=Path, dir_okay=False))
-@click.argument("after", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("before", type=_Place(path_type=Path, dir_okay=False))
+@click.argument("after", type=_Place(path_type=Path, dir_okay=False))
 @click.option("--check", is_flag=True, help="Exit with 1 if anything became slower.")
 def compare_command(before: Path, after: Path, check: bool) -> int:
     """What became slower or faster between two JSON files, by more than the spread of both."""
@@ -239,8 +249,8 @@ def compare_command(before: Path, after: Path, check: bool) -> int:
 
 
 @cli.command("report")
-@click.option("--results", type=click.Path(path_type=Path, file_okay=False), help="Instead of bench/results.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Instead of bench/RESULTS.md.")
+@click.option("--results", type=_Place(path_type=Path, file_okay=False), help="Instead of bench/results.")
+@click.option("--out", type=_Place(path_type=Path, dir_okay=False), help="Instead of bench/RESULTS.md.")
 def report_command(results: Path | None, out: Path | None) -> None:
     """Write RESULTS.md, the plots and the speed figures of README.md anew, from the JSON files alone."""
     from bench.measure.results import FOLDER
@@ -290,8 +300,11 @@ def tune_command(device: str, dtypes: tuple[str, ...], batches: tuple[int, ...])
 
 def main() -> int:
     """Run the command line; returns the exit code."""
+    from fastmlp.cli.common import termination
+
     try:
-        result = cli.main(standalone_mode=False, prog_name="python -m bench")
+        with termination():
+            result = cli.main(standalone_mode=False, prog_name="python -m bench")
     except click.ClickException as error:
         error.show()
         return error.exit_code

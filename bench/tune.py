@@ -26,7 +26,7 @@ from torch import Tensor
 from bench.measure.gate import worst
 from bench.measure.timing import FLUSH_BYTES
 from fastmlp import reference
-from fastmlp.base.atomic import atomic_write
+from fastmlp.base.atomic import update_file
 
 from .presets import REFERENCE
 from .problems import Results, generator
@@ -264,7 +264,8 @@ def tune(
 
     on_gpu = device.startswith("cuda")
     used: AbstractContextManager[object] = torch.cuda.device(device) if on_gpu else nullcontext()
-    entries = []
+    entries: list[dict[str, Any]] = []
+    rule_is_best: list[list[Any]] = []
     with used:
         here = current_device()
         clock = _events(device) if clock is None else clock
@@ -282,20 +283,51 @@ def tune(
                 tile = min(prices, key=lambda tile: prices[tile])
                 times = f"{prices[rule] * 1e6:.1f} to {prices[tile] * 1e6:.1f} us"
                 log(f"{kind} {name} [{shape[0]}, {shape[1]}] over {shape[2]}: {times}, {tuple(tile[:5])}")
-                if prices[tile] * GAIN < prices[rule]:
-                    entry = {"kind": kind, "dtype": name, "rows": shape[0], "cols": shape[1], "depth": shape[2]}
+                entry = {"kind": kind, "dtype": name, "rows": shape[0], "cols": shape[1], "depth": shape[2]}
+                if prices[tile] * GAIN >= prices[rule]:
+                    rule_is_best.append(_product_of(entry))
+                else:
                     timed = {"seconds": prices[tile], "rule": list(rule[:5]), "rule_seconds": prices[rule]}
                     entries.append({**entry, "tile": list(tile[:5]), **timed})
-        return {"device": device_key(here), "triton": triton.__version__, "entries": entries}
+        found = {"device": device_key(here), "triton": triton.__version__}
+        return {**found, "entries": entries, "rule_is_best": rule_is_best}
 
 
 def save_table(table: dict[str, Any]) -> Path:
-    """Replace the table in the user's cache, and use the new one from now on; returns the path."""
+    """Add a table to the one in the user's cache, and use the result from now on; returns the path.
+
+    The entries of other products stay, as long as Triton has the same version.
+    """
     from fastmlp.kernels.configs import use_new_table
-    from fastmlp.kernels.tuned import table_path
+    from fastmlp.kernels.tuned import MOST_BYTES, table_path
+
+    def added(text: bytes) -> bytes:
+        measured = [*map(_product_of, table["entries"]), *table.get("rule_is_best", [])]
+        others = [entry for entry in _entries(text, table["triton"]) if _product_of(entry) not in measured]
+        return (json.dumps({**table, "entries": others + table["entries"]}, indent=1) + "\n").encode()
 
     path = table_path(table["device"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, (json.dumps(table, indent=1) + "\n").encode())
+    update_file(path, MOST_BYTES, added)
     use_new_table()
     return path
+
+
+def _product_of(entry: dict[str, Any]) -> list[Any]:
+    return [entry[name] for name in ("kind", "dtype", "rows", "cols", "depth")]
+
+
+def _entries(text: bytes, version: str) -> list[dict[str, Any]]:
+    """The entries of the table that ``text`` is, if Triton has that version; none where it is anything else."""
+    from fastmlp.kernels.tuned import MALFORMED, parsed
+
+    def usable(entry: Any) -> bool:
+        try:
+            return bool(parsed(entry))
+        except MALFORMED:
+            return False
+
+    try:
+        found = json.loads(text)
+        return list(filter(usable, found["entries"])) if found["triton"] == version else []
+    except MALFORMED:
+        return []

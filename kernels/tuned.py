@@ -20,10 +20,16 @@ from typing import Any, TypeVar
 import torch
 import triton
 
-from ..base.atomic import cache_folder
+from ..base.atomic import cache_folder, read_file
 from .device import Device
 
-__all__ = ["device_key", "read_table", "table_path", "tuned_tile"]
+__all__ = ["MALFORMED", "MOST_BYTES", "device_key", "parsed", "read_table", "table_path", "tuned_tile"]
+
+#: What reading a table raises where the file has something else.
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+#: A larger file is not what ``fastmlp bench tune`` writes.
+MOST_BYTES = 16 << 20
 
 Key = tuple[str, str, int, int, int]
 T = TypeVar("T", bound=tuple[int, ...])
@@ -43,21 +49,25 @@ def _key(kind: str, dtype: str, rows: int, cols: int, depth: int) -> Key:
     return kind, dtype, (rows - 1).bit_length(), (cols - 1).bit_length(), (depth - 1).bit_length()
 
 
+def parsed(entry: Any) -> tuple[Key, tuple[int, ...]]:
+    """What an entry of a table serves, and its tile; an exception of `MALFORMED` if the entry is none."""
+    key = _key(*(entry[name] for name in ("kind", "dtype", "rows", "cols", "depth")))
+    hash(key)
+    return key, tuple(int(n) for n in entry["tile"])
+
+
 @lru_cache(maxsize=16)
 def read_table(key: str) -> dict[Key, tuple[int, ...]]:
     """The measured tiles of the device of that ``device_key``; empty where there is no table that can be used."""
     path = table_path(key)
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(read_file(path, MOST_BYTES))
         if found["triton"] != triton.__version__:
             return {}
-        return {
-            _key(e["kind"], e["dtype"], e["rows"], e["cols"], e["depth"]): tuple(int(n) for n in e["tile"])
-            for e in found["entries"]
-        }
+        return dict(map(parsed, found["entries"]))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         warnings.warn(
             f"the tile table {path} cannot be used ({type(error).__name__}: {error}); delete it, or write it anew with "
             "'fastmlp bench tune'",

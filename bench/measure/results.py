@@ -18,6 +18,7 @@ together. ``bench.accuracy.run`` describes the other kind of run, "accuracy".
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,17 @@ Document = dict[str, Any]
 def save(document: Document, folder: Path = FOLDER) -> Path:
     """Write a run to ``folder``/DEVICE/PRESET.json; returns the path."""
     path = folder / document["machine"]["slug"] / f"{document['preset']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, (json.dumps(document, indent=1) + "\n").encode())
+    atomic_write(path, (json.dumps(_published(document), indent=1) + "\n").encode())
     return path
+
+
+def _published(value: Any) -> Any:
+    """``value`` with only the last name of each absolute path, such as those in the errors of contenders."""
+    if isinstance(value, str):
+        return re.sub(r"(?<![\w.:/~-])/(?:[\w.+@~-]+/)+", ".../", value)
+    if isinstance(value, dict):
+        return {key: _published(item) for key, item in value.items()}
+    return [_published(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def load(path: Path) -> Document:

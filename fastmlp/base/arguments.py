@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..activations import LAYER_ACTIVATIONS
 from .compat import is_autocast_enabled
+from .names import unknown
 
 #: Dtypes of labels.
 LABELS = (torch.int64, torch.uint8)
@@ -23,7 +24,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check_activation(activation: object, known: Collection[str] = LAYER_ACTIVATIONS) -> None:
     """ValueError unless ``activation`` is one of the ``known`` names."""
     if activation not in known:
-        raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(known)}")
+        raise ValueError(unknown("activation", activation, known))
 
 
 def check_tensor(value: object, name: str) -> None:
@@ -74,7 +75,7 @@ def check_classes(
 def check_reduction(reduction: object) -> None:
     """ValueError unless ``reduction`` is one of torch's three."""
     if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
+        raise ValueError(unknown("reduction", reduction, REDUCTIONS))
 
 
 def check_values(input: Tensor, target: Tensor, reduction: str, *, broadcasts: bool = False) -> None:

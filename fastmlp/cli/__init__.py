@@ -3,17 +3,19 @@
 A command is a module of this package that `COMMANDS` names and that has a ``click.Command`` called ``command``. Modules
 import torch inside their functions only, so that ``--help`` does not wait for torch.
 
-Exit codes: 0 done; 1 a check failed or training diverged; 2 the input was wrong (one line on stderr); 130 Ctrl-C.
+Exit codes: 0 done; 1 the input was right and the work failed (a check failed, training diverged, the disk is full);
+2 the input was wrong; 130 Ctrl-C or SIGTERM. Of the errors, each has one line on stderr.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 import warnings
 from collections.abc import Sequence
 
 import click
+
+from .common import Suggesting, say, termination
 
 __all__ = ["COMMANDS", "main"]
 
@@ -21,7 +23,7 @@ COMMANDS = ("train", "eval", "predict", "bench", "reproduce", "doctor")
 """Every command, in the order of the help."""
 
 
-class Commands(click.Group):
+class Commands(Suggesting):
     """Imports a command's module when the command is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -63,12 +65,12 @@ def cli(ctx: click.Context) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line on ``args`` (default: sys.argv); returns the exit code."""
-    with warnings.catch_warnings():
+    with termination(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             result = cli.main(args=None if args is None else list(args), prog_name="fastmlp", standalone_mode=False)
         except click.ClickException as error:
-            click.echo(f"fastmlp: error: {_describe(error)}", err=True)
+            say("error", _describe(error))
             return error.exit_code
         except (click.Abort, KeyboardInterrupt):
             click.echo("fastmlp: interrupted", err=True)
@@ -87,5 +89,4 @@ def _describe(error: click.ClickException) -> str:
 
 def _show_warning(message: Warning | str, *place: object, **options: object) -> None:
     """A warning in one line, without its place in the source."""
-    click.echo(f"fastmlp: warning: {' '.join(str(message).split())}", err=True)
-    sys.stderr.flush()
+    say("warning", str(message))

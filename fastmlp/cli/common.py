@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import platform
+import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from fastmlp.base.names import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -39,14 +43,96 @@ class Failure(click.ClickException):
 
 @contextmanager
 def user_errors(kinds: tuple[type[Exception], ...] = INPUT_ERRORS) -> Iterator[None]:
-    """Report the given types of exception as user errors.
+    """Report the given types of exception as user errors, in the words of the command line.
 
     Only calls that check the user's input belong inside, so that a bug still shows its traceback.
     """
     try:
         yield
     except kinds as error:
-        raise UserError(str(error) or type(error).__name__) from error
+        raise UserError(in_options(str(error)) or type(error).__name__) from error
+
+
+#: What the library's messages call an argument -> what the command line calls it.
+_OPTIONS = (
+    ("root=FOLDER in Python, --data FOLDER on the command line", "--data FOLDER"),
+    ("eave root out", "eave --data out"),
+    ("name its folder, or ask for the quick form", "name its folder with --data, or use --quick"),
+    ("use backend 'auto' or 'torch'", "use --backend auto or --backend torch"),
+    ("move the tensors, ", ""),
+    ("convert the tensors, or ", ""),
+)
+
+
+def in_options(text: str) -> str:
+    """A message of the library in the words of the command line: options instead of arguments."""
+    for argument, option in _OPTIONS:
+        text = text.replace(argument, option)
+    return text
+
+
+def say(kind: str, text: str) -> None:
+    """One line on stderr, of the ``kind`` "error" or "warning", in the words of the command line."""
+    with suppress(OSError):
+        click.echo(f"fastmlp: {kind}: {' '.join(in_options(text).split())}", err=True)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python found no memory: torch has a type of its own for this on GPUs only."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def termination() -> Iterator[None]:
+    """SIGTERM, by which a scheduler or ``kill`` ends a process, interrupts the work as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+class Suggesting(click.Group):
+    """A group that suggests the command that was probably meant."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's; the error for an unknown name has a suggestion."""
+        suggestion = did_you_mean(args[0], self.list_commands(ctx))
+        if suggestion and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"No such command {args[0]!r}{suggestion}")
+        return super().resolve_command(ctx, args)
+
+
+class Choice(click.Choice[str]):
+    """One of some names; the error for another name has a suggestion."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As click's."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            if suggestion := did_you_mean(value, self.choices):
+                self.fail(f"{error.message.rstrip('.')}{suggestion}", param, ctx)
+            raise
+
+
+class Folder(click.ParamType):
+    """The name of a folder, which need not exist."""
+
+    name = "folder"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name; a usage error if there is none. (An empty path would be the current folder.)"""
+        if not value:
+            self.fail("expected the name of a folder, got an empty text; '.' is the current folder", param, ctx)
+        return str(value)
 
 
 class Sizes(click.ParamType):
@@ -93,6 +179,7 @@ class Number(click.ParamType):
 
 data_option = click.option(
     "--data",
+    type=Folder(),
     metavar="FOLDER",
     help="Folder of the FashionMNIST files, or 'bundled' for the subset of 6,000 that comes with fastmlp.  "
     "[default: the cache, the system's folder, a download, the subset]",
@@ -106,7 +193,7 @@ device_option = click.option(
 )
 backend_option = click.option(
     "--backend",
-    type=click.Choice(BACKENDS),
+    type=Choice(BACKENDS),
     default="auto",
     show_default=True,
     help="What computes: the Triton kernels or plain torch; auto: Triton on a GPU.",
@@ -171,27 +258,34 @@ def load_model(path: str, device: torch.device) -> tuple[MLP, dict[str, Any]]:
     import torch
 
     import fastmlp
-    from fastmlp.train.checkpoint import load_checkpoint
+    from fastmlp.train.checkpoint import CheckpointError, Shapes, load_checkpoint
 
-    with user_errors():
-        state, config = load_checkpoint(path, device)
+    def model_of(config: dict[str, Any], on: torch.device) -> MLP:
         missing = [key for key in ("sizes", "activation", "dtype") if key not in config]
         if missing:
             raise UserError(f"the configuration of the checkpoint {path} lacks {', '.join(missing)}; train it anew")
         dtype = getattr(torch, str(config["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
             raise UserError(f"the checkpoint {path} has dtype {config['dtype']!r}; expected one such as 'float32'")
-        model = fastmlp.MLP(
-            config["sizes"], config["activation"], bias=config.get("bias", True), device=device, dtype=dtype
-        )
+        return fastmlp.MLP(config["sizes"], config["activation"], config.get("bias", True), device=on, dtype=dtype)
+
+    def check(config: dict[str, Any], found: Shapes) -> None:
+        wrong = f"the weights of the checkpoint {path} do not fit its configuration"
+        sizes = config.get("sizes")
+        if isinstance(sizes, list) and len(sizes) > len(found) + 1:
+            raise CheckpointError(f"{wrong}: {len(sizes)} sizes, but only {len(found)} tensors")
+        # Tensors of the device "meta" have shapes and no memory.
+        model = model_of(config, torch.device("meta"))
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in state.items()}
         if shapes != found:
             name = min(set(shapes.items()) ^ set(found.items()))[0]
-            raise UserError(
-                f"the weights of the checkpoint {path} do not fit its configuration: {name} is "
-                f"{found.get(name, 'missing')}, expected {shapes.get(name, 'none of that name')}"
+            raise CheckpointError(
+                f"{wrong}: {name} is {found.get(name, 'missing')}, expected {shapes.get(name, 'none of that name')}"
             )
+
+    with user_errors():
+        state, config = load_checkpoint(path, device, check=check)
+        model = model_of(config, device)
         model.load_state_dict(state)
     return model.eval(), config
 

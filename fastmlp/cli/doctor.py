@@ -138,7 +138,11 @@ def _on_gpu(gpu: dict[str, Any], everything: bool) -> list[dict[str, Any]]:
         return _apart("its process", found, ["--kernels", kernel, "--dtypes", dtype, "--problems", problems], {})
 
     with ThreadPoolExecutor(room) as pool:
-        return [result for results in pool.map(check, jobs) for result in results]
+        try:
+            return [result for results in pool.map(check, jobs) for result in results]
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _apart(who: str, failed: dict[str, Any], arguments: list[str], environment: dict[str, str]) -> list[dict[str, Any]]:

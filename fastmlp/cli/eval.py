@@ -11,7 +11,7 @@ from . import common
 
 
 @click.command("eval", short_help="Evaluate a checkpoint on the test images.")
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=common.Folder())
 @common.data_option
 @common.machine_options
 @common.json_option
@@ -38,7 +38,7 @@ def command(checkpoint: str, data: str | None, device: str, backend: str, as_jso
         "images_per_second": len(test) / seconds,
         "device": str(used_device),
         "backend": used_backend,
-        "dataset": test.source,
+        "dataset": test.published,
         "checkpoint": checkpoint,
         "config": {key: config[key] for key in ("sizes", "activation", "dtype")},
         "versions": common.versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -59,10 +60,11 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """One line of its own."""
-        if self.bar is not None:
-            self.bar.console.print(text, markup=False, soft_wrap=True)
-        else:
-            click.echo(text, err=self.to_stderr)
+        with contextlib.suppress(OSError):  # a log on a full disk, or a pipe without a reader, ends no training
+            if self.bar is not None:
+                self.bar.console.print(text, markup=False, soft_wrap=True)
+            else:
+                click.echo(text, err=self.to_stderr)
 
     def progress(self, progress: Progress) -> None:
         """Move the bar."""

@@ -7,7 +7,7 @@ machine: later runs with the same seed give the same bits, and only the first ru
         "linear sigmoid 64x784x512 float32, 2 threads": "onednn", ...}, ...}
 
 Without the file everything is measured anew. Where the file cannot be read or written, every process measures for
-itself.
+itself. Content of any other kind is ignored.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from typing import Any
 
 import torch
 
-from ..base.atomic import atomic_write, cache_folder
+from ..base.atomic import cache_folder, read_file, update_file
 from ..base.version import __version__
 from .processor import instruction_set, processor_name
+
+#: A choice takes about 70 bytes. A larger file is not what ``keep`` writes.
+_MOST_BYTES = 16 << 20
 
 
 def choices_path() -> Path:
@@ -37,11 +40,11 @@ def _machine() -> str:
     return f"{processor_name()}, {instruction_set()}, torch {torch.__version__}, fastmlp {__version__}"
 
 
-def _read() -> dict[str, dict[str, str]]:
-    """The whole file; empty where the file is missing or is not what ``keep`` writes."""
+def _understood(text: bytes) -> dict[str, dict[str, str]]:
+    """What ``keep`` wrote; empty where the text is anything else."""
     try:
-        content = json.loads(choices_path().read_bytes())
-    except (OSError, ValueError):
+        content = json.loads(text)
+    except (ValueError, RecursionError):
         return {}
     if not isinstance(content, dict):
         return {}
@@ -55,15 +58,22 @@ def _read() -> dict[str, dict[str, str]]:
 @functools.cache
 def kept() -> Mapping[str, str]:
     """The choices that earlier processes made on this machine with this torch; read once."""
-    return _read().get(_machine(), {})
+    try:
+        return _understood(read_file(choices_path(), _MOST_BYTES)).get(_machine(), {})
+    except OSError:
+        return {}
 
 
 def keep(choices: Mapping[str, str]) -> None:
     """Add choices to the file. A choice that another process has added meanwhile stays, and wins."""
-    content = _read()
-    content[_machine()] = {**choices, **content.get(_machine(), {})}
+
+    def added(text: bytes) -> bytes:
+        content = _understood(text)
+        content[_machine()] = {**choices, **content.get(_machine(), {})}
+        return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
+
     with contextlib.suppress(OSError):
-        atomic_write(choices_path(), json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+        update_file(choices_path(), _MOST_BYTES, added)
 
 
 def about_choices() -> dict[str, Any]:

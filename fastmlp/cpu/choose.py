@@ -17,6 +17,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
+from ..base.names import unknown
 from . import cache, onednn
 
 Choice = Literal["aten", "onednn", "addmm", "rows", "each", "alone", "wide"]
@@ -52,7 +53,7 @@ def set_cpu_gemm(mode: str) -> None:
     """
     global _mode
     if mode not in _MODES:
-        raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(_MODES)}")
+        raise ValueError(unknown("mode", mode, _MODES))
     if mode == "onednn" and not onednn.available():
         raise RuntimeError("this build of torch has no oneDNN linear operator; use 'auto' or 'aten'")
     _mode = mode

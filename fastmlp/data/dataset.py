@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from pathlib import Path
 import torch
 
 from ..base import atomic
-from ..base.atomic import atomic_write
+from ..base.atomic import atomic_write, folder_lock, sweep, sync_folder
+from ..base.names import unknown
 from . import fashion_mnist, fetch
 from .fashion_mnist import FileSet
 from .fetch import SourceUnavailable
@@ -85,8 +85,14 @@ class ImageDataset:
 
     @property
     def source(self) -> str:
-        """One line that names the data set, its size, split and origin; every result shows it."""
+        """One line that names the data set, its size, split and origin."""
         return f"{self.name} {len(self)} {self.split} ({self.origin})"
+
+    @property
+    def published(self) -> str:
+        """``source`` for files that leave this machine: of a path only the last name. Every result shows it."""
+        origin = Path(self.origin).name if os.path.isabs(self.origin) else self.origin
+        return f"{self.name} {len(self)} {self.split} ({origin})"
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -133,7 +139,7 @@ def load_fashion_mnist(
         RuntimeError: ``device`` is not a device of this machine.
     """
     if source is not None and source not in SOURCES:
-        raise ValueError(f"unknown source {source!r}; expected one of {', '.join(SOURCES)}, or None to try them all")
+        raise ValueError(unknown("source", source, SOURCES, ", or None to try them all"))
     if root is not None and source is not None:
         raise ValueError(f"give root or source, not both; got root={os.fspath(root)!r} and source={source!r}")
     target = _usable_device(device)
@@ -293,22 +299,21 @@ def _install(contents: Mapping[str, Bytes], folder: Path) -> None:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}-"
-    for abandoned in folder.parent.glob(f"{prefix}*"):  # left by a process that was killed
-        with contextlib.suppress(OSError):
-            if time.time() - abandoned.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(abandoned)
-    staging = folder.with_name(f"{prefix}{secrets.token_hex(8)}")  # not mkdtemp: its folders are the owner's alone
-    staging.mkdir()
-    try:
-        for name, content in contents.items():
-            atomic_write(staging / name, content.data)
+    with folder_lock(folder.parent) as locked:
+        sweep(folder.parent, prefix, "", locked)  # what a process left that was killed
+        staging = folder.with_name(f"{prefix}{secrets.token_hex(8)}")  # not mkdtemp: its folders are the owner's alone
+        staging.mkdir()
         try:
-            os.replace(staging, folder)
-        except OSError:
-            if not _has_data(folder):
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            for name, content in contents.items():
+                atomic_write(staging / name, content.data)
+            try:
+                os.replace(staging, folder)
+                sync_folder(folder.parent)
+            except OSError:
+                if not _has_data(folder):
+                    raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _bundled(device: torch.device) -> tuple[ImageDataset, ImageDataset]:

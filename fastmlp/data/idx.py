@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import math
+import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from ..base.atomic import open_file
 
 UNSIGNED_BYTE = 8
 
@@ -61,12 +64,13 @@ def read_verified(path: Path, file: IdxFile) -> Bytes:
     """
     try:
         # One more byte than expected shows that a file is too long.
-        if path.suffix == ".gz":
-            with gzip.open(path) as stream:
-                content = stream.read(file.nbytes + 1)
-        else:
-            with path.open("rb") as stream:
-                content = stream.read(file.nbytes + 1)
+        with open_file(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            # gzip passes over any number of zeros after its data, and makes no file this much larger.
+            if size > 2 * file.nbytes + 65536:
+                raise _integrity_error(path, file, f"{size} bytes, more than any copy has")
+            with gzip.GzipFile(fileobj=stream) if path.suffix == ".gz" else stream as content_stream:
+                content = content_stream.read(file.nbytes + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         found = f"a damaged or truncated gzip file of {path.stat().st_size} bytes ({error})"
         raise _integrity_error(path, file, found) from error

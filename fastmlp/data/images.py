@@ -3,11 +3,16 @@
 The data set was made in the same way (Xiao, Rasul and Vollgraf 2017, section 2): cut the margins of background away,
 shrink the longest edge to 28 pixels, extend the shorter edge with background so that the object is in the center, and
 negate a dark-on-light picture. An image of 28 x 28 pixels is only negated, if need be.
+
+An image takes the memory of its file's pixels, of which there may be `MOST_PIXELS`, and little more: a large image is
+made smaller strip by strip, by averages of whole blocks, before anything is computed with it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +21,17 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..base.atomic import open_file
+
 SIZE = 28
+MOST_PIXELS = 100_000_000
+MOST_EDGE = 2048
+"""The longest edge, in pixels, with which anything is computed; larger images are made smaller first."""
+STRIP_PIXELS = 1 << 22
+
+# An error of pillow is an exception here, and a line on stderr as well only where an application asks for logs.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
 MARGIN_TOLERANCE = 0.05 * 255  # how far a margin may be from the corners' value, as in the data set's own processing
 
 
@@ -27,10 +42,12 @@ class LoadedImage:
     Attributes:
         pixels: uint8 [784], row by row, 0 for black.
         inverted: whether light and dark were exchanged.
+        empty: whether there is nothing but background.
     """
 
     pixels: Tensor
     inverted: bool
+    empty: bool = False
 
 
 def load_image(path: str | os.PathLike[str], invert: bool | None = None) -> LoadedImage:
@@ -44,33 +61,74 @@ def load_image(path: str | os.PathLike[str], invert: bool | None = None) -> Load
             is above 127. (This is right for all 70,000 images of FashionMNIST and for their negatives.)
 
     Raises:
-        FileNotFoundError, PermissionError, IsADirectoryError: as ``open``.
+        OSError: as ``open``; also for what is no regular file.
         ValueError: not an image, truncated, or too large.
     """
-    gray = _gray(_open(Path(path)))
+    gray = _read(Path(path))
+    empty = not _inside(gray).any()
     if invert is None:
         invert = bool(_border(gray).mean() > 127)
     if invert:
         gray = 255 - gray
     if gray.shape != (SIZE, SIZE):
         gray = _to_size(gray)
-    return LoadedImage(torch.from_numpy(np.rint(gray).astype(np.uint8)).flatten(), invert)
+    return LoadedImage(torch.from_numpy(np.rint(gray).astype(np.uint8)).flatten(), invert, empty)
 
 
-def _open(path: Path) -> Image.Image:
-    with path.open("rb") as stream:
+def _read(path: Path) -> np.ndarray:
+    """The gray values of the image, upright and at most `MOST_EDGE` pixels long."""
+    with open_file(path) as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what pillow finds odd in a file that it can read
         try:
             image = Image.open(stream)
+            if image.width * image.height > MOST_PIXELS:
+                text = f"{image.width} x {image.height} pixels, more than {MOST_PIXELS:,}; make the image smaller"
+                raise Image.DecompressionBombError(text)
+            if image.width > MOST_EDGE:
+                # A decoder waits for a whole row, and pillow copies what is there for each further piece of the file.
+                image.decodermaxblock = 1 << 24
             image.load()
-            return ImageOps.exif_transpose(image)
+            if 0 in image.size:
+                raise ValueError("it has no pixels")
+            return _gray(ImageOps.exif_transpose(_shrunk(image)))
         except Image.UnidentifiedImageError:
             kinds = "PNG, JPEG, GIF, BMP, TIFF or WebP"
             raise ValueError(f"{path} is not an image that can be read; expected {kinds}, for example") from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ValueError(f"{path} is too large: {error}") from error
-        # For damaged files, pillow's readers raise many types of errors.
-        except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:
-            raise ValueError(f"{path} is damaged or truncated: {error}") from error
+        except (Image.DecompressionBombError, MemoryError) as error:
+            raise ValueError(f"{path} is too large: {error or 'out of memory'}") from error
+        except Exception as error:  # for damaged files, pillow's readers raise nearly every type of error
+            raise ValueError(f"{path} is damaged, truncated or too large: {error or type(error).__name__}") from error
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    """The image, or a smaller copy whose pixels are averages of square blocks."""
+    factor = -(-max(image.size) // MOST_EDGE)
+    if factor == 1:
+        return image
+    rows = max(1, STRIP_PIXELS // (image.width * factor)) * factor
+    strips = []
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        strips.append(_averageable(strip).reduce(factor))
+    small = Image.new(strips[0].mode, (strips[0].width, sum(strip.height for strip in strips)))
+    for number, strip in enumerate(strips):
+        small.paste(strip, (0, number * strips[0].height))
+    if "exif" in image.info:
+        small.info["exif"] = image.info["exif"]
+    return small
+
+
+def _averageable(image: Image.Image) -> Image.Image:
+    """The image in a mode that pillow can average: not numbers of colours, bits or 16-bit integers."""
+    if image.mode.startswith("I;16"):
+        return image.convert("I")
+    if "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBa"):
+        return image.convert("RGBA")
+    if image.mode == "1":
+        return image.convert("L")
+    return (
+        image if image.mode in ("L", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F") else image.convert("RGB")
+    )
 
 
 def _gray(image: Image.Image) -> np.ndarray:
@@ -78,7 +136,7 @@ def _gray(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16"):
         return np.asarray(image, dtype=np.float32) / 257
     if image.mode in ("I", "F"):
-        return _scaled(np.nan_to_num(np.asarray(image, dtype=np.float32)), fractions=image.mode == "F")
+        return _scaled(np.asarray(image, dtype=np.float32), fractions=image.mode == "F")
     if "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBA", "RGBa"):
         return _composed(np.asarray(image.convert("RGBA"), dtype=np.float32))
     if image.mode == "LAB":  # L is the lightness itself
@@ -88,13 +146,22 @@ def _gray(image: Image.Image) -> np.ndarray:
 
 
 def _scaled(values: np.ndarray, *, fractions: bool) -> np.ndarray:
-    """To 0 .. 255 from the smallest usual range that holds the values: 1 (``fractions``), 255, 65535, or their own."""
-    low, high = float(values.min()), float(values.max())
+    """To 0 .. 255 from the smallest usual range that holds the values: 1 (``fractions``), 255, 65535, or their own.
+
+    Of values that are not finite, infinity is the largest finite value of the image and the others are the smallest.
+    Equal values outside of the usual ranges become 0.
+    """
+    finite = values[np.isfinite(values)].astype(np.float64)
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    # float64, because the difference of two float32 numbers may be too large for float32.
+    values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
     if low < 0 or high > 65535:
-        return (values - low) * (255 / (high - low))
-    if fractions and high <= 1:
-        return values * 255
-    return values if high <= 255 else values / 257
+        values = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
+    elif fractions and high <= 1:
+        values = values * 255
+    elif high > 255:
+        values = values / 257
+    return values.astype(np.float32)
 
 
 def _composed(rgba: np.ndarray) -> np.ndarray:
@@ -111,10 +178,19 @@ def _border(gray: np.ndarray) -> np.ndarray:
     return np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
 
 
+def _background(gray: np.ndarray) -> float:
+    return float(np.median(gray[[0, 0, -1, -1], [0, -1, 0, -1]]))
+
+
+def _inside(gray: np.ndarray) -> np.ndarray:
+    """Which pixels differ from the background."""
+    return np.abs(gray - _background(gray)) > MARGIN_TOLERANCE
+
+
 def _to_size(gray: np.ndarray) -> np.ndarray:
     """Cut the margins, shrink or enlarge the longest edge to 28, extend the other with background."""
-    background = float(np.median(gray[[0, 0, -1, -1], [0, -1, 0, -1]]))
-    inside = np.abs(gray - background) > MARGIN_TOLERANCE
+    background = _background(gray)
+    inside = _inside(gray)
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     if len(rows) > 0:
         gray = gray[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

@@ -15,6 +15,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..base.names import unknown
 from .base import BLOG, DOCUMENTS, FORMULAS, NOTEBOOK, NOTES, Outcome, Recorder, Result, Settings
 from .sgd_neural_net import SGDResult, sgd_neural_net
 
@@ -68,7 +69,7 @@ def run_recipe(name: str, settings: Settings | None = None) -> Outcome:
         FileNotFoundError: the data is not there.
     """
     if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; expected one of {', '.join(RECIPES)}")
+        raise ValueError(unknown("recipe", name, RECIPES))
     recorder = Recorder(name)
     module = importlib.import_module(f"{__name__}.{RECIPES[name].module}")
     module.run(settings or Settings(), recorder)

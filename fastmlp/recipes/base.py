@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageDataset, load_fashion_mnist
+from ..data.make_subset import PER_CLASS, select
 from ..train.plots import BLUE, look
 
 BLOG, FORMULAS, NOTEBOOK, NOTES = "000", "001", "002", "003"
@@ -20,7 +21,6 @@ DOCUMENTS = {BLOG: "blog post", FORMULAS: "its formulas", NOTEBOOK: "notebook", 
 """A short name of each source document by its number; ``fastmlp.recipes`` has the titles."""
 
 Value = Tensor | float
-QUICK_TRAIN, QUICK_TEST = 6_000, 1_000
 FULL_TRAIN = 60_000
 
 Plot = Callable[[Any], None]
@@ -119,9 +119,11 @@ class Settings:
     """How to run the recipes.
 
     Attributes:
-        quick: run each recipe's quick form, which takes seconds on 6,000 training and 1,000 test images. The
-            documents' accuracies belong to the full data, so the quick form compares with the documents' own loops.
-        data: folder of FashionMNIST's files; None for the usual places; "bundled" for the bundled subset.
+        quick: run each recipe's quick form, which takes seconds on the images of the bundled subset, wherever they are
+            read from. The documents' accuracies belong to the full data, so the quick form compares with the
+            documents' own loops.
+        data: folder of FashionMNIST's files; "bundled" for the bundled subset; None for the usual places, or for the
+            bundled subset in the quick form.
         progress: called with the name of what runs now.
     """
 
@@ -138,10 +140,12 @@ class Settings:
         """
         if self._images is None:
             source = "bundled" if self.data == "bundled" else None
+            if self.quick and self.data is None:
+                source = "bundled"
             train, test = load_fashion_mnist(None if source else self.data, source=source)
-            if self.quick:
-                train, test = _first(train, QUICK_TRAIN), _first(test, QUICK_TEST)
-            elif len(train) != FULL_TRAIN:
+            if self.quick and source is None:
+                train, test = _subset(train), _subset(test)
+            elif not self.quick and len(train) != FULL_TRAIN:
                 raise FileNotFoundError(
                     f"the documents' accuracies belong to the full data, and this is {train.source}; get the full "
                     "data, name its folder, or ask for the quick form"
@@ -150,8 +154,10 @@ class Settings:
         return self._images
 
 
-def _first(dataset: ImageDataset, count: int) -> ImageDataset:
-    return dataclasses.replace(dataset, images=dataset.images[:count], labels=dataset.labels[:count])
+def _subset(dataset: ImageDataset) -> ImageDataset:
+    """The rows of the full data that the bundled subset has."""
+    rows = torch.from_numpy(select(dataset.labels.numpy(), PER_CLASS[dataset.split]))
+    return dataclasses.replace(dataset, images=dataset.images[rows], labels=dataset.labels[rows])
 
 
 def derivative(f: Callable[[Tensor], Tensor], x: Tensor, h: float = 1e-3) -> Tensor:

@@ -28,6 +28,7 @@ from .. import ops, reference
 from ..activations import saved_for_grad
 from ..backend import Resolved, resolve
 from ..base.arguments import check_tensor
+from ..base.names import unknown
 from ..nn import MLP
 
 ACTIVATIONS = ("step", "relu", "sigmoid", "identity", "tanh", "softmax")
@@ -212,9 +213,9 @@ def _checked(
     """X, and Y as [n, n_L] in x's dtype."""
     for name in activations:
         if name not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {name!r}; expected one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(unknown("activation", name, ACTIVATIONS))
     if loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}; expected one of {', '.join(LOSSES)}")
+        raise ValueError(unknown("loss", loss, LOSSES))
     if isinstance(activations, str) or len(sizes) != len(activations) + 1 or not activations:
         raise ValueError(
             f"expected one activation for each layer, that is one less than sizes, got {len(sizes)} sizes and "

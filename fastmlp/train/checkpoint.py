@@ -3,6 +3,12 @@
 ``save_checkpoint("runs/mlp", ...)`` writes ``runs/mlp.safetensors`` and ``runs/mlp.json``. Both names, and ``runs/mlp``
 alone, name this checkpoint; a folder stands for ``model`` in the folder. The JSON has the size and SHA-256 of the
 weights, so the files of two runs are never taken for one checkpoint. Nothing is pickled, so loading cannot run code.
+
+The two files change as one. A save has three steps, each of which is a rename: the weights become
+``.mlp.safetensors.DIGEST.new``, the JSON is replaced, and the new weights take their documented name. The second step
+decides: before it the JSON names the old weights, which are in place, and after it the JSON names the new weights,
+which are under one of two names. `load_checkpoint` looks under both, so a process that dies at any moment, or reads at
+any moment, leaves or finds a whole checkpoint.
 """
 
 from __future__ import annotations
@@ -11,23 +17,31 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from ..base.atomic import atomic_write
+from ..base.atomic import folder_lock, open_file, read_file, replace_file, sweep, sync_folder
 
 FORMAT = "fastmlp checkpoint"
 FORMAT_VERSION = 1
 
 WEIGHTS_SUFFIX = ".safetensors"
 CONFIG_SUFFIX = ".json"
+NEW_SUFFIX = ".new"
+
+#: The largest JSON, and the largest header of safetensors, that is read.
+MOST_JSON, MOST_HEADER = 64 << 20, 100_000_000
+
+Shapes = dict[str, tuple[int, ...]]
+"""The shape of each tensor of a checkpoint."""
 
 
 class CheckpointError(RuntimeError):
@@ -71,8 +85,8 @@ def save_checkpoint(
 ) -> Path:
     """Save ``model``'s state_dict and ``config``; returns the path of the weights file.
 
-    Each file is replaced whole, the JSON last; parent folders are made. If the process dies between the two files,
-    `load_checkpoint` refuses them.
+    The checkpoint is replaced as a whole; parent folders are made. If saving fails, or the process dies, the checkpoint
+    is still the old one or already the new one.
 
     Args:
         path: see `checkpoint_paths`.
@@ -97,52 +111,151 @@ def save_checkpoint(
         "format_version": FORMAT_VERSION,
         "config": _json_value(config, "config"),
         "metrics": _json_value(dict(metrics or {}), "metrics", finite=False),
-        "weights": {"file": weights_path.name, "nbytes": len(weights), "sha256": _sha256(weights)},
+        "weights": {"file": weights_path.name, "nbytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()},
     }
     text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    atomic_write(weights_path, weights)
-    atomic_write(config_path, text.encode())
+    folder = weights_path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder) as locked:
+        try:
+            new = _new_path(weights_path, document["weights"]["sha256"])
+            replace_file(new, weights, locked, final=weights_path)
+            replace_file(config_path, text.encode(), locked)
+            os.replace(new, weights_path)
+            sync_folder(folder)
+        finally:
+            _sweep_weights(path, locked)
     return weights_path
 
 
+def _new_path(weights_path: Path, sha256: str) -> Path:
+    """Where the weights of this digest are before they get their documented name."""
+    return weights_path.with_name(f".{weights_path.name}.{sha256[:16]}{NEW_SUFFIX}")
+
+
+def _sweep_weights(path: str | os.PathLike[str], locked: bool) -> None:
+    """Remove new weights that no JSON names: those of a save that failed, or of a process that died."""
+    weights_path, _ = checkpoint_paths(path)
+    try:
+        named = _new_path(weights_path, read_checkpoint(path).sha256).name
+    except FileNotFoundError:
+        named = ""
+    except (OSError, CheckpointError):
+        return
+    sweep(weights_path.parent, f".{weights_path.name}.", NEW_SUFFIX, locked, keep=named)
+
+
 def load_checkpoint(
-    path: str | os.PathLike[str], device: torch.device | str | None = None
+    path: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    *,
+    check: Callable[[dict[str, Any], Shapes], None] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(state_dict, config) of a checkpoint, for ``model.load_state_dict``.
 
     Args:
         path: see `checkpoint_paths`.
         device: where the tensors go; default: the CPU.
+        check: called with the config and the tensors' shapes before memory is taken for any tensor; to refuse the
+            checkpoint, raise a CheckpointError.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
         CheckpointError: damaged, of another format, or weights and JSON are not of one checkpoint (a RuntimeError).
+        OSError: a file cannot be read, or is no regular file.
         RuntimeError: ``device`` is not a device of this machine.
     """
-    checkpoint = read_checkpoint(path)
+    found, read = None, read_checkpoint(path)
+    while found is None:
+        checkpoint, errors = read, []
+        # A writer may move the weights from the second name to the first between two looks.
+        new = _new_path(checkpoint.weights, checkpoint.sha256)
+        for candidate in (checkpoint.weights, new, checkpoint.weights):
+            try:
+                found = _read_weights(candidate, checkpoint, check)
+                break
+            except (CheckpointError, FileNotFoundError) as error:
+                errors.append(error)
+        else:
+            read = read_checkpoint(path)
+            if read == checkpoint:  # nobody has replaced the checkpoint meanwhile
+                raise errors[0]
+    if device is not None:
+        found = {name: tensor.to(device) for name, tensor in found.items()}
+    return found, checkpoint.config
+
+
+def _read_weights(
+    path: Path, checkpoint: Checkpoint, check: Callable[[dict[str, Any], Shapes], None] | None
+) -> dict[str, torch.Tensor]:
+    """The tensors of ``path``, if the file is the one that the JSON names."""
     try:
-        weights = checkpoint.weights.read_bytes()
+        stream = open_file(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"the weights of the checkpoint are missing: expected {checkpoint.weights} beside its .json"
+            f"the weights of the checkpoint are missing: expected {path} beside its .json"
         ) from error
-    if len(weights) != checkpoint.nbytes:
+    with stream:
+        nbytes = os.fstat(stream.fileno()).st_size
+        if nbytes != checkpoint.nbytes:
+            raise CheckpointError(
+                f"{path} has {nbytes} bytes, expected {checkpoint.nbytes}: it is truncated, or not "
+                "the file its .json was written for. Copy both files again, or train and save again."
+            )
+        damage = None
+        try:
+            shapes = _shapes(path, stream, nbytes)
+        except CheckpointError as error:
+            damage = error
+            if nbytes > MOST_HEADER:  # the digest would say no more, and take long
+                raise
+        else:
+            if check is not None:
+                check(checkpoint.config, shapes)
+        if (digest := _sha256_of(stream)) != checkpoint.sha256:
+            raise CheckpointError(
+                f"{path} has SHA-256 {digest}, expected {checkpoint.sha256}: it is altered, or not the "
+                "file its .json was written for. Copy both files again, or train and save again."
+            )
+        if damage is not None:
+            raise damage
+        stream.seek(0)
+        weights = stream.read(nbytes)
+    try:
+        return load_tensors(weights)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _shapes(path: Path, stream: BinaryIO, nbytes: int) -> Shapes:
+    """The tensors that a safetensors file promises; CheckpointError unless they take the rest of the file."""
+    length = int.from_bytes(stream.read(8), "little")
+    if length > min(nbytes - 8, MOST_HEADER):
         raise CheckpointError(
-            f"{checkpoint.weights} has {len(weights)} bytes, expected {checkpoint.nbytes}: it is truncated, or not "
-            "the file its .json was written for. Copy both files again, or train and save again."
-        )
-    if (digest := _sha256(weights)) != checkpoint.sha256:
-        raise CheckpointError(
-            f"{checkpoint.weights} has SHA-256 {digest}, expected {checkpoint.sha256}: it is altered, or not the "
-            "file its .json was written for. Copy both files again, or train and save again."
+            f"{path} is not a safetensors file: its header would have {length} bytes, of {nbytes} bytes in all"
         )
     try:
-        tensors = load_tensors(weights)
-    except SafetensorError as error:
-        raise CheckpointError(f"{checkpoint.weights} is not a safetensors file: {error}") from error
-    if device is not None:
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return tensors, checkpoint.config
+        header = json.loads(stream.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
+        shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: its header is damaged ({error})") from error
+    if 8 + length + max(ends, default=0) != nbytes:
+        raise CheckpointError(
+            f"{path} is not a safetensors file: its header promises {8 + length + max(ends, default=0)} bytes, got "
+            f"{nbytes}"
+        )
+    return shapes
+
+
+def _sha256_of(stream: BinaryIO) -> str:
+    """The SHA-256 of a file, piece by piece, so that a large file takes no memory."""
+    stream.seek(0)
+    digest = hashlib.sha256()
+    while piece := stream.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -150,11 +263,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
         FileNotFoundError: there is no JSON of that name.
+        OSError: the JSON cannot be read, or is no regular file.
         CheckpointError: it is not the JSON of a checkpoint, or of a newer format (a RuntimeError).
     """
     weights_path, config_path = checkpoint_paths(path)
     try:
-        text = config_path.read_bytes()
+        text = read_file(config_path, MOST_JSON)
     except FileNotFoundError as error:
         there = f" ({weights_path.name} alone is not enough)" if weights_path.exists() else ""
         raise FileNotFoundError(
@@ -179,13 +293,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not (isinstance(config, dict) and isinstance(metrics, dict) and isinstance(weights, dict)):
         raise CheckpointError(f"{config_path} is damaged: it lacks config, metrics or weights")
     nbytes, sha256 = weights.get("nbytes"), weights.get("sha256")
-    if not (isinstance(nbytes, int) and isinstance(sha256, str)):
+    if not (isinstance(nbytes, int) and isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
         raise CheckpointError(f"{config_path} is damaged: it lacks the size and SHA-256 of the weights")
     return Checkpoint(weights_path, config, metrics, nbytes, sha256)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..base.names import unknown
 from ..losses import CrossEntropyLoss
 from ..nn import MLP
 from ..step import TrainStep
@@ -163,7 +164,7 @@ def check_hyperparameters(
 ) -> None:
     """ValueError for an unknown optimizer, or a learning rate, momentum or weight decay outside its range."""
     if optimizer not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
+        raise ValueError(unknown("optimizer", optimizer, OPTIMIZERS))
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be a finite number above 0, got {lr}")
     if not 0 <= momentum < 1:

@@ -21,12 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from ..base.arguments import check_classes
+from ..base.names import unknown
 from ..losses import cross_entropy
 from .engines import ENGINES, Engine, check_hyperparameters, engine_for
-from .schedules import Schedule, lr_factors
+from .schedules import Schedule, lr_factor
 
 CHECK_EVERY = 100
 """Steps between two readings of the loss by the host, each of which waits for the device."""
+
+EXPLODED = 100
+"""How many times the loss of a guess, or of the starting parameters, a loss may be at the end of an epoch."""
+
+_GUESS_ROWS = 2048
 
 
 class LabeledImages(Protocol):
@@ -100,7 +106,11 @@ class Progress:
 
 
 class DivergenceError(RuntimeError):
-    """The loss or a parameter became NaN or infinite.
+    """The loss or a parameter became NaN or infinite, or the loss exploded.
+
+    A loss has exploded if it is more than `EXPLODED` times the loss of a guess (log C for C classes) and that of the
+    starting parameters, at the end of an epoch, on the training data and on the test data. Saturated units keep such a
+    loss finite.
 
     The model has the parameters of the end of the last good epoch, or of the start if there is none.
 
@@ -166,7 +176,7 @@ def fit(
         RuntimeError: images and model do not fit, or are on two devices.
         IndexError: a label outside [0, classes).
         TypeError: engine "step" for a model that is not an MLP.
-        DivergenceError: the loss or a parameter became NaN or infinite (a RuntimeError).
+        DivergenceError: the loss or a parameter became NaN or infinite, or the loss exploded (a RuntimeError).
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
@@ -176,12 +186,12 @@ def fit(
         _check_data(model, dataset)
     n = len(train.labels)
     steps = -(-n // batch_size)
-    factors = lr_factors(schedule, epochs * steps, warmup)
+    factor = lr_factor(schedule, epochs * steps, warmup)
     runner: Engine
     if isinstance(engine, str):
         engine = engine_for(model) if engine == "auto" else engine
         if engine not in ENGINES:
-            raise ValueError(f"unknown engine {engine!r}; expected one of auto, {', '.join(ENGINES)}")
+            raise ValueError(unknown("engine", engine, ("auto", *ENGINES)))
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         runner = ENGINES[engine](model, optimizer=optimizer, nesterov=nesterov and momentum > 0, **settings)
     else:
@@ -190,10 +200,14 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     history = History()
     good = _snapshot(model)
+    highest_loss = EXPLODED * _loss_of_a_guess(model, train)
+
+    def factors(epoch: int, first: int, last: int) -> list[float]:
+        return [factor((epoch - 1) * steps + step) for step in range(first, last)]
 
     def stop(what: str, epoch: int, first: int, last: int) -> DivergenceError:
         model.load_state_dict(good)
-        highest = lr * max(factors[(epoch - 1) * steps + first : (epoch - 1) * steps + last])
+        highest = lr * max(factors(epoch, first, last))
         where = f"at step {last}" if last == first + 1 else f"between steps {first + 1} and {last}"
         return DivergenceError(
             f"training diverged: {what} in epoch {epoch}, {where} of {steps}, at learning rates up to {highest:.4g}; "
@@ -211,8 +225,7 @@ def fit(
         for first in range(0, steps, CHECK_EVERY):
             last = min(first + CHECK_EVERY, steps)
             rows = order[first * batch_size : last * batch_size]
-            span = factors[(epoch - 1) * steps + first : (epoch - 1) * steps + last]
-            loss = runner.epoch(train.images, train.labels, batch_size, rows, span).item()
+            loss = runner.epoch(train.images, train.labels, batch_size, rows, factors(epoch, first, last)).item()
             if not math.isfinite(loss):
                 raise stop(f"the loss became {loss}", epoch, *_first_bad_step(runner, first, last))
             loss_sum += loss * len(rows)
@@ -225,6 +238,8 @@ def fit(
         test_loss, test_accuracy = (None, None) if test is None else evaluate(model, test)
         if test_loss is not None and not math.isfinite(test_loss):
             raise stop(f"the loss on the test data became {test_loss}", epoch, first, last)
+        if min(loss, loss if test_loss is None else test_loss) > highest_loss:
+            raise stop(f"the loss became {loss:.3g}, {EXPLODED} times that of a guess or more", epoch, first, last)
         history.epochs.append(EpochResult(epoch, loss_sum / n, test_loss, test_accuracy, seconds, n / seconds))
         good = _snapshot(model)
         if on_epoch is not None:
@@ -271,6 +286,14 @@ def _check_data(model: nn.Module, dataset: LabeledImages) -> None:
         classes = model(images[:1]).shape[1]
     message = "labels must be from 0 to {last} for a model of {classes} classes, got {low} to {high}"
     check_classes(labels, classes, message)
+
+
+def _loss_of_a_guess(model: nn.Module, dataset: LabeledImages) -> float:
+    """The loss of equal probabilities for all classes, or that of ``model``, whichever is larger."""
+    images, labels = dataset.images[:_GUESS_ROWS], dataset.labels[:_GUESS_ROWS]
+    with torch.no_grad(), _evaluation_mode(model):
+        logits = model(images).float()
+        return max(math.log(logits.shape[1]), cross_entropy(logits, labels).item())
 
 
 @contextmanager

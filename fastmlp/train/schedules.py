@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from ..base.names import unknown
+
 Schedule = Callable[[int, int, int], float]
 
 
@@ -36,7 +38,12 @@ SCHEDULES: Mapping[str, Schedule] = {"constant": constant, "linear": linear, "co
 
 
 def lr_factors(schedule: str | Schedule, steps: int, warmup: float = 0.05) -> list[float]:
-    """The factor of each of ``steps`` steps.
+    """The factor of each of ``steps`` steps; arguments and errors as `lr_factor`."""
+    return list(map(lr_factor(schedule, steps, warmup), range(steps)))
+
+
+def lr_factor(schedule: str | Schedule, steps: int, warmup: float = 0.05) -> Callable[[int], float]:
+    """The function from the number of a step, below ``steps``, to its factor.
 
     Args:
         schedule: a name of `SCHEDULES`, or a function (step, steps, warmup_steps) -> factor.
@@ -48,8 +55,9 @@ def lr_factors(schedule: str | Schedule, steps: int, warmup: float = 0.05) -> li
     """
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {schedule!r}; expected one of {', '.join(SCHEDULES)}, or a function")
+            raise ValueError(unknown("schedule", schedule, SCHEDULES, ", or a function"))
         schedule = SCHEDULES[schedule]
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup is the share of the steps to warm up in, expected at least 0 and below 1: {warmup}")
-    return [schedule(step, steps, int(warmup * steps)) for step in range(steps)]
+    factor, first = schedule, int(warmup * steps)
+    return lambda step: factor(step, steps, first)

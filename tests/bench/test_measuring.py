@@ -10,6 +10,7 @@ import torch
 
 from bench.measure.gate import judge, worst
 from bench.measure.machine import describe
+from bench.measure.results import load, save
 from bench.measure.runner import GROUP_BYTES, BuiltCase, groups
 from bench.measure.timing import Turns, take_turns
 from bench.presets import NAMES, Case, preset
@@ -271,3 +272,16 @@ def test_the_precision_of_float32_is_recorded(name):
     for set_to, value in steps:
         set_to(value)
     assert (describe("cpu")["float32_precision"]["cuda"] == "tf32") == allowed
+
+
+def test_no_result_has_a_path_of_the_machine(tmp_path):
+    reasons = {
+        "OSError: /home/me/env/lib/libfoo.so.1: cannot open": "OSError: .../libfoo.so.1: cannot open",
+        "No module in '/opt/a b/x.py'": "No module in '.../a b/x.py'",
+        "see https://example.org/a/b, 5 images/s, 1/2/3": "see https://example.org/a/b, 5 images/s, 1/2/3",
+        "fastmlp bench quick": "fastmlp bench quick",
+    }
+    document = {"machine": {"slug": "cpu"}, "preset": "quick", "format": 1, "cases": [{"results": list(reasons)}]}
+    path = save(document, tmp_path)
+    assert load(path)["cases"] == [{"results": list(reasons.values())}]
+    assert path == tmp_path / "cpu" / "quick.json"

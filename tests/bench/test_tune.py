@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import threading
 import warnings
 
 import pytest
@@ -14,6 +17,7 @@ from bench import tune
 from fastmlp.kernels import configs, tuned
 from fastmlp.kernels.device import Device
 from tests.ptxsim import SimulatedGPU
+from tests.support.faults import KINDS, every_point
 
 A100 = Device("cuda", 80, 108, 166912)
 SHAPE = (64, 512, 784)
@@ -96,6 +100,84 @@ def test_a_broken_table_warns_once_and_is_ignored(cache, text):
     with pytest.warns(UserWarning, match=r"cuda-80-108\.json cannot be used .*fastmlp bench tune"):
         assert by_rule() == rule
     configs.gemm_tile("dgrad", *SHAPE, torch.float32, A100, wide=True)  # a second warning would be an error
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 200_000,
+        b"\xff\xfe",
+        b"null",
+        b'{"entries": 5}',
+        b'{"triton": "VERSION", "entries": [{"kind": "fwd", "dtype": [], "rows": 1, "cols": 1, "depth": 1, '
+        b'"tile": []}]}',
+        b'{"triton": "VERSION", "entries": [{"kind": "fwd", "dtype": "float32", "rows": 1e999, "cols": 1, "depth": 1, '
+        b'"tile": [1]}]}',
+        b'{"triton": "VERSION", "entries": [{"kind": "fwd", "dtype": "float32", "rows": 1, "cols": 1, "depth": 1, '
+        b'"tile": [1e999]}]}',
+        b"{" + b" " * (17 << 20) + b"}",
+    ],
+    ids=range(8),
+)
+def test_any_content_is_ignored_and_replaced(cache, other, content):
+    rule = by_rule()
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(content.replace(b"VERSION", triton.__version__.encode()))
+    configs.use_new_table()
+    with pytest.warns(UserWarning, match="cannot be used"):
+        assert by_rule() == rule
+    tune.save_table(table(other))
+    assert by_rule() == other
+
+
+def test_a_table_is_added_to_the_one_before(cache, other):
+    rule, first = by_rule(), table(other)["entries"][0]
+    for kind in ("dgrad", "wgrad"):
+        tune.save_table(table(other, entries=[{**first, "kind": kind}]))
+    tune.save_table(table(other))
+    kept = json.loads(cache.read_text())["entries"]
+    assert [entry["kind"] for entry in kept] == ["dgrad", "wgrad", "fwd"]
+    # A product that was measured again, and for which the rule is best now, loses its entry.
+    tune.save_table(table(other, entries=[], rule_is_best=[["fwd", "float32", *SHAPE]]))
+    assert by_rule() == rule
+    assert [entry["kind"] for entry in json.loads(cache.read_text())["entries"]] == ["dgrad", "wgrad"]
+    tune.save_table(table(other, triton="3.0.0"))
+    assert [entry["kind"] for entry in json.loads(cache.read_text())["entries"]] == ["fwd"]
+
+
+def test_four_writers_at_once_lose_nothing(cache, other):
+    first = table(other)["entries"][0]
+
+    def write(number: int) -> None:
+        for i in range(5):
+            tune.save_table(table(other, entries=[{**first, "rows": 1000 * number + i}]))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(json.loads(cache.read_text())["entries"]) == 20
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_at_any_call(cache, other, kind):
+    first = table(other)["entries"][0]
+
+    def before() -> None:
+        cache.unlink(missing_ok=True)
+        tune.save_table(table(other))
+
+    def work() -> None:
+        with contextlib.suppress(OSError, KeyboardInterrupt):
+            tune.save_table(table(other, entries=[{**first, "kind": "dgrad"}]))
+
+    points = list(every_point(cache.parent, kind, before, work))
+    assert len(points) >= (1 if kind == "half" else 12)
+    for _ in every_point(cache.parent, kind, before, work):
+        tune.save_table(table(other, entries=[{**first, "kind": "wgrad"}]))
+        assert {entry["kind"] for entry in json.loads(cache.read_text())["entries"]} >= {"fwd", "wgrad"}
 
 
 def test_the_interpreter_has_no_table(other):

@@ -251,25 +251,6 @@ def test_interrupt_in_process(capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_interrupt_between_the_files_of_a_checkpoint(capsys, tmp_path, monkeypatch):
-    from fastmlp.train import checkpoint
-
-    written = []
-
-    def interrupted(path, data):
-        if len(written) == 3:  # the second epoch's weights are written, its JSON is not
-            written.append(path)
-            raise KeyboardInterrupt
-        written.append(path)
-        return atomic_write(path, data)
-
-    atomic_write = checkpoint.atomic_write
-    monkeypatch.setattr(checkpoint, "atomic_write", interrupted)
-    assert run("train", *SMALL, "--epochs", "3", "--out", tmp_path / "run") == 130
-    assert "The checkpoint of epoch 2 is in" in "".join(capsys.readouterr())
-    assert run("eval", tmp_path / "run", "--data", "bundled") == 0
-
-
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c(tmp_path):
     argv = ["train", "--data", "bundled", "--epochs", "500", "--sizes", "784-32-10", "--out", str(tmp_path / "run")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,9 @@ import pytest
 from fastmlp.base import atomic
 from fastmlp.data import SubsetWarning, fetch, load_fashion_mnist
 from fastmlp.data.fetch import SourceUnavailable, fetch_debian, fetch_torchvision
-from tests.support.datasets import Machine, assert_is, posix, proxy, write
+from fastmlp.data.idx import DataIntegrityError
+from tests.support.datasets import NAMES, Machine, assert_is, posix, proxy, write
+from tests.support.faults import KINDS, every_kill, every_point
 
 
 @pytest.fixture
@@ -246,3 +250,41 @@ class TestDebian:
         monkeypatch.setattr(atomic, "cache_folder", lambda: tmp_path / "caches")
         train, test = load_fashion_mnist(source="debian")
         assert (len(train), len(test)) == (60_000, 10_000)
+
+
+@posix
+class TestFaults:
+    """A fault at any file call of a download leaves no cache or a whole one, and the next load is right."""
+
+    @pytest.mark.parametrize("kind", [*KINDS, "kill"])
+    def test_a_fault_at_any_call(
+        self, request: pytest.FixtureRequest, machine: Machine, kind: str, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        full = request.config.getoption("full")
+        machine.online["debian"] = True
+
+        def before() -> None:
+            shutil.rmtree(machine.caches, ignore_errors=True)
+
+        def work() -> None:
+            with warnings.catch_warnings(), contextlib.suppress(KeyboardInterrupt):
+                warnings.simplefilter("ignore")
+                assert_is(load_fashion_mnist(source="debian"), machine.contents)
+
+        points = 0
+        kills = every_kill(machine.caches, before, work, 1 if full else 9)
+        for _ in kills if kind == "kill" else every_point(machine.caches, kind, before, work, 1 if full else 3):
+            points += 1
+            names = set(os.listdir(machine.cache)) if machine.cache.exists() else set()
+            assert names in (set(), set(NAMES))
+            machine.fetched.clear()
+            assert_is(load_fashion_mnist(source="debian"), machine.contents)
+            assert os.listdir(machine.caches) == ["fashion-mnist"]
+        print(f"{kind}: {points} faults, 0 losses")
+        assert points >= (2 if kind == "half" else 40 if full else 5)
+
+    def test_gzip_with_endless_zeros(self, machine: Machine, tmp_path: Path) -> None:
+        folder = write(tmp_path / "data", machine.contents, compressed=True)
+        os.truncate(folder / f"{NAMES[0]}.gz", 20 << 30)
+        with pytest.raises(DataIntegrityError, match=f"Found: {20 << 30} bytes, more than any copy has"):
+            load_fashion_mnist(folder)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastmlp.data import load_fashion_mnist
+from fastmlp.data import images, load_fashion_mnist
 from fastmlp.data.images import load_image
 
 
@@ -214,3 +215,123 @@ def test_decompression_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="too large"):
         load_image(saved(tmp_path, Image.fromarray(np.zeros((28, 28), dtype=np.uint8))))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.full((30, 30), -5, np.float32),
+        np.full((30, 30), 3e38, np.float32),
+        np.full((30, 30), np.inf, np.float32),
+        np.full((30, 30), -np.inf, np.float32),
+        np.full((30, 30), np.nan, np.float32),
+        np.full((30, 30), 2_000_000_000, np.int32),
+        np.full((30, 30), -2_000_000_000, np.int32),
+    ],
+    ids=range(7),
+)
+def test_constant_images_of_32_bits_are_empty(tmp_path, values):
+    loaded = load_image(saved(tmp_path, Image.fromarray(values), "x.tif"))
+    assert loaded.empty
+    assert loaded.pixels.max() == 0
+
+
+@pytest.mark.parametrize("low", [-3e38, 0.0, -1.0])
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite(tmp_path, odd, low):
+    """Infinity is as bright as the brightest finite value; NaN and minus infinity are as dark as the darkest."""
+    values = np.full((28, 28), low, np.float32)
+    values[4:20, 4:20] = 3e38
+    values[10, 10] = odd
+    found = pixels(saved(tmp_path, Image.fromarray(values), "x.tif"), invert=False)
+    assert found[0, 0] == 0
+    assert found[5, 5] == 255
+    assert found[10, 10] == (255 if odd == np.inf else 0)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (40, 60)])
+def test_nothing_but_background_is_empty(tmp_path, size):
+    blank = np.full(size, 200, np.uint8)
+    blank[5, 5] += 10  # noise within the tolerance
+    assert load_image(saved(tmp_path, Image.fromarray(blank))).empty
+    blank[5:9, 5:9] = 20
+    assert not load_image(saved(tmp_path, Image.fromarray(blank))).empty
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "F", "I;16"])
+def test_large_images_are_made_smaller_first(tmp_path, monkeypatch, mode):
+    """In strips, whose averages give the picture that the whole image gives."""
+    gray = shape_of((401, 333), (100, 50, 311, 290), 230, 20)
+    picture = Image.fromarray(gray)
+    if mode == "LAB":
+        picture = Image.merge("LAB", [picture, Image.new("L", picture.size, 128), Image.new("L", picture.size, 128)])
+    elif mode == "I;16":
+        picture = Image.fromarray(gray.astype(np.uint16) * 257)
+    else:
+        picture = picture.convert(mode)
+    name = "x.tif" if mode in ("CMYK", "YCbCr", "LAB", "I", "F") else "x.png"
+    path = saved(tmp_path, picture, name)
+    whole = pixels(path).astype(int)
+    sizes = []
+    gray_of = images._gray
+    monkeypatch.setattr(images, "MOST_EDGE", 100)
+    monkeypatch.setattr(images, "STRIP_PIXELS", 20_000)
+    monkeypatch.setattr(images, "_gray", lambda image: sizes.append(image.size) or gray_of(image))
+    small = pixels(path).astype(int)
+    assert sizes == [(67, 81)]
+    assert np.abs(small - whole).mean() < 6
+
+
+def test_orientation_of_a_large_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MOST_EDGE", 50)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    gray = shape_of((112, 112), (0, 0, 28, 112), 230, 20)
+    found = pixels(saved(tmp_path, Image.fromarray(gray), exif=exif))
+    assert found[:, -3:].min() > 200
+    assert found[:, :10].max() < 50
+
+
+@pytest.mark.parametrize("size", [(60_000_000, 1), (1, 3_000_000), (9400, 9400)])
+def test_memory_is_bounded(tmp_path, monkeypatch, size):
+    sizes = []
+    gray_of = images._gray
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    monkeypatch.setattr(images, "_gray", lambda image: sizes.append(image.size) or gray_of(image))
+    path = saved(tmp_path, Image.new("1", size), compress_level=1)
+    assert load_image(path).empty
+    assert max(sizes[0]) <= images.MOST_EDGE
+
+
+def test_images_of_too_many_pixels_are_not_decoded(tmp_path, monkeypatch):
+    path = tmp_path / "x.ppm"
+    path.write_bytes(b"P5 13300 13300 255\n")
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(ValueError, match=r"x\.ppm is too large: 13300 x 13300 pixels, more than 100,000,000"):
+        load_image(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files of POSIX")
+def test_what_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", "/dev/zero"):
+        with pytest.raises(OSError, match="expected a regular file"):
+            load_image(path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "PPM", "TGA", "PCX", "ICO", "SGI"])
+def test_altered_files_are_images_or_errors_that_name_the_file(request, tmp_path, garments, kind, capfd):
+    stream = io.BytesIO()
+    Image.fromarray(garments[1]).convert("RGB").save(stream, kind)
+    content, generator = np.frombuffer(stream.getvalue(), np.uint8), np.random.default_rng(0)
+    path = tmp_path / "altered.img"
+    for _ in range(2000 if request.config.getoption("full") else 60):
+        altered = content.copy()
+        at = generator.integers(0, min(len(altered), generator.choice([60, 100_000])), size=4)
+        altered[at] = generator.integers(0, 256, 4)
+        path.write_bytes(altered.tobytes())
+        try:
+            assert load_image(path).pixels.shape == (784,)
+        except ValueError as error:
+            assert str(error).startswith(f"{path} is ")  # noqa: PT017
+    assert capfd.readouterr() == ("", "")

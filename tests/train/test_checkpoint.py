@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +276,82 @@ class TestRefusals:
         assert issubclass(CheckpointError, RuntimeError)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="files of POSIX")
+class TestHostileFiles:
+    """Loading reads no more than a header promises, and takes no memory before the shapes are checked."""
+
+    @pytest.fixture(autouse=True)
+    def in_time(self) -> Iterator[None]:
+        def too_late(*_: object) -> None:
+            raise AssertionError("loading waits or reads too much")
+
+        before = signal.signal(signal.SIGALRM, too_late)
+        signal.alarm(20)
+        yield
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+    @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+    @pytest.mark.parametrize("kind", ["FIFO", "/dev/zero", "/dev/full", "folder"])
+    def test_no_regular_file(self, saved: Path, suffix: str, kind: str) -> None:
+        path = saved.with_suffix(suffix)
+        path.unlink()
+        if kind == "FIFO":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            path.symlink_to(kind)
+        with pytest.raises(OSError, match=r"expected a regular file|Is a directory"):
+            load_checkpoint(saved)
+
+    @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+    def test_sparse(self, saved: Path, suffix: str) -> None:
+        with saved.with_suffix(suffix).open("r+b") as stream:
+            if suffix == ".safetensors":
+                stream.write(bytes(100))
+            stream.truncate(20 << 30)
+        if suffix == ".safetensors":
+            edit(saved, weights={"nbytes": 20 << 30, "sha256": "0" * 64})
+        with pytest.raises((OSError, CheckpointError), match=r"larger file|header promises|header is damaged"):
+            load_checkpoint(saved)
+
+    @pytest.mark.parametrize(
+        "header",
+        [
+            (1 << 63).to_bytes(8, "little"),
+            (8 << 30).to_bytes(8, "little"),
+            (2).to_bytes(8, "little") + b"[]",
+            (30_000).to_bytes(8, "little") + b"[" * 30_000,
+            b"\x10" + bytes(7) + b'{"a":{"shape":1}',
+            b"",
+        ],
+    )
+    def test_header(self, saved: Path, header: bytes) -> None:
+        with saved.with_suffix(".safetensors").open("wb") as stream:
+            stream.write(header)
+            stream.truncate(9 << 30)
+        edit(saved, weights={"nbytes": 9 << 30, "sha256": "0" * 64})
+        with pytest.raises(CheckpointError, match="is not a safetensors file: its header"):
+            load_checkpoint(saved)
+
+    def test_check_comes_before_the_tensors(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(config: dict[str, Any], shapes: checkpoint.Shapes) -> None:
+            assert config["sizes"] == [5, 4, 3]
+            assert shapes == {"0.weight": (4, 5), "0.bias": (4,), "2.weight": (3, 4), "2.bias": (3,)}
+            raise CheckpointError("not these")
+
+        monkeypatch.setattr(checkpoint, "load_tensors", None)
+        with pytest.raises(CheckpointError, match="not these"):
+            load_checkpoint(saved, check=refuse)
+
+    @pytest.mark.parametrize("digest", ["../../x", "0" * 63, "G" * 64])
+    def test_a_digest_that_is_none(self, saved: Path, digest: str) -> None:
+        edit(saved, weights={"nbytes": 5, "sha256": digest})
+        with pytest.raises(CheckpointError, match="lacks the size and SHA-256"):
+            load_checkpoint(saved)
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("config", "error", "message"),
@@ -309,18 +387,6 @@ class TestBadInput:
 
 
 class TestAtomic:
-    def test_dying_between_the_two_files_is_noticed(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def only_weights(path: Path, content: bytes) -> None:
-            if path.suffix == ".json":
-                raise KeyboardInterrupt
-            atomic_write(path, content)
-
-        monkeypatch.setattr(checkpoint, "atomic_write", only_weights)
-        with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(saved, make_model(seed=1), CONFIG)
-        with pytest.raises(CheckpointError, match="altered"):
-            load_checkpoint(saved)
-
     @pytest.mark.parametrize("failing", ["fsync", "replace"])
     def test_failed_write_leaves_the_old_file(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
