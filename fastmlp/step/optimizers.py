@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..base.names import unknown
+
 Tensors = list[Tensor]
 
 
@@ -207,7 +209,7 @@ def optimizer_of(name: str, settings: Mapping[str, Any]) -> Optimizer:
     if not isinstance(name, str):
         raise TypeError(_no_name(name))
     if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}")
+        raise ValueError(unknown("optimizer", name, OPTIMIZERS))
     rule = OPTIMIZERS[name]
     own = {field.name for field in fields(rule)}
     defaults = {field.name: field.default for other in OPTIMIZERS.values() for field in fields(other)}

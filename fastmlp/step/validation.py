@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..base.arguments import check_batch, check_classes, check_rows, check_same_device, check_tensor, readable_rows
 from ..base.losses import LOSSES, STEP_LOSSES, takes_classes
+from ..base.names import unknown
 from ..nn import MLP, is_parallel
 
 
@@ -35,7 +36,7 @@ def check_loss(loss: object) -> None:
         shown = getattr(loss, "__name__", type(loss).__name__)
         raise TypeError(f"expected the name of a loss, one of {', '.join(STEP_LOSSES)}, got {shown}; {advice}")
     if loss not in STEP_LOSSES:
-        raise ValueError(f"unknown loss {loss!r}; expected one of {', '.join(STEP_LOSSES)}")
+        raise ValueError(unknown("loss", loss, STEP_LOSSES))
 
 
 def check_dtype(dtype: object) -> None:

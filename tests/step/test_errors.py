@@ -30,7 +30,7 @@ def _number(value: object) -> str:
 
 
 SETTINGS = [
-    ({"optimizer": "adam"}, ValueError, "unknown optimizer 'adam'; expected one of sgd, adamw"),
+    ({"optimizer": "adam"}, ValueError, "unknown optimizer 'adam'; expected one of sgd, adamw. Did you mean 'adamw'"),
     ({"loss": "nll"}, ValueError, "unknown loss 'nll'; expected one of cross_entropy, mse"),
     ({"lr": -1.0}, ValueError, "learning rate of at least 0, got lr=-1.0"),
     ({"lr": math.nan}, ValueError, "learning rate of at least 0, got lr=nan"),
