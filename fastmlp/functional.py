@@ -11,7 +11,8 @@ from . import ops, reference
 from .autograd.elementwise import bce_loss, bce_with_logits, l1_loss, mse_loss, multiclass_nll
 from .autograd.linear import LinearAct, MLPFunction
 from .autograd.softmax import softmax, softmax_squared_error
-from .backend import functorch_active, resolve
+from .autograd.transforms import transformed
+from .backend import resolve
 from .base.arguments import check_activation, check_batch, check_input, check_layer, check_network, check_tensor
 from .base.compat import is_autocast_enabled
 from .losses import cross_entropy
@@ -81,7 +82,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     check_layer(weight, bias)
     check_input(x, weight)
     backend = resolve(x, weight.dtype)
-    if functorch_active():
+    if transformed(x, weight, bias):
         return reference.linear_act(x, weight, bias, activation)
     # One row per sample. reshape(-1, K) cannot infer the number of rows when K is 0.
     x2d = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
@@ -128,7 +129,7 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
         a = softmax(mlp(x, weights[:end], biases[:end], [*activations[: end - 1], "identity"]))
         return a if end == len(weights) else mlp(a, weights[end:], biases[end:], activations[end:])
     backend = resolve(x, weights[0].dtype)
-    if functorch_active():
+    if transformed(x, *weights, *biases):
         return reference.mlp(x, weights, biases, activations)
     # Layers below the lowest one that needs a gradient run off the tape and leave nothing behind.
     first = 0

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import ops
-from ..backend import Resolved, functorch_active, resolve
+from ..backend import Resolved, resolve
 from ..base.arguments import check_value_target
 from ..base.compat import is_autocast_enabled
 from ..ops import torch_losses
+from .transforms import differentiable, transformed
 
 
 class LossFunction(Function):
@@ -40,7 +41,7 @@ class LossFunction(Function):
         (g,) = grads
         a, y = ctx.saved_tensors
         # The operations on torch are on the tape themselves.
-        do = torch_losses if torch.is_grad_enabled() else ops.on(ctx.backend)
+        do = torch_losses if differentiable(g) else ops.on(ctx.backend)
         return *do.loss_bwd(g, a, y, ctx.loss, ctx.reduction, ctx.needs_input_grad[:2]), None, None, None
 
 
@@ -50,7 +51,7 @@ def apply_loss(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
     if is_autocast_enabled(a.device.type):
         a, y = torch_losses.widened(a), torch_losses.widened(y) if y.is_floating_point() else y
     backend = resolve(a)
-    if functorch_active():
+    if transformed(a, y):
         return torch_losses.by_formula(a, y, loss, reduction)
     return LossFunction.apply(a, y, loss, reduction, backend)
 
@@ -96,7 +97,7 @@ def bce_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         RuntimeError: on a CPU, an input outside [0, 1]. (On a GPU that gives NaN; looking would make the host wait.)
     """
     check_value_target(input, target, reduction)
-    if input.device.type == "cpu" and not functorch_active() and input.numel():
+    if input.device.type == "cpu" and input.numel() and not transformed(input, target):
         low, high = (v.item() for v in torch.aminmax(input.detach()))
         if low < 0 or high > 1:
             raise RuntimeError(
