@@ -63,14 +63,16 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
 
     Differentiable with respect to x, weight and bias, twice with ``create_graph=True``. The kernels run on CUDA and
     HIP tensors in float32 (multiplied as ``torch.backends.cuda.matmul.fp32_precision`` says), float16 and bfloat16.
-    Elsewhere plain torch runs: see ``fastmlp.set_backend``. Inside the transforms of torch.func (vmap, grad, jvp, ...)
-    the formula runs as plain torch operations, which can be transformed. torch.compile takes the call into one graph,
-    with the kernels as operators. A compiled call has first derivatives only. Forward mode exists in torch.func only.
+    Elsewhere plain torch runs: see ``fastmlp.set_backend``. Inside the transforms of torch.func (vmap, grad, jvp, ...),
+    for inputs with tangents (``torch.autograd.forward_ad``) and in batched backward passes (``is_grads_batched=True``,
+    ``vectorize=True``), the formula runs as plain torch operations, which can be transformed. torch.compile takes the
+    call into one graph, with the kernels as operators. A compiled call has first derivatives only.
 
     Raises:
         ValueError: unknown activation.
         TypeError: arguments that are not tensors.
-        RuntimeError: shapes, dtypes or devices that do not fit, as torch.nn.functional.linear.
+        RuntimeError: shapes, dtypes or devices that do not fit, as torch.nn.functional.linear. Forward-mode derivatives
+            on backend "triton" or under torch.inference_mode.
     """
     check_activation(activation)
     if activation == "softmax":
