@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from ..backend import functorch_active, get_backend
@@ -39,12 +40,12 @@ def differentiable(*grads: Tensor | None) -> bool:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
-    return functorch_active() or forward_ad._current_level >= 0 or any(map(_is_batched, grads))
-
-
-def _is_batched(grad: Tensor | None) -> bool:
-    """Whether ``is_grads_batched`` made this gradient: torch makes it by a vmap older than torch.func's."""
-    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+    if functorch_active() or forward_ad._current_level >= 0:
+        return True
+    for grad in grads:  # is_grads_batched makes its gradients by a vmap that is older than torch.func's
+        if grad is not None and is_legacy_batchedtensor(grad):
+            return True
+    return False
 
 
 def _has_tangent(t: Tensor | None) -> bool:

@@ -71,7 +71,7 @@ def cases() -> Iterable[tuple[str, Case]]:
             ),
         )
     yield "softmax", Case(functional.softmax, lambda z: z.softmax(-1), (x,))
-    for r in ("mean", "sum", "none"):
+    for r in ("mean", "none"):
         k = {"reduction": r}
         a, y, logits = probabilities(3, 4), probabilities(4, 3).t(), randn(3, 4)
         for name, ours, torchs, first in (
@@ -99,11 +99,8 @@ def cases() -> Iterable[tuple[str, Case]]:
     weight = probabilities(4)
     for n, options in enumerate(
         (
-            {},
             {"label_smoothing": 0.1},
             {"weight": weight, "reduction": "sum"},
-            {"weight": weight, "label_smoothing": 0.1},
-            {"label_smoothing": 0.1, "reduction": "none"},
             {"weight": weight, "label_smoothing": 0.1, "reduction": "none"},
         )
     ):
@@ -202,8 +199,8 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "dual numbers on the tape": lambda f, x: tangent_of(f, leaves(x)),
     "one tangent at a time": one_tangent_at_a_time,
     "jvp": lambda f, x: torch.func.jvp(f, x, tangents(x)),
-    "linearize": linearized,
     "hessian of torch.func": lambda f, x: torch.func.hessian(to_number(f), every(x))(*x),
+    "linearize": linearized,
 }
 FORWARD = list(TRANSFORMS)[4:]
 
@@ -222,11 +219,19 @@ def assert_same(transform: str, case: Case, **tolerances: float) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_transforms(name):
-    for transform in TRANSFORMS:
+    for transform in list(TRANSFORMS)[:-1]:
         assert_same(transform, CASES[name])
 
 
-@pytest.mark.parametrize("name", ["mlp gelu", "mlp silu", "linear_act tanh", "cross_entropy probabilities [N, C] 3"])
+@pytest.mark.parametrize(
+    "name", ["mlp tanh", "linear_act gelu", "softmax", "bce_loss mean", "cross_entropy labels [N, C] 0"]
+)
+def test_linearize(name):
+    """Slow, because torch traces the function: not for every function."""
+    assert_same("linearize", CASES[name])
+
+
+@pytest.mark.parametrize("name", ["mlp gelu", "mlp silu", "linear_act tanh", "cross_entropy probabilities [N, C] 0"])
 def test_gradcheck_with_everything(name):
     case = CASES[name]
     at = tuple(leaves(case.inputs))
@@ -336,7 +341,7 @@ class TestKernels:
         "linear_act gelu",
         "mse_loss none",
         "softmax_squared_error mean",
-        "cross_entropy labels [N, C] 1",
+        "cross_entropy labels [N, C] 0",
     )
 
     @pytest.mark.parametrize("name", NAMES)
