@@ -42,10 +42,8 @@ def differentiable(*grads: Tensor | None) -> bool:
         return torch.is_grad_enabled()
     if functorch_active() or forward_ad._current_level >= 0:
         return True
-    for grad in grads:  # is_grads_batched makes its gradients by a vmap that is older than torch.func's
-        if grad is not None and is_legacy_batchedtensor(grad):
-            return True
-    return False
+    # is_grads_batched makes its gradients by a vmap that is older than torch.func's.
+    return any(is_legacy_batchedtensor(grad) for grad in grads if grad is not None)
 
 
 def _has_tangent(t: Tensor | None) -> bool:
