@@ -11,7 +11,8 @@ from . import ops, reference
 from .autograd.elementwise import bce_loss, bce_with_logits, huber_loss, l1_loss, mse_loss, multiclass_nll
 from .autograd.linear import LinearAct, MLPFunction
 from .autograd.softmax import softmax, softmax_squared_error
-from .backend import functorch_active, resolve
+from .autograd.transforms import transformed
+from .backend import resolve
 from .base.arguments import check_activation, check_batch, check_input, check_layer, check_network, check_tensor
 from .base.compat import is_autocast_enabled
 from .losses import cross_entropy
@@ -63,14 +64,16 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
 
     Differentiable with respect to x, weight and bias, twice with ``create_graph=True``. The kernels run on CUDA and
     HIP tensors in float32 (multiplied as ``torch.backends.cuda.matmul.fp32_precision`` says), float16 and bfloat16.
-    Elsewhere plain torch runs: see ``fastmlp.set_backend``. Inside the transforms of torch.func (vmap, grad, jvp, ...)
-    the formula runs as plain torch operations, which can be transformed. torch.compile takes the call into one graph,
-    with the kernels as operators. A compiled call has first derivatives only. Forward mode exists in torch.func only.
+    Elsewhere plain torch runs: see ``fastmlp.set_backend``. Inside the transforms of torch.func (vmap, grad, jvp, ...),
+    for inputs with tangents (``torch.autograd.forward_ad``) and in batched backward passes (``is_grads_batched=True``,
+    ``vectorize=True``), the formula runs as plain torch operations, which can be transformed. torch.compile takes the
+    call into one graph, with the kernels as operators. A compiled call has first derivatives only.
 
     Raises:
         ValueError: unknown activation.
         TypeError: arguments that are not tensors.
-        RuntimeError: shapes, dtypes or devices that do not fit, as torch.nn.functional.linear.
+        RuntimeError: shapes, dtypes or devices that do not fit, as torch.nn.functional.linear. Forward-mode derivatives
+            on backend "triton" or under torch.inference_mode.
     """
     check_activation(activation)
     if activation == "softmax":
@@ -82,7 +85,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     check_layer(weight, bias)
     check_input(x, weight)
     backend = resolve(x, weight.dtype)
-    if functorch_active():
+    if transformed(x, weight, bias):
         return reference.linear_act(x, weight, bias, activation)
     # One row per sample. reshape(-1, K) cannot infer the number of rows when K is 0.
     x2d = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
@@ -129,7 +132,7 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
         a = softmax(mlp(x, weights[:end], biases[:end], [*activations[: end - 1], "identity"]))
         return a if end == len(weights) else mlp(a, weights[end:], biases[end:], activations[end:])
     backend = resolve(x, weights[0].dtype)
-    if functorch_active():
+    if transformed(x, *weights, *biases):
         return reference.mlp(x, weights, biases, activations)
     # Layers below the lowest one that needs a gradient run off the tape and leave nothing behind.
     first = 0

@@ -234,16 +234,6 @@ class TestTorchFunc:
             vmap(lambda x: linear_act(x, w, b))(torch.randn(6, 5))
 
 
-@FORWARD_MODE
-def test_forward_mode_outside_torch_func_says_what_is_missing():
-    w, b = layer()
-    x = torch.randn(2, 5, dtype=torch.float64)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
-            linear_act(dual, w, b)
-
-
 def test_meta_tensors_give_shapes():
     """Meta tensors give shapes without memory, as in torch."""
     model = fastmlp.MLP((784, 512, 10), device="meta")

@@ -19,6 +19,7 @@ from ..base.arguments import check_classes, check_cross_entropy, check_tensor
 from ..base.compat import is_autocast_enabled
 from ..ops import torch_losses
 from ..ops.torch_losses import Settings
+from .transforms import differentiable, transformed
 
 #: What is said of a label that is no class.
 _NO_CLASS = (
@@ -60,7 +61,7 @@ class SoftmaxCrossEntropy(Function):
         need_z, need_t = ctx.needs_input_grad[:2]
         s: Settings = ctx.settings
         dz: Tensor | None
-        if torch.is_grad_enabled():
+        if differentiable(dloss):
             dz, dt = _differentiable_backward(dloss, z, target, weight, s)
             return dz if need_z else None, dt if need_t else None, None, None, None
         rows = (*_batched(z, target), weight, kept, denominator)
@@ -80,7 +81,7 @@ def _upstream(dloss: Tensor, z: Tensor, s: Settings) -> Tensor:
     """The upstream gradient with one value per row of ``_batched``, or 0-d."""
     if s.reduction != "none" or z.dim() == 2:
         return dloss
-    return dloss.unsqueeze(0) if z.dim() == 1 else dloss.flatten(1)
+    return dloss.unsqueeze(0) if z.dim() == 1 else dloss.reshape(z.shape[0], -1)
 
 
 def _differentiable_backward(
@@ -155,7 +156,7 @@ def cross_entropy(
     backend = resolve(input, dtype)
     weight_learns = weight is not None and weight.requires_grad and torch.is_grad_enabled()
     traced = backend == "torch" and torch.compiler.is_compiling()
-    torchs = functorch_active() or weight_learns or traced or input.numel() == 0
+    torchs = transformed(input, target, weight) or weight_learns or traced or input.numel() == 0
     on_cpu = not probabilities and target.device.type == "cpu"
     nll = on_cpu and backend == "torch" and label_smoothing == 0 and input.dim() == 2
     if on_cpu and not (nll or torchs):

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import ops
-from ..backend import Resolved, functorch_active, resolve
+from ..backend import Resolved, resolve
 from ..base.arguments import check_delta, check_factors, check_value_target, check_values
 from ..base.compat import is_autocast_enabled
 from ..base.losses import LOSSES
 from ..ops import torch_losses
+from .transforms import differentiable, transformed
 
 
 class LossFunction(Function):
@@ -43,7 +44,7 @@ class LossFunction(Function):
         (g,) = grads
         a, y = ctx.saved_tensors
         # The operations on torch are on the tape themselves.
-        do = torch_losses if torch.is_grad_enabled() else ops.on(ctx.backend)
+        do = torch_losses if differentiable(g) else ops.on(ctx.backend)
         needs = ctx.needs_input_grad
         da, dy = do.loss_bwd(g, a, y, ctx.loss, ctx.reduction, needs[:2], *ctx.settings)
         return da, dy, *[None] * (len(needs) - 2)
@@ -59,7 +60,7 @@ def apply_loss(a: Tensor, y: Tensor, loss: str, reduction: str, *settings: float
             check_value_target(a, y, reduction)
         return _promoted(a, y, loss, reduction, *settings)
     backend = resolve(a)
-    if functorch_active():
+    if transformed(a, y):
         return torch_losses.by_formula(a, y, loss, reduction, *settings)
     return LossFunction.apply(a, y, loss, reduction, backend, *settings)
 
@@ -143,7 +144,7 @@ def bce_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         RuntimeError: on a CPU, an input outside [0, 1]. (On a GPU that gives NaN; looking would make the host wait.)
     """
     check_values(input, target, reduction)
-    if input.device.type == "cpu" and not functorch_active() and input.numel():
+    if input.device.type == "cpu" and input.numel() and not transformed(input, target):
         low, high = (v.item() for v in torch.aminmax(input.detach()))
         if low < 0 or high > 1:
             raise RuntimeError(

@@ -26,6 +26,7 @@ from ..activations import ACTIVATIONS, saved_for_grad
 from ..backend import Resolved
 from ..base.compat import is_autocast_enabled
 from ..ops import BackwardOperations, torch_ops
+from .transforms import differentiable
 
 _AS_IT_IS = nullcontext()
 
@@ -40,7 +41,7 @@ def _outside_autocast(*grads: Tensor | None) -> AbstractContextManager[object]:
 
 
 class _Differentiable:
-    """The operations of a backward pass on the tape, for ``create_graph=True``."""
+    """The operations of a backward pass as torch sees them: see ``fastmlp.autograd.transforms.differentiable``."""
 
     @staticmethod
     def activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
@@ -48,6 +49,8 @@ class _Differentiable:
         if not ACTIVATIONS[activation].twice:
             assert saved is not None
             return da * reference.activation_grad(saved, activation)
+        if ACTIVATIONS[activation].derivative == 0:
+            return da.masked_fill(torch.ones_like(da, dtype=torch.bool), 0)  # zeros with a derivative
         return torch_ops.activation_bwd(da, saved, activation)
 
     @staticmethod
@@ -62,8 +65,8 @@ class _Differentiable:
         return dw, db if bias else None
 
 
-def _backward_operations(backend: Resolved) -> BackwardOperations:
-    return _Differentiable if torch.is_grad_enabled() else ops.on(backend)
+def _backward_operations(backend: Resolved, *grads: Tensor | None) -> BackwardOperations:
+    return _Differentiable if differentiable(*grads) else ops.on(backend)
 
 
 class LinearAct(Function):
@@ -92,7 +95,7 @@ class LinearAct(Function):
         dz, dz_extra = grads
         x, weight, saved = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        do = _backward_operations(ctx.backend)
+        do = _backward_operations(ctx.backend, *grads)
         dx: Tensor | None = None
         dw: Tensor | None = None
         db: Tensor | None = None
@@ -162,7 +165,7 @@ class MLPFunction(Function):
         inputs, weights, saved = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         needs = ctx.needs_input_grad
         out: list[Tensor | None] = [None] * len(needs)
-        do = _backward_operations(ctx.backend)
+        do = _backward_operations(ctx.backend, *grads)
         with _outside_autocast(*grads):
             dz = grads[0]
             if dz is not None:

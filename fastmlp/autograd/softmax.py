@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import reference
-from ..backend import functorch_active
 from ..base.arguments import check_class_target, check_classes, check_tensor, check_values
 from .elementwise import apply_loss
+from .transforms import differentiable, transformed
 
 
 class Softmax(Function):
@@ -32,7 +32,7 @@ class Softmax(Function):
         """DZ = p * (dP - sum_c p_c dP_c); P is this node's output, so that it differentiates again."""
         (dp,) = grads
         (p,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if differentiable(dp):
             return reference.softmax_backward(dp, p)
         return torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
 
@@ -47,7 +47,7 @@ def softmax(z: Tensor) -> Tensor:
     check_tensor(z, "the input")
     if not z.is_floating_point() or z.dim() == 0:
         raise RuntimeError(f"expected floating-point values [*, classes], got {z.dtype} {list(z.shape)}")
-    return torch.softmax(z, -1) if functorch_active() else Softmax.apply(z)
+    return torch.softmax(z, -1) if transformed(z) else Softmax.apply(z)
 
 
 def softmax_squared_error(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -78,7 +78,7 @@ def softmax_squared_error(input: Tensor, target: Tensor, reduction: str = "mean"
         check_values(input, target, reduction)
     else:
         check_class_target(input, target, reduction)
-        if target.device.type == "cpu" and target.numel() and not functorch_active():
+        if target.device.type == "cpu" and target.numel() and not transformed(input):
             check_classes(target, input.shape[-1])
     if input.dim() == 2:
         return apply_loss(input, target, "softmax_squared_error", reduction)

@@ -192,14 +192,18 @@ def _values(target: Tensor, z: Tensor) -> Tensor:
 
 
 def by_formula(a: Tensor, y: Tensor, loss: str, reduction: str, delta: float = 1.0) -> Tensor:
-    """A loss of the reference, its sum, or its mean."""
+    """A loss of the reference, its sum, or its mean, in a's dtype."""
+    wide = widened(a)
     if loss == "softmax_squared_error":
-        losses = reference.softmax_squared_error(a, _values(y, a))
+        losses = reference.softmax_squared_error(wide, _values(y, wide))
     else:
-        losses = reference.elementwise_loss(a, y, loss, delta)
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / LOSSES[loss].count(a)
+        losses = reference.elementwise_loss(wide, widened(y), loss, delta)
+    if reduction == "sum":
+        losses = losses.sum()
+    elif reduction == "mean":
+        count = LOSSES[loss].count(a)
+        losses = losses.mean() if losses.numel() == count else losses.sum() / count
+    return losses.to(a.dtype)
 
 
 def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str, delta: float = 1.0) -> Tensor:
@@ -209,7 +213,7 @@ def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str, delta: float = 1.0
         return function(a, y, reduction=reduction, delta=delta)
     if function is not None:
         return function(a, y, reduction=reduction)
-    return by_formula(widened(a), widened(y) if y.is_floating_point() else y, loss, reduction).to(a.dtype)
+    return by_formula(a, y, loss, reduction)
 
 
 def loss_bwd(

@@ -71,7 +71,7 @@ def wgrad(dz: Tensor, x: Tensor) -> Tensor:
     if dz.dtype.itemsize == 2 and (wide := _wide(dz, x)) is not None:
         return wgrad(dz.to(wide), x.to(wide)).to(dz.dtype)
     if x.size(0) == 1:  # one product per element, which BLAS computes several times as slowly
-        return torch.mul(dz.t(), x)
+        return torch.outer(dz[0], x[0])  # contiguous also where N or K is 1, unlike dz.t() * x
     if _may_choose(dz.size(1) * x.numel(), dz, x):
         return cpu.wgrad(x.size(0), dz.size(1), x.size(1), dz.dtype)(dz, x)
     return torch.mm(dz.t(), x)

@@ -34,7 +34,7 @@ def activate(z: Tensor, activation: str) -> Tensor:
         case "tanh":
             return torch.tanh(z)
         case "step":
-            return (z >= 0).to(z.dtype)
+            return z.masked_fill(z >= 0, 1.0).masked_fill(~(z >= 0), 0.0)  # its derivative is 0, not missing
         case "leaky_relu":
             return torch.nn.functional.leaky_relu(z, LEAKY_SLOPE)
         case "gelu":

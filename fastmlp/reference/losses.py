@@ -34,11 +34,11 @@ def elementwise_loss(a: Tensor, y: Tensor, loss: str, delta: float = 1.0) -> Ten
             near = (a - y).clamp(-delta, delta)
             return near * (a - y - near / 2)
         case "binary_cross_entropy":
-            return -(y * torch.log(a).clamp_min(LOG_MIN) + (1 - y) * torch.log1p(-a).clamp_min(LOG_MIN))
+            return torch.nn.functional.binary_cross_entropy(a, y, reduction="none")
         case "bce_with_logits":
-            return a.clamp_min(0) - a * y + torch.log1p(torch.exp(-a.abs()))
+            return (1 - y) * a - torch.nn.functional.logsigmoid(a)
         case "nllm":
-            return -torch.xlogy(y, a)
+            return -y * torch.log(torch.where((y == 0) & ~(a > 0), 1.0, a))  # a term of y = 0 is 0 for any a
     raise _unknown(loss)
 
 

@@ -11,6 +11,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+import fastmlp
 from fastmlp.functional import linear_act, mlp
 from fastmlp.ops import Operations, torch_ops
 from tests.autograd.test_linear import NAMES, close, run, tensors
@@ -184,6 +185,20 @@ class TestNoNeedlessWork:
 
 
 class TestTapeSemantics:
+    @pytest.mark.parametrize("features", [(512, 1), (1, 512), (1, 1), (4, 3)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("create_graph", [False, True])
+    def test_a_gradient_has_the_strides_of_its_parameter(self, features, dtype, create_graph):
+        """DistributedDataParallel wants them alike, dimensions of size 1 included."""
+        k, n = features
+        for rows in (1, 2, 40):
+            for x in (torch.randn(rows, k, dtype=dtype), torch.randn(k, rows, dtype=dtype).t()):
+                model = fastmlp.MLP((k, n, n), "relu", dtype=dtype)
+                for out in (model(x).square().sum(), model(x).sum()):
+                    grads = torch.autograd.grad(out, list(model.parameters()), create_graph=create_graph)
+                    for p, g in zip(model.parameters(), grads, strict=True):
+                        assert g.stride() == p.stride(), (rows, p.shape)
+
     def test_retain_graph(self):
         t = tensors()
         out = run(mlp, t, ["sigmoid", "gelu", "identity"]).square().sum()
