@@ -22,7 +22,7 @@ ROWS = (
     ("reference", "kernels", "cpu"),
     ("ops",),
     ("autograd",),
-    ("functional", "nn", "losses", "online"),
+    ("functional", "nn", "losses", "library", "online"),
     ("step",),
     ("train", "data"),
     ("__init__",),
