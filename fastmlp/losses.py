@@ -9,6 +9,8 @@ from .autograd.cross_entropy import SoftmaxCrossEntropy, cross_entropy
 
 __all__ = ["CrossEntropyLoss", "SoftmaxCrossEntropy", "cross_entropy"]
 
+torch.fx.wrap("cross_entropy")  # as in fastmlp.functional
+
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss on the fused operations; arguments, shapes and errors as ``cross_entropy``."""

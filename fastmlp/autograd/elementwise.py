@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import ops
-from ..backend import Resolved, functorch_active, resolve
+from ..backend import Runs, functorch_active, has_values, on_tape, runs
 from ..base.arguments import check_value_target
 from ..base.compat import is_autocast_enabled
 from ..ops import torch_losses
@@ -28,7 +28,7 @@ class LossFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, y: Tensor, loss: str, reduction: str, backend: Resolved) -> Tensor:
+    def forward(ctx: Any, a: Tensor, y: Tensor, loss: str, reduction: str, backend: Runs) -> Tensor:
         """Keep A and Y; probabilities of a softmax are computed again where they are needed, one pass over A."""
         ctx.save_for_backward(a, y)
         ctx.loss, ctx.reduction, ctx.backend = loss, reduction, backend
@@ -49,9 +49,13 @@ def apply_loss(a: Tensor, y: Tensor, loss: str, reduction: str) -> Tensor:
     # Under torch.autocast these losses are computed in float32, as torch computes its own.
     if is_autocast_enabled(a.device.type):
         a, y = torch_losses.widened(a), torch_losses.widened(y) if y.is_floating_point() else y
-    backend = resolve(a)
+    backend = runs(a.dtype, a, y)
+    if backend == "formula":
+        return torch_losses.loss_fwd(a, y, loss, reduction)
     if functorch_active():
         return torch_losses.by_formula(a, y, loss, reduction)
+    if not on_tape(backend):
+        return ops.on(backend).loss_fwd(a, y, loss, reduction)
     return LossFunction.apply(a, y, loss, reduction, backend)
 
 
@@ -96,7 +100,7 @@ def bce_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         RuntimeError: on a CPU, an input outside [0, 1]. (On a GPU that gives NaN; looking would make the host wait.)
     """
     check_value_target(input, target, reduction)
-    if input.device.type == "cpu" and not functorch_active() and input.numel():
+    if input.device.type == "cpu" and has_values(input) and input.numel():
         low, high = (v.item() for v in torch.aminmax(input.detach()))
         if low < 0 or high > 1:
             raise RuntimeError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import reference
-from ..backend import functorch_active
+from ..backend import functorch_active, has_values, traced
 from ..base.arguments import check_class_target, check_classes, check_tensor, check_value_target
 from .elementwise import apply_loss
 
@@ -47,7 +47,7 @@ def softmax(z: Tensor) -> Tensor:
     check_tensor(z, "the input")
     if not z.is_floating_point() or z.dim() == 0:
         raise RuntimeError(f"expected floating-point values [*, classes], got {z.dtype} {list(z.shape)}")
-    return torch.softmax(z, -1) if functorch_active() else Softmax.apply(z)
+    return torch.softmax(z, -1) if functorch_active() or traced(z) else Softmax.apply(z)
 
 
 def softmax_squared_error(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -78,7 +78,7 @@ def softmax_squared_error(input: Tensor, target: Tensor, reduction: str = "mean"
         check_value_target(input, target, reduction)
     else:
         check_class_target(input, target, reduction)
-        if target.device.type == "cpu" and target.numel() and not functorch_active():
+        if target.device.type == "cpu" and has_values(target) and target.numel():
             check_classes(target, input.shape[-1])
     if input.dim() == 2:
         return apply_loss(input, target, "softmax_squared_error", reduction)

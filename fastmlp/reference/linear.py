@@ -34,7 +34,7 @@ def activate(z: Tensor, activation: str) -> Tensor:
         case "tanh":
             return torch.tanh(z)
         case "step":
-            return (z >= 0).to(z.dtype)
+            return torch.where(z >= 0, 1.0, z.sign().clamp_min(0))  # sign, which is 0 or -1 here, has the derivative 0
         case "leaky_relu":
             return torch.nn.functional.leaky_relu(z, LEAKY_SLOPE)
         case "gelu":
@@ -85,8 +85,7 @@ def activation_grad_from_output(a: Tensor, activation: str) -> Tensor:
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity") -> Tensor:
     """A = f(X W^T + b)."""
-    z = pixels(x, weight.dtype) @ weight.t()
-    return activate(z if bias is None else z + bias, activation)
+    return activate(torch.nn.functional.linear(pixels(x, weight.dtype), weight, bias), activation)
 
 
 def linear_dgrad(dz: Tensor, weight: Tensor) -> Tensor:

@@ -33,9 +33,10 @@ def elementwise_loss(a: Tensor, y: Tensor, loss: str) -> Tensor:
         case "binary_cross_entropy":
             return -(y * torch.log(a).clamp_min(LOG_MIN) + (1 - y) * torch.log1p(-a).clamp_min(LOG_MIN))
         case "bce_with_logits":
-            return a.clamp_min(0) - a * y + torch.log1p(torch.exp(-a.abs()))
+            return torch.logaddexp(a, torch.zeros_like(a)) - a * y
         case "nllm":
-            return -torch.xlogy(y, a)
+            # torch's derivative of xlogy at (0, 0) is NaN.
+            return -torch.xlogy(y, torch.where((a == 0) & (y == 0), 1.0, a))
     raise _unknown(loss)
 
 
