@@ -4,6 +4,10 @@
 torch for everything else; ``resolve`` says which of them runs for a given tensor. ``"torch"`` never launches a kernel.
 ``"triton"`` always launches kernels, or raises an error that says what is missing. It takes CPU tensors only in
 Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported) and under a driver whose device is the CPU.
+
+Subclasses of Tensor with operations of their own (DTensor, quantized weights) have no memory that a kernel could read,
+so they run on plain torch on every backend. Where a compiler or a dispatch mode watches, the kernels run as operators
+that torch knows (``fastmlp.library``).
 """
 
 from __future__ import annotations
@@ -17,25 +21,44 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "Resolved",
+    "Runs",
     "check_kernels_run_on",
+    "foreign",
     "functorch_active",
     "get_backend",
+    "has_values",
+    "on_tape",
     "resolve",
+    "runs",
     "set_backend",
+    "traced",
     "triton_available",
     "use_backend",
+    "watched",
 ]
 
 Backend = Literal["auto", "triton", "torch"]
 Resolved = Literal["triton", "torch"]
+#: What runs one operation. "operators" are the kernels as operators of torch (``fastmlp.library``).
+Runs = Literal["triton", "operators", "torch"]
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+#: The types of tensors with memory and no operations of their own, and of a missing bias.
+_PLAIN = frozenset((Tensor, Parameter, type(None)))
+#: The types of tensors that stand for such tensors while somebody traces; they have no memory.
+_STAND_INS = (FakeTensor, FunctionalTensor)
 
 _default: Backend = "auto"
 _override: ContextVar[Backend | None] = ContextVar("fastmlp_backend", default=None)
@@ -98,7 +121,47 @@ def triton_available() -> bool:
 
 def functorch_active() -> bool:
     """True inside a transform of torch.func, whose tensors have no memory that a kernel could read."""
-    return bool(torch._C._are_functorch_transforms_active())  # torch.autograd.Function asks the same
+    return _are_functorch_transforms_active()  # torch.autograd.Function asks the same
+
+
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace traces, or a tensor is of a type of its own.
+
+    Such types are fake tensors, which have no memory, and subclasses of Tensor with operations of their own.
+    """
+    return is_compiling() or not _PLAIN.issuperset(map(type, tensors)) or _get_tracing_state() is not None
+
+
+def watched(*tensors: Tensor | None) -> bool:
+    """Whether somebody else sees the operations on these tensors: those that ``traced`` names, or a dispatch mode.
+
+    FakeTensorMode, a counter of operations and a selective checkpoint are dispatch modes.
+    """
+    return traced(*tensors) or torch._C._len_torch_dispatch_stack() > 0
+
+
+def foreign(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors is of a subclass of Tensor, which may have operations of its own and no memory."""
+    return any(type(t) not in _PLAIN and not isinstance(t, _STAND_INS) for t in tensors)
+
+
+def on_tape(backend: Runs) -> bool:
+    """Whether an operation that needs gradients is one of our nodes of the tape, and not an operator with a formula.
+
+    torch.export drops our nodes, and an exported program is trained with the formulas of the operators in it.
+    """
+    return backend != "operators" or not torch.compiler.is_exporting()
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether Python may look at the values of a tensor: nobody traces or transforms, and the tensor has memory."""
+    if traced(t) or functorch_active():
+        return False
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return True
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is None
 
 
 def resolve(x: Tensor, dtype: torch.dtype | None = None) -> Resolved:
@@ -109,7 +172,7 @@ def resolve(x: Tensor, dtype: torch.dtype | None = None) -> Resolved:
         TypeError: backend "triton" with a dtype that the kernels do not compute in.
     """
     name = get_backend()
-    if name == "torch":
+    if name == "torch" or (name == "auto" and not x.is_cuda):
         return "torch"
     if functorch_active():
         if name == "auto":
@@ -120,15 +183,30 @@ def resolve(x: Tensor, dtype: torch.dtype | None = None) -> Resolved:
         )
     dtype = x.dtype if dtype is None else dtype
     if name == "auto":
-        return "triton" if x.is_cuda and _triton_installed and dtype in KERNEL_DTYPES else "torch"
+        return "triton" if _triton_installed and dtype in KERNEL_DTYPES else "torch"
     if dtype not in KERNEL_DTYPES:
         raise TypeError(
             f"backend 'triton' computes in float32, float16 and bfloat16, got {dtype}; "
             "convert the tensors, or use backend 'auto' or 'torch'"
         )
-    if not torch.compiler.is_compiling():  # torch.compile cannot trace the check; its operators check when they run
+    if not is_compiling():  # torch.compile cannot trace the check; its operators check when they run
         check_kernels_run_on(x)
     return "triton"
+
+
+def runs(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> Runs | Literal["formula"]:
+    """What runs an operation on ``x`` and others that computes in ``dtype``; errors as ``resolve``.
+
+    Where somebody watches, the kernels are operators of torch. "formula" stands for torch's own functions, which torch
+    differentiates. They run on subclasses of Tensor with operations of their own and under torch.jit.trace. In place of
+    plain torch they also run while torch.compile or torch.export traces and on fake tensors: a compiler fuses better
+    than we do, and a threshold in our code, such as a number of rows, would limit the compiled code to its side.
+    """
+    backend = resolve(x, dtype)
+    if traced(x, *others):
+        jit = _get_tracing_state() is not None
+        return "formula" if backend == "torch" or jit or foreign(x, *others) else "operators"
+    return "operators" if backend == "triton" and torch._C._len_torch_dispatch_stack() else backend
 
 
 def check_kernels_run_on(x: Tensor) -> None:

@@ -12,7 +12,7 @@ from .autograd.elementwise import bce_loss, bce_with_logits, huber_loss, l1_loss
 from .autograd.linear import LinearAct, MLPFunction
 from .autograd.softmax import softmax, softmax_squared_error
 from .autograd.transforms import transformed
-from .backend import resolve
+from .backend import on_tape, runs
 from .base.arguments import check_activation, check_batch, check_input, check_layer, check_network, check_tensor
 from .base.compat import is_autocast_enabled
 from .losses import cross_entropy
@@ -30,6 +30,9 @@ __all__ = [
     "softmax",
     "softmax_squared_error",
 ]
+
+for _name in __all__:
+    torch.fx.wrap(_name)  # a call is one node of a graph of torch.fx.symbolic_trace
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -66,8 +69,16 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     HIP tensors in float32 (multiplied as ``torch.backends.cuda.matmul.fp32_precision`` says), float16 and bfloat16.
     Elsewhere plain torch runs: see ``fastmlp.set_backend``. Inside the transforms of torch.func (vmap, grad, jvp, ...),
     for inputs with tangents (``torch.autograd.forward_ad``) and in batched backward passes (``is_grads_batched=True``,
-    ``vectorize=True``), the formula runs as plain torch operations, which can be transformed. torch.compile takes the
-    call into one graph, with the kernels as operators. A compiled call has first derivatives only.
+    ``vectorize=True``), the formula runs as plain torch operations, which can be transformed.
+
+    torch.compile and torch.export take the call into one graph for all batch sizes. The graph has torch's own
+    operations on plain torch, and operators of ``fastmlp.library`` where the kernels run. A compiled call has first
+    derivatives only. Subclasses of Tensor with operations of their own, such as DTensor and quantized weights, run on
+    plain torch on every backend.
+
+    torch.jit and torch.fx are not supported beyond this. torch.jit.trace records plain torch operations, and warns of
+    our checks of shapes. torch.jit.script compiles what ``MLP.to_torch`` returns, but no single layer or loss.
+    torch.fx.symbolic_trace takes a call as one node. Use torch.export, or trace ``MLP.to_torch()``.
 
     Raises:
         ValueError: unknown activation.
@@ -84,12 +95,12 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         x, weight, bias = _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)  # type: ignore[assignment]
     check_layer(weight, bias)
     check_input(x, weight)
-    backend = resolve(x, weight.dtype)
-    if transformed(x, weight, bias):
+    backend = runs(weight.dtype, x, weight, bias)
+    if backend == "formula" or transformed(x, weight, bias):
         return reference.linear_act(x, weight, bias, activation)
     # One row per sample. reshape(-1, K) cannot infer the number of rows when K is 0.
     x2d = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-    if torch.is_grad_enabled() and (_needs_grad(x) or _needs_grad(weight) or _needs_grad(bias)):
+    if torch.is_grad_enabled() and (_needs_grad(x) or _needs_grad(weight) or _needs_grad(bias)) and on_tape(backend):
         a, _ = LinearAct.apply(x2d, weight, bias, activation, backend)
     else:
         a, _ = ops.on(backend).linear_fwd(x2d, weight, bias, activation)
@@ -131,12 +142,12 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
         end = list(activations).index("softmax") + 1
         a = softmax(mlp(x, weights[:end], biases[:end], [*activations[: end - 1], "identity"]))
         return a if end == len(weights) else mlp(a, weights[end:], biases[end:], activations[end:])
-    backend = resolve(x, weights[0].dtype)
-    if transformed(x, *weights, *biases):
+    backend = runs(weights[0].dtype, x, *weights, *biases)
+    if backend == "formula" or transformed(x, *weights, *biases):
         return reference.mlp(x, weights, biases, activations)
     # Layers below the lowest one that needs a gradient run off the tape and leave nothing behind.
     first = 0
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and on_tape(backend)):
         first = len(weights)
     elif not x.requires_grad:
         while first < len(weights) and not (_needs_grad(weights[first]) or _needs_grad(biases[first])):

@@ -18,6 +18,8 @@ __all__ = [
     "cross_entropy",
 ]
 
+torch.fx.wrap("cross_entropy")  # as in fastmlp.functional
+
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss on the fused operations; arguments, shapes and errors as ``cross_entropy``."""

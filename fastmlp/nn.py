@@ -109,6 +109,10 @@ class MLP(nn.Module):
         """The sizes; the layers print themselves."""
         return f"sizes={self.sizes}"
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles, because TorchScript cannot read ``forward``."""
+        return self.to_torch()
+
     @classmethod
     def from_torch(cls, module: nn.Module) -> MLP:
         """The MLP that a torch module of nn.Linear layers and activations computes; it shares the parameters.

@@ -14,7 +14,7 @@ from torch.nn import _reduction
 from torch.nn import functional as F
 
 from .. import ops, reference
-from ..backend import Resolved, functorch_active, get_backend, resolve
+from ..backend import Runs, get_backend, has_values, on_tape, runs, watched
 from ..base.arguments import check_classes, check_cross_entropy, check_tensor
 from ..base.compat import is_autocast_enabled
 from ..ops import torch_losses
@@ -45,7 +45,7 @@ class SoftmaxCrossEntropy(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, target: Tensor, weight: Tensor | None, settings: Settings, backend: Resolved
+        ctx: Any, z: Tensor, target: Tensor, weight: Tensor | None, settings: Settings, backend: Runs
     ) -> Tensor:
         """Keep Z, the target and log p (torch) or max and sum of exponentials of each row (kernels)."""
         loss, kept, denominator = ops.on(backend).cross_entropy_fwd(*_batched(z, target), weight, settings)
@@ -129,13 +129,13 @@ def cross_entropy(
         bfloat16 are computed in float32.
 
     Differentiable in input and probabilities, twice with ``create_graph=True``. torch.nn.functional.cross_entropy
-    itself runs inside the transforms of torch.func, inside torch.compile on plain torch, for empty inputs, where
-    probabilities have a class weight that requires grad, and where it is as fast: for labels on a CPU, unless there are
-    many rows of few classes.
+    itself runs inside the transforms of torch.func, where torch.compile or torch.export traces plain torch, on fake
+    tensors and subclasses of Tensor, for empty inputs, where probabilities have a class weight that requires grad, and
+    where it is as fast: for labels on a CPU, unless there are many rows of few classes.
 
     On a CPU a label outside [0, C) that is not ignore_index raises IndexError. On a GPU labels are not checked, because
     a check would wait for the device. There the loss and the gradient of such a row are NaN, and so are the mean and
-    the sum. Nothing outside the row is read or written.
+    the sum. Nothing outside the row is read or written. A compiler that traces has no labels to check.
 
     Raises:
         TypeError: arguments that are not tensors, ignore_index that is no int, label_smoothing that is no number.
@@ -153,19 +153,20 @@ def cross_entropy(
     check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     probabilities = target.is_floating_point()
     dtype = _result_dtype(input, target, weight)
-    backend = resolve(input, dtype)
+    backend = runs(dtype, input, target, weight)
     weight_learns = weight is not None and weight.requires_grad and torch.is_grad_enabled()
-    traced = backend == "torch" and torch.compiler.is_compiling()
-    torchs = transformed(input, target, weight) or weight_learns or traced or input.numel() == 0
+    empty = backend != "operators" and input.numel() == 0  # the operators take any batch size, so nobody needs to ask
+    torchs = transformed(input, target, weight) or weight_learns or empty
     on_cpu = not probabilities and target.device.type == "cpu"
     nll = on_cpu and backend == "torch" and label_smoothing == 0 and input.dim() == 2
-    if on_cpu and not (nll or torchs):
+    if on_cpu and not (nll or torchs) and has_values(target):
         _check_labels(input, target, ignore_index)
     settings = Settings(reduction, ignore_index, float(label_smoothing), dtype, nll)
-    if torchs:
+    if torchs or backend == "formula":
         return _torchs(input, target, weight, ignore_index, reduction, label_smoothing)
     try:
-        if torch.is_grad_enabled() and (input.requires_grad or (probabilities and target.requires_grad)):
+        needs_grad = input.requires_grad or (probabilities and target.requires_grad)
+        if torch.is_grad_enabled() and needs_grad and on_tape(backend):
             return SoftmaxCrossEntropy.apply(input, target, weight, settings, backend)
         return _unbatched(ops.on(backend).cross_entropy_fwd(*_batched(input, target), weight, settings)[0], input)
     except IndexError:  # from nll_loss's own check; ours names the label
@@ -176,13 +177,15 @@ def cross_entropy(
 def _torchs(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
     """torch's own cross-entropy. torch checks its arguments itself; our errors say more about them."""
     ignore_index, reduction, label_smoothing = options
+    if target.dtype == torch.uint8 and (input.dim() > 2 or watched(input, target)):
+        target = target.long()  # torch has such labels for two dimensions only, and not in its decompositions
     try:
         return F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
     except Exception:
         check_cross_entropy(input, target, weight, *options)
-        if target.is_cpu and not (functorch_active() or target.is_floating_point()):
+        if target.is_cpu and not target.is_floating_point() and has_values(target):
             _check_labels(input, target, ignore_index)
         raise
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import ops
-from ..backend import Resolved, resolve
+from ..backend import Runs, has_values, on_tape, runs
 from ..base.arguments import check_delta, check_factors, check_value_target, check_values
 from ..base.compat import is_autocast_enabled
 from ..base.losses import LOSSES
@@ -30,9 +30,7 @@ class LossFunction(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, y: Tensor, loss: str, reduction: str, backend: Resolved, *settings: float
-    ) -> Tensor:
+    def forward(ctx: Any, a: Tensor, y: Tensor, loss: str, reduction: str, backend: Runs, *settings: float) -> Tensor:
         """Keep A and Y; probabilities of a softmax are computed again where they are needed, one pass over A."""
         ctx.save_for_backward(a, y)
         ctx.loss, ctx.reduction, ctx.backend, ctx.settings = loss, reduction, backend, settings
@@ -59,9 +57,13 @@ def apply_loss(a: Tensor, y: Tensor, loss: str, reduction: str, *settings: float
         if LOSSES[loss].dtype == "equal":
             check_value_target(a, y, reduction)
         return _promoted(a, y, loss, reduction, *settings)
-    backend = resolve(a)
+    backend = runs(a.dtype, a, y)
+    if backend == "formula":
+        return torch_losses.loss_fwd(a, y, loss, reduction, *settings)
     if transformed(a, y):
         return torch_losses.by_formula(a, y, loss, reduction, *settings)
+    if not on_tape(backend):
+        return ops.on(backend).loss_fwd(a, y, loss, reduction, *settings)
     return LossFunction.apply(a, y, loss, reduction, backend, *settings)
 
 
@@ -144,7 +146,7 @@ def bce_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         RuntimeError: on a CPU, an input outside [0, 1]. (On a GPU that gives NaN; looking would make the host wait.)
     """
     check_values(input, target, reduction)
-    if input.device.type == "cpu" and input.numel() and not transformed(input, target):
+    if input.device.type == "cpu" and has_values(input) and input.numel():
         low, high = (v.item() for v in torch.aminmax(input.detach()))
         if low < 0 or high > 1:
             raise RuntimeError(

@@ -23,7 +23,7 @@ from torch.autograd import Function
 
 from .. import ops, reference
 from ..activations import ACTIVATIONS, saved_for_grad
-from ..backend import Resolved
+from ..backend import Runs
 from ..base.compat import is_autocast_enabled
 from ..ops import BackwardOperations, torch_ops
 from .transforms import differentiable
@@ -65,8 +65,13 @@ class _Differentiable:
         return dw, db if bias else None
 
 
-def _backward_operations(backend: Resolved, *grads: Tensor | None) -> BackwardOperations:
+def _backward_operations(backend: Runs, *grads: Tensor | None) -> BackwardOperations:
     return _Differentiable if differentiable(*grads) else ops.on(backend)
+
+
+def _one_output(backend: Runs) -> bool:
+    """Whether the node is traced, which is on the operators only."""
+    return backend == "operators" and torch.compiler.is_compiling()
 
 
 class LinearAct(Function):
@@ -78,7 +83,7 @@ class LinearAct(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, backend: Resolved
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, backend: Runs
     ) -> tuple[Tensor, Tensor | None]:
         """Keep A (or Z) for f', X for dW and W for dX, each only if that gradient is wanted."""
         need_x, need_weight = ctx.needs_input_grad[:2]
@@ -87,7 +92,7 @@ class LinearAct(Function):
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None, a if kind == "a" else z)
         ctx.activation, ctx.backend = activation, backend
         ctx.set_materialize_grads(False)
-        return a, None if torch.compiler.is_compiling() else z
+        return a, None if _one_output(backend) else z
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -127,7 +132,7 @@ class MLPFunction(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, activations: tuple[str, ...], backend: Resolved, *params: Tensor | None
+        ctx: Any, x: Tensor, activations: tuple[str, ...], backend: Runs, *params: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Keep A_l or Z_l of each layer for its f', A_{l-1} for each dW_l that is wanted, W_l for each dgrad."""
         weights = params[0::2]
@@ -150,7 +155,7 @@ class MLPFunction(Function):
         ctx.save_for_backward(*inputs, weights[0] if need_x else None, *weights[1:], *saved)
         ctx.activations, ctx.backend = activations, backend
         ctx.set_materialize_grads(False)
-        return a, *([None] * len(hidden) if torch.compiler.is_compiling() else hidden)
+        return a, *([None] * len(hidden) if _one_output(backend) else hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

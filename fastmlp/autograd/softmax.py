@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import reference
+from ..backend import has_values, traced
 from ..base.arguments import check_class_target, check_classes, check_tensor, check_values
 from .elementwise import apply_loss
 from .transforms import differentiable, transformed
@@ -47,7 +48,7 @@ def softmax(z: Tensor) -> Tensor:
     check_tensor(z, "the input")
     if not z.is_floating_point() or z.dim() == 0:
         raise RuntimeError(f"expected floating-point values [*, classes], got {z.dtype} {list(z.shape)}")
-    return torch.softmax(z, -1) if transformed(z) else Softmax.apply(z)
+    return torch.softmax(z, -1) if transformed(z) or traced(z) else Softmax.apply(z)
 
 
 def softmax_squared_error(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -78,7 +79,7 @@ def softmax_squared_error(input: Tensor, target: Tensor, reduction: str = "mean"
         check_values(input, target, reduction)
     else:
         check_class_target(input, target, reduction)
-        if target.device.type == "cpu" and target.numel() and not transformed(input):
+        if target.device.type == "cpu" and has_values(target) and target.numel():
             check_classes(target, input.shape[-1])
     if input.dim() == 2:
         return apply_loss(input, target, "softmax_squared_error", reduction)

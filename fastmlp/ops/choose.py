@@ -1,9 +1,9 @@
 """The fused operations without autograd: on which backend they run.
 
 ``ops.on(backend)`` is the module that has the functions of ``Operations``: ``fastmlp.ops.torch_ops``,
-``fastmlp.ops.triton_ops`` or, while torch.compile traces, ``fastmlp.ops.compiled``.
+``fastmlp.ops.triton_ops`` or, where a compiler or a dispatch mode watches, ``fastmlp.ops.compiled``.
 
-``backend`` is what ``fastmlp.backend.resolve`` returned for the operation's input. A backward pass is given the
+``backend`` is what ``fastmlp.backend.runs`` returned for the operation's input. A backward pass is given the
 backend of its forward pass, because it runs on another thread and possibly outside the ``use_backend`` block.
 Arguments were validated by the callers in ``fastmlp.functional``.
 """
@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from ..backend import Resolved
+from ..backend import Runs, watched
 from . import compiled, torch_ops, triton_ops
 from .torch_losses import Gradients, Rows, Settings
 
@@ -65,8 +64,8 @@ class Operations(BackwardOperations, Protocol):
         """(dA, dY)."""
 
 
-def on(backend: Resolved) -> Operations:
+def on(backend: Runs) -> Operations:
     """The operations on a backend."""
     if backend == "torch":
         return torch_ops
-    return compiled if torch.compiler.is_compiling() else triton_ops
+    return compiled if backend == "operators" or watched() else triton_ops

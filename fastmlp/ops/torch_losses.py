@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import reference
 from ..base.arguments import LABELS
@@ -98,7 +99,7 @@ def torch_is_as_fast(z: Tensor, target: Tensor, smoothing: float) -> bool:
         and target.dtype in LABELS
         and isinstance(smoothing, (int, float))
         and smoothing == 0
-        and not _rows_are_short(z)
+        and (type(z) is not Tensor or is_compiling() or not _rows_are_short(z))
     )
 
 
@@ -213,7 +214,7 @@ def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str, delta: float = 1.0
         return function(a, y, reduction=reduction, delta=delta)
     if function is not None:
         return function(a, y, reduction=reduction)
-    return by_formula(a, y, loss, reduction)
+    return by_formula(a, y, loss, reduction, delta)
 
 
 def loss_bwd(

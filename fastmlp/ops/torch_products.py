@@ -11,27 +11,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .. import cpu
 from ..activations import ACTIVATIONS
-from ..backend import functorch_active
+from ..backend import functorch_active, watched
 
 #: Multiplications of a product that repay asking which library is faster: 64 rows and a layer of 256 x 256.
 _LARGE = 1 << 22
-_PLAIN = (Tensor, Parameter)
 
 
 def _unseen(a: Tensor, b: Tensor) -> bool:
     """Whether nobody else observes which operators run on these tensors of a CPU."""
-    return (
-        not torch.compiler.is_compiling()
-        and a.device.type == "cpu"
-        and type(a) in _PLAIN
-        and type(b) in _PLAIN
-        and not torch._C._len_torch_dispatch_stack()
-        and not functorch_active()
-    )
+    return a.device.type == "cpu" and not (watched(a, b) or functorch_active())
 
 
 def _wide(a: Tensor, b: Tensor) -> torch.dtype | None:

@@ -85,8 +85,7 @@ def activation_grad_from_output(a: Tensor, activation: str) -> Tensor:
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity") -> Tensor:
     """A = f(X W^T + b)."""
-    z = pixels(x, weight.dtype) @ weight.t()
-    return activate(z if bias is None else z + bias, activation)
+    return activate(torch.nn.functional.linear(pixels(x, weight.dtype), weight, bias), activation)
 
 
 def linear_dgrad(dz: Tensor, weight: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 import fastmlp
 from fastmlp import functional, reference
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.ops import compiled
 from tests.support.harness import FLOATS, assert_within_budget, poisoned
 
 SIZES = (33, 17, 40, 10)
@@ -282,23 +281,3 @@ def test_compiled_again_for_another_backend(lane, launched):
             assert bool(launched) == (choose == "triton")
     finally:
         fastmlp.set_backend(before)
-
-
-def test_operators(lane):
-    """Schemas and shape functions of the operators, by torch's own check."""
-    g = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=g).to(lane)  # noqa: E731
-    x, w, b, dz, saved = draw(7, 9), draw(5, 9), draw(5), draw(7, 5), draw(7, 9)
-    pixels = torch.arange(63, dtype=torch.uint8).view(7, 9).to(lane)
-    for operator, cases in {
-        compiled.linear_fwd_operator: [
-            (x, w, b, "relu", False),
-            (x, w, None, "gelu", True),
-            (pixels, w, b, "silu", True),
-        ],
-        compiled.linear_dgrad_operator: [(dz, w, None, "identity"), (dz, w, saved, "silu")],
-        compiled.linear_wgrad_operator: [(dz, x, True), (dz, pixels, False)],
-        compiled.activation_bwd_operator: [(x, saved, "tanh"), (x.t().contiguous().t(), saved, "gelu")],
-    }.items():
-        for args in cases:
-            torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
