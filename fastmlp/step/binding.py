@@ -6,12 +6,12 @@ compute what the engine computes.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from operator import itemgetter
 
 from torch import Tensor
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 from ..base.arguments import check_network, check_same_device
 from ..nn import MLP, _only_computes
@@ -47,11 +47,8 @@ class Binding:
         self._model, self._attributes = model, model.__dict__
         self._modules, self._container = model._modules, model.layers
         self.layers = model._linears()
-        # A parameter has no table before its first hook.
-        parameters = [p for layer in self.layers for p in layer._parameters.values() if p is not None]
-        tables = [table for p in parameters for table in (p._backward_hooks, p._post_accumulate_grad_hooks)]
-        self._hooks = *_GLOBAL_HOOKS, *(table for table in tables if table is not None)
-        _check_model(model, any(self._hooks) or any(_hook_tables(model.__dict__)))
+        self._handles = RemovableHandle.next_id
+        _check_model(model, self._has_hooks())
         named = [
             (f"layers.{i}.{name}", layer._parameters, name, parameter)
             for i, layer in enumerate(self.layers)
@@ -80,24 +77,24 @@ class Binding:
         self._shapes = [parameter.shape for parameter in self._all]
         self._layers = [(layer.__dict__, layer._slot, layer._slot.activation) for layer in self.layers]
         self.kind = self.trained, [activation for *_, activation in self._layers]
-        self._referents = gc.get_referents(self._modules, self._container._modules, *self._all)
 
     def holds(self) -> bool:
         """Whether nothing has changed that a step depends on. False may also be a change that does not matter.
 
         Each step asks, so that every property is read by one call of C for all parameters.
         """
-        # One call finds the layers in their tables, and the first hook of each parameter: an object that it refers to.
-        container = self._container._modules
-        if any(self._hooks) or gc.get_referents(self._modules, container, *self._all) != self._referents:
-            return False
+        # torch numbers the handles of all hooks, so that one number tells whether there can be new ones.
+        if RemovableHandle.next_id != self._handles:
+            if self._has_hooks():
+                return False
+            self._handles = RemovableHandle.next_id
         for table, name, parameter in self._places:
             if table.get(name) is not parameter:
                 return False
         for attributes, slot, activation in self._layers:
             if slot.activation != activation or attributes["_slot"] is not slot:
                 return False
-            if "forward" in attributes or any(_hook_tables(attributes)):
+            if "forward" in attributes:
                 return False
         # The same address, order, and number of outputs leave no other shape that fits between the layers beside it.
         return (
@@ -105,8 +102,20 @@ class Binding:
             and [parameter.requires_grad for parameter in self._all] == self._requires_grad
             and list(map(_numel, self._outputs)) == self._numels
             and all(map(_is_contiguous, self._weights))
-            and not ("forward" in self._attributes or any(_hook_tables(self._attributes)))
+            and list(self._container._modules.values()) == self.layers
+            and self._modules["layers"] is self._container
+            and "forward" not in self._attributes
             and type(self._model).forward is _FORWARD
+        )
+
+    def _has_hooks(self) -> bool:
+        """Whether a call of the model, or a gradient of a parameter, would run a hook."""
+        modules = [_hook_tables(module.__dict__) for module in (self._model, *self.layers)]
+        parameters = [p for layer in self.layers for p in layer._parameters.values() if p is not None]
+        return (
+            any(_GLOBAL_HOOKS)
+            or any(any(tables) for tables in modules)
+            or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
         )
 
     def rebound(self) -> Binding:

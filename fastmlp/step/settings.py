@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .optimizers import Optimizer, optimizer_of
 
@@ -30,7 +31,8 @@ class StepOptimizer(torch.optim.Optimizer):
         self._values_of = itemgetter(*names)
         self._names, self._seen = names, self._values_of(self.param_groups[0])
         #: What an update of torch's optimizers would call.
-        self.hooks = (
+        self._handles = -1  # as Binding's
+        self._hooks = (
             self._optimizer_step_pre_hooks,
             self._optimizer_step_post_hooks,
             torch_optimizer._global_optimizer_pre_hooks,
@@ -44,11 +46,13 @@ class StepOptimizer(torch.optim.Optimizer):
             TypeError, ValueError: a value that its name does not allow.
             RuntimeError: there is a hook, which a step would not call, or another group.
         """
-        if any(self.hooks) or len(self.param_groups) != 1:
-            raise RuntimeError(
-                "step.optimizer has a hook or a second param group, which a TrainStep does not follow; remove it, or "
-                "train with autograd and a torch.optim optimizer"
-            )
+        if RemovableHandle.next_id != self._handles or len(self.param_groups) != 1:
+            if any(self._hooks) or len(self.param_groups) != 1:
+                raise RuntimeError(
+                    "step.optimizer has a hook or a second param group, which a TrainStep does not follow; remove it, "
+                    "or train with autograd and a torch.optim optimizer"
+                )
+            self._handles = RemovableHandle.next_id
         values = self._values_of(self.param_groups[0])
         try:
             if values == self._seen:
