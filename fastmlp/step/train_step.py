@@ -55,7 +55,7 @@ class TrainStep:
             (values [B, C]). "bce" is ``functional.bce_with_logits``, of logits. Each loss is a mean as with torch's
             default reduction.
         dtype: of the products: default the parameters' own; float32 parameters with float16 or bfloat16 products are
-            mixed precision with float32 masters.
+            mixed precision with float32 masters. torch.autocast does not change it.
         cuda_graph: capture steps in CUDA graphs at their second use (default True; only with backend "triton").
 
     Attributes:

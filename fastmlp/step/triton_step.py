@@ -7,6 +7,8 @@
 
 Nothing is launched for zeroing gradients, casting, gathering, scaling or averaging. A long batch costs one launch
 more (the reduction of split sums), clipping and float16's loss scale a few more: they need all gradients first.
+With float32 parameters and 16-bit products, a step or an epoch begins with one launch of torch's, outside the graph: it
+copies the parameters into what the products read, because anybody may have written to a parameter since the last call.
 Losses other than cross-entropy, more classes than the head takes, or an activation behind the last layer put
 linear_fwd, the loss kernel and a dgrad in the place of the head.
 
