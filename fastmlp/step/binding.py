@@ -103,7 +103,7 @@ class Binding:
             and list(map(_numel, self._outputs)) == self._numels
             and all(map(_is_contiguous, self._weights))
             and list(self._container._modules.values()) == self.layers
-            and self._modules["layers"] is self._container
+            and self._modules.get("layers") is self._container
             and "forward" not in self._attributes
             and type(self._model).forward is _FORWARD
         )

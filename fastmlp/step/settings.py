@@ -29,9 +29,9 @@ class StepOptimizer(torch.optim.Optimizer):
         super().__init__(params, {name: getattr(rule, name) for name in names})
         self._built = True
         self._values_of = itemgetter(*names)
-        self._names, self._seen = names, self._values_of(self.param_groups[0])
-        #: What an update of torch's optimizers would call.
-        self._handles = -1  # as Binding's
+        self._names = names
+        #: What an update of torch's optimizers would call, and the number of the last handle when nothing was in it.
+        self._handles = -1
         self._hooks = (
             self._optimizer_step_pre_hooks,
             self._optimizer_step_post_hooks,
@@ -40,7 +40,7 @@ class StepOptimizer(torch.optim.Optimizer):
         )
 
     def changed(self, rule: Optimizer) -> Optimizer | None:
-        """The rule with the group's values, if they are others than at the last call.
+        """The rule with the group's values, if they are others than those of ``rule``.
 
         Raises:
             TypeError, ValueError: a value that its name does not allow.
@@ -55,14 +55,12 @@ class StepOptimizer(torch.optim.Optimizer):
             self._handles = RemovableHandle.next_id
         values = self._values_of(self.param_groups[0])
         try:
-            if values == self._seen:
+            if values == tuple(vars(rule).values()):
                 return None
         except RuntimeError:  # a tensor of several elements: the check below says what is wrong with it
             pass
         new = optimizer_of(rule.name, dict(zip(self._names, values, strict=True)))
-        # A tensor may change its value and stay the same object: its number is read at every step.
-        self._seen = () if any(isinstance(value, Tensor) for value in values) else values
-        return new
+        return None if new == rule else new
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """``TrainStep.update``: apply the gradients of ``TrainStep.gradients``."""

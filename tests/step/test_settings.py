@@ -175,6 +175,20 @@ def test_nonsense_is_refused_by_name(name, value, error):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
+def test_a_setting_waits_for_a_call_that_is_not_refused():
+    model, step, twin, optimizer = pair(momentum=0.9)
+    handle = model.register_forward_hook(lambda *a: None)
+    step.optimizer.param_groups[0].update(lr=0.01, momentum=0.5)
+    optimizer.param_groups[0].update(lr=0.01, momentum=0.5)
+    with pytest.raises(ValueError, match="hook"):
+        step(*data())
+    handle.remove()
+    for _ in range(2):
+        step(*data())
+        train(twin, optimizer)
+    agree(model, twin)
+
+
 def test_a_tensor_as_the_learning_rate_is_read_at_every_step():
     model, step, twin, optimizer = pair()
     rate = torch.tensor(0.1)

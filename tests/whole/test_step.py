@@ -203,6 +203,23 @@ def test_follows_parameters_that_were_loaded(lane, parameters, products):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize(("parameters", "products"), PRECISIONS[1:], ids=str)
+def test_follows_values_that_raise_no_version(lane, parameters, products):
+    torch.manual_seed(0)
+    model = fastmlp.MLP((33, 17, 5)).to(lane, parameters)
+    images, labels = (t.to(lane) for t in data(16, 33, 5))
+    with use_backend("triton"):
+        step = TrainStep(model, dtype=products, lr=0.1)
+        step(images, labels)
+        for parameter in model.parameters():
+            parameter.data.neg_()
+        other = copy.deepcopy(model)
+        loss = step(images, labels)
+        assert TrainStep(other, dtype=products, lr=0.1)(images, labels) == loss
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("label", [-1, -100, 5])
 @pytest.mark.parametrize("classes", [5, 80], ids=["head", "more classes than the head takes"])
 def test_a_label_out_of_range_makes_the_loss_nan(lane, monkeypatch, classes, label):
