@@ -4,7 +4,7 @@
     l1                     L = |a - y|                                  dL/da = sign(a - y)
     huber                  L = c (a - y - c/2)                          dL/da = c = clamp(a - y, -delta, delta)
     binary_cross_entropy   L = -(y log a + (1 - y) log(1 - a))          dL/da = (a - y) / (a (1 - a))
-    bce_with_logits        L = max(a, 0) - a y + log(1 + e^-|a|)        dL/da = sigmoid(a) - y
+    bce_with_logits        L = (1 - y) a + max(-a, 0) + log(1 + e^-|a|) dL/da = sigmoid(a) - y
     nllm                   L = -y log a                                 dL/da = -y / a
 
 bce_with_logits is binary_cross_entropy of sigmoid(a). Where a logarithm or a quotient is not finite, the values are
@@ -60,7 +60,7 @@ def _loss(a, y, delta, LOSS: tl.constexpr):
     elif LOSS == "binary_cross_entropy":
         loss = -(y * _log_probability(a, 1.0 - a) + (1.0 - y) * _log_probability(1.0 - a, a))
     elif LOSS == "bce_with_logits":
-        loss = tl.where(a > 0.0, a, 0.0) - a * y + log1p_small(tl.exp(-tl.abs(a)))
+        loss = (1.0 - y) * a + tl.where(a < 0.0, -a, 0.0) + log1p_small(tl.exp(-tl.abs(a)))
     else:
         tl.static_assert(LOSS == "nllm", "unknown loss")
         loss = tl.where(y == 0.0, 0.0, -y * tl.log(a))

@@ -36,7 +36,9 @@ def elementwise_loss(a: Tensor, y: Tensor, loss: str, delta: float = 1.0) -> Ten
         case "binary_cross_entropy":
             return torch.nn.functional.binary_cross_entropy(a, y, reduction="none")
         case "bce_with_logits":
-            return (1 - y) * a - torch.nn.functional.logsigmoid(a)
+            # Two terms of one sign: no digits cancel, and the derivative at 0 is sigmoid(0) - y.
+            logsigmoid = torch.nn.functional.logsigmoid
+            return -y * logsigmoid(a) - (1 - y) * logsigmoid(-a)
         case "nllm":
             return -y * torch.log(torch.where((y == 0) & ~(a > 0), 1.0, a))  # a term of y = 0 is 0 for any a
     raise _unknown(loss)
