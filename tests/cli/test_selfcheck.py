@@ -16,7 +16,7 @@ ALL = (*BY_DEFAULT, torch.float16)
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "sizes", "most"), [(BY_DEFAULT, SHORT, 200), (ALL, FULL, 400)], ids=["short", "all"]
+    ("dtypes", "sizes", "most"), [(BY_DEFAULT, SHORT, 210), (ALL, FULL, 410)], ids=["short", "all"]
 )
 def test_kernels_to_compile(monkeypatch, dtypes, sizes, most):
     kernels = set()
