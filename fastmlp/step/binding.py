@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import itemgetter
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
@@ -53,7 +53,7 @@ class Binding:
             (f"layers.{i}.{name}", layer._parameters, name, parameter)
             for i, layer in enumerate(self.layers)
             for name in ("weight", "bias")
-            if (parameter := layer._parameters.get(name)) is not None
+            if (parameter := layer._parameters[name]) is not None
         ]
         of_model = [(name, parameter) for name, _, _, parameter in named]
         _check_parameters(of_model)
@@ -67,15 +67,19 @@ class Binding:
         self.trained = [name for name, _ in trained]
         self.parameters = [parameter for _, parameter in trained]
         self._all = [parameter for *_, parameter in named]
-        self._places = [(table, name, parameter) for _, table, name, parameter in named]
+        self._places = [
+            (t, name, t[name]) for t in (la._parameters for la in self.layers) for name in ("weight", "bias")
+        ]
         self._weights = weights
         self._addresses = [parameter.data_ptr() for parameter in self._all]
         self._requires_grad = [parameter.requires_grad for parameter in self._all]
         #: One parameter per layer, which tells the number of outputs.
-        self._outputs = [list(layer.parameters())[-1] for layer in self.layers]
+        self._outputs = [layer.weight if layer.bias is None else layer.bias for layer in self.layers]
+        #: A transposed row or column is contiguous too.
+        self._vectors = [(weight, weight.shape) for weight in weights if 1 in weight.shape]
         self._numels = list(map(_numel, self._outputs))
         self._shapes = [parameter.shape for parameter in self._all]
-        self._layers = [(layer.__dict__, layer._slot, layer._slot.activation) for layer in self.layers]
+        self._layers = [(la, type(la), la.__dict__, la._slot, la._slot.activation) for la in self.layers]
         self.kind = self.trained, [activation for *_, activation in self._layers]
 
     def holds(self) -> bool:
@@ -91,10 +95,13 @@ class Binding:
         for table, name, parameter in self._places:
             if table.get(name) is not parameter:
                 return False
-        for attributes, slot, activation in self._layers:
+        for layer, kind, attributes, slot, activation in self._layers:
             if slot.activation != activation or attributes["_slot"] is not slot:
                 return False
-            if "forward" in attributes:
+            if layer.__class__ is not kind or "forward" in attributes:
+                return False
+        for weight, shape in self._vectors:
+            if weight.shape != shape:
                 return False
         # The same address, order, and number of outputs leave no other shape that fits between the layers beside it.
         return (
@@ -125,8 +132,13 @@ class Binding:
             RuntimeError: the parameters are not those of the model any more, or not where they were.
             ValueError, RuntimeError: as a new binding.
         """
-        for (table, name, parameter), address, shape in zip(self._places, self._addresses, self._shapes, strict=True):
-            if table.get(name) is not parameter or parameter.data_ptr() != address or parameter.shape != shape:
+        places = {id(parameter): place for place, parameter in zip(self._addresses, self._all, strict=True)}
+        shapes = {id(parameter): shape for shape, parameter in zip(self._shapes, self._all, strict=True)}
+        for table, name, parameter in self._places:
+            moved = parameter is not None and (
+                parameter.data_ptr() != places[id(parameter)] or parameter.shape != shapes[id(parameter)]
+            )
+            if table.get(name) is not parameter or moved:
                 raise RuntimeError(
                     f"a {name} of the model was replaced or moved after the TrainStep was made (by model.to(...), by "
                     "a parametrization, or by assigning a parameter or its .data), so a step would train what the "
@@ -142,13 +154,15 @@ class Binding:
 
 def _check_model(model: MLP, has_hooks: bool) -> None:
     """ValueError for a model whose call does more, or something else, than its layers' formula."""
-    if type(model).forward is not _FORWARD or "forward" in model.__dict__:
+    own_call = type(model).__call__ is not nn.Module.__call__
+    if own_call or type(model).forward is not _FORWARD or "forward" in model.__dict__:
+        name = "__call__" if own_call else "forward"
         raise ValueError(
-            f"{type(model).__name__} has a forward of its own, which a TrainStep would not call; train the model with "
+            f"{type(model).__name__} has a {name} of its own, which a TrainStep would not call; train the model with "
             "autograd"
         )
     for i, layer in enumerate(model._linears()):
-        if not _only_computes(layer) or "weight" not in layer._parameters:
+        if not _only_computes(layer) or not {"weight", "bias"} <= layer._parameters.keys():
             raise ValueError(
                 f"layers.{i} has hooks, another class than an MLP's layers, a parametrization or a forward of its own, "
                 "which a TrainStep would not call; remove them, or train with autograd"
@@ -169,6 +183,12 @@ def _check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
     """ValueError or RuntimeError for parameters that cannot be updated in place, each on its own."""
     seen: dict[int, str] = {}
     first = named[0][1]
+    addresses = [parameter.data_ptr() for _, parameter in named if parameter.data_ptr()]  # 0: empty, or on "meta"
+    if len(set(addresses)) < len(addresses) and len({id(parameter) for _, parameter in named}) == len(named):
+        raise ValueError(
+            "two parameters lie in the same memory, which a TrainStep would update twice; train shared parameters with "
+            "autograd"
+        )
     for name, parameter in named:
         if id(parameter) in seen:
             raise ValueError(

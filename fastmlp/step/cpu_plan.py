@@ -92,9 +92,10 @@ class Network:
         for module in self.modules:
             k, n, bias = module.in_features, module.out_features, module.bias is not None
             copy = Linear(k, n, bias, module.activation, "meta", module.weight.dtype).to_empty(device="cpu")
-            for own, param in zip(copy.parameters(), module.parameters(), strict=True):
-                torch.nn.init.constant_(own, 1 / k)
-                own.requires_grad_(param.requires_grad)
+            for own, param in ((copy.weight, module.weight), (copy.bias, module.bias)):
+                if param is not None:
+                    torch.nn.init.constant_(own, 1 / k)
+                    own.requires_grad_(param.requires_grad)
             modules.append(copy)
         return Network(modules, replace(self.rule, lr=1e-3), self.loss, self.dtype)
 

@@ -14,6 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .optimizers import Optimizer, optimizer_of
 
+#: Settings of torch's optimizers that no rule has.
+_FOREIGN = frozenset({"amsgrad", "capturable", "dampening", "differentiable", "foreach", "fused", "maximize"})
+
 
 class StepOptimizer(torch.optim.Optimizer):
     """``TrainStep.optimizer``: one param group, whose values the next step takes.
@@ -29,7 +32,7 @@ class StepOptimizer(torch.optim.Optimizer):
         super().__init__(params, {name: getattr(rule, name) for name in names})
         self._built = True
         self._values_of = itemgetter(*names)
-        self._names = names
+        self._names, self._count = names, len(self.param_groups[0]["params"])
         #: What an update of torch's optimizers would call, and the number of the last handle when nothing was in it.
         self._handles = -1
         self._hooks = (
@@ -53,7 +56,13 @@ class StepOptimizer(torch.optim.Optimizer):
                     "or train with autograd and a torch.optim optimizer"
                 )
             self._handles = RemovableHandle.next_id
-        values = self._values_of(self.param_groups[0])
+        group = self.param_groups[0]
+        if len(group["params"]) != self._count or not _FOREIGN.isdisjoint(group):
+            raise RuntimeError(
+                "the param group of step.optimizer has other parameters than the model, or a setting that a TrainStep "
+                f"does not have ({', '.join(sorted(_FOREIGN))}); take it back, or train with autograd and torch.optim"
+            )
+        values = self._values_of(group)
         try:
             if values == tuple(vars(rule).values()):
                 return None
@@ -67,6 +76,11 @@ class StepOptimizer(torch.optim.Optimizer):
         if closure is not None:
             raise TypeError("step.optimizer takes no closure; call the TrainStep, which computes the loss itself")
         self._step().update()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, and forget the gradients that wait for an update."""
+        super().zero_grad(set_to_none)
+        self._step().forget_gradients()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """A TrainStep has one group; a further one is a NotImplementedError."""

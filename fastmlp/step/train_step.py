@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..backend import resolve
+from ..base.arguments import check_tensor
 from ..base.losses import STEP_LOSSES
 from ..nn import MLP
 from .binding import Binding
@@ -22,6 +23,9 @@ from .validation import Batches, check_batch_size, check_dtype, check_is_mlp, ch
 if TYPE_CHECKING:
     from .triton_step import TritonStep
 
+#: Attributes that stay, and settings that are no attributes.
+_FIXED = frozenset({"model", "loss", "dtype", "device", "backend", "optimizer"})
+_SETTINGS = frozenset({"momentum", "weight_decay", "nesterov", "betas", "eps", "max_grad_norm"})
 #: Losses that are allocated together.
 _BLOCK = 256
 
@@ -107,7 +111,7 @@ class TrainStep:
         self._cuda_graph = cuda_graph
         #: True on the Triton path, where no other code checks the class numbers.
         self._checks_classes = self.backend == "triton"
-        self._has_gradients = False
+        self._has_gradients = self._lost_gradients = False
         #: Optimizer state of parameters that are frozen now, by name.
         self._parked: dict[str, Tensor] = {}
         #: Kernels go to the current device; the model's need not be that.
@@ -134,6 +138,13 @@ class TrainStep:
     def lr(self, value: float) -> None:
         self.optimizer.param_groups[0]["lr"] = check_setting("lr", value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(f"a TrainStep keeps its {name}; make a new TrainStep")
+        if name in _SETTINGS:
+            raise AttributeError(f"set {name} in step.optimizer.param_groups[0], which a step follows")
+        super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         """The model, the optimizer with its settings, loss, dtype and backend."""
         group, sizes = self.optimizer.param_groups[0], "-".join(map(str, self.model.sizes))
@@ -149,7 +160,9 @@ class TrainStep:
         arguments = {name: group[name] for name in self.rule.settings}
         arguments |= {"optimizer": self.rule.name, "loss": self.loss, "dtype": self.dtype}
         arguments |= {"cuda_graph": self._cuda_graph}
-        return _restored, (self.model, arguments, self.state_dict(), self._parked)
+        state = self.state_dict()
+        extra = {name: value for name, value in group.items() if name not in (*self.rule.settings, "params")}
+        return _restored, (self.model, arguments, state, self._parked, extra)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """One optimizer step on a batch.
@@ -161,7 +174,8 @@ class TrainStep:
         Returns:
             The loss before the step: 0-d, on the device, without waiting for it; a tensor of its own. On a CPU an
             out-of-range class number raises IndexError before anything changes. On a GPU it makes the loss NaN; without
-            the kernels (backend "torch") it is a device-side assertion of torch's.
+            the kernels (backend "torch") it is a device-side assertion of torch's. The loss of an empty batch is NaN,
+            and such a step changes nothing.
         """
         x, y = self._checked(x, y, in_range=self._checks_classes)
         loss = self._next_loss()
@@ -229,11 +243,15 @@ class TrainStep:
             ValueError: an empty batch, whose mean loss has no gradient; and what a step raises.
         """
         x, y = self._checked(x, y, in_range=self._checks_classes)
+        if accumulate and self._lost_gradients:
+            raise RuntimeError(
+                "the gradients so far were lost when the model or the settings changed; begin with accumulate=False"
+            )
         if x.shape[0] == 0:
             raise ValueError("expected at least one row; the mean loss of an empty batch has no gradient")
         with self._on_device:
             grads = self._engine.gradients(x, y, self._next_loss(), accumulate=accumulate and self._has_gradients)
-        self._has_gradients = True
+        self._has_gradients, self._lost_gradients = True, False
         return dict(zip(self._binding.trained, grads, strict=True))
 
     def update(self) -> None:
@@ -250,6 +268,10 @@ class TrainStep:
             self._engine.update()
         self._updated()
 
+    def forget_gradients(self) -> None:
+        """Drop the gradients that wait for ``update``."""
+        self._has_gradients = self._lost_gradients = False
+
     def state_dict(self) -> dict[str, Tensor]:
         """What a run needs besides the model's own state_dict to go on exactly as if it had not stopped.
 
@@ -257,8 +279,9 @@ class TrainStep:
         "NAME.exp_avg" and "NAME.exp_avg_sq" with AdamW), and "NAME.master" in float32 where the parameter has 16 bits.
         Also "step" (updates so far) where the update depends on it, as AdamW's does, and for float16 products
         "loss_scale" and "loss_scale_good_steps". Only tensors, so that safetensors can store them; the same for both
-        backends.
+        backends. The state of parameters that are frozen now is not in it.
         """
+        self._follow()
         counters = self._engine.counters().items()
         state = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in counters}
         return state | {name: tensor.clone() for name, tensor in self._parameter_state().items()}
@@ -270,6 +293,7 @@ class TrainStep:
             ValueError: names or shapes are not those of this step (another optimizer, another model); nothing has
                 changed then.
         """
+        self._follow()
         own, counters = self._parameter_state(), self._engine.counters()
         expected = own.keys() | counters.keys()
         if state_dict.keys() != expected:
@@ -278,13 +302,16 @@ class TrainStep:
                 f"the state does not fit this TrainStep ({self.rule.name}, {self.dtype}): missing "
                 f"{', '.join(missing) or 'nothing'}; unexpected {', '.join(unknown) or 'nothing'}"
             )
+        values = {name: float(state_dict[name]) for name in counters}
         for name, tensor in own.items():
+            check_tensor(state_dict[name], name)
             if state_dict[name].shape != tensor.shape:
                 raise ValueError(f"expected {name} of shape {list(tensor.shape)}, got {list(state_dict[name].shape)}")
         for name, tensor in own.items():
             tensor.copy_(state_dict[name])
-        self._engine.set_counters({name: float(state_dict[name]) for name in counters})
-        self._has_gradients = False
+        self._engine.set_counters(values)
+        self._parked = {}
+        self.forget_gradients()
 
     def _parameter_state(self) -> dict[str, Tensor]:
         """The engine's tensors by name, live."""
@@ -331,6 +358,7 @@ class TrainStep:
                 "updates of all parameters together; make a new TrainStep"
             )
         engine = self._new_engine(binding, rule)
+        self._lost_gradients |= self._has_gradients
         self._engine, self._binding, self.rule, self._has_gradients = engine, binding, rule, False
         own = self._parameter_state()
         self._parked = {name: tensor for name, tensor in state.items() if name not in own}
@@ -347,9 +375,12 @@ class TrainStep:
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
-def _restored(model: MLP, arguments: dict[str, Any], state: dict[str, Tensor], parked: dict[str, Tensor]) -> TrainStep:
+def _restored(
+    model: MLP, arguments: dict[str, Any], state: dict[str, Tensor], parked: dict[str, Tensor], extra: dict[str, Any]
+) -> TrainStep:
     """The copy that ``TrainStep.__reduce__`` describes."""
     step = TrainStep(model, **arguments)
-    step._parked = parked
     step.load_state_dict(state)
+    step._parked = parked
+    step.optimizer.param_groups[0].update(extra)  # what schedulers keep there
     return step

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastmlp
 from tests.support.steps import one_thread  # noqa: F401
@@ -295,6 +295,44 @@ class TestModules:
             with pytest.raises(ValueError, match=r"layers\.0 has"):
                 fastmlp.TrainStep(model)
 
+    def test_computed_and_added_biases(self, batch):
+        model, step = made()
+        parametrize.register_parametrization(model.layers[0], "bias", nn.Identity())
+        refuses(step, *batch, match="make a new TrainStep")
+        with pytest.raises(ValueError, match=r"layers\.0 has"):
+            fastmlp.TrainStep(model)
+        model = fastmlp.MLP([4, 8, 3], bias=False)
+        step = fastmlp.TrainStep(model)
+        model.layers[0].bias = nn.Parameter(torch.ones(8))
+        refuses(step, *batch, match="make a new TrainStep")
+
+    def test_another_class_and_a_call_of_its_own(self, batch):
+        class Other(type(fastmlp.MLP([4, 3]).layers[0])):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x
+
+        class Called(fastmlp.MLP):
+            def __call__(self, x: torch.Tensor) -> torch.Tensor:
+                return 3 * super().__call__(x)
+
+        model, step = made()
+        model.layers[0].__class__ = Other
+        refuses(step, *batch, match="forward of its own")
+        with pytest.raises(ValueError, match="__call__ of its own"):
+            fastmlp.TrainStep(Called([4, 3]))
+
+    def test_parameters_in_one_memory(self):
+        model = fastmlp.MLP([4, 4, 4])
+        model.layers[1].weight.data = model.layers[0].weight.data
+        with pytest.raises(ValueError, match="same memory"):
+            fastmlp.TrainStep(model)
+
+    def test_another_parameter_of_a_layer(self, batch):
+        model, _ = made()
+        model.layers[0].scale = nn.Parameter(torch.ones(1))
+        fastmlp.TrainStep(model)(*batch)
+        assert model.layers[0].scale == 1
+
     def test_harmless_changes(self, batch):
         model, step = made()
         model.eval()
@@ -303,6 +341,26 @@ class TestModules:
         engine, expected = step._engine, loss_of(model, *batch)
         assert step(*batch).item() == pytest.approx(expected, abs=1e-6)
         assert step._engine is engine
+
+
+class TestGradients:
+    """Gradients that wait for an update."""
+
+    def test_lost_gradients_are_not_added_to(self, batch):
+        model, step = made()
+        step.gradients(*batch)
+        model.layers[0].bias.requires_grad_(False)
+        with pytest.raises(RuntimeError, match="were lost"):
+            step.gradients(*batch, accumulate=True)
+        step.gradients(*batch)
+        step.gradients(*batch, accumulate=True)
+
+    def test_zero_grad(self, batch):
+        _, step = made()
+        expected = {name: grad.clone() for name, grad in step.gradients(*batch).items()}
+        step.optimizer.zero_grad()
+        for name, grad in step.gradients(*batch, accumulate=True).items():
+            assert torch.equal(grad, expected[name])
 
 
 class TestLosses:

@@ -230,6 +230,23 @@ def test_what_the_optimizer_does_not_do():
         step(*data())
 
 
+def test_what_a_step_would_not_follow_cannot_be_set():
+    model, step, *_ = pair()
+    for name in ("momentum", "weight_decay", "max_grad_norm"):
+        with pytest.raises(AttributeError, match=rf"set {name} in step\.optimizer\.param_groups"):
+            setattr(step, name, 0.5)
+    for name, value in (("model", model), ("loss", "mse"), ("dtype", torch.float16)):
+        with pytest.raises(AttributeError, match=f"keeps its {name}"):
+            setattr(step, name, value)
+    step.optimizer.param_groups[0]["maximize"] = True
+    with pytest.raises(RuntimeError, match="a setting that a TrainStep does not have"):
+        step(*data())
+    del step.optimizer.param_groups[0]["maximize"]
+    del step.optimizer.param_groups[0]["params"][0]
+    with pytest.raises(RuntimeError, match="other parameters than the model"):
+        step(*data())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
