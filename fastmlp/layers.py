@@ -185,12 +185,13 @@ class LayerList(nn.ModuleList):
         if place == len(self._slots):
             self._slots.append(Slot())
         if isinstance(module, _Activated):
-            self._slots[place] = module._slot
+            # What wraps a Linear later applies the activation inside the Linear, and the place has none beside it.
+            self._slots[place] = module._slot if isinstance(module, Affine) else Slot()
 
     def insert(self, index: int, module: nn.Module) -> None:
         """As nn.ModuleList's."""
         super().insert(index, module)
-        self._slots.insert(index, module._slot if isinstance(module, _Activated) else Slot())
+        self._slots.insert(index, module._slot if isinstance(module, Affine) else Slot())
 
     def __delitem__(self, index: int | slice) -> None:
         super().__delitem__(index)

@@ -469,3 +469,19 @@ def test_parallel_modules():
     """DistributedDataParallel and FSDP2 train an MLP, and nothing unwraps them silently."""
     run = subprocess.run([sys.executable, "-c", _PARALLEL], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+def test_what_wraps_a_linear_applies_its_activation_once():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model, x = fastmlp.MLP((4, 4, 4)), torch.randn(3, 4)
+    model.layers[0] = fastmlp.Linear(4, 4, activation="tanh")
+    expected = model(x)
+    model.layers[0] = Wrapper(model.layers[0])
+    torch.testing.assert_close(model(x), expected)
