@@ -50,6 +50,9 @@ ON_THE_PROCESSOR = (
     "tests/step/test_dtypes.py",
     "tests/step/test_epoch.py",
     "tests/ops/test_torch_products.py",
+    "tests/autograd/test_transforms.py",
+    "tests/cpu/test_cache.py",
+    "tests/whole/test_graphs.py",
 )
 
 

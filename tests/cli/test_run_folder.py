@@ -201,7 +201,12 @@ def test_signals(tmp_path, small, capsys, monkeypatch, sent, when):
 
     monkeypatch.setattr("fastmlp.train.fit", interrupted)
     capsys.readouterr()
-    assert train(out, "--overwrite") == 130
+    # A shell starts its background jobs with SIGINT ignored, and then Python makes no KeyboardInterrupt of it.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert train(out, "--overwrite") == 130
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     captured = capsys.readouterr()
     assert captured.err.strip() == "fastmlp: interrupted"
     assert signal.getsignal(signal.SIGTERM) == before
