@@ -36,6 +36,30 @@ class _Activated(nn.Module):
     bias: nn.Parameter  # or None; torch's own annotation leaves None out
     _slot: Slot
 
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "identity",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_activation(activation)
+        nn.Module.__init__(self)  # the class after this one may be nn.Linear, which would make parameters too
+        self._slot = Slot(activation)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new values as torch.nn.Linear does."""
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+
     @property
     def activation(self) -> str:
         """A name of ``fastmlp.activations.LAYER_ACTIVATIONS``; another name takes effect in the next forward pass."""
@@ -74,30 +98,6 @@ class Linear(_Activated):
     name fastmlp.Linear too. The layers of an MLP are nn.Linear modules.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        activation: str = "identity",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_activation(activation)
-        super().__init__()
-        self._slot = Slot(activation)
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw new values as torch.nn.Linear does."""
-        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
-
     def forward(self, input: Tensor) -> Tensor:
         """[*, in_features] to [*, out_features]."""
         return functional.linear_act(input, self.weight, self.bias, self.activation)
@@ -105,19 +105,6 @@ class Linear(_Activated):
 
 class Affine(_Activated, nn.Linear):
     """A layer of an MLP: an nn.Linear, Z = x W^T + b, and the name of the activation that the MLP applies to Z."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        activation: str = "identity",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_activation(activation)
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self._slot = Slot(activation)
 
     def forward(self, input: Tensor) -> Tensor:
         """[*, in_features] to [*, out_features], without the activation."""
