@@ -68,15 +68,8 @@ def cross_entropy_fwd_operator(
 
 
 @cross_entropy_fwd_operator.register_fake
-def _(
-    z: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    smoothing: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(z: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduction, ignore_index, smoothing, dtype = options
     _check_logits(z, target, weight, ignore_index, reduction, smoothing)
     return _cross_entropy_results(z, target, weight, reduction, smoothing, dtype)
 
@@ -172,18 +165,8 @@ def _cross_entropy_gradients(z: Tensor, target: Tensor, want_dz: bool, want_dt: 
 
 
 @cross_entropy_bwd_operator.register_fake
-def _(
-    dloss: Tensor,
-    z: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    denominator: Tensor | None,
-    ignore_index: int,
-    smoothing: float,
-    want_dz: bool,
-    want_dt: bool,
-) -> tuple[Tensor, Tensor]:
+def _(dloss: Tensor, z: Tensor, target: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    weight, statistics, denominator, ignore_index, smoothing, want_dz, want_dt = others
     _check_cross_entropy_bwd(dloss, z, target, weight, statistics, denominator, ignore_index, smoothing, want_dt)
     return _cross_entropy_gradients(z, target, want_dz, want_dt)
 
