@@ -7,25 +7,16 @@ compute what the engine computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
 
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..base.arguments import check_network, check_same_device
-from ..nn import MLP, _only_computes
+from ..nn import MLP, _has_hooks, _only_computes
 
 _numel, _is_contiguous = Tensor.numel, Tensor.is_contiguous
 _FORWARD = MLP.forward
-#: The hooks of a module, and those of all modules. A call runs those that are not empty.
-_hook_tables = itemgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_GLOBAL_HOOKS = (
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_forward_hooks,
-    torch_module._global_backward_pre_hooks,
-    torch_module._global_backward_hooks,
-)
 
 
 class Binding:
@@ -50,25 +41,24 @@ class Binding:
         self._handles = RemovableHandle.next_id
         _check_model(model, self._has_hooks())
         named = [
-            (f"layers.{i}.{name}", layer._parameters, name, parameter)
+            (f"layers.{i}.{name}", parameter)
             for i, layer in enumerate(self.layers)
             for name in ("weight", "bias")
             if (parameter := layer._parameters[name]) is not None
         ]
-        of_model = [(name, parameter) for name, _, _, parameter in named]
-        _check_parameters(of_model)
-        check_same_device(of_model)
+        _check_parameters(named)
+        check_same_device(named)
         weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
         check_network(weights, biases, [layer.activation for layer in self.layers])
         self.ends = weights[0].shape[1], weights[-1].shape[0]
-        trained = [(name, parameter) for name, _, _, parameter in named if parameter.requires_grad]
+        trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         if not trained:
             raise ValueError("no parameter of the model requires a gradient; there is nothing to train")
         self.trained = [name for name, _ in trained]
         self.parameters = [parameter for _, parameter in trained]
-        self._all = [parameter for *_, parameter in named]
+        self._all = [parameter for _, parameter in named]
         self._places = [
-            (t, name, t[name]) for t in (la._parameters for la in self.layers) for name in ("weight", "bias")
+            (layer._parameters, name, layer._parameters[name]) for layer in self.layers for name in ("weight", "bias")
         ]
         self._weights = weights
         self._addresses = [parameter.data_ptr() for parameter in self._all]
@@ -117,11 +107,10 @@ class Binding:
 
     def _has_hooks(self) -> bool:
         """Whether a call of the model, or a gradient of a parameter, would run a hook."""
-        modules = [_hook_tables(module.__dict__) for module in (self._model, *self.layers)]
         parameters = [p for layer in self.layers for p in layer._parameters.values() if p is not None]
         return (
-            any(_GLOBAL_HOOKS)
-            or any(any(tables) for tables in modules)
+            bool(_has_any_global_hook())
+            or any(map(_has_hooks, (self._model, *self.layers)))
             or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
         )
 
@@ -132,12 +121,12 @@ class Binding:
             RuntimeError: the parameters are not those of the model any more, or not where they were.
             ValueError, RuntimeError: as a new binding.
         """
-        places = {id(parameter): place for place, parameter in zip(self._addresses, self._all, strict=True)}
-        shapes = {id(parameter): shape for shape, parameter in zip(self._shapes, self._all, strict=True)}
+        before = {
+            id(parameter): (address, shape)
+            for parameter, address, shape in zip(self._all, self._addresses, self._shapes, strict=True)
+        }
         for table, name, parameter in self._places:
-            moved = parameter is not None and (
-                parameter.data_ptr() != places[id(parameter)] or parameter.shape != shapes[id(parameter)]
-            )
+            moved = parameter is not None and (parameter.data_ptr(), parameter.shape) != before[id(parameter)]
             if table.get(name) is not parameter or moved:
                 raise RuntimeError(
                     f"a {name} of the model was replaced or moved after the TrainStep was made (by model.to(...), by "
@@ -183,19 +172,14 @@ def _check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
     """ValueError or RuntimeError for parameters that cannot be updated in place, each on its own."""
     seen: dict[int, str] = {}
     first = named[0][1]
-    addresses = [parameter.data_ptr() for _, parameter in named if parameter.data_ptr()]  # 0: empty, or on "meta"
-    if len(set(addresses)) < len(addresses) and len({id(parameter) for _, parameter in named}) == len(named):
-        raise ValueError(
-            "two parameters lie in the same memory, which a TrainStep would update twice; train shared parameters with "
-            "autograd"
-        )
     for name, parameter in named:
-        if id(parameter) in seen:
+        place = parameter.data_ptr() or id(parameter)  # empty parameters, and those on "meta", have no address
+        if place in seen:
             raise ValueError(
-                f"{name} and {seen[id(parameter)]} are one parameter, which a TrainStep would update twice; train "
-                "shared parameters with autograd"
+                f"{name} and {seen[place]} are one parameter or lie in the same memory, which a TrainStep would update "
+                "twice; train shared parameters with autograd"
             )
-        seen[id(parameter)] = name
+        seen[place] = name
         if not parameter.is_contiguous():
             raise RuntimeError(
                 f"TrainStep updates parameters in place and needs them contiguous, got strides "

@@ -223,10 +223,10 @@ def optimizer_of(name: str, settings: Mapping[str, Any]) -> Optimizer:
 def _no_name(optimizer: object) -> str:
     """What to say of an optimizer that is given as torch's class or object."""
     kind = optimizer if isinstance(optimizer, type) else type(optimizer)
-    known = {"SGD": "sgd", "AdamW": "adamw"}
+    name = kind.__name__.lower()
     advice = "train with autograd and that optimizer"
-    if kind.__module__.startswith("torch.optim") and kind.__name__ in known:
-        advice = f"pass optimizer={known[kind.__name__]!r} with its settings, or {advice}"
+    if kind.__module__.startswith("torch.optim") and name in OPTIMIZERS:
+        advice = f"pass optimizer={name!r} with its settings, or {advice}"
     return f"expected the name of an optimizer, one of {', '.join(OPTIMIZERS)}, got {kind.__name__}; {advice}"
 
 

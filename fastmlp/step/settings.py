@@ -27,10 +27,9 @@ class StepOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, step: Any, params: Iterable[Tensor], rule: Optimizer) -> None:
-        self._built, self._train_step = False, weakref.ref(step)
+        self._train_step = weakref.ref(step)
         names = rule.settings
         super().__init__(params, {name: getattr(rule, name) for name in names})
-        self._built = True
         self._values_of = itemgetter(*names)
         self._names, self._count = names, len(self.param_groups[0]["params"])
         #: What an update of torch's optimizers would call, and the number of the last handle when nothing was in it.
@@ -84,7 +83,7 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """A TrainStep has one group; a further one is a NotImplementedError."""
-        if self._built:
+        if self.param_groups:
             raise NotImplementedError(
                 "a TrainStep has one param group; for settings per layer train with autograd and torch.optim"
             )

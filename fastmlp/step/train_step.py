@@ -185,7 +185,7 @@ class TrainStep:
             else:
                 self._engine.step(x, y, loss)
                 self._updated()
-        self._has_gradients = False
+        self.forget_gradients()
         return loss
 
     def epoch(
@@ -216,7 +216,7 @@ class TrainStep:
         n = order.shape[0]
         steps = -(-n // batch_size)
         lrs = learning_rates(self.rule.lr, lr_factors, steps)
-        self._has_gradients = False
+        self.forget_gradients()
         self.losses = losses = torch.full((steps,), float("nan"), dtype=self.losses.dtype, device=self.device)
         if not steps:
             return torch.full((), float("nan"), dtype=torch.float32, device=self.device)
@@ -263,14 +263,15 @@ class TrainStep:
         self._follow()
         if not self._has_gradients:
             raise RuntimeError("there are no gradients to apply; call gradients(x, y) before update()")
-        self._has_gradients = False
+        self.forget_gradients()
         with self._on_device:
             self._engine.update()
         self._updated()
 
     def forget_gradients(self) -> None:
         """Drop the gradients that wait for ``update``."""
-        self._has_gradients = self._lost_gradients = False
+        if self._has_gradients or self._lost_gradients:
+            self._has_gradients = self._lost_gradients = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a run needs besides the model's own state_dict to go on exactly as if it had not stopped.

@@ -27,16 +27,20 @@ def check_is_mlp(model: nn.Module) -> None:
 def check_loss(loss: object) -> None:
     """ValueError for an unknown name of a loss, TypeError for a loss that is no name."""
     if not isinstance(loss, str):
-        kind = type(loss).__name__.removesuffix("Loss") if isinstance(loss, nn.Module) else None
-        names = {"CrossEntropy": "cross_entropy", "MSE": "mse", "L1": "l1", "BCEWithLogits": "bce"}
-        known = names.get(kind or "") or next((r.step for r in LOSSES.values() if r.torch is loss), None)
+        shown = getattr(loss, "__name__", type(loss).__name__)
+        plain = _plain(shown)
+        known = next((r.step for r in LOSSES.values() if r.torch is loss or _plain(r.function) == plain), None)
         advice = "train with autograd, as in loss(model(x), y).backward()"
         if known is not None:
             advice = f"pass loss={known!r}, or {advice}"
-        shown = getattr(loss, "__name__", type(loss).__name__)
         raise TypeError(f"expected the name of a loss, one of {', '.join(STEP_LOSSES)}, got {shown}; {advice}")
     if loss not in STEP_LOSSES:
         raise ValueError(unknown("loss", loss, STEP_LOSSES))
+
+
+def _plain(name: str) -> str:
+    """The name of a loss's function or module as one word: "mse" for mse_loss and MSELoss."""
+    return name.lower().replace("_", "").removesuffix("loss")
 
 
 def check_dtype(dtype: object) -> None:

@@ -354,6 +354,9 @@ class TestGradients:
             step.gradients(*batch, accumulate=True)
         step.gradients(*batch)
         step.gradients(*batch, accumulate=True)
+        model.layers[0].bias.requires_grad_(True)
+        step(*batch)  # ends the gradients before it, also lost ones
+        step.gradients(*batch, accumulate=True)
 
     def test_zero_grad(self, batch):
         _, step = made()
