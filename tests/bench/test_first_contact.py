@@ -460,7 +460,7 @@ def test_tests_that_take_too_long_are_interrupted_and_those_before_them_reported
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = "import time\ndef test_good(): pass\ndef test_slow(): time.sleep(100)\n"
-    (run,) = _tests_stage(tmp_path, monkeypatch, source, 27)
+    (run,) = _tests_stage(tmp_path, monkeypatch, source, 40)
     assert (run["status"], run["tests"]) == ("unfinished", 1)
     assert run["reason"].startswith("interrupted")
 
