@@ -7,8 +7,11 @@ compute what the engine computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -17,6 +20,8 @@ from ..nn import MLP, _has_hooks, _only_computes
 
 _numel, _is_contiguous = Tensor.numel, Tensor.is_contiguous
 _FORWARD = MLP.forward
+#: Handles of hooks that this file made, which are no reason to look for new hooks.
+_probes = 0
 
 
 class Binding:
@@ -38,7 +43,7 @@ class Binding:
         self._model, self._attributes = model, model.__dict__
         self._modules, self._container = model._modules, model.layers
         self.layers = model._linears()
-        self._handles = RemovableHandle.next_id
+        self._handles = -1
         _check_model(model, self._has_hooks())
         named = [
             (f"layers.{i}.{name}", parameter)
@@ -78,10 +83,8 @@ class Binding:
         Each step asks, so that every property is read by one call of C for all parameters.
         """
         # torch numbers the handles of all hooks, so that one number tells whether there can be new ones.
-        if RemovableHandle.next_id != self._handles:
-            if self._has_hooks():
-                return False
-            self._handles = RemovableHandle.next_id
+        if RemovableHandle.next_id - _probes != self._handles and self._has_hooks():
+            return False
         for table, name, parameter in self._places:
             if table.get(name) is not parameter:
                 return False
@@ -106,13 +109,15 @@ class Binding:
         )
 
     def _has_hooks(self) -> bool:
-        """Whether a call of the model, or a gradient of a parameter, would run a hook."""
+        """Whether a call of the model, or a gradient of a parameter, would run a hook; no is remembered."""
         parameters = [p for layer in self.layers for p in layer._parameters.values() if p is not None]
-        return (
+        found = (
             bool(_has_any_global_hook())
             or any(map(_has_hooks, (self._model, *self.layers)))
-            or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
+            or any(p._backward_hooks or p._post_accumulate_grad_hooks or _node_has_hooks(p) for p in parameters)
         )
+        self._handles = -1 if found else RemovableHandle.next_id - _probes
+        return found
 
     def rebound(self) -> Binding:
         """The binding of the same parameters after a change.
@@ -139,6 +144,30 @@ class Binding:
                 "model no longer has; make a new TrainStep"
             )
         return Binding(self._model)
+
+
+def _node_has_hooks(parameter: Tensor) -> bool:
+    """Whether the node of the tape that accumulates the parameter's gradient has hooks.
+
+    A node does not tell its hooks. But the handle of a new hook leads to the table of all of them.
+    """
+    global _probes
+    if not parameter.requires_grad:
+        return False
+    with torch.inference_mode(False):
+        node: Any = get_gradient_edge(parameter).node
+    for register in (node.register_hook, node.register_prehook):
+        handle: RemovableHandle = register(_nothing)
+        _probes += 1
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks:
+            return True
+    return False
+
+
+def _nothing(*gradients: Any) -> None:
+    """A hook."""
 
 
 def _check_model(model: MLP, has_hooks: bool) -> None:

@@ -11,10 +11,12 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastmlp
+from fastmlp.step.binding import Binding
 from tests.support.steps import one_thread  # noqa: F401
 
 SETTINGS = {
@@ -213,6 +215,27 @@ class TestModules:
             with pytest.raises(ValueError, match="hook"):
                 fastmlp.TrainStep(model)
             handle.remove()
+            step(*batch)
+
+    @pytest.mark.parametrize("name", ["register_hook", "register_prehook"])
+    def test_hooks_of_the_node_that_accumulates_a_gradient(self, batch, name):
+        model, step = made()
+        node = get_gradient_edge(model.layers[1].weight).node
+        handle = getattr(node, name)(lambda *a: None)
+        refuses(step, *batch, match="hook")
+        with pytest.raises(ValueError, match="hook"):
+            fastmlp.TrainStep(model)
+        handle.remove()
+        step(*batch)
+
+    def test_steps_look_for_hooks_only_after_somebody_added_one(self, batch, monkeypatch):
+        """A look adds hooks of its own to nodes, and no step takes them for hooks of others."""
+        steps = [made()[1] for _ in range(2)]
+        steps[0].model.register_forward_hook(lambda *a: None).remove()
+        for step in steps:
+            step(*batch)
+        monkeypatch.setattr(Binding, "_has_hooks", lambda self: pytest.fail("looked"))
+        for step in (*steps, *steps):
             step(*batch)
 
     def test_hooks_of_every_module(self, batch):
