@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -21,12 +21,13 @@ _TCGEN05_BYTES, _TCGEN05_COLS = 32, 256
 
 
 class Operation(NamedTuple):
-    """One line: its results, its name, its operands, and the text behind the name."""
+    """One line: its results, its name, its operands, the text behind the name, and its place in the source."""
 
     results: tuple[str, ...]
     name: str
     operands: tuple[str, ...]
     text: str
+    location: str
 
     @property
     def types(self) -> list[tuple[tuple[int, ...], str, str]]:
@@ -103,9 +104,7 @@ class BlockLoop:
             # operands of tcgen05: A, B, accumulator, whether to add to the accumulator
             if dot.name == "ttng.tc_gen5_mma" and dot.operands[3] != "%false":
                 return True
-            if self._root(dot.operands[2]) in self._carried:
-                return True
-        return False
+        return bool(self._accumulators)
 
     @cached_property
     def _carried(self) -> set[str]:
@@ -120,50 +119,64 @@ class BlockLoop:
         return value
 
     @property
+    def loads(self) -> list[Operation]:
+        """The loads of blocks that the program waits for, and not those of single rows or columns."""
+        return [o for o in self.body if o.name in ("tt.load", "amdg.buffer_load") and len(o.types[0][0]) > 1]
+
+    @property
     def conversions(self) -> list[str]:
-        """Changes of layout that take the way through shared memory, e.g. "64x128xf32 #mma -> #mma1"."""
+        """Changes of layout that take the way through shared memory, e.g. "64x128xf32 #mma -> #mma1".
+
+        An operand that was loaded into registers has to go through shared memory once. Its conversion is this one way,
+        and counts only where the operand comes from shared memory already.
+        """
         found = []
-        for operation in self.body:
-            if operation.name == "ttg.convert_layout" and not _stays_in_registers(operation, self.layouts):
-                source, result = (_layout_of(t) for t in operation.text.rpartition(" : ")[2].split(" -> "))
+        for operation in self._moved("ttg.convert_layout"):
+            if not self._comes_from(operation, ("tt.load", "amdg.buffer_load")):
+                source, result = (_layout_of(block) for block in operation.text.rpartition(" : ")[2].split(" -> "))
                 (shape, item, _), *_ = operation.types
                 found.append(f"{'x'.join(map(str, shape))}x{item} {source} -> {result}")
         return found
 
     @property
     def moved_accumulators(self) -> list[str]:
-        """What was multiplied in this loop and is stored to shared memory in it, or converted through it."""
-        moving = ("ttg.convert_layout", "ttg.local_store", "ttg.local_alloc")
-        return [
-            operation.results[0] if operation.results else operation.operands[0]
-            for operation in self.body
-            if operation.name in moving
-            and not (operation.name == "ttg.convert_layout" and _stays_in_registers(operation, self.layouts))
-            and operation.operands
-            and self._is_product(operation.operands[0])
-        ]
+        """The products, or what was made of them, that go through shared memory in the loop."""
+        moved = self._moved("ttg.convert_layout", "ttg.local_store", "ttg.local_alloc")
+        return [o.operands[0] for o in moved if self._comes_from(o, (*_PRODUCTS, "ttng.tmem_load"))]
 
-    def _is_product(self, value: str) -> bool:
-        """Whether a value is a result of a product, or of the product of the round before."""
+    def _moved(self, *names: str) -> list[Operation]:
+        """The operations of these names that put a value into shared memory."""
+        return [o for o in self.body if o.name in names and o.operands and not _stays_in_registers(o, self.layouts)]
+
+    def _comes_from(self, operation: Operation, sources: tuple[str, ...]) -> bool:
+        """Whether an operand is the result of a source, or was made of it without a way through shared memory.
+
+        The accumulators that the round before left are results of products.
+        """
         seen: set[str] = set()
-        names = [value]
-        accumulators = {self._root(dot.operands[2]) for dot in self._dots} & self._carried
+        names = list(operation.operands[:1])
         while names:
             name = names.pop()
-            if name in accumulators:
+            if name in self._accumulators and sources[0] in _PRODUCTS:
                 return True
             if name in seen or name not in self._made_by:
                 continue
             seen.add(name)
-            operation = self._made_by[name]
-            if operation.name in _PRODUCTS or operation.name == "ttng.tmem_load":
+            made_by = self._made_by[name]
+            if made_by.name in sources:
                 return True
-            if operation.name not in ("ttg.local_load", "tt.load"):
-                names += operation.operands
+            if made_by.name not in ("ttg.local_load", "tt.load", "amdg.buffer_load"):
+                names += made_by.operands
         return False
 
+    @cached_property
+    def _accumulators(self) -> set[str]:
+        """The values to which products are added in the next round."""
+        return {self._root(dot.operands[2]) for dot in self._dots} & self._carried
 
-def block_loops(ttgir: str) -> list[BlockLoop]:
+
+@lru_cache(maxsize=2)
+def block_loops(ttgir: str) -> tuple[BlockLoop, ...]:
     """Every ``scf.for`` that has no other inside it, in the order of the text."""
     layouts = dict(_LAYOUT.findall(ttgir))
     found: list[BlockLoop] = []
@@ -174,21 +187,22 @@ def block_loops(ttgir: str) -> list[BlockLoop]:
             _, head, body = open_loops.pop()
             if not any(operation.name == "scf.for" for operation in body):
                 found.append(BlockLoop(head, tuple(body), layouts))
-        elif operation := _operation(line):
+        elif (open_loops or "scf.for " in line) and (operation := _operation(line)):
             for _, _, body in open_loops:
                 body.append(operation)
             if operation.name == "scf.for":
                 open_loops.append((indent, line, []))
-    return found
+    return tuple(found)
 
 
 def _operation(line: str) -> Operation | None:
     match = _OPERATION.match(line)
     if match is None:
         return None
-    results, name, text = match[1] or "", match[2], re.sub(r" loc\(#loc\d*\)$", "", match[3])
+    results, name, rest = match.groups(default="")
+    text, _, location = rest.partition(" loc(")
     operands = tuple(_NAME.findall(_outside_brackets(text.rpartition(" : ")[0])))
-    return Operation(tuple(_NAME.findall(results)), name, operands, text)
+    return Operation(tuple(_NAME.findall(results)), name, operands, text, location.removesuffix(")"))
 
 
 def _outside_brackets(text: str) -> str:

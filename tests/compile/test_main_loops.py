@@ -12,7 +12,9 @@ from fastmlp.kernels import linear_fwd
 from fastmlp.kernels.configs import Tile
 from tests.ptxsim import Launch
 
+from . import limits
 from .block_form import block_loops
+from .cases import Case
 from .machine_code import _SASS, _amdgcn, _sass_of_one
 from .main_loops import MainLoop, main_loops, report
 from .targets import TARGETS
@@ -111,7 +113,7 @@ def test_what_a_step_computes_in_block_form():
     assert loop.needed == 64 * 128 * 32
     assert [product.computed for product in loop.products] == [2 * 64 * 128 * 32]
     assert loop.conversions == ["64x128xf32 #mma -> #mma1", "64x128xf32 #mma1 -> #mma"]
-    assert loop.moved_accumulators == ["%c", "%f"]
+    assert loop.moved_accumulators == ["%zeros", "%e"]
 
 
 def test_a_loop_over_pieces_of_the_result_adds_nothing_up():
@@ -127,10 +129,24 @@ def test_a_conversion_within_registers_is_none():
     assert loop.conversions == ["64x128xf32 #mma -> #mma1"]
 
 
-def forward(target: str, tile: Tile, dtype: torch.dtype = torch.float32) -> Launch:
+def test_an_operand_goes_through_shared_memory_once():
+    """A block that was loaded into registers may be converted on its way to the product; not twice."""
+    operand = "tensor<32x128xf32, #blocked> -> tensor<32x128xf32, #mma> loc(#loc1)"
+    for load, conversions in (
+        ("tt.load %ptrs : tensor<32x128x!tt.ptr<f32>, #blocked> loc(#loc1)", 2),
+        ("ttg.local_load %s : !ttg.memdesc<32x128xf32, #shared> -> tensor<32x128xf32, #blocked> loc(#loc1)", 3),
+    ):
+        lines = f"      %r = {load}\n      %n = arith.negf %r : tensor<32x128xf32, #blocked> loc(#loc1)\n"
+        lines += f"      %o = ttg.convert_layout %n : {operand}\n      %c = "
+        (loop,) = block_loops(TTGIR.replace("      %c = ", lines))
+        assert len(loop.conversions) == conversions
+        assert len(loop.loads) == (conversions == 2)
+
+
+def forward(target: str, tile: Tile, dtype: torch.dtype = torch.float32, depth: int = 1024) -> Launch:
     """A forward product with a tile, whether or not the tables have the tile."""
     module = importlib.import_module("fastmlp.kernels.linear_fwd")
-    x, w = torch.zeros((512, 1024), dtype=dtype), torch.zeros((512, 1024), dtype=dtype)
+    x, w = torch.zeros((512, depth), dtype=dtype), torch.zeros((512, depth), dtype=dtype)
     with (
         TARGETS[target].simulated(assemble=True) as gpu,
         mock.patch.object(module, "gemm_tile", return_value=tile),
@@ -179,3 +195,19 @@ def test_the_tile_that_computes_twice():
 def test_the_report_says_what_was_found():
     (line,) = report([forward("sm_80", Tile(16, 32, 32, 8, 3), torch.float16)])
     assert line.startswith("_linear_fwd_kernel: 2 HMMA.16816.F32: 2 times the products needed; barriers: 2;")
+
+
+@pytest.mark.parametrize(
+    ("tile", "dtype", "depth", "broken"),
+    [
+        (Tile(64, 128, 32, 4, 3), torch.float16, 1024, set()),
+        (Tile(64, 128, 32, 8, 3), torch.float32, 1024, {"repeated products", "conversion", "barriers"}),
+        (Tile(64, 64, 64, 4, 12), torch.float16, 1024, {"few warps"}),  # 196 KiB: one program
+        (Tile(64, 64, 32, 4, 3), torch.float16, 77, {"waiting load"}),
+    ],
+)
+def test_a_tile_breaks_the_limits(tile, dtype, depth, broken):
+    """The same launches as in the table of cases, with tiles and operands that the tables do not have."""
+    case = Case("linear_fwd", TARGETS["sm_90"], dtype, tile, "sigmoid")
+    found = limits.violations(case, forward("sm_90", tile, dtype, depth))
+    assert set(found) - {"narrow load"} == broken
