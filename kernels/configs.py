@@ -2,10 +2,10 @@
 
 A GEMM launcher asks ``gemm_tile(kind, rows, cols, depth, dtype, device, wide=...)`` for the tile of an output
 [rows, cols] that is reduced over ``depth``. The rule goes through the candidates of this kind, dtype and operands,
-largest tile first, and takes the first that gives every multiprocessor at least one program. Small batches are bound by
-latency, not by arithmetic: no candidate gives every multiprocessor a program, and the rule takes the smallest. ``fit``
-then lowers the number of pipeline stages until the tile's shared memory fits the device. ``all_tiles`` lists every tile
-that the rule can return, so that the tests can compile each tile for each target.
+largest tile first, and takes the first whose programs occupy the multiprocessors evenly (``_balanced``). Small batches
+are bound by latency, not by arithmetic: no candidate occupies all multiprocessors, and the rule takes the smallest.
+``fit`` then lowers the number of pipeline stages until the tile's shared memory fits the device. ``all_tiles`` lists
+every tile that the rule can return, so that the tests can compile each tile for each target.
 
 Operands are ``wide`` when their rows can be loaded 16 bytes at a time (``loads_wide``). Other operands are loaded
 element by element. Each element then has an address of its own, and elements of 2 bytes wait in registers, since no
@@ -50,6 +50,8 @@ class Tile(NamedTuple):
     num_stages: int
     #: Registers per thread (NVIDIA only). Without this limit ptxas spills some to fit one more program.
     max_registers: int | None = None
+    #: Slices of ``depth``, each with a warp and sums of its own; the sums are added at the end.
+    slices: int = 1
 
     @property
     def compile_options(self) -> dict[str, int]:
@@ -85,7 +87,7 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     "wgmma": (
         (
             Tile(128, 128, 32, 8, 3),
-            Tile(64, 128, 32, 8, 3),
+            Tile(128, 64, 32, 8, 3),
             Tile(64, 64, 32, 4, 3),
             Tile(32, 64, 32, 4, 3),
             Tile(32, 32, 32, 2, 4),
@@ -157,6 +159,42 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     # Interpreter: programs run one after the other in Python, so there are few and large ones. Test shapes are still
     # no multiples of these tiles.
     "interpreter": ((Tile(32, 32, 32, 1, 1),), (Tile(32, 32, 32, 1, 1),)),
+}
+
+# fwd and dgrad take these in place of the small tiles above. A small batch has few tiles, and in a tile of 16 x 32 two
+# warps multiply, each of whose products waits for the previous one. Slices of the reduction occupy four warps, with a
+# fourth of the products in each chain. Where a block has 16 rows, a slice of a row is 256 bytes: less is copied into
+# shared memory in an order that the products read with bank conflicts.
+_SLICED_NVIDIA: tuple[tuple[Tile, ...], tuple[Tile, ...]] = (
+    (
+        Tile(32, 32, 128, 4, 3, slices=4),
+        Tile(16, 32, 256, 4, 3, slices=4),
+        Tile(16, 16, 256, 4, 3, slices=4),
+    ),
+    (
+        Tile(32, 32, 256, 4, 3, slices=4),
+        Tile(16, 32, 512, 4, 3, slices=4),
+        Tile(16, 16, 512, 4, 3, slices=4),
+    ),
+)
+_SLICED_TILES = {
+    "mma": _SLICED_NVIDIA,
+    "wgmma": _SLICED_NVIDIA,
+    "tcgen05": _SLICED_NVIDIA,
+    # CDNA. Without matrix units (RDNA in float32) these tiles spill.
+    "hip": (
+        (
+            Tile(32, 32, 128, 4, 2, slices=4),
+            Tile(16, 32, 128, 4, 2, slices=4),
+            Tile(16, 16, 256, 4, 2, slices=4),
+        ),
+        (
+            Tile(32, 32, 256, 4, 2, slices=4),
+            Tile(16, 32, 256, 4, 2, slices=4),
+            Tile(16, 16, 256, 4, 2, slices=4),
+        ),
+    ),
+    "interpreter": ((Tile(16, 16, 64, 1, 1, slices=2),), (Tile(16, 16, 64, 1, 1, slices=2),)),
 }
 
 # For operands that are not wide: the addresses of all elements take registers too.
@@ -250,7 +288,17 @@ def _candidates(kind: str, dtype: torch.dtype, device: Device, wide: bool) -> tu
         float32, half = _NARROW_TILES[family]
     else:
         float32, half = _TILES[family]
-    return float32 if dtype == torch.float32 else half
+    tiles = float32 if dtype == torch.float32 else half
+    if kind in ("fwd", "dgrad") and wide and _slices(device):
+        # The smallest tile stays, for reductions that are shorter than a step of the sliced ones.
+        small = _SLICED_TILES[family][dtype != torch.float32]
+        tiles = (*(t for t in tiles[:-1] if t.rows * t.cols > small[0].rows * small[0].cols), *small, tiles[-1])
+    return tiles
+
+
+def _slices(device: Device) -> bool:
+    """Whether the device has matrix units for all dtypes. Products on registers unroll over the depth, and spill."""
+    return device.backend == "interpreter" or device.has_tf32 or str(device.arch).startswith("gfx9")
 
 
 def fit(tile: Tile, itemsize: int, device: Device) -> Tile | None:
@@ -275,12 +323,23 @@ def gemm_tile(
     if (measured := tuned_tile(kind, rows, cols, depth, dtype, device, tiles)) is not None:
         return measured
     copies = max(1, depth // _MIN_DEPTH_PER_SPLIT) if kind in ("wgrad", "update") else 1
+    smallest = tiles[-1]
     for tile in tiles:
         if tile.rows > max(16, 2 * rows) or tile.cols > max(16, 2 * cols):
             continue
-        if cdiv(rows, tile.rows) * cdiv(cols, tile.cols) * copies >= device.multiprocessors:
+        if tile.slices > 1 and tile.depth > 2 * depth:
+            continue
+        programs = cdiv(rows, tile.rows) * cdiv(cols, tile.cols) * copies
+        if programs >= device.multiprocessors if kind in ("wgrad", "update") else _balanced(programs, device):
             return tile
-    return tiles[-1]
+        if tile.rows * tile.cols < smallest.rows * smallest.cols:
+            smallest = tile
+    return smallest
+
+
+def _balanced(programs: int, device: Device) -> bool:
+    """Whether multiprocessors have, on average, at least two thirds of the programs that the busiest one has."""
+    return 3 * programs >= 2 * cdiv(programs, device.multiprocessors) * device.multiprocessors
 
 
 def splits(tile: Tile, rows: int, cols: int, depth: int, device: Device) -> int:

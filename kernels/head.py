@@ -93,7 +93,7 @@ def _head_kernel(
         acc = dot(h, tl.permute(w, (0, 2, 1)), acc, INPUT_PRECISION)
         h_ptrs += step_h
         w_ptrs += step_w
-    z = tl.sum(accumulated(acc, INPUT_PRECISION), 0)
+    z = accumulated(acc, INPUT_PRECISION)
     if PIXELS:
         z = z * (1.0 / 255.0)
     if b_ptr is not None:

@@ -21,7 +21,18 @@ from torch import Tensor
 from .activations import activation_grad
 from .configs import cdiv, gemm_tile, loads_wide
 from .device import current_device, input_precision
-from .tiling import EPILOGUE_SIZE, accumulated, accumulator, dot, grouped_tile, halves
+from .tiling import (
+    EPILOGUE_SIZE,
+    accumulated,
+    accumulator,
+    as_column,
+    as_row,
+    dot,
+    grouped_tile,
+    halves,
+    reduced,
+    transposed,
+)
 
 __all__ = ["linear_dgrad"]
 
@@ -35,30 +46,29 @@ def _linear_dgrad_kernel(
     stride_zm, stride_zn, stride_wn, stride_wk,
     ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr,
     EVEN_N: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_n = tl.arange(0, BLOCK_N)
+    offs_n = reduced(BLOCK_N, SLICES)
+    rows_n = transposed(offs_n)
     mask_m = offs_m < M
     mask_k = offs_k < K
 
-    offs_n64 = offs_n.to(tl.int64)
-    dz_ptrs = dz_ptr + offs_m.to(tl.int64)[:, None] * stride_zm + offs_n64[None, :] * stride_zn
-    w_ptrs = w_ptr + offs_n64[:, None] * stride_wn + offs_k.to(tl.int64)[None, :] * stride_wk
+    dz_ptrs = dz_ptr + as_column(offs_m.to(tl.int64), SLICES) * stride_zm + offs_n.to(tl.int64) * stride_zn
+    w_ptrs = w_ptr + rows_n.to(tl.int64) * stride_wn + as_row(offs_k.to(tl.int64), SLICES) * stride_wk
     step_z = tl.cast(BLOCK_N, tl.int64) * stride_zn
     step_w = tl.cast(BLOCK_N, tl.int64) * stride_wn
 
-    acc = accumulator((BLOCK_M, BLOCK_K), INPUT_PRECISION)
+    acc = accumulator((SLICES, BLOCK_M, BLOCK_K), INPUT_PRECISION)
     for n in range(0, N, BLOCK_N):
         if EVEN_N:
-            dz = tl.load(dz_ptrs, mask=mask_m[:, None], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_k[None, :], other=0.0)
+            dz = tl.load(dz_ptrs, mask=as_column(mask_m, SLICES), other=0.0)
+            w = tl.load(w_ptrs, mask=as_row(mask_k, SLICES), other=0.0)
         else:
-            mask_n = offs_n < N - n
-            dz = tl.load(dz_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+            dz = tl.load(dz_ptrs, mask=as_column(mask_m, SLICES) & (offs_n < N - n), other=0.0)
+            w = tl.load(w_ptrs, mask=(rows_n < N - n) & as_row(mask_k, SLICES), other=0.0)
         acc = dot(dz, w, acc, INPUT_PRECISION)
         dz_ptrs += step_z
         w_ptrs += step_w
@@ -108,6 +118,7 @@ def linear_dgrad(
         dz.stride(0), dz.stride(1), weight.stride(0), weight.stride(1),
         ACTIVATION=activation, HAS_SAVED=saved is not None,
         EVEN_N=N % tile.depth == 0, INPUT_PRECISION=input_precision(device, weight.dtype),
-        BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.cols, GROUP_M=GROUP_M, **tile.compile_options,
+        BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.cols, SLICES=tile.slices, GROUP_M=GROUP_M,
+        **tile.compile_options,
     )  # fmt: skip
     return dx

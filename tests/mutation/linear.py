@@ -27,8 +27,8 @@ _LINEAR_FWD = (
     Mutant(
         "linear_fwd",
         "mask dropped in a load",
-        "x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)",
-        "x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)",
+        "x = tl.load(x_ptrs, mask=as_column(mask_m, SLICES) & mask_k, other=0.0)",
+        "x = tl.load(x_ptrs, mask=as_column(mask_m, SLICES), other=0.0)",
         (FWD, "test_strides"),
     ),
     Mutant(
@@ -56,8 +56,8 @@ _LINEAR_FWD = (
     Mutant(
         "linear_fwd",
         "wrong stride",
-        "offs_n.to(tl.int64)[:, None] * stride_wn",
-        "offs_n.to(tl.int64)[:, None] * K",
+        "as_column(offs_n.to(tl.int64), SLICES) * stride_wn",
+        "as_column(offs_n.to(tl.int64), SLICES) * K",
         (FWD, "test_strides"),
     ),
     Mutant(
@@ -90,8 +90,8 @@ _LINEAR_FWD = (
     Mutant(
         "linear_fwd",
         "missing int64",
-        "cols_k = offs_k.to(tl.int64)[None, :]",
-        "cols_k = offs_k[None, :]",
+        "cols_k = offs_k.to(tl.int64)",
+        "cols_k = offs_k",
         (LARGE, "fwd_inputs and columns"),
     ),
     Mutant(
@@ -129,7 +129,7 @@ _LINEAR_DGRAD = (
     Mutant(
         "linear_dgrad",
         "mask dropped in a load",
-        "dz = tl.load(dz_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)",
+        "dz = tl.load(dz_ptrs, mask=as_column(mask_m, SLICES) & (offs_n < N - n), other=0.0)",
         "dz = tl.load(dz_ptrs, mask=mask_m[:, None], other=0.0)",
         (DGRAD, "test_strides"),
     ),
@@ -162,7 +162,11 @@ _LINEAR_DGRAD = (
         (LARGE, "test_linear_dgrad_outputs"),
     ),
     Mutant(
-        "linear_dgrad", "missing int64", "offs_n64 = offs_n.to(tl.int64)", "offs_n64 = offs_n", (LARGE, "dgrad_inputs")
+        "linear_dgrad",
+        "missing int64",
+        ("offs_n.to(tl.int64) * stride_zn", "rows_n.to(tl.int64) * stride_wn"),
+        ("offs_n * stride_zn", "rows_n * stride_wn"),
+        (LARGE, "dgrad_inputs"),
     ),
     Mutant(
         "linear_dgrad",
@@ -373,6 +377,13 @@ _ACTIVATIONS = (
         "high_low = acc[1] if APART else low_high",
         (FWD, "test_shapes and sm_80 and float32 and 130"),
         lane="execute",
+    ),
+    Mutant(
+        "tiling",
+        "the slices of a reduction overlap",
+        "tl.arange(0, SLICES)[:, None, None] * DEPTH",
+        "tl.arange(0, SLICES)[:, None, None]",
+        (FWD, "test_shapes and float32"),
     ),
     Mutant(
         "tiling",
