@@ -6,6 +6,7 @@ chain needs no elementwise pass between layers. With f = identity the result is 
 Shapes: dZ [M, N], W [N, K], dX and ``saved`` [M, K]; any strides for dZ and W, dX and saved contiguous.
 ``saved`` is what f' is computed from: A_{l-1}, or Z_{l-1}, or None (see ``activations``).
 Dtypes: float32, float16 or bfloat16, all alike, accumulated in float32.
+Optional: ``sums`` takes the sums of the rows of dX, a row per block of rows (see ``column_sums``).
 Bytes: reads dZ once per column of tiles, W once per row of tiles and saved once; writes dX. The least possible:
 (M N + N K + 2 M K) items.
 Source: dL/dA_{l-1} = dL/dZ_l W_l and dL/dZ = f'(Z) * dL/dA (lecture notes 7.5; the notebook's g1, g2).
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activation_grad
+from .column_sums import ColumnSums, store_block_sums
 from .configs import cdiv, gemm_tile, loads_wide
 from .device import current_device, input_precision
 from .tiling import (
@@ -41,9 +43,9 @@ GROUP_M = 8
 
 @triton.jit
 def _linear_dgrad_kernel(
-    dz_ptr, w_ptr, saved_ptr, dx_ptr,
+    dz_ptr, w_ptr, saved_ptr, dx_ptr, sums_ptr,
     M, N, K,
-    stride_zm, stride_zn, stride_wn, stride_wk,
+    stride_zm, stride_zn, stride_wn, stride_wk, stride_sums,
     ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr,
     EVEN_N: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, GROUP_M: tl.constexpr,
@@ -74,16 +76,24 @@ def _linear_dgrad_kernel(
         w_ptrs += step_w
 
     acc = accumulated(acc, INPUT_PRECISION)
-    _store_dx(acc, saved_ptr, dx_ptr, offs_m, pid_k * BLOCK_K, M, K, ACTIVATION, HAS_SAVED)
+    row_ptr = sums_ptr
+    if sums_ptr is not None:
+        row_ptr += pid_m.to(tl.int64) * stride_sums
+    _store_dx(acc, saved_ptr, dx_ptr, row_ptr, offs_m, pid_k * BLOCK_K, M, K, ACTIVATION, HAS_SAVED)
 
 
 @triton.jit
-def _store_dx(acc, saved_ptr, dx_ptr, offs_m, first_k, M, K, ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr):
-    """The epilogue: multiply a block of dZ W by f' and store it. Blocks above ``EPILOGUE_SIZE`` are halved."""
+def _store_dx(
+    acc, saved_ptr, dx_ptr, row_ptr, offs_m, first_k, M, K, ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr
+):  # fmt: skip
+    """The epilogue: multiply a block of dZ W by f' and store it, and the sums of its rows at row_ptr, if not None.
+
+    Blocks above ``EPILOGUE_SIZE`` are halved.
+    """
     if acc.numel > EPILOGUE_SIZE:
         left, right = halves(acc)
-        _store_dx(left, saved_ptr, dx_ptr, offs_m, first_k, M, K, ACTIVATION, HAS_SAVED)
-        _store_dx(right, saved_ptr, dx_ptr, offs_m, first_k + left.shape[1], M, K, ACTIVATION, HAS_SAVED)
+        _store_dx(left, saved_ptr, dx_ptr, row_ptr, offs_m, first_k, M, K, ACTIVATION, HAS_SAVED)
+        _store_dx(right, saved_ptr, dx_ptr, row_ptr, offs_m, first_k + left.shape[1], M, K, ACTIVATION, HAS_SAVED)
     else:
         offs_k = first_k + tl.arange(0, acc.shape[1])
         offs_x = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
@@ -91,8 +101,10 @@ def _store_dx(acc, saved_ptr, dx_ptr, offs_m, first_k, M, K, ACTIVATION: tl.cons
         saved = acc
         if HAS_SAVED:
             saved = tl.load(saved_ptr + offs_x, mask=mask_x, other=0.0).to(tl.float32)
-        dx = activation_grad(acc, saved, ACTIVATION)
-        tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
+        dx = activation_grad(acc, saved, ACTIVATION).to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + offs_x, dx, mask=mask_x)
+        if row_ptr is not None:
+            store_block_sums(dx, offs_m < M, row_ptr, offs_k, offs_k < K)
 
 
 def linear_dgrad(
@@ -102,8 +114,12 @@ def linear_dgrad(
     activation: str = "identity",
     *,
     dx: Tensor | None = None,
+    sums: ColumnSums | None = None,
 ) -> Tensor:
-    """Launch dX = (dZ W) * f'; ``activation`` is that of the layer below. ``dx``: output to reuse, contiguous."""
+    """Launch dX = (dZ W) * f'; ``activation`` is that of the layer below.
+
+    ``dx``: output to reuse, contiguous. ``sums``: takes the sums of the rows of dX.
+    """
     M = dz.shape[0]
     N, K = weight.shape
     if dx is None:
@@ -112,10 +128,11 @@ def linear_dgrad(
         return dx
     device = current_device()
     tile = gemm_tile("dgrad", M, K, N, weight.dtype, device, wide=loads_wide(dz, weight))
+    sums_ptr = None if sums is None else sums.written(cdiv(M, tile.rows))
     _linear_dgrad_kernel[(cdiv(M, tile.rows) * cdiv(K, tile.cols),)](
-        dz, weight, saved, dx,
+        dz, weight, saved, dx, sums_ptr,
         M, N, K,
-        dz.stride(0), dz.stride(1), weight.stride(0), weight.stride(1),
+        dz.stride(0), dz.stride(1), weight.stride(0), weight.stride(1), 0 if sums_ptr is None else sums_ptr.stride(0),
         ACTIVATION=activation, HAS_SAVED=saved is not None,
         EVEN_N=N % tile.depth == 0, INPUT_PRECISION=input_precision(device, weight.dtype),
         BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.cols, SLICES=tile.slices, GROUP_M=GROUP_M,

@@ -101,7 +101,7 @@ def run(unit: str, report: Report) -> None:
             found = products(tried.kind, tried.batch, dtype, device.name, device.sizes, bias=bias)
             product = max(found, key=lambda p: p.rows * p.cols * p.depth)
             shape = product.rows, product.cols, product.depth
-            wide = tried.kind != "update" and all(length % 16 == 0 for length in shape)
+            wide = all(length % 16 == 0 for length in shape)
             rule = gemm_tile(tried.kind, *shape, dtype, current_device(), wide=wide)
             for tile in dict.fromkeys([rule, *(tried.tiles if bias else ())]):
                 for count in (None, *(tried.splits if bias else ())):

@@ -136,8 +136,8 @@ _LINEAR_DGRAD = (
     Mutant(
         "linear_dgrad",
         "mask dropped in a store",
-        "tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)",
-        "tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=(offs_m < M)[:, None])",
+        "tl.store(dx_ptr + offs_x, dx, mask=mask_x)",
+        "tl.store(dx_ptr + offs_x, dx, mask=(offs_m < M)[:, None])",
         (DGRAD, "test_strides"),
     ),
     Mutant(
@@ -190,7 +190,7 @@ _REDUCE = """    if n_splits > 1:
             partial, dw, db, N * K, total, n_splits, stride_split, HAS_BIAS=bias, BLOCK=REDUCE_BLOCK
         )
 """
-_FIRST_LAUNCH = "    _linear_wgrad_kernel[(cdiv(N, tile.rows) * cdiv(K, tile.cols), n_splits)]("
+_FIRST_LAUNCH = "    _linear_wgrad_kernel[(programs, n_splits)]("
 
 _LINEAR_WGRAD = (
     Mutant(
@@ -208,10 +208,24 @@ _LINEAR_WGRAD = (
         (WGRAD, "split_over_the_batch and float32"),
     ),
     Mutant(
-        "linear_wgrad",
+        "column_sums",
         "mask dropped in the reduction tail",
-        "mask_z = mask_n[:, None] & (offs_m < m_end - m)[None, :]",
-        "mask_z = mask_n[:, None] & (offs_m >= 0)[None, :]",
+        "present = (tl.arange(0, ROWS) < end - r)[:, None]",
+        "present = (tl.arange(0, ROWS) >= 0)[:, None]",
+        (WGRAD, "test_strides"),
+    ),
+    Mutant(
+        "column_sums",
+        "mask dropped in the reduction tail",
+        "tl.where(mask_rows[:, None], block.to(tl.float32), 0.0)",
+        "block.to(tl.float32)",
+        (DGRAD, "sums_leave_out"),
+    ),
+    Mutant(
+        "column_sums",
+        "last partial left out",
+        "for r in range(first, end, ROWS):",
+        "for r in range(first, end - ROWS, ROWS):",
         (WGRAD, "test_strides"),
     ),
     Mutant(
@@ -268,8 +282,8 @@ _LINEAR_WGRAD = (
     Mutant(
         "linear_wgrad",
         "programs that write the same place",
-        "    if HAS_BIAS:\n        if pid_k == 0:\n            tl.store(db_ptr",
-        "    if HAS_BIAS:\n        if pid_k >= 0:\n            tl.store(db_ptr",
+        "mask=(offs_n < N)[:, None] & (offs_k < K)[None, :]",
+        "mask=(offs_n < N)[:, None]",
         (ORDER, "linear_wgrad"),
     ),
     Mutant(
@@ -292,8 +306,8 @@ _LINEAR_WGRAD = (
     Mutant(
         "linear_wgrad",
         "missing int64",
-        "slice_start + offs_n.to(tl.int64)[:, None] * K",
-        "slice_start + offs_n[:, None] * K",
+        "dw_ptr + offs_n.to(tl.int64)[:, None] * K",
+        "dw_ptr + offs_n[:, None] * K",
         (LARGE, "wgrad_outputs"),
     ),
     Mutant(
