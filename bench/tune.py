@@ -151,11 +151,12 @@ def _wgrad(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str, *,
 
 def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, device: str, *, bias: bool) -> Product:
     """Gradient and plain SGD of all layers in one launch, as in a step; the largest layer determines the tile."""
+    from fastmlp.kernels.column_sums import padded
     from fastmlp.kernels.layout import Hyper, Layer, Layout
 
     # The package's attribute of a launcher's module is the launcher.
     module: Any = importlib.import_module("fastmlp.kernels.wgrad_update")
-    dzs = _draw(dtype, device, *((batch, n) for _, n in layers))
+    dzs = _draw(dtype, device, *((batch, padded(n)) for _, n in layers))
     xs = _draw(dtype, device, *((batch, k) for k, _ in layers))
     weights = [torch.zeros(n, k, device=device) for k, n in layers]
     biases = [torch.zeros(n, device=device) for _, n in layers] if bias else []
@@ -182,7 +183,7 @@ def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, devic
     def oracle(used: torch.dtype, cut: Cut = _exactly) -> Results:
         # Gradients of float32 parameters keep float32's digits, whatever the dtype of the factors.
         used = torch.promote_types(used, torch.float32)
-        pairs = [(dz.to(used), x.to(used)) for dz, x in zip(dzs, xs, strict=True)]
+        pairs = [(dz[:, :n].to(used), x.to(used)) for dz, x, (_, n) in zip(dzs, xs, layers, strict=True)]
         named = {f"dW {i}": cut(dz).t() @ cut(x) for i, (dz, x) in enumerate(pairs)}
         return named | {f"db {i}": dz.sum(0) for i, (dz, _) in enumerate(pairs) if bias}
 

@@ -2,10 +2,10 @@
 
 A GEMM launcher asks ``gemm_tile(kind, rows, cols, depth, dtype, device, wide=...)`` for the tile of an output
 [rows, cols] that is reduced over ``depth``. The rule goes through the candidates of this kind, dtype and operands,
-largest tile first, and takes the first that gives every multiprocessor at least one program. Small batches are bound by
-latency, not by arithmetic: no candidate gives every multiprocessor a program, and the rule takes the smallest. ``fit``
-then lowers the number of pipeline stages until the tile's shared memory fits the device. ``all_tiles`` lists every tile
-that the rule can return, so that the tests can compile each tile for each target.
+largest tile first, and takes the first whose programs occupy the multiprocessors evenly (``_balanced``). Small batches
+are bound by latency, not by arithmetic: no candidate occupies all multiprocessors, and the rule takes the smallest.
+``fit`` then lowers the number of pipeline stages until the tile's shared memory fits the device. ``all_tiles`` lists
+every tile that the rule can return, so that the tests can compile each tile for each target.
 
 Operands are ``wide`` when their rows can be loaded 16 bytes at a time (``loads_wide``). Other operands are loaded
 element by element. Each element then has an address of its own, and elements of 2 bytes wait in registers, since no
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from .tuned import read_table, tuned_tile
 
 __all__ = [
     "GEMM_KINDS",
+    "LARGEST_UPDATED",
     "Tile",
     "all_tiles",
     "cdiv",
@@ -50,6 +52,10 @@ class Tile(NamedTuple):
     num_stages: int
     #: Registers per thread (NVIDIA only). Without this limit ptxas spills some to fit one more program.
     max_registers: int | None = None
+    #: Slices of ``depth``, each with a warp and sums of its own; the sums are added at the end.
+    slices: int = 1
+    #: Programs of the weight gradient that the registers of a multiprocessor hold at once.
+    resident: int = 1
 
     @property
     def compile_options(self) -> dict[str, int]:
@@ -85,7 +91,7 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     "wgmma": (
         (
             Tile(128, 128, 32, 8, 3),
-            Tile(64, 128, 32, 8, 3),
+            Tile(128, 64, 32, 8, 3),
             Tile(64, 64, 32, 4, 3),
             Tile(32, 64, 32, 4, 3),
             Tile(32, 32, 32, 2, 4),
@@ -156,7 +162,43 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     ),
     # Interpreter: programs run one after the other in Python, so there are few and large ones. Test shapes are still
     # no multiples of these tiles.
-    "interpreter": ((Tile(32, 32, 32, 1, 1),), (Tile(32, 32, 32, 1, 1),)),
+    "interpreter": ((Tile(32, 32, 32, 1, 1, resident=4),), (Tile(32, 32, 32, 1, 1, resident=4),)),
+}
+
+# fwd and dgrad take these in place of the small tiles above. A small batch has few tiles, and in a tile of 16 x 32 two
+# warps multiply, each of whose products waits for the previous one. Slices of the reduction occupy four warps, with a
+# fourth of the products in each chain. Where a block has 16 rows, a slice of a row is 256 bytes: less is copied into
+# shared memory in an order that the products read with bank conflicts.
+_SLICED_NVIDIA: tuple[tuple[Tile, ...], tuple[Tile, ...]] = (
+    (
+        Tile(32, 32, 128, 4, 3, slices=4),
+        Tile(16, 32, 256, 4, 3, slices=4),
+        Tile(16, 16, 256, 4, 3, slices=4),
+    ),
+    (
+        Tile(32, 32, 256, 4, 3, slices=4),
+        Tile(16, 32, 512, 4, 3, slices=4),
+        Tile(16, 16, 512, 4, 3, slices=4),
+    ),
+)
+_SLICED_TILES = {
+    "mma": _SLICED_NVIDIA,
+    "wgmma": _SLICED_NVIDIA,
+    "tcgen05": _SLICED_NVIDIA,
+    # CDNA. Without matrix units (RDNA in float32) these tiles spill.
+    "hip": (
+        (
+            Tile(32, 32, 128, 4, 2, slices=4),
+            Tile(16, 32, 128, 4, 2, slices=4),
+            Tile(16, 16, 256, 4, 2, slices=4),
+        ),
+        (
+            Tile(32, 32, 256, 4, 2, slices=4),
+            Tile(16, 32, 256, 4, 2, slices=4),
+            Tile(16, 16, 256, 4, 2, slices=4),
+        ),
+    ),
+    "interpreter": ((Tile(16, 16, 64, 1, 1, slices=2),), (Tile(16, 16, 64, 1, 1, slices=2),)),
 }
 
 # For operands that are not wide: the addresses of all elements take registers too.
@@ -184,9 +226,55 @@ _NARROW_TILES = {
     "hip": (_TILES["hip"][0], _TILES["hip"][1][2:]),
 }
 
-_MIN_DEPTH_PER_SPLIT = 256
+#: The rule of ``_best_split``: an update of at most so many rows is one launch; splits have at least so many rows; the
+#: programs of all splits fill at most so many waves; multiply-adds that take as long as a byte, by itemsize.
+_DIRECT_UPDATE, _MIN_DEPTH_PER_SPLIT, _MAX_WAVES = 1024, 256, 4
+_MULTIPLICATIONS_PER_BYTE = {2: 32, 4: 8}
+Shapes = tuple[tuple[int, int], ...]
 
-# The optimizer's state lives in registers beside the gradient, so blocks are smaller or have more warps.
+# Weight gradients of wide operands, with the optimizer behind or without. Where the batch is split, the epilogue only
+# stores partial sums; a block above ``LARGEST_UPDATED`` beside an optimizer's states overflows the registers.
+LARGEST_UPDATED = 128 * 128
+_WIDE_GRADIENT_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
+    "mma": (
+        (
+            Tile(128, 128, 16, 8, 4, resident=1),
+            Tile(64, 128, 32, 8, 3, resident=1),
+            Tile(64, 64, 32, 4, 3, resident=2),
+            Tile(32, 64, 32, 4, 3, resident=2),
+            Tile(16, 32, 32, 2, 4, resident=4),
+        ),
+        (
+            Tile(128, 128, 64, 8, 3, resident=1),
+            Tile(64, 128, 64, 8, 3, resident=1),
+            Tile(64, 64, 64, 4, 4, resident=3),
+            Tile(32, 64, 64, 4, 4, resident=4),
+            Tile(32, 32, 64, 4, 4, resident=4),
+        ),
+    ),
+    "wgmma": (
+        (
+            Tile(128, 128, 32, 8, 3, resident=1),
+            Tile(64, 128, 32, 4, 3, resident=2),
+            Tile(64, 64, 32, 4, 3, resident=3),
+            Tile(32, 64, 32, 4, 3, resident=3),
+            Tile(32, 32, 32, 2, 4, resident=6),
+            Tile(16, 32, 32, 2, 4, resident=8),
+        ),
+        (
+            Tile(128, 256, 64, 8, 3, resident=1),
+            Tile(128, 128, 64, 8, 3, resident=1),
+            Tile(64, 128, 64, 4, 3, resident=3),
+            Tile(64, 64, 64, 4, 4, resident=3),
+            Tile(32, 64, 64, 4, 4, resident=4),
+            Tile(32, 32, 64, 4, 4, resident=6),
+            Tile(16, 32, 64, 2, 4, resident=8),
+        ),
+    ),
+}
+
+# Updates of other operands and families. The optimizer's state lives in registers beside the gradient, so blocks are
+# smaller or have more warps.
 _UPDATE_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     "mma": (
         (Tile(64, 64, 16, 4, 4), Tile(32, 64, 32, 4, 3), Tile(16, 32, 32, 2, 4)),
@@ -204,7 +292,7 @@ _UPDATE_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
         (Tile(32, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(16, 32, 16, 2, 2)),
         (Tile(64, 64, 32, 8, 2), Tile(32, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2)),
     ),
-    "interpreter": ((Tile(32, 32, 32, 1, 1),), (Tile(32, 32, 32, 1, 1),)),
+    "interpreter": _TILES["interpreter"],
 }
 
 
@@ -244,13 +332,25 @@ def loads_wide(*operands: Tensor) -> bool:
 
 def _candidates(kind: str, dtype: torch.dtype, device: Device, wide: bool) -> tuple[Tile, ...]:
     family = _family(device)
-    if kind == "update":
+    if wide and family in _WIDE_GRADIENT_TILES and (kind == "update" or (kind == "wgrad" and family == "wgmma")):
+        float32, half = _WIDE_GRADIENT_TILES[family]
+    elif kind == "update":
         float32, half = _UPDATE_TILES.get(family, _UPDATE_TILES["mma"])
     elif not wide and family in _NARROW_TILES:
         float32, half = _NARROW_TILES[family]
     else:
         float32, half = _TILES[family]
-    return float32 if dtype == torch.float32 else half
+    tiles = float32 if dtype == torch.float32 else half
+    if kind in ("fwd", "dgrad") and wide and _slices(device):
+        # The smallest tile stays, for reductions that are shorter than a step of the sliced ones.
+        small = _SLICED_TILES[family][dtype != torch.float32]
+        tiles = (*(t for t in tiles[:-1] if t.rows * t.cols > small[0].rows * small[0].cols), *small, tiles[-1])
+    return tiles
+
+
+def _slices(device: Device) -> bool:
+    """Whether the device has matrix units for all dtypes. Products on registers unroll over the depth, and spill."""
+    return device.backend == "interpreter" or device.has_tf32 or str(device.arch).startswith("gfx9")
 
 
 def fit(tile: Tile, itemsize: int, device: Device) -> Tile | None:
@@ -262,33 +362,80 @@ def fit(tile: Tile, itemsize: int, device: Device) -> Tile | None:
 
 @lru_cache(maxsize=4096)
 def gemm_tile(
-    kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, *, wide: bool
+    kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, *, wide: bool,
+    layers: Shapes = (),
 ) -> Tile:  # fmt: skip
     """The tile for an output of [rows, cols] reduced over ``depth``; see the module docstring for the rule.
 
-    ``wide`` is what ``loads_wide`` says of the operands. The update's tiles suit all operands.
-
-    wgrad also splits the reduction over programs (``splits``), at most once per ``_MIN_DEPTH_PER_SPLIT`` rows. The rule
-    counts all these splits as programs.
+    ``wide`` is what ``loads_wide`` says of the operands. An update's tile is for all its ``layers`` together.
     """
     tiles = list(all_tiles(kind, dtype, device, wide=wide))
     if (measured := tuned_tile(kind, rows, cols, depth, dtype, device, tiles)) is not None:
         return measured
-    copies = max(1, depth // _MIN_DEPTH_PER_SPLIT) if kind in ("wgrad", "update") else 1
-    for tile in tiles:
-        if tile.rows > max(16, 2 * rows) or tile.cols > max(16, 2 * cols):
+    fitting = [t for t in tiles if t.rows <= max(16, 2 * rows) and t.cols <= max(16, 2 * cols)] or tiles[-1:]
+    if kind in ("wgrad", "update"):
+        shapes = layers or ((rows, cols),)
+        return min(fitting, key=lambda tile: _best_split(kind, tile, shapes, depth, dtype, device))
+    smallest = tiles[-1]
+    for tile in fitting:
+        if tile.slices > 1 and tile.depth > 2 * depth:
             continue
-        if cdiv(rows, tile.rows) * cdiv(cols, tile.cols) * copies >= device.multiprocessors:
+        if _balanced(cdiv(rows, tile.rows) * cdiv(cols, tile.cols), device):
             return tile
-    return tiles[-1]
+        if tile.rows * tile.cols < smallest.rows * smallest.cols:
+            smallest = tile
+    return smallest
 
 
-def splits(tile: Tile, rows: int, cols: int, depth: int, device: Device) -> int:
-    """How many programs share the reduction of one output tile, so that all multiprocessors have work."""
-    programs = cdiv(rows, tile.rows) * cdiv(cols, tile.cols)
-    wanted = cdiv(device.multiprocessors, programs)
-    most = max(1, depth // _MIN_DEPTH_PER_SPLIT) if device.backend != "interpreter" else cdiv(depth, tile.depth)
-    return max(1, min(wanted, most))
+def _balanced(programs: int, device: Device) -> bool:
+    """Whether multiprocessors have, on average, at least two thirds of the programs that the busiest one has."""
+    return 3 * programs >= 2 * cdiv(programs, device.multiprocessors) * device.multiprocessors
+
+
+def splits(kind: str, tile: Tile, shapes: Shapes, depth: int, dtype: torch.dtype, device: Device) -> int:
+    """How many programs share the reduction of each tile of the outputs ``shapes``."""
+    return _best_split(kind, tile, shapes, depth, dtype, device)[1]
+
+
+@lru_cache(maxsize=4096)
+def _best_split(
+    kind: str, tile: Tile, shapes: Shapes, depth: int, dtype: torch.dtype, device: Device
+) -> tuple[float, int]:
+    """(cost, splits) of the number of splits that keeps the busiest multiprocessor for the shortest time.
+
+    The cost counts bytes, and multiply-adds as bytes. Every program loads the operands of its share of the reduction,
+    multiplies, and reads and writes its output. A split reduction also writes partial sums and reads them in a launch
+    more, which is counted as twice the bytes. Programs of one multiprocessor share it; beyond those that are resident
+    the next wave begins.
+    """
+    programs = sum(cdiv(n, tile.rows) * cdiv(k, tile.cols) for n, k in shapes)
+    outputs = sum(n * k for n, k in shapes)
+    slots = device.multiprocessors * _resident(tile, dtype, device)
+    if device.backend == "interpreter":
+        most = min(cdiv(depth, tile.depth), max(1, slots // programs))
+    elif kind == "update" and depth <= _DIRECT_UPDATE:
+        most = 1
+    else:
+        most = max(1, min(depth // _MIN_DEPTH_PER_SPLIT, _MAX_WAVES * slots // programs))
+    balance = _MULTIPLICATIONS_PER_BYTE[dtype.itemsize]
+    area, step = tile.rows * tile.cols, (tile.rows + tile.cols) * dtype.itemsize
+
+    def cost(n: int) -> float:
+        waves, rest = divmod(n * programs, slots)
+        if n > 1 and waves and 0 < rest < slots * 2 / 3:
+            return inf
+        busiest = waves * (slots // device.multiprocessors) + cdiv(rest, device.multiprocessors)
+        sums = 16 * n * outputs / device.multiprocessors if n > 1 else 0
+        return busiest * (cdiv(depth, n) * (area / balance + step) + 8 * area) + sums
+
+    fewest = 2 if kind == "update" and area > LARGEST_UPDATED else 1
+    return min(((cost(n), n) for n in range(fewest, most + 1)), default=(inf, 1))
+
+
+def _resident(tile: Tile, dtype: torch.dtype, device: Device) -> int:
+    """Programs of a weight gradient that a multiprocessor holds at once, by registers and by shared memory."""
+    stages = (tile.rows + tile.cols) * tile.depth * dtype.itemsize * tile.num_stages
+    return max(1, min(tile.resident, device.shared_limit // stages))
 
 
 def all_tiles(kind: str, dtype: torch.dtype, device: Device, *, wide: bool) -> Iterator[Tile]:

@@ -6,10 +6,11 @@
     dZ_{L-1}  = (dZ_L W) * f'_{L-1}              optional: a network of one layer, or frozen layers below, has none
 
 Shapes: H [M, K] (the output A_{L-1} of the layer below), W [C, K], b [C]; dZ_L and Z_L [M, C], dZ_{L-1} and
-``saved`` [M, K]; loss [M]. Any strides for H, W, b and saved; outputs contiguous.
+``saved`` [M, K]; loss [M]. Any strides for H, W, b and saved; outputs contiguous; dZ_L may have more columns.
 Dtypes: H and W float32, float16 or bfloat16, alike; or H uint8 pixels (X / 255, as ``linear_fwd``), without dZ_{L-1}.
 Accumulated in float32; the loss is that of the float32 logits, and dZ_L is rounded before it is multiplied by W.
 ``saved`` is what f'_{L-1} is computed from: A_{L-1}, which is H itself, or Z_{L-1}, or None (see ``activations``).
+Optional: the sums of the rows of dZ_L and of dZ_{L-1}, a row per block of rows (see ``column_sums``).
 Bytes: reads H (and saved) and writes dZ_{L-1} once; reads W once per block of rows, from the L2 cache. ``saved`` that
 is H is still in the cache from the product.
 
@@ -30,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activation_grad
+from .column_sums import ColumnSums, store_block_sums
 from .configs import cdiv
 from .device import Device, current_device, input_precision
 from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
@@ -44,10 +46,11 @@ MAX_CLASSES = 64
 @triton.jit(do_not_specialize=["ignore_index", "M"])
 def _head_kernel(
     h_ptr, w_ptr, b_ptr, target_ptr, rows_ptr, class_weight_ptr, saved_ptr, scale_ptr,
-    loss_ptr, dz_ptr, dz_prev_ptr, z_ptr, correct_ptr,
+    loss_ptr, dz_ptr, dz_prev_ptr, z_ptr, correct_ptr, sums_ptr, prev_sums_ptr,
     scale, smoothing, ignore_index: tl.int64,
     M, C, K,
     stride_hm, stride_hk, stride_wc, stride_wk, stride_b, stride_t, stride_cw, stride_sm, stride_sk,
+    stride_zm, stride_sums, stride_prev_sums,
     ACTIVATION: tl.constexpr, SMOOTH: tl.constexpr, GATHER_H: tl.constexpr, PIXELS: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_COLS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr,
@@ -93,7 +96,7 @@ def _head_kernel(
         acc = dot(h, tl.permute(w, (0, 2, 1)), acc, INPUT_PRECISION)
         h_ptrs += step_h
         w_ptrs += step_w
-    z = tl.sum(accumulated(acc, INPUT_PRECISION), 0)
+    z = accumulated(acc, INPUT_PRECISION)
     if PIXELS:
         z = z * (1.0 / 255.0)
     if b_ptr is not None:
@@ -114,7 +117,10 @@ def _head_kernel(
     loss, mass, _top, shift, e, total = whole_rows_loss(z, q, hot, picked, mask, SMOOTH, False)
     dz = rows_grad(e, total, mass, q, hot, picked, ignored, g, SMOOTH, False).to(dz_ptr.dtype.element_ty)
     tl.store(loss_ptr + row_m, tl.where(ignored, 0.0, loss).to(loss_ptr.dtype.element_ty), mask=once_m)
-    tl.store(dz_ptr + offs_z, dz, mask=once)
+    tl.store(dz_ptr + row_m[:, None] * stride_zm + offs_c[None, :], dz, mask=once)
+    if sums_ptr is not None:
+        row_ptr = sums_ptr + pid_m.to(tl.int64) * stride_sums
+        store_block_sums(dz, mask_m, row_ptr, offs_c, offs_c < tl.where(split == 0, C, 0))
     if correct_ptr is not None:
         best = tl.min(tl.where(shift == 0.0, offs_c[None, :], BLOCK_C), 1)
         tl.store(correct_ptr + row_m, (best == y).to(correct_ptr.dtype.element_ty), mask=once_m)
@@ -137,8 +143,12 @@ def _head_kernel(
             if saved_ptr is not None:
                 saved_ptrs = saved_ptr + row_m[:, None] * stride_sm + cols * stride_sk
                 saved = tl.load(saved_ptrs, mask=mask_p, other=0.0).to(tl.float32)
-            dz_prev = activation_grad(da, saved, ACTIVATION)
-            tl.store(dz_prev_ptr + row_m[:, None] * K + cols, dz_prev.to(dz_prev_ptr.dtype.element_ty), mask=mask_p)
+            dz_prev = activation_grad(da, saved, ACTIVATION).to(dz_prev_ptr.dtype.element_ty)
+            tl.store(dz_prev_ptr + row_m[:, None] * K + cols, dz_prev, mask=mask_p)
+            if prev_sums_ptr is not None:
+                offs_k = k + tl.arange(0, COLS)
+                row_ptr = prev_sums_ptr + pid_m.to(tl.int64) * stride_prev_sums
+                store_block_sums(dz_prev, mask_m, row_ptr, offs_k, offs_k < K)
 
 
 class _HeadTile(NamedTuple):
@@ -203,6 +213,8 @@ def head(
     dz_prev: Tensor | None = None,
     logits: Tensor | None = None,
     correct: Tensor | None = None,
+    sums: ColumnSums | None = None,
+    prev_sums: ColumnSums | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch the head: (loss of each row, dZ_L, dZ_{L-1} or None).
 
@@ -215,9 +227,10 @@ def head(
         class_weight, ignore_index, smoothing: as ``cross_entropy``.
         rows: int64 [M], contiguous; row m's label is then target[rows[m]].
         loss, dz, dz_prev: outputs to reuse, contiguous; the loss in any float dtype (default float32), dz and
-            dz_prev in weight's dtype.
+            dz_prev in weight's dtype. Columns of dz beyond C are not written.
         logits: output [M, C], contiguous, any float dtype; not written unless given.
         correct: output [M], contiguous, any dtype: 1 where the label is the first largest logit, else 0.
+        sums, prev_sums: take the sums of the rows of dz and of dz_prev.
     """
     M = target.shape[0] if rows is None else rows.shape[0]
     C, K = weight.shape
@@ -232,15 +245,18 @@ def head(
     device = current_device()
     aligned = K % 16 == 0 and all(t.stride(1) == 1 and t.stride(0) % 16 == 0 for t in (h, weight))
     tile = _tile(M, C, K, weight.element_size(), aligned, dz_prev is not None, device)
+    blocks = cdiv(M, tile.rows)
+    written = [None if of is None else of.written(blocks) for of in (sums, prev_sums)]
     scale_ptr, scale = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
-    _head_kernel[(cdiv(M, tile.rows) * tile.splits,)](
+    _head_kernel[(blocks * tile.splits,)](
         h, weight, bias, target, rows, class_weight, saved, scale_ptr,
-        loss, dz, dz_prev, logits, correct,
+        loss, dz, dz_prev, logits, correct, *written,
         scale, float(smoothing), ignore_index,
         M, C, K,
         h.stride(0), h.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
         target.stride(0), 0 if class_weight is None else class_weight.stride(0),
         *((0, 0) if saved is None else saved.stride()),
+        dz.stride(0), *(0 if of is None else of.stride(0) for of in written),
         ACTIVATION=activation, SMOOTH=smoothing != 0.0, GATHER_H=gather_h, PIXELS=h.dtype == torch.uint8,
         EVEN_K=K % (tile.slices * tile.depth) == 0, EVEN_COLS=K % tile.cols == 0,
         INPUT_PRECISION=input_precision(device, weight.dtype),

@@ -6,6 +6,7 @@ chain needs no elementwise pass between layers. With f = identity the result is 
 Shapes: dZ [M, N], W [N, K], dX and ``saved`` [M, K]; any strides for dZ and W, dX and saved contiguous.
 ``saved`` is what f' is computed from: A_{l-1}, or Z_{l-1}, or None (see ``activations``).
 Dtypes: float32, float16 or bfloat16, all alike, accumulated in float32.
+Optional: ``sums`` takes the sums of the rows of dX, a row per block of rows (see ``column_sums``).
 Bytes: reads dZ once per column of tiles, W once per row of tiles and saved once; writes dX. The least possible:
 (M N + N K + 2 M K) items.
 Source: dL/dA_{l-1} = dL/dZ_l W_l and dL/dZ = f'(Z) * dL/dA (lecture notes 7.5; the notebook's g1, g2).
@@ -19,9 +20,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activation_grad
+from .column_sums import ColumnSums, store_block_sums
 from .configs import cdiv, gemm_tile, loads_wide
 from .device import current_device, input_precision
-from .tiling import EPILOGUE_SIZE, accumulated, accumulator, dot, grouped_tile, halves
+from .tiling import (
+    EPILOGUE_SIZE,
+    accumulated,
+    accumulator,
+    as_column,
+    as_row,
+    dot,
+    grouped_tile,
+    halves,
+    reduced,
+    transposed,
+)
 
 __all__ = ["linear_dgrad"]
 
@@ -30,50 +43,57 @@ GROUP_M = 8
 
 @triton.jit
 def _linear_dgrad_kernel(
-    dz_ptr, w_ptr, saved_ptr, dx_ptr,
+    dz_ptr, w_ptr, saved_ptr, dx_ptr, sums_ptr,
     M, N, K,
-    stride_zm, stride_zn, stride_wn, stride_wk,
+    stride_zm, stride_zn, stride_wn, stride_wk, stride_sums,
     ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr,
     EVEN_N: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_n = tl.arange(0, BLOCK_N)
+    offs_n = reduced(BLOCK_N, SLICES)
+    rows_n = transposed(offs_n)
     mask_m = offs_m < M
     mask_k = offs_k < K
 
-    offs_n64 = offs_n.to(tl.int64)
-    dz_ptrs = dz_ptr + offs_m.to(tl.int64)[:, None] * stride_zm + offs_n64[None, :] * stride_zn
-    w_ptrs = w_ptr + offs_n64[:, None] * stride_wn + offs_k.to(tl.int64)[None, :] * stride_wk
+    dz_ptrs = dz_ptr + as_column(offs_m.to(tl.int64), SLICES) * stride_zm + offs_n.to(tl.int64) * stride_zn
+    w_ptrs = w_ptr + rows_n.to(tl.int64) * stride_wn + as_row(offs_k.to(tl.int64), SLICES) * stride_wk
     step_z = tl.cast(BLOCK_N, tl.int64) * stride_zn
     step_w = tl.cast(BLOCK_N, tl.int64) * stride_wn
 
-    acc = accumulator((BLOCK_M, BLOCK_K), INPUT_PRECISION)
+    acc = accumulator((SLICES, BLOCK_M, BLOCK_K), INPUT_PRECISION)
     for n in range(0, N, BLOCK_N):
         if EVEN_N:
-            dz = tl.load(dz_ptrs, mask=mask_m[:, None], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_k[None, :], other=0.0)
+            dz = tl.load(dz_ptrs, mask=as_column(mask_m, SLICES), other=0.0)
+            w = tl.load(w_ptrs, mask=as_row(mask_k, SLICES), other=0.0)
         else:
-            mask_n = offs_n < N - n
-            dz = tl.load(dz_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+            dz = tl.load(dz_ptrs, mask=as_column(mask_m, SLICES) & (offs_n < N - n), other=0.0)
+            w = tl.load(w_ptrs, mask=(rows_n < N - n) & as_row(mask_k, SLICES), other=0.0)
         acc = dot(dz, w, acc, INPUT_PRECISION)
         dz_ptrs += step_z
         w_ptrs += step_w
 
     acc = accumulated(acc, INPUT_PRECISION)
-    _store_dx(acc, saved_ptr, dx_ptr, offs_m, pid_k * BLOCK_K, M, K, ACTIVATION, HAS_SAVED)
+    row_ptr = sums_ptr
+    if sums_ptr is not None:
+        row_ptr += pid_m.to(tl.int64) * stride_sums
+    _store_dx(acc, saved_ptr, dx_ptr, row_ptr, offs_m, pid_k * BLOCK_K, M, K, ACTIVATION, HAS_SAVED)
 
 
 @triton.jit
-def _store_dx(acc, saved_ptr, dx_ptr, offs_m, first_k, M, K, ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr):
-    """The epilogue: multiply a block of dZ W by f' and store it. Blocks above ``EPILOGUE_SIZE`` are halved."""
+def _store_dx(
+    acc, saved_ptr, dx_ptr, row_ptr, offs_m, first_k, M, K, ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr
+):  # fmt: skip
+    """The epilogue: multiply a block of dZ W by f' and store it, and the sums of its rows at row_ptr, if not None.
+
+    Blocks above ``EPILOGUE_SIZE`` are halved.
+    """
     if acc.numel > EPILOGUE_SIZE:
         left, right = halves(acc)
-        _store_dx(left, saved_ptr, dx_ptr, offs_m, first_k, M, K, ACTIVATION, HAS_SAVED)
-        _store_dx(right, saved_ptr, dx_ptr, offs_m, first_k + left.shape[1], M, K, ACTIVATION, HAS_SAVED)
+        _store_dx(left, saved_ptr, dx_ptr, row_ptr, offs_m, first_k, M, K, ACTIVATION, HAS_SAVED)
+        _store_dx(right, saved_ptr, dx_ptr, row_ptr, offs_m, first_k + left.shape[1], M, K, ACTIVATION, HAS_SAVED)
     else:
         offs_k = first_k + tl.arange(0, acc.shape[1])
         offs_x = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
@@ -81,8 +101,10 @@ def _store_dx(acc, saved_ptr, dx_ptr, offs_m, first_k, M, K, ACTIVATION: tl.cons
         saved = acc
         if HAS_SAVED:
             saved = tl.load(saved_ptr + offs_x, mask=mask_x, other=0.0).to(tl.float32)
-        dx = activation_grad(acc, saved, ACTIVATION)
-        tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
+        dx = activation_grad(acc, saved, ACTIVATION).to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + offs_x, dx, mask=mask_x)
+        if row_ptr is not None:
+            store_block_sums(dx, offs_m < M, row_ptr, offs_k, offs_k < K)
 
 
 def linear_dgrad(
@@ -92,8 +114,12 @@ def linear_dgrad(
     activation: str = "identity",
     *,
     dx: Tensor | None = None,
+    sums: ColumnSums | None = None,
 ) -> Tensor:
-    """Launch dX = (dZ W) * f'; ``activation`` is that of the layer below. ``dx``: output to reuse, contiguous."""
+    """Launch dX = (dZ W) * f'; ``activation`` is that of the layer below.
+
+    ``dx``: output to reuse, contiguous. ``sums``: takes the sums of the rows of dX.
+    """
     M = dz.shape[0]
     N, K = weight.shape
     if dx is None:
@@ -102,12 +128,14 @@ def linear_dgrad(
         return dx
     device = current_device()
     tile = gemm_tile("dgrad", M, K, N, weight.dtype, device, wide=loads_wide(dz, weight))
+    sums_ptr = None if sums is None else sums.written(cdiv(M, tile.rows))
     _linear_dgrad_kernel[(cdiv(M, tile.rows) * cdiv(K, tile.cols),)](
-        dz, weight, saved, dx,
+        dz, weight, saved, dx, sums_ptr,
         M, N, K,
-        dz.stride(0), dz.stride(1), weight.stride(0), weight.stride(1),
+        dz.stride(0), dz.stride(1), weight.stride(0), weight.stride(1), 0 if sums_ptr is None else sums_ptr.stride(0),
         ACTIVATION=activation, HAS_SAVED=saved is not None,
         EVEN_N=N % tile.depth == 0, INPUT_PRECISION=input_precision(device, weight.dtype),
-        BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.cols, GROUP_M=GROUP_M, **tile.compile_options,
+        BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.cols, SLICES=tile.slices, GROUP_M=GROUP_M,
+        **tile.compile_options,
     )  # fmt: skip
     return dx

@@ -21,7 +21,7 @@ from torch import Tensor
 from .activations import activate
 from .configs import cdiv, gemm_tile, loads_wide
 from .device import current_device, input_precision
-from .tiling import EPILOGUE_SIZE, accumulated, accumulator, dot, grouped_tile, halves
+from .tiling import EPILOGUE_SIZE, accumulated, accumulator, as_column, dot, grouped_tile, halves, reduced, transposed
 
 __all__ = ["linear_fwd"]
 
@@ -36,12 +36,12 @@ def _linear_fwd_kernel(
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr, SAVE_Z: tl.constexpr, GATHER: tl.constexpr, PIXELS: tl.constexpr,
     EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = reduced(BLOCK_K, SLICES)
     mask_m = offs_m < M
     mask_n = offs_n < N
 
@@ -50,9 +50,9 @@ def _linear_fwd_kernel(
         row_m = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     else:
         row_m = offs_m.to(tl.int64)
-    cols_k = offs_k.to(tl.int64)[None, :]
-    x_ptrs = x_ptr + row_m[:, None] * stride_xm + cols_k * stride_xk
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + cols_k * stride_wk
+    cols_k = offs_k.to(tl.int64)
+    x_ptrs = x_ptr + as_column(row_m, SLICES) * stride_xm + cols_k * stride_xk
+    w_ptrs = w_ptr + as_column(offs_n.to(tl.int64), SLICES) * stride_wn + cols_k * stride_wk
     step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
     step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
 
@@ -61,25 +61,25 @@ def _linear_fwd_kernel(
     # waits that ptxas adds to every product would prevent that.
     TURNED: tl.constexpr = PIXELS and w_ptr.dtype.element_ty != tl.float32
     if TURNED:
-        acc = accumulator((BLOCK_N, BLOCK_M), INPUT_PRECISION)
+        acc = accumulator((SLICES, BLOCK_N, BLOCK_M), INPUT_PRECISION)
     else:
-        acc = accumulator((BLOCK_M, BLOCK_N), INPUT_PRECISION)
+        acc = accumulator((SLICES, BLOCK_M, BLOCK_N), INPUT_PRECISION)
     for k in range(0, K, BLOCK_K):
         if EVEN_K:
-            x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_n[:, None], other=0.0)
+            x = tl.load(x_ptrs, mask=as_column(mask_m, SLICES), other=0.0)
+            w = tl.load(w_ptrs, mask=as_column(mask_n, SLICES), other=0.0)
         else:
             mask_k = offs_k < K - k
-            x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+            x = tl.load(x_ptrs, mask=as_column(mask_m, SLICES) & mask_k, other=0.0)
+            w = tl.load(w_ptrs, mask=as_column(mask_n, SLICES) & mask_k, other=0.0)
         # Both operands are loaded along their rows, and one is transposed in the dot. By the count of the executed code
         # this takes fewer instructions than loading columns.
         if PIXELS:
             x = x.to(tl.float32).to(w.dtype)
         if TURNED:
-            acc = dot(w, tl.trans(x), acc, INPUT_PRECISION)
+            acc = dot(w, transposed(x), acc, INPUT_PRECISION)
         else:
-            acc = dot(x, tl.trans(w), acc, INPUT_PRECISION)
+            acc = dot(x, transposed(w), acc, INPUT_PRECISION)
         x_ptrs += step_x
         w_ptrs += step_w
     acc = accumulated(acc, INPUT_PRECISION)
@@ -141,6 +141,7 @@ def linear_fwd(
         ACTIVATION=activation,
         HAS_BIAS=bias is not None, SAVE_Z=save_z, GATHER=rows is not None, PIXELS=x.dtype == torch.uint8,
         EVEN_K=K % tile.depth == 0, INPUT_PRECISION=input_precision(device, weight.dtype),
-        BLOCK_M=tile.rows, BLOCK_N=tile.cols, BLOCK_K=tile.depth, GROUP_M=GROUP_M, **tile.compile_options,
+        BLOCK_M=tile.rows, BLOCK_N=tile.cols, BLOCK_K=tile.depth, SLICES=tile.slices, GROUP_M=GROUP_M,
+        **tile.compile_options,
     )  # fmt: skip
     return a, z

@@ -4,11 +4,12 @@ Shapes: dZ [M, N], X [M, K], dW [N, K], db [N]; any strides for dZ and X, dW and
 Dtypes: dZ and X float32, float16 or bfloat16, alike, accumulated in float32; or X uint8 pixels, which count as
 X / 255 (the accumulator is scaled once). ``rows`` int64 [M], any stride, gathers the rows of X inside the kernel.
 
-The batch is the reduction. When the output has fewer tiles than the GPU has multiprocessors, each tile's batch is
-split over S programs. These write float32 partial sums to a workspace [S, N K + N], and a second kernel adds the S
-slices in their order. There are no atomics, so two runs agree bit by bit.
-Bytes: reads dZ once per column of tiles and X once per row of tiles; writes dW and db. A split batch also writes and
-reads S (N K + N) floats.
+The batch is the reduction. When the output has fewer tiles than the GPU has room for, each tile's batch is split over
+S programs (``configs.splits``). These write float32 partial sums to a workspace [S, N K + N], and a second kernel adds
+the S slices in their order. Programs of their own add the rows of dZ, beside those of the tiles (``column_sums`` has
+the order of the sums). There are no atomics, so two runs agree bit by bit.
+Bytes: reads dZ once per column of tiles, and once for db; reads X once per row of tiles; writes dW and db. A split
+batch also writes and reads S (N K + N) floats.
 Source: dL/dW = (dL/dZ)^T A_{l-1}, dL/db = dL/dZ, summed over the batch (np.outer in the first document).
 """
 
@@ -19,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .column_sums import SUM_COLS, column_sums
 from .configs import cdiv, gemm_tile, loads_wide, splits
 from .device import current_device, input_precision
-from .tiling import accumulated, accumulator, dot, grouped_tile
+from .tiling import EPILOGUE_SIZE, accumulated, accumulator, dot, grouped_tile, halves
 
 __all__ = ["linear_wgrad"]
 
@@ -35,14 +37,10 @@ def wgrad_tile(
     dz_ptr, x_ptr, rows_ptr,
     N, K, m_begin, m_end, pid_n, pid_k,
     stride_zm, stride_zn, stride_xm, stride_xk,
-    HAS_BIAS: tl.constexpr, GATHER: tl.constexpr, PIXELS: tl.constexpr,
-    EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    GATHER: tl.constexpr, PIXELS: tl.constexpr, EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Float32 (dW block [BLOCK_N, BLOCK_K], db block [BLOCK_N]) of the samples m_begin <= m < m_end.
-
-    db is complete only in the programs of the first column of tiles (pid_k == 0); elsewhere it is zero.
-    """
+    """The float32 block [BLOCK_N, BLOCK_K] of dW of the samples m_begin <= m < m_end; N columns of dZ may be read."""
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_m = tl.arange(0, BLOCK_M)
@@ -79,18 +77,7 @@ def wgrad_tile(
     dw = accumulated(dw, INPUT_PRECISION)
     if PIXELS:
         dw = dw * (1.0 / 255.0)
-
-    db = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    if HAS_BIAS:
-        if pid_k == 0:
-            # dZ is read a second time, from the cache, because a sum over the block that feeds the dot would fix the
-            # block's layout.
-            dz_ptrs = dz_ptr + offs_n.to(tl.int64)[:, None] * stride_zn + row_m[None, :] * stride_zm
-            for m in range(m_begin, m_end, BLOCK_M):
-                mask_z = mask_n[:, None] & (offs_m < m_end - m)[None, :]
-                db += tl.sum(tl.load(dz_ptrs, mask=mask_z, other=0.0).to(tl.float32), axis=1)
-                dz_ptrs += step_z
-    return dw, db
+    return dw
 
 
 @triton.jit
@@ -101,27 +88,43 @@ def _linear_wgrad_kernel(
     HAS_BIAS: tl.constexpr, GATHER: tl.constexpr, PIXELS: tl.constexpr,
     EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
+    SUM_COLS: tl.constexpr,
 ):  # fmt: skip
-    pid_n, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP_N)
+    # With one split the outputs are dW and db themselves (stride_split is 0), otherwise this split's workspace slice.
     split = tl.program_id(1)
+    slice_start = split.to(tl.int64) * stride_split
     m_begin = split * m_per_split
     m_end = tl.minimum(m_begin + m_per_split, M)
-    dw, db = wgrad_tile(
-        dz_ptr, x_ptr, rows_ptr,
-        N, K, m_begin, m_end, pid_n, pid_k,
-        stride_zm, stride_zn, stride_xm, stride_xk,
-        HAS_BIAS, GATHER, PIXELS, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    # With one split the outputs are dW and db themselves (stride_split is 0), otherwise this split's workspace slice.
-    slice_start = split.to(tl.int64) * stride_split
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_n = offs_n < N
-    dw_ptrs = dw_ptr + slice_start + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
-    tl.store(dw_ptrs, dw.to(dw_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_k < K)[None, :])
+    pid = tl.program_id(0)
     if HAS_BIAS:
-        if pid_k == 0:
-            tl.store(db_ptr + slice_start + offs_n, db.to(db_ptr.dtype.element_ty), mask=mask_n)
+        pid -= tl.cdiv(N, SUM_COLS)
+    if pid >= 0:
+        pid_n, pid_k = grouped_tile(pid, tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP_N)
+        dw = wgrad_tile(
+            dz_ptr, x_ptr, rows_ptr,
+            N, K, m_begin, m_end, pid_n, pid_k,
+            stride_zm, stride_zn, stride_xm, stride_xk,
+            GATHER, PIXELS, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        _store_dw(dw, dw_ptr + slice_start, pid_n * BLOCK_N + tl.arange(0, BLOCK_N), pid_k * BLOCK_K, N, K)
+    elif HAS_BIAS:
+        offs_n = tl.program_id(0) * SUM_COLS + tl.arange(0, SUM_COLS)
+        ROWS: tl.constexpr = BLOCK_M * BLOCK_N // SUM_COLS
+        db = column_sums(dz_ptr, m_begin, m_end, stride_zm, stride_zn, offs_n, offs_n < N, ROWS)
+        tl.store(db_ptr + slice_start + offs_n, db.to(db_ptr.dtype.element_ty), mask=offs_n < N)
+
+
+@triton.jit
+def _store_dw(dw, dw_ptr, offs_n, first_k, N, K):
+    """The epilogue: store a block of dW. Blocks above ``EPILOGUE_SIZE`` are halved."""
+    if dw.numel > EPILOGUE_SIZE:
+        left, right = halves(dw)
+        _store_dw(left, dw_ptr, offs_n, first_k, N, K)
+        _store_dw(right, dw_ptr, offs_n, first_k + left.shape[1], N, K)
+    else:
+        offs_k = first_k + tl.arange(0, dw.shape[1])
+        dw_ptrs = dw_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+        tl.store(dw_ptrs, dw.to(dw_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_k < K)[None, :])
 
 
 @triton.jit
@@ -169,7 +172,9 @@ def linear_wgrad(
         rows = rows.contiguous()
     device = current_device()
     tile = gemm_tile("wgrad", N, K, M, dz.dtype, device, wide=loads_wide(dz, x))
-    n_splits = splits(tile, N, K, M, device)
+    sum_programs = cdiv(N, SUM_COLS) if bias else 0
+    programs = cdiv(N, tile.rows) * cdiv(K, tile.cols) + sum_programs
+    n_splits = splits("wgrad", tile, ((N, K),), M, dz.dtype, device)
     m_per_split = cdiv(cdiv(M, tile.depth), n_splits) * tile.depth
     n_splits = max(1, cdiv(M, m_per_split)) if M else 1
     total = N * K + (N if bias else 0)
@@ -178,13 +183,14 @@ def linear_wgrad(
     if n_splits > 1:
         partial = torch.empty((n_splits, stride_split), dtype=torch.float32, device=dz.device)
         out_w, out_b = partial, partial[0, N * K :] if bias else None
-    _linear_wgrad_kernel[(cdiv(N, tile.rows) * cdiv(K, tile.cols), n_splits)](
+    _linear_wgrad_kernel[(programs, n_splits)](
         dz, x, rows, out_w, out_b,
         M, N, K, m_per_split, stride_split if n_splits > 1 else 0,
         dz.stride(0), dz.stride(1), x.stride(0), x.stride(1),
         HAS_BIAS=bias, GATHER=rows is not None, PIXELS=x.dtype == torch.uint8,
         EVEN_M=M % tile.depth == 0, INPUT_PRECISION=input_precision(device, dz.dtype),
-        BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, **tile.compile_options,
+        BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, SUM_COLS=SUM_COLS,
+        **tile.compile_options,
     )  # fmt: skip
     if n_splits > 1:
         _wgrad_reduce_kernel[(cdiv(total, REDUCE_BLOCK),)](

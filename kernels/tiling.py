@@ -35,10 +35,22 @@ def _tf32(x, KEEP_NAN: tl.constexpr):
 
 
 @triton.jit
+def _on_hopper():
+    """Whether blocks of 64 rows and more run on wgmma."""
+    if _INTERPRETING:
+        return False
+    else:
+        return cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0)
+
+
+@triton.jit
 def accumulator(SHAPE: tl.constexpr, INPUT_PRECISION: tl.constexpr):
-    """0, in the form that ``dot`` adds products to."""
-    zeros = tl.zeros(SHAPE, dtype=tl.float32)
-    if INPUT_PRECISION == "tf32x3 apart":
+    """0, in the form that ``dot`` adds products to. SHAPE is (rows, columns) or (slices, rows, columns)."""
+    if len(SHAPE) == 3 and SHAPE[0] == 1:
+        zeros = tl.zeros(SHAPE[1:], dtype=tl.float32)
+    else:
+        zeros = tl.zeros(SHAPE, dtype=tl.float32)
+    if INPUT_PRECISION == "tf32x3 apart" or (INPUT_PRECISION == "tf32x3" and len(zeros.shape) == 3):
         return zeros, zeros, zeros
     else:
         return zeros
@@ -46,17 +58,25 @@ def accumulator(SHAPE: tl.constexpr, INPUT_PRECISION: tl.constexpr):
 
 @triton.jit
 def accumulated(acc, INPUT_PRECISION: tl.constexpr):
-    """The sum of products as one block, from the form that ``dot`` adds to."""
-    if INPUT_PRECISION == "tf32x3 apart":
-        return acc[0] + acc[1] + acc[2]
+    """The sum of products as one block [rows, columns], from the form that ``dot`` adds to.
+
+    Sums that were kept apart are added from the smallest to the largest product. Slices are added last, in pairs: of
+    four, the first and the third, the second and the fourth, then both sums.
+    """
+    if isinstance(acc, tl.tensor):
+        total = acc
     else:
-        return acc
+        total = acc[0] + acc[1] + acc[2]
+    if len(total.shape) == 3:
+        total = tl.sum(total, 0)
+    return total
 
 
 @triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     """Acc + A B, accumulated in float32. INPUT_PRECISION is what ``device.input_precision`` says, ``acc`` comes from
-    ``accumulator`` or from ``dot``, and ``accumulated`` makes one block of it.
+    ``accumulator`` or from ``dot``, and ``accumulated`` makes one block of it. A and B are blocks, or have a block per
+    slice.
 
     With "tf32x3" float32 operands are split into high and low tf32 parts,
 
@@ -66,23 +86,30 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     give NaN, since x - high is NaN.) ``tl.dot(input_precision="tf32x3")`` would do the same, but copies every operand
     through shared memory a second time, with eightfold bank conflicts. Each product here gets a high part of its own,
     a - a_low = a_high, for the same reason: the compiler moves only an operand's first change of layout up to its load,
-    and only then reads shared memory once.
+    and only then reads shared memory once. wgmma reads B from shared memory, and tcgen05 reads A and B from there. The
+    compiler stores these parts anew in any case, so the products share them.
 
-    With "tf32x3 apart" each of the three products has an accumulator of its own. Triton 3.6 to 3.8 can run consecutive
-    products through one accumulator of tcgen05 in the wrong order (triton issue 10821). Where the order is right, they
-    move the accumulator through registers between the products.
+    Each of the three products has an accumulator of its own with "tf32x3 apart", and where the reduction is cut into
+    slices. Triton 3.6 to 3.8 can run consecutive products through one accumulator of tcgen05 in the wrong order (triton
+    issue 10821). Where the order is right, they move the accumulator through registers between the products. Slices are
+    for products so small that each waits for the previous one, and three chains wait a third as long.
     """
-    APART: tl.constexpr = INPUT_PRECISION == "tf32x3 apart"
+    APART: tl.constexpr = not isinstance(acc, tl.tensor)
     if APART or INPUT_PRECISION == "tf32x3":
+        TCGEN05: tl.constexpr = a.shape[0] >= 64 and INPUT_PRECISION == "tf32x3 apart"
+        SHARED_B: tl.constexpr = TCGEN05 or (a.shape[0] >= 64 and _on_hopper())
         a_high = _tf32(a, False)
         b_high = _tf32(b, False)
         a_low = a - a_high
         b_low = b - b_high
         low_high = tl.dot(a_low, b_high, acc[0] if APART else acc, input_precision="tf32")
-        a_high = a - a_low
-        b_high = b - b_low
+        if not TCGEN05:
+            a_high = a - a_low
+        if not SHARED_B:
+            b_high = b - b_low
         high_low = tl.dot(a_high, b_low, acc[1] if APART else low_high, input_precision="tf32")
-        a_high = a - (a - a_high)
+        if not TCGEN05:
+            a_high = a - (a - a_high)
         high_high = tl.dot(a_high, b_high, acc[2] if APART else high_low, input_precision="tf32")
         if APART:
             acc = low_high, high_low, high_high
@@ -97,6 +124,43 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     else:
         acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def as_column(x, SLICES: tl.constexpr):
+    """A vector along the rows of a block [rows, cols], or of each block of [SLICES, rows, cols]."""
+    if SLICES == 1:
+        return x[:, None]
+    else:
+        return x[None, :, None]
+
+
+@triton.jit
+def as_row(x, SLICES: tl.constexpr):
+    """A vector along the columns of a block [rows, cols], or of each block of [SLICES, rows, cols]."""
+    if SLICES == 1:
+        return x[None, :]
+    else:
+        return x[None, None, :]
+
+
+@triton.jit
+def reduced(BLOCK: tl.constexpr, SLICES: tl.constexpr):
+    """0 to BLOCK - 1, the places of one step of a reduction, as a row. Every slice has the next of these places."""
+    if SLICES == 1:
+        return tl.arange(0, BLOCK)[None, :]
+    else:
+        DEPTH: tl.constexpr = BLOCK // SLICES
+        return tl.arange(0, SLICES)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
+
+
+@triton.jit
+def transposed(x):
+    """A block, or each slice of one, with rows and columns exchanged."""
+    if len(x.shape) == 2:
+        return tl.trans(x)
+    else:
+        return tl.permute(x, (0, 2, 1))
 
 
 @triton.jit

@@ -4,16 +4,21 @@
 
 One program computes one tile of one layer's dW and applies the update in its epilogue: gradients never reach memory.
 The layers come as tuples of named tuples. A program finds its layer by its number and selects the tuple at run time, so
-that all layers but the first (whose input may be uint8 pixels gathered by ``rows``) share one copy of the code. One
-more program averages the loss rows, in a fixed order.
+that all layers but the first (whose input may be uint8 pixels gathered by ``rows``) share one copy of the code. The
+copy's loads are as wide as every one of these layers allows. dZ may therefore have more columns than the layer, which
+are read and lead to nothing: with 16 columns instead of 10 all loads of all layers bring 16 bytes.
 
-When the batch is long and the tiles are few, each tile's batch is split over S programs. They write float32 partial
+The first programs do what takes few instructions and long: one averages the loss rows, in a fixed order, and SUM_COLS
+columns of a layer's db take one program each. db is the sum of the rows that the producers of dZ wrote (``sums``), or
+of dZ's own rows unless there are such sums for every layer. ``column_sums`` has the order of the sums.
+
+When the batch is long, each tile's batch is split over S programs (``configs.splits``). They write float32 partial
 sums, and ``reduce_update`` adds the S slices in their order and applies the update: one launch more, no atomics, two
 runs bitwise equal. ``reduce_update`` also serves for plain gradients (optimizer "none") and, with one slice, for an
 update from gradients that were clipped or accumulated.
 
 States, gradients and partial sums of all parameters lie in flat float32 buffers (``layout.Layout``).
-Bytes of a step: reads dZ_l and A_{l-1}; reads and writes W_l and its state once.
+Bytes of a step: reads dZ_l, A_{l-1} and the sums of dZ_l's rows; reads and writes W_l and its state once.
 """
 
 from __future__ import annotations
@@ -26,60 +31,104 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Tile, cdiv, gemm_tile, splits
+from .column_sums import SUM_COLS, ColumnSums, column_sums
+from .configs import Tile, cdiv, gemm_tile, loads_wide, splits
 from .device import current_device, input_precision
 from .layout import SEGMENT, Hyper, Layout
 from .linear_wgrad import sum_slices, wgrad_tile
 from .optimizer import update_block
-from .tiling import grouped_tile
+from .tiling import grouped_tile, halves
 
 __all__ = ["reduce_update", "wgrad_update", "workspace"]
 
 GROUP_N = 8
 LOSS_BLOCK = 1024
+#: Elements per warp that an epilogue takes at a time. The optimizer's states lie in registers beside the gradient.
+UPDATED_AT_ONCE, STORED_AT_ONCE = 512, 1024
+
+
+@triton.jit
+def _finish(
+    g, w_ptr, low_ptr, segment, offs, mask, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+    OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr,
+):  # fmt: skip
+    """Update the parameters at ``offs`` of a weight or bias, or store the split's part of their gradient."""
+    if partial_ptr is None:
+        if scale_ptr is not None:
+            g = g * tl.load(scale_ptr)
+        update_block(
+            g, w_ptr, low_ptr, states, offs, segment + offs, mask, hyper_ptr, constants, OPTIMIZER, LOW_IS_PARAM
+        )  # fmt: skip
+    else:
+        tl.store(partial_ptr + slice_start + segment + offs, g, mask=mask)
+
+
+@triton.jit
+def _finish_tile(
+    dw, layer, offs_n, first_k, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+    OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """``_finish`` for a block of dW, halved until it has at most AT_ONCE elements."""
+    if dw.numel > AT_ONCE:
+        left, right = halves(dw)
+        _finish_tile(
+            left, layer, offs_n, first_k, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+            OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
+        )  # fmt: skip
+        _finish_tile(
+            right, layer, offs_n, first_k + left.shape[1], states, partial_ptr, slice_start, hyper_ptr, constants,
+            scale_ptr, OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
+        )  # fmt: skip
+    else:
+        offs_k = first_k + tl.arange(0, dw.shape[1])
+        offs = offs_n.to(tl.int64)[:, None] * layer.K + offs_k[None, :]
+        mask = (offs_n < layer.N)[:, None] & (offs_k < layer.K)[None, :]
+        _finish(
+            dw, layer.w_ptr, layer.low_w_ptr, layer.w_segment, offs, mask, states, partial_ptr, slice_start, hyper_ptr,
+            constants, scale_ptr, OPTIMIZER, LOW_IS_PARAM,
+        )  # fmt: skip
 
 
 @triton.jit
 def _wgrad_layer(
-    operands, layer, rows_ptr, states, partial_ptr, hyper_ptr, constants, scale_ptr,
-    pid, split, M, m_per_split, stride_split,
+    operands, layer, rows_ptr, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+    pid, split, M, m_per_split,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Tile number ``pid`` of one layer: gradient of the split's samples, then update or partial sums."""
-    N = layer.N
     K = layer.K
-    pid_n, pid_k = grouped_tile(pid, tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP_N)
+    pid_n, pid_k = grouped_tile(pid, tl.cdiv(layer.N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP_N)
     m_begin = split * m_per_split
     m_end = tl.minimum(m_begin + m_per_split, M)
     PIXELS: tl.constexpr = operands.x_ptr.dtype.element_ty == tl.uint8
-    dw, db = wgrad_tile(
-        operands.dz_ptr, operands.x_ptr, rows_ptr, N, K, m_begin, m_end, pid_n, pid_k, N, 1, operands.stride_xm, 1,
-        True, rows_ptr is not None, PIXELS, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    dw = wgrad_tile(
+        operands.dz_ptr, operands.x_ptr, rows_ptr, operands.stride_zm, K, m_begin, m_end, pid_n, pid_k,
+        operands.stride_zm, 1, operands.stride_xm, 1,
+        rows_ptr is not None, PIXELS, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_n = offs_n < N
-    mask_w = mask_n[:, None] & (offs_k < K)[None, :]
-    offs_w = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
-    if partial_ptr is None:
-        if scale_ptr is not None:
-            dw = dw * tl.load(scale_ptr)
-            db = db * tl.load(scale_ptr)
-        update_block(
-            dw, layer.w_ptr, layer.low_w_ptr, states, offs_w, layer.w_segment + offs_w, mask_w, hyper_ptr, constants,
-            OPTIMIZER, LOW_IS_PARAM,
-        )  # fmt: skip
-        if (layer.b_segment >= 0) & (pid_k == 0):
-            update_block(
-                db, layer.b_ptr, layer.low_b_ptr, states, offs_n, layer.b_segment + offs_n, mask_n, hyper_ptr,
-                constants, OPTIMIZER, LOW_IS_PARAM,
-            )  # fmt: skip
-    else:
-        slice_ptr = partial_ptr + split.to(tl.int64) * stride_split
-        tl.store(slice_ptr + layer.w_segment + offs_w, dw, mask=mask_w)
-        if (layer.b_segment >= 0) & (pid_k == 0):
-            tl.store(slice_ptr + layer.b_segment + offs_n, db, mask=mask_n)
+    _finish_tile(
+        dw, layer, pid_n * BLOCK_N + tl.arange(0, BLOCK_N), pid_k * BLOCK_K, states, partial_ptr, slice_start,
+        hyper_ptr, constants, scale_ptr, OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _bias_layer(
+    sums, layer, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr, pid, split, n_splits,
+    OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, ROWS: tl.constexpr, SUM_COLS: tl.constexpr,
+):  # fmt: skip
+    """Columns number ``pid`` of one layer's db, of the split's share of the rows: update or partial sums."""
+    offs = pid * SUM_COLS + tl.arange(0, SUM_COLS)
+    per_split = tl.cdiv(sums.rows, n_splits)
+    first = split * per_split
+    end = tl.minimum(first + per_split, sums.rows)
+    db = column_sums(sums.ptr, first, end, sums.stride, 1, offs, offs < sums.stride, ROWS)
+    _finish(
+        db, layer.b_ptr, layer.low_b_ptr, layer.b_segment, offs, offs < layer.N, states, partial_ptr, slice_start,
+        hyper_ptr, constants, scale_ptr, OPTIMIZER, LOW_IS_PARAM,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -97,44 +146,88 @@ class _Operands(NamedTuple):
 
     dz_ptr: Tensor
     x_ptr: Tensor
+    stride_zm: int
     stride_xm: int
     first_tile: int
 
 
+class _Sums(NamedTuple):
+    """The matrix whose rows add up to a layer's db, and the number of the first program that adds them."""
+
+    ptr: Tensor
+    rows: int
+    stride: int
+    first_program: int
+
+
 @triton.jit
 def _wgrad_update_kernel(
-    operands, layers, rows_ptr, states, partial_ptr, hyper_ptr, constants, scale_ptr, loss_rows_ptr, loss_ptr,
-    M, loss_count, tiles, m_per_split, stride_split,
+    operands, sums, layers, rows_ptr, states, partial_ptr, hyper_ptr, constants, scale_ptr, loss_rows_ptr, loss_ptr,
+    M, loss_count, sum_programs, tiles, m_per_split, stride_split,
     LAYERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
-    LOSS_BLOCK: tl.constexpr,
+    LOSS_BLOCK: tl.constexpr, SUM_COLS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
     split = tl.program_id(1)
-    if LAYERS == 1:
-        tiles_first = tiles
-    else:
-        tiles_first = operands[1].first_tile
-    if pid < tiles_first:
-        _wgrad_layer(
-            operands[0], layers[0], rows_ptr, states, partial_ptr, hyper_ptr, constants, scale_ptr,
-            pid, split, M, m_per_split, stride_split,
-            OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
-        )  # fmt: skip
-    elif pid < tiles:
-        if LAYERS > 1:
-            factors = operands[1]
-            layer = layers[1]
-            for i in tl.static_range(2, LAYERS):
+    slice_start = split.to(tl.int64) * stride_split
+    # Tiles have the numbers from 0 on, before them come the columns of db, and before these the loss.
+    pid = tl.program_id(0) - sum_programs
+    if loss_ptr is not None:
+        pid -= 1
+    # Gathered rows and pixels, which only the first layer can have, take code of their own.
+    APART: tl.constexpr = rows_ptr is not None or operands[0].x_ptr.dtype != operands[0].dz_ptr.dtype
+    if pid >= 0:
+        if APART and LAYERS > 1:
+            if pid < operands[1].first_tile:
+                _wgrad_layer(
+                    operands[0], layers[0], rows_ptr, states, partial_ptr, slice_start, hyper_ptr, constants,
+                    scale_ptr, pid, split, M, m_per_split,
+                    OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
+                    AT_ONCE,
+                )  # fmt: skip
+                # If both copies of the code ended alike, the compiler would merge their ends. Products of wgmma would
+                # then wait for each other, and the shared memory of both copies would be live at the same time.
+                tl.debug_barrier()
+            else:
+                factors = operands[1]
+                layer = layers[1]
+                for i in tl.static_range(2, LAYERS):
+                    if pid >= operands[i].first_tile:
+                        factors = operands[i]
+                        layer = layers[i]
+                _wgrad_layer(
+                    factors, layer, None, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+                    pid - factors.first_tile, split, M, m_per_split,
+                    OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
+                    AT_ONCE,
+                )  # fmt: skip
+        else:
+            factors = operands[0]
+            layer = layers[0]
+            for i in tl.static_range(1, LAYERS):
                 if pid >= operands[i].first_tile:
                     factors = operands[i]
                     layer = layers[i]
             _wgrad_layer(
-                factors, layer, None, states, partial_ptr, hyper_ptr, constants, scale_ptr,
-                pid - factors.first_tile, split, M, m_per_split, stride_split,
+                factors, layer, rows_ptr, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+                pid - factors.first_tile, split, M, m_per_split,
                 OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
+                AT_ONCE,
             )  # fmt: skip
+    elif pid >= -sum_programs:
+        pid += sum_programs
+        of = sums[0]
+        layer = layers[0]
+        for i in tl.static_range(1, LAYERS):
+            if pid >= sums[i].first_program:
+                of = sums[i]
+                layer = layers[i]
+        _bias_layer(
+            of, layer, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+            pid - of.first_program, split, tl.num_programs(1),
+            OPTIMIZER, LOW_IS_PARAM, BLOCK_M * BLOCK_N // SUM_COLS, SUM_COLS,
+        )  # fmt: skip
     elif loss_ptr is not None:
         if split == 0:
             _mean_loss(loss_rows_ptr, loss_ptr, loss_count, LOSS_BLOCK)
@@ -170,21 +263,23 @@ def _reduce_update_kernel(
         )  # fmt: skip
 
 
-def _plan(layout: Layout, m: int, dtype: torch.dtype) -> tuple[Tile, int, int]:
-    """(tile, splits, samples a split): the tile that suits the largest layer, splits for all tiles together."""
+def _plan(layout: Layout, m: int, dtype: torch.dtype, wide: bool) -> tuple[Tile, int, int]:
+    """(tile, splits, samples a split) for all layers together."""
     device = current_device()
-    largest = max((layer.weight for layer in layout.layers), key=lambda w: w.numel())
-    n, k = largest.shape
-    tile = gemm_tile("update", n, k, m, dtype, device, wide=False)
-    rows = sum(cdiv(w.weight.shape[0], tile.rows) * cdiv(w.weight.shape[1], tile.cols) for w in layout.layers)
-    wanted = splits(tile, rows * tile.rows, tile.cols, m, device)
-    m_per_split = cdiv(cdiv(m, tile.depth), wanted) * tile.depth
+    shapes = tuple((layer.N, layer.K) for layer in layout.of_layers)
+    n, k = max(shapes, key=lambda shape: shape[0] * shape[1])
+    tile = gemm_tile("update", n, k, m, dtype, device, wide=wide, layers=shapes)
+    n_splits = splits("update", tile, shapes, m, dtype, device)
+    m_per_split = cdiv(cdiv(m, tile.depth), n_splits) * tile.depth
     return tile, max(1, cdiv(m, m_per_split)), m_per_split
 
 
 def workspace(layout: Layout, m: int, dtype: torch.dtype, device: torch.device, *, direct: bool) -> Tensor | None:
-    """The partial sums' buffer for batches of ``m``; None where the update is ``direct`` and the batch not split."""
-    _, n_splits, _ = _plan(layout, m, dtype)
+    """The partial sums' buffer for batches of ``m``; None where the update is ``direct`` and the batch not split.
+
+    The buffer suffices for operands of any alignment.
+    """
+    n_splits = max(_plan(layout, m, dtype, wide)[1] for wide in (True, False))
     if n_splits == 1 and direct:
         return None
     return torch.empty((n_splits, layout.total), dtype=torch.float32, device=device)
@@ -205,9 +300,12 @@ def wgrad_update(
     partial: Tensor | None = None,
     grads: Tensor | None = None,
     accumulate: bool = False,
+    sums: Sequence[ColumnSums | None] = (),
 ) -> None:
     """Launch gradient and update of every layer: dzs[l] [M, N_l] and xs[l] [M, K_l], inner stride 1, dZ contiguous.
 
+    dzs[l] may have more than N_l columns, which count for nothing. ``sums[l]`` are the sums of its rows, as its
+    producer wrote them, or None; they are used if every layer with a bias has them.
     ``rows`` (int64, any stride) gathers rows of xs[0] only, which may be uint8. ``unscale`` is a 0-d float32 factor of
     all gradients.
     With ``hyper.optimizer == "none"`` the gradients go to ``grads`` (flat, ``layout.total`` float32), added to what is
@@ -215,23 +313,34 @@ def wgrad_update(
     """
     m = dzs[0].shape[0]
     dtype = dzs[0].dtype
-    tile, n_splits, m_per_split = _plan(layout, m, dtype)
+    tile, n_splits, m_per_split = _plan(layout, m, dtype, loads_wide(*dzs, *xs))
     direct = n_splits == 1 and hyper.optimizer != "none"
     if not direct and partial is None:
         partial = torch.empty((n_splits, layout.total), dtype=torch.float32, device=dzs[0].device)
     if rows is not None:
         rows = rows.contiguous()
-    operands, tiles = [], 0
-    for layer, dz, x in zip(layout.of_layers, dzs, xs, strict=True):
-        operands.append(_Operands(dz, x, x.stride(0), tiles))
+    made = next((of.values for of in sums if of is not None), None)
+    if any(of is None and layer.b_segment >= 0 for of, layer in zip(sums, layout.of_layers, strict=False)):
+        made = None
+    operands, added, tiles, sum_programs = [], [], 0, 0
+    for i, (layer, dz, x) in enumerate(zip(layout.of_layers, dzs, xs, strict=True)):
+        operands.append(_Operands(dz, x, dz.stride(0), x.stride(0), tiles))
+        if made is None:
+            matrix, count = dz, m
+        else:
+            of = sums[i]
+            matrix, count = (made, 0) if of is None else (of.values, of.blocks)
+        added.append(_Sums(matrix, count, matrix.stride(0), sum_programs))
         tiles += cdiv(layer.N, tile.rows) * cdiv(layer.K, tile.cols)
-    _wgrad_update_kernel[(tiles + (loss is not None), n_splits)](
-        tuple(operands), layout.of_layers, rows, tuple(states), None if direct else partial, hyper_row,
+        sum_programs += cdiv(layer.N, SUM_COLS) if layer.b_segment >= 0 else 0
+    _wgrad_update_kernel[((loss is not None) + sum_programs + tiles, n_splits)](
+        tuple(operands), tuple(added), layout.of_layers, rows, tuple(states), None if direct else partial, hyper_row,
         hyper.constants, unscale, loss_rows, loss,
-        m, 0 if loss_rows is None else loss_rows.numel(), tiles, m_per_split, layout.total,
+        m, 0 if loss_rows is None else loss_rows.numel(), sum_programs, tiles, m_per_split, layout.total,
         LAYERS=len(operands), OPTIMIZER=hyper.optimizer, LOW_IS_PARAM=layout.low_is_param, EVEN_M=m % tile.depth == 0,
         INPUT_PRECISION=input_precision(current_device(), dtype),
         BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, LOSS_BLOCK=LOSS_BLOCK,
+        SUM_COLS=SUM_COLS, AT_ONCE=(UPDATED_AT_ONCE if direct else STORED_AT_ONCE) * tile.num_warps,
         **tile.compile_options,
     )  # fmt: skip
     if not direct:

@@ -57,9 +57,9 @@ ALTERNATIVES = (
     Alternatives("P2", "update", "float32", 4096, (), bias=False),
     Alternatives("P2", "update", "float32", 65536, (), bias=False),
     Alternatives("P2", "update", "bfloat16", 65536, (), bias=False),
-    # P3: both warpgroups of (64, 128, 32) with 8 warps compute the same.
-    Alternatives("P3", "fwd", "float32", 4096, (Tile(64, 128, 32, 4, 3), Tile(64, 128, 32, 8, 3))),
-    Alternatives("P3", "dgrad", "float32", 4096, (Tile(64, 128, 32, 4, 3), Tile(64, 128, 32, 8, 3))),
+    # P3: one program of 128 x 128 per multiprocessor, or two of half its size.
+    Alternatives("P3", "fwd", "float32", 4096, (Tile(128, 64, 32, 8, 3), Tile(64, 128, 32, 4, 3))),
+    Alternatives("P3", "dgrad", "float32", 4096, (Tile(128, 64, 32, 8, 3), Tile(64, 128, 32, 4, 3))),
     # P4: ``splits`` rounds up.
     Alternatives("P4", "update", "bfloat16", 512, (Tile(64, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)), (1, 2)),
     # P5: registers of the update at a small batch.
@@ -67,12 +67,17 @@ ALTERNATIVES = (
         "P5", "update", "float32", 64,
         (Tile(32, 64, 32, 4, 3, 168), Tile(32, 32, 32, 4, 3), Tile(64, 32, 32, 4, 3), Tile(32, 64, 16, 4, 3)),
     ),
-    # P6: long chains of dependent products at a small batch: deeper blocks, other shapes.
+    # P6: long chains of dependent products at a small batch: tiles that are not sliced, and other slices.
     Alternatives(
-        "P6", "fwd", "float32", 64, (Tile(16, 32, 64, 2, 3), Tile(32, 16, 32, 2, 4), Tile(16, 16, 64, 1, 4))
+        "P6", "fwd", "float32", 64,
+        (Tile(16, 32, 32, 2, 4), Tile(16, 32, 256, 4, 3, slices=4), Tile(16, 16, 256, 4, 4, slices=4)),
     ),
-    Alternatives("P6", "dgrad", "float32", 64, (Tile(16, 32, 64, 2, 3), Tile(16, 16, 64, 1, 4))),
-    Alternatives("P6", "fwd", "bfloat16", 64, (Tile(16, 32, 128, 2, 4), Tile(16, 16, 128, 1, 4))),
+    Alternatives(
+        "P6", "dgrad", "float32", 64,
+        (Tile(16, 32, 32, 2, 4), Tile(16, 32, 256, 4, 3, slices=4), Tile(16, 16, 256, 4, 2, slices=4)),
+    ),
+    Alternatives("P6", "fwd", "bfloat16", 64, (Tile(16, 32, 64, 2, 4), Tile(16, 32, 512, 4, 3, slices=4))),
+    Alternatives("P6", "fwd", "float32", 512, (Tile(32, 32, 32, 2, 4), Tile(32, 32, 128, 4, 3, slices=4))),
 )  # fmt: skip
 #: What a rehearsal runs in their place.
 _REHEARSED = Alternatives("rehearsal", "update", "float32", 16, (Tile(16, 16, 16, 1, 2),), (1,), bias=False)
@@ -96,7 +101,7 @@ def run(unit: str, report: Report) -> None:
             found = products(tried.kind, tried.batch, dtype, device.name, device.sizes, bias=bias)
             product = max(found, key=lambda p: p.rows * p.cols * p.depth)
             shape = product.rows, product.cols, product.depth
-            wide = tried.kind != "update" and all(length % 16 == 0 for length in shape)
+            wide = all(length % 16 == 0 for length in shape)
             rule = gemm_tile(tried.kind, *shape, dtype, current_device(), wide=wide)
             for tile in dict.fromkeys([rule, *(tried.tiles if bias else ())]):
                 for count in (None, *(tried.splits if bias else ())):
@@ -111,7 +116,8 @@ def run(unit: str, report: Report) -> None:
 def _way(tile: Tile, count: int | None) -> str:
     registers = "" if tile.max_registers is None else f" {tile.max_registers}r"
     splits = "" if count is None else f", {count} splits"
-    return "x".join(map(str, tile[:3])) + f" {tile.num_warps}w {tile.num_stages}s{registers}{splits}"
+    slices = "" if tile.slices == 1 else f" {tile.slices} slices"
+    return "x".join(map(str, tile[:3])) + f" {tile.num_warps}w {tile.num_stages}s{slices}{registers}{splits}"
 
 
 def _try(report: Report, tried: Alternatives, product: Product, tile: Tile, count: int | None, way: str) -> None:

@@ -25,7 +25,7 @@ def units(report: Report) -> list[str]:
     found = []
     for kind in GEMM_KINDS:
         for mode in NUMERICS:
-            for operands in ("wide",) if kind == "update" else ("wide", "narrow"):
+            for operands in ("wide", "narrow"):
                 count = len(_tiles(kind, mode, operands == "wide"))
                 numbers = range(count - 1, count) if report.rehearsal else range(count)
                 found += [(i, f"{kind} {mode} {operands} {i}") for i in numbers]

@@ -94,13 +94,18 @@ def _linear_fwd(a: Arguments, grid: tuple[int, ...]) -> Work:
     )
 
 
+def _sums(to: Tensor | None, m: int, n: int, block: int) -> int:
+    """Bytes of the sums of the rows of [m, n], a row of float32 per block of rows."""
+    return 0 if to is None else 4 * n * -(-m // block)
+
+
 def _linear_dgrad(a: Arguments, grid: tuple[int, ...]) -> Work:
     m, n, k = a["M"], a["N"], a["K"]
     return Work(
         matrix_flops=2 * m * n * k,
         vector_flops=ACTIVATIONS[a["ACTIVATION"]].operations[1] * m * k,
         read=touched(a["dz_ptr"], a["w_ptr"], a["saved_ptr"]),
-        written=touched(a["dx_ptr"]),
+        written=touched(a["dx_ptr"]) + _sums(a["sums_ptr"], m, k, a["BLOCK_M"]),
         outputs=m * k,
     )
 
@@ -154,10 +159,17 @@ def _wgrad_update(a: Arguments, grid: tuple[int, ...]) -> Work:
     biases = [layer.N if layer.b_segment >= 0 else 0 for layer in layers]
     loss_rows = a["loss_rows_ptr"]
     params = sum(weights) + sum(biases)
+    # What adds up to db: dZ, which is read for dW anyway, or the sums of its rows.
+    rows = [
+        (of.rows * n, of.ptr.data_ptr() != factors.dz_ptr.data_ptr())
+        for of, factors, n in zip(a["sums"], operands, biases, strict=True)
+    ]
     gradient = Work(
         matrix_flops=2 * m * sum(weights),
-        vector_flops=m * sum(biases) + (0 if loss_rows is None else m),
-        read=touched(*(of.dz_ptr for of in operands), a["rows_ptr"], loss_rows)
+        vector_flops=sum(count for count, _ in rows) + (0 if loss_rows is None else m),
+        read=sum(m * layer.N * of.dz_ptr.element_size() for of, layer in zip(operands, layers, strict=True))
+        + sum(4 * count for count, apart in rows if apart)
+        + touched(a["rows_ptr"], loss_rows)
         + sum(_rows_of(of.x_ptr, None if i else a["rows_ptr"]) for i, of in enumerate(operands)),
         written=touched(a["loss_ptr"]),
         outputs=params,
@@ -189,7 +201,10 @@ def _head(a: Arguments, grid: tuple[int, ...]) -> Work:
         read=(_rows_of(h, a["rows_ptr"]) if a["GATHER_H"] else touched(h))
         + touched(other, *(a[n] for n in ("w_ptr", "b_ptr", "class_weight_ptr", "scale_ptr", "rows_ptr")))
         + _rows_of(a["target_ptr"], a["rows_ptr"]),
-        written=touched(a["loss_ptr"], a["dz_ptr"], previous, a["z_ptr"], a["correct_ptr"]),
+        written=touched(a["loss_ptr"], previous, a["z_ptr"], a["correct_ptr"])
+        + m * c * a["dz_ptr"].element_size()
+        + _sums(a["sums_ptr"], m, c, a["BLOCK_M"])
+        + _sums(a["prev_sums_ptr"], m, k, a["BLOCK_M"]),
         outputs=m * c + (0 if previous is None else m * k),
     )
 

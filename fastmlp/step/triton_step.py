@@ -5,6 +5,8 @@
     L - 2  linear_dgrad   dZ_{l-1} = (dZ_l W_l) f'_{l-1}
     1      wgrad_update   every layer's dW, db and optimizer update, and the mean loss
 
+The kernels that make dZ also write the sums of its rows, block by block, from which the last launch makes db.
+
 Nothing is launched for zeroing gradients, casting, gathering, scaling or averaging. A long batch costs one launch
 more (the reduction of split sums), clipping and float16's loss scale a few more: they need all gradients first.
 With float32 parameters and 16-bit products, a step or an epoch begins with one launch of torch's, outside the graph: it
@@ -36,6 +38,7 @@ from ..kernels import (
     linear_fwd,
     softmax_squared_error,
 )
+from ..kernels.column_sums import ColumnSums, padded
 from ..kernels.device import tf32_allowed
 from ..kernels.head import MAX_CLASSES
 from ..kernels.layout import Hyper, Layer, Layout
@@ -64,11 +67,13 @@ class _Plan:
     dz: list[Tensor | None]
     loss_rows: Tensor
     partial: Tensor | None
+    #: Sums of the rows of dZ by its producer; None for layers without a trained bias, and for all without the head.
+    sums: list[ColumnSums | None]
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of them: what one step writes and the next one does not read."""
-        every = [*self.a, *self.z, *self.dz, self.loss_rows, self.partial]
+        every = [*self.a, *self.z, *self.dz, self.loss_rows, self.partial, *(s.values for s in self.sums if s)]
         return [t for t in every if t is not None]
 
 
@@ -109,6 +114,11 @@ class TritonStep:
         self.count: Tensor | None = None
         if self.scaled and rule.counted:
             self.count = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._has_head = (
+            self.loss == "cross_entropy"
+            and self.activations[-1] == "identity"
+            and layers[-1].out_features <= MAX_CLASSES
+        )
         self.settings_changed()
         self._plans: OrderedDict[int, _Plan] = OrderedDict()
         self._converted: Tensor | None = None
@@ -158,14 +168,23 @@ class TritonStep:
             return torch.empty((m, n), dtype=self.dtype, device=self.device)
 
         outputs = [layer.out_features for layer in self.layers]
+        last = len(outputs) - 1
+        dz: list[Tensor | None] = [buffer(n) if i >= self.lowest else None for i, n in enumerate(outputs)]
+        sums: list[ColumnSums | None] = [None] * len(outputs)
+        if self._has_head:
+            dz[last] = buffer(padded(outputs[last]))  # so that its rows are loaded 16 bytes at a time
+            for i in self.trained:
+                if (bias := self._biases[i]) is not None and bias.trained:
+                    sums[i] = ColumnSums(m, outputs[i], self.device)
         elements = 1 if takes_classes(self.loss) else outputs[-1]
         return _Plan(
             m,
             [buffer(n) for n in outputs],
             [buffer(n) if saved_for_grad(f) == "z" else None for n, f in zip(outputs, self.activations, strict=True)],
-            [buffer(n) if i >= self.lowest else None for i, n in enumerate(outputs)],
+            dz,
             torch.empty(m * elements, dtype=torch.float32, device=self.device),
             workspace(self.layout, m, self.dtype, self.device, direct=not self.all_first),
+            sums,
         )
 
     def _rows_of(self, lrs: Tensor) -> Tensor:
@@ -220,8 +239,7 @@ class TritonStep:
         """Everything up to dZ of every trained layer, and the loss of every row."""
         last = len(self.layers) - 1
         scale = 1 / plan.m if self.loss_scale is None else self.loss_scale.scale / plan.m
-        fused = self.loss == "cross_entropy" and self.activations[last] == "identity"
-        if fused and self.layers[last].out_features <= MAX_CLASSES:
+        if self._has_head:
             below = last - 1 if last > self.lowest else None
             h = self._forward(plan, x, rows, last)
             head(
@@ -239,6 +257,8 @@ class TritonStep:
                 loss=plan.loss_rows,
                 dz=plan.dz[last],
                 dz_prev=None if below is None else plan.dz[below],
+                sums=plan.sums[last],
+                prev_sums=None if below is None else plan.sums[below],
             )
             top = last - 1
         else:
@@ -250,7 +270,14 @@ class TritonStep:
         for i in range(top, self.lowest, -1):
             dz = plan.dz[i]
             assert dz is not None
-            linear_dgrad(dz, self.weights[i], self._saved(plan, i - 1), self.activations[i - 1], dx=plan.dz[i - 1])
+            linear_dgrad(
+                dz,
+                self.weights[i],
+                self._saved(plan, i - 1),
+                self.activations[i - 1],
+                dx=plan.dz[i - 1],
+                sums=plan.sums[i - 1],
+            )
 
     def _loss_gradient(self, plan: _Plan, a: Tensor, y: Tensor, rows: Tensor | None, scale: float | Tensor) -> None:
         """DZ_L from the network's output, by the loss's own kernel, and the loss of every row or element."""
@@ -291,6 +318,7 @@ class TritonStep:
             grads=self.grads if store else None,
             unscale=self._unscale,
             accumulate=add,
+            sums=[plan.sums[i] for i in self.trained],
         )
 
     def _launch(self, plan: _Plan, x: Tensor, y: Tensor, rows: Tensor | None, row: Tensor, loss: Tensor) -> None:

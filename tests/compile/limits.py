@@ -6,16 +6,20 @@ keeps the limit, so no exception outlives its reason.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from bench.static.occupancy import MULTIPROCESSORS, occupancy
 from fastmlp.kernels.configs import Tile
 from tests.ptxsim import Launch
 
+from .block_form import block_loops
 from .cases import Case
 from .hazards import copied_accumulators, pending_operands
-from .loads import generated_wide_loads, loads
-from .machine_code import instructions, resources
+from .loads import generated_wide_loads, loads, waiting_loads
+from .machine_code import Resources, instructions, resources
+from .main_loops import main_loops
 
 __all__ = ["EXCEPTIONS", "LIMITS", "LimitException", "exceptions_for", "violations"]
 
@@ -27,7 +31,15 @@ LIMITS = {
     "overwritten operand": "a register written while a wgmma may still read it",
     "pending operand": "a wgmma that reads registers, and that the next step does not wait for",
     "copied accumulator": "tcgen05 products that follow each other through one accumulator",
+    "repeated products": "a main loop whose matrix instructions compute more than the step needs",
+    "conversion": "a layout converted through shared memory in a main loop",
+    "barriers": "more than two barriers in a main loop",
+    "waiting load": "loads of a main loop that are neither asynchronous nor 16 bytes wide",
+    "second pass": "an operand of a product read again in a loop of its own",
+    "few warps": "fewer than two resident warps per scheduler",
 }
+_MOST_BARRIERS = 2
+_LEAST_WARPS = 2
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,57 @@ EXCEPTIONS: tuple[LimitException, ...] = (
         "rows whose length is no multiple of 16 are not known to be aligned; this loss is for the few classes of the "
         "lecture notes, whose rows are shorter than one warp's load",
     ),
+    *(
+        LimitException(
+            "barriers",
+            cases,
+            witness,
+            "the three parts of the second operand are written to shared memory "
+            "one after the other, each behind a barrier, for wgmma reads this operand nowhere else",
+        )
+        for cases, witness in (
+            ("sm_90/*/float32/64x*", "sm_90/linear_fwd/float32/64x64x32-4w3s/sigmoid"),
+            ("sm_90/*/float32/128x*", "sm_90/linear_fwd/float32/128x128x32-8w3s/sigmoid"),
+        )
+    ),
+    *(
+        LimitException(
+            "barriers",
+            cases,
+            witness,
+            "one warp starts the products of tcgen05 for all others, which meet "
+            "before and after they have written its operands",
+        )
+        for cases, witness in (
+            ("sm_100/*/64x*", "sm_100/linear_fwd/float16/64x128x64-4w3s/sigmoid"),
+            ("sm_100/*/128x*", "sm_100/linear_fwd/float32/128x128x32-8w3s/sigmoid"),
+        )
+    ),
+    *(
+        LimitException(
+            "barriers",
+            f"sm_8?/{kernel}/*float16/*",
+            witness,
+            "Triton reads the first part of the next step's operands ahead, behind a wait of its own",
+        )
+        for kernel, witness in (
+            ("linear_[dw]grad", "sm_80/linear_dgrad/float16/64x64x64-4w4s/sigmoid"),
+            ("wgrad_update", "sm_80/wgrad_update/float16/32x32x64-4w4s/sgd"),
+        )
+    ),
+    LimitException(
+        "barriers",
+        "*odd*",
+        "sm_80/linear_fwd/float16/64x128x32-8w3s/odd-pixels-leaky_relu-nobias",
+        "operands that are not aligned are not copied asynchronously: registers take them, and every store to shared "
+        "memory has a barrier before it and one behind it",
+    ),
+    LimitException(
+        "barriers",
+        "sm_90/linear_fwd/*float16/128x256x64-*/*pixels*",
+        "sm_90/linear_fwd/bfloat16/128x256x64-8w3s/pixels-step",
+        "pixels are widened in registers and written to shared memory, behind a barrier of their own",
+    ),
 )
 
 
@@ -97,6 +160,9 @@ def violations(case: Case, launch: Launch) -> dict[str, str]:
         if units and not instructions(launch).count(*units):
             total = sum(instructions(launch).counts.values())
             found["matrix unit"] = f"none of {', '.join(units)} among {total} instructions"
+        found |= dict(_loop_violations(case, launch))
+        if code.shared <= limit and (few := _few_warps(case, launch, code)):
+            found["few warps"] = few
     if "cubin" in launch.asm and (overwritten := instructions(launch).overwritten):
         found["overwritten operand"] = "; ".join(overwritten)
     if pending := pending_operands(str(launch.asm.get("ptx", ""))):
@@ -112,6 +178,49 @@ def violations(case: Case, launch: Launch) -> dict[str, str]:
         elif "ptx" in launch.asm and (wide := instructions(launch).wide_loads) < generated_wide_loads(launch):
             found["narrow load"] = f"{generated_wide_loads(launch)} bytes in loads of 16 in PTX, {wide} in machine code"
     return found
+
+
+def _loop_violations(case: Case, launch: Launch) -> Iterator[tuple[str, str]]:
+    """The limits on the main loops of a matrix product. A loop over pieces of the result stores a piece per round, so
+    what it converts, waits for and loads is no matter of its products.
+    """
+    found = main_loops(launch)
+    for loop in found:
+        if loop.computed != loop.needed:
+            yield "repeated products", str(loop)
+        if loop.accumulates and (loop.block.conversions or loop.block.moved_accumulators):
+            yield "conversion", str(loop)
+        if loop.accumulates and loop.barriers > _MOST_BARRIERS:
+            yield "barriers", str(loop)
+        if loop.accumulates and loop.block.loads and _loads_wide(case):
+            waiting = [
+                f"{load.file}:{load.line} loads {load.width} bytes" for load in waiting_loads(launch, loop.block)
+            ]
+            if waiting:
+                yield "waiting load", ", ".join(waiting)
+    for block in block_loops(str(launch.asm["ttgir"])) if found else ():
+        if not block.products and block.loads:
+            yield "second pass", ", ".join(operation.results[0] for operation in block.loads)
+
+
+def _loads_wide(case: Case) -> bool:
+    """Whether the operands of the main loop could be loaded 16 bytes at a time.
+
+    The update's last layer of 10 outputs could not, and its code is that of the other layers only where it has to be.
+    """
+    return case.aligned or (case.kernel == "wgrad_update" and "odd" not in case.variant)
+
+
+def _few_warps(case: Case, launch: Launch, code: Resources) -> str:
+    """What is wrong with the number of resident warps; empty where nothing is.
+
+    While one warp waits for its operands, another one of the same scheduler has to issue instructions.
+    """
+    least = _LEAST_WARPS * MULTIPROCESSORS[case.target.name].schedulers
+    resident = occupancy(case.target.name, code.registers, code.shared, launch.num_warps)
+    if resident.warps >= least:
+        return ""
+    return f"{resident.programs} programs of {launch.num_warps} warps for want of {resident.limited_by}"
 
 
 def _units_expected(case: Case) -> tuple[str, ...]:

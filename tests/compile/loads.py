@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.ptxsim import Launch
 
-__all__ = ["WIDEST", "Load", "generated_wide_loads", "loads"]
+from .block_form import BlockLoop
+
+__all__ = ["WIDEST", "Load", "generated_wide_loads", "loads", "waiting_loads"]
 
 #: Bytes that one thread can load at once on every target.
 WIDEST = 16
@@ -48,6 +51,21 @@ def loads(launch: Launch) -> list[Load]:
 def generated_wide_loads(launch: Launch) -> int:
     """Bytes that the PTX loads or copies with instructions of ``WIDEST`` bytes, each instruction counted once."""
     return sum(width for _, width in _generated(launch) if width >= WIDEST)
+
+
+def waiting_loads(launch: Launch, loop: BlockLoop) -> list[Load]:
+    """The loads of blocks in a loop that are neither asynchronous nor as wide as a thread can load.
+
+    AMD's loads have no asynchronous form here, so a small block may be loaded with as many bytes as each thread has.
+    """
+    locations = dict(_LOCATION.findall(str(launch.asm["ttgir"])))
+    places = {_source_of(operation.location, locations) for operation in loop.loads}
+    asynchronous = "cubin" in launch.asm
+    return [
+        load
+        for load in loads(launch)
+        if (load.file, load.line) in places and load.width < (WIDEST if asynchronous else load.possible)
+    ]
 
 
 _LOCATION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
@@ -96,10 +114,15 @@ _GCN_BYTES = {
 }  # fmt: skip
 
 
-def _generated(launch: Launch) -> list[tuple[Place, int]]:
+def _generated(launch: Launch) -> tuple[tuple[Place, int], ...]:
     """(source, bytes per thread) of every load instruction of the generated code."""
-    text = str(launch.asm["ptx" if "ptx" in launch.asm else "amdgcn"])
-    width_of = _ptx_width if "ptx" in launch.asm else _gcn_width
+    return _generated_in(*((str(launch.asm[kind]), kind) for kind in ("ptx", "amdgcn") if kind in launch.asm))
+
+
+@lru_cache(maxsize=2)
+def _generated_in(code: tuple[str, str]) -> tuple[tuple[Place, int], ...]:
+    text, kind = code
+    width_of = _ptx_width if kind == "ptx" else _gcn_width
     files = {number: Path(name).name for number, name in _FILE.findall(text)}
     place, found = ("", 0), []
     for line in text.splitlines():
@@ -107,7 +130,7 @@ def _generated(launch: Launch) -> list[tuple[Place, int]]:
             place = (files.get(source[1], ""), int(source[2]))
         elif (width := width_of(line)) is not None:
             found.append((place, width))
-    return found
+    return tuple(found)
 
 
 def _ptx_width(line: str) -> int | None:

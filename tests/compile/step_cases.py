@@ -12,7 +12,9 @@ from unittest import mock
 import torch
 
 from fastmlp.kernels import head
-from fastmlp.kernels.configs import Tile, all_tiles
+from fastmlp.kernels.column_sums import ColumnSums
+from fastmlp.kernels.configs import LARGEST_UPDATED, Tile, all_tiles
+from fastmlp.kernels.device import Device
 from fastmlp.kernels.layout import Hyper, Layer, Layout
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
 
@@ -54,8 +56,8 @@ def _head(activation: str, *, odd: bool = False, pixels: bool = False, **options
     return launch
 
 
-# 784-512-512-10 with every dimension of the hidden layers a multiple of every tile's.
-WIDTHS = (784, 512, 512, 10)
+# The rows of wide operands can be loaded 16 bytes at a time, and so can those of the biases.
+WIDTHS, NARROW = (784, 512, 512, 16), (784, 512, 512, 10)
 
 
 #: Every update rule with its constants.
@@ -83,11 +85,14 @@ def _layout(dtype: torch.dtype, widths: tuple[int, ...], params: bool) -> Any:
 
 def _update(
     optimizer: str, *, batch: int = 64, widths: tuple[int, ...] = WIDTHS, pixels: bool = False, unscale: bool = False,
-    params: bool = False,
+    params: bool = False, summed: bool = True,
 ) -> Launcher:  # fmt: skip
     def launch(dtype: torch.dtype, tile: Tile) -> object:
         layout = _layout(dtype, widths, params)
         dzs = [torch.zeros((batch, n), dtype=dtype) for n in widths[1:]]
+        sums = [ColumnSums(batch, n, torch.device("cpu")) for n in widths[1:]] if summed else []
+        for of in sums:
+            of.written(4)
         xs = [torch.zeros((batch, n), dtype=dtype) for n in widths[:-1]]
         rows = None
         if pixels:
@@ -98,10 +103,16 @@ def _update(
             states=_states(layout, optimizer),
             rows=rows, unscale=torch.zeros(()) if unscale else None,
             loss_rows=torch.zeros(batch), loss=torch.zeros(()),
-            grads=torch.zeros(layout.total) if optimizer == "none" else None,
+            grads=torch.zeros(layout.total) if optimizer == "none" else None, sums=sums,
         )  # fmt: skip
 
     return launch
+
+
+def _update_tiles(dtype: torch.dtype, device: Device, variant: str) -> list[Tile]:
+    """The largest tiles only where the batch is split."""
+    tiles = all_tiles("update", dtype, device, wide="narrow" not in variant)
+    return [tile for tile in tiles if "split" in variant or tile.rows * tile.cols <= LARGEST_UPDATED]
 
 
 @contextmanager
@@ -139,16 +150,18 @@ KERNELS = {
     ),
     "wgrad_update": KernelCases(
         ("_wgrad_update_kernel", "_reduce_update_kernel"),
-        tiles=lambda dtype, device, variant: tuple(all_tiles("update", dtype, device, wide=False)),
+        tiles=_update_tiles,
         variants={
             "sgd": _update("sgd"),
             "momentum-pixels-gather": _update("nesterov", pixels=True),
             "adamw-unscale": _update("adamw", unscale=True, params=True),
             "split-adamw": _update("adamw", batch=4096),
-            "none-odd": _update("none", batch=77, widths=(77, 33, 10)),
+            "split-pixels-gather": _update("sgd", batch=4096, pixels=True),
+            "narrow-adamw-pixels": _update("adamw", widths=NARROW, pixels=True, summed=False),
+            "narrow-none-odd": _update("none", batch=77, widths=(77, 33, 10)),
         },
         force=_force,
-        aligned=lambda variant, dtype, tile: False,  # its last layer has 10 outputs, and all layers share the code
+        aligned=lambda variant, dtype, tile: "narrow" not in variant,
         gemm=("_wgrad_update_kernel",),
     ),
     "reduce_update": KernelCases(

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS, saved_for_grad
 from fastmlp.kernels import cross_entropy, head
+from fastmlp.kernels.column_sums import ColumnSums, padded
 from fastmlp.kernels.head import MAX_CLASSES
 from tests.support.harness import assert_within_budget, nan_like, poisoned
 
@@ -156,6 +157,31 @@ def test_allocates_what_is_not_given(lane):
     assert alone[2] is None
     assert torch.equal(alone[0], loss)
     assert torch.equal(alone[1], dz)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (70, 63, 10), (130, 80, 17)], ids=str)
+def test_sums_of_rows(lane, shape, dtype):
+    """The blocks' sums add up to those of dZ and dZ_prev as they are stored. dZ may have more columns."""
+    M, K, C = shape
+    h, w, b, y, z_prev = case(M, K, C, dtype, "gelu")
+    sums, prev_sums = ColumnSums(M, C, lane), ColumnSums(M, K, lane)
+    for of in (sums, prev_sums):
+        of.values.fill_(math.nan)
+    dz = nan_like((M, padded(C)), dtype).to(lane)
+    inputs = [t.to(lane) for t in (h, w, b, y)]
+    _, _, dz_prev = head(*inputs, activation="gelu", saved=z_prev.to(lane), dz=dz, sums=sums, prev_sums=prev_sums)
+    assert dz[:, C:].isnan().all()
+    dz = dz[:, :C]
+    for of, t in ((sums, dz), (prev_sums, dz_prev)):
+        t, values = t.cpu(), of.values.cpu()
+        assert of.blocks > 0
+        assert values[of.blocks :].isnan().all()
+        assert values[:, t.shape[1] :].isnan().all()
+        assert_within_budget(values[: of.blocks, : t.shape[1]].sum(0), t.double().sum(0), t.float().sum(0), reduction=M)
+    again = head(*inputs, activation="gelu", saved=z_prev.to(lane))
+    assert torch.equal(again[1], dz)
+    assert torch.equal(again[2], dz_prev)
 
 
 def test_equals_separate_kernels(lane):

@@ -8,6 +8,7 @@ import torch
 from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS, saved_for_grad
 from fastmlp.kernels import linear_dgrad
+from fastmlp.kernels.column_sums import ColumnSums
 from tests.support.harness import FLOATS, assert_within_budget, nan_like, poisoned
 
 SHAPES = [(1, 1, 1), (17, 63, 130), (63, 17, 1), (33, 130, 17), (64, 64, 64), (5, 40, 1)]  # M, K, N
@@ -54,6 +55,34 @@ def test_activation_of_the_layer_below(lane, activation, dtype):
             0
         ]
     assert_within_budget(dx.cpu(), truth, own, reduction=40)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 5), (70, 63, 17), (33, 150, 40)], ids=str)
+def test_sums_of_rows(lane, shape, dtype):
+    """The blocks' sums add up to those of dX as it is stored, and nothing else is written."""
+    dz, w, z = case(*shape, dtype)
+    sums = ColumnSums(shape[0], shape[1], lane)
+    sums.values.fill_(float("nan"))
+    dx = linear_dgrad(dz.to(lane), w.to(lane), z.to(lane), "gelu", sums=sums).cpu()
+    got = sums.values.cpu()
+    assert sums.blocks > 0
+    assert got[sums.blocks :].isnan().all()
+    assert got[:, shape[1] :].isnan().all()
+    assert_within_budget(
+        got[: sums.blocks, : shape[1]].sum(0), dx.double().sum(0), dx.float().sum(0), reduction=shape[0]
+    )
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+def test_sums_leave_out_rows_beyond_the_last(lane, dtype):
+    """An infinite weight times a row that is not there would make the sum NaN."""
+    dz, w, _ = case(17, 20, 16, dtype)
+    dz[:, 0], w[0, 3] = 1.0, float("inf")
+    sums = ColumnSums(17, 20, lane)
+    linear_dgrad(dz.to(lane), w.to(lane), sums=sums)
+    assert (sums.values[: sums.blocks, 3].cpu() == float("inf")).all()
 
 
 @pytest.mark.parametrize("layout", ["dense", "columns", "spread"])

@@ -48,7 +48,8 @@ def test_split_over_the_batch(lane, dtype):
     """Programs share each tile's reduction of this long batch, ragged in every dimension; results repeat bit by bit."""
     M, K, N = 1100, 33, 17
     device = current_device()
-    assert splits(gemm_tile("wgrad", N, K, M, dtype, device, wide=False), N, K, M, device) > 1
+    tile = gemm_tile("wgrad", N, K, M, dtype, device, wide=False)
+    assert splits("wgrad", tile, ((N, K),), M, dtype, device) > 1
     dz, x = case(M, K, N, dtype)
     dw, db = linear_wgrad(dz.to(lane), x.to(lane))
     check(dz, x, dw, db)

@@ -16,7 +16,7 @@ import torch
 from fastmlp import reference
 from fastmlp.kernels import configs, linear_dgrad, linear_fwd, linear_wgrad
 from fastmlp.kernels.configs import Tile
-from fastmlp.kernels.device import current_device
+from fastmlp.kernels.device import Device, current_device
 from fastmlp.kernels.layout import Hyper, Layer, Layout
 from fastmlp.kernels.wgrad_update import wgrad_update
 from tests.compile.cases import registry
@@ -84,6 +84,32 @@ def test_every_tile(
         with registry()[f"linear_{kind}"].force(tile):
             for shape in shapes(kind, tile, wide=wide, full=full):
                 check(kind, *shape, dtype, lane, wide=wide)
+
+
+@pytest.mark.parametrize(("arch", "multiprocessors"), [(90, 132), (80, 108), (89, 128), (100, 148), (120, 170)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["fwd", "dgrad"])
+def test_the_rule_occupies_the_multiprocessors(kind: str, dtype: torch.dtype, arch: int, multiprocessors: int) -> None:
+    """The busiest multiprocessor has at most half as many tiles again as the average, at the reference network's sizes.
+
+    The 108 multiprocessors of an A100 do not divide the 128 smallest tiles of 64 rows well. Two such tiles fit one
+    multiprocessor.
+    """
+    device = Device("cuda", arch, multiprocessors, 99 << 10)
+    for rows in (64, 128, 256, 512, 1024, 2048, 4096, 16_384, 65_536):
+        tile = configs.gemm_tile(kind, rows, 512, 784 if kind == "fwd" else 512, dtype, device, wide=True)
+        programs = configs.cdiv(rows, tile.rows) * configs.cdiv(512, tile.cols)
+        most = configs.cdiv(programs, multiprocessors)
+        assert 3 * programs >= 2 * most * multiprocessors or (arch, rows) == (80, 64), (rows, tile)
+        assert tile.num_warps >= 4, (rows, tile)
+
+
+def test_short_reductions_are_not_sliced() -> None:
+    """A step of a sliced tile is longer than the reduction of a tiny layer, most of which would be masked out."""
+    h100 = Device("cuda", 90, 132, 227 << 10)
+    assert configs.gemm_tile("fwd", 64, 512, 784, torch.float32, h100, wide=True).slices == 4
+    assert configs.gemm_tile("fwd", 64, 512, 48, torch.float32, h100, wide=True).slices == 1
+    assert configs.gemm_tile("wgrad", 512, 784, 64, torch.float32, h100, wide=True).slices == 1
 
 
 @pytest.mark.parametrize("splits", [1, 2], ids=["updated at once", "partial sums"])

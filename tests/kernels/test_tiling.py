@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib
 
 import pytest
+import torch
 from torch.nn import functional as F
 
+from fastmlp.kernels import linear_dgrad, linear_fwd
+from fastmlp.kernels.configs import Tile
 from fastmlp.kernels.device import current_device
+from tests.compile.cases import registry
+from tests.compile.targets import TARGETS
 from tests.kernels.products import PRODUCTS, draw
 from tests.support.harness import assert_within_budget
 
@@ -30,3 +35,21 @@ def test_split_products(lane, monkeypatch, name, precision):
     if name == "head":  # the head multiplies twice
         dz, own_dz = (z.softmax(1) - F.one_hot(z.new_zeros(M).long(), N) for z in (exact, own))
         assert_within_budget(got["dX"].cpu(), dz @ b.double(), own_dz @ b, reduction=K)
+
+
+@pytest.mark.execute
+@pytest.mark.parametrize("kind", ["fwd", "dgrad"])
+def test_slices_are_added_in_a_fixed_order(kind):
+    """Of four slices the first and the third are added, the second and the fourth, then both sums."""
+    tile = Tile(16, 16, 256, 4, 3, slices=4)
+    ones = torch.ones(16, 256)
+    with TARGETS["sm_80"].simulated(execute=True), registry()[f"linear_{kind}"].force(tile):
+        for slices, expected in (
+            ((1e8, 1.0, -1e8, 1.0), 2.0),
+            ((1e8, -1e8, 1.0, 1.0), 0.0),
+            ((1e8, 1.0, 1.0, -1e8), 0.0),
+        ):
+            x = torch.zeros(16, 256)
+            x[:, ::64] = torch.tensor(slices)
+            result = linear_fwd(x, ones, None, "identity")[0] if kind == "fwd" else linear_dgrad(x, ones.T.contiguous())
+            assert torch.equal(result, torch.full((16, 16), expected)), slices

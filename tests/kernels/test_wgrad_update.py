@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastmlp import reference
+from fastmlp.kernels.column_sums import ColumnSums, padded
 from fastmlp.kernels.layout import Hyper, Layer, Layout
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
 from fastmlp.kernels.wgrad_update import _plan, reduce_update, wgrad_update
@@ -84,7 +85,7 @@ def run(lane, optimizer, sizes, m, dtype, *, steps=2, bias=True, low=None):
 def test_every_optimizer(lane, optimizer, m):
     sizes = (33, 17, 5)
     layout = Layout([Layer(torch.empty(n, k), torch.empty(n)) for k, n in itertools.pairwise(sizes)])
-    assert (_plan(layout, m, torch.float32)[1] > 1) == (m == 1100)
+    assert (_plan(layout, m, torch.float32, False)[1] > 1) == (m == 1100)
     run(lane, optimizer, sizes, m, torch.float32)
 
 
@@ -126,7 +127,7 @@ def test_pixels_gathered_and_mean_loss(lane, layout):
     g = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (50, 63), generator=g, dtype=torch.uint8)
     rows = torch.randint(0, 50, (21,), generator=g)
-    weights, biases, dzs, xs = problem((63, 17, 5), 21, torch.float32)
+    weights, biases, dzs, xs = problem((63, 17, 9, 5), 21, torch.float32)
     loss_rows = torch.rand(21, generator=g)
     w, b = on(lane, weights), on(lane, biases)
     loss = torch.full((), float("nan"), device=lane)
@@ -140,9 +141,10 @@ def test_pixels_gathered_and_mean_loss(lane, layout):
         loss_rows=poisoned(loss_rows).to(lane),
         loss=loss,
     )
-    grad = reference.linear_wgrad(dzs[0].double(), images[rows])[0]
-    own = weights[0] - LR * reference.linear_wgrad(dzs[0], images[rows])[0]
-    assert_within_budget(w[0].cpu(), weights[0].double() - LR * grad, own, reduction=21)
+    for got, start, dz, x in zip(w, weights, dzs, (images[rows], *xs[1:]), strict=True):
+        grad = reference.linear_wgrad(dz.double(), x if x.dtype == torch.uint8 else x.double())[0]
+        own = start - LR * reference.linear_wgrad(dz, x)[0]
+        assert_within_budget(got.cpu(), start.double() - LR * grad, own, reduction=21)
     torch.testing.assert_close(loss.cpu(), loss_rows.mean())
 
 
@@ -170,6 +172,51 @@ def test_plain_gradients_accumulate_and_update(lane, m):
         assert_within_budget(got.cpu(), want, torchs, reduction=m)
     reduce_update(layout, grads, 1, Hyper("sgd", (0.0,)), hyper_row(1, lane))
     assert_within_budget(w[0].cpu(), weights[0].double() - LR * truth[0], weights[0] - LR * own[0], reduction=m)
+
+
+def sums_of(dz: torch.Tensor, rows: int, lane: torch.device) -> ColumnSums:
+    """What a producer with blocks of ``rows`` rows writes; NaN where it writes nothing."""
+    m, n = dz.shape
+    sums = ColumnSums(m, n, lane)
+    sums.values.fill_(float("nan"))
+    blocks = [block.float().sum(0) for block in dz.split(rows)]
+    sums.written(len(blocks))[: len(blocks), :n] = torch.stack(blocks).to(lane)
+    return sums
+
+
+@pytest.mark.parametrize(
+    ("m", "rows", "dtype"), [(33, 16, torch.float32), (33, 32, torch.bfloat16), (1100, 128, torch.float32)]
+)
+def test_bias_gradients_from_the_sums_of_the_producers(lane, m, rows, dtype):
+    """dZ may have more columns, with anything in them; a layer without bias has no sums."""
+    sizes = (33, 40, 17, 5)
+    weights, biases, dzs, xs = problem(sizes, m, dtype)
+    w, b = on(lane, weights), on(lane, [biases[0], None, biases[2]])
+    wider = []
+    for dz in dzs:
+        buffer = torch.full((m, padded(dz.shape[1])), float("nan"), dtype=dtype)
+        buffer[:, : dz.shape[1]] = dz
+        wider.append(buffer.to(lane))
+    sums = [sums_of(dzs[0], rows, lane), None, sums_of(dzs[2], rows, lane)]
+    layout = Layout([Layer(*t) for t in zip(w, b, strict=True)])
+    wgrad_update(layout, wider, on(lane, xs), Hyper("sgd", (0.0,)), hyper_row(1, lane), sums=sums)
+    for i, (dz, x) in enumerate(zip(dzs, xs, strict=True)):
+        truth, own = (reference.linear_wgrad(dz.to(d), x.to(d)) for d in (torch.double, torch.float))
+        for got, start, grad, torchs in zip((w[i], b[i]), (weights[i], biases[i]), truth, own, strict=True):
+            if got is not None:
+                assert_within_budget(got.cpu(), start.double() - LR * grad, start - LR * torchs, reduction=m)
+
+
+def test_sums_of_some_layers_are_not_enough(lane):
+    """db of every layer is then the sum of dZ's rows; what stands in the sums is not read."""
+    weights, biases, dzs, xs = problem((33, 17, 5), 40, torch.float32)
+    results = []
+    for of in ((), (sums_of(torch.full((40, 17), float("nan")), 16, lane), None)):
+        w, b = on(lane, weights), on(lane, biases)
+        layout = Layout([Layer(*t) for t in zip(w, b, strict=True)])
+        wgrad_update(layout, on(lane, dzs), on(lane, xs), Hyper("sgd", (0.0,)), hyper_row(1, lane), sums=of)
+        results.append(w + b)
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
 def test_two_runs_are_bitwise_equal(lane):

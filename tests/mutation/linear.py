@@ -27,8 +27,8 @@ _LINEAR_FWD = (
     Mutant(
         "linear_fwd",
         "mask dropped in a load",
-        "x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)",
-        "x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)",
+        "x = tl.load(x_ptrs, mask=as_column(mask_m, SLICES) & mask_k, other=0.0)",
+        "x = tl.load(x_ptrs, mask=as_column(mask_m, SLICES), other=0.0)",
         (FWD, "test_strides"),
     ),
     Mutant(
@@ -56,8 +56,8 @@ _LINEAR_FWD = (
     Mutant(
         "linear_fwd",
         "wrong stride",
-        "offs_n.to(tl.int64)[:, None] * stride_wn",
-        "offs_n.to(tl.int64)[:, None] * K",
+        "as_column(offs_n.to(tl.int64), SLICES) * stride_wn",
+        "as_column(offs_n.to(tl.int64), SLICES) * K",
         (FWD, "test_strides"),
     ),
     Mutant(
@@ -90,8 +90,8 @@ _LINEAR_FWD = (
     Mutant(
         "linear_fwd",
         "missing int64",
-        "cols_k = offs_k.to(tl.int64)[None, :]",
-        "cols_k = offs_k[None, :]",
+        "cols_k = offs_k.to(tl.int64)",
+        "cols_k = offs_k",
         (LARGE, "fwd_inputs and columns"),
     ),
     Mutant(
@@ -129,15 +129,15 @@ _LINEAR_DGRAD = (
     Mutant(
         "linear_dgrad",
         "mask dropped in a load",
-        "dz = tl.load(dz_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)",
+        "dz = tl.load(dz_ptrs, mask=as_column(mask_m, SLICES) & (offs_n < N - n), other=0.0)",
         "dz = tl.load(dz_ptrs, mask=mask_m[:, None], other=0.0)",
         (DGRAD, "test_strides"),
     ),
     Mutant(
         "linear_dgrad",
         "mask dropped in a store",
-        "tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)",
-        "tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=(offs_m < M)[:, None])",
+        "tl.store(dx_ptr + offs_x, dx, mask=mask_x)",
+        "tl.store(dx_ptr + offs_x, dx, mask=(offs_m < M)[:, None])",
         (DGRAD, "test_strides"),
     ),
     Mutant(
@@ -162,7 +162,11 @@ _LINEAR_DGRAD = (
         (LARGE, "test_linear_dgrad_outputs"),
     ),
     Mutant(
-        "linear_dgrad", "missing int64", "offs_n64 = offs_n.to(tl.int64)", "offs_n64 = offs_n", (LARGE, "dgrad_inputs")
+        "linear_dgrad",
+        "missing int64",
+        ("offs_n.to(tl.int64) * stride_zn", "rows_n.to(tl.int64) * stride_wn"),
+        ("offs_n * stride_zn", "rows_n * stride_wn"),
+        (LARGE, "dgrad_inputs"),
     ),
     Mutant(
         "linear_dgrad",
@@ -186,7 +190,7 @@ _REDUCE = """    if n_splits > 1:
             partial, dw, db, N * K, total, n_splits, stride_split, HAS_BIAS=bias, BLOCK=REDUCE_BLOCK
         )
 """
-_FIRST_LAUNCH = "    _linear_wgrad_kernel[(cdiv(N, tile.rows) * cdiv(K, tile.cols), n_splits)]("
+_FIRST_LAUNCH = "    _linear_wgrad_kernel[(programs, n_splits)]("
 
 _LINEAR_WGRAD = (
     Mutant(
@@ -204,10 +208,24 @@ _LINEAR_WGRAD = (
         (WGRAD, "split_over_the_batch and float32"),
     ),
     Mutant(
-        "linear_wgrad",
+        "column_sums",
         "mask dropped in the reduction tail",
-        "mask_z = mask_n[:, None] & (offs_m < m_end - m)[None, :]",
-        "mask_z = mask_n[:, None] & (offs_m >= 0)[None, :]",
+        "present = (tl.arange(0, ROWS) < end - r)[:, None]",
+        "present = (tl.arange(0, ROWS) >= 0)[:, None]",
+        (WGRAD, "test_strides"),
+    ),
+    Mutant(
+        "column_sums",
+        "mask dropped in the reduction tail",
+        "tl.where(mask_rows[:, None], block.to(tl.float32), 0.0)",
+        "block.to(tl.float32)",
+        (DGRAD, "sums_leave_out"),
+    ),
+    Mutant(
+        "column_sums",
+        "last partial left out",
+        "for r in range(first, end, ROWS):",
+        "for r in range(first, end - ROWS, ROWS):",
         (WGRAD, "test_strides"),
     ),
     Mutant(
@@ -264,8 +282,8 @@ _LINEAR_WGRAD = (
     Mutant(
         "linear_wgrad",
         "programs that write the same place",
-        "    if HAS_BIAS:\n        if pid_k == 0:\n            tl.store(db_ptr",
-        "    if HAS_BIAS:\n        if pid_k >= 0:\n            tl.store(db_ptr",
+        "mask=(offs_n < N)[:, None] & (offs_k < K)[None, :]",
+        "mask=(offs_n < N)[:, None]",
         (ORDER, "linear_wgrad"),
     ),
     Mutant(
@@ -288,8 +306,8 @@ _LINEAR_WGRAD = (
     Mutant(
         "linear_wgrad",
         "missing int64",
-        "slice_start + offs_n.to(tl.int64)[:, None] * K",
-        "slice_start + offs_n[:, None] * K",
+        "dw_ptr + offs_n.to(tl.int64)[:, None] * K",
+        "dw_ptr + offs_n[:, None] * K",
         (LARGE, "wgrad_outputs"),
     ),
     Mutant(
@@ -373,6 +391,13 @@ _ACTIVATIONS = (
         "high_low = acc[1] if APART else low_high",
         (FWD, "test_shapes and sm_80 and float32 and 130"),
         lane="execute",
+    ),
+    Mutant(
+        "tiling",
+        "the slices of a reduction overlap",
+        "tl.arange(0, SLICES)[:, None, None] * DEPTH",
+        "tl.arange(0, SLICES)[:, None, None]",
+        (FWD, "test_shapes and float32"),
     ),
     Mutant(
         "tiling",

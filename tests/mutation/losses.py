@@ -318,17 +318,38 @@ _HEAD = (
 _UPDATE = (
     Mutant(
         "wgrad_update",
-        "bias updated twice",
-        "        if (layer.b_segment >= 0) & (pid_k == 0):\n            update_block(",
-        "        if (layer.b_segment >= 0) & (pid_k >= 0):\n            update_block(",
+        "bias added twice",
+        "    _finish(\n        db, layer.b_ptr",
+        "    _finish(\n        db + db, layer.b_ptr",
         (UPDATE, "every_optimizer and direct and sgd"),
     ),
     Mutant(
         "wgrad_update",
         "wrong layer",
-        "            pid - factors.first_tile, split,",
-        "            pid - tiles_first, split,",
+        "scale_ptr,\n                pid - factors.first_tile, split,",
+        "scale_ptr,\n                pid, split,",
         (UPDATE, "depths_and_no_bias"),
+    ),
+    Mutant(
+        "wgrad_update",
+        "wrong layer",
+        "                    pid - factors.first_tile, split,",
+        "                    pid - operands[1].first_tile, split,",
+        (UPDATE, "mean_loss"),
+    ),
+    Mutant(
+        "wgrad_update",
+        "last partial left out",
+        "(made, 0) if of is None else (of.values, of.blocks)",
+        "(made, 0) if of is None else (of.values, of.blocks - 1)",
+        (UPDATE, "sums_of_the_producers and 33-16"),
+    ),
+    Mutant(
+        "wgrad_update",
+        "the halves of a block at one place",
+        "first_k + left.shape[1]",
+        "first_k",
+        (UPDATE, "every_optimizer and direct and sgd"),
     ),
     Mutant(
         "wgrad_update",
