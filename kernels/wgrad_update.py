@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .configs import Tile, cdiv, gemm_tile, splits
 from .device import current_device, input_precision
-from .layout import SEGMENT, Hyper, Layout
+from .layout import SEGMENT, Layout
 from .linear_wgrad import sum_slices, wgrad_tile
 from .optimizer import update_block
 from .tiling import grouped_tile
@@ -41,7 +41,7 @@ LOSS_BLOCK = 1024
 
 @triton.jit
 def _wgrad_layer(
-    operands, layer, rows_ptr, states, partial_ptr, hyper_ptr, constants, scale_ptr,
+    operands, layer, rows_ptr, states, partial_ptr, hyper_ptr, scale_ptr,
     pid, split, M, m_per_split, stride_split,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
@@ -67,13 +67,13 @@ def _wgrad_layer(
             dw = dw * tl.load(scale_ptr)
             db = db * tl.load(scale_ptr)
         update_block(
-            dw, layer.w_ptr, layer.low_w_ptr, states, offs_w, layer.w_segment + offs_w, mask_w, hyper_ptr, constants,
-            OPTIMIZER, LOW_IS_PARAM,
+            dw, layer.w_ptr, layer.low_w_ptr, states, offs_w, layer.w_segment + offs_w, mask_w, hyper_ptr, OPTIMIZER,
+            LOW_IS_PARAM,
         )  # fmt: skip
         if (layer.b_segment >= 0) & (pid_k == 0):
             update_block(
                 db, layer.b_ptr, layer.low_b_ptr, states, offs_n, layer.b_segment + offs_n, mask_n, hyper_ptr,
-                constants, OPTIMIZER, LOW_IS_PARAM,
+                OPTIMIZER, LOW_IS_PARAM,
             )  # fmt: skip
     else:
         slice_ptr = partial_ptr + split.to(tl.int64) * stride_split
@@ -103,7 +103,7 @@ class _Operands(NamedTuple):
 
 @triton.jit
 def _wgrad_update_kernel(
-    operands, layers, rows_ptr, states, partial_ptr, hyper_ptr, constants, scale_ptr, loss_rows_ptr, loss_ptr,
+    operands, layers, rows_ptr, states, partial_ptr, hyper_ptr, scale_ptr, loss_rows_ptr, loss_ptr,
     M, loss_count, tiles, m_per_split, stride_split,
     LAYERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -118,7 +118,7 @@ def _wgrad_update_kernel(
         tiles_first = operands[1].first_tile
     if pid < tiles_first:
         _wgrad_layer(
-            operands[0], layers[0], rows_ptr, states, partial_ptr, hyper_ptr, constants, scale_ptr,
+            operands[0], layers[0], rows_ptr, states, partial_ptr, hyper_ptr, scale_ptr,
             pid, split, M, m_per_split, stride_split,
             OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
         )  # fmt: skip
@@ -131,7 +131,7 @@ def _wgrad_update_kernel(
                     factors = operands[i]
                     layer = layers[i]
             _wgrad_layer(
-                factors, layer, None, states, partial_ptr, hyper_ptr, constants, scale_ptr,
+                factors, layer, None, states, partial_ptr, hyper_ptr, scale_ptr,
                 pid - factors.first_tile, split, M, m_per_split, stride_split,
                 OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
             )  # fmt: skip
@@ -142,7 +142,7 @@ def _wgrad_update_kernel(
 
 @triton.jit
 def _reduce_update_kernel(
-    partial_ptr, parameters, grad_ptr, states, hyper_ptr, constants, scale_ptr, skip_ptr, n_splits, stride_split,
+    partial_ptr, parameters, grad_ptr, states, hyper_ptr, scale_ptr, skip_ptr, n_splits, stride_split,
     PARAMETERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -165,8 +165,7 @@ def _reduce_update_kernel(
         if skip_ptr is not None:
             mask = mask & (tl.load(skip_ptr).to(tl.int32) == 0)
         update_block(
-            g, parameter.w_ptr, parameter.low_ptr, states, offs, flat, mask, hyper_ptr, constants, OPTIMIZER,
-            LOW_IS_PARAM,
+            g, parameter.w_ptr, parameter.low_ptr, states, offs, flat, mask, hyper_ptr, OPTIMIZER, LOW_IS_PARAM,
         )  # fmt: skip
 
 
@@ -194,7 +193,7 @@ def wgrad_update(
     layout: Layout,
     dzs: Sequence[Tensor],
     xs: Sequence[Tensor],
-    hyper: Hyper,
+    optimizer: str,
     hyper_row: Tensor,
     *,
     states: Sequence[Tensor] = (),
@@ -210,13 +209,14 @@ def wgrad_update(
 
     ``rows`` (int64, any stride) gathers rows of xs[0] only, which may be uint8. ``unscale`` is a 0-d float32 factor of
     all gradients.
-    With ``hyper.optimizer == "none"`` the gradients go to ``grads`` (flat, ``layout.total`` float32), added to what is
+    ``optimizer`` is a rule of ``kernels/optimizer.py``, and ``hyper_row`` has its settings for this step, float32. With
+    ``optimizer == "none"`` the gradients go to ``grads`` (flat, ``layout.total`` float32), added to what is
     there if ``accumulate``. ``partial`` is float32 workspace to reuse, [splits, layout.total].
     """
     m = dzs[0].shape[0]
     dtype = dzs[0].dtype
     tile, n_splits, m_per_split = _plan(layout, m, dtype)
-    direct = n_splits == 1 and hyper.optimizer != "none"
+    direct = n_splits == 1 and optimizer != "none"
     if not direct and partial is None:
         partial = torch.empty((n_splits, layout.total), dtype=torch.float32, device=dzs[0].device)
     if rows is not None:
@@ -227,9 +227,9 @@ def wgrad_update(
         tiles += cdiv(layer.N, tile.rows) * cdiv(layer.K, tile.cols)
     _wgrad_update_kernel[(tiles + (loss is not None), n_splits)](
         tuple(operands), layout.of_layers, rows, tuple(states), None if direct else partial, hyper_row,
-        hyper.constants, unscale, loss_rows, loss,
+        unscale, loss_rows, loss,
         m, 0 if loss_rows is None else loss_rows.numel(), tiles, m_per_split, layout.total,
-        LAYERS=len(operands), OPTIMIZER=hyper.optimizer, LOW_IS_PARAM=layout.low_is_param, EVEN_M=m % tile.depth == 0,
+        LAYERS=len(operands), OPTIMIZER=optimizer, LOW_IS_PARAM=layout.low_is_param, EVEN_M=m % tile.depth == 0,
         INPUT_PRECISION=input_precision(current_device(), dtype),
         BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, LOSS_BLOCK=LOSS_BLOCK,
         **tile.compile_options,
@@ -237,7 +237,7 @@ def wgrad_update(
     if not direct:
         assert partial is not None
         reduce_update(
-            layout, partial, n_splits, hyper, hyper_row,
+            layout, partial, n_splits, optimizer, hyper_row,
             states=states, unscale=unscale, grads=grads, accumulate=accumulate,
         )  # fmt: skip
 
@@ -246,7 +246,7 @@ def reduce_update(
     layout: Layout,
     partial: Tensor,
     n_splits: int,
-    hyper: Hyper,
+    optimizer: str,
     hyper_row: Tensor,
     *,
     states: Sequence[Tensor] = (),
@@ -260,8 +260,8 @@ def reduce_update(
     ``skip`` is a 0-d float32: nothing is updated unless it is 0.
     """
     _reduce_update_kernel[(layout.total // SEGMENT,)](
-        partial, layout.of_parameters, grads, tuple(states), hyper_row, hyper.constants, unscale, skip,
+        partial, layout.of_parameters, grads, tuple(states), hyper_row, unscale, skip,
         n_splits, layout.total,
-        PARAMETERS=len(layout.of_parameters), OPTIMIZER=hyper.optimizer, LOW_IS_PARAM=layout.low_is_param,
+        PARAMETERS=len(layout.of_parameters), OPTIMIZER=optimizer, LOW_IS_PARAM=layout.low_is_param,
         ACCUMULATE=accumulate, BLOCK=SEGMENT,
     )  # fmt: skip

@@ -38,7 +38,7 @@ from ..kernels import (
 )
 from ..kernels.device import tf32_allowed
 from ..kernels.head import MAX_CLASSES
-from ..kernels.layout import Hyper, Layer, Layout
+from ..kernels.layout import Layer, Layout
 from ..kernels.wgrad_update import reduce_update, wgrad_update, workspace
 from ..nn import Linear
 from .graphs import GraphCache, GraphEntry, can_capture
@@ -117,9 +117,13 @@ class TritonStep:
         self._narrowed = [c for c in self._copied if c.master is c.data]
         self._widened = [c for c in self._copied if c.master is not c.data]
 
+    @staticmethod
+    def structure(rule: Optimizer) -> tuple[object, ...]:
+        """What the engine is built for."""
+        return rule.structure
+
     def settings_changed(self) -> None:
         """Take up the rule's settings; those of its ``structure`` are as they were."""
-        self.hyper = Hyper(*self.rule.kernel)
         #: The learning rate of rows that are computed ahead, the number of the first one's step, and the rows.
         self._ahead: tuple[float, int, list[Tensor]] = (-1.0, 0, [])
 
@@ -281,7 +285,7 @@ class TritonStep:
             self.layout,
             [dz for dz in dzs if dz is not None],
             [inputs[i] for i in self.trained],
-            Hyper("none") if store else self.hyper,
+            "none" if store else self.rule.kernel,
             row,
             states=self.states,
             rows=rows if self.trained[0] == 0 else None,
@@ -314,7 +318,7 @@ class TritonStep:
         if self.rule.max_grad_norm is not None:
             norm = torch.linalg.vector_norm(grads)
             factor = torch.clamp(self.rule.max_grad_norm / (norm + 1e-6), max=1.0)
-        reduce_update(self.layout, grads, 1, self.hyper, row, states=self.states, unscale=factor, skip=skip)
+        reduce_update(self.layout, grads, 1, self.rule.kernel, row, states=self.states, unscale=factor, skip=skip)
         if self.loss_scale is not None:
             self.loss_scale.adjust()
 
@@ -348,7 +352,7 @@ class TritonStep:
 
     def _baked(self) -> tuple[object, ...]:
         """What a graph keeps of the settings at its capture."""
-        return tf32_allowed(), self.hyper.constants, self.rule.max_grad_norm
+        return tf32_allowed(), self.rule.max_grad_norm
 
     def epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Tensor, losses: Tensor

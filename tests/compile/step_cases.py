@@ -13,7 +13,7 @@ import torch
 
 from fastmlp.kernels import head
 from fastmlp.kernels.configs import Tile, all_tiles
-from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.layout import Layer, Layout
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
 
 from .cases import KernelCases
@@ -58,15 +58,6 @@ def _head(activation: str, *, odd: bool = False, pixels: bool = False, **options
 WIDTHS = (784, 512, 512, 10)
 
 
-#: Every update rule with its constants.
-HYPER = {
-    "none": Hyper("none"),
-    "sgd": Hyper("sgd", (0.01,)),
-    "nesterov": Hyper("nesterov", (0.01, 0.9)),
-    "adamw": Hyper("adamw", (0.1, 0.999, 0.001, 1e-8)),
-}
-
-
 def _states(layout: Layout, optimizer: str) -> list[torch.Tensor]:
     return [torch.zeros(layout.total) for _ in range({"nesterov": 1, "adamw": 2}.get(optimizer, 0))]
 
@@ -94,7 +85,7 @@ def _update(
             xs[0] = torch.zeros((batch, widths[0]), dtype=torch.uint8)
             rows = torch.zeros(batch, dtype=torch.int64)
         return wgrad_update.wgrad_update(
-            layout, dzs, xs, HYPER[optimizer], torch.zeros(HYPER_COLUMNS),
+            layout, dzs, xs, optimizer, torch.zeros(HYPER_COLUMNS),
             states=_states(layout, optimizer),
             rows=rows, unscale=torch.zeros(()) if unscale else None,
             loss_rows=torch.zeros(batch), loss=torch.zeros(()),
@@ -115,7 +106,7 @@ def _reduce(optimizer: str, *, unscale: bool = False, accumulate: bool = False, 
         layout = _layout(dtype, WIDTHS, params)
         flat = torch.zeros((2, layout.total))
         return wgrad_update.reduce_update(
-            layout, flat[:1], 1, HYPER[optimizer], torch.zeros(HYPER_COLUMNS),
+            layout, flat[:1], 1, optimizer, torch.zeros(HYPER_COLUMNS),
             states=_states(layout, optimizer), unscale=torch.zeros(()) if unscale else None,
             grads=flat[1] if optimizer == "none" else None, accumulate=accumulate,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmlp import kernels
-from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.layout import Layer, Layout
 from fastmlp.kernels.wgrad_update import wgrad_update
 
 __all__ = ["LAUNCHES", "SINGLE_PROGRAM", "kernel_names"]
@@ -110,8 +110,8 @@ def _wgrad_update(device: torch.device) -> list[Tensor | None]:
             layout,
             [_draw(m, n, seed=2).to(device) for n in sizes[1:]],
             [images.to(device), *(_draw(m, k, seed=3).to(device) for k in sizes[1:-1])],
-            Hyper("adamw", (0.1, 0.999, 0.001, 1e-8)),
-            torch.tensor([0.1, 0.99, 0.1, 1.0], device=device),
+            "adamw",
+            torch.tensor([0.99, 0.1, 1.0, 0.1, 0.999, 0.001, 1e-8, 0.0], device=device),
             states=states,
             rows=_labels((m,), 50).to(device),
             loss_rows=_draw(m).to(device),

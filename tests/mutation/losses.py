@@ -347,8 +347,8 @@ _UPDATE = (
     Mutant(
         "optimizer",
         "weight decay dropped",
-        "w -= lr * (g + constants[0] * w)",
-        "w -= lr * g",
+        "w -= tl.load(hyper_ptr) * (g + tl.load(hyper_ptr + 1) * w)",
+        "w -= tl.load(hyper_ptr) * g",
         (UPDATE, "every_optimizer and direct and sgd"),
     ),
     Mutant(
