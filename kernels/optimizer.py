@@ -49,11 +49,12 @@ def update_block(
         if LOW_IS_PARAM:
             low = tl.load(low_ptrs, mask=mask, other=0.0)
             w = tl.where(w.to(low.dtype) == low, w, low.to(tl.float32))
+    # Weight decay is an explicit fma, because g may be a product: the compiler could fuse that one instead.
     if OPTIMIZER == "sgd":
-        w -= tl.load(hyper_ptr) * (g + tl.load(hyper_ptr + 1) * w)
+        w -= tl.load(hyper_ptr) * tl.fma(w, tl.load(hyper_ptr + 1), g)
     elif OPTIMIZER == "momentum" or OPTIMIZER == "nesterov":
         lr = tl.load(hyper_ptr)
-        g += tl.load(hyper_ptr + 1) * w
+        g = tl.fma(w, tl.load(hyper_ptr + 1), g)
         momentum = tl.load(hyper_ptr + 2)
         m = momentum * tl.load(states[0] + state_offs, mask=mask, other=0.0) + g
         tl.store(states[0] + state_offs, m, mask=mask)
@@ -63,14 +64,38 @@ def update_block(
             w -= lr * m
     else:
         tl.static_assert(OPTIMIZER == "adamw", "unknown optimizer")
+        # In this order ptxas needs the fewest registers, and both states are still loaded before the first store.
         m = tl.load(states[0] + state_offs, mask=mask, other=0.0)
-        v = tl.load(states[1] + state_offs, mask=mask, other=0.0)
         m += (g - m) * tl.load(hyper_ptr + 3)
-        v = tl.load(hyper_ptr + 4) * v + tl.load(hyper_ptr + 5) * g * g
+        v = tl.load(states[1] + state_offs, mask=mask, other=0.0)
         tl.store(states[0] + state_offs, m, mask=mask)
+        v = tl.load(hyper_ptr + 4) * v + tl.load(hyper_ptr + 5) * g * g
         tl.store(states[1] + state_offs, v, mask=mask)
         w *= tl.load(hyper_ptr)
         w -= tl.load(hyper_ptr + 1) * m / (tl.sqrt(v) * tl.load(hyper_ptr + 2) + tl.load(hyper_ptr + 6))
     tl.store(w_ptr + offs, w, mask=mask)
     if low_ptr is not None:
         tl.store(low_ptrs, w.to(low_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _power(base, exponent):
+    """base^exponent in float64, exponent >= 0, by squaring: within some 2 log2(exponent) roundings."""
+    result = base * 0.0 + 1.0
+    while exponent > 0:
+        result = tl.where((exponent & 1) == 1, result * base, result)
+        base *= base
+        exponent >>= 1
+    return result
+
+
+@triton.jit
+def corrected_row(hyper_ptr, decays_ptr, count, OPTIMIZER: tl.constexpr, COLUMNS: tl.constexpr):
+    """A row that was made without the number of updates, for update number ``count``; computed in float64."""
+    tl.static_assert(OPTIMIZER == "adamw", "the other rules do not count")
+    offs = tl.arange(0, COLUMNS)
+    row = tl.load(hyper_ptr + offs)
+    step = tl.load(hyper_ptr + 1).to(tl.float64) / (1.0 - _power(tl.load(decays_ptr), count))
+    inv_sqrt_bc2 = 1.0 / tl.sqrt(1.0 - _power(tl.load(decays_ptr + 1), count))
+    row = tl.where(offs == 1, step.to(tl.float32), row)
+    return tl.where(offs == 2, inv_sqrt_bc2.to(tl.float32), row)

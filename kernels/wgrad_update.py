@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .before_update import mark_overflow
 from .configs import Tile, cdiv, gemm_tile, splits
 from .device import current_device, input_precision
 from .layout import SEGMENT, Layout
@@ -41,7 +42,7 @@ LOSS_BLOCK = 1024
 
 @triton.jit
 def _wgrad_layer(
-    operands, layer, rows_ptr, states, partial_ptr, hyper_ptr, scale_ptr,
+    operands, layer, rows_ptr, states, partial_ptr, overflow_ptr, hyper_ptr,
     pid, split, M, m_per_split, stride_split,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
@@ -63,9 +64,6 @@ def _wgrad_layer(
     mask_w = mask_n[:, None] & (offs_k < K)[None, :]
     offs_w = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
     if partial_ptr is None:
-        if scale_ptr is not None:
-            dw = dw * tl.load(scale_ptr)
-            db = db * tl.load(scale_ptr)
         update_block(
             dw, layer.w_ptr, layer.low_w_ptr, states, offs_w, layer.w_segment + offs_w, mask_w, hyper_ptr, OPTIMIZER,
             LOW_IS_PARAM,
@@ -80,6 +78,9 @@ def _wgrad_layer(
         tl.store(slice_ptr + layer.w_segment + offs_w, dw, mask=mask_w)
         if (layer.b_segment >= 0) & (pid_k == 0):
             tl.store(slice_ptr + layer.b_segment + offs_n, db, mask=mask_n)
+        if overflow_ptr is not None:
+            # An element of dZ that is infinite or NaN makes a whole row of dW so, and db cannot overflow float32.
+            mark_overflow(dw, mask_w, overflow_ptr)
 
 
 @triton.jit
@@ -103,7 +104,7 @@ class _Operands(NamedTuple):
 
 @triton.jit
 def _wgrad_update_kernel(
-    operands, layers, rows_ptr, states, partial_ptr, hyper_ptr, scale_ptr, loss_rows_ptr, loss_ptr,
+    operands, layers, rows_ptr, states, partial_ptr, overflow_ptr, hyper_ptr, loss_rows_ptr, loss_ptr,
     M, loss_count, tiles, m_per_split, stride_split,
     LAYERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -118,7 +119,7 @@ def _wgrad_update_kernel(
         tiles_first = operands[1].first_tile
     if pid < tiles_first:
         _wgrad_layer(
-            operands[0], layers[0], rows_ptr, states, partial_ptr, hyper_ptr, scale_ptr,
+            operands[0], layers[0], rows_ptr, states, partial_ptr, overflow_ptr, hyper_ptr,
             pid, split, M, m_per_split, stride_split,
             OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
         )  # fmt: skip
@@ -131,7 +132,7 @@ def _wgrad_update_kernel(
                     factors = operands[i]
                     layer = layers[i]
             _wgrad_layer(
-                factors, layer, None, states, partial_ptr, hyper_ptr, scale_ptr,
+                factors, layer, None, states, partial_ptr, overflow_ptr, hyper_ptr,
                 pid - factors.first_tile, split, M, m_per_split, stride_split,
                 OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
             )  # fmt: skip
@@ -142,7 +143,8 @@ def _wgrad_update_kernel(
 
 @triton.jit
 def _reduce_update_kernel(
-    partial_ptr, parameters, grad_ptr, states, hyper_ptr, scale_ptr, skip_ptr, n_splits, stride_split,
+    partial_ptr, parameters, grad_ptr, squares_ptr, overflow_ptr, states, hyper_ptr, scale_ptr, skip_ptr,
+    n_splits, stride_split,
     PARAMETERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -160,10 +162,15 @@ def _reduce_update_kernel(
     if OPTIMIZER == "none":
         if ACCUMULATE:
             g += tl.load(grad_ptr + flat, mask=mask, other=0.0)
-        tl.store(grad_ptr + flat, g, mask=mask)
+        if grad_ptr is not None:
+            tl.store(grad_ptr + flat, g, mask=mask)
+        if squares_ptr is not None:
+            tl.store(squares_ptr + pid, tl.sum(g * g, 0))
+        if overflow_ptr is not None:
+            mark_overflow(g, mask, overflow_ptr)
     else:
         if skip_ptr is not None:
-            mask = mask & (tl.load(skip_ptr).to(tl.int32) == 0)
+            mask = mask & (tl.load(skip_ptr) == 0)
         update_block(
             g, parameter.w_ptr, parameter.low_ptr, states, offs, flat, mask, hyper_ptr, OPTIMIZER, LOW_IS_PARAM,
         )  # fmt: skip
@@ -204,6 +211,8 @@ def wgrad_update(
     partial: Tensor | None = None,
     grads: Tensor | None = None,
     accumulate: bool = False,
+    squares: Tensor | None = None,
+    overflow: Tensor | None = None,
 ) -> None:
     """Launch gradient and update of every layer: dzs[l] [M, N_l] and xs[l] [M, K_l], inner stride 1, dZ contiguous.
 
@@ -211,12 +220,14 @@ def wgrad_update(
     all gradients.
     ``optimizer`` is a rule of ``kernels/optimizer.py``, and ``hyper_row`` has its settings for this step, float32. With
     ``optimizer == "none"`` the gradients go to ``grads`` (flat, ``layout.total`` float32), added to what is
-    there if ``accumulate``. ``partial`` is float32 workspace to reuse, [splits, layout.total].
+    there if ``accumulate``; without ``grads`` they stay partial sums, not multiplied by ``unscale``. ``partial`` is
+    float32 workspace to reuse, [splits, layout.total]. ``squares``, which needs ``grads``, and ``overflow`` are outputs
+    as ``reduce_update`` has them.
     """
     m = dzs[0].shape[0]
     dtype = dzs[0].dtype
     tile, n_splits, m_per_split = _plan(layout, m, dtype)
-    direct = n_splits == 1 and optimizer != "none"
+    direct = n_splits == 1 and optimizer != "none" and unscale is None
     if not direct and partial is None:
         partial = torch.empty((n_splits, layout.total), dtype=torch.float32, device=dzs[0].device)
     if rows is not None:
@@ -226,19 +237,19 @@ def wgrad_update(
         operands.append(_Operands(dz, x, x.stride(0), tiles))
         tiles += cdiv(layer.N, tile.rows) * cdiv(layer.K, tile.cols)
     _wgrad_update_kernel[(tiles + (loss is not None), n_splits)](
-        tuple(operands), layout.of_layers, rows, tuple(states), None if direct else partial, hyper_row,
-        unscale, loss_rows, loss,
+        tuple(operands), layout.of_layers, rows, tuple(states), None if direct else partial,
+        overflow if grads is None else None, hyper_row, loss_rows, loss,
         m, 0 if loss_rows is None else loss_rows.numel(), tiles, m_per_split, layout.total,
         LAYERS=len(operands), OPTIMIZER=optimizer, LOW_IS_PARAM=layout.low_is_param, EVEN_M=m % tile.depth == 0,
         INPUT_PRECISION=input_precision(current_device(), dtype),
         BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, LOSS_BLOCK=LOSS_BLOCK,
         **tile.compile_options,
     )  # fmt: skip
-    if not direct:
+    if not direct and (grads is not None or optimizer != "none"):
         assert partial is not None
         reduce_update(
             layout, partial, n_splits, optimizer, hyper_row,
-            states=states, unscale=unscale, grads=grads, accumulate=accumulate,
+            states=states, unscale=unscale, grads=grads, accumulate=accumulate, squares=squares, overflow=overflow,
         )  # fmt: skip
 
 
@@ -254,13 +265,19 @@ def reduce_update(
     grads: Tensor | None = None,
     skip: Tensor | None = None,
     accumulate: bool = False,
+    squares: Tensor | None = None,
+    overflow: Tensor | None = None,
 ) -> None:
-    """Launch g = sum of the slices of ``partial``, times ``unscale``, then the update (or store g in ``grads``).
+    """Launch g = sum of the slices of ``partial``, times ``unscale``, then the update, or with "none" the outputs.
 
-    ``skip`` is a 0-d float32: nothing is updated unless it is 0.
+    Args:
+        skip: 0-d int32: nothing is updated unless it is 0.
+        grads: float32, as long as ``layout.total``: g, or what is there plus g if ``accumulate``.
+        squares: float32 [layout.total / SEGMENT]: the sum of the squares of each segment of g.
+        overflow: 0-d int32: becomes 1 where g has an infinity or NaN, else it stays as it is.
     """
     _reduce_update_kernel[(layout.total // SEGMENT,)](
-        partial, layout.of_parameters, grads, tuple(states), hyper_row, unscale, skip,
+        partial, layout.of_parameters, grads, squares, overflow, tuple(states), hyper_row, unscale, skip,
         n_splits, layout.total,
         PARAMETERS=len(layout.of_parameters), OPTIMIZER=optimizer, LOW_IS_PARAM=layout.low_is_param,
         ACCUMULATE=accumulate, BLOCK=SEGMENT,

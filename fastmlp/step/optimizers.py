@@ -83,9 +83,10 @@ class Optimizer:
         rest = torch.tensor((*constants, *unused, max_norm), dtype=lrs.dtype, device=lrs.device)
         return torch.cat((torch.stack(changing, 1), rest.expand(len(lrs), -1)), 1).float()
 
-    def recounted(self, row: Tensor, count: Tensor) -> Tensor:
-        """A row that was made without a count, for update number ``count`` (0-d float64 on the row's device)."""
-        return row
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """The numbers whose powers of the count complete a row that was made without it, on the device."""
+        return ()
 
     def update(
         self, params: Tensors, grads: Tensors, states: Sequence[Tensors], count: Tensor, skip: Tensor | None
@@ -177,11 +178,10 @@ class AdamW(Optimizer):
             return (decay, lrs, torch.ones_like(lrs)), constants
         return (decay, lrs / (1 - beta1**count), (1 - beta2**count) ** -0.5), constants
 
-    def recounted(self, row: Tensor, count: Tensor) -> Tensor:
-        """The columns that depend on the count, with nothing copied from the host."""
-        beta1, beta2 = self.betas
-        corrected = (row[1] / (1 - beta1**count)).view(1), ((1 - beta2**count) ** -0.5).view(1)
-        return torch.cat((row[:1], *corrected, row[3:])).float()
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """Both betas."""
+        return self.betas
 
     def update(
         self, params: Tensors, grads: Tensors, states: Sequence[Tensors], count: Tensor, skip: Tensor | None

@@ -50,6 +50,7 @@ CHANGES: dict[str, dict[str, list]] = {
         "eps": [1e-8, 1e-3],
         "weight_decay": [0.1, 0.0],
     },
+    "clipped": {"lr": [0.1], "max_grad_norm": [0.05, 0.01, 10.0]},
 }
 #: dtypes of parameters and products.
 PRECISIONS = {
