@@ -204,8 +204,8 @@ _OTHER_LOSSES = (
     Mutant(
         "elementwise_loss",
         "wrong stride",
-        "y_ptr + m * stride_ym + c * stride_yc",
-        "y_ptr + m * stride_am + c * stride_ac",
+        "y_ptr + row_y * stride_ym + c * stride_yc",
+        "y_ptr + row_y * stride_am + c * stride_ac",
         (ELEMENTWISE, "test_strides"),
     ),
     Mutant(
@@ -271,8 +271,8 @@ _OTHER_LOSSES = (
     Mutant(
         "softmax_squared_error",
         "wrong stride",
-        "y_rows = y_ptr + row[:, None] * stride_ym",
-        "y_rows = y_ptr + row[:, None] * stride_zm",
+        "y_rows = y_ptr + row_y[:, None] * stride_ym",
+        "y_rows = y_ptr + row_y[:, None] * stride_zm",
         (SQUARED, "test_strides or test_rows_longer"),
     ),
     Mutant(

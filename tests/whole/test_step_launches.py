@@ -35,7 +35,7 @@ def captured_step(*, batch=64, epoch=False, loss="cross_entropy", **settings):
     """Names of all nodes of one step's CUDA graph: kernels, and operations of torch."""
     from tests.support.cuda_graph import KernelNode, SimulatedCuda
 
-    with SimulatedCuda(execute=False) as cuda:
+    with SimulatedCuda(execute=False):
         step = TrainStep(fastmlp.MLP((64, 64, 64, 10)), lr=0.1, loss=loss, **settings)
         x, y = torch.zeros(batch, 64), torch.zeros(batch, 10)
         if loss != "mse":
