@@ -152,7 +152,8 @@ def _wgrad(rows: int, cols: int, depth: int, dtype: torch.dtype, device: str, *,
 def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, device: str, *, bias: bool) -> Product:
     """Gradient and plain SGD of all layers in one launch, as in a step; the largest layer determines the tile."""
     from fastmlp.kernels.column_sums import padded
-    from fastmlp.kernels.layout import Hyper, Layer, Layout
+    from fastmlp.kernels.layout import Layer, Layout
+    from fastmlp.kernels.optimizer import HYPER_COLUMNS
 
     # The package's attribute of a launcher's module is the launcher.
     module: Any = importlib.import_module("fastmlp.kernels.wgrad_update")
@@ -161,7 +162,7 @@ def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, devic
     weights = [torch.zeros(n, k, device=device) for k, n in layers]
     biases = [torch.zeros(n, device=device) for _, n in layers] if bias else []
     layout = Layout([Layer(w, b) for w, b in itertools.zip_longest(weights, biases)])
-    row = torch.tensor([1.0, 0.0, 0.0, 0.0], device=device)  # a learning rate of 1: W - dW
+    row = torch.tensor([1.0, *[0.0] * (HYPER_COLUMNS - 1)], device=device)  # a learning rate of 1: W - dW
     partial = torch.empty(0)
 
     def launch() -> object:
@@ -170,7 +171,7 @@ def _update(layers: list[tuple[int, int]], batch: int, dtype: torch.dtype, devic
         if wanted is not None and wanted.shape != partial.shape:
             partial = wanted
         used = None if wanted is None else partial
-        return module.wgrad_update(layout, dzs, xs, Hyper("sgd", (0.0,)), row, partial=used)
+        return module.wgrad_update(layout, dzs, xs, "sgd", row, partial=used)
 
     def results() -> Results:
         """dW and db of one launch, from parameters of zero."""

@@ -239,7 +239,7 @@ def head(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
 
 def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     """One layer's gradient and its update in float32, for every optimizer: the first step, from states of 0."""
-    from .kernels.layout import Hyper, Layer, Layout
+    from .kernels.layout import Layer, Layout
     from .kernels.wgrad_update import wgrad_update as launch
 
     rules: tuple[tuple[Optimizer, Callable[..., torch.optim.Optimizer]], ...] = (
@@ -258,7 +258,7 @@ def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
         actual = [p.clone() for p in start]
         layout = Layout([Layer(*actual)])
         states = torch.zeros(2, layout.total, device=problem.device)
-        launch(layout, [dz], [x], Hyper(*rule.kernel), row, states=states)
+        launch(layout, [dz], [x], rule.kernel, row, states=states)
         make = partial(torchs, **settings)
 
         def update(dz: Tensor, x: Tensor, make: Callable[..., torch.optim.Optimizer] = make) -> list[Tensor]:
@@ -268,7 +268,7 @@ def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
             make(params).step()
             return [p.detach() for p in params]
 
-        name = rule.kernel[0]
+        name = rule.kernel
         yield from _compare([f"W ({name})", f"b ({name})"], actual, update, (dz, x), [problem.M] * 2)
 
 

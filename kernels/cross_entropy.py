@@ -280,7 +280,8 @@ def _launch_fwd(
     loss: Tensor,
     reduction: str = "none",
     rows: Tensor | None = None,
-    scale: float | Tensor = 1.0,
+    scale: float = 1.0,
+    factor: Tensor | None = None,
     stats: Tensor | None = None,
     denominator: Tensor | None = None,
     dz: Tensor | None = None,
@@ -298,11 +299,10 @@ def _launch_fwd(
     partial = None
     if reduction != "none" and programs > 1:
         partial = torch.empty((2, programs), dtype=torch.float32, device=logits.device)
-    scale_ptr, scale = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     _cross_entropy_kernel[(programs,)](
-        logits, target, weight, rows, scale_ptr,
+        logits, target, weight, rows, factor,
         loss, stats, partial, denominator, dz, correct,
-        scale, float(smoothing), ignore_index,
+        float(scale), float(smoothing), ignore_index,
         shape.positions, shape.classes, shape.rows,
         *shape.strides, *stride_t, 0 if weight is None else weight.stride(0), *stride_d,
         PROBS=probs, SMOOTH=smoothing != 0.0, REDUCE=reduction, WHOLE=tile.unroll == 0,
@@ -324,7 +324,8 @@ def cross_entropy(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     smoothing: float = 0.0,
-    scale: float | Tensor = 1.0,
+    scale: float = 1.0,
+    factor: Tensor | None = None,
     rows: Tensor | None = None,
     loss: Tensor | None = None,
     dz: Tensor | None = None,
@@ -335,7 +336,7 @@ def cross_entropy(
     Args:
         logits: [M, C] or [N, C, S].
         target: labels [M] or [N, S], int64 or uint8; or probabilities shaped as logits.
-        scale: factor of dZ, 1/M for the mean over the batch; a float32 0-d device tensor is read by the kernel.
+        scale, factor: factors of dZ: 1/M for the mean over the batch, and a 0-d float32 that the kernel reads.
         rows: int64 [M], any stride; row m's label is then target[rows[m]] (2-D logits only).
         loss: output to reuse, contiguous, one value per row, any float dtype; default float32.
         dz: output to reuse, shaped as logits, any strides; default like logits.
@@ -350,7 +351,7 @@ def cross_entropy(
     if logits.numel():
         _launch_fwd(
             logits, target, weight=weight, ignore_index=ignore_index, smoothing=smoothing, loss=loss, rows=rows,
-            scale=scale, dz=dz, correct=correct,
+            scale=scale, factor=factor, dz=dz, correct=correct,
         )  # fmt: skip
     return loss, dz
 

@@ -101,7 +101,7 @@ def _loss_target_grad(a, y, delta, LOSS: tl.constexpr):
 
 @triton.jit
 def _elementwise_loss_kernel(
-    a_ptr, y_ptr, g_ptr, loss_ptr, partial_ptr, da_ptr, dy_ptr,
+    a_ptr, y_ptr, rows_ptr, g_ptr, loss_ptr, partial_ptr, da_ptr, dy_ptr,
     scale, delta, total, C, stride_am, stride_ac, stride_ym, stride_yc, stride_gm, stride_gc,
     LOSS: tl.constexpr, DENSE: tl.constexpr, G_NUMBER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +117,10 @@ def _elementwise_loss_kernel(
         m = offs // C
         c = offs % C
         a_ptrs = a_ptr + m * stride_am + c * stride_ac
-        y_ptrs = y_ptr + m * stride_ym + c * stride_yc
+        row_y = m
+        if rows_ptr is not None:
+            row_y = tl.load(rows_ptr + m, mask=mask, other=0).to(tl.int64)
+        y_ptrs = y_ptr + row_y * stride_ym + c * stride_yc
         if g_ptr is not None:
             g_ptrs = g_ptr + m * stride_gm + c * stride_gc
     a = tl.load(a_ptrs, mask=mask, other=0.5).to(tl.float32)
@@ -145,6 +148,7 @@ def _launch(
     y: Tensor,
     loss_name: str,
     *,
+    rows: Tensor | None = None,
     g: Tensor | None = None,
     loss: Tensor | None = None,
     partial: Tensor | None = None,
@@ -156,24 +160,36 @@ def _launch(
     total, C = a.numel(), a.shape[1]
     number = g is not None and not any(g.stride())  # 0-d, or expanded from one number
     stride_g = (0, 0) if g is None or number else g.stride()
-    dense = all(t.is_contiguous() for t in (a, y, *(() if g is None or number else (g,))))
+    dense = rows is None and all(t.is_contiguous() for t in (a, y, *(() if g is None or number else (g,))))
     _elementwise_loss_kernel[(cdiv(total, BLOCK),)](
-        a, y, g, loss, partial, da, dy,
+        a, y, rows, g, loss, partial, da, dy,
         float(scale), float(delta), total, C, *a.stride(), *y.stride(), *stride_g,
         LOSS=loss_name, DENSE=dense, G_NUMBER=number, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
 
 def elementwise_loss(
-    a: Tensor, y: Tensor, loss_name: str, *, scale: float = 1.0, loss: Tensor | None = None, da: Tensor | None = None
+    a: Tensor,
+    y: Tensor,
+    loss_name: str,
+    *,
+    scale: float = 1.0,
+    factor: Tensor | None = None,
+    rows: Tensor | None = None,
+    loss: Tensor | None = None,
+    da: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch one pass over A and Y [M, C]: (loss of every element in float32, dA = scale dL/dA)."""
+    """Launch one pass over A [M, C] and Y [M, C]: (loss of every element in float32, dA = scale factor dL/dA).
+
+    ``factor`` is a 0-d float32 that the kernel reads. ``rows`` (int64 [M], contiguous) takes row m's target from
+    y[rows[m]], of a Y of any number of rows.
+    """
     if loss is None:
         loss = torch.empty(a.shape, dtype=torch.float32, device=a.device)
     if da is None:
         da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     if a.numel():
-        _launch(a, y, loss_name, loss=loss, da=da, scale=scale)
+        _launch(a, y, loss_name, rows=rows, g=factor, loss=loss, da=da, scale=scale)
     return loss, da
 
 

@@ -201,7 +201,8 @@ def head(
     *,
     activation: str = "identity",
     saved: Tensor | None = None,
-    scale: float | Tensor = 1.0,
+    scale: float = 1.0,
+    factor: Tensor | None = None,
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     smoothing: float = 0.0,
@@ -223,7 +224,7 @@ def head(
         weight, bias: [C, K] with C <= MAX_CLASSES, and [C].
         target: labels, int64 or uint8, [M], or any number of them with ``rows``.
         activation, saved: of the layer below, for dZ_{L-1}.
-        scale: factor of dZ_L, 1/M for the mean over the batch; a float32 0-d device tensor is read by the kernel.
+        scale, factor: factors of dZ_L: 1/M for the mean over the batch, and a 0-d float32 that the kernel reads.
         class_weight, ignore_index, smoothing: as ``cross_entropy``.
         rows: int64 [M], contiguous; row m's label is then target[rows[m]].
         loss, dz, dz_prev: outputs to reuse, contiguous; the loss in any float dtype (default float32), dz and
@@ -247,11 +248,10 @@ def head(
     tile = _tile(M, C, K, weight.element_size(), aligned, dz_prev is not None, device)
     blocks = cdiv(M, tile.rows)
     written = [None if of is None else of.written(blocks) for of in (sums, prev_sums)]
-    scale_ptr, scale = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     _head_kernel[(blocks * tile.splits,)](
-        h, weight, bias, target, rows, class_weight, saved, scale_ptr,
+        h, weight, bias, target, rows, class_weight, saved, factor,
         loss, dz, dz_prev, logits, correct, *written,
-        scale, float(smoothing), ignore_index,
+        float(scale), float(smoothing), ignore_index,
         M, C, K,
         h.stride(0), h.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
         target.stride(0), 0 if class_weight is None else class_weight.stride(0),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .configs import cdiv
 
-__all__ = ["SEGMENT", "Hyper", "Layer", "Layout"]
+__all__ = ["SEGMENT", "Layer", "Layout"]
 
 SEGMENT = 1024
 
@@ -27,14 +27,6 @@ class Layer:
     bias: Tensor | None  #: [N], or None where there is none to train
     low_weight: Tensor | None = None
     low_bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Hyper:
-    """An update rule; what changes from step to step comes as a row of ``optimizer.HYPER_COLUMNS`` floats."""
-
-    optimizer: str  #: a rule of ``kernels/optimizer.py``, or "none": gradients are stored, not applied
-    constants: tuple[float, ...] = ()  #: as that file lists them
 
 
 class LayerArguments(NamedTuple):

@@ -45,7 +45,7 @@ def _error_block(p, z_mask, y, y_ptrs, offs_c, LABELS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _softmax_squared_error_kernel(
-    z_ptr, y_ptr, g_ptr, loss_ptr, dz_ptr, dy_ptr,
+    z_ptr, y_ptr, rows_ptr, g_ptr, loss_ptr, dz_ptr, dy_ptr,
     scale, M, C,
     stride_zm, stride_zc, stride_ym, stride_yc, stride_g, stride_dm, stride_dc,
     LABELS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -53,11 +53,14 @@ def _softmax_squared_error_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = row < M
     z_rows = z_ptr + row[:, None] * stride_zm
-    y_rows = y_ptr + row[:, None] * stride_ym
+    row_y = row
+    if rows_ptr is not None:
+        row_y = tl.load(rows_ptr + row, mask=mask_m, other=0).to(tl.int64)
+    y_rows = y_ptr + row_y[:, None] * stride_ym
     y = tl.zeros((BLOCK_M,), tl.int64)
     poison = tl.zeros((BLOCK_M,), tl.float32)
     if LABELS:
-        y = tl.load(y_ptr + row * stride_ym, mask=mask_m, other=0).to(tl.int64)
+        y = tl.load(y_ptr + row_y * stride_ym, mask=mask_m, other=0).to(tl.int64)
         poison = tl.where((y >= 0) & (y < C), 0.0, float("nan"))
     g = tl.full((BLOCK_M,), scale, tl.float32)
     if g_ptr is not None:
@@ -130,6 +133,7 @@ def _launch(
     logits: Tensor,
     target: Tensor,
     *,
+    taken: Tensor | None = None,
     g: Tensor | None = None,
     loss: Tensor | None = None,
     dz: Tensor | None = None,
@@ -149,7 +153,7 @@ def _launch(
     options = register_limit(128 if cols > 512 else None, current_device())
     stride_d = next((t.stride() for t in (dz, dy) if t is not None), (0, 0))
     _softmax_squared_error_kernel[(cdiv(M, rows),)](
-        logits, target, g, loss, dz, dy,
+        logits, target, taken, g, loss, dz, dy,
         float(scale), M, C,
         *logits.stride(), target.stride(0), 0 if labels else target.stride(1),
         0 if g is None or g.dim() == 0 else g.stride(0), *stride_d,
@@ -162,15 +166,26 @@ def _launch(
 
 
 def softmax_squared_error(
-    logits: Tensor, target: Tensor, *, scale: float = 1.0, loss: Tensor | None = None, dz: Tensor | None = None
+    logits: Tensor,
+    target: Tensor,
+    *,
+    scale: float = 1.0,
+    factor: Tensor | None = None,
+    rows: Tensor | None = None,
+    loss: Tensor | None = None,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch one pass over logits [M, C]: (loss of each row in float32, dZ = scale dL/dZ); scale 1/M for the mean."""
+    """Launch one pass over logits [M, C]: (loss of each row in float32, dZ = scale factor dL/dZ).
+
+    ``scale`` is 1/M for the mean; ``factor`` is a 0-d float32 that the kernel reads. ``rows`` (int64 [M], contiguous)
+    takes row m's target from target[rows[m]], of any number of them.
+    """
     if loss is None:
         loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if dz is None:
         dz = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.numel():
-        _launch(logits, target, loss=loss, dz=dz, scale=scale)
+        _launch(logits, target, taken=rows, g=factor, loss=loss, dz=dz, scale=scale)
     return loss, dz
 
 

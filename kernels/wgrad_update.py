@@ -31,10 +31,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .before_update import mark_overflow
 from .column_sums import SUM_COLS, ColumnSums, column_sums
 from .configs import Tile, cdiv, gemm_tile, loads_wide, splits
 from .device import current_device, input_precision
-from .layout import SEGMENT, Hyper, Layout
+from .layout import SEGMENT, Layout
 from .linear_wgrad import sum_slices, wgrad_tile
 from .optimizer import update_block
 from .tiling import grouped_tile, halves
@@ -49,35 +50,31 @@ UPDATED_AT_ONCE, STORED_AT_ONCE = 512, 1024
 
 @triton.jit
 def _finish(
-    g, w_ptr, low_ptr, segment, offs, mask, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+    g, w_ptr, low_ptr, segment, offs, mask, states, partial_ptr, slice_start, hyper_ptr,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr,
 ):  # fmt: skip
     """Update the parameters at ``offs`` of a weight or bias, or store the split's part of their gradient."""
     if partial_ptr is None:
-        if scale_ptr is not None:
-            g = g * tl.load(scale_ptr)
-        update_block(
-            g, w_ptr, low_ptr, states, offs, segment + offs, mask, hyper_ptr, constants, OPTIMIZER, LOW_IS_PARAM
-        )  # fmt: skip
+        update_block(g, w_ptr, low_ptr, states, offs, segment + offs, mask, hyper_ptr, OPTIMIZER, LOW_IS_PARAM)
     else:
         tl.store(partial_ptr + slice_start + segment + offs, g, mask=mask)
 
 
 @triton.jit
 def _finish_tile(
-    dw, layer, offs_n, first_k, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+    dw, layer, offs_n, first_k, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """``_finish`` for a block of dW, halved until it has at most AT_ONCE elements."""
     if dw.numel > AT_ONCE:
         left, right = halves(dw)
         _finish_tile(
-            left, layer, offs_n, first_k, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+            left, layer, offs_n, first_k, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
             OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
         )  # fmt: skip
         _finish_tile(
-            right, layer, offs_n, first_k + left.shape[1], states, partial_ptr, slice_start, hyper_ptr, constants,
-            scale_ptr, OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
+            right, layer, offs_n, first_k + left.shape[1], states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
+            OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
         )  # fmt: skip
     else:
         offs_k = first_k + tl.arange(0, dw.shape[1])
@@ -85,13 +82,16 @@ def _finish_tile(
         mask = (offs_n < layer.N)[:, None] & (offs_k < layer.K)[None, :]
         _finish(
             dw, layer.w_ptr, layer.low_w_ptr, layer.w_segment, offs, mask, states, partial_ptr, slice_start, hyper_ptr,
-            constants, scale_ptr, OPTIMIZER, LOW_IS_PARAM,
+            OPTIMIZER, LOW_IS_PARAM,
         )  # fmt: skip
+        if overflow_ptr is not None:
+            # An element of dZ that is infinite or NaN makes a whole row of dW so, and db cannot overflow float32.
+            mark_overflow(dw, mask, overflow_ptr)
 
 
 @triton.jit
 def _wgrad_layer(
-    operands, layer, rows_ptr, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+    operands, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
     pid, split, M, m_per_split,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
@@ -110,13 +110,13 @@ def _wgrad_layer(
     )  # fmt: skip
     _finish_tile(
         dw, layer, pid_n * BLOCK_N + tl.arange(0, BLOCK_N), pid_k * BLOCK_K, states, partial_ptr, slice_start,
-        hyper_ptr, constants, scale_ptr, OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
+        overflow_ptr, hyper_ptr, OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
     )  # fmt: skip
 
 
 @triton.jit
 def _bias_layer(
-    sums, layer, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr, pid, split, n_splits,
+    sums, layer, states, partial_ptr, slice_start, hyper_ptr, pid, split, n_splits,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, ROWS: tl.constexpr, SUM_COLS: tl.constexpr,
 ):  # fmt: skip
     """Columns number ``pid`` of one layer's db, of the split's share of the rows: update or partial sums."""
@@ -127,7 +127,7 @@ def _bias_layer(
     db = column_sums(sums.ptr, first, end, sums.stride, 1, offs, offs < sums.stride, ROWS)
     _finish(
         db, layer.b_ptr, layer.low_b_ptr, layer.b_segment, offs, offs < layer.N, states, partial_ptr, slice_start,
-        hyper_ptr, constants, scale_ptr, OPTIMIZER, LOW_IS_PARAM,
+        hyper_ptr, OPTIMIZER, LOW_IS_PARAM,
     )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ class _Sums(NamedTuple):
 
 @triton.jit
 def _wgrad_update_kernel(
-    operands, sums, layers, rows_ptr, states, partial_ptr, hyper_ptr, constants, scale_ptr, loss_rows_ptr, loss_ptr,
+    operands, sums, layers, rows_ptr, states, partial_ptr, overflow_ptr, hyper_ptr, loss_rows_ptr, loss_ptr,
     M, loss_count, sum_programs, tiles, m_per_split, stride_split,
     LAYERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -181,8 +181,8 @@ def _wgrad_update_kernel(
         if APART and LAYERS > 1:
             if pid < operands[1].first_tile:
                 _wgrad_layer(
-                    operands[0], layers[0], rows_ptr, states, partial_ptr, slice_start, hyper_ptr, constants,
-                    scale_ptr, pid, split, M, m_per_split,
+                    operands[0], layers[0], rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
+                    pid, split, M, m_per_split,
                     OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
                     AT_ONCE,
                 )  # fmt: skip
@@ -197,7 +197,7 @@ def _wgrad_update_kernel(
                         factors = operands[i]
                         layer = layers[i]
                 _wgrad_layer(
-                    factors, layer, None, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+                    factors, layer, None, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
                     pid - factors.first_tile, split, M, m_per_split,
                     OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
                     AT_ONCE,
@@ -210,7 +210,7 @@ def _wgrad_update_kernel(
                     factors = operands[i]
                     layer = layers[i]
             _wgrad_layer(
-                factors, layer, rows_ptr, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+                factors, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
                 pid - factors.first_tile, split, M, m_per_split,
                 OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
                 AT_ONCE,
@@ -224,7 +224,7 @@ def _wgrad_update_kernel(
                 of = sums[i]
                 layer = layers[i]
         _bias_layer(
-            of, layer, states, partial_ptr, slice_start, hyper_ptr, constants, scale_ptr,
+            of, layer, states, partial_ptr, slice_start, hyper_ptr,
             pid - of.first_program, split, tl.num_programs(1),
             OPTIMIZER, LOW_IS_PARAM, BLOCK_M * BLOCK_N // SUM_COLS, SUM_COLS,
         )  # fmt: skip
@@ -235,7 +235,8 @@ def _wgrad_update_kernel(
 
 @triton.jit
 def _reduce_update_kernel(
-    partial_ptr, parameters, grad_ptr, states, hyper_ptr, constants, scale_ptr, skip_ptr, n_splits, stride_split,
+    partial_ptr, parameters, grad_ptr, squares_ptr, overflow_ptr, states, hyper_ptr, scale_ptr, skip_ptr,
+    n_splits, stride_split,
     PARAMETERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -253,13 +254,17 @@ def _reduce_update_kernel(
     if OPTIMIZER == "none":
         if ACCUMULATE:
             g += tl.load(grad_ptr + flat, mask=mask, other=0.0)
-        tl.store(grad_ptr + flat, g, mask=mask)
+        if grad_ptr is not None:
+            tl.store(grad_ptr + flat, g, mask=mask)
+        if squares_ptr is not None:
+            tl.store(squares_ptr + pid, tl.sum(g * g, 0))
+        if overflow_ptr is not None:
+            mark_overflow(g, mask, overflow_ptr)
     else:
         if skip_ptr is not None:
-            mask = mask & (tl.load(skip_ptr).to(tl.int32) == 0)
+            mask = mask & (tl.load(skip_ptr) == 0)
         update_block(
-            g, parameter.w_ptr, parameter.low_ptr, states, offs, flat, mask, hyper_ptr, constants, OPTIMIZER,
-            LOW_IS_PARAM,
+            g, parameter.w_ptr, parameter.low_ptr, states, offs, flat, mask, hyper_ptr, OPTIMIZER, LOW_IS_PARAM,
         )  # fmt: skip
 
 
@@ -289,7 +294,7 @@ def wgrad_update(
     layout: Layout,
     dzs: Sequence[Tensor],
     xs: Sequence[Tensor],
-    hyper: Hyper,
+    optimizer: str,
     hyper_row: Tensor,
     *,
     states: Sequence[Tensor] = (),
@@ -300,6 +305,8 @@ def wgrad_update(
     partial: Tensor | None = None,
     grads: Tensor | None = None,
     accumulate: bool = False,
+    squares: Tensor | None = None,
+    overflow: Tensor | None = None,
     sums: Sequence[ColumnSums | None] = (),
 ) -> None:
     """Launch gradient and update of every layer: dzs[l] [M, N_l] and xs[l] [M, K_l], inner stride 1, dZ contiguous.
@@ -308,13 +315,16 @@ def wgrad_update(
     producer wrote them, or None; they are used if every layer with a bias has them.
     ``rows`` (int64, any stride) gathers rows of xs[0] only, which may be uint8. ``unscale`` is a 0-d float32 factor of
     all gradients.
-    With ``hyper.optimizer == "none"`` the gradients go to ``grads`` (flat, ``layout.total`` float32), added to what is
-    there if ``accumulate``. ``partial`` is float32 workspace to reuse, [splits, layout.total].
+    ``optimizer`` is a rule of ``kernels/optimizer.py``, and ``hyper_row`` has its settings for this step, float32. With
+    ``optimizer == "none"`` the gradients go to ``grads`` (flat, ``layout.total`` float32), added to what is
+    there if ``accumulate``; without ``grads`` they stay partial sums, not multiplied by ``unscale``. ``partial`` is
+    float32 workspace to reuse, [splits, layout.total]. ``squares``, which needs ``grads``, and ``overflow`` are outputs
+    as ``reduce_update`` has them.
     """
     m = dzs[0].shape[0]
     dtype = dzs[0].dtype
     tile, n_splits, m_per_split = _plan(layout, m, dtype, loads_wide(*dzs, *xs))
-    direct = n_splits == 1 and hyper.optimizer != "none"
+    direct = n_splits == 1 and optimizer != "none" and unscale is None
     if not direct and partial is None:
         partial = torch.empty((n_splits, layout.total), dtype=torch.float32, device=dzs[0].device)
     if rows is not None:
@@ -334,20 +344,20 @@ def wgrad_update(
         tiles += cdiv(layer.N, tile.rows) * cdiv(layer.K, tile.cols)
         sum_programs += cdiv(layer.N, SUM_COLS) if layer.b_segment >= 0 else 0
     _wgrad_update_kernel[((loss is not None) + sum_programs + tiles, n_splits)](
-        tuple(operands), tuple(added), layout.of_layers, rows, tuple(states), None if direct else partial, hyper_row,
-        hyper.constants, unscale, loss_rows, loss,
+        tuple(operands), tuple(added), layout.of_layers, rows, tuple(states), None if direct else partial,
+        overflow if grads is None else None, hyper_row, loss_rows, loss,
         m, 0 if loss_rows is None else loss_rows.numel(), sum_programs, tiles, m_per_split, layout.total,
-        LAYERS=len(operands), OPTIMIZER=hyper.optimizer, LOW_IS_PARAM=layout.low_is_param, EVEN_M=m % tile.depth == 0,
+        LAYERS=len(operands), OPTIMIZER=optimizer, LOW_IS_PARAM=layout.low_is_param, EVEN_M=m % tile.depth == 0,
         INPUT_PRECISION=input_precision(current_device(), dtype),
         BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, LOSS_BLOCK=LOSS_BLOCK,
         SUM_COLS=SUM_COLS, AT_ONCE=(UPDATED_AT_ONCE if direct else STORED_AT_ONCE) * tile.num_warps,
         **tile.compile_options,
     )  # fmt: skip
-    if not direct:
+    if not direct and (grads is not None or optimizer != "none"):
         assert partial is not None
         reduce_update(
-            layout, partial, n_splits, hyper, hyper_row,
-            states=states, unscale=unscale, grads=grads, accumulate=accumulate,
+            layout, partial, n_splits, optimizer, hyper_row,
+            states=states, unscale=unscale, grads=grads, accumulate=accumulate, squares=squares, overflow=overflow,
         )  # fmt: skip
 
 
@@ -355,7 +365,7 @@ def reduce_update(
     layout: Layout,
     partial: Tensor,
     n_splits: int,
-    hyper: Hyper,
+    optimizer: str,
     hyper_row: Tensor,
     *,
     states: Sequence[Tensor] = (),
@@ -363,14 +373,20 @@ def reduce_update(
     grads: Tensor | None = None,
     skip: Tensor | None = None,
     accumulate: bool = False,
+    squares: Tensor | None = None,
+    overflow: Tensor | None = None,
 ) -> None:
-    """Launch g = sum of the slices of ``partial``, times ``unscale``, then the update (or store g in ``grads``).
+    """Launch g = sum of the slices of ``partial``, times ``unscale``, then the update, or with "none" the outputs.
 
-    ``skip`` is a 0-d float32: nothing is updated unless it is 0.
+    Args:
+        skip: 0-d int32: nothing is updated unless it is 0.
+        grads: float32, as long as ``layout.total``: g, or what is there plus g if ``accumulate``.
+        squares: float32 [layout.total / SEGMENT]: the sum of the squares of each segment of g.
+        overflow: 0-d int32: becomes 1 where g has an infinity or NaN, else it stays as it is.
     """
     _reduce_update_kernel[(layout.total // SEGMENT,)](
-        partial, layout.of_parameters, grads, tuple(states), hyper_row, hyper.constants, unscale, skip,
+        partial, layout.of_parameters, grads, squares, overflow, tuple(states), hyper_row, unscale, skip,
         n_splits, layout.total,
-        PARAMETERS=len(layout.of_parameters), OPTIMIZER=hyper.optimizer, LOW_IS_PARAM=layout.low_is_param,
+        PARAMETERS=len(layout.of_parameters), OPTIMIZER=optimizer, LOW_IS_PARAM=layout.low_is_param,
         ACCUMULATE=accumulate, BLOCK=SEGMENT,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastmlp import kernels, reference
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.layout import Layer, Layout
 from fastmlp.kernels.wgrad_update import wgrad_update
 from tests.ptxsim import SimulatedGPU
 from tests.support.harness import budget
@@ -147,7 +147,7 @@ def _wgrad_update(dtype: torch.dtype, cut: Rounding) -> Iterator[Result]:
         Layer(w.clone(), b.clone(), *((None, None) if dtype == torch.float32 else (w.to(dtype), b.to(dtype))))
         for w, b in zip(weights, biases, strict=True)
     ]
-    wgrad_update(Layout(trained), dzs, xs, Hyper("sgd", (0.0,)), torch.tensor(HYPER_ROW))
+    wgrad_update(Layout(trained), dzs, xs, "sgd", torch.tensor(HYPER_ROW))
     lr = torch.tensor(HYPER_ROW[0]).double()
     for i, layer in enumerate(trained):
         exact = weights[i].double() - lr * (dzs[i].double().t() @ xs[i].double())

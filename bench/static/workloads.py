@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastmlp import kernels
-from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.layout import Layer, Layout
+from fastmlp.kernels.optimizer import HYPER_COLUMNS
 from fastmlp.kernels.wgrad_update import wgrad_update
 
 from .gpus import MODES
@@ -20,8 +21,8 @@ __all__ = ["BATCHES", "HYPER_ROW", "SIZES", "WORKLOADS", "Workload", "draw", "fl
 
 SIZES = (784, 512, 512, 10)
 BATCHES = (64, 4096)
-#: The row of numbers that the update kernels read: lr, 1 - lr weight_decay, and AdamW's two factors.
-HYPER_ROW = (0.1, 1.0, 0.1, 1.0)
+#: The row of numbers that the update kernels read: SGD's learning rate, and no weight decay.
+HYPER_ROW = (0.1, *[0.0] * (HYPER_COLUMNS - 1))
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,7 @@ def _wgrad_update(m: int, dtype: torch.dtype) -> object:
     layout = Layout(layers)
     dzs = [draw(m, n, dtype=dtype, seed=i) for i, n in enumerate(SIZES[1:])]
     xs = [draw(m, k, dtype=dtype, seed=3 + i) for i, k in enumerate(SIZES[:-1])]
-    wgrad_update(
-        layout, dzs, xs, Hyper("sgd", (0.0,)), torch.tensor(HYPER_ROW), loss_rows=draw(m).abs(), loss=torch.zeros(())
-    )
+    wgrad_update(layout, dzs, xs, "sgd", torch.tensor(HYPER_ROW), loss_rows=draw(m).abs(), loss=torch.zeros(()))
     return layout
 
 

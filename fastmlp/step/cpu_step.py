@@ -74,6 +74,11 @@ class TorchStep:
         self.optimizer.update(scaled=False)
         self.network.publish()
 
+    @staticmethod
+    def structure(rule: Optimizer) -> tuple[object, ...]:
+        """What the engine is built for. Plain SGD has steps of its own, which update within a product."""
+        return *rule.structure, rule.is_plain_sgd
+
     def settings_changed(self) -> None:
         """Take up the rule's settings; those of its ``structure`` are as they were."""
         self.optimizer.settings_changed()

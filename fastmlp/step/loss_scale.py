@@ -13,11 +13,14 @@ from torch import Tensor
 
 #: The gradient of a mean over one row, times this, is still below float16's largest number, 65,504.
 _START = 2.0**15
-_GROWTH_STEPS = 2000
+#: After so many good steps in a row the scale is multiplied by GROWTH, after an overflow by BACKOFF; LEAST bounds it.
+GROWTH_STEPS, GROWTH, BACKOFF, LEAST = 2000, 2.0, 0.5, 1.0
 
 
 class LossScale:
     """A scale on ``device`` that follows the overflows of gradients.
+
+    ``check`` and ``adjust`` are torch's operations. ``kernels/before_update.py`` does the same in the step on a GPU.
 
     Attributes:
         scale: 0-d float32, at least 1: the factor of the loss.
@@ -40,8 +43,8 @@ class LossScale:
 
     def adjust(self) -> None:
         """Move the scale by the overflow that ``check`` found."""
-        torch._amp_update_scale_(self.scale, self.good_steps, self.overflow, 2.0, 0.5, _GROWTH_STEPS)
-        torch.reciprocal(self.scale.clamp_(min=1.0), out=self.inverse)
+        torch._amp_update_scale_(self.scale, self.good_steps, self.overflow, GROWTH, BACKOFF, GROWTH_STEPS)
+        torch.reciprocal(self.scale.clamp_(min=LEAST), out=self.inverse)
 
     def counters(self) -> dict[str, float]:
         """The scale, and the good steps since it last moved, by their names in a step's state."""

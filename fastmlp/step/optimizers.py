@@ -19,6 +19,9 @@ from ..base.names import unknown
 
 Tensors = list[Tensor]
 
+#: Numbers of a step that ``kernels/optimizer.py`` reads, its ``HYPER_COLUMNS``; the last is ``max_grad_norm``.
+_COLUMNS = 8
+
 
 @dataclass
 class Optimizer:
@@ -44,8 +47,8 @@ class Optimizer:
         return ()
 
     @property
-    def kernel(self) -> tuple[str, tuple[float, ...]]:
-        """The rule's name and its constants in ``kernels/optimizer.py``."""
+    def kernel(self) -> str:
+        """The rule's name in ``kernels/optimizer.py``."""
         raise NotImplementedError
 
     @property
@@ -60,22 +63,30 @@ class Optimizer:
 
     @property
     def structure(self) -> tuple[object, ...]:
-        """What an engine is built for; all other settings may change from step to step."""
-        return self.kernel[0], self.states, self.is_plain_sgd, self.max_grad_norm is None
+        """What every engine is built for; all other settings may change from step to step."""
+        return self.kernel, self.states, self.max_grad_norm is None
+
+    def columns(self, lrs: Tensor, count: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
+        """The columns of ``rows``: those that change from step to step, [steps] each, and those that follow."""
+        raise NotImplementedError
 
     def rows(self, lrs: Tensor, count: Tensor | None) -> Tensor:
-        """float32 [steps, 4]: lr, 1 - lr weight_decay, and what else depends on the step.
+        """float32 [steps, 8]: every setting of each step, as ``kernels/optimizer.py`` reads them.
 
         Args:
             lrs: float64 [steps].
             count: float64 [steps], the number of each update, from 1 on; None leaves out what depends on it.
         """
-        one = torch.ones_like(lrs)
-        return torch.stack((lrs, 1 - lrs * self.weight_decay, lrs, one), 1).float()
+        changing, constants = self.columns(lrs, count)
+        unused = (0.0,) * (_COLUMNS - 1 - len(changing) - len(constants))
+        max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        rest = torch.tensor((*constants, *unused, max_norm), dtype=lrs.dtype, device=lrs.device)
+        return torch.cat((torch.stack(changing, 1), rest.expand(len(lrs), -1)), 1).float()
 
-    def recounted(self, row: Tensor, count: Tensor) -> Tensor:
-        """A row that was made without a count, for update number ``count`` (0-d float64 on the row's device)."""
-        return row
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """The numbers whose powers of the count complete a row that was made without it, on the device."""
+        return ()
 
     def update(
         self, params: Tensors, grads: Tensors, states: Sequence[Tensors], count: Tensor, skip: Tensor | None
@@ -105,11 +116,15 @@ class SGD(Optimizer):
         return ("momentum_buffer",) if self.momentum else ()
 
     @property
-    def kernel(self) -> tuple[str, tuple[float, ...]]:
+    def kernel(self) -> str:
         """A rule each without momentum, with momentum, and with Nesterov's."""
         if not self.momentum:
-            return "sgd", (self.weight_decay,)
-        return "nesterov" if self.nesterov else "momentum", (self.weight_decay, self.momentum)
+            return "sgd"
+        return "nesterov" if self.nesterov else "momentum"
+
+    def columns(self, lrs: Tensor, count: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
+        """The learning rate alone changes from step to step."""
+        return (lrs,), (self.weight_decay, self.momentum)
 
     @property
     def is_plain_sgd(self) -> bool:
@@ -150,23 +165,23 @@ class AdamW(Optimizer):
         return ("exp_avg", "exp_avg_sq")
 
     @property
-    def kernel(self) -> tuple[str, tuple[float, ...]]:
-        """Weight decay is in the row of ``rows``."""
-        beta1, beta2 = self.betas
-        return "adamw", (1 - beta1, beta2, 1 - beta2, self.eps)
+    def kernel(self) -> str:
+        """There is one rule."""
+        return "adamw"
 
-    def rows(self, lrs: Tensor, count: Tensor | None) -> Tensor:
-        """Third column lr / (1 - beta1^t), fourth 1 / sqrt(1 - beta2^t)."""
+    def columns(self, lrs: Tensor, count: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
+        """Weight decay and the corrections by the count change from step to step."""
+        beta1, beta2 = self.betas
+        decay = 1 - lrs * self.weight_decay
+        constants = 1 - beta1, beta2, 1 - beta2, self.eps
         if count is None:
-            return super().rows(lrs, count)
-        beta1, beta2 = self.betas
-        columns = (lrs, 1 - lrs * self.weight_decay, lrs / (1 - beta1**count), (1 - beta2**count) ** -0.5)
-        return torch.stack(columns, 1).float()
+            return (decay, lrs, torch.ones_like(lrs)), constants
+        return (decay, lrs / (1 - beta1**count), (1 - beta2**count) ** -0.5), constants
 
-    def recounted(self, row: Tensor, count: Tensor) -> Tensor:
-        """The third and the fourth column by the count, with nothing copied from the host."""
-        beta1, beta2 = self.betas
-        return torch.cat((row[:2], (row[2] / (1 - beta1**count)).view(1), ((1 - beta2**count) ** -0.5).view(1))).float()
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """Both betas."""
+        return self.betas
 
     def update(
         self, params: Tensors, grads: Tensors, states: Sequence[Tensors], count: Tensor, skip: Tensor | None

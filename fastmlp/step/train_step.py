@@ -342,7 +342,8 @@ class TrainStep:
             binding = binding.rebound()
         elif rule is None:
             return
-        if binding.kind != self._binding.kind or (rule is not None and rule.structure != self.rule.structure):
+        structure = self._engine.structure
+        if binding.kind != self._binding.kind or (rule is not None and structure(rule) != structure(self.rule)):
             self._rebuild(binding, self.rule if rule is None else rule)
         elif rule is not None:
             vars(self.rule).update(vars(rule))

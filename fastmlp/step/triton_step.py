@@ -8,7 +8,8 @@
 The kernels that make dZ also write the sums of its rows, block by block, from which the last launch makes db.
 
 Nothing is launched for zeroing gradients, casting, gathering, scaling or averaging. A long batch costs one launch
-more (the reduction of split sums), clipping and float16's loss scale a few more: they need all gradients first.
+more (the reduction of split sums), float16's loss scale two and clipping three, whatever the batch: they need all
+gradients first (``late_update``).
 With float32 parameters and 16-bit products, a step or an epoch begins with one launch of torch's, outside the graph: it
 copies the parameters into what the products read, because anybody may have written to a parameter since the last call.
 Losses other than cross-entropy, more classes than the head takes, or an activation behind the last layer put
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,10 +43,11 @@ from ..kernels import (
 from ..kernels.column_sums import ColumnSums, padded
 from ..kernels.device import tf32_allowed
 from ..kernels.head import MAX_CLASSES
-from ..kernels.layout import Hyper, Layer, Layout
+from ..kernels.layout import Layer, Layout
 from ..kernels.wgrad_update import reduce_update, wgrad_update, workspace
 from ..nn import Linear
 from .graphs import GraphCache, GraphEntry, can_capture
+from .late_update import LateUpdate
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 from .parameters import Copies
@@ -102,18 +105,19 @@ class TritonStep:
                 )
         self.lowest = min(self.trained)
         self.layout = Layout([self._trained_layer(i) for i in self.trained], low_is_param=own != torch.float32)
-        self.scaled = dtype == torch.float16
-        self.all_first = self.scaled or rule.max_grad_norm is not None
         zeros = torch.zeros(self.layout.total, dtype=torch.float32, device=self.device)
         self.states = [zeros.clone() for _ in rule.states]
-        self.grads = zeros if self.all_first else None
-        self.loss_scale = LossScale(self.device) if self.scaled else None
+        self.grads: Tensor | None = None if rule.max_grad_norm is None else zeros
+        self.loss_scale = LossScale(self.device) if dtype == torch.float16 else None
+        self._scale = None if self.loss_scale is None else self.loss_scale.scale
         self._unscale = None if self.loss_scale is None else self.loss_scale.inverse
+        #: None where the gradients are applied as soon as they are there.
+        self.late: LateUpdate | None = None
+        if self.loss_scale is not None or rule.max_grad_norm is not None:
+            self.late = LateUpdate(self.layout, rule, self.states, self.loss_scale)
         self.steps = 0
         #: The number of updates where only the device knows which steps were skipped.
-        self.count: Tensor | None = None
-        if self.scaled and rule.counted:
-            self.count = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.count = None if self.late is None else self.late.count
         self._has_head = (
             self.loss == "cross_entropy"
             and self.activations[-1] == "identity"
@@ -127,9 +131,15 @@ class TritonStep:
         self._narrowed = [c for c in self._copied if c.master is c.data]
         self._widened = [c for c in self._copied if c.master is not c.data]
 
+    @staticmethod
+    def structure(rule: Optimizer) -> tuple[object, ...]:
+        """What the engine is built for."""
+        return rule.structure
+
     def settings_changed(self) -> None:
         """Take up the rule's settings; those of its ``structure`` are as they were."""
-        self.hyper = Hyper(*self.rule.kernel)
+        if self.late is not None:
+            self.late.settings_changed()
         #: The learning rate of rows that are computed ahead, the number of the first one's step, and the rows.
         self._ahead: tuple[float, int, list[Tensor]] = (-1.0, 0, [])
 
@@ -183,14 +193,14 @@ class TritonStep:
             [buffer(n) if saved_for_grad(f) == "z" else None for n, f in zip(outputs, self.activations, strict=True)],
             dz,
             torch.empty(m * elements, dtype=torch.float32, device=self.device),
-            workspace(self.layout, m, self.dtype, self.device, direct=not self.all_first),
+            workspace(self.layout, m, self.dtype, self.device, direct=self.late is None),
             sums,
         )
 
     def _rows_of(self, lrs: Tensor) -> Tensor:
         """One row of step-dependent values for each of the next steps, [steps, HYPER_COLUMNS] on the device.
 
-        ``lrs`` is float64 on the host. Where the device counts the updates, ``_apply`` puts their number in.
+        ``lrs`` is float64 on the host. Where the device counts the updates, ``late_update`` corrects the row.
         """
         count = None
         if self.count is None:
@@ -238,7 +248,6 @@ class TritonStep:
     def _forward_backward(self, plan: _Plan, x: Tensor, y: Tensor, rows: Tensor | None) -> None:
         """Everything up to dZ of every trained layer, and the loss of every row."""
         last = len(self.layers) - 1
-        scale = 1 / plan.m if self.loss_scale is None else self.loss_scale.scale / plan.m
         if self._has_head:
             below = last - 1 if last > self.lowest else None
             h = self._forward(plan, x, rows, last)
@@ -249,7 +258,8 @@ class TritonStep:
                 y,
                 activation="identity" if below is None else self.activations[below],
                 saved=None if below is None else self._saved(plan, below),
-                scale=scale,
+                scale=1 / plan.m,
+                factor=self._scale,
                 ignore_index=NO_CLASS,
                 rows=rows,
                 gather_h=rows is not None and last == 0,
@@ -263,9 +273,7 @@ class TritonStep:
             top = last - 1
         else:
             a = self._forward(plan, x, rows, last + 1)
-            if rows is not None and self.loss != "cross_entropy":
-                y = y.index_select(0, rows)
-            self._loss_gradient(plan, a, y, rows, scale)
+            self._loss_gradient(plan, a, y, rows)
             top = last
         for i in range(top, self.lowest, -1):
             dz = plan.dz[i]
@@ -279,72 +287,58 @@ class TritonStep:
                 sums=plan.sums[i - 1],
             )
 
-    def _loss_gradient(self, plan: _Plan, a: Tensor, y: Tensor, rows: Tensor | None, scale: float | Tensor) -> None:
+    def _loss_gradient(self, plan: _Plan, a: Tensor, y: Tensor, rows: Tensor | None) -> None:
         """DZ_L from the network's output, by the loss's own kernel, and the loss of every row or element."""
         last = len(self.layers) - 1
         dz = plan.dz[last]
         assert dz is not None
+        scale, factor, loss = 1 / LOSSES[self.loss].count(a), self._scale, plan.loss_rows
         if self.loss == "cross_entropy":
-            cross_entropy(a, y, ignore_index=NO_CLASS, scale=scale, rows=rows, loss=plan.loss_rows, dz=dz)
+            cross_entropy(a, y, ignore_index=NO_CLASS, scale=scale, factor=factor, rows=rows, loss=loss, dz=dz)
+        elif self.loss == "softmax_squared_error":
+            softmax_squared_error(a, y, scale=scale, factor=factor, rows=rows, loss=loss, dz=dz)
         else:
-            # These kernels take their factor from the host; float16's scale joins on the device.
-            host = 1 / LOSSES[self.loss].count(a)
-            if self.loss == "softmax_squared_error":
-                softmax_squared_error(a, y, scale=host, loss=plan.loss_rows, dz=dz)
-            else:
-                elementwise_loss(a, y, self.loss, scale=host, loss=plan.loss_rows.view(a.shape), da=dz)
-            if self.loss_scale is not None:
-                dz.mul_(self.loss_scale.scale)
+            elementwise_loss(a, y, self.loss, scale=scale, factor=factor, rows=rows, loss=loss.view(a.shape), da=dz)
         if self.activations[last] != "identity":
             activation_bwd(dz, self._saved(plan, last), self.activations[last], dz=dz)
 
     def _weights_step(
-        self, plan: _Plan, x: Tensor, rows: Tensor | None, row: Tensor, loss: Tensor, *, store: bool, add: bool = False
+        self, plan: _Plan, x: Tensor, rows: Tensor | None, row: Tensor, loss: Tensor, **outputs: Any
     ) -> None:
-        """The grouped weight gradient with its update; with ``store`` it goes, or is added, to the flat gradients."""
+        """The grouped weight gradient with its update; with ``outputs`` of ``wgrad_update`` it goes there."""
         inputs = [x, *plan.a[:-1]]
         dzs = [plan.dz[i] for i in self.trained]
         wgrad_update(
             self.layout,
             [dz for dz in dzs if dz is not None],
             [inputs[i] for i in self.trained],
-            Hyper("none") if store else self.hyper,
+            "none" if outputs else self.rule.kernel,
             row,
             states=self.states,
             rows=rows if self.trained[0] == 0 else None,
             loss_rows=plan.loss_rows,
             loss=loss,
             partial=plan.partial,
-            grads=self.grads if store else None,
             unscale=self._unscale,
-            accumulate=add,
             sums=[plan.sums[i] for i in self.trained],
+            **outputs,
         )
 
     def _launch(self, plan: _Plan, x: Tensor, y: Tensor, rows: Tensor | None, row: Tensor, loss: Tensor) -> None:
         """The whole step as launches on the current stream."""
         self._forward_backward(plan, x, y, rows)
-        self._weights_step(plan, x, rows, row, loss, store=self.all_first)
-        if self.all_first:
-            self._apply(row)
-
-    def _apply(self, row: Tensor) -> None:
-        """Update from the flat gradients: clipped, and skipped where float16 overflowed, all on the device."""
-        grads = self.grads
-        assert grads is not None
-        factor, skip = None, None
-        if self.loss_scale is not None:
-            self.loss_scale.check([grads], scaled=False)
-            skip = self.loss_scale.overflow
-            if self.count is not None:
-                self.count.add_(1 - skip)
-                row = self.rule.recounted(row, self.count)
-        if self.rule.max_grad_norm is not None:
-            norm = torch.linalg.vector_norm(grads)
-            factor = torch.clamp(self.rule.max_grad_norm / (norm + 1e-6), max=1.0)
-        reduce_update(self.layout, grads, 1, self.hyper, row, states=self.states, unscale=factor, skip=skip)
-        if self.loss_scale is not None:
-            self.loss_scale.adjust()
+        late = self.late
+        if late is None:
+            self._weights_step(plan, x, rows, row, loss)
+        elif late.squares is None:
+            assert plan.partial is not None
+            self._weights_step(plan, x, rows, row, loss, overflow=late.overflow)
+            late.apply(plan.partial, row, scaled=True)
+        else:
+            assert self.grads is not None
+            outputs = {"grads": self.grads, "squares": late.squares, "overflow": late.overflow}
+            self._weights_step(plan, x, rows, row, loss, **outputs)
+            late.apply(self.grads[None], row, scaled=False)
 
     def step(self, x: Tensor, y: Tensor, out: Tensor) -> None:
         """One step on x [M, K] (the compute dtype or uint8) and targets; writes the mean loss into ``out`` (0-d)."""
@@ -376,7 +370,7 @@ class TritonStep:
 
     def _baked(self) -> tuple[object, ...]:
         """What a graph keeps of the settings at its capture."""
-        return tf32_allowed(), self.hyper.constants, self.rule.max_grad_norm
+        return (tf32_allowed(),)
 
     def epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Tensor, losses: Tensor
@@ -432,15 +426,20 @@ class TritonStep:
         if partial is None:
             plan.partial = workspace(self.layout, plan.m, self.dtype, self.device, direct=False)
         self._forward_backward(plan, x, y, None)
-        self._weights_step(plan, x, None, self._row(), out, store=True, add=accumulate)
+        self._weights_step(plan, x, None, self._row(), out, grads=self.grads, accumulate=accumulate)
         plan.partial = partial
         return self.layout.views(self.grads)
 
     def update(self) -> None:
         """Apply the optimizer to the gradients of the last ``gradients``."""
-        row = self._row()
+        row, grads = self._row(), self.grads
+        assert grads is not None
         self.steps += 1
-        self._apply(row)
+        if self.late is None:
+            reduce_update(self.layout, grads, 1, self.rule.kernel, row, states=self.states)
+        else:
+            self.late.examine(grads, row)
+            self.late.apply(grads[None], row, scaled=False)
 
     def _cast(self, x: Tensor) -> Tensor:
         x = x if x.dtype in (self.dtype, torch.uint8) else x.to(self.dtype)

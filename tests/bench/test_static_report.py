@@ -31,7 +31,7 @@ from bench.static.work import WORK, Work, touched, work_of
 from bench.static.workloads import WORKLOADS, draw, float32_precision, labels
 from fastmlp import kernels
 from fastmlp.kernels.device import tf32_allowed
-from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.layout import Layer, Layout
 from fastmlp.kernels.wgrad_update import reduce_update
 from tests.compile.machine_code import instructions, resources
 from tests.compile.targets import TARGETS
@@ -135,8 +135,8 @@ def _small(name):
     elif name == "reduce_update":
         layers = [Layer(draw(30, 40), draw(30)), Layer(draw(7, 30), draw(7))]
         layout = Layout(layers)
-        hyper, row = Hyper("adamw", (0.1, 0.999, 0.001, 1e-8)), torch.tensor((0.1, 1.0, 0.1, 1.0))
-        reduce_update(layout, draw(3, layout.total), 3, hyper, row, states=torch.zeros(2, layout.total))
+        row = torch.tensor((1.0, 0.1, 1.0, 0.1, 0.999, 0.001, 1e-8, 0.0))
+        reduce_update(layout, draw(3, layout.total), 3, "adamw", row, states=torch.zeros(2, layout.total))
 
 
 @pytest.mark.execute

@@ -62,10 +62,10 @@ def _one_pass(*, probabilities: bool = False, weight: bool = False, **options: A
 def _training_step(dtype: torch.dtype, shape: Logits) -> object:
     """Every option that the training step uses: gathered uint8 labels, a scale on the device, correct predictions."""
     if not shape.contiguous:
-        return cross_entropy(shape.make(dtype), shape.labels(), scale=torch.zeros(()))
+        return cross_entropy(shape.make(dtype), shape.labels(), factor=torch.zeros(()))
     labels, rows = torch.zeros(shape.rows, dtype=torch.uint8), torch.zeros(shape.rows, dtype=torch.int64)
     correct = torch.zeros(shape.rows, dtype=torch.int32)
-    return cross_entropy(shape.make(dtype), labels, rows=rows, scale=torch.zeros(()), correct=correct)
+    return cross_entropy(shape.make(dtype), labels, rows=rows, factor=torch.zeros(()), correct=correct)
 
 
 def _forward(*, probabilities: bool = False, weight: bool = False, **options: Any) -> Launcher:

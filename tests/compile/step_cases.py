@@ -12,10 +12,11 @@ from unittest import mock
 import torch
 
 from fastmlp.kernels import head
+from fastmlp.kernels.before_update import LossScaleState, before_update
 from fastmlp.kernels.column_sums import ColumnSums
 from fastmlp.kernels.configs import LARGEST_UPDATED, Tile, all_tiles
 from fastmlp.kernels.device import Device
-from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.layout import SEGMENT, Layer, Layout
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
 
 from .cases import KernelCases
@@ -60,15 +61,6 @@ def _head(activation: str, *, odd: bool = False, pixels: bool = False, **options
 WIDTHS, NARROW = (784, 512, 512, 16), (784, 512, 512, 10)
 
 
-#: Every update rule with its constants.
-HYPER = {
-    "none": Hyper("none"),
-    "sgd": Hyper("sgd", (0.01,)),
-    "nesterov": Hyper("nesterov", (0.01, 0.9)),
-    "adamw": Hyper("adamw", (0.1, 0.999, 0.001, 1e-8)),
-}
-
-
 def _states(layout: Layout, optimizer: str) -> list[torch.Tensor]:
     return [torch.zeros(layout.total) for _ in range({"nesterov": 1, "adamw": 2}.get(optimizer, 0))]
 
@@ -84,8 +76,8 @@ def _layout(dtype: torch.dtype, widths: tuple[int, ...], params: bool) -> Any:
 
 
 def _update(
-    optimizer: str, *, batch: int = 64, widths: tuple[int, ...] = WIDTHS, pixels: bool = False, unscale: bool = False,
-    params: bool = False, summed: bool = True,
+    optimizer: str, *, batch: int = 64, widths: tuple[int, ...] = WIDTHS, pixels: bool = False, params: bool = False,
+    overflow: bool = False, summed: bool = True,
 ) -> Launcher:  # fmt: skip
     def launch(dtype: torch.dtype, tile: Tile) -> object:
         layout = _layout(dtype, widths, params)
@@ -99,11 +91,13 @@ def _update(
             xs[0] = torch.zeros((batch, widths[0]), dtype=torch.uint8)
             rows = torch.zeros(batch, dtype=torch.int64)
         return wgrad_update.wgrad_update(
-            layout, dzs, xs, HYPER[optimizer], torch.zeros(HYPER_COLUMNS),
+            layout, dzs, xs, optimizer, torch.zeros(HYPER_COLUMNS),
             states=_states(layout, optimizer),
-            rows=rows, unscale=torch.zeros(()) if unscale else None,
+            rows=rows,
+            # Only float16 has a loss scale.
+            overflow=torch.zeros((), dtype=torch.int32) if overflow and dtype == torch.float16 else None,
             loss_rows=torch.zeros(batch), loss=torch.zeros(()),
-            grads=torch.zeros(layout.total) if optimizer == "none" else None, sums=sums,
+            grads=torch.zeros(layout.total) if optimizer == "none" and not overflow else None, sums=sums,
         )  # fmt: skip
 
     return launch
@@ -121,14 +115,33 @@ def _force(tile: Tile) -> Iterator[None]:
         yield
 
 
-def _reduce(optimizer: str, *, unscale: bool = False, accumulate: bool = False, params: bool = False) -> Launcher:
+def _reduce(
+    optimizer: str, *, unscale: bool = False, accumulate: bool = False, params: bool = False, outputs: bool = False
+) -> Launcher:
     def launch(dtype: torch.dtype, tile: None) -> object:
         layout = _layout(dtype, WIDTHS, params)
-        flat = torch.zeros((2, layout.total))
+        flat, squares = torch.zeros((2, layout.total)), torch.zeros(layout.total // SEGMENT)
+        flag = torch.zeros((), dtype=torch.int32)
         return wgrad_update.reduce_update(
-            layout, flat[:1], 1, HYPER[optimizer], torch.zeros(HYPER_COLUMNS),
+            layout, flat[:1], 1, optimizer, torch.zeros(HYPER_COLUMNS),
             states=_states(layout, optimizer), unscale=torch.zeros(()) if unscale else None,
             grads=flat[1] if optimizer == "none" else None, accumulate=accumulate,
+            squares=squares if outputs else None, overflow=flag if outputs else None, skip=flag if unscale else None,
+        )  # fmt: skip
+
+    return launch
+
+
+def _before(optimizer: str, *, clips: bool, scales: bool) -> Launcher:
+    def launch(dtype: torch.dtype, tile: None) -> object:
+        number, integer = torch.zeros(()), torch.zeros((), dtype=torch.int32)
+        counts = scales and optimizer == "adamw"
+        return before_update(
+            optimizer, torch.zeros(HYPER_COLUMNS), number, squares=torch.zeros(660) if clips else None,
+            loss_scale=LossScaleState(number, number, *[integer] * 3, 2000, 2.0, 0.5, 1.0) if scales else None,
+            scaled=scales and not clips, count=integer if counts else None,
+            decays=torch.zeros(2, dtype=torch.float64) if counts else None,
+            counted_row=torch.zeros(HYPER_COLUMNS) if counts else None,
         )  # fmt: skip
 
     return launch
@@ -154,10 +167,11 @@ KERNELS = {
         variants={
             "sgd": _update("sgd"),
             "momentum-pixels-gather": _update("nesterov", pixels=True),
-            "adamw-unscale": _update("adamw", unscale=True, params=True),
+            "adamw-params": _update("adamw", params=True),
             "split-adamw": _update("adamw", batch=4096),
             "split-pixels-gather": _update("sgd", batch=4096, pixels=True),
             "narrow-adamw-pixels": _update("adamw", widths=NARROW, pixels=True, summed=False),
+            "none-overflow": _update("none", overflow=True),
             "narrow-none-odd": _update("none", batch=77, widths=(77, 33, 10)),
         },
         force=_force,
@@ -171,8 +185,20 @@ KERNELS = {
             "sgd": _reduce("sgd"),
             "adamw-unscale": _reduce("adamw", unscale=True, params=True),
             "none-accumulate": _reduce("none", accumulate=True),
+            "none-outputs": _reduce("none", unscale=True, outputs=True),
         },
         force=lambda tile: nullcontext(),
         aligned=lambda variant, dtype, tile: False,  # W and b of each layer, b of any length, share the code
+    ),
+    "before_update": KernelCases(
+        ("_before_update_kernel",),
+        tiles=lambda dtype, device, variant: (None,),
+        variants={
+            "clip": _before("sgd", clips=True, scales=False),
+            "scale": _before("sgd", clips=False, scales=True),
+            "clip-scale-adamw": _before("adamw", clips=True, scales=True),
+        },
+        force=lambda tile: nullcontext(),
+        aligned=lambda variant, dtype, tile: False,  # any number of blocks, which neighbouring lanes read
     ),
 }

@@ -11,7 +11,7 @@ import torch
 
 from fastmlp import kernels, reference
 from fastmlp.kernels.configs import Tile, all_tiles
-from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.layout import Layer, Layout
 from fastmlp.kernels.wgrad_update import wgrad_update
 from tests.compile.cases import registry, tile_name
 from tests.compile.targets import TARGETS, Target
@@ -78,7 +78,7 @@ def test_products_of_the_update(target: Target, kind: str, dtype: torch.dtype, t
     weight, dz, x = (torch.randn(shape, generator=g) for shape in ((n, k), (m, n), (m, k)))
     layout = Layout([Layer(weight, None, None if dtype == torch.float32 else weight.to(dtype), None)])
     with target.simulated(execute=True) as gpu, registry()["wgrad_update"].force(tile):
-        wgrad_update(layout, [dz.to(dtype)], [x.to(dtype)], Hyper("sgd", (0.0,)), torch.tensor((0.1, 1.0, 0.1, 1.0)))
+        wgrad_update(layout, [dz.to(dtype)], [x.to(dtype)], "sgd", torch.tensor((0.1, *[0.0] * 7)))
     (launch,) = gpu.launches
     assert launch.stats is not None
     check_products(launch.stats, n * k * m, dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmlp import reference
 from fastmlp.kernels import head
 from fastmlp.kernels.head import MAX_CLASSES
-from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.layout import Layer, Layout
 from fastmlp.kernels.wgrad_update import wgrad_update
 from tests.fuzz.cases import Labels, Spec, activations, dims, dtypes, fuzz, labels, root, specs
 from tests.fuzz.test_linear_kernels import absolute, build_rows, derivative, kept, largest
@@ -201,13 +201,6 @@ def test_wgrad_update(lane, case: Update):
     dzs, xs = [spec.build() for spec in case.dzs], [spec.build() for spec in case.xs]
     rows = build_rows(case.rows, xs[0].shape[0])
     taken = [xs[0] if rows is None else xs[0][rows], *xs[1:]]
-    constants = {
-        "sgd": (case.weight_decay,),
-        "momentum": (case.weight_decay, MOMENTUM),
-        "nesterov": (case.weight_decay, MOMENTUM),
-        "adamw": (1 - BETAS[0], BETAS[1], 1 - BETAS[1], EPS),
-    }
-    hyper = Hyper(case.optimizer, constants[case.optimizer])
     factor = 1.0 if case.unscale is None else case.unscale
 
     # torch's optimizers run in float64, and in float32 on gradients in the products' dtype.
@@ -220,9 +213,12 @@ def test_wgrad_update(lane, case: Update):
     loss_rows = torch.rand(dzs[0].shape[0], generator=g)
     for step in range(1, STEPS + 1):
         bias1, bias2 = 1 - BETAS[0] ** step, 1 - BETAS[1] ** step
-        row = torch.tensor([LR, 1 - LR * case.weight_decay, LR / bias1, bias2**-0.5], device=lane)
+        columns = [LR, case.weight_decay, MOMENTUM]
+        if case.optimizer == "adamw":
+            columns = [1 - LR * case.weight_decay, LR / bias1, bias2**-0.5, 1 - BETAS[0], BETAS[1], 1 - BETAS[1], EPS]
+        row = torch.tensor(columns, device=lane)
         wgrad_update(
-            layout, [t.to(lane) for t in dzs], [t.to(lane) for t in xs], hyper, row,
+            layout, [t.to(lane) for t in dzs], [t.to(lane) for t in xs], case.optimizer, row,
             states=states, rows=None if rows is None else rows.to(lane),
             unscale=None if case.unscale is None else torch.tensor(case.unscale, device=lane),
             loss_rows=poisoned(loss_rows).to(lane), loss=loss,

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fastmlp import kernels
-from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.before_update import LossScaleState, before_update
+from fastmlp.kernels.layout import SEGMENT, Layer, Layout
 from fastmlp.kernels.wgrad_update import wgrad_update
 
 __all__ = ["LAUNCHES", "SINGLE_PROGRAM", "kernel_names"]
 
 #: Kernels that are one program for every shape, because they finish the work of several programs of another kernel.
-SINGLE_PROGRAM = frozenset({"_reduce_kernel", "_reduce_sum_kernel"})
+SINGLE_PROGRAM = frozenset({"_reduce_kernel", "_reduce_sum_kernel", "_before_update_kernel"})
 
 
 def kernel_names() -> set[str]:
@@ -110,8 +111,8 @@ def _wgrad_update(device: torch.device) -> list[Tensor | None]:
             layout,
             [_draw(m, n, seed=2).to(device) for n in sizes[1:]],
             [images.to(device), *(_draw(m, k, seed=3).to(device) for k in sizes[1:-1])],
-            Hyper("adamw", (0.1, 0.999, 0.001, 1e-8)),
-            torch.tensor([0.1, 0.99, 0.1, 1.0], device=device),
+            "adamw",
+            torch.tensor([0.99, 0.1, 1.0, 0.1, 0.999, 0.001, 1e-8, 0.0], device=device),
             states=states,
             rows=_labels((m,), 50).to(device),
             loss_rows=_draw(m).to(device),
@@ -119,6 +120,29 @@ def _wgrad_update(device: torch.device) -> list[Tensor | None]:
         )
         results += [*layout.params, *states, loss]
     return results
+
+
+def _late_update(device: torch.device) -> list[Tensor | None]:
+    """Gradients of float16, of which some overflow, and the numbers that the update takes from all of them."""
+    layout = Layout([Layer(_draw(20, 17).to(device), _draw(20, seed=1).to(device))])
+    dz = _draw(70, 20, seed=2).half()
+    dz[5, 7] = dz[60, 13] = math.inf
+    integers = torch.zeros(3, dtype=torch.int32, device=device)
+    partial, grads = torch.zeros(3, layout.total, device=device), torch.zeros(layout.total, device=device)
+    squares, factor = torch.zeros(layout.total // SEGMENT, device=device), torch.zeros((), device=device)
+    row, operands = torch.ones(8, device=device), ([dz.to(device)], [_draw(70, 17, seed=3).half().to(device)])
+    wgrad_update(layout, *operands, "none", row, partial=partial, overflow=integers[0])
+    flag = integers[0].clone()
+    wgrad_update(layout, *operands, "none", row, grads=grads, squares=squares, overflow=integers[0])
+    scale = torch.full((), 8.0, device=device)
+    before_update(
+        "sgd",
+        row,
+        factor,
+        squares=torch.full_like(squares, 4.0),
+        loss_scale=LossScaleState(scale, 1 / scale, integers[1], integers[0], integers[2], 2000, 2.0, 0.5, 1.0),
+    )
+    return [flag, factor, scale, integers]
 
 
 LAUNCHES: dict[str, Callable[[torch.device], list[Tensor | None]]] = {
@@ -132,4 +156,5 @@ LAUNCHES: dict[str, Callable[[torch.device], list[Tensor | None]]] = {
     "head": _head,
     "softmax_squared_error": _softmax_squared_error,
     "wgrad_update": _wgrad_update,
+    "late_update": _late_update,
 }

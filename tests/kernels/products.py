@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmlp.kernels import head, linear_dgrad, linear_fwd, linear_wgrad
-from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.layout import Layer, Layout
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
 from fastmlp.kernels.wgrad_update import wgrad_update
 
@@ -38,7 +38,7 @@ def _update(lane: torch.device, dz: Tensor, x: Tensor) -> dict[str, Tensor]:
     layout = Layout([layer])
     grads, hyper_row = torch.empty(layout.total).to(lane), torch.zeros(HYPER_COLUMNS).to(lane)
     dzs, xs = ([t.t().contiguous().to(lane)] for t in (dz, x))
-    wgrad_update(layout, dzs, xs, Hyper("none"), hyper_row, grads=grads)
+    wgrad_update(layout, dzs, xs, "none", hyper_row, grads=grads)
     return dict(zip(("dW", "db"), layout.views(grads), strict=True))
 
 

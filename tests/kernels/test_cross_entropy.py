@@ -340,7 +340,7 @@ def test_training_step_arguments(lane, layout):
         z.to(lane),
         poisoned(labels).to(lane),
         rows=poisoned(rows, layout=layout).to(lane),
-        scale=torch.tensor(0.25).to(lane),
+        factor=torch.tensor(0.25).to(lane),
         correct=correct,
     )
     expected, expected_dz = cross_entropy(z.to(lane), labels[rows].long().to(lane), scale=0.25)

@@ -149,3 +149,12 @@ def test_empty(lane):
     losses, da = elementwise_loss(torch.empty(0, 3).to(lane), torch.empty(0, 3).to(lane), "mse")
     assert losses.shape == da.shape == (0, 3)
     assert elementwise_loss_fwd(torch.empty(0, 3).to(lane), torch.empty(0, 3).to(lane), "mse", scale=1.0).item() == 0
+
+
+def test_targets_gathered_and_a_factor_on_the_device(lane):
+    a, y = operands((21, 17), "mse", torch.float16)
+    rows = torch.randint(0, 21, (21,), generator=torch.Generator().manual_seed(1))
+    factor = torch.tensor(1024.0).to(lane)
+    got = elementwise_loss(a.to(lane), y.to(lane), "mse", scale=0.1, factor=factor, rows=rows.to(lane))
+    want = elementwise_loss(a.to(lane), y[rows].to(lane), "mse", scale=0.1 * 1024)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))

@@ -198,7 +198,7 @@ def test_rows_gathered_and_scale_on_the_device(lane):
     g = torch.Generator().manual_seed(0)
     labels = poisoned(torch.randint(0, 10, (60,), generator=g, dtype=torch.uint8))
     rows = torch.randperm(60, generator=g)[:33]
-    got = head(h, w, b, labels.to(lane), rows=poisoned(rows).to(lane), scale=torch.tensor(0.125).to(lane))
+    got = head(h, w, b, labels.to(lane), rows=poisoned(rows).to(lane), factor=torch.tensor(0.125).to(lane))
     for a, e in zip(got, head(h, w, b, labels[rows].long().to(lane), scale=0.125), strict=True):
         # To the compiler this is another kernel, in which it may fuse other products and sums.
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-7)

@@ -168,3 +168,18 @@ def test_empty(lane):
     loss, dz = softmax_squared_error(torch.empty(0, 10).to(lane), torch.empty(0, dtype=torch.long).to(lane))
     assert loss.shape == (0,)
     assert dz.shape == (0, 10)
+
+
+@pytest.mark.parametrize("labels", [True, False], ids=["labels", "values"])
+@pytest.mark.parametrize("classes", [10, 100])
+def test_targets_gathered_and_a_factor_on_the_device(lane, monkeypatch, labels, classes):
+    """Rows of 100 classes are split, as rows too long for one program are."""
+    module = importlib.import_module("fastmlp.kernels.softmax_squared_error")
+    monkeypatch.setattr(module, "WHOLE_ROW", 64)
+    monkeypatch.setattr(module, "BLOCK_C", 64)
+    g = torch.Generator().manual_seed(0)
+    z, rows = logits_of(9, classes, torch.float16), torch.randint(0, 12, (9,), generator=g).to(lane)
+    y = (torch.randint(0, classes, (12,), generator=g) if labels else torch.rand(12, classes, generator=g)).to(lane)
+    got = softmax_squared_error(z.to(lane), y, scale=0.1, factor=torch.tensor(1024.0).to(lane), rows=rows)
+    want = softmax_squared_error(z.to(lane), y[rows], scale=0.1 * 1024)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))

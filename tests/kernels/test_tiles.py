@@ -17,7 +17,8 @@ from fastmlp import reference
 from fastmlp.kernels import configs, linear_dgrad, linear_fwd, linear_wgrad
 from fastmlp.kernels.configs import Tile
 from fastmlp.kernels.device import Device, current_device
-from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.layout import Layer, Layout
+from fastmlp.kernels.optimizer import HYPER_COLUMNS
 from fastmlp.kernels.wgrad_update import wgrad_update
 from tests.compile.cases import registry
 from tests.support.harness import assert_within_budget, poisoned
@@ -120,7 +121,7 @@ def test_every_tile_of_the_update(
     """With W = 0 and a learning rate of 1 the update leaves -dW in two layers; programs may share the batch."""
     module = importlib.import_module("fastmlp.kernels.wgrad_update")
     monkeypatch.setattr(module, "splits", lambda *args: splits)
-    hyper_row = torch.tensor((1.0, 1.0, 1.0, 1.0)).to(lane)
+    hyper_row = torch.tensor((1.0, *[0.0] * (HYPER_COLUMNS - 1))).to(lane)
     for tile in tiles_of("update", dtype, wide=False, full=pytestconfig.getoption("--full")):
         g = torch.Generator().manual_seed(tile.rows)
         m, widths = 3 * tile.depth + 7, (tile.cols + 5, tile.rows + 3, 5)
@@ -131,9 +132,7 @@ def test_every_tile_of_the_update(
             low = (weight.to(dtype), bias.to(dtype)) if dtype.itemsize == 2 else (None, None)
             layers.append(Layer(weight, bias, *low))
         with registry()["wgrad_update"].force(tile):
-            wgrad_update(
-                Layout(layers), [z.to(lane) for z in dzs], [x.to(lane) for x in xs], Hyper("sgd", (0.0,)), hyper_row
-            )
+            wgrad_update(Layout(layers), [z.to(lane) for z in dzs], [x.to(lane) for x in xs], "sgd", hyper_row)
         for layer, dz, x in zip(layers, dzs, xs, strict=True):
             for got, low, (expected, own) in zip(
                 (layer.weight, layer.bias),

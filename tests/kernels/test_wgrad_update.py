@@ -10,20 +10,20 @@ import torch
 
 from fastmlp import reference
 from fastmlp.kernels.column_sums import ColumnSums, padded
-from fastmlp.kernels.layout import Hyper, Layer, Layout
+from fastmlp.kernels.layout import Layer, Layout
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
 from fastmlp.kernels.wgrad_update import _plan, reduce_update, wgrad_update
-from fastmlp.step.optimizers import OPTIMIZERS, Optimizer
+from fastmlp.step.optimizers import OPTIMIZERS, SGD, Optimizer
 from tests.support.harness import FLOATS, assert_within_budget, poisoned
 from tests.support.torchs import UPDATES, torch_optimizer
 
 LR = 0.1
 
 
-def hyper_row(t: int, lane, optimizer: str = "sgd") -> torch.Tensor:
-    """The settings that change from step to step, for step number t = 1, 2, ..."""
+def hyper_row(t: int, lane, optimizer: str | None = None) -> torch.Tensor:
+    """The settings of step number t = 1, 2, ...; without an update's name those of plain SGD."""
     rates, count = (torch.tensor([value], dtype=torch.float64) for value in (LR, t))
-    (row,) = rule(optimizer).rows(rates, count)
+    (row,) = (SGD(LR) if optimizer is None else rule(optimizer)).rows(rates, count)
     assert row.shape == (HYPER_COLUMNS,)
     return row.to(lane)
 
@@ -50,7 +50,6 @@ def on(lane, tensors):
 
 def run(lane, optimizer, sizes, m, dtype, *, steps=2, bias=True, low=None):
     """Masters after some steps of the kernel, and after the same steps of torch.optim in float64 and float32."""
-    hyper = Hyper(*rule(optimizer).kernel)
     weights, biases, _, _ = problem(sizes, m, dtype, bias=bias)
     w, b = on(lane, weights), on(lane, biases)
     low_w = [None if low is None else t.to(low) for t in w]
@@ -62,7 +61,7 @@ def run(lane, optimizer, sizes, m, dtype, *, steps=2, bias=True, low=None):
     for t in range(1, steps + 1):
         _, _, dzs, xs = problem(sizes, m, dtype, seed=t)
         row = hyper_row(t, lane, optimizer)
-        wgrad_update(layout, on(lane, dzs), on(lane, xs), hyper, row, states=states)
+        wgrad_update(layout, on(lane, dzs), on(lane, xs), rule(optimizer).kernel, row, states=states)
         for ps, optim in zip(params, optims, strict=True):
             grads = [
                 reference.linear_wgrad(dz.to(ps[0].dtype), x.to(ps[0].dtype)) for dz, x in zip(dzs, xs, strict=True)
@@ -106,7 +105,7 @@ def test_16_bit_parameters_that_were_assigned_are_updated(lane, dtype, m):
     params[1][2] = float("nan")
     expected = [torch.where(p == w.to(dtype), w, p.float()).cpu() for w, p in zip(masters, params, strict=True)]
     layout = Layout([Layer(*masters, *params)], low_is_param=True)
-    wgrad_update(layout, on(lane, dzs), on(lane, xs), Hyper("sgd", (0.0,)), hyper_row(1, lane))
+    wgrad_update(layout, on(lane, dzs), on(lane, xs), "sgd", hyper_row(1, lane))
     grads = reference.linear_wgrad(dzs[0].double(), xs[0].double())
     own = reference.linear_wgrad(dzs[0].float(), xs[0].float())
     for master, param, start, grad, less in zip(masters, params, expected, grads, own, strict=True):
@@ -135,7 +134,7 @@ def test_pixels_gathered_and_mean_loss(lane, layout):
         Layout([Layer(*t) for t in zip(w, b, strict=True)]),
         on(lane, dzs),
         [poisoned(images).to(lane), *on(lane, xs[1:])],
-        Hyper("sgd", (0.0,)),
+        "sgd",
         hyper_row(1, lane),
         rows=poisoned(rows, layout=layout).to(lane),
         loss_rows=poisoned(loss_rows).to(lane),
@@ -160,7 +159,7 @@ def test_plain_gradients_accumulate_and_update(lane, m):
             layout,
             on(lane, dzs),
             on(lane, xs),
-            Hyper("none"),
+            "none",
             hyper_row(1, lane),
             grads=grads,
             unscale=half,
@@ -170,7 +169,7 @@ def test_plain_gradients_accumulate_and_update(lane, m):
     own = [t for dz, x in zip(dzs, xs, strict=True) for t in reference.linear_wgrad(dz, x)]
     for got, want, torchs in zip(layout.views(grads), truth, own, strict=True):
         assert_within_budget(got.cpu(), want, torchs, reduction=m)
-    reduce_update(layout, grads, 1, Hyper("sgd", (0.0,)), hyper_row(1, lane))
+    reduce_update(layout, grads, 1, "sgd", hyper_row(1, lane))
     assert_within_budget(w[0].cpu(), weights[0].double() - LR * truth[0], weights[0] - LR * own[0], reduction=m)
 
 
@@ -199,7 +198,7 @@ def test_bias_gradients_from_the_sums_of_the_producers(lane, m, rows, dtype):
         wider.append(buffer.to(lane))
     sums = [sums_of(dzs[0], rows, lane), None, sums_of(dzs[2], rows, lane)]
     layout = Layout([Layer(*t) for t in zip(w, b, strict=True)])
-    wgrad_update(layout, wider, on(lane, xs), Hyper("sgd", (0.0,)), hyper_row(1, lane), sums=sums)
+    wgrad_update(layout, wider, on(lane, xs), "sgd", hyper_row(1, lane), sums=sums)
     for i, (dz, x) in enumerate(zip(dzs, xs, strict=True)):
         truth, own = (reference.linear_wgrad(dz.to(d), x.to(d)) for d in (torch.double, torch.float))
         for got, start, grad, torchs in zip((w[i], b[i]), (weights[i], biases[i]), truth, own, strict=True):
@@ -214,7 +213,7 @@ def test_sums_of_some_layers_are_not_enough(lane):
     for of in ((), (sums_of(torch.full((40, 17), float("nan")), 16, lane), None)):
         w, b = on(lane, weights), on(lane, biases)
         layout = Layout([Layer(*t) for t in zip(w, b, strict=True)])
-        wgrad_update(layout, on(lane, dzs), on(lane, xs), Hyper("sgd", (0.0,)), hyper_row(1, lane), sums=of)
+        wgrad_update(layout, on(lane, dzs), on(lane, xs), "sgd", hyper_row(1, lane), sums=of)
         results.append(w + b)
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
@@ -225,6 +224,6 @@ def test_two_runs_are_bitwise_equal(lane):
         weights, biases, dzs, xs = problem((33, 17, 5), 1100, torch.float32)
         w, b = on(lane, weights), on(lane, biases)
         layout = Layout([Layer(*t) for t in zip(w, b, strict=True)])
-        wgrad_update(layout, on(lane, dzs), on(lane, xs), Hyper("sgd", (0.0,)), hyper_row(1, lane))
+        wgrad_update(layout, on(lane, dzs), on(lane, xs), "sgd", hyper_row(1, lane))
         results.append(w + b)
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))

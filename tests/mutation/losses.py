@@ -11,6 +11,7 @@ HEAD = "tests/kernels/test_head.py"
 ELEMENTWISE = "tests/kernels/test_elementwise_loss.py"
 SQUARED = "tests/kernels/test_softmax_squared_error.py"
 UPDATE = "tests/kernels/test_wgrad_update.py"
+BEFORE_UPDATE = "tests/kernels/test_before_update.py"
 LARGE = "tests/kernels/test_large_offsets.py"
 
 _PARTIAL = "partial = torch.empty((2, programs), dtype=torch.float32, device=logits.device)"
@@ -203,8 +204,8 @@ _OTHER_LOSSES = (
     Mutant(
         "elementwise_loss",
         "wrong stride",
-        "y_ptr + m * stride_ym + c * stride_yc",
-        "y_ptr + m * stride_am + c * stride_ac",
+        "y_ptr + row_y * stride_ym + c * stride_yc",
+        "y_ptr + row_y * stride_am + c * stride_ac",
         (ELEMENTWISE, "test_strides"),
     ),
     Mutant(
@@ -270,8 +271,8 @@ _OTHER_LOSSES = (
     Mutant(
         "softmax_squared_error",
         "wrong stride",
-        "y_rows = y_ptr + row[:, None] * stride_ym",
-        "y_rows = y_ptr + row[:, None] * stride_zm",
+        "y_rows = y_ptr + row_y[:, None] * stride_ym",
+        "y_rows = y_ptr + row_y[:, None] * stride_zm",
         (SQUARED, "test_strides or test_rows_longer"),
     ),
     Mutant(
@@ -366,10 +367,24 @@ _UPDATE = (
         (UPDATE, "every_optimizer and split and sgd"),
     ),
     Mutant(
+        "before_update",
+        "NaN is no overflow",
+        'mask & ~(tl.abs(g) < float("inf"))',
+        'mask & (tl.abs(g) == float("inf"))',
+        (BEFORE_UPDATE, "TestGradients and slices and weight"),
+    ),
+    Mutant(
+        "before_update",
+        "an overflow is never forgotten",
+        "tl.store(loss_scale.overflow, 0)",
+        "tl.store(loss_scale.overflow, 1)",
+        (BEFORE_UPDATE, "moves_as_torchs"),
+    ),
+    Mutant(
         "optimizer",
         "weight decay dropped",
-        "w -= lr * (g + constants[0] * w)",
-        "w -= lr * g",
+        "w -= tl.load(hyper_ptr) * tl.fma(w, tl.load(hyper_ptr + 1), g)",
+        "w -= tl.load(hyper_ptr) * g",
         (UPDATE, "every_optimizer and direct and sgd"),
     ),
     Mutant(

@@ -40,6 +40,18 @@ SETTINGS = {
     "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
     "clipped": {"lr": 0.1, "max_grad_norm": 0.05},
 }
+#: Values of settings in turn. No setting turns a rule into another one, whose steps are another graph.
+CHANGES: dict[str, dict[str, list]] = {
+    "sgd": {"lr": [0.1, 0.05], "weight_decay": [0.0, 0.01, 0.1]},
+    "nesterov": {"lr": [0.1, 0.05], "momentum": [0.9, 0.5, 0.99], "weight_decay": [0.01, 0.0]},
+    "adamw": {
+        "lr": [0.01, 0.02],
+        "betas": [(0.9, 0.999), (0.5, 0.9), (0.9, 0.99)],
+        "eps": [1e-8, 1e-3],
+        "weight_decay": [0.1, 0.0],
+    },
+    "clipped": {"lr": [0.1], "max_grad_norm": [0.05, 0.01, 10.0]},
+}
 #: dtypes of parameters and products.
 PRECISIONS = {
     "mixed float16": (torch.float32, torch.float16),
@@ -164,6 +176,23 @@ def test_the_learning_rate_changes(optimizer):
             yield step.epoch(images, labels, ROWS, lr_factors=factors)
 
     check(script, replays=5, **{**SETTINGS[optimizer], "lr": 1.0})
+
+
+@pytest.mark.parametrize("optimizer", CHANGES)
+def test_settings_change_without_a_new_capture(optimizer):
+    """A step has one graph, and an epoch has one, whatever the settings are."""
+
+    def script(step: TrainStep) -> Iterator[Tensor]:
+        images, labels = batch(0, ROWS)
+        for i in range(4):
+            values = {name: values[i % len(values)] for name, values in CHANGES[optimizer].items()}
+            step.optimizer.param_groups[0].update(values)
+            yield step(*batch(i))
+            yield step.epoch(images, labels, ROWS)
+
+    start = {name: values[0] for name, values in CHANGES[optimizer].items()}
+    _, cuda = check(script, replays=6, **{**SETTINGS[optimizer], **start})
+    assert len(cuda.captures) == 2
 
 
 @pytest.mark.usefixtures("default_precision")

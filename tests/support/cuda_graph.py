@@ -264,6 +264,7 @@ class SimulatedCuda(StandIn):
             yield from (t for t in (*engine.states, engine.count) if t is not None)
             if engine.loss_scale is not None:
                 yield from (engine.loss_scale.scale, engine.loss_scale.inverse, engine.loss_scale.good_steps)
+                yield engine.late.overflow
 
         self.keep(state)
         return step

@@ -28,6 +28,24 @@ def one_step(sizes, batch, target, **settings):
     return [launch.name for launch in gpu.launches]
 
 
+FIVE = ["_linear_fwd_kernel"] * 2 + ["_head_kernel", "_linear_dgrad_kernel", "_wgrad_update_kernel"]
+
+
+def captured_step(*, batch=64, epoch=False, loss="cross_entropy", **settings):
+    """Names of all nodes of one step's CUDA graph: kernels, and operations of torch."""
+    from tests.support.cuda_graph import KernelNode, SimulatedCuda
+
+    with SimulatedCuda(execute=False):
+        step = TrainStep(fastmlp.MLP((64, 64, 64, 10)), lr=0.1, loss=loss, **settings)
+        x, y = torch.zeros(batch, 64), torch.zeros(batch, 10)
+        if loss != "mse":
+            y = torch.zeros(batch, dtype=torch.int64)
+        for _ in range(2):
+            step.epoch(x, y, batch) if epoch else step(x, y)
+    (entry,) = step._engine.graphs._entries.values()
+    return [node.launch.name if isinstance(node, KernelNode) else str(node.operation) for node in entry.graph.nodes]
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])
 @pytest.mark.parametrize("optimizer", [{}, {"momentum": 0.9, "nesterov": True}, {"optimizer": "adamw"}], ids=str)
@@ -54,6 +72,36 @@ def test_a_long_batch_costs_one_launch_more():
     names = one_step((64, 64, 64, 10), 16384, 80)
     assert len(names) == 6
     assert names[-2:] == ["_wgrad_update_kernel", "_reduce_update_kernel"]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("optimizer", "batch"), [("adamw", 64), ("sgd", 16384)])
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [
+        ({"dtype": torch.float16}, ["_before_update_kernel", "_reduce_update_kernel"]),
+        (
+            {"dtype": torch.float16, "max_grad_norm": 1.0},
+            ["_reduce_update_kernel", "_before_update_kernel", "_reduce_update_kernel"],
+        ),
+        ({"max_grad_norm": 1.0}, ["_reduce_update_kernel", "_before_update_kernel", "_reduce_update_kernel"]),
+    ],
+    ids=["float16", "float16, clipped", "float32, clipped"],
+)
+def test_float16_costs_two_launches_more_and_clipping_three(settings, more, batch, optimizer):
+    """No torch operation is among them: a captured step has as many nodes as kernels."""
+    assert captured_step(optimizer=optimizer, batch=batch, **settings) == [*FIVE, *more]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", ["mse", "softmax_squared_error"])
+def test_other_losses_gather_and_scale_in_their_kernels(loss, dtype):
+    names = captured_step(epoch=True, loss=loss, dtype=dtype)
+    assert names[:3] == ["_linear_fwd_kernel"] * 3
+    assert names[3] in ("_elementwise_loss_kernel", "_softmax_squared_error_kernel")
+    assert names[4:7] == ["_linear_dgrad_kernel"] * 2 + ["_wgrad_update_kernel"]
+    assert len(names) == (7 if dtype is None else 9)
 
 
 @pytest.mark.execute
