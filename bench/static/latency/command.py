@@ -17,6 +17,7 @@ MODE_NAMES = {"float32": "float32", "fp32": "float32", "tf32": "tf32", "bf16": "
 def latency(gpu: str, batch: tuple[int, ...], mode: tuple[str, ...], detail: bool) -> None:
     """Estimate a training step of 784-512-512-10 from counts. An estimate, never measured."""
     from .constants import CHIPS
+    from .eager import eager_us
     from .steps import BATCHES, LATENCY_MODES, recorded, step_estimate
 
     chip = CHIPS[SHORT_NAMES[gpu]]
@@ -24,7 +25,12 @@ def latency(gpu: str, batch: tuple[int, ...], mode: tuple[str, ...], detail: boo
     for name in [MODE_NAMES[m] for m in mode] or LATENCY_MODES:
         for size in batch or BATCHES:
             step = step_estimate(recorded(chip.target, name, size), chip, name)
-            click.echo(f"\n{name}, batch {size:,}: {step.microseconds:.1f} us (floor {step.floor:.1f})")
+            eager = eager_us(name, size, chip)
+            slower = "; eager is faster" if step.microseconds > eager else ""
+            click.echo(
+                f"\n{name}, batch {size:,}: {step.microseconds:.1f} us (floor {step.floor:.1f}, eager in a graph "
+                f"{eager:.1f}{slower})"
+            )
             click.echo(
                 f"  {'kernel':22}{'us':>8}  {'programs':>8}{'fit':>4}{'waves':>7}{'waves us':>10}{'matrix':>8}"
                 f"{'L2':>8}{'HBM':>8}  bound"

@@ -23,6 +23,9 @@ _HOPPER = (
     '"Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", '
     "https://arxiv.org/abs/2402.13499"
 )
+_XLA = (
+    "XLA's table of measured products on an H100, openxla/xla xla/service/gpu/model/matmul_interpolator_data.h"
+)
 _CHEESE = "https://chipsandcheese.com/p"
 
 
@@ -53,6 +56,9 @@ CONSTANTS = (
         "multiprocessors (compute units on AMD) that programs are dealt to",
     ),
     Constant(
+        "lanes", "", (32, 32, 32, 32, 64), "", "the vendors' instruction sets", "lanes of a warp (wave)",
+    ),
+    Constant(
         "clock", "GHz", (1.41, 1.755, 1.755, 2.52, 2.1), "H100: 1.4 (power limit) to 1.98",
         f"the vendors' boost clocks; H100: {_CHEESE}/nvidias-h100-funny-l2-and-tons-of-bandwidth",
         "turns cycles into time",
@@ -72,7 +78,7 @@ CONSTANTS = (
         "the share of the matrix rate that mma.sync reaches; wgmma reaches all of it",
     ),
     Constant(
-        "fma", "FLOP/cycle", (128, 256, 256, 256, 256), "", _GUIDE + "; CDNA 3 white paper",
+        "fma", "FLOP/cycle", (128, 256, 256, 256, 256), "MI300X: 128 unless two are packed", _GUIDE + "; CDNA 3 white paper",
         "float32 FLOPs outside of the matrix units per cycle",
     ),
     Constant(
@@ -147,6 +153,25 @@ CONSTANTS = (
         "results that come through a barrier of the scoreboard: exponentials, shuffles, conversions",
     ),
     Constant(
+        "library_share", "share", (0.85, 0.80, 0.80, 0.85, 0.70), "0.65 to 0.95",
+        f"fitted by hand to {_XLA}; MI300X: assumed",
+        "the share of the matrix rate that a library's product reaches inside one program's loop",
+    ),
+    Constant(
+        "library_fma_share", "share", (0.93, 0.78, 0.78, 0.80, 0.75), "H100: 0.53 to 0.87",
+        f"{_STUDY}: cuBLAS float32 35.5 TFLOP/s of 66.9; others: assumed",
+        "the same for float32 products outside of the matrix units",
+    ),
+    Constant(
+        "library_ends", "cycles", (2500, 2500, 2500, 2500, 3500), "1,500 to 4,000", f"fitted by hand to {_XLA}",
+        "what a library's program does before and after its loop",
+    ),
+    Constant(
+        "plain_kernel", "cycles", (800, 800, 800, 800, 1600), "500 to 1,500",
+        "this model's count of fastmlp's own elementwise kernels",
+        "an elementwise kernel without the time of its bytes",
+    ),
+    Constant(
         "gap", "us", (0.9, 1.2, 1.2, 0.7, 1.7), "A100: 0.8 to 1.2; H100: 0.9 to 1.7; 4090: 0.5 to 1.0; MI300X: 1 to 3",
         f"{_BENCHES}: gpu-small-kernels in a graph, less the kernel itself (a node of 64 kB: A100 1.4, H200 2.2, L40 "
         "1.0, MI210 2.0); an empty pair: 0.96 on an H100, https://github.com/pegainfer-project/pegainfer/issues/569; "
@@ -164,6 +189,7 @@ class Chip:
     target: str
     bandwidth: float
     multiprocessors: float
+    lanes: float
     clock: float
     matrix_16: float
     matrix_tf32: float
@@ -184,6 +210,10 @@ class Chip:
     integer_cycles: float
     special_cycles: float
     special_latency: float
+    library_share: float
+    library_fma_share: float
+    library_ends: float
+    plain_kernel: float
     gap: float
 
     def microseconds(self, cycles: float) -> float:

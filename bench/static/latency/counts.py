@@ -18,6 +18,7 @@ from tests.ptxsim import Launch
 
 from ..occupancy import occupancy
 from .constants import Chip
+from .gcn import decode_gcn
 from .model import Kernel, Path, Section
 from .sass import Instruction, Loop, decode, loops
 from .walk import demand, walk
@@ -55,11 +56,7 @@ def counted(launch: Launch, chip: Chip, hits: float, hbm_bytes: float) -> Kernel
     """
     needs = resources(launch)
     resident = occupancy(chip.target, needs.registers, needs.shared, launch.num_warps).programs
-    target = re.search(r"^\.target sm_(\w+)", str(launch.asm["ptx"]), re.MULTILINE)
-    assert target is not None, "PTX names no target"
-    cubin = launch.asm["cubin"]
-    assert isinstance(cubin, bytes)
-    code = decode(cubin, target[1])
+    code = _code(launch)
     found = loops(code)
     groups, note = _groups(launch, found)
     latency = hits * chip.l2_latency + (1 - hits) * chip.hbm_latency
@@ -71,7 +68,7 @@ def counted(launch: Launch, chip: Chip, hits: float, hbm_bytes: float) -> Kernel
     def looped(step: _Step, loop: Loop) -> Section:
         unrolled = 1.0
         if step.loads and loop.loaded:
-            unrolled = max(1.0, round(32 * launch.num_warps * loop.loaded / step.loads))
+            unrolled = max(1.0, round(chip.lanes * launch.num_warps * loop.loaded / step.loads))
         once = walk(loop.body, launch.num_warps, chip, again=True)
         if any(i.name == "LDGSTS" for i in loop.body):
             once = max(once, latency / stages)  # what a step waits for was asked for so many steps before
@@ -95,6 +92,16 @@ def counted(launch: Launch, chip: Chip, hits: float, hbm_bytes: float) -> Kernel
         sections.append(section("end", parts[last] if last == len(found) else _halves(parts[last])[0]))
         paths.append(Path(group.programs, tuple(sections), group.name))
     return Kernel(launch.name, tuple(paths), resident, hbm_bytes, launch.num_warps, note)
+
+
+def _code(launch: Launch) -> list[Instruction]:
+    if "amdgcn" in launch.asm:
+        return decode_gcn(str(launch.asm["amdgcn"]))
+    target = re.search(r"^\.target sm_(\w+)", str(launch.asm["ptx"]), re.MULTILINE)
+    assert target is not None, "PTX names no target"
+    cubin = launch.asm["cubin"]
+    assert isinstance(cubin, bytes)
+    return decode(cubin, target[1])
 
 
 def _parts(code: Sequence[Instruction], found: Sequence[Loop]) -> list[list[Instruction]]:

@@ -135,7 +135,7 @@ def loops(code: Sequence[Instruction]) -> list[Loop]:
         target = _TARGET.search(branch.operands)
         if target is None or int(target[1], 16) >= branch.address:  # the branch to itself pads the end
             continue
-        first = next(k for k, other in enumerate(code) if other.address == int(target[1], 16))
+        first = next(k for k, other in enumerate(code) if other.address >= int(target[1], 16))
         found.append(Loop(tuple(code[first : i + 1])))
     inner = [a for a in found if not any(a is not b and a.begin <= b.begin and b.end <= a.end for b in found)]
     return sorted(inner, key=lambda loop: loop.begin)

@@ -8,6 +8,7 @@ demand counts what all warps of a program take together, whatever their latencie
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ __all__ = ["Demand", "demand", "walk"]
 
 _SCHEDULERS = 4
 _WAVEFRONT = 128
+_COUNTER = re.compile(r"(\w+cnt)\((\d+)\)")
 #: Cycles until a load or store has read its operands.
 _OPERANDS_READ = 12
 #: Units of a scheduler by the first letters of a mnemonic; the first that matches decides.
@@ -73,10 +75,10 @@ def matrix_cycles(i: Instruction, chip: Chip) -> float:
     return 2 * m * n * k / (rate * chip.synchronous / _SCHEDULERS)
 
 
-def wavefronts(i: Instruction) -> float:
+def wavefronts(i: Instruction, chip: Chip) -> float:
     """Cycles of shared memory for one warp's instruction; a wgmma counts as a quarter of its warpgroup's."""
     if i.name in _SHARED:
-        return max(1.0, i.bytes * 32 / _WAVEFRONT)
+        return max(1.0, i.bytes * chip.lanes / _WAVEFRONT)
     if i.name == "HGMMA":
         m, n, k = i.shape
         itemsize = 4 if "TF32" in i.modifiers else 2
@@ -95,15 +97,15 @@ def demand(code: Sequence[Instruction], num_warps: int, chip: Chip) -> Demand:
         if i.never or i.name == "NOP":
             continue
         issue += each
-        shared += num_warps * wavefronts(i)
+        shared += num_warps * wavefronts(i, chip)
         if i.name.endswith("MMA"):
             matrix += each * matrix_cycles(i, chip)
         elif (unit := unit_of(i.name)) is not None:
             units[unit] += each * cycles[unit]
         if i.name in ("LDG", "LDGSTS", "LD"):
-            loaded += 32 * num_warps * i.bytes
+            loaded += chip.lanes * num_warps * i.bytes
         elif i.name in ("STG", "ST"):
-            stored += 32 * num_warps * i.bytes
+            stored += chip.lanes * num_warps * i.bytes
     return Demand(issue, max(units.values()), matrix, shared, loaded, stored)
 
 
@@ -129,6 +131,7 @@ class _Walker:
         self.chip, self.num_warps = chip, num_warps
         self.now = self.pending = self.matrix_free = self.shared_free = 0.0
         self.barriers = [0.0] * 6
+        self.queues: dict[str, list[float]] = {"vmcnt": [], "lgkmcnt": []}  # AMD's counters of what is under way
         self.groups: list[float] = []  # ends of the wgmma groups that nothing has waited for
 
     def run(self, code: Sequence[Instruction]) -> float:
@@ -158,6 +161,12 @@ class _Walker:
             self.pending = max(self.pending, self.matrix_free)
         elif i.name == "BAR":
             self.now += chip.barrier
+        elif i.name == "WAIT":
+            for name, left in _COUNTER.findall(i.operands):
+                queue = self.queues.get(name, [])
+                done = queue[: len(queue) - int(left)]
+                del queue[: len(done)]
+                self.now = max(self.now, *done, 0.0)
         else:
             self._load(i)
 
@@ -169,9 +178,11 @@ class _Walker:
         elif i.name in _SCOREBOARD:
             latency = chip.special_latency
         elif i.name in _SHARED:
-            self.shared_free = max(self.shared_free, self.now) + self.num_warps * wavefronts(i)
+            self.shared_free = max(self.shared_free, self.now) + self.num_warps * wavefronts(i, chip)
             latency = max(chip.shared_latency, self.shared_free - self.now)
-        if i.sets is not None and i.name not in ("LDGDEPBAR",):
+        if latency:
+            self.queues["vmcnt" if i.name in ("LDG", "LDGSTS") else "lgkmcnt"].append(self.now + latency)
+        if i.sets is not None and i.name != "LDGDEPBAR":
             self.barriers[i.sets] = max(self.barriers[i.sets], self.now + latency)
         if i.reads is not None:
             self.barriers[i.reads] = max(self.barriers[i.reads], self.now + _OPERANDS_READ)
