@@ -26,7 +26,8 @@ from triton.runtime.cache import get_cache_manager
 
 from tests.ptxsim import Launch
 
-from . import hazards
+from . import control_flow, hazards
+from .control_flow import Instruction, loops
 
 __all__ = [
     "Instructions",
@@ -68,11 +69,14 @@ class Instructions:
         counts: number of instructions by mnemonic without modifiers, e.g. "HMMA", "v_mfma_f32_16x16x16_f16".
         wide_loads: bytes per thread that global loads of 16 bytes or more bring, asynchronous copies included.
         overwritten: instructions that write registers which a wgmma may still be reading, see ``hazards``.
+        main_loops: number of instructions by mnemonic with modifiers, e.g. "HMMA.16816.F32", of every loop that
+            multiplies matrices and has no such loop inside. " lds" follows AMD's loads into shared memory.
     """
 
     counts: dict[str, int]
     wide_loads: int
     overwritten: list[str]
+    main_loops: list[dict[str, int]]
 
     def count(self, *prefixes: str) -> int:
         """Instructions whose mnemonic begins with one of ``prefixes``."""
@@ -118,7 +122,7 @@ def disassemble(launches: Iterable[Launch]) -> None:
             assert target is not None, "PTX names no target"
             unread[target[1]].append((kept, _text_section(_binary(launch))))
         else:
-            kept.put(_amdgcn(launch))
+            kept.put(_amdgcn(str(launch.asm["amdgcn"])))
     for target, codes in unread.items():
         for (kept, _), counted in zip(codes, _sass(target, [code for _, code in codes]), strict=True):
             kept.put(counted)
@@ -155,7 +159,7 @@ class _Kept:
 
 @lru_cache
 def _own_source() -> str:
-    return Path(__file__).read_text() + Path(hazards.__file__).read_text()
+    return "".join(Path(str(file)).read_text() for file in (__file__, control_flow.__file__, hazards.__file__))
 
 
 @lru_cache
@@ -201,33 +205,60 @@ def _text_section(cubin: bytes) -> bytes:
 
 # `/*0b70*/  @P0 LDGSTS.E.BYPASS.128 [R17], desc[UR20][R6.64], P3 ;`
 _SASS = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][A-Z0-9_]*)((?:\.[A-Za-z0-9_]+)*)([^;\n]*)", re.MULTILINE
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[\dT]+)\s+)?([A-Z][A-Z0-9_]*)((?:\.[A-Za-z0-9_]+)*)([^;\n]*)", re.MULTILINE
 )
+_MATRIX = re.compile(r"[HIQDO]G?MMA|UTC\w*MMA|v_(?:mfma|smfmac|wmma|swmmac)_")
 
 
-def _sass(target: str, codes: list[bytes]) -> list[tuple[dict[str, int], int, list[str]]]:
+def _sass(target: str, codes: list[bytes]) -> list[tuple[Any, ...]]:
     """The fields of ``Instructions`` of each code of one target, e.g. "90a"."""
     starts = [0]
     for code in codes[:-1]:
         starts.append(starts[-1] + len(code))
-    counts: list[Counter[str]] = [Counter() for _ in codes]
-    wide_loads = [0] * len(codes)
-    instructions: list[list[tuple[str, str, str]]] = [[] for _ in codes]
-    lines = _SASS.findall(_output_of("nvdisasm", "-b", f"SM{target}", data=b"".join(codes)))
-    for address, name, modifiers, operands in lines:
-        i = bisect_right(starts, int(address, 16)) - 1
-        counts[i][name] += 1
-        instructions[i].append((name, modifiers, operands))
+    lines: list[list[tuple[str, ...]]] = [[] for _ in codes]
+    for line in _SASS.findall(_output_of("nvdisasm", "-b", f"SM{target}", data=b"".join(codes))):
+        lines[bisect_right(starts, int(line[0], 16)) - 1].append(line)
+    return [_sass_of_one(code) for code in lines]
+
+
+def _sass_of_one(lines: list[tuple[str, ...]]) -> tuple[Any, ...]:
+    """The fields of ``Instructions`` from (address, predicate, mnemonic, modifiers, operands)."""
+    counts = Counter(name for _, _, name, _, _ in lines)
+    wide_loads = 0
+    for _, _, name, modifiers, _ in lines:
         if name in ("LDG", "LDGSTS"):
             bits = [int(m) for m in modifiers.split(".") if m.isdigit()]
-            wide_loads[i] += bits[0] // 8 if bits and bits[0] >= 128 else 0
-    overwritten = [
-        hazards.overwritten_operands(code) if counts[i]["HGMMA"] else [] for i, code in enumerate(instructions)
+            wide_loads += bits[0] // 8 if bits and bits[0] >= 128 else 0
+    code = [(name, modifiers, operands) for _, _, name, modifiers, operands in lines]
+    overwritten = hazards.overwritten_operands(code) if counts["HGMMA"] else []
+    return dict(counts), wide_loads, overwritten, _main_loops([_sass_flow(line) for line in lines])
+
+
+_ENDS = ("EXIT", "RET", "BRX", "JMX", "JMP")
+
+
+def _sass_flow(line: tuple[str, ...]) -> Instruction:
+    address, predicate, name, modifiers, operands = line
+    if name != "BRA":
+        return Instruction(int(address, 16), name + modifiers, ends=name in _ENDS and not predicate)
+    # `BRA.U !UP0, 0x1b0` has its condition among the operands.
+    *condition, target = operands.split(",")
+    return Instruction(int(address, 16), name + modifiers, int(target, 16), not predicate and not condition)
+
+
+def _main_loops(code: list[Instruction]) -> list[dict[str, int]]:
+    """The instructions of the innermost loops that multiply matrices."""
+    if not any(_MATRIX.match(instruction.name) for instruction in code):
+        return []
+    found = sorted(loop for loop in loops(code) if any(_MATRIX.match(instruction.name) for instruction in loop))
+    places = [{instruction.place for instruction in loop} for loop in found]
+    return [
+        dict(Counter(instruction.name for instruction in loop))
+        for loop, own in zip(found, places, strict=True)
+        if not any(other < own for other in places)
     ]
-    return [(dict(count), *rest) for count, *rest in zip(counts, wide_loads, overwritten, strict=True)]
 
 
-_GCN_INSTRUCTION = re.compile(r"^\s+([a-z][a-z0-9_]+)(?=\s|$)", re.MULTILINE)
 _GCN_WIDE_LOAD = re.compile(r"^(global|buffer|flat)_load_(lds_)?(dwordx4|b128)$")
 
 
@@ -237,7 +268,27 @@ def _amdgcn_resources(launch: Launch) -> tuple[int, int]:
     return int(metadata["vgpr_count"]), spilled
 
 
-def _amdgcn(launch: Launch) -> tuple[dict[str, int], int, list[str]]:
-    counts = Counter(_GCN_INSTRUCTION.findall(str(launch.asm["amdgcn"])))
+# `.LBB0_3:` or `	buffer_load_dwordx4 v[58:61], v50, s[24:27], 0 offen`
+_GCN_LINE = re.compile(r"^(?:(\.?\w+):|[ \t]+([a-z][a-z0-9_]+)(?:[ \t]+([^;\n]*)|$))", re.MULTILINE)
+
+
+def _amdgcn(text: str) -> tuple[Any, ...]:
+    """The fields of ``Instructions`` from AMD's assembly."""
+    labels: dict[str, int] = {}
+    lines: list[tuple[str, str]] = []
+    for label, name, operands in _GCN_LINE.findall(text):
+        if label:
+            labels[label] = len(lines)
+        else:
+            lines.append((name, operands.strip()))
+    counts = Counter(name for name, _ in lines)
     wide_loads = sum(16 * n for name, n in counts.items() if _GCN_WIDE_LOAD.match(name))
-    return dict(counts), wide_loads, []
+    flow = [_gcn_flow(i, name, operands, labels) for i, (name, operands) in enumerate(lines)]
+    return dict(counts), wide_loads, [], _main_loops(flow)
+
+
+def _gcn_flow(place: int, name: str, operands: str, labels: dict[str, int]) -> Instruction:
+    if name.startswith(("s_branch", "s_cbranch")):
+        return Instruction(place, name, labels.get(operands), name == "s_branch")
+    lds = " lds" if operands.endswith(" lds") else ""
+    return Instruction(place, name + lds, ends=name in ("s_endpgm", "s_setpc_b64"))

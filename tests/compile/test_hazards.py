@@ -23,7 +23,7 @@ WAIT_BUT_ONE = WAIT.replace("0x0", "0x1")
 
 
 def hazards_of(text: str) -> list[str]:
-    return overwritten_operands([rest for _, *rest in _SASS.findall(text)])
+    return overwritten_operands([rest for _, _, *rest in _SASS.findall(text)])
 
 
 @pytest.mark.parametrize(
