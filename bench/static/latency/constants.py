@@ -23,9 +23,7 @@ _HOPPER = (
     '"Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", '
     "https://arxiv.org/abs/2402.13499"
 )
-_XLA = (
-    "XLA's table of measured products on an H100, openxla/xla xla/service/gpu/model/matmul_interpolator_data.h"
-)
+_XLA = "XLA's table of measured products on an H100, openxla/xla xla/service/gpu/model/matmul_interpolator_data.h"
 _CHEESE = "https://chipsandcheese.com/p"
 
 
@@ -78,7 +76,8 @@ CONSTANTS = (
         "the share of the matrix rate that mma.sync reaches; wgmma reaches all of it",
     ),
     Constant(
-        "fma", "FLOP/cycle", (128, 256, 256, 256, 256), "MI300X: 128 unless two are packed", _GUIDE + "; CDNA 3 white paper",
+        "fma", "FLOP/cycle", (128, 256, 256, 256, 256), "MI300X: 128 unless two are packed",
+        _GUIDE + "; CDNA 3 white paper",
         "float32 FLOPs outside of the matrix units per cycle",
     ),
     Constant(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -106,13 +107,18 @@ def _code(launch: Launch) -> list[Instruction]:
 
 def _parts(code: Sequence[Instruction], found: Sequence[Loop]) -> list[list[Instruction]]:
     """The code before the first loop, between loops, and after the last one."""
-    borders = [(-1, code[0].address), *((loop.begin, loop.end + 1) for loop in found), (code[-1].address + 1, -1)]
-    return [[i for i in code if end <= i.address < begin] for (_, end), (begin, _) in pairwise(borders)]
+    inside = {i.address for loop in found for i in loop.body}
+    begins = [loop.begin for loop in found]
+    parts: list[list[Instruction]] = [[] for _ in range(len(found) + 1)]
+    for i in code:
+        if i.address not in inside:
+            parts[bisect_right(begins, i.address)].append(i)
+    return parts
 
 
 def _halves(part: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
     """The code up to the last unconditional jump or exit, which ends one branch of the program, and the rest."""
-    jumps = [k for k, i in enumerate(part) if i.name in ("BRA", "EXIT") and not i.predicate]
+    jumps = [k for k, i in enumerate(part) if i.leaves]
     cut = jumps[-1] + 1 if jumps else len(part) // 2
     return part[:cut], part[cut:]
 

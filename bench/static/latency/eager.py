@@ -16,7 +16,7 @@ from .constants import Chip
 from .library import library_product, plain_kernel
 from .model import Estimate, Kernel
 
-__all__ = ["eager_estimate", "eager_operations", "eager_us", "products_estimate"]
+__all__ = ["eager_estimate", "eager_operations", "eager_us", "products_us"]
 
 
 def eager_operations(mode: str, batch: int, sizes: tuple[int, ...] = SIZES) -> list[Operation]:
@@ -73,7 +73,7 @@ def eager_us(mode: str, batch: int, chip: Chip, sizes: tuple[int, ...] = SIZES) 
     return sum(e.microseconds for _, e in eager_estimate(mode, batch, chip, sizes))
 
 
-def products_estimate(mode: str, batch: int, chip: Chip, sizes: tuple[int, ...] = SIZES) -> float:
+def products_us(mode: str, batch: int, chip: Chip, sizes: tuple[int, ...] = SIZES) -> float:
     """Microseconds of the step's products alone, by a library; ``mode`` float32 as torch computes it."""
     total = 0.0
     for op in eager_operations(mode, batch, sizes):

@@ -7,6 +7,7 @@ lanes; its waits for loads are instructions (``s_waitcnt``). The kinds have the 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 
 from .sass import Instruction
 
@@ -40,17 +41,16 @@ _KINDS = (
 
 
 def decode_gcn(assembly: str) -> list[Instruction]:
-    """The instructions of a kernel; addresses are line numbers."""
+    """The instructions of a kernel; addresses are their numbers."""
     end = assembly.find(".Lfunc_end0")
     code = assembly[: end if end >= 0 else None]
-    starts = {match[1]: code.count("\n", 0, match.start()) for match in _LABEL.finditer(code)}
+    lines = [match.start(1) for match in _LINE.finditer(code)]
+    # A label names the next instruction.
+    labels = {match[1]: bisect_left(lines, match.start()) for match in _LABEL.finditer(code)}
     found = []
-    for match in _LINE.finditer(code):
+    for place, match in enumerate(_LINE.finditer(code)):
         name, operands = match[1], match[2].strip()
-        kind = next((kind for kind, pattern in _KINDS if re.match(pattern, name)), None)
-        if kind is None:
-            continue
-        line = code.count("\n", 0, match.start(1))
+        kind = next((kind for kind, pattern in _KINDS if re.match(pattern, name)), "NOP")
         modifiers: tuple[str, ...] = ()
         if shape := _MFMA.match(name):
             m, n, k, blocks, dtype = shape.groups()
@@ -58,16 +58,16 @@ def decode_gcn(assembly: str) -> list[Instruction]:
         elif kind in ("LDG", "STG", "LDS", "STS", "LDGSTS"):
             modifiers = (str(_bits(name)),)
         elif kind == "BRA":
-            operands = f"0x{starts.get(operands, 1 << 30):x}"
+            operands = f"0x{labels.get(operands, len(lines)):x}"
         predicate = "cc" if name.startswith("s_cbranch") else ""
-        found.append(Instruction(line, kind, modifiers, operands, predicate, _ISSUE, None, None, ()))
+        found.append(Instruction(place, kind, modifiers, operands, predicate, _ISSUE, None, None, ()))
     return found
 
 
 def _bits(name: str) -> int:
-    if match := re.search(r"(?:dword|b32)?x?(\d)$", name.replace("dwordx", "dword x")):
-        if "dword" in name:
-            return 32 * int(match[1])
+    """Bits per lane of a load or store: of dwordx4, read2_b64, ushort."""
+    if match := re.search(r"dword(?:x(\d))?$", name):
+        return 32 * int(match[1] or 1)
     if match := re.search(r"_b(\d+)$", name):
-        return int(match[1]) * (2 if "2_b" in name else 1)
+        return int(match[1]) * (2 if "2_b" in name or "2st64_b" in name else 1)
     return next((bits for text, bits in _SIZES.items() if text in name), 32)

@@ -24,7 +24,7 @@ _DEPTH_BYTES = 128
 
 
 def plain_kernel(name: str, chip: Chip, bytes_all: float, hits: float, serial: float = 0.0) -> tuple[Kernel, Estimate]:
-    """An elementwise kernel or a reduction that moves ``bytes_all``; ``serial`` cycles that nothing hides come on top."""
+    """An elementwise kernel or a reduction that moves ``bytes_all``; nothing hides its ``serial`` cycles."""
     latency = hits * chip.l2_latency + (1 - hits) * chip.hbm_latency
     moved = Demand(loaded=bytes_all / chip.multiprocessors)
     path = Path(
@@ -52,7 +52,7 @@ def _choices(m: int, n: int, k: int, mode: str, name: str, hits: float) -> list[
 
 def _candidates(m: int, n: int, k: int) -> Iterator[tuple[tuple[int, int], int]]:
     for tile in _TILES:
-        if tile[0] >= 4 * m and tile[0] > 64 or tile[1] >= 4 * n and tile[1] > 64:
+        if any(side > 64 and side >= 4 * size for side, size in zip(tile, (m, n), strict=True)):
             continue
         for splits in _SPLITS:
             if splits == 1 or k // splits >= 128:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from tests.compile import control_flow
 from tests.compile.machine_code import _text_section, nvidia_tool
 
 __all__ = ["Instruction", "Loop", "decode", "loops"]
@@ -54,6 +55,22 @@ class Instruction:
         """Whether the predicate is always false."""
         return self.predicate in ("@!PT", "@!UPT")
 
+    @property
+    def target(self) -> int | None:
+        """The address to which it branches; labels of AMD's assembly stand before their instruction."""
+        found = _TARGET.search(self.operands) if self.name == "BRA" else None
+        return None if found is None else int(found[1], 16)
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the next instruction never follows. ``BRA.U !UP0, 0x1b0`` has its condition among the operands."""
+        return self.name in ("BRA", "EXIT") and not self.predicate and "," not in self.operands
+
+    @property
+    def works(self) -> bool:
+        """Whether it loads or computes."""
+        return self.name.endswith("MMA") or self.name.startswith(("LDG", "LDS", "FADD", "FFMA", "FMUL", "UTMA"))
+
     @cached_property
     def bytes(self) -> int:
         """Bytes per thread of a load or store; a matrix fragment (LDSM, STSM) has 4 bytes per 8x8 tile."""
@@ -78,7 +95,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """The instructions from the target of a backward branch to the branch."""
+    """The instructions of one loop in the order of their addresses."""
 
     body: tuple[Instruction, ...]
 
@@ -86,11 +103,6 @@ class Loop:
     def begin(self) -> int:
         """Address of the first instruction."""
         return self.body[0].address
-
-    @property
-    def end(self) -> int:
-        """Address of the branch."""
-        return self.body[-1].address
 
     @cached_property
     def products(self) -> int:
@@ -127,15 +139,16 @@ def _instruction(code: bytes, address: str, predicate: str, name: str, modifiers
 
 
 def loops(code: Sequence[Instruction]) -> list[Loop]:
-    """The innermost loops, in the order of their addresses."""
-    found = []
-    for i, branch in enumerate(code):
-        if branch.name != "BRA" or branch.never:
-            continue
-        target = _TARGET.search(branch.operands)
-        if target is None or int(target[1], 16) >= branch.address:  # the branch to itself pads the end
-            continue
-        first = next(k for k, other in enumerate(code) if other.address >= int(target[1], 16))
-        found.append(Loop(tuple(code[first : i + 1])))
-    inner = [a for a in found if not any(a is not b and a.begin <= b.begin and b.end <= a.end for b in found)]
+    """The innermost loops that load or compute, in the order of their addresses.
+
+    Loops that only spin until a barrier is released are part of the loop around them.
+    """
+    at = {i.address: i for i in code}
+    flow = []
+    for i in code:
+        flow.append(control_flow.Instruction(i.address, i.name, i.target, i.leaves))
+    found = [tuple(at[f.place] for f in loop) for loop in control_flow.loops(flow)]
+    bodies = [Loop(body) for body in found if any(i.works for i in body)]
+    places = [{i.address for i in loop.body} for loop in bodies]
+    inner = [loop for loop, own in zip(bodies, places, strict=True) if not any(other < own for other in places)]
     return sorted(inner, key=lambda loop: loop.begin)
