@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -19,6 +20,7 @@ from .model import Estimate, Kernel
 __all__ = ["eager_estimate", "eager_operations", "eager_us", "products_us"]
 
 
+@lru_cache
 def eager_operations(mode: str, batch: int, sizes: tuple[int, ...] = SIZES) -> list[Operation]:
     """The operations of one step of torch.nn, CrossEntropyLoss and fused SGD; 16-bit products under autocast."""
     half = MODES[mode].rate == "bf16"
