@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "static"
 def main(context: click.Context, output: Path, jobs: int) -> None:
     """Compile every kernel for every target, execute a part of them, and report what they cost.
 
-    It needs no GPU. The first run takes a quarter of an hour or more on two cores. Triton's cache keeps the compiled
+    It needs no GPU. The first run takes half an hour or more on two cores. Triton's cache keeps the compiled
     kernels.
     """
     if context.invoked_subcommand is not None:

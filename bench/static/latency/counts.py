@@ -181,7 +181,38 @@ def _wgrad(launch: Launch, a: dict[str, Any], found: Sequence[Loop]) -> tuple[li
     return bias, ""
 
 
+def _with_sums(launch: Launch, a: dict[str, Any], found: Sequence[Loop]) -> tuple[list[_Group], str]:
+    """The update whose first programs add the loss and the rows of sums for the biases, each in a loop of its own."""
+    c, splits = launch.constexprs, launch.grid[1]
+    samples = min(a["M"], a["m_per_split"])
+    products = [i for i, loop in enumerate(found) if loop.products]
+    others = [i for i, loop in enumerate(found) if not loop.products]
+    rows, block = max(1, c["BLOCK_M"] * c["BLOCK_N"] // c["SUM_COLS"]), c["LOSS_BLOCK"]
+    longest = max(of.rows for of in a["sums"])
+    db = _Step("db", _cdiv(_cdiv(longest, splits), rows), 4 * rows * c["SUM_COLS"])
+    sides = [("db", a["sum_programs"] * splits, db)] if a["sum_programs"] else []
+    if a["loss_ptr"] is not None:
+        sides.append(("loss", 1, _Step("mean loss", _cdiv(a["loss_count"], block), 4 * block)))
+    # The loss and db have the first programs, and the last loops of the code.
+    groups = [
+        _Group(name, programs, i, (step,))
+        for i, (name, programs, step) in reversed([*zip(others, sides, strict=False)])
+    ]
+    # With two loops of products the first layer has one of its own.
+    members = [[0], list(range(1, len(a["layers"])))] if len(products) > 1 else [list(range(len(a["layers"])))]
+    for loop, layers in zip(products, members, strict=False):
+        of = a["operands"][layers[0]]
+        tiles = sum(_cdiv(a["layers"][i].N, c["BLOCK_N"]) * _cdiv(a["layers"][i].K, c["BLOCK_K"]) for i in layers)
+        name = "all layers" if len(members) == 1 else "first layer" if layers == [0] else "other layers"
+        layer = _layer(name, found, loop, loop + 1, of.dz_ptr, of.x_ptr, samples, launch)
+        groups.append(replace(layer, programs=tiles * splits))
+    wrong = len(products) != len(members) or len(others) != len(sides)
+    return groups, f"{len(products)} loops of products and {len(others)} others" if wrong else ""
+
+
 def _wgrad_update(launch: Launch, a: dict[str, Any], found: Sequence[Loop]) -> tuple[list[_Group], str]:
+    if "sums" in a:
+        return _with_sums(launch, a, found)
     c, splits = launch.constexprs, launch.grid[1]
     products = [i for i, loop in enumerate(found) if loop.products]
     end = len(found)

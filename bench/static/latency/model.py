@@ -1,10 +1,10 @@
 """The arithmetic of the model: from counts of one launch to microseconds.
 
 A program is a row of sections, each passed a number of times. Alone on its multiprocessor a program needs the latency
-of each section. ``r`` programs on one multiprocessor need at least ``r`` times the busiest thing that they share. The
-programs are dealt to the multiprocessors in waves. The kernel takes the longest of
+of each section. ``r`` programs on one multiprocessor need at least ``r`` times the busiest thing that they share.
+Programs begin in the order of their numbers, each where one has ended. The kernel takes the longest of
 
-- its waves, or its longest program,
+- the time until its last program has ended ("waves"),
 - its matrix FLOPs at the rate that the GPU sustains,
 - its bytes at the bandwidth of the L2 cache,
 - the bytes that are not in the L2 cache at the bandwidth of the memory,
@@ -14,14 +14,17 @@ and the gap in which a graph starts the next kernel comes before it.
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .constants import Chip
 from .walk import Demand
 
 __all__ = ["Estimate", "Kernel", "Path", "Section", "estimate"]
+
+#: The share of the longest program's time from which on a program counts as one of those that fill the GPU.
+_LONG = 0.2
 
 
 @dataclass(frozen=True)
@@ -144,30 +147,27 @@ def estimate(kernel: Kernel, chip: Chip) -> Estimate:
 
 def _waves(kernel: Kernel, chip: Chip) -> tuple[float, str]:
     """Cycles until the last program ends, and what these cycles are spent on."""
+    longest = max(path.cycles(1, chip) for path in kernel.paths)
+    long = [path for path in kernel.paths if path.cycles(1, chip) >= _LONG * longest]
     capacity = int(chip.multiprocessors) * kernel.resident
-    full, rest = divmod(kernel.programs, capacity)
-
-    def together(programs: int) -> int:
-        return math.ceil(programs / chip.multiprocessors)
-
-    begun = full * _mean(kernel.paths, kernel.resident, chip)
-    last = _mean(kernel.paths, together(rest), chip) if rest else 0.0
-    cycles, decisive = begun + last, max(kernel.paths, key=lambda path: path.cycles(1, chip) * path.programs)
-    crowd = kernel.resident if full else together(rest)
-    # A program that takes longer than the others, from the wave in which its turn comes.
-    first = 0
+    full, rest = divmod(sum(path.programs for path in long), capacity)
+    # Long programs share their multiprocessors with each other; in the last wave there may be fewer of them.
+    last = math.ceil(rest / chip.multiprocessors)
+    crowd = kernel.resident if full else last
+    decisive = max(kernel.paths, key=lambda path: path.cycles(crowd, chip) * (path in long))
+    if len(kernel.paths) == 1:
+        (path,) = kernel.paths
+        cycles = full * path.cycles(kernel.resident, chip) + (path.cycles(last, chip) if rest else 0.0)
+        return cycles, _spent(path, crowd, chip)
+    ends, begun, cycles = [0.0] * capacity, 0, 0.0
     for path in kernel.paths:
-        start = (first // capacity) * _mean(kernel.paths, kernel.resident, chip)
-        end = start + path.cycles(crowd if path.programs > chip.multiprocessors else 1, chip)
-        if end > 1.02 * cycles:
-            cycles, decisive = end, path
-        first += path.programs
+        for _ in range(path.programs):
+            end = heapq.heappop(ends) + path.cycles(kernel.resident if begun < full * capacity else max(1, last), chip)
+            heapq.heappush(ends, end)
+            if end > cycles:
+                cycles = end
+            begun += path in long
     return cycles, _spent(decisive, crowd, chip)
-
-
-def _mean(paths: Sequence[Path], together: int, chip: Chip) -> float:
-    programs = sum(path.programs for path in paths)
-    return sum(path.programs * path.cycles(together, chip) for path in paths) / programs
 
 
 def _spent(path: Path, together: int, chip: Chip) -> str:
