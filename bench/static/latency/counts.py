@@ -73,7 +73,11 @@ def counted(launch: Launch, chip: Chip, hits: float, hbm_bytes: float) -> Kernel
         once = walk(loop.body, launch.num_warps, chip, again=True)
         if any(i.name == "LDGSTS" for i in loop.body):
             once = max(once, latency / stages)  # what a step waits for was asked for so many steps before
-        return Section(step.name, once, demand(loop.body, launch.num_warps, chip), step.passes / unrolled)
+        needs = demand(loop.body, launch.num_warps, chip)
+        if any(i.name.startswith("UTMALDG") for i in loop.body):  # whole blocks, whose sizes are not in the code
+            once = max(once, latency / stages)
+            needs = replace(needs, loaded=needs.loaded + step.loads, shared=needs.shared + step.loads / 128)
+        return Section(step.name, once, needs, step.passes / unrolled)
 
     parts = _parts(code, found)
     paths = []
