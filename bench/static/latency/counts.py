@@ -67,9 +67,9 @@ def counted(launch: Launch, chip: Chip, hits: float, hbm_bytes: float) -> Kernel
         return Section(name, walk(part, launch.num_warps, chip), demand(part, launch.num_warps, chip), passes)
 
     def looped(step: _Step, loop: Loop) -> Section:
-        unrolled = 1.0
+        unrolled = 1
         if step.loads and loop.loaded:
-            unrolled = max(1.0, round(chip.lanes * launch.num_warps * loop.loaded / step.loads))
+            unrolled = max(1, round(chip.lanes * launch.num_warps * loop.loaded / step.loads))
         once = walk(loop.body, launch.num_warps, chip, again=True)
         if any(i.name == "LDGSTS" for i in loop.body):
             once = max(once, latency / stages)  # what a step waits for was asked for so many steps before
@@ -77,7 +77,7 @@ def counted(launch: Launch, chip: Chip, hits: float, hbm_bytes: float) -> Kernel
         if any(i.name.startswith("UTMALDG") for i in loop.body):  # whole blocks, whose sizes are not in the code
             once = max(once, latency / stages)
             needs = replace(needs, loaded=needs.loaded + step.loads, shared=needs.shared + step.loads / 128)
-        return Section(step.name, once, needs, step.passes / unrolled)
+        return Section(step.name, once, needs, math.ceil(step.passes / unrolled))
 
     parts = _parts(code, found)
     paths = []
