@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from bench.static.latency import eager
 from bench.static.latency.constants import CHIPS, Chip, chip_of
-from bench.static.latency.library import library_product
 
 from .report import Report
 
@@ -87,5 +87,4 @@ def library_us(report: Report, m: int, n: int, k: int, mode: str) -> float | Non
     chip = _chip(report)
     if chip is None:
         return None
-    by = "float32 on FMA" if mode == "float32" else mode
-    return sum(estimate.microseconds for _, estimate in library_product(m, n, k, by, chip))
+    return eager.library_us(m, n, k, mode, chip)

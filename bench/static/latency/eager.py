@@ -17,7 +17,7 @@ from .constants import Chip
 from .library import library_product, plain_kernel
 from .model import Estimate, Kernel
 
-__all__ = ["eager_estimate", "eager_operations", "eager_us", "products_us"]
+__all__ = ["eager_estimate", "eager_operations", "eager_us", "library_us", "products_us"]
 
 
 @lru_cache
@@ -77,8 +77,10 @@ def eager_us(mode: str, batch: int, chip: Chip, sizes: tuple[int, ...] = SIZES) 
 
 def products_us(mode: str, batch: int, chip: Chip, sizes: tuple[int, ...] = SIZES) -> float:
     """Microseconds of the step's products alone, by a library; ``mode`` float32 as torch computes it."""
-    total = 0.0
-    for op in eager_operations(mode, batch, sizes):
-        if op.product is not None:
-            total += sum(e.microseconds for _, e in library_product(*op.product, _mode_of_products(mode), chip))
-    return total
+    products = [op.product for op in eager_operations(mode, batch, sizes) if op.product is not None]
+    return sum(library_us(*product, mode, chip) for product in products)
+
+
+def library_us(m: int, n: int, k: int, mode: str, chip: Chip) -> float:
+    """Microseconds of one product by a library, with its operands in the L2 cache."""
+    return sum(e.microseconds for _, e in library_product(m, n, k, _mode_of_products(mode), chip))

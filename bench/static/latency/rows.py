@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from tests.ptxsim import Launch
+
 from ..numbers import significant
-from .constants import CHIPS, CONSTANTS
-from .eager import eager_us, products_us
+from .constants import CHIPS, CONSTANTS, Chip
+from .eager import eager_us, library_us, products_us
 from .model import Estimate, Kernel
 from .steps import BATCHES, LATENCY_MODES, recorded, step_estimate
 
@@ -35,7 +37,10 @@ def latency_rows(target: str) -> list[dict[str, Any]]:
                             "floor_us": significant(step.floor),
                             "eager_us": significant(eager_us(mode, batch, chip)),
                             "products_us": significant(products_us(mode, batch, chip)),
-                            "kernels": [_kernel(*found) for found in step.kernels],
+                            "kernels": [
+                                _kernel(*found, _library(launch, mode, chip))
+                                for found, launch in zip(step.kernels, launches, strict=True)
+                            ],
                         }
                     )
     return rows
@@ -46,10 +51,11 @@ def short_name(kernel: str) -> str:
     return kernel.strip("_").removesuffix("_kernel")
 
 
-def _kernel(kernel: Kernel, estimate: Estimate) -> dict[str, Any]:
+def _kernel(kernel: Kernel, estimate: Estimate, library: float | None) -> dict[str, Any]:
     return {
         "kernel": short_name(kernel.name),
         "us": significant(estimate.microseconds),
+        "library_us": None if library is None else significant(library),
         "bound": estimate.bound,
         "programs": kernel.programs,
         "resident": kernel.resident,
@@ -57,6 +63,18 @@ def _kernel(kernel: Kernel, estimate: Estimate) -> dict[str, Any]:
         "terms_us": {name: significant(us) for name, us in estimate.terms.items()},
         **({"note": kernel.note} if kernel.note else {}),
     }
+
+
+def _library(launch: Launch, mode: str, chip: Chip) -> float | None:
+    """Microseconds of the bare products of a launch by a library, one after the other; None where it has none."""
+    a = launch.arguments
+    shapes = {
+        "_linear_fwd_kernel": lambda: [(a["M"], a["N"], a["K"])],
+        "_linear_dgrad_kernel": lambda: [(a["M"], a["K"], a["N"])],
+        "_head_kernel": lambda: [(a["M"], a["C"], a["K"]), (a["M"], a["K"], a["C"])],
+        "_wgrad_update_kernel": lambda: [(layer.N, layer.K, a["M"]) for layer in a["layers"]],
+    }.get(launch.name)
+    return None if shapes is None else sum(library_us(*shape, mode, chip) for shape in shapes())
 
 
 def constant_rows() -> list[dict[str, Any]]:

@@ -46,7 +46,8 @@ _KERNELS = """
 
 "fit" is the number of programs that one multiprocessor holds. The bound says which term decides: the latency or the
 busiest shared unit of a section, or the matrix units, the L2 cache or the memory (HBM) of the whole GPU. Microseconds
-have the gap before the kernel.
+have the gap before the kernel. "library" is the time of the kernel's bare products as cuBLAS-class kernels, one after
+the other, without activations, loss and update.
 """
 
 _CONSTANTS = """
@@ -76,19 +77,9 @@ def latency_text(rows: list[Row], constants: list[Row], detail: str = "H100 SXM"
     text += _ABOVE.format(", ".join(slower)) if slower else _NOWHERE
     if detail in gpus:
         header = (
-            "kernel",
-            "bound",
-            "mode",
-            "batch",
-            "us",
-            "programs",
-            "fit",
-            "waves",
-            "by waves",
-            "matrix",
-            "L2",
+            "kernel", "bound", "mode", "batch", "us", "library", "programs", "fit", "waves", "by waves", "matrix", "L2",
             "HBM",
-        )
+        )  # fmt: skip
         text += _KERNELS.format(detail) + "\n" + table(header, _kernels(rows, detail), left=3)
     names = ("constant", "meaning", "source", "range", "unit", *CHIPS)
     return text + _CONSTANTS + "\n" + table(names, _constants(constants), left=5)
@@ -109,7 +100,7 @@ def _kernels(rows: Iterable[Row], gpu: str) -> Iterable[tuple[object, ...]]:
                 note = f" ({kernel['note']})" if "note" in kernel else ""
                 yield (
                     kernel["kernel"], kernel["bound"] + note, row["mode"], f"{row['batch']:,}", compact(kernel["us"]),
-                    f"{kernel['programs']:,}", kernel["resident"], compact(kernel["waves"]), *terms,
+                    compact(kernel["library_us"]), f"{kernel['programs']:,}", kernel["resident"], compact(kernel["waves"]), *terms,
                 )  # fmt: skip
 
 
