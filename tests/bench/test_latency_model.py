@@ -261,6 +261,7 @@ def row(us: float, eager: float) -> dict[str, Any]:
     one = {
         "kernel": "linear_fwd",
         "us": 3.0,
+        "library_us": 2.0,
         "bound": "L2",
         "programs": 64,
         "resident": 2,

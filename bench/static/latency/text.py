@@ -100,7 +100,8 @@ def _kernels(rows: Iterable[Row], gpu: str) -> Iterable[tuple[object, ...]]:
                 note = f" ({kernel['note']})" if "note" in kernel else ""
                 yield (
                     kernel["kernel"], kernel["bound"] + note, row["mode"], f"{row['batch']:,}", compact(kernel["us"]),
-                    compact(kernel["library_us"]), f"{kernel['programs']:,}", kernel["resident"], compact(kernel["waves"]), *terms,
+                    compact(kernel["library_us"]), f"{kernel['programs']:,}", kernel["resident"],
+                    compact(kernel["waves"]), *terms,
                 )  # fmt: skip
 
 
