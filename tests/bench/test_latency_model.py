@@ -29,8 +29,8 @@ from bench.static.latency.walk import Demand, demand, walk
 H100 = CHIPS["H100 SXM"]
 #: A GPU whose numbers are easy: a cycle is a nanosecond, 10 multiprocessors, no gap.
 EASY = dataclasses.replace(
-    H100, multiprocessors=10, clock=1.0, gap=0.0, sustained=1.0, bandwidth=1e12, hbm_share=1.0, l2_bandwidth=2.0,
-    l2_port=64, barrier=20, shared_latency=30, l2_latency=200, special_latency=40, wgmma_drain=30,
+    H100, multiprocessors=10, clock=1.0, gap=0.0, sustained=1.0, sustained_tf32=1.0, bandwidth=1e12, hbm_share=1.0,
+    l2_bandwidth=2.0, l2_port=64, barrier=20, shared_latency=30, l2_latency=200, special_latency=40, wgmma_drain=30,
 )  # fmt: skip
 
 
@@ -99,6 +99,8 @@ def test_bytes_bound_what_latency_does_not() -> None:
 def test_matrix_units_cannot_exceed_the_rate_that_the_gpu_sustains() -> None:
     products = Section("products", 100.0, Demand(matrix=100))
     throttled = estimate(kernel(10, products), dataclasses.replace(EASY, sustained=0.5))
+    tf32 = dataclasses.replace(kernel(10, products), tf32=True)
+    assert estimate(tf32, dataclasses.replace(EASY, sustained_tf32=0.25)).microseconds == pytest.approx(0.4)
     assert (throttled.microseconds, throttled.bound) == (pytest.approx(0.2), "matrix")
 
 

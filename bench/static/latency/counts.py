@@ -96,7 +96,8 @@ def counted(launch: Launch, chip: Chip, hits: float, hbm_bytes: float) -> Kernel
                 sections.append(section("middle", parts[i + 1]))
         sections.append(section("end", parts[last] if last == len(found) else _halves(parts[last])[0]))
         paths.append(Path(group.programs, tuple(sections), group.name))
-    return Kernel(launch.name, tuple(paths), resident, hbm_bytes, launch.num_warps, note)
+    tf32 = any(i.name.endswith("MMA") and "TF32" in i.modifiers for i in code)
+    return Kernel(launch.name, tuple(paths), resident, hbm_bytes, launch.num_warps, tf32, note)
 
 
 def _code(launch: Launch) -> list[Instruction]:

@@ -87,7 +87,9 @@ def _kernels(
     # One program of a large tile fits a multiprocessor, or two of a small one.
     resident = 1 if rows * cols >= 128 * 128 else 2
     moved = (m * k + n * k) * itemsize * (1 - hits) + m * n * itemsize * (1 - hits)
-    product = Kernel(f"product {rows}x{cols}" + (f" of {splits}" if splits > 1 else ""), (path,), resident, moved)
+    product = Kernel(
+        f"product {rows}x{cols}" + (f" of {splits}" if splits > 1 else ""), (path,), resident, moved, tf32=itemsize == 4
+    )
     found = [(product, estimate(product, chip))]
     if splits > 1:
         found.append(plain_kernel("sum of splits", chip, m * n * (4 * splits + itemsize), 1.0))

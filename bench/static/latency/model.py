@@ -79,6 +79,7 @@ class Kernel:
         resident: programs that fit one multiprocessor.
         hbm_bytes: bytes from and to device memory.
         num_warps: of a program.
+        tf32: whether its products are tf32 products (float32 on MI300X), else of 16 bits.
         note: what the counts leave out; empty if nothing.
     """
 
@@ -87,6 +88,7 @@ class Kernel:
     resident: int
     hbm_bytes: float
     num_warps: int = 4
+    tf32: bool = False
     note: str = ""
 
     @property
@@ -128,10 +130,11 @@ def estimate(kernel: Kernel, chip: Chip) -> Estimate:
     total = Demand()
     for path in kernel.paths:
         total = total.plus(path.demand.times(path.programs))
+    sustained = chip.sustained_tf32 if kernel.tf32 else chip.sustained
     bytes_l2 = total.loaded + total.stored
     terms = {
         "waves": chip.microseconds(waves),
-        "matrix": chip.microseconds(total.matrix / chip.multiprocessors / chip.sustained),
+        "matrix": chip.microseconds(total.matrix / chip.multiprocessors / sustained),
         "L2": bytes_l2 / chip.l2_bandwidth / 1e6,
         "HBM": kernel.hbm_bytes / (chip.bandwidth * chip.hbm_share) * 1e6,
     }
