@@ -20,6 +20,7 @@ from fastmlp import kernels
 from tests.ptxsim.samples.elementwise import k_add
 from tests.support.steps import converted, network, problem
 
+from .estimates import kernel_us, library_us, step_estimate
 from .judging import dtype_of
 from .report import Report
 
@@ -125,7 +126,8 @@ def _step(report: Report, mode: str, batch: int) -> None:
     x = x.to(dtype)
     step = fastmlp.TrainStep(_model(report), lr=0.01, dtype=dtype)
     us = device.chain(lambda: step(x, y), steps)
-    _time(report, f"step {mode} {batch}", us, table="step", who="fastmlp", mode=mode, batch=batch)
+    estimates = step_estimate(report, mode, batch)
+    _time(report, f"step {mode} {batch}", us, table="step", who="fastmlp", mode=mode, batch=batch, **estimates)
     images = problem(device.sizes, batch, uint8=True)[0].to(device.name)
     order = torch.arange(batch, device=device.name).repeat(steps)
     total = device.chain(lambda: step.epoch(images, y, batch, order), 3)
@@ -158,19 +160,20 @@ def _host(report: Report, mode: str, batch: int) -> None:
         _time(report, f"host, {name}, {mode}, batch {batch}", device.host(call, calls), table="facts")
 
 
-def _launches(report: Report, mode: str, batch: int) -> list[tuple[str, Callable[[], object]]]:
-    """(Name with the shape, launch) of every kernel of a step."""
+def _launches(report: Report, mode: str, batch: int) -> list[tuple[str, Callable[[], object], float | None]]:
+    """(Name with the shape, launch, estimated microseconds in a step) of every kernel of a step."""
     device, dtype = report.device, dtype_of(mode)
-    found: list[tuple[str, Callable[[], object]]] = []
+    found: list[tuple[str, Callable[[], object], float | None]] = []
     for kind in ("fwd", "dgrad", "update"):
-        for p in products(kind, batch, dtype, device.name, device.sizes):
-            found.append((f"{kind} {p.rows}x{p.cols} over {p.depth}", p.launch))
+        for number, p in enumerate(products(kind, batch, dtype, device.name, device.sizes)):
+            estimate = kernel_us(report, kind, number, mode, batch)
+            found.append((f"{kind} {p.rows}x{p.cols} over {p.depth}", p.launch, estimate))
     width, classes = device.sizes[-2:]
     h = torch.rand(batch, width, device=device.name).to(dtype)
     w, b = torch.rand(classes, width, device=device.name).to(dtype), torch.zeros(classes, device=device.name).to(dtype)
     y = torch.zeros(batch, dtype=torch.int64, device=device.name)
     head = partial(kernels.head, h, w, b, y, activation="sigmoid", saved=h, scale=1 / batch)
-    return [*found, (f"head {batch}x{classes} over {width}", head)]
+    return [*found, (f"head {batch}x{classes} over {width}", head, kernel_us(report, "head", 0, mode, batch))]
 
 
 def _hot(report: Report, launch: Callable[[], object], batch: int) -> float | None:
@@ -187,10 +190,11 @@ def _hot(report: Report, launch: Callable[[], object], batch: int) -> float | No
 
 
 def _kernels(report: Report, mode: str, batch: int) -> None:
-    for name, launch in _launches(report, mode, batch):
+    for name, launch, estimate in _launches(report, mode, batch):
         hot = _hot(report, launch, batch)
         cold = report.device.cold(launch, min(30, _calls(report, batch)))
-        _time(report, f"{name} {mode}", hot, table="kernels", cold_us=cold, mode=mode, batch=batch)
+        values = {"cold_us": cold, "estimate_us": estimate, "mode": mode, "batch": batch}
+        _time(report, f"{name} {mode}", hot, table="kernels", **values)
 
 
 def _cublas(report: Report, mode: str, batch: int) -> None:
@@ -199,13 +203,15 @@ def _cublas(report: Report, mode: str, batch: int) -> None:
     for k, n in itertools.pairwise(device.sizes):
         x, w, dz = (torch.rand(*shape, device=device.name).to(dtype) for shape in ((batch, k), (n, k), (batch, n)))
         a, dx, dw = torch.empty_like(dz), torch.empty_like(x), torch.empty_like(w)
-        for name, call in (
-            (f"fwd {batch}x{n} over {k}", partial(torch.mm, x, w.t(), out=a)),
-            (f"dgrad {batch}x{k} over {n}", partial(torch.mm, dz, w, out=dx)),
-            (f"wgrad {n}x{k} over {batch}", partial(torch.mm, dz.t(), x, out=dw)),
-            (f"linear with bias {batch}x{n} over {k}", partial(F.linear, x, w, w[:, 0].contiguous())),
+        for name, shape, call in (
+            ("fwd", (batch, n, k), partial(torch.mm, x, w.t(), out=a)),
+            ("dgrad", (batch, k, n), partial(torch.mm, dz, w, out=dx)),
+            ("wgrad", (n, k, batch), partial(torch.mm, dz.t(), x, out=dw)),
+            ("linear with bias", (batch, n, k), partial(F.linear, x, w, w[:, 0].contiguous())),
         ):
-            _time(report, f"cuBLAS {name} {mode}", _hot(report, call, batch), table="cublas", mode=mode, batch=batch)
+            what = f"cuBLAS {name} {shape[0]}x{shape[1]} over {shape[2]} {mode}"
+            values = {"estimate_us": library_us(report, *shape, mode), "mode": mode, "batch": batch}
+            _time(report, what, _hot(report, call, batch), table="cublas", **values)
 
 
 def _rival(report: Report, name: str, mode: str, batch: int) -> None:

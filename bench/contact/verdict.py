@@ -8,27 +8,10 @@ from typing import Any
 
 from .document import BAD
 
-__all__ = ["LENGTH", "PREDICTED", "verdict"]
+__all__ = ["LENGTH", "verdict"]
 
 LENGTH = 10_000
 _BAD_LINES, _LINE = 40, 160
-
-#: Microseconds of a step on an H100 that were expected from the code, by batch and mode: fastmlp's, and those of eager
-#: PyTorch in one graph. They are estimates, not measurements.
-PREDICTED = {
-    (64, "float32"): ("35", "90-105"),
-    (64, "tf32"): ("26", "80-95"),
-    (64, "bfloat16"): ("24", "105-120"),
-    (512, "float32"): ("50-59", "125"),
-    (512, "tf32"): ("40-46", "88"),
-    (512, "bfloat16"): ("28", "107"),
-    (4096, "float32"): ("390", "345"),
-    (4096, "tf32"): ("132", "127"),
-    (4096, "bfloat16"): ("50-60", "128"),
-    (65536, "float32"): ("4,400", "5,100"),
-    (65536, "tf32"): ("2,300", "1,600"),
-    (65536, "bfloat16"): ("1,100", "1,100"),
-}
 
 Item = dict[str, Any]
 
@@ -121,17 +104,46 @@ def _times(items: list[Item]) -> list[str]:
     rows = list(dict.fromkeys((item["mode"], item["batch"]) for item in steps))
     lines = []
     if steps:
-        lines.append("microseconds per step, chains of steps; predicted for an H100: fastmlp / eager in a graph")
-        lines.append(f"{'mode':<9}{'batch':>6}" + "".join(f"{_short(name):>11}" for name in columns) + "  predicted")
+        whose = next((item["estimate_of"] for item in steps if "estimate_of" in item), "none for this device")
+        whose = whose.partition(", batch")[0]
+        lines.append(
+            f"microseconds per step, chains of steps; estimates are of the latency model (never measured): {whose}"
+        )
+        header = "".join(f"{_short(name):>11}" for name in columns)
+        lines.append(f"{'mode':<9}{'batch':>6}{header}{'est. fm':>11}{'est. eager':>11}{'fm / est.':>10}")
     for mode, batch in rows:
-        found = {item["who"]: item["us"] for item in steps if (item["mode"], item["batch"]) == (mode, batch)}
+        own = [item for item in steps if (item["mode"], item["batch"]) == (mode, batch)]
+        found = {item["who"]: item["us"] for item in own}
         cells = "".join(f"{_us(found.get(name)):>11}" for name in columns)
-        lines.append(f"{mode:<9}{batch:>6}{cells}  {' / '.join(PREDICTED.get((batch, mode), ('-', '-')))}")
+        estimates: Item = next((item for item in own if "estimate_us" in item), {})
+        theirs = "".join(f"{_us(estimates.get(key)):>11}" for key in ("estimate_us", "estimate_eager_us"))
+        ratio = _ratio(found.get("fastmlp"), estimates.get("estimate_us"))
+        lines.append(f"{mode:<9}{batch:>6}{cells}{theirs}{ratio:>10}")
+    lines += _kernels(items)
     for table, title in (("alternatives", "alternatives: microseconds"), ("facts", "other times and rates")):
         own = [item for item in items if item.get("table") == table]
         if own:
             lines += ["", title]
         lines += [f"{item['name']}: {item.get('text') or _us(item.get('us'))}"[:_LINE] for item in own]
+    return lines
+
+
+def _ratio(measured: Any, estimated: Any) -> str:
+    ratio = _number(measured) / _number(estimated) if _number(estimated) else math.nan
+    return "-" if math.isnan(ratio) else f"{ratio:.2f}"
+
+
+def _kernels(items: list[Item]) -> list[str]:
+    """A line per mode and batch: measured / estimated microseconds of each kernel."""
+    own = [item for item in items if item.get("table") == "kernels" and item.get("us") is not None]
+    lines = ["", "kernels among others of their kind in a graph: measured / estimated microseconds"] if own else []
+    for mode, batch in dict.fromkeys((item["mode"], item["batch"]) for item in own):
+        cells = [
+            f"{item['name'].removesuffix(mode).strip()} {_us(item['us'])}/{_us(item.get('estimate_us'))}"
+            for item in own
+            if (item["mode"], item["batch"]) == (mode, batch)
+        ]
+        lines.append(f"{mode} {batch}: {'; '.join(cells)}"[: 2 * _LINE])
     return lines
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import click
 
+from .latency.command import latency
+
 RESULTS = Path(__file__).parent.parent / "results" / "static"
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -20,12 +22,15 @@ RESULTS = Path(__file__).parent.parent / "results" / "static"
     help="Folder for static.json and STATIC.md.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count() or 1, show_default=True, help="Processes.")
-def main(output: Path, jobs: int) -> None:
+@click.pass_context
+def main(context: click.Context, output: Path, jobs: int) -> None:
     """Compile every kernel for every target, execute a part of them, and report what they cost.
 
-    It needs no GPU. The first run takes a quarter of an hour or more on two cores. Triton's cache keeps the compiled
+    It needs no GPU. The first run takes half an hour or more on two cores. Triton's cache keeps the compiled
     kernels.
     """
+    if context.invoked_subcommand is not None:
+        return
     from .report import collect, write
 
     begin = time.perf_counter()
@@ -33,6 +38,8 @@ def main(output: Path, jobs: int) -> None:
     for path in write(report, output):
         click.echo(f"wrote {path}")
 
+
+main.add_command(latency)
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,9 @@ from typing import Any
 from .findings import LIMITS
 from .gpus import GPUS
 from .instructions import GROUPS
+from .latency.text import latency_text
 from .numbers import bytes_text, compact
+from .tables import table
 from .workloads import WORKLOADS
 
 __all__ = ["markdown", "table"]
@@ -83,14 +85,6 @@ backend. These are the rates and bandwidths (dense, boost clock):
 """
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
-    """A Markdown table; the first ``left`` columns are aligned left, the others right."""
-    lines = ["| " + " | ".join(header) + " |"]
-    lines.append("|" + "|".join(["---"] * left + ["---:"] * (len(header) - left)) + "|")
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
 def markdown(report: dict[str, Any]) -> str:
     """The whole report."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
@@ -99,6 +93,7 @@ def markdown(report: dict[str, Any]) -> str:
         _findings(report["findings"]),
         _steps(report["steps"]),
         _step_execution(report["step_execution"]),
+        latency_text(report.get("latency", []), report.get("constants", [])),
         _rooflines(report["machine"]),
         _execution(report["execution"]),
         _numerics(report["numerics"]),

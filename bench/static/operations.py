@@ -9,7 +9,7 @@ FLOPs of products are those of torch.utils.flop_counter.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,10 +34,21 @@ _NO_KERNEL = {
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation that counts as one kernel, such as aten.addmm."""
+    """An operation that counts as one kernel.
+
+    Attributes:
+        name: such as aten.addmm.
+        work: FLOPs and compulsory bytes.
+        product: (M, N, K) of a matrix product, else None.
+        itemsize: bytes of an element of its first tensor.
+        tensors: the memory that it touches, by identity of the storage: bytes.
+    """
 
     name: str
     work: Work
+    product: tuple[int, int, int] | None = None
+    itemsize: int = 4
+    tensors: dict[int, int] = field(default_factory=dict, compare=False)
 
 
 class OperationCounter(TorchDispatchMode):
@@ -57,7 +68,20 @@ class OperationCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         packet = func.overloadpacket
         if func.namespace == "aten" and not func.is_view and packet not in _NO_KERNEL:
-            self.operations.append(Operation(f"aten.{packet.__name__}", _work(func, args, kwargs, result)))
+            tensors = _tensors((args, kwargs, result))
+            product = None
+            if packet in (_aten.mm, _aten.addmm):
+                (m, k), n = args[-2].shape, args[-1].shape[1]
+                product = m, n, k
+            self.operations.append(
+                Operation(
+                    f"aten.{packet.__name__}",
+                    _work(func, args, kwargs, result),
+                    product,
+                    args[-1].element_size() if product else tensors[0].element_size() if tensors else 4,
+                    {t.untyped_storage()._cdata: touched(t) for t in tensors},
+                )
+            )
         return result
 
 

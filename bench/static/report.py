@@ -19,6 +19,7 @@ from tests.compile.targets import TARGETS
 from .execution import EXECUTED_TARGETS, execution_rows, step_execution_rows
 from .findings import findings
 from .gpus import GPUS
+from .latency.rows import LATENCY_TARGETS, constant_rows, latency_rows
 from .machine import machine_rows
 from .markdown import markdown
 from .numerics import NUMERICS_MODES, numerics_rows
@@ -26,7 +27,7 @@ from .steps import STEP_TARGETS, step_rows
 
 __all__ = ["collect", "dump", "write"]
 
-SECTIONS = ("machine", "execution", "steps", "step_execution", "numerics")
+SECTIONS = ("machine", "execution", "steps", "step_execution", "latency", "numerics")
 EXECUTED_MODES = ("float32", "bfloat16", "tf32")
 
 Part = tuple[str, Callable[..., list[dict[str, Any]]], tuple[str, ...]]
@@ -37,6 +38,7 @@ def parts() -> list[Part]:
     return [
         *(("execution", execution_rows, (target, mode)) for mode in EXECUTED_MODES for target in EXECUTED_TARGETS),
         *(("steps", step_rows, (target,)) for target in STEP_TARGETS),
+        *(("latency", latency_rows, (target,)) for target in LATENCY_TARGETS),
         ("step_execution", step_execution_rows, ("sm_80",)),
         *(("machine", machine_rows, (target,)) for target in TARGETS),
         *(("numerics", numerics_rows, (mode,)) for mode in NUMERICS_MODES),
@@ -65,6 +67,7 @@ def collect(jobs: int, progress: Callable[[str], None], chosen: Iterable[Part] |
         sections[section] += found[i]
     return {
         "versions": {name: version(name).split("+")[0] for name in ("torch", "triton")},
+        "constants": constant_rows(),
         "gpus": {name: asdict(gpu) for name, gpu in GPUS.items()},
         "findings": [asdict(f) for f in findings(sections["machine"], sections["execution"], sections["numerics"])],
         **sections,

@@ -159,14 +159,22 @@ def test_the_verdict_has_at_most_ten_thousand_characters() -> None:
     assert "... cut" in text
 
 
-def test_a_verdict_shows_times_beside_the_prediction_only_if_they_were_taken() -> None:
+def test_a_verdict_shows_times_beside_the_estimates_only_if_they_were_taken() -> None:
     step = {"stage": "3", "unit": "u", "status": "info", "table": "step", "mode": "bfloat16", "batch": 64}
-    items = [{**step, "name": "a", "who": "fastmlp", "us": 12.25}, {**step, "name": "b", "who": "eager", "us": None}]
+    of = {"estimate_us": 12.5, "estimate_eager_us": 105.0, "estimate_of": "H100 SXM, batch 64; never measured"}
+    items = [
+        {**step, "name": "a", "who": "fastmlp", "us": 12.25, **of}, {**step, "name": "b", "who": "eager", "us": None},
+        {**step, "table": "kernels", "name": "fwd 64x512 over 784 bfloat16", "us": 3.0, "estimate_us": 4.5},
+    ]  # fmt: skip
     text = verdict({"rehearsal": False, "stages": {"3": {"status": "ok"}}, "items": items})
     assert text.startswith("OK")
     assert [line.split() for line in text.splitlines() if line.startswith("bfloat16")] == [
-        ["bfloat16", "64", "12.2", "24", "/", "105-120"]
+        ["bfloat16", "64", "12.2", "12.5", "105.0", "0.98"],
+        ["bfloat16", "64:", "fwd", "64x512", "over", "784", "3.0/4.5"],
     ]
+    assert "never measured" in text
+    assert "H100 SXM" in text
+    del items[0]["estimate_us"]
     assert "12.2" not in verdict({"rehearsal": True, "stages": {}, "items": items})
 
 
