@@ -51,7 +51,7 @@ def mark_overflow(g, mask, overflow_ptr):
         tl.atomic_or(overflow_ptr, 1, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit
 def _before_update_kernel(
     hyper_ptr, squares_ptr, factor_ptr, loss_scale, count_ptr, decays_ptr, row_ptr, blocks,
     OPTIMIZER: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -104,7 +104,8 @@ def before_update(
     Args:
         optimizer, hyper_row: the rule, and its settings for this step.
         factor: 0-d float32, an output: what the update multiplies the gradients by.
-        squares: float32, the sum of the squares of each block of gradients, which are then clipped.
+        squares: float32, the sum of the squares of each block of gradients, which are then clipped. A length that is a
+            multiple of 16, the rest zeros, is read 16 bytes at a time.
         loss_scale: of float16. ``scaled`` says whether the gradients still have to be divided by it; they are not
             clipped then.
         count: int32, 0-d: the number of updates so far. ``decays``, float64, are the rule's numbers whose powers the

@@ -381,7 +381,7 @@ def reduce_update(
     Args:
         skip: 0-d int32: nothing is updated unless it is 0.
         grads: float32, as long as ``layout.total``: g, or what is there plus g if ``accumulate``.
-        squares: float32 [layout.total / SEGMENT]: the sum of the squares of each segment of g.
+        squares: float32, layout.total / SEGMENT or more: the sum of the squares of each segment of g.
         overflow: 0-d int32: becomes 1 where g has an infinity or NaN, else it stays as it is.
     """
     _reduce_update_kernel[(layout.total // SEGMENT,)](

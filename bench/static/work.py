@@ -185,9 +185,29 @@ def _reduce_update(a: Arguments, grid: tuple[int, ...]) -> Work:
     reduction = Work(vector_flops=(splits - 1) * params, read=splits * 4 * params, outputs=params)
     if a["OPTIMIZER"] == "none":
         again = 4 * params if a["ACCUMULATE"] else 0
-        return replace(reduction, read=reduction.read + again, written=4 * params)
+        stored = 0 if a["grad_ptr"] is None else 4 * params
+        squares = a["squares_ptr"]
+        return replace(
+            reduction,
+            vector_flops=reduction.vector_flops + (0 if squares is None else 2 * params),
+            read=reduction.read + again,
+            written=stored + touched(squares),
+        )
     copies = touched(*(of.low_ptr for of in a["parameters"]))
     return _plus(reduction, _update(a, params, copies), params)
+
+
+def _before_update(a: Arguments, grid: tuple[int, ...]) -> Work:
+    state = a["loss_scale"]
+    numbers = [] if state is None else [state.scale, state.inverse, state.good_steps, state.overflow]
+    return Work(
+        vector_flops=a["blocks"],
+        read=touched(a["hyper_ptr"], a["squares_ptr"], a["count_ptr"], a["decays_ptr"], *numbers),
+        written=touched(
+            a["factor_ptr"], a["count_ptr"], a["row_ptr"], *numbers, *([] if state is None else [state.skip])
+        ),
+        outputs=1,
+    )
 
 
 def _head(a: Arguments, grid: tuple[int, ...]) -> Work:
@@ -245,7 +265,7 @@ def _softmax_squared_error(a: Arguments, grid: tuple[int, ...]) -> Work:
     classes = a["z_ptr"].numel()
     return Work(
         vector_flops=(_SOFTMAX_LOSS + 3 + (4 if a["dz_ptr"] is not None else 0)) * classes,
-        read=touched(a["z_ptr"], a["y_ptr"], a["g_ptr"]),
+        read=touched(a["z_ptr"], a["rows_ptr"], a["g_ptr"]) + _rows_of(a["y_ptr"], a["rows_ptr"]),
         written=touched(a["loss_ptr"], a["dz_ptr"], a["dy_ptr"]),
         outputs=classes,
     )
@@ -255,7 +275,7 @@ def _elementwise_loss(a: Arguments, grid: tuple[int, ...]) -> Work:
     results = [a[n] for n in ("loss_ptr", "partial_ptr", "da_ptr", "dy_ptr") if a[n] is not None]
     return Work(
         vector_flops=3 * len(results) * a["total"],
-        read=touched(a["a_ptr"], a["y_ptr"], a["g_ptr"]),
+        read=touched(a["a_ptr"], a["rows_ptr"], a["g_ptr"]) + _rows_of(a["y_ptr"], a["rows_ptr"]),
         written=touched(*results),
         outputs=a["total"],
     )
@@ -285,6 +305,7 @@ WORK: dict[str, Callable[[Arguments, tuple[int, ...]], Work]] = {
     "_wgrad_reduce_kernel": _wgrad_reduce,
     "_wgrad_update_kernel": _wgrad_update,
     "_reduce_update_kernel": _reduce_update,
+    "_before_update_kernel": _before_update,
     "_head_kernel": _head,
     "_cross_entropy_kernel": _cross_entropy,
     "_reduce_kernel": _reduce,

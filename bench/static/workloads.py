@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastmlp import kernels
-from fastmlp.kernels.layout import Layer, Layout
+from fastmlp.kernels.before_update import LossScaleState, before_update
+from fastmlp.kernels.configs import cdiv
+from fastmlp.kernels.layout import SEGMENT, Layer, Layout
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
 from fastmlp.kernels.wgrad_update import wgrad_update
 
@@ -20,6 +22,8 @@ from .gpus import MODES
 __all__ = ["BATCHES", "HYPER_ROW", "SIZES", "WORKLOADS", "Workload", "draw", "float32_precision"]
 
 SIZES = (784, 512, 512, 10)
+#: Segments of all parameters in flat buffers.
+_BLOCKS = sum(cdiv(n * k, SEGMENT) + cdiv(n, SEGMENT) for k, n in pairwise(SIZES))
 BATCHES = (64, 4096)
 #: The row of numbers that the update kernels read: SGD's learning rate, and no weight decay.
 HYPER_ROW = (0.1, *[0.0] * (HYPER_COLUMNS - 1))
@@ -114,6 +118,22 @@ def _wgrad_update(m: int, dtype: torch.dtype) -> object:
     return layout
 
 
+def _before_update(m: int, dtype: torch.dtype) -> object:
+    """float16's loss scale, clipping and AdamW's count at once, the most there is; batch and dtype change nothing."""
+    scale, factor, integers = torch.tensor(2.0**15), torch.zeros(()), torch.zeros(4, dtype=torch.int32)
+    overflow, skip, good_steps, count = integers.unbind()
+    return before_update(
+        "adamw",
+        torch.tensor(HYPER_ROW),
+        factor,
+        squares=draw(_BLOCKS).abs(),
+        loss_scale=LossScaleState(scale, 1 / scale, good_steps, overflow, skip, 2000, 2.0, 0.5, 1.0),
+        count=count,
+        decays=torch.tensor((0.9, 0.999), dtype=torch.float64),
+        counted_row=torch.zeros(HYPER_COLUMNS),
+    )
+
+
 def _activation_bwd(m: int, dtype: torch.dtype) -> object:
     return kernels.activation_bwd(draw(m, 512, dtype=dtype), torch.sigmoid(draw(m, 512, seed=1)).to(dtype), "sigmoid")
 
@@ -162,6 +182,7 @@ WORKLOADS = {
         Workload("linear_wgrad", "[M, 512]^T x [M, 784]", _linear_wgrad, gemm=True),
         Workload("head", "[M, 512] x [10, 512]^T, loss, dZ, dZ below", _head, gemm=True),
         Workload("wgrad_update", "all layers of 784-512-512-10, SGD", _wgrad_update, gemm=True),
+        Workload("before_update", "float16, clipped, AdamW, all layers of 784-512-512-10", _before_update),
         Workload("activation_bwd", "[M, 512], sigmoid", _activation_bwd),
         Workload("cross_entropy", "[M, 10], loss and dZ", _cross_entropy),
         Workload("cross_entropy_fwd", "[M, 10], mean", _cross_entropy_fwd),

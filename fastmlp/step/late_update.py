@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.before_update import LossScaleState, before_update
+from ..kernels.configs import cdiv
 from ..kernels.layout import SEGMENT, Layout
 from ..kernels.optimizer import HYPER_COLUMNS
 from ..kernels.wgrad_update import reduce_update
@@ -34,7 +35,7 @@ class LateUpdate:
         self._factor = torch.empty((), dtype=torch.float32, device=device)
         self.squares: Tensor | None = None
         if rule.max_grad_norm is not None:
-            self.squares = torch.empty(layout.total // SEGMENT, dtype=torch.float32, device=device)
+            self.squares = torch.zeros(cdiv(layout.total // SEGMENT, 16) * 16, dtype=torch.float32, device=device)
         self.overflow: Tensor | None = None
         self.count: Tensor | None = None
         self._skip: Tensor | None = None

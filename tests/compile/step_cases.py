@@ -137,7 +137,7 @@ def _before(optimizer: str, *, clips: bool, scales: bool) -> Launcher:
         number, integer = torch.zeros(()), torch.zeros((), dtype=torch.int32)
         counts = scales and optimizer == "adamw"
         return before_update(
-            optimizer, torch.zeros(HYPER_COLUMNS), number, squares=torch.zeros(660) if clips else None,
+            optimizer, torch.zeros(HYPER_COLUMNS), number, squares=torch.zeros(656) if clips else None,
             loss_scale=LossScaleState(number, number, *[integer] * 3, 2000, 2.0, 0.5, 1.0) if scales else None,
             scaled=scales and not clips, count=integer if counts else None,
             decays=torch.zeros(2, dtype=torch.float64) if counts else None,
@@ -199,6 +199,6 @@ KERNELS = {
             "clip-scale-adamw": _before("adamw", clips=True, scales=True),
         },
         force=lambda tile: nullcontext(),
-        aligned=lambda variant, dtype, tile: False,  # any number of blocks, which neighbouring lanes read
+        aligned=lambda variant, dtype, tile: True,
     ),
 }
