@@ -220,7 +220,8 @@ _NARROW_NVIDIA: tuple[tuple[Tile, ...], tuple[Tile, ...]] = (
 )
 _NARROW_TILES = {
     "mma": _NARROW_NVIDIA,
-    "wgmma": _NARROW_NVIDIA,
+    # Eight warps of wgmma compute two of the three products of a block of 64 rows twice.
+    "wgmma": ((Tile(128, 64, 16, 8, 4), *_NARROW_NVIDIA[0][1:]), _NARROW_NVIDIA[1]),
     "tcgen05": _NARROW_NVIDIA,
     "fma": (_TILES["fma"][0][1:], _TILES["fma"][1][2:]),
     "hip": (_TILES["hip"][0], _TILES["hip"][1][2:]),
@@ -354,7 +355,15 @@ def _slices(device: Device) -> bool:
 
 
 def fit(tile: Tile, itemsize: int, device: Device) -> Tile | None:
-    """``tile`` with as many of its stages as fit the device's shared memory, or None if not even one does."""
+    """``tile`` with as many of its stages as fit the device's shared memory, or None if not even one does.
+
+    An instruction of AMD's CDNA multiplies 32 x 32, or 16 x 16 where the block is smaller. With more warps than the
+    block has such pieces, several warps compute the same one.
+    """
+    if str(device.arch).startswith("gfx9"):
+        side = 32 if min(tile.rows, tile.cols) >= 32 else 16
+        pieces = tile.rows // side * (tile.cols // side) * tile.slices
+        tile = tile._replace(num_warps=min(tile.num_warps, pieces))
     stage = (tile.rows + tile.cols) * tile.depth * itemsize
     stages = min(tile.num_stages, device.shared_limit // stage)
     return tile._replace(num_stages=stages) if stages >= 1 else None
