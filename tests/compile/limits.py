@@ -157,6 +157,13 @@ EXCEPTIONS: tuple[LimitException, ...] = (
     ),
     LimitException(
         "few warps",
+        "sm_*/linear_[fd]*/*/[13][26]x*x[125]??-4w*",
+        "sm_80/linear_fwd/float32/16x32x256-4w3s/sigmoid",
+        "tiles in slices are those of small batches, which have about one program for each multiprocessor; the shared "
+        "memory of others holds its deep blocks",
+    ),
+    LimitException(
+        "few warps",
         "gfx9*/head/*",
         "gfx942/head/float16/64x50x512/pixels-gather",
         "with more than 32 classes the slices of both operands take more than half of the 64 KiB of shared memory",
