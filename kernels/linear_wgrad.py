@@ -174,7 +174,7 @@ def linear_wgrad(
     tile = gemm_tile("wgrad", N, K, M, dz.dtype, device, wide=loads_wide(dz, x))
     sum_programs = cdiv(N, SUM_COLS) if bias else 0
     programs = cdiv(N, tile.rows) * cdiv(K, tile.cols) + sum_programs
-    n_splits = splits("wgrad", tile, ((N, K),), M, dz.dtype, device)
+    n_splits = splits("wgrad", tile, ((N, K),), M, dz.dtype, device, beside=sum_programs)
     m_per_split = cdiv(cdiv(M, tile.depth), n_splits) * tile.depth
     n_splits = max(1, cdiv(M, m_per_split)) if M else 1
     total = N * K + (N if bias else 0)

@@ -24,6 +24,7 @@ Bytes of a step: reads dZ_l, A_{l-1} and the sums of dZ_l's rows; reads and writ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -263,13 +264,14 @@ def _reduce_update_kernel(
         )  # fmt: skip
 
 
-def _plan(layout: Layout, m: int, dtype: torch.dtype, wide: bool) -> tuple[Tile, int, int]:
-    """(tile, splits, samples a split) for all layers together."""
+def _plan(layout: Layout, m: int, dtype: torch.dtype, *, wide: bool, summed: bool) -> tuple[Tile, int, int]:
+    """(tile, splits, samples a split) for all layers together. Without sums, db takes as long as a tile."""
     device = current_device()
     shapes = tuple((layer.N, layer.K) for layer in layout.of_layers)
     n, k = max(shapes, key=lambda shape: shape[0] * shape[1])
-    tile = gemm_tile("update", n, k, m, dtype, device, wide=wide, layers=shapes)
-    n_splits = splits("update", tile, shapes, m, dtype, device)
+    beside = 0 if summed else sum(cdiv(layer.N, SUM_COLS) for layer in layout.of_layers if layer.b_segment >= 0)
+    tile = gemm_tile("update", n, k, m, dtype, device, wide=wide, layers=shapes, beside=beside)
+    n_splits = splits("update", tile, shapes, m, dtype, device, beside=beside)
     m_per_split = cdiv(cdiv(m, tile.depth), n_splits) * tile.depth
     return tile, max(1, cdiv(m, m_per_split)), m_per_split
 
@@ -277,9 +279,10 @@ def _plan(layout: Layout, m: int, dtype: torch.dtype, wide: bool) -> tuple[Tile,
 def workspace(layout: Layout, m: int, dtype: torch.dtype, device: torch.device, *, direct: bool) -> Tensor | None:
     """The partial sums' buffer for batches of ``m``; None where the update is ``direct`` and the batch not split.
 
-    The buffer suffices for operands of any alignment.
+    The buffer suffices for operands of any alignment, with and without sums.
     """
-    n_splits = max(_plan(layout, m, dtype, wide)[1] for wide in (True, False))
+    ways = product((True, False), repeat=2)
+    n_splits = max(_plan(layout, m, dtype, wide=wide, summed=summed)[1] for wide, summed in ways)
     if n_splits == 1 and direct:
         return None
     return torch.empty((n_splits, layout.total), dtype=torch.float32, device=device)
@@ -313,15 +316,16 @@ def wgrad_update(
     """
     m = dzs[0].shape[0]
     dtype = dzs[0].dtype
-    tile, n_splits, m_per_split = _plan(layout, m, dtype, loads_wide(*dzs, *xs))
+    made = next((of.values for of in sums if of is not None), None)
+    if any(of is None and layer.b_segment >= 0 for of, layer in zip(sums, layout.of_layers, strict=False)):
+        made = None
+    wide = loads_wide(*dzs, *xs)
+    tile, n_splits, m_per_split = _plan(layout, m, dtype, wide=wide, summed=made is not None)
     direct = n_splits == 1 and hyper.optimizer != "none"
     if not direct and partial is None:
         partial = torch.empty((n_splits, layout.total), dtype=torch.float32, device=dzs[0].device)
     if rows is not None:
         rows = rows.contiguous()
-    made = next((of.values for of in sums if of is not None), None)
-    if any(of is None and layer.b_segment >= 0 for of, layer in zip(sums, layout.of_layers, strict=False)):
-        made = None
     operands, added, tiles, sum_programs = [], [], 0, 0
     for i, (layer, dz, x) in enumerate(zip(layout.of_layers, dzs, xs, strict=True)):
         operands.append(_Operands(dz, x, dz.stride(0), x.stride(0), tiles))

@@ -81,6 +81,11 @@ EXCEPTIONS: tuple[LimitException, ...] = (
         "AMD's loads are masked value by value unless C is a multiple of 16; lanes still cover whole lines together",
     ),
     _narrow(
+        "*/wgrad_update/*-2w*",
+        "sm_90/wgrad_update/float32/16x32x32-2w4s/sgd",
+        "128 elements of a bias are two per thread of two warps, which reads them one by one; a warp loads whole lines",
+    ),
+    _narrow(
         "*/softmax_squared_error*",
         "sm_80/softmax_squared_error/float32/64x100/labels",
         "rows whose length is no multiple of 16 are not known to be aligned; this loss is for the few classes of the "
