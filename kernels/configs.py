@@ -14,7 +14,7 @@ asynchronous copy is that small. These operands get smaller blocks, for which th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from .device import Device
+from .launch import forget
 from .tuned import read_table, tuned_tile
 
 __all__ = [
     "GEMM_KINDS",
     "Tile",
+    "TileRule",
     "all_tiles",
     "cdiv",
     "gemm_tile",
@@ -38,6 +40,10 @@ __all__ = [
 
 #: fwd: A [M, N] over K.  dgrad: dX [M, K] over N.  wgrad: dW [N, K] over M.  update: wgrad with the optimizer behind.
 GEMM_KINDS = ("fwd", "dgrad", "wgrad", "update")
+
+
+#: ``gemm_tile``, or what a test or the tuner puts in its place.
+TileRule = Callable[..., "Tile"]
 
 
 class Tile(NamedTuple):
@@ -303,3 +309,4 @@ def use_new_table() -> None:
     """Read the tables of measured tiles again; launches from now on use what they say."""
     read_table.cache_clear()
     gemm_tile.cache_clear()
+    forget()

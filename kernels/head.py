@@ -32,6 +32,7 @@ from torch import Tensor
 from .activations import activation_grad
 from .configs import cdiv
 from .device import Device, current_device, input_precision
+from .launch import Call, call, remembered
 from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
 from .tiling import accumulated, accumulator, dot
 
@@ -183,6 +184,37 @@ def _tile(M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: boo
     return _HeadTile(rows, classes, slices, depth, cols, splits, num_warps, num_stages)
 
 
+@remembered
+def _launch(
+    h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: Tensor | None, class_weight: Tensor | None,
+    saved: Tensor | None, scale_ptr: Tensor | None,
+    loss: Tensor, dz: Tensor, dz_prev: Tensor | None, logits: Tensor | None, correct: Tensor | None,
+    scale: float, smoothing: float,
+    ignore_index: int, activation: str, smooth: bool, gather_h: bool,
+) -> Call:  # fmt: skip
+    M = dz.shape[0]
+    C, K = weight.shape
+    device = current_device()
+    aligned = K % 16 == 0 and all(t.stride(1) == 1 and t.stride(0) % 16 == 0 for t in (h, weight))
+    tile = _tile(M, C, K, weight.element_size(), aligned, dz_prev is not None, device)
+    return call(
+        _head_kernel, (cdiv(M, tile.rows) * tile.splits,),
+        h, weight, bias, target, rows, class_weight, saved, scale_ptr,
+        loss, dz, dz_prev, logits, correct,
+        scale, smoothing, ignore_index,
+        M, C, K,
+        h.stride(0), h.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
+        target.stride(0), 0 if class_weight is None else class_weight.stride(0),
+        *((0, 0) if saved is None else saved.stride()),
+        ACTIVATION=activation, SMOOTH=smooth, GATHER_H=gather_h, PIXELS=h.dtype == torch.uint8,
+        EVEN_K=K % (tile.slices * tile.depth) == 0, EVEN_COLS=K % tile.cols == 0,
+        INPUT_PRECISION=input_precision(device, weight.dtype),
+        BLOCK_M=tile.rows, BLOCK_C=tile.classes, SLICES=tile.slices, DEPTH=tile.depth,
+        COLS=tile.cols, SPLITS=tile.splits,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
 def head(
     h: Tensor,
     weight: Tensor,
@@ -229,23 +261,10 @@ def head(
         dz_prev = torch.empty((M, K), dtype=weight.dtype, device=h.device)
     if M == 0:
         return loss, dz, dz_prev
-    device = current_device()
-    aligned = K % 16 == 0 and all(t.stride(1) == 1 and t.stride(0) % 16 == 0 for t in (h, weight))
-    tile = _tile(M, C, K, weight.element_size(), aligned, dz_prev is not None, device)
     scale_ptr, scale = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
-    _head_kernel[(cdiv(M, tile.rows) * tile.splits,)](
-        h, weight, bias, target, rows, class_weight, saved, scale_ptr,
-        loss, dz, dz_prev, logits, correct,
-        scale, float(smoothing), ignore_index,
-        M, C, K,
-        h.stride(0), h.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
-        target.stride(0), 0 if class_weight is None else class_weight.stride(0),
-        *((0, 0) if saved is None else saved.stride()),
-        ACTIVATION=activation, SMOOTH=smoothing != 0.0, GATHER_H=gather_h, PIXELS=h.dtype == torch.uint8,
-        EVEN_K=K % (tile.slices * tile.depth) == 0, EVEN_COLS=K % tile.cols == 0,
-        INPUT_PRECISION=input_precision(device, weight.dtype),
-        BLOCK_M=tile.rows, BLOCK_C=tile.classes, SLICES=tile.slices, DEPTH=tile.depth,
-        COLS=tile.cols, SPLITS=tile.splits,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    _launch(
+        (h, weight, bias, target, rows, class_weight, saved, scale_ptr, loss, dz, dz_prev, logits, correct),
+        (ignore_index, activation, smoothing != 0.0, gather_h),
+        (scale, float(smoothing)),
+    )
     return loss, dz, dz_prev

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activation_grad
-from .configs import cdiv, gemm_tile, loads_wide
+from .configs import TileRule, cdiv, gemm_tile, loads_wide
 from .device import current_device, input_precision
+from .launch import Call, call, remembered
 from .tiling import EPILOGUE_SIZE, accumulated, accumulator, dot, grouped_tile, halves
 
 __all__ = ["linear_dgrad"]
@@ -85,6 +86,28 @@ def _store_dx(acc, saved_ptr, dx_ptr, offs_m, first_k, M, K, ACTIVATION: tl.cons
         tl.store(dx_ptr + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
 
 
+def plan(
+    dz: Tensor, weight: Tensor, saved: Tensor | None, dx: Tensor, activation: str, gemm_tile: TileRule
+) -> Call:  # fmt: skip
+    """What ``linear_dgrad`` launches."""
+    M = dz.shape[0]
+    N, K = weight.shape
+    device = current_device()
+    tile = gemm_tile("dgrad", M, K, N, weight.dtype, device, wide=loads_wide(dz, weight))
+    return call(
+        _linear_dgrad_kernel, (cdiv(M, tile.rows) * cdiv(K, tile.cols),),
+        dz, weight, saved, dx,
+        M, N, K,
+        dz.stride(0), dz.stride(1), weight.stride(0), weight.stride(1),
+        ACTIVATION=activation, HAS_SAVED=saved is not None,
+        EVEN_N=N % tile.depth == 0, INPUT_PRECISION=input_precision(device, weight.dtype),
+        BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.cols, GROUP_M=GROUP_M, **tile.compile_options,
+    )  # fmt: skip
+
+
+_launch = remembered(plan)
+
+
 def linear_dgrad(
     dz: Tensor,
     weight: Tensor,
@@ -94,20 +117,8 @@ def linear_dgrad(
     dx: Tensor | None = None,
 ) -> Tensor:
     """Launch dX = (dZ W) * f'; ``activation`` is that of the layer below. ``dx``: output to reuse, contiguous."""
-    M = dz.shape[0]
-    N, K = weight.shape
     if dx is None:
-        dx = torch.empty((M, K), dtype=weight.dtype, device=dz.device)
-    if M == 0 or K == 0:
-        return dx
-    device = current_device()
-    tile = gemm_tile("dgrad", M, K, N, weight.dtype, device, wide=loads_wide(dz, weight))
-    _linear_dgrad_kernel[(cdiv(M, tile.rows) * cdiv(K, tile.cols),)](
-        dz, weight, saved, dx,
-        M, N, K,
-        dz.stride(0), dz.stride(1), weight.stride(0), weight.stride(1),
-        ACTIVATION=activation, HAS_SAVED=saved is not None,
-        EVEN_N=N % tile.depth == 0, INPUT_PRECISION=input_precision(device, weight.dtype),
-        BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.cols, GROUP_M=GROUP_M, **tile.compile_options,
-    )  # fmt: skip
+        dx = torch.empty((dz.shape[0], weight.shape[1]), dtype=weight.dtype, device=dz.device)
+    if dx.numel():
+        _launch((dz, weight, saved, dx), (activation, gemm_tile))
     return dx

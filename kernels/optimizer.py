@@ -25,7 +25,7 @@ HYPER_COLUMNS = 4
 
 
 @triton.jit
-def update_block(
+def _updated_block(
     g, w_ptr, low_ptr, states, offs, state_offs, mask, hyper_ptr, constants, OPTIMIZER: tl.constexpr,
     LOW_IS_PARAM: tl.constexpr,
 ):  # fmt: skip
@@ -72,3 +72,17 @@ def update_block(
     tl.store(w_ptr + offs, w, mask=mask)
     if low_ptr is not None:
         tl.store(low_ptrs, w.to(low_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def update_block(
+    g, w_ptr, low_ptr, states, offs, state_offs, mask, hyper_ptr, constants, OPTIMIZER: tl.constexpr,
+    LOW_IS_PARAM: tl.constexpr,
+):  # fmt: skip
+    """The update of a block. Without an optimizer ("none") the gradient takes the place of the parameters."""
+    if OPTIMIZER == "none":
+        tl.store(w_ptr + offs, g.to(w_ptr.dtype.element_ty), mask=mask)
+    else:
+        _updated_block(
+            g, w_ptr, low_ptr, states, offs, state_offs, mask, hyper_ptr, constants, OPTIMIZER, LOW_IS_PARAM
+        )  # fmt: skip
