@@ -50,12 +50,12 @@ _UNTIL_REPLAYED = 3
 WAYS = {
     "eager_us": "PyTorch eager: nn.Sequential, CrossEntropyLoss, SGD",
     "modules_us": "fastmlp modules: MLP, CrossEntropyLoss, SGD",
-    "eager_forward_backward_us": "eager without SGD: forward, loss and backward",
-    "modules_forward_backward_us": "modules without SGD: forward, loss and backward",
     "step_launches_us": "TrainStep, plain launches",
     "step_us": "TrainStep in a graph",
     "epoch_step_launches_us": "a step of TrainStep.epoch, plain launches",
     "epoch_step_us": "a step of TrainStep.epoch in graphs",
+    "eager_forward_backward_us": "eager without SGD: forward, loss and backward",
+    "modules_forward_backward_us": "modules without SGD: forward, loss and backward",
 }
 
 
@@ -180,15 +180,15 @@ def _calls() -> dict[str, tuple[Callable[[], object], int]]:
     return {
         "eager_us": (_autograd_step(_eager(), nn.CrossEntropyLoss(), *batch), 1),
         "modules_us": (_autograd_step(fastmlp.MLP(SIZES), fastmlp.CrossEntropyLoss(), *batch), 1),
+        "step_launches_us": (lambda: plain(*batch), 1),
+        "step_us": (lambda: graph(*batch), 1),
+        "epoch_step_launches_us": (lambda: plain.epoch(x, y, BATCH, order), STEPS),
+        "epoch_step_us": (lambda: graph.epoch(x, y, BATCH, order), STEPS),
         "eager_forward_backward_us": (_forward_backward(_eager(), nn.CrossEntropyLoss(), *batch), 1),
         "modules_forward_backward_us": (
             _forward_backward(fastmlp.MLP(SIZES), fastmlp.CrossEntropyLoss(), *batch),
             1,
         ),
-        "step_launches_us": (lambda: plain(*batch), 1),
-        "step_us": (lambda: graph(*batch), 1),
-        "epoch_step_launches_us": (lambda: plain.epoch(x, y, BATCH, order), STEPS),
-        "epoch_step_us": (lambda: graph.epoch(x, y, BATCH, order), STEPS),
     }
 
 

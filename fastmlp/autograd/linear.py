@@ -183,7 +183,7 @@ class MLPFunction(Function):
             dz = grads[0]
             if dz is not None:
                 dz = do.activation_bwd(dz, saved[-1], activations[-1])
-            if do is triton_ops and dz is not None and grads.count(None) == len(grads) - 1:
+            if do is triton_ops and dz is not None and all(g is None for g in grads[1:]):
                 wanted = (needs[0], *needs[3:])
                 at_once = triton_ops.network_bwd(dz, tensors, activations, wanted)
                 if at_once is not None:
