@@ -54,6 +54,8 @@ WAYS = {
     "step_us": "TrainStep in a graph",
     "epoch_step_launches_us": "a step of TrainStep.epoch, plain launches",
     "epoch_step_us": "a step of TrainStep.epoch in graphs",
+    "eager_forward_backward_us": "eager without SGD: forward, loss and backward",
+    "modules_forward_backward_us": "modules without SGD: forward, loss and backward",
 }
 
 
@@ -102,6 +104,10 @@ def _yes(device: torch.device) -> bool:
     return True
 
 
+def _they_do() -> bool:
+    return True
+
+
 def _unchecked(*labels: Any) -> None:
     pass
 
@@ -110,7 +116,7 @@ def _unchecked(*labels: Any) -> None:
 def host_gpu() -> Iterator[None]:
     """Inside, fastmlp takes CPU tensors to its kernels and graphs, and neither launches nor replays do anything.
 
-    The check of class numbers is left out, because fastmlp checks them on a CPU only.
+    Two checks that CPU tensors alone go through are left out: of class numbers, and whether the driver takes them.
     """
     stream = _NullStream()
     stand_ins = {
@@ -126,6 +132,7 @@ def host_gpu() -> Iterator[None]:
         stack.enter_context(mock.patch("fastmlp.step.triton_step.can_capture", _yes))
         stack.enter_context(mock.patch("fastmlp.step.validation.check_classes", _unchecked))
         stack.enter_context(mock.patch("fastmlp.autograd.cross_entropy._check_labels", _unchecked))
+        stack.enter_context(mock.patch("fastmlp.backend._kernels_take_cpu", _they_do))
         stack.enter_context(NullGPU())
         stack.enter_context(fastmlp.use_backend("triton"))
         yield
@@ -145,21 +152,43 @@ def _autograd_step(model: nn.Module, loss_function: nn.Module, x: Tensor, y: Ten
     return step
 
 
-def _calls() -> dict[str, tuple[Callable[[], object], int]]:
-    """(Function, steps per call) of every kind of step."""
+def _forward_backward(model: nn.Module, loss_function: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
+    parameters = list(model.parameters())
+
+    def forward_backward() -> object:
+        for parameter in parameters:
+            parameter.grad = None
+        loss = loss_function(model(x), y)
+        loss.backward()
+        return loss
+
+    return forward_backward
+
+
+def _eager() -> nn.Module:
     layers: list[nn.Module] = []
     for k, n in pairwise(SIZES):
         layers += [nn.Linear(k, n), nn.Sigmoid()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _calls() -> dict[str, tuple[Callable[[], object], int]]:
+    """(Function, steps per call) of every kind of step."""
     x, y = torch.rand(STEPS * BATCH, SIZES[0]), torch.randint(0, SIZES[-1], (STEPS * BATCH,))
     order, batch = torch.randperm(len(y)), (x[:BATCH], y[:BATCH])
     plain, graph = (fastmlp.TrainStep(fastmlp.MLP(SIZES), lr=LR, cuda_graph=graphs) for graphs in (False, True))
     return {
-        "eager_us": (_autograd_step(nn.Sequential(*layers[:-1]), nn.CrossEntropyLoss(), *batch), 1),
+        "eager_us": (_autograd_step(_eager(), nn.CrossEntropyLoss(), *batch), 1),
         "modules_us": (_autograd_step(fastmlp.MLP(SIZES), fastmlp.CrossEntropyLoss(), *batch), 1),
         "step_launches_us": (lambda: plain(*batch), 1),
         "step_us": (lambda: graph(*batch), 1),
         "epoch_step_launches_us": (lambda: plain.epoch(x, y, BATCH, order), STEPS),
         "epoch_step_us": (lambda: graph.epoch(x, y, BATCH, order), STEPS),
+        "eager_forward_backward_us": (_forward_backward(_eager(), nn.CrossEntropyLoss(), *batch), 1),
+        "modules_forward_backward_us": (
+            _forward_backward(fastmlp.MLP(SIZES), fastmlp.CrossEntropyLoss(), *batch),
+            1,
+        ),
     }
 
 

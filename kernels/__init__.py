@@ -11,6 +11,7 @@ from .head import head
 from .linear_dgrad import linear_dgrad
 from .linear_fwd import linear_fwd
 from .linear_wgrad import linear_wgrad
+from .network import network_bwd, network_fwd
 from .softmax_squared_error import softmax_squared_error, softmax_squared_error_bwd, softmax_squared_error_fwd
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "linear_dgrad",
     "linear_fwd",
     "linear_wgrad",
+    "network_bwd",
+    "network_fwd",
     "softmax_squared_error",
     "softmax_squared_error_bwd",
     "softmax_squared_error_fwd",

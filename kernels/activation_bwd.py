@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .activations import activation_grad
 from .configs import cdiv
+from .launch import Call, call, remembered
 
 __all__ = ["activation_bwd"]
 
@@ -42,16 +43,20 @@ def _activation_bwd_kernel(
     tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
-def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, dz: Tensor | None = None) -> Tensor:
-    """Launch dZ = dA * f'; returns dZ, contiguous."""
-    M, N = da.shape
-    if dz is None:
-        dz = torch.empty((M, N), dtype=da.dtype, device=da.device)
-    total = M * N
-    if total == 0:
-        return dz
-    _activation_bwd_kernel[(cdiv(total, BLOCK),)](
-        da, saved, dz, total, N, da.stride(0), da.stride(1),
+@remembered
+def _launch(da: Tensor, saved: Tensor | None, dz: Tensor, activation: str) -> Call:
+    total = dz.numel()
+    return call(
+        _activation_bwd_kernel, (cdiv(total, BLOCK),),
+        da, saved, dz, total, da.shape[1], da.stride(0), da.stride(1),
         ACTIVATION=activation, HAS_SAVED=saved is not None, DENSE=da.is_contiguous(), BLOCK=BLOCK,
     )  # fmt: skip
+
+
+def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, dz: Tensor | None = None) -> Tensor:
+    """Launch dZ = dA * f'; returns dZ, contiguous."""
+    if dz is None:
+        dz = torch.empty(da.shape, dtype=da.dtype, device=da.device)
+    if dz.numel():
+        _launch((da, saved, dz), (activation,))
     return dz

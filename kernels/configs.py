@@ -3,7 +3,8 @@
 A GEMM launcher asks ``gemm_tile(kind, rows, cols, depth, dtype, device, wide=...)`` for the tile of an output
 [rows, cols] that is reduced over ``depth``. The rule goes through the candidates of this kind, dtype and operands,
 largest tile first, and takes the first whose programs occupy the multiprocessors evenly (``_balanced``). Small batches
-are bound by latency, not by arithmetic: no candidate occupies all multiprocessors, and the rule takes the smallest.
+are bound by latency, not by arithmetic: no candidate occupies all multiprocessors, and the rule takes the smallest. A
+weight gradient's batch can be split over programs, so its rule compares tiles and ``splits`` by their cost.
 ``fit`` then lowers the number of pipeline stages until the tile's shared memory fits the device. ``all_tiles`` lists
 every tile that the rule can return, so that the tests can compile each tile for each target.
 
@@ -14,7 +15,7 @@ asynchronous copy is that small. These operands get smaller blocks, for which th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from math import inf
 from typing import NamedTuple
@@ -23,12 +24,14 @@ import torch
 from torch import Tensor
 
 from .device import Device
+from .launch import forget
 from .tuned import read_table, tuned_tile
 
 __all__ = [
     "GEMM_KINDS",
     "LARGEST_UPDATED",
     "Tile",
+    "TileRule",
     "all_tiles",
     "cdiv",
     "gemm_tile",
@@ -40,6 +43,10 @@ __all__ = [
 
 #: fwd: A [M, N] over K.  dgrad: dX [M, K] over N.  wgrad: dW [N, K] over M.  update: wgrad with the optimizer behind.
 GEMM_KINDS = ("fwd", "dgrad", "wgrad", "update")
+
+
+#: ``gemm_tile``, or what a test or the tuner puts in its place.
+TileRule = Callable[..., "Tile"]
 
 
 class Tile(NamedTuple):
@@ -178,7 +185,7 @@ _SLICED_NVIDIA: tuple[tuple[Tile, ...], tuple[Tile, ...]] = (
     (
         Tile(32, 32, 256, 4, 3, slices=4),
         Tile(16, 32, 512, 4, 3, slices=4),
-        Tile(16, 16, 512, 4, 3, slices=4),
+        Tile(16, 16, 512, 4, 3, 128, slices=4),
     ),
 )
 _SLICED_TILES = {
@@ -220,7 +227,8 @@ _NARROW_NVIDIA: tuple[tuple[Tile, ...], tuple[Tile, ...]] = (
 )
 _NARROW_TILES = {
     "mma": _NARROW_NVIDIA,
-    "wgmma": _NARROW_NVIDIA,
+    # Eight warps of wgmma compute two of the three products of a block of 64 rows twice.
+    "wgmma": ((Tile(128, 64, 16, 8, 4), *_NARROW_NVIDIA[0][1:]), _NARROW_NVIDIA[1]),
     "tcgen05": _NARROW_NVIDIA,
     "fma": (_TILES["fma"][0][1:], _TILES["fma"][1][2:]),
     "hip": (_TILES["hip"][0], _TILES["hip"][1][2:]),
@@ -246,7 +254,7 @@ _WIDE_GRADIENT_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
         ),
         (
             Tile(128, 128, 64, 8, 3, resident=1),
-            Tile(64, 128, 64, 8, 3, resident=1),
+            Tile(64, 128, 64, 8, 3, 255, resident=1),
             Tile(64, 64, 64, 4, 4, resident=3),
             Tile(32, 64, 64, 4, 4, resident=4),
             Tile(32, 32, 64, 4, 4, resident=4),
@@ -354,7 +362,15 @@ def _slices(device: Device) -> bool:
 
 
 def fit(tile: Tile, itemsize: int, device: Device) -> Tile | None:
-    """``tile`` with as many of its stages as fit the device's shared memory, or None if not even one does."""
+    """``tile`` with as many of its stages as fit the device's shared memory, or None if not even one does.
+
+    An instruction of AMD's CDNA multiplies 32 x 32, or 16 x 16 where the block is smaller. With more warps than the
+    block has such pieces, several warps compute the same one.
+    """
+    if str(device.arch).startswith("gfx9"):
+        side = 32 if min(tile.rows, tile.cols) >= 32 else 16
+        pieces = tile.rows // side * (tile.cols // side) * tile.slices
+        tile = tile._replace(num_warps=min(tile.num_warps, pieces))
     stage = (tile.rows + tile.cols) * tile.depth * itemsize
     stages = min(tile.num_stages, device.shared_limit // stage)
     return tile._replace(num_stages=stages) if stages >= 1 else None
@@ -363,11 +379,12 @@ def fit(tile: Tile, itemsize: int, device: Device) -> Tile | None:
 @lru_cache(maxsize=4096)
 def gemm_tile(
     kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, *, wide: bool,
-    layers: Shapes = (),
+    layers: Shapes = (), beside: int = 0,
 ) -> Tile:  # fmt: skip
     """The tile for an output of [rows, cols] reduced over ``depth``; see the module docstring for the rule.
 
-    ``wide`` is what ``loads_wide`` says of the operands. An update's tile is for all its ``layers`` together.
+    ``wide`` is what ``loads_wide`` says of the operands. An update's tile is for all its ``layers`` together, and for
+    what runs ``beside`` them (see ``splits``).
     """
     tiles = list(all_tiles(kind, dtype, device, wide=wide))
     if (measured := tuned_tile(kind, rows, cols, depth, dtype, device, tiles)) is not None:
@@ -375,7 +392,7 @@ def gemm_tile(
     fitting = [t for t in tiles if t.rows <= max(16, 2 * rows) and t.cols <= max(16, 2 * cols)] or tiles[-1:]
     if kind in ("wgrad", "update"):
         shapes = layers or ((rows, cols),)
-        return min(fitting, key=lambda tile: _best_split(kind, tile, shapes, depth, dtype, device))
+        return min(fitting, key=lambda tile: _best_split(kind, tile, shapes, depth, dtype, device, beside))
     smallest = tiles[-1]
     for tile in fitting:
         if tile.slices > 1 and tile.depth > 2 * depth:
@@ -392,23 +409,28 @@ def _balanced(programs: int, device: Device) -> bool:
     return 3 * programs >= 2 * cdiv(programs, device.multiprocessors) * device.multiprocessors
 
 
-def splits(kind: str, tile: Tile, shapes: Shapes, depth: int, dtype: torch.dtype, device: Device) -> int:
-    """How many programs share the reduction of each tile of the outputs ``shapes``."""
-    return _best_split(kind, tile, shapes, depth, dtype, device)[1]
+def splits(
+    kind: str, tile: Tile, shapes: Shapes, depth: int, dtype: torch.dtype, device: Device, *, beside: int = 0
+) -> int:  # fmt: skip
+    """How many programs share the reduction of each tile of the outputs ``shapes``.
+
+    Each split also has ``beside`` programs that take about as long as a tile's, such as those that add the rows of dZ.
+    """
+    return _best_split(kind, tile, shapes, depth, dtype, device, beside)[1]
 
 
 @lru_cache(maxsize=4096)
 def _best_split(
-    kind: str, tile: Tile, shapes: Shapes, depth: int, dtype: torch.dtype, device: Device
+    kind: str, tile: Tile, shapes: Shapes, depth: int, dtype: torch.dtype, device: Device, beside: int
 ) -> tuple[float, int]:
     """(cost, splits) of the number of splits that keeps the busiest multiprocessor for the shortest time.
 
     The cost counts bytes, and multiply-adds as bytes. Every program loads the operands of its share of the reduction,
     multiplies, and reads and writes its output. A split reduction also writes partial sums and reads them in a launch
     more, which is counted as twice the bytes. Programs of one multiprocessor share it; beyond those that are resident
-    the next wave begins.
+    the next wave begins. A second or later wave of a split reduction is at least two thirds full.
     """
-    programs = sum(cdiv(n, tile.rows) * cdiv(k, tile.cols) for n, k in shapes)
+    programs = beside + sum(cdiv(n, tile.rows) * cdiv(k, tile.cols) for n, k in shapes)
     outputs = sum(n * k for n, k in shapes)
     slots = device.multiprocessors * _resident(tile, dtype, device)
     if device.backend == "interpreter":
@@ -450,3 +472,4 @@ def use_new_table() -> None:
     """Read the tables of measured tiles again; launches from now on use what they say."""
     read_table.cache_clear()
     gemm_tile.cache_clear()
+    forget()

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .configs import cdiv
 from .device import current_device
+from .launch import Call, Launches, New, call, remembered
 from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
 from .softmax_tiles import alignment, bwd_tile, fwd_tile, logits_shape, row_strides
 
@@ -270,47 +271,60 @@ def _cross_entropy_bwd_kernel(
         tl.store(dt_ptr + offs_d, dt.to(dt_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch_fwd(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    weight: Tensor | None,
-    ignore_index: int,
-    smoothing: float,
-    loss: Tensor,
-    reduction: str = "none",
-    rows: Tensor | None = None,
-    scale: float = 1.0,
-    factor: Tensor | None = None,
-    stats: Tensor | None = None,
-    denominator: Tensor | None = None,
-    dz: Tensor | None = None,
-    correct: Tensor | None = None,
-) -> None:
+def _plan(
+    logits: Tensor, target: Tensor, weight: Tensor | None, rows: Tensor | None, factor: Tensor | None,
+    loss: Tensor, stats: Tensor | None, denominator: Tensor | None, dz: Tensor | None, correct: Tensor | None,
+    scale: float, smoothing: float,
+    ignore_index: int, reduction: str, smooth: bool,
+) -> Launches:  # fmt: skip
     shape = logits_shape(logits)
     device = current_device()
     probs = target.is_floating_point()
-    tile = fwd_tile(shape, logits.element_size(), reduction != "none", probs or smoothing != 0.0, device)
+    tile = fwd_tile(shape, logits.element_size(), reduction != "none", probs or smooth, device)
     stride_d = (0, 0, 0) if dz is None else logits_shape(dz).strides
     stride_t = logits_shape(target).strides if probs else (0, 0, 0)
     if not probs:
         stride_t = (0, 0, target.stride(0)) if rows is not None else _insert(row_strides(target))
     programs = shape.batch * cdiv(shape.positions, tile.rows)
-    partial = None
-    if reduction != "none" and programs > 1:
-        partial = torch.empty((2, programs), dtype=torch.float32, device=logits.device)
-    _cross_entropy_kernel[(programs,)](
+    partial = New(2, programs) if reduction != "none" and programs > 1 else None
+    whole = call(
+        _cross_entropy_kernel, (programs,),
         logits, target, weight, rows, factor,
         loss, stats, partial, denominator, dz, correct,
-        float(scale), float(smoothing), ignore_index,
+        scale, smoothing, ignore_index,
         shape.positions, shape.classes, shape.rows,
         *shape.strides, *stride_t, 0 if weight is None else weight.stride(0), *stride_d,
-        PROBS=probs, SMOOTH=smoothing != 0.0, REDUCE=reduction, WHOLE=tile.unroll == 0,
+        PROBS=probs, SMOOTH=smooth, REDUCE=reduction, WHOLE=tile.unroll == 0,
         ALIGN=alignment(shape, shape.strides, stride_d, *([stride_t] if probs else [])),
         BLOCK_M=tile.rows, BLOCK_C=tile.cols, UNROLL=tile.unroll, **tile.compile_options(device),
     )  # fmt: skip
-    if partial is not None:
-        _reduce_kernel[(1,)](partial, loss, denominator, programs, REDUCE=reduction, BLOCK=1024, num_warps=4)
+    if partial is None:
+        return Launches([whole])
+    reduce = call(
+        _reduce_kernel, (1,), partial, loss, denominator, programs, REDUCE=reduction, BLOCK=1024, num_warps=4
+    )  # fmt: skip
+    return Launches([whole, reduce], [partial])
+
+
+@remembered
+def _launch_whole(
+    logits: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, ignore_index: int, reduction: str,
+    smooth: bool, dtype: torch.dtype,
+) -> Launches:  # fmt: skip
+    shape = logits_shape(logits)
+    scalar = reduction != "none"
+    loss = New(*(() if scalar else _loss_shape(logits)), dtype=dtype)
+    stats = New(3 if target.is_floating_point() or (weight is not None and smooth) else 2, shape.rows)
+    denominator = New() if reduction == "mean" else None
+    launches = _plan(
+        logits, target, weight, None, None, loss, stats, denominator, None, None, 1.0, smoothing, ignore_index,
+        reduction, smooth,
+    )  # fmt: skip
+    results = [loss, stats] if denominator is None else [loss, stats, denominator]
+    return Launches(launches.calls, [*results, *launches.news])
+
+
+_launch = remembered(_plan)
 
 
 def _insert(stride: tuple[int, int]) -> tuple[int, int, int]:
@@ -349,10 +363,11 @@ def cross_entropy(
     if rows is not None:
         rows = rows.contiguous()
     if logits.numel():
-        _launch_fwd(
-            logits, target, weight=weight, ignore_index=ignore_index, smoothing=smoothing, loss=loss, rows=rows,
-            scale=scale, factor=factor, dz=dz, correct=correct,
-        )  # fmt: skip
+        _launch(
+            (logits, target, weight, rows, factor, loss, None, None, dz, correct),
+            (ignore_index, "none", smoothing != 0.0),
+            (float(scale), float(smoothing)),
+        )
     return loss, dz
 
 
@@ -376,17 +391,36 @@ def cross_entropy_fwd(
     float32 [2 or 3, rows]: maximum, sum of exponentials, and mass where the backward pass cannot see it from the
     label. The denominator is a float32 0-d tensor on the device. ``logits`` must not be empty.
     """
-    scalar = reduction != "none"
-    options = {"dtype": torch.float32, "device": logits.device}
-    loss = torch.empty(() if scalar else _loss_shape(logits), dtype=dtype or logits.dtype, device=logits.device)
-    has_mass = target.is_floating_point() or (weight is not None and smoothing != 0.0)
-    stats = torch.empty((3 if has_mass else 2, loss.numel() if not scalar else logits_shape(logits).rows), **options)
-    denominator = torch.empty((), **options) if reduction == "mean" else None
-    _launch_fwd(
-        logits, target, weight=weight, ignore_index=ignore_index, smoothing=smoothing, loss=loss, reduction=reduction,
-        stats=stats, denominator=denominator,
+    loss, stats, *others = _launch_whole(
+        (logits, target, weight),
+        (ignore_index, reduction, smoothing != 0.0, dtype or logits.dtype),
+        (float(smoothing),),
+    )
+    return loss, stats, others[0] if reduction == "mean" else None
+
+
+@remembered
+def _launch_bwd(
+    logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, dloss: Tensor, denominator: Tensor | None,
+    dz: Tensor | None, dt: Tensor | None, smoothing: float, ignore_index: int, smooth: bool,
+) -> Call:  # fmt: skip
+    shape = logits_shape(logits)
+    probs = target.is_floating_point()
+    tile = bwd_tile(shape, current_device())
+    stride_d = logits_shape(dz if dz is not None else dt if dt is not None else logits).strides
+    stride_t = logits_shape(target).strides if probs else _insert(row_strides(target))
+    return call(
+        _cross_entropy_bwd_kernel,
+        (shape.batch * cdiv(shape.positions, tile.rows) * cdiv(shape.classes, tile.cols),),
+        logits, target, weight, stats, dloss, denominator, dz, dt,
+        smoothing, ignore_index,
+        shape.positions, shape.classes, shape.rows,
+        *shape.strides, *stride_t, 0 if weight is None else weight.stride(0),
+        *((0, 0) if dloss.dim() == 0 else row_strides(dloss)), *stride_d,
+        PROBS=probs, SMOOTH=smooth,
+        ALIGN=alignment(shape, shape.strides, stride_d, *([stride_t] if probs else [])),
+        BLOCK_M=tile.rows, BLOCK_C=tile.cols, num_warps=tile.num_warps,
     )  # fmt: skip
-    return loss, stats, denominator
 
 
 def cross_entropy_bwd(
@@ -406,24 +440,11 @@ def cross_entropy_bwd(
 
     ``dloss`` is the upstream gradient, read on the device: 0-d, or [M] or [N, S] with any strides (expanded too).
     """
-    shape = logits_shape(logits)
-    device = current_device()
-    probs = target.is_floating_point()
     dz = torch.empty_like(logits) if want_dz else None
     dt = torch.empty_like(logits, dtype=target.dtype) if want_dt else None
-    tile = bwd_tile(shape, device)
-    stride_d = logits_shape(dz if dz is not None else dt if dt is not None else logits).strides
-    stride_t = logits_shape(target).strides if probs else _insert(row_strides(target))
-    _cross_entropy_bwd_kernel[
-        (shape.batch * cdiv(shape.positions, tile.rows) * cdiv(shape.classes, tile.cols),)
-    ](
-        logits, target, weight, stats, dloss, denominator, dz, dt,
-        float(smoothing), ignore_index,
-        shape.positions, shape.classes, shape.rows,
-        *shape.strides, *stride_t, 0 if weight is None else weight.stride(0),
-        *((0, 0) if dloss.dim() == 0 else row_strides(dloss)), *stride_d,
-        PROBS=probs, SMOOTH=smoothing != 0.0,
-        ALIGN=alignment(shape, shape.strides, stride_d, *([stride_t] if probs else [])),
-        BLOCK_M=tile.rows, BLOCK_C=tile.cols, num_warps=tile.num_warps,
-    )  # fmt: skip
+    _launch_bwd(
+        (logits, target, weight, stats, dloss, denominator, dz, dt),
+        (ignore_index, smoothing != 0.0),
+        (float(smoothing),),
+    )
     return dz, dt

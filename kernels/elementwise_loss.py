@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import cdiv
+from .launch import Call, call, remembered
 from .maths import log1p_small
 from .reduce_sum import reduce_sum
 
@@ -143,6 +144,23 @@ def _elementwise_loss_kernel(
         tl.store(dy_ptr + offs, (g * _loss_target_grad(a, y, delta, LOSS)).to(dy_ptr.dtype.element_ty), mask=mask)
 
 
+@remembered
+def _launch_kernel(
+    a: Tensor, y: Tensor, rows: Tensor | None, g: Tensor | None, loss: Tensor | None, partial: Tensor | None,
+    da: Tensor | None, dy: Tensor | None, scale: float, delta: float, loss_name: str,
+) -> Call:  # fmt: skip
+    total, C = a.numel(), a.shape[1]
+    number = g is not None and not any(g.stride())  # 0-d, or expanded from one number
+    stride_g = (0, 0) if g is None or number else g.stride()
+    dense = rows is None and all(t.is_contiguous() for t in (a, y, *(() if g is None or number else (g,))))
+    return call(
+        _elementwise_loss_kernel, (cdiv(total, BLOCK),),
+        a, y, rows, g, loss, partial, da, dy,
+        scale, delta, total, C, *a.stride(), *y.stride(), *stride_g,
+        LOSS=loss_name, DENSE=dense, G_NUMBER=number, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
 def _launch(
     a: Tensor,
     y: Tensor,
@@ -157,15 +175,7 @@ def _launch(
     scale: float = 1.0,
     delta: float = 1.0,
 ) -> None:
-    total, C = a.numel(), a.shape[1]
-    number = g is not None and not any(g.stride())  # 0-d, or expanded from one number
-    stride_g = (0, 0) if g is None or number else g.stride()
-    dense = rows is None and all(t.is_contiguous() for t in (a, y, *(() if g is None or number else (g,))))
-    _elementwise_loss_kernel[(cdiv(total, BLOCK),)](
-        a, y, rows, g, loss, partial, da, dy,
-        float(scale), float(delta), total, C, *a.stride(), *y.stride(), *stride_g,
-        LOSS=loss_name, DENSE=dense, G_NUMBER=number, BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
+    _launch_kernel((a, y, rows, g, loss, partial, da, dy), (loss_name,), (float(scale), float(delta)))
 
 
 def elementwise_loss(

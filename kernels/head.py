@@ -34,6 +34,7 @@ from .activations import activation_grad
 from .column_sums import ColumnSums, store_block_sums
 from .configs import cdiv
 from .device import Device, current_device, input_precision
+from .launch import Call, call, remembered
 from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
 from .tiling import accumulated, accumulator, dot
 
@@ -193,6 +194,44 @@ def _tile(M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: boo
     return _HeadTile(rows, classes, slices, depth, cols, splits, num_warps, num_stages)
 
 
+def _tile_of(h: Tensor, weight: Tensor, M: int, writes_prev: bool, device: Device) -> _HeadTile:
+    C, K = weight.shape
+    aligned = K % 16 == 0 and all(t.stride(1) == 1 and t.stride(0) % 16 == 0 for t in (h, weight))
+    return _tile(M, C, K, weight.element_size(), aligned, writes_prev, device)
+
+
+@remembered
+def _launch(
+    h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: Tensor | None, class_weight: Tensor | None,
+    saved: Tensor | None, factor: Tensor | None,
+    loss: Tensor, dz: Tensor, dz_prev: Tensor | None, logits: Tensor | None, correct: Tensor | None,
+    sums: Tensor | None, prev_sums: Tensor | None,
+    scale: float, smoothing: float,
+    ignore_index: int, activation: str, smooth: bool, gather_h: bool,
+) -> Call:  # fmt: skip
+    M = dz.shape[0]
+    C, K = weight.shape
+    device = current_device()
+    tile = _tile_of(h, weight, M, dz_prev is not None, device)
+    return call(
+        _head_kernel, (cdiv(M, tile.rows) * tile.splits,),
+        h, weight, bias, target, rows, class_weight, saved, factor,
+        loss, dz, dz_prev, logits, correct, sums, prev_sums,
+        scale, smoothing, ignore_index,
+        M, C, K,
+        h.stride(0), h.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
+        target.stride(0), 0 if class_weight is None else class_weight.stride(0),
+        *((0, 0) if saved is None else saved.stride()),
+        dz.stride(0), *(0 if of is None else of.stride(0) for of in (sums, prev_sums)),
+        ACTIVATION=activation, SMOOTH=smooth, GATHER_H=gather_h, PIXELS=h.dtype == torch.uint8,
+        EVEN_K=K % (tile.slices * tile.depth) == 0, EVEN_COLS=K % tile.cols == 0,
+        INPUT_PRECISION=input_precision(device, weight.dtype),
+        BLOCK_M=tile.rows, BLOCK_C=tile.classes, SLICES=tile.slices, DEPTH=tile.depth,
+        COLS=tile.cols, SPLITS=tile.splits,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
 def head(
     h: Tensor,
     weight: Tensor,
@@ -244,24 +283,17 @@ def head(
     if M == 0:
         return loss, dz, dz_prev
     device = current_device()
-    aligned = K % 16 == 0 and all(t.stride(1) == 1 and t.stride(0) % 16 == 0 for t in (h, weight))
-    tile = _tile(M, C, K, weight.element_size(), aligned, dz_prev is not None, device)
-    blocks = cdiv(M, tile.rows)
-    written = [None if of is None else of.written(blocks) for of in (sums, prev_sums)]
-    _head_kernel[(blocks * tile.splits,)](
-        h, weight, bias, target, rows, class_weight, saved, factor,
-        loss, dz, dz_prev, logits, correct, *written,
-        float(scale), float(smoothing), ignore_index,
-        M, C, K,
-        h.stride(0), h.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
-        target.stride(0), 0 if class_weight is None else class_weight.stride(0),
-        *((0, 0) if saved is None else saved.stride()),
-        dz.stride(0), *(0 if of is None else of.stride(0) for of in written),
-        ACTIVATION=activation, SMOOTH=smoothing != 0.0, GATHER_H=gather_h, PIXELS=h.dtype == torch.uint8,
-        EVEN_K=K % (tile.slices * tile.depth) == 0, EVEN_COLS=K % tile.cols == 0,
-        INPUT_PRECISION=input_precision(device, weight.dtype),
-        BLOCK_M=tile.rows, BLOCK_C=tile.classes, SLICES=tile.slices, DEPTH=tile.depth,
-        COLS=tile.cols, SPLITS=tile.splits,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    if sums is not None or prev_sums is not None:
+        blocks = cdiv(M, _tile_of(h, weight, M, dz_prev is not None, device).rows)
+        for of in (sums, prev_sums):
+            if of is not None:
+                of.written(blocks)
+    _launch(
+        (
+            h, weight, bias, target, rows, class_weight, saved, factor, loss, dz, dz_prev, logits, correct,
+            *[None if of is None else of.values for of in (sums, prev_sums)],
+        ),
+        (ignore_index, activation, smoothing != 0.0, gather_h),
+        (float(scale), float(smoothing)),
     )  # fmt: skip
     return loss, dz, dz_prev

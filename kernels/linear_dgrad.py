@@ -21,8 +21,9 @@ from torch import Tensor
 
 from .activations import activation_grad
 from .column_sums import ColumnSums, store_block_sums
-from .configs import cdiv, gemm_tile, loads_wide
+from .configs import Tile, TileRule, cdiv, gemm_tile, loads_wide
 from .device import current_device, input_precision
+from .launch import Call, call, remembered
 from .tiling import (
     EPILOGUE_SIZE,
     accumulated,
@@ -107,6 +108,34 @@ def _store_dx(
             store_block_sums(dx, offs_m < M, row_ptr, offs_k, offs_k < K)
 
 
+def _tile(dz: Tensor, weight: Tensor, gemm_tile: TileRule) -> Tile:
+    N, K = weight.shape
+    return gemm_tile("dgrad", dz.shape[0], K, N, weight.dtype, current_device(), wide=loads_wide(dz, weight))
+
+
+def plan(
+    dz: Tensor, weight: Tensor, saved: Tensor | None, dx: Tensor, sums: Tensor | None, activation: str,
+    gemm_tile: TileRule,
+) -> Call:  # fmt: skip
+    """What ``linear_dgrad`` launches."""
+    M = dz.shape[0]
+    N, K = weight.shape
+    tile = _tile(dz, weight, gemm_tile)
+    return call(
+        _linear_dgrad_kernel, (cdiv(M, tile.rows) * cdiv(K, tile.cols),),
+        dz, weight, saved, dx, sums,
+        M, N, K,
+        dz.stride(0), dz.stride(1), weight.stride(0), weight.stride(1), 0 if sums is None else sums.stride(0),
+        ACTIVATION=activation, HAS_SAVED=saved is not None,
+        EVEN_N=N % tile.depth == 0, INPUT_PRECISION=input_precision(current_device(), weight.dtype),
+        BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.cols, SLICES=tile.slices, GROUP_M=GROUP_M,
+        **tile.compile_options,
+    )  # fmt: skip
+
+
+_launch = remembered(plan)
+
+
 def linear_dgrad(
     dz: Tensor,
     weight: Tensor,
@@ -120,22 +149,10 @@ def linear_dgrad(
 
     ``dx``: output to reuse, contiguous. ``sums``: takes the sums of the rows of dX.
     """
-    M = dz.shape[0]
-    N, K = weight.shape
     if dx is None:
-        dx = torch.empty((M, K), dtype=weight.dtype, device=dz.device)
-    if M == 0 or K == 0:
-        return dx
-    device = current_device()
-    tile = gemm_tile("dgrad", M, K, N, weight.dtype, device, wide=loads_wide(dz, weight))
-    sums_ptr = None if sums is None else sums.written(cdiv(M, tile.rows))
-    _linear_dgrad_kernel[(cdiv(M, tile.rows) * cdiv(K, tile.cols),)](
-        dz, weight, saved, dx, sums_ptr,
-        M, N, K,
-        dz.stride(0), dz.stride(1), weight.stride(0), weight.stride(1), 0 if sums_ptr is None else sums_ptr.stride(0),
-        ACTIVATION=activation, HAS_SAVED=saved is not None,
-        EVEN_N=N % tile.depth == 0, INPUT_PRECISION=input_precision(device, weight.dtype),
-        BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.cols, SLICES=tile.slices, GROUP_M=GROUP_M,
-        **tile.compile_options,
-    )  # fmt: skip
+        dx = torch.empty((dz.shape[0], weight.shape[1]), dtype=weight.dtype, device=dz.device)
+    if dx.numel():
+        if sums is not None:
+            sums.written(cdiv(dz.shape[0], _tile(dz, weight, gemm_tile).rows))
+        _launch((dz, weight, saved, dx, None if sums is None else sums.values), (activation, gemm_tile))
     return dx

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .configs import cdiv, gemm_tile, loads_wide
+from .configs import TileRule, cdiv, gemm_tile, loads_wide
 from .device import current_device, input_precision
+from .launch import Call, call, remembered
 from .tiling import EPILOGUE_SIZE, accumulated, accumulator, as_column, dot, grouped_tile, halves, reduced, transposed
 
 __all__ = ["linear_fwd"]
@@ -110,6 +111,31 @@ def _store_a(z, a_ptr, z_ptr, offs_m, first_n, M, N, ACTIVATION: tl.constexpr, S
         tl.store(a_ptr + offs_a, activate(z, ACTIVATION).to(a_ptr.dtype.element_ty), mask=mask_a)
 
 
+def plan(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, z: Tensor | None, rows: Tensor | None,
+    activation: str, gemm_tile: TileRule,
+) -> Call:  # fmt: skip
+    """What ``linear_fwd`` launches."""
+    M = a.shape[0]
+    N, K = weight.shape
+    device = current_device()
+    tile = gemm_tile("fwd", M, N, K, weight.dtype, device, wide=loads_wide(x, weight))
+    return call(
+        _linear_fwd_kernel, (cdiv(M, tile.rows) * cdiv(N, tile.cols),),
+        x, weight, bias, a, z, rows,
+        M, N, K,
+        x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None, SAVE_Z=z is not None, GATHER=rows is not None, PIXELS=x.dtype == torch.uint8,
+        EVEN_K=K % tile.depth == 0, INPUT_PRECISION=input_precision(device, weight.dtype),
+        BLOCK_M=tile.rows, BLOCK_N=tile.cols, BLOCK_K=tile.depth, SLICES=tile.slices, GROUP_M=GROUP_M,
+        **tile.compile_options,
+    )  # fmt: skip
+
+
+_launch = remembered(plan)
+
+
 def linear_fwd(
     x: Tensor,
     weight: Tensor,
@@ -123,7 +149,7 @@ def linear_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """Launch A = f(X W^T + b); returns (A, Z or None). ``a`` and ``z`` are outputs to reuse, contiguous [M, N]."""
     M = x.shape[0] if rows is None else rows.shape[0]
-    N, K = weight.shape
+    N = weight.shape[0]
     if a is None:
         a = torch.empty((M, N), dtype=weight.dtype, device=x.device)
     if save_z and z is None:
@@ -132,16 +158,5 @@ def linear_fwd(
         return a, z
     if rows is not None:
         rows = rows.contiguous()
-    device = current_device()
-    tile = gemm_tile("fwd", M, N, K, weight.dtype, device, wide=loads_wide(x, weight))
-    _linear_fwd_kernel[(cdiv(M, tile.rows) * cdiv(N, tile.cols),)](
-        x, weight, bias, a, z, rows,
-        M, N, K,
-        x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
-        ACTIVATION=activation,
-        HAS_BIAS=bias is not None, SAVE_Z=save_z, GATHER=rows is not None, PIXELS=x.dtype == torch.uint8,
-        EVEN_K=K % tile.depth == 0, INPUT_PRECISION=input_precision(device, weight.dtype),
-        BLOCK_M=tile.rows, BLOCK_N=tile.cols, BLOCK_K=tile.depth, SLICES=tile.slices, GROUP_M=GROUP_M,
-        **tile.compile_options,
-    )  # fmt: skip
+    _launch((x, weight, bias, a, z, rows), (activation, gemm_tile))
     return a, z

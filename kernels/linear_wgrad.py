@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .column_sums import SUM_COLS, column_sums
-from .configs import cdiv, gemm_tile, loads_wide, splits
+from .configs import Tile, cdiv, gemm_tile, loads_wide, splits
 from .device import current_device, input_precision
+from .launch import Call, call, remembered
 from .tiling import EPILOGUE_SIZE, accumulated, accumulator, dot, grouped_tile, halves
 
 __all__ = ["linear_wgrad"]
@@ -150,6 +151,36 @@ def _wgrad_reduce_kernel(
         tl.store(db_ptr + (offs - weights), grad.to(db_ptr.dtype.element_ty), mask=(offs >= weights) & (offs < total))
 
 
+@remembered
+def _launch(
+    dz: Tensor, x: Tensor, rows: Tensor | None, out_w: Tensor, out_b: Tensor | None,
+    tile: Tile, n_splits: int, m_per_split: int, stride_split: int,
+) -> Call:  # fmt: skip
+    M, N = dz.shape
+    K = x.shape[1]
+    programs = cdiv(N, tile.rows) * cdiv(K, tile.cols) + (0 if out_b is None else cdiv(N, SUM_COLS))
+    return call(
+        _linear_wgrad_kernel, (programs, n_splits),
+        dz, x, rows, out_w, out_b,
+        M, N, K, m_per_split, stride_split if n_splits > 1 else 0,
+        dz.stride(0), dz.stride(1), x.stride(0), x.stride(1),
+        HAS_BIAS=out_b is not None, GATHER=rows is not None, PIXELS=x.dtype == torch.uint8,
+        EVEN_M=M % tile.depth == 0, INPUT_PRECISION=input_precision(current_device(), dz.dtype),
+        BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, SUM_COLS=SUM_COLS,
+        **tile.compile_options,
+    )  # fmt: skip
+
+
+@remembered
+def _launch_reduce(partial: Tensor, dw: Tensor, db: Tensor | None) -> Call:
+    n_splits, stride_split = partial.shape
+    total = dw.numel() + (0 if db is None else db.numel())
+    return call(
+        _wgrad_reduce_kernel, (cdiv(total, REDUCE_BLOCK),),
+        partial, dw, db, dw.numel(), total, n_splits, stride_split, HAS_BIAS=db is not None, BLOCK=REDUCE_BLOCK,
+    )  # fmt: skip
+
+
 def linear_wgrad(
     dz: Tensor,
     x: Tensor,
@@ -173,27 +204,17 @@ def linear_wgrad(
     device = current_device()
     tile = gemm_tile("wgrad", N, K, M, dz.dtype, device, wide=loads_wide(dz, x))
     sum_programs = cdiv(N, SUM_COLS) if bias else 0
-    programs = cdiv(N, tile.rows) * cdiv(K, tile.cols) + sum_programs
-    n_splits = splits("wgrad", tile, ((N, K),), M, dz.dtype, device)
+    n_splits = splits("wgrad", tile, ((N, K),), M, dz.dtype, device, beside=sum_programs)
     m_per_split = cdiv(cdiv(M, tile.depth), n_splits) * tile.depth
     n_splits = max(1, cdiv(M, m_per_split)) if M else 1
     total = N * K + (N if bias else 0)
     stride_split = cdiv(total, 32) * 32
+    db = db if bias else None
     out_w, out_b = dw, db
     if n_splits > 1:
         partial = torch.empty((n_splits, stride_split), dtype=torch.float32, device=dz.device)
         out_w, out_b = partial, partial[0, N * K :] if bias else None
-    _linear_wgrad_kernel[(programs, n_splits)](
-        dz, x, rows, out_w, out_b,
-        M, N, K, m_per_split, stride_split if n_splits > 1 else 0,
-        dz.stride(0), dz.stride(1), x.stride(0), x.stride(1),
-        HAS_BIAS=bias, GATHER=rows is not None, PIXELS=x.dtype == torch.uint8,
-        EVEN_M=M % tile.depth == 0, INPUT_PRECISION=input_precision(device, dz.dtype),
-        BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, SUM_COLS=SUM_COLS,
-        **tile.compile_options,
-    )  # fmt: skip
+    _launch((dz, x, rows, out_w, out_b), (tile, n_splits, m_per_split, stride_split))
     if n_splits > 1:
-        _wgrad_reduce_kernel[(cdiv(total, REDUCE_BLOCK),)](
-            partial, dw, db, N * K, total, n_splits, stride_split, HAS_BIAS=bias, BLOCK=REDUCE_BLOCK
-        )
+        _launch_reduce((partial, dw, db))
     return dw, db

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Call, call, remembered
+
 __all__ = ["reduce_sum"]
 
 BLOCK = 4096
@@ -16,7 +18,7 @@ NUM_WARPS = 16
 
 
 @triton.jit(do_not_specialize=["count"])
-def _reduce_sum_kernel(partial_ptr, out_ptr, count, scale, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+def _reduce_sum_kernel(partial_ptr, out_ptr, scale, count, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     # Whole blocks need no mask, so that a thread loads 16 bytes at a time. The rest may end anywhere, and each thread
     # loads one value of it: neighbouring threads read neighbouring values, which masked 16-byte pieces would not.
     whole = count // BLOCK * BLOCK
@@ -30,8 +32,14 @@ def _reduce_sum_kernel(partial_ptr, out_ptr, count, scale, BLOCK: tl.constexpr, 
     tl.store(out_ptr, ((tl.sum(acc, 0) + tl.sum(tail, 0)) * scale).to(out_ptr.dtype.element_ty))
 
 
+@remembered
+def _launch(partial: Tensor, out: Tensor, scale: float) -> Call:
+    return call(
+        _reduce_sum_kernel, (1,),
+        partial, out, scale, partial.numel(), BLOCK=BLOCK, TAIL=32 * NUM_WARPS, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
 def reduce_sum(partial: Tensor, out: Tensor, scale: float) -> None:
     """Launch out = scale * sum partial."""
-    _reduce_sum_kernel[(1,)](
-        partial, out, partial.numel(), float(scale), BLOCK=BLOCK, TAIL=32 * NUM_WARPS, num_warps=NUM_WARPS
-    )
+    _launch((partial, out), (), (float(scale),))

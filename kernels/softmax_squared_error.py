@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .configs import cdiv, register_limit
 from .device import current_device
+from .launch import Call, call, remembered
 from .reduce_sum import reduce_sum
 from .softmax import softmax_block
 
@@ -140,6 +141,14 @@ def _launch(
     dy: Tensor | None = None,
     scale: float = 1.0,
 ) -> None:
+    _launch_kernel((logits, target, taken, g, loss, dz, dy), (), (float(scale),))
+
+
+@remembered
+def _launch_kernel(
+    logits: Tensor, target: Tensor, taken: Tensor | None, g: Tensor | None, loss: Tensor | None, dz: Tensor | None,
+    dy: Tensor | None, scale: float,
+) -> Call:  # fmt: skip
     M, C = logits.shape
     labels = not target.is_floating_point()
     cols = max(2, triton.next_power_of_2(C))
@@ -152,9 +161,10 @@ def _launch(
     # Without the limit ptxas spills registers of long rows to fit one more program on a multiprocessor.
     options = register_limit(128 if cols > 512 else None, current_device())
     stride_d = next((t.stride() for t in (dz, dy) if t is not None), (0, 0))
-    _softmax_squared_error_kernel[(cdiv(M, rows),)](
+    return call(
+        _softmax_squared_error_kernel, (cdiv(M, rows),),
         logits, target, taken, g, loss, dz, dy,
-        float(scale), M, C,
+        scale, M, C,
         *logits.stride(), target.stride(0), 0 if labels else target.stride(1),
         0 if g is None or g.dim() == 0 else g.stride(0), *stride_d,
         LABELS=labels, WHOLE=whole, BLOCK_M=rows, BLOCK_C=cols, num_warps=num_warps,

@@ -24,6 +24,7 @@ Bytes of a step: reads dZ_l, A_{l-1} and the sums of dZ_l's rows; reads and writ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -35,12 +36,13 @@ from .before_update import mark_overflow
 from .column_sums import SUM_COLS, ColumnSums, column_sums
 from .configs import Tile, cdiv, gemm_tile, loads_wide, splits
 from .device import current_device, input_precision
-from .layout import SEGMENT, Layout
+from .launch import Call, call
+from .layout import SEGMENT, LayerArguments, Layout
 from .linear_wgrad import sum_slices, wgrad_tile
 from .optimizer import update_block
 from .tiling import grouped_tile, halves
 
-__all__ = ["reduce_update", "wgrad_update", "workspace"]
+__all__ = ["gradient_call", "reduce_update", "wgrad_update", "workspace"]
 
 GROUP_N = 8
 LOSS_BLOCK = 1024
@@ -53,9 +55,15 @@ def _finish(
     g, w_ptr, low_ptr, segment, offs, mask, states, partial_ptr, slice_start, hyper_ptr,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr,
 ):  # fmt: skip
-    """Update the parameters at ``offs`` of a weight or bias, or store the split's part of their gradient."""
+    """Update the parameters at ``offs`` of a weight or bias, or store the split's part of their gradient.
+
+    Without an optimizer ("none") and without partial sums the gradient takes the place of the parameters.
+    """
     if partial_ptr is None:
-        update_block(g, w_ptr, low_ptr, states, offs, segment + offs, mask, hyper_ptr, OPTIMIZER, LOW_IS_PARAM)
+        if OPTIMIZER == "none":
+            tl.store(w_ptr + offs, g.to(w_ptr.dtype.element_ty), mask=mask)
+        else:
+            update_block(g, w_ptr, low_ptr, states, offs, segment + offs, mask, hyper_ptr, OPTIMIZER, LOW_IS_PARAM)
     else:
         tl.store(partial_ptr + slice_start + segment + offs, g, mask=mask)
 
@@ -268,13 +276,14 @@ def _reduce_update_kernel(
         )  # fmt: skip
 
 
-def _plan(layout: Layout, m: int, dtype: torch.dtype, wide: bool) -> tuple[Tile, int, int]:
-    """(tile, splits, samples a split) for all layers together."""
+def _plan(layout: Layout, m: int, dtype: torch.dtype, *, wide: bool, summed: bool) -> tuple[Tile, int, int]:
+    """(tile, splits, samples a split) for all layers together. Without sums, db takes as long as a tile."""
     device = current_device()
     shapes = tuple((layer.N, layer.K) for layer in layout.of_layers)
     n, k = max(shapes, key=lambda shape: shape[0] * shape[1])
-    tile = gemm_tile("update", n, k, m, dtype, device, wide=wide, layers=shapes)
-    n_splits = splits("update", tile, shapes, m, dtype, device)
+    beside = 0 if summed else sum(cdiv(layer.N, SUM_COLS) for layer in layout.of_layers if layer.b_segment >= 0)
+    tile = gemm_tile("update", n, k, m, dtype, device, wide=wide, layers=shapes, beside=beside)
+    n_splits = splits("update", tile, shapes, m, dtype, device, beside=beside)
     m_per_split = cdiv(cdiv(m, tile.depth), n_splits) * tile.depth
     return tile, max(1, cdiv(m, m_per_split)), m_per_split
 
@@ -282,12 +291,69 @@ def _plan(layout: Layout, m: int, dtype: torch.dtype, wide: bool) -> tuple[Tile,
 def workspace(layout: Layout, m: int, dtype: torch.dtype, device: torch.device, *, direct: bool) -> Tensor | None:
     """The partial sums' buffer for batches of ``m``; None where the update is ``direct`` and the batch not split.
 
-    The buffer suffices for operands of any alignment.
+    The buffer suffices for operands of any alignment, with and without sums.
     """
-    n_splits = max(_plan(layout, m, dtype, wide)[1] for wide in (True, False))
+    ways = product((True, False), repeat=2)
+    n_splits = max(_plan(layout, m, dtype, wide=wide, summed=summed)[1] for wide, summed in ways)
     if n_splits == 1 and direct:
         return None
     return torch.empty((n_splits, layout.total), dtype=torch.float32, device=device)
+
+
+def _made(layers: Sequence[LayerArguments], sums: Sequence[ColumnSums | None]) -> Tensor | None:
+    """Sums of rows that producers of dZ made; None unless there are such sums for every layer with a bias."""
+    if any(of is None and layer.b_segment >= 0 for of, layer in zip(sums, layers, strict=False)):
+        return None
+    return next((of.values for of in sums if of is not None), None)
+
+
+def gradient_call(
+    layers: Sequence[LayerArguments],
+    dzs: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    tile: Tile,
+    split: tuple[int, int, int],
+    optimizer: str,
+    *,
+    low_is_param: bool = False,
+    hyper_row: Tensor | None = None,
+    states: Sequence[Tensor] = (),
+    rows: Tensor | None = None,
+    partial: Tensor | None = None,
+    overflow: Tensor | None = None,
+    loss_rows: Tensor | None = None,
+    loss: Tensor | None = None,
+    sums: Sequence[ColumnSums | None] = (),
+) -> Call:
+    """The launch of ``wgrad_update`` for a tile and ``split``: (splits, samples a split, elements of partial sums).
+
+    Without ``partial`` and with the optimizer "none" the gradients take the place of the layers' parameters.
+    """
+    m = dzs[0].shape[0]
+    n_splits, m_per_split, stride_split = split
+    made = _made(layers, sums)
+    operands, added, tiles, sum_programs = [], [], 0, 0
+    for i, (layer, dz, x) in enumerate(zip(layers, dzs, xs, strict=True)):
+        operands.append(_Operands(dz, x, dz.stride(0), x.stride(0), tiles))
+        if made is None:
+            matrix, count = dz, m
+        else:
+            of = sums[i]
+            matrix, count = (made, 0) if of is None else (of.values, of.blocks)
+        added.append(_Sums(matrix, count, matrix.stride(0), sum_programs))
+        tiles += cdiv(layer.N, tile.rows) * cdiv(layer.K, tile.cols)
+        sum_programs += cdiv(layer.N, SUM_COLS) if layer.b_segment >= 0 else 0
+    at_once = STORED_AT_ONCE if optimizer == "none" or partial is not None else UPDATED_AT_ONCE
+    return call(
+        _wgrad_update_kernel, ((loss is not None) + sum_programs + tiles, n_splits),
+        tuple(operands), tuple(added), tuple(layers), rows, tuple(states), partial, overflow, hyper_row, loss_rows,
+        loss,
+        m, 0 if loss_rows is None else loss_rows.numel(), sum_programs, tiles, m_per_split, stride_split,
+        LAYERS=len(operands), OPTIMIZER=optimizer, LOW_IS_PARAM=low_is_param, EVEN_M=m % tile.depth == 0,
+        INPUT_PRECISION=input_precision(current_device(), dzs[0].dtype),
+        BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, LOSS_BLOCK=LOSS_BLOCK,
+        SUM_COLS=SUM_COLS, AT_ONCE=at_once * tile.num_warps, **tile.compile_options,
+    )  # fmt: skip
 
 
 def wgrad_update(
@@ -323,36 +389,20 @@ def wgrad_update(
     """
     m = dzs[0].shape[0]
     dtype = dzs[0].dtype
-    tile, n_splits, m_per_split = _plan(layout, m, dtype, loads_wide(*dzs, *xs))
+    made = _made(layout.of_layers, sums) is not None
+    tile, n_splits, m_per_split = _plan(layout, m, dtype, wide=loads_wide(*dzs, *xs), summed=made)
     direct = n_splits == 1 and optimizer != "none" and unscale is None
     if not direct and partial is None:
         partial = torch.empty((n_splits, layout.total), dtype=torch.float32, device=dzs[0].device)
     if rows is not None:
         rows = rows.contiguous()
-    made = next((of.values for of in sums if of is not None), None)
-    if any(of is None and layer.b_segment >= 0 for of, layer in zip(sums, layout.of_layers, strict=False)):
-        made = None
-    operands, added, tiles, sum_programs = [], [], 0, 0
-    for i, (layer, dz, x) in enumerate(zip(layout.of_layers, dzs, xs, strict=True)):
-        operands.append(_Operands(dz, x, dz.stride(0), x.stride(0), tiles))
-        if made is None:
-            matrix, count = dz, m
-        else:
-            of = sums[i]
-            matrix, count = (made, 0) if of is None else (of.values, of.blocks)
-        added.append(_Sums(matrix, count, matrix.stride(0), sum_programs))
-        tiles += cdiv(layer.N, tile.rows) * cdiv(layer.K, tile.cols)
-        sum_programs += cdiv(layer.N, SUM_COLS) if layer.b_segment >= 0 else 0
-    _wgrad_update_kernel[((loss is not None) + sum_programs + tiles, n_splits)](
-        tuple(operands), tuple(added), layout.of_layers, rows, tuple(states), None if direct else partial,
-        overflow if grads is None else None, hyper_row, loss_rows, loss,
-        m, 0 if loss_rows is None else loss_rows.numel(), sum_programs, tiles, m_per_split, layout.total,
-        LAYERS=len(operands), OPTIMIZER=optimizer, LOW_IS_PARAM=layout.low_is_param, EVEN_M=m % tile.depth == 0,
-        INPUT_PRECISION=input_precision(current_device(), dtype),
-        BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, LOSS_BLOCK=LOSS_BLOCK,
-        SUM_COLS=SUM_COLS, AT_ONCE=(UPDATED_AT_ONCE if direct else STORED_AT_ONCE) * tile.num_warps,
-        **tile.compile_options,
+    launch = gradient_call(
+        layout.of_layers, dzs, xs, tile, (n_splits, m_per_split, layout.total), optimizer,
+        low_is_param=layout.low_is_param, hyper_row=hyper_row, states=states, rows=rows,
+        partial=None if direct else partial, overflow=overflow if grads is None else None,
+        loss_rows=loss_rows, loss=loss, sums=sums,
     )  # fmt: skip
+    launch.kernel[launch.grid](*launch.arguments, **launch.options)
     if not direct and (grads is not None or optimizer != "none"):
         assert partial is not None
         reduce_update(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -216,6 +217,14 @@ def no_tuned_tiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuned, "table_path", lambda key: folder / f"{key}.json")
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    """A test may replace what a launch depends on, and no launch of another test knows."""
+    yield
+    if "fastmlp.kernels.launch" in sys.modules:
+        sys.modules["fastmlp.kernels.launch"].forget()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from .. import ops, reference
 from ..activations import ACTIVATIONS, saved_for_grad
 from ..backend import Runs
 from ..base.compat import is_autocast_enabled
-from ..ops import BackwardOperations, torch_ops
+from ..ops import BackwardOperations, torch_ops, triton_ops
 from .transforms import differentiable
 
 _AS_IT_IS = nullcontext()
@@ -138,17 +138,25 @@ class MLPFunction(Function):
         weights = params[0::2]
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         last = len(activations) - 1
-        linear_fwd = ops.on(backend).linear_fwd
+        do = ops.on(backend)
+        kinds = [saved_for_grad(activation) for activation in activations]
+        saves_z = tuple([kind == "z" for kind in kinds])
+        outputs = triton_ops.network_fwd(x, params, activations, saves_z) if do is triton_ops else None
+        if outputs is None:
+            outputs, a = [], x
+            for layer, activation in enumerate(activations):
+                weight = weights[layer]
+                assert weight is not None
+                a, z = do.linear_fwd(a, weight, params[2 * layer + 1], activation, save_z=saves_z[layer])
+                outputs += [a] if z is None else [a, z]
+        made = iter(outputs)
         inputs: list[Tensor | None] = []
         saved: list[Tensor | None] = []
         hidden: list[Tensor | None] = []
         a = x
-        for layer, activation in enumerate(activations):
-            weight = weights[layer]
-            assert weight is not None
-            kind = saved_for_grad(activation)
+        for layer, kind in enumerate(kinds):
             inputs.append(a if needs[2 * layer] else None)
-            a, z = linear_fwd(a, weight, params[2 * layer + 1], activation, save_z=kind == "z")
+            a, z = next(made), next(made) if kind == "z" else None
             saved.append(a if kind == "a" else z)
             read_later = kind == "a" or (layer < last and needs[2 * layer + 2])
             hidden += (a if layer < last and read_later else None, z)
@@ -175,6 +183,13 @@ class MLPFunction(Function):
             dz = grads[0]
             if dz is not None:
                 dz = do.activation_bwd(dz, saved[-1], activations[-1])
+            if do is triton_ops and dz is not None and all(g is None for g in grads[1:]):
+                wanted = (needs[0], *needs[3:])
+                at_once = triton_ops.network_bwd(dz, tensors, activations, wanted)
+                if at_once is not None:
+                    made = iter(at_once)
+                    dx, *gradients = [next(made) if want else None for want in wanted]
+                    return dx, None, None, *gradients
             for layer in range(count - 1, -1, -1):
                 dz_extra = grads[2 * layer + 2]
                 if dz_extra is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,12 +13,22 @@ from torch import Tensor
 from ..base.losses import LOSSES
 from .torch_losses import Gradients, Rows, Settings, mean_factor
 
+_AS_IT_IS = nullcontext()
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """``fastmlp.kernels``, imported at the first launch, since triton may not be installed."""
+    from .. import kernels
+
+    return kernels
+
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, torch operations on their tensors': make them the same."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return nullcontext()
+    return _AS_IT_IS
 
 
 def _dense(saved: Tensor | None) -> Tensor | None:
@@ -28,57 +40,66 @@ def linear_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, save_z: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N]."""
-    from ..kernels import linear_fwd as launch
-
     with device_of(x):
-        return launch(x, weight, bias, activation, save_z=save_z)
+        return _kernels().linear_fwd(x, weight, bias, activation, save_z=save_z)
 
 
 def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
     """DX = (dZ W) * f' with f the activation of the layer below and ``saved`` what its derivative needs."""
-    from ..kernels import linear_dgrad as launch
-
     with device_of(dz):
-        return launch(dz, weight, _dense(saved), activation)
+        return _kernels().linear_dgrad(dz, weight, _dense(saved), activation)
 
 
 def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
     """(dW, db or None) of a linear layer with input X."""
-    from ..kernels import linear_wgrad as launch
-
     with device_of(dz):
-        return launch(dz, x, bias=bias)
+        return _kernels().linear_wgrad(dz, x, bias=bias)
+
+
+def network_fwd(
+    x: Tensor, params: Sequence[Tensor | None], activations: tuple[str, ...], saves_z: tuple[bool, ...]
+) -> list[Tensor] | None:
+    """A_1, Z_1 if saved, A_2, ... of W_1, b_1, W_2, ...; None where the layers have to be computed one by one."""
+    with device_of(x):
+        return _kernels().network_fwd(x, params, activations, saves_z)
+
+
+def network_bwd(
+    dz: Tensor, tensors: Sequence[Tensor | None], activations: tuple[str, ...], wanted: tuple[bool, ...]
+) -> list[Tensor] | None:
+    """The wanted gradients of X, W_1, b_1, W_2, ... and more; None where the layers have to be computed one by one.
+
+    ``tensors`` are the inputs of all layers, their W, and what f' is computed from.
+    """
+    with device_of(dz):
+        return _kernels().network_bwd(dz, tensors, activations, wanted)
 
 
 def activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
     """DZ = dA * f'."""
     if activation == "identity":
         return da
-    from ..kernels import activation_bwd as launch
-
     with device_of(da):
-        return launch(da, _dense(saved), activation)
+        return _kernels().activation_bwd(da, _dense(saved), activation)
 
 
 def cross_entropy_fwd(
     z: Tensor, target: Tensor, weight: Tensor | None, s: Settings
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(loss, maximum and sum of exponentials of each row, denominator of the mean or None)."""
-    from ..kernels import cross_entropy_fwd as launch
-
     options = {"ignore_index": s.ignore_index, "smoothing": s.smoothing}
     with device_of(z):
-        return launch(z, target, weight=weight, reduction=s.reduction, dtype=s.dtype, **options)
+        return _kernels().cross_entropy_fwd(z, target, weight=weight, reduction=s.reduction, dtype=s.dtype, **options)
 
 
 def cross_entropy_bwd(dloss: Tensor, rows: Rows, s: Settings, want: Sequence[bool]) -> Gradients:
     """(dZ, dTarget)."""
-    from ..kernels import cross_entropy_bwd as launch
-
     z, target, weight, kept, denominator = rows
     options = {"weight": weight, "ignore_index": s.ignore_index, "smoothing": s.smoothing, "denominator": denominator}
     with device_of(z):
-        return launch(dloss, z, target, kept.contiguous(), want_dz=want[0], want_dt=want[1], **options)
+        return _kernels().cross_entropy_bwd(
+            dloss, z, target, kept.contiguous(), want_dz=want[0], want_dt=want[1], **options
+        )
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -91,12 +112,8 @@ def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str, delta: float = 1.0
     scale = None if reduction == "none" else mean_factor(loss, a, reduction)
     with device_of(a):
         if LOSSES[loss].kernel == "softmax_squared_error":
-            from ..kernels import softmax_squared_error_fwd
-
-            return softmax_squared_error_fwd(a, y, scale=scale)
-        from ..kernels import elementwise_loss_fwd
-
-        out = elementwise_loss_fwd(_rows(a), _rows(y), loss, scale=scale, delta=delta)
+            return _kernels().softmax_squared_error_fwd(a, y, scale=scale)
+        out = _kernels().elementwise_loss_fwd(_rows(a), _rows(y), loss, scale=scale, delta=delta)
     return out.view(a.shape) if reduction == "none" else out
 
 
@@ -107,11 +124,9 @@ def loss_bwd(
     scale = mean_factor(loss, a, reduction)
     with device_of(a):
         if LOSSES[loss].kernel == "softmax_squared_error":
-            from ..kernels import softmax_squared_error_bwd
-
-            return softmax_squared_error_bwd(g, a, y, scale=scale, want_dz=want[0], want_dy=want[1])
-        from ..kernels import elementwise_loss_bwd
-
+            return _kernels().softmax_squared_error_bwd(g, a, y, scale=scale, want_dz=want[0], want_dy=want[1])
         rows = (_rows(g) if g.dim() else g, _rows(a), _rows(y))
-        da, dy = elementwise_loss_bwd(*rows, loss, scale=scale, delta=delta, want_da=want[0], want_dy=want[1])
+        da, dy = _kernels().elementwise_loss_bwd(
+            *rows, loss, scale=scale, delta=delta, want_da=want[0], want_dy=want[1]
+        )
     return None if da is None else da.view(a.shape), None if dy is None else dy.view(y.shape)

@@ -48,11 +48,15 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockLoop:
-    """An ``scf.for``: its first line, the operations inside it, and the layouts of the kernel by name."""
+    """An ``scf.for``: its first line, the operations inside it, and the layouts of the kernel by name.
+
+    ``branches`` has the conditions around the loop by number, each with the side on which the loop is.
+    """
 
     head: str
     body: tuple[Operation, ...]
     layouts: dict[str, str]
+    branches: dict[int, bool]
 
     @cached_property
     def _made_by(self) -> dict[str, Operation]:
@@ -73,6 +77,10 @@ class BlockLoop:
         if dot.name == "ttng.tc_gen5_mma":
             return Product(needed, needed)
         return Product(needed, _covered(result, self.layouts.get(layout, "")) * a[-1])
+
+    def follows(self, other: BlockLoop) -> bool:
+        """Whether one program can run both loops: no condition has them on different sides."""
+        return all(other.branches.get(number, side) == side for number, side in self.branches.items())
 
     @property
     def tcgen05_products(self) -> int:
@@ -181,12 +189,21 @@ def block_loops(ttgir: str) -> tuple[BlockLoop, ...]:
     layouts = dict(_LAYOUT.findall(ttgir))
     found: list[BlockLoop] = []
     open_loops: list[tuple[int, str, list[Operation]]] = []
-    for line in ttgir.splitlines():
+    open_branches: list[tuple[int, int, bool]] = []
+    for number, line in enumerate(ttgir.splitlines()):
         indent = len(line) - len(line.lstrip())
-        if open_loops and indent == open_loops[-1][0] and line.lstrip().startswith("}"):
-            _, head, body = open_loops.pop()
-            if not any(operation.name == "scf.for" for operation in body):
-                found.append(BlockLoop(head, tuple(body), layouts))
+        if line.startswith("}", indent):
+            if open_branches and indent == open_branches[-1][0]:
+                _, condition, _ = open_branches.pop()
+                if "} else {" in line:
+                    open_branches.append((indent, condition, False))
+            elif open_loops and indent == open_loops[-1][0]:
+                _, head, body = open_loops.pop()
+                if not any(operation.name == "scf.for" for operation in body):
+                    branches = {condition: side for _, condition, side in open_branches}
+                    found.append(BlockLoop(head, tuple(body), layouts, branches))
+        elif " scf.if " in line:
+            open_branches.append((indent, number, True))
         elif (open_loops or "scf.for " in line) and (operation := _operation(line)):
             for _, _, body in open_loops:
                 body.append(operation)

@@ -35,7 +35,7 @@ LIMITS = {
     "conversion": "a layout converted through shared memory in a main loop",
     "barriers": "more than two barriers in a main loop",
     "waiting load": "loads of a main loop that are neither asynchronous nor 16 bytes wide",
-    "second pass": "an operand of a product read again in a loop of its own",
+    "second pass": "blocks loaded in a loop of their own by programs that multiply",
     "few warps": "fewer than two resident warps per scheduler",
 }
 _MOST_BARRIERS = 2
@@ -81,23 +81,15 @@ EXCEPTIONS: tuple[LimitException, ...] = (
         "AMD's loads are masked value by value unless C is a multiple of 16; lanes still cover whole lines together",
     ),
     _narrow(
+        "*/wgrad_update/*-2w*",
+        "sm_90/wgrad_update/float32/16x32x32-2w4s/sgd",
+        "128 elements of a bias are two per thread of two warps, which reads them one by one; a warp loads whole lines",
+    ),
+    _narrow(
         "*/softmax_squared_error*",
         "sm_80/softmax_squared_error/float32/64x100/labels",
         "rows whose length is no multiple of 16 are not known to be aligned; this loss is for the few classes of the "
         "lecture notes, whose rows are shorter than one warp's load",
-    ),
-    *(
-        LimitException(
-            "barriers",
-            cases,
-            witness,
-            "the three parts of the second operand are written to shared memory "
-            "one after the other, each behind a barrier, for wgmma reads this operand nowhere else",
-        )
-        for cases, witness in (
-            ("sm_90/*/float32/64x*", "sm_90/linear_fwd/float32/64x64x32-4w3s/sigmoid"),
-            ("sm_90/*/float32/128x*", "sm_90/linear_fwd/float32/128x128x32-8w3s/sigmoid"),
-        )
     ),
     *(
         LimitException(
@@ -133,9 +125,53 @@ EXCEPTIONS: tuple[LimitException, ...] = (
     ),
     LimitException(
         "barriers",
-        "sm_90/linear_fwd/*float16/128x256x64-*/*pixels*",
+        "sm_90/*float16/*/*pixels*",
         "sm_90/linear_fwd/bfloat16/128x256x64-8w3s/pixels-step",
         "pixels are widened in registers and written to shared memory, behind a barrier of their own",
+    ),
+    LimitException(
+        "barriers",
+        "gfx1100/head/*",
+        "gfx1100/head/bfloat16/16384x64x512/pixels-gather",
+        "RDNA's head loads into one stage, which is stored between two barriers for each operand",
+    ),
+    *(
+        LimitException(
+            "repeated products",
+            f"sm_*/head/float32/{shape}/*",
+            witness,
+            "the product for dZ below needs the registers of eight warps, and the four slices of Z have work for four",
+        )
+        for shape, witness in (
+            ("64x50x512", "sm_80/head/float32/64x50x512/pixels-gather"),
+            ("16384x64x512", "sm_120/head/float32/16384x64x512/sigmoid"),
+        )
+    ),
+    *(
+        LimitException(
+            "repeated products",
+            cases,
+            witness,
+            "a block of dZ below is only 32 columns wide, since its addresses or its products take many registers, and "
+            "some warps compute what others compute too",
+        )
+        for cases, witness in (
+            ("gfx9*/head/*/odd*", "gfx942/head/float32/64x2x512/odd-tanh"),
+            ("gfx1100/head/*", "gfx1100/head/float16/64x2x512/gelu-smoothing"),
+        )
+    ),
+    LimitException(
+        "few warps",
+        "sm_*/linear_[fd]*/*/[13][26]x*x[125]??-4w*",
+        "sm_80/linear_fwd/float32/16x32x256-4w3s/sigmoid",
+        "tiles in slices are those of small batches, which have about one program for each multiprocessor; the shared "
+        "memory of others holds its deep blocks",
+    ),
+    LimitException(
+        "few warps",
+        "gfx9*/head/*",
+        "gfx942/head/float16/64x50x512/pixels-gather",
+        "with more than 32 classes the slices of both operands take more than half of the 64 KiB of shared memory",
     ),
 )
 
@@ -192,23 +228,15 @@ def _loop_violations(case: Case, launch: Launch) -> Iterator[tuple[str, str]]:
             yield "conversion", str(loop)
         if loop.accumulates and loop.barriers > _MOST_BARRIERS:
             yield "barriers", str(loop)
-        if loop.accumulates and loop.block.loads and _loads_wide(case):
+        if loop.accumulates and loop.block.loads and case.aligned:
             waiting = [
                 f"{load.file}:{load.line} loads {load.width} bytes" for load in waiting_loads(launch, loop.block)
             ]
             if waiting:
                 yield "waiting load", ", ".join(waiting)
-    for block in block_loops(str(launch.asm["ttgir"])) if found else ():
-        if not block.products and block.loads:
+    for block in block_loops(str(launch.asm["ttgir"])):
+        if not block.products and block.loads and any(block.follows(loop.block) for loop in found):
             yield "second pass", ", ".join(operation.results[0] for operation in block.loads)
-
-
-def _loads_wide(case: Case) -> bool:
-    """Whether the operands of the main loop could be loaded 16 bytes at a time.
-
-    The update's last layer of 10 outputs could not, and its code is that of the other layers only where it has to be.
-    """
-    return case.aligned or (case.kernel == "wgrad_update" and "odd" not in case.variant)
 
 
 def _few_warps(case: Case, launch: Launch, code: Resources) -> str:

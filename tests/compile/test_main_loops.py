@@ -122,6 +122,13 @@ def test_a_loop_over_pieces_of_the_result_adds_nothing_up():
     assert loop.needed == 64 * 128 * 32
 
 
+def test_loops_on_two_sides_of_a_condition_do_not_follow_each_other():
+    """Programs of their own may sum an operand; a program that multiplies must not read the operand a second time."""
+    loop = "  scf.for %i = %a to %b step %c1_i32  : i32 {\n    %x = tt.load %p : tensor<2xf32>\n  } loc(#loc)\n"
+    apart = block_loops(f" scf.if %c {{\n{loop} }} else {{\n{loop} }} loc(#loc)\n{loop}")
+    assert [a.follows(b) for a in apart for b in apart] == [True, False, True, False, True, True, True, True, True]
+
+
 def test_a_conversion_within_registers_is_none():
     """The result of one product as the first operand of the next one stays where it is."""
     operand = "tensor<64x128xf32, #ttg.dot_op<{opIdx = 0, parent = #mma1, kWidth = 1}>>"

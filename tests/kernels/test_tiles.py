@@ -113,18 +113,26 @@ def test_short_reductions_are_not_sliced() -> None:
     assert configs.gemm_tile("wgrad", 512, 784, 64, torch.float32, h100, wide=True).slices == 1
 
 
-@pytest.mark.parametrize("splits", [1, 2], ids=["updated at once", "partial sums"])
+@pytest.mark.parametrize(
+    ("splits", "wide"), [(1, False), (2, False), (0, True)], ids=["updated at once", "partial sums", "wide"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_every_tile_of_the_update(
-    lane: torch.device, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+    lane: torch.device, dtype: torch.dtype, splits: int, wide: bool, monkeypatch: pytest.MonkeyPatch,
+    pytestconfig: pytest.Config,
 ) -> None:  # fmt: skip
-    """With W = 0 and a learning rate of 1 the update leaves -dW in two layers; programs may share the batch."""
+    """With W = 0 and a learning rate of 1 the update leaves -dW in two layers; programs may share the batch.
+
+    The tiles of wide operands are updated at once and have partial sums in turns.
+    """
     module = importlib.import_module("fastmlp.kernels.wgrad_update")
-    monkeypatch.setattr(module, "splits", lambda *args: splits)
     hyper_row = torch.tensor((1.0, *[0.0] * (HYPER_COLUMNS - 1))).to(lane)
-    for tile in tiles_of("update", dtype, wide=False, full=pytestconfig.getoption("--full")):
+    for i, tile in enumerate(tiles_of("update", dtype, wide=wide, full=pytestconfig.getoption("--full"))):
+        monkeypatch.setattr(module, "splits", lambda *args, count=splits or 2 - i % 2, **kwargs: count)
         g = torch.Generator().manual_seed(tile.rows)
         m, widths = 3 * tile.depth + 7, (tile.cols + 5, tile.rows + 3, 5)
+        if wide:
+            widths = (tile.cols + 16, tile.rows + 16, 16)
         xs, dzs = ([torch.randn(m, n, generator=g).to(dtype) for n in w] for w in (widths[:-1], widths[1:]))
         layers = []
         for k, n in pairwise(widths):

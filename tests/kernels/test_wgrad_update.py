@@ -84,7 +84,7 @@ def run(lane, optimizer, sizes, m, dtype, *, steps=2, bias=True, low=None):
 def test_every_optimizer(lane, optimizer, m):
     sizes = (33, 17, 5)
     layout = Layout([Layer(torch.empty(n, k), torch.empty(n)) for k, n in itertools.pairwise(sizes)])
-    assert (_plan(layout, m, torch.float32, False)[1] > 1) == (m == 1100)
+    assert (_plan(layout, m, torch.float32, wide=False, summed=False)[1] > 1) == (m == 1100)
     run(lane, optimizer, sizes, m, torch.float32)
 
 

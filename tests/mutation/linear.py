@@ -186,11 +186,9 @@ _LINEAR_DGRAD = (
 
 _PARTIAL = "partial = torch.empty((n_splits, stride_split), dtype=torch.float32, device=dz.device)"
 _REDUCE = """    if n_splits > 1:
-        _wgrad_reduce_kernel[(cdiv(total, REDUCE_BLOCK),)](
-            partial, dw, db, N * K, total, n_splits, stride_split, HAS_BIAS=bias, BLOCK=REDUCE_BLOCK
-        )
+        _launch_reduce((partial, dw, db))
 """
-_FIRST_LAUNCH = "    _linear_wgrad_kernel[(programs, n_splits)]("
+_FIRST_LAUNCH = "    _launch((dz, x, rows, out_w, out_b),"
 
 _LINEAR_WGRAD = (
     Mutant(
@@ -323,8 +321,8 @@ _ACTIVATIONS = (
     Mutant(
         "activation_bwd",
         "mask dropped in a store",
-        ", mask=mask)\n\n\ndef",
-        ")\n\n\ndef",
+        ", mask=mask)\n\n\n@remembered",
+        ")\n\n\n@remembered",
         (ACTIVATION, "sigmoid and float32"),
     ),
     Mutant(

@@ -14,11 +14,7 @@ UPDATE = "tests/kernels/test_wgrad_update.py"
 BEFORE_UPDATE = "tests/kernels/test_before_update.py"
 LARGE = "tests/kernels/test_large_offsets.py"
 
-_PARTIAL = "partial = torch.empty((2, programs), dtype=torch.float32, device=logits.device)"
-_REDUCE = """    if partial is not None:
-        _reduce_kernel[(1,)](partial, loss, denominator, programs, REDUCE=reduction, BLOCK=1024, num_warps=4)
-"""
-_FIRST_LAUNCH = "    _cross_entropy_kernel[(programs,)](\n"
+_PARTIAL = "partial = New(2, programs) if"
 
 _CROSS_ENTROPY = (
     Mutant(
@@ -85,8 +81,8 @@ _CROSS_ENTROPY = (
     Mutant(
         "cross_entropy",
         "reduce before the partials are written",
-        (_REDUCE, _FIRST_LAUNCH),
-        ("", _REDUCE + _FIRST_LAUNCH),
+        "Launches([whole, reduce], [partial])",
+        "Launches([reduce, whole], [partial])",
         (CE, "one_or_many_programs and 600 and float32"),
     ),
     Mutant(

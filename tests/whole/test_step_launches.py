@@ -104,6 +104,28 @@ def test_other_losses_gather_and_scale_in_their_kernels(loss, dtype):
     assert len(names) == (7 if dtype is None else 9)
 
 
+@pytest.mark.launch
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_bias_gradients_come_from_the_producers_of_dz(loss):
+    """With the head the update reads sums and, of all layers, only 16 bytes at a time; without, it reads dZ for db."""
+    from tests.ptxsim import SimulatedGPU
+
+    x = torch.zeros(64, 784)
+    y = torch.zeros(64, dtype=torch.int64) if loss == "cross_entropy" else torch.zeros(64, 10)
+    with SimulatedGPU(90, execute=False) as gpu, use_backend("triton"):
+        TrainStep(fastmlp.MLP((784, 512, 512, 10)), lr=0.1, loss=loss)(x, y)
+    arguments = gpu.launches[-1].arguments
+    for of, factors, n in zip(arguments["sums"], arguments["operands"], (512, 512, 10), strict=True):
+        if loss == "cross_entropy":
+            assert of.ptr.dtype == torch.float32
+            assert of.rows * 16 <= 64
+            assert factors.stride_zm % 16 == 0
+        else:
+            assert of.ptr is factors.dz_ptr
+            assert of.rows == 64
+            assert factors.stride_zm == n
+
+
 @pytest.mark.execute
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_three_steps_of_full_size(dtype):

@@ -1,0 +1,120 @@
+"""The launches of a whole network's forward pass, and of its backward pass, each remembered as one.
+
+    forward    A_l = f_l(A_{l-1} W_l^T + b_l)                             linear_fwd of every layer
+    backward   dZ_{l-1} = (dZ_l W_l) * f'_{l-1}, for l = L, ..., 2        linear_dgrad of every layer but the first
+               dX = dZ_1 W_1 where wanted                                 linear_dgrad
+               dW_l = dZ_l^T A_{l-1}, db_l = sum over the batch of dZ_l   one launch for all layers
+
+The weight gradients are the kernel of ``wgrad_update``, which stores them in place of an update. A tile's batch is not
+split, so that no workspace is needed, and the sums over the batch are in the order of its rows.
+
+Shapes and dtypes: those of the kernels. Both functions return None for what they leave to the launchers of the layers:
+empty tensors, and in the backward pass more than ``GROUPED_ROWS`` rows, a dZ_L or a saved A or Z that is not
+contiguous, inputs with strided columns, and a db without its dW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .column_sums import SUM_COLS
+from .configs import TileRule, cdiv, gemm_tile, loads_wide
+from .device import current_device
+from .launch import Call, Launches, New, remembered
+from .layout import Layer, Layout
+from .linear_dgrad import plan as dgrad_plan
+from .linear_fwd import plan as fwd_plan
+from .wgrad_update import gradient_call
+
+__all__ = ["GROUPED_ROWS", "network_bwd", "network_fwd"]
+
+#: Larger batches keep a GPU busy for longer than their launches take the host.
+GROUPED_ROWS = 512
+
+
+@remembered
+def _forward(*given: Any) -> Launches | None:
+    """Of X and of W and b of every layer; the activations, where Z is wanted, and the rule of the tiles."""
+    x, *params, activations, saves_z, rule = given
+    if not x.numel() or not all(weight.numel() for weight in params[0::2]):
+        return None
+    calls, news = [], []
+    for weight, bias, activation, save_z in zip(params[0::2], params[1::2], activations, saves_z, strict=True):
+        a, z = (New(x.shape[0], weight.shape[0], dtype=weight.dtype) if wanted else None for wanted in (True, save_z))
+        calls.append(fwd_plan(x, weight, bias, a, z, None, activation, rule))
+        news += [a] if z is None else [a, z]
+        x = a
+    return Launches(calls, news)
+
+
+def network_fwd(
+    x: Tensor, params: Sequence[Tensor | None], activations: tuple[str, ...], saves_z: tuple[bool, ...]
+) -> list[Tensor] | None:
+    """Launch the forward pass of W_1, b_1, W_2, ...: A_1, Z_1 if wanted, A_2, ..."""
+    return _forward((x, *params), (activations, saves_z, gemm_tile))
+
+
+@remembered
+def _backward(*given: Any) -> Launches | None:
+    """Of the arguments of ``network_bwd``, and the rule of the tiles."""
+    dz, *tensors, activations, wanted, rule = given
+    count = len(activations)
+    inputs, weights, saved = (tensors[i * count : (i + 1) * count] for i in range(3))
+    want_x, wants_w, wants_b = wanted[0], wanted[1::2], wanted[2::2]
+    if (
+        not 0 < dz.shape[0] <= GROUPED_ROWS
+        or any(b and not w for w, b in zip(wants_w, wants_b, strict=True))
+        or any(t is not None and not t.numel() for t in (dz, *tensors))
+        or any(x is not None and x.stride(1) != 1 for x in inputs)
+        or any(t is not None and not t.is_contiguous() for t in (dz, *saved))
+    ):
+        return None
+    calls: list[Call] = []
+    hidden: list[New] = []
+    trained: list[tuple[Any, ...]] = []
+    for layer in range(count - 1, -1, -1):
+        if wants_w[layer]:
+            n, k = dz.shape[1], inputs[layer].shape[1]
+            dw, db = New(n, k, dtype=dz.dtype), New(n, dtype=dz.dtype) if wants_b[layer] else None
+            trained.insert(0, (dz, inputs[layer], dw, db))  # only the first layer may have pixels
+        if layer == 0 and not want_x:
+            break
+        dx = New(dz.shape[0], weights[layer].shape[1], dtype=dz.dtype)
+        below = (saved[layer - 1], dx, None, activations[layer - 1]) if layer else (None, dx, None, "identity")
+        calls.append(dgrad_plan(dz, weights[layer], *below, rule))
+        hidden.append(dx)
+        dz = dx
+    if trained:
+        calls.append(_weight_gradients(trained, rule))
+    wanted_grads = [hidden.pop()] if want_x else []
+    wanted_grads += [grad for *_, dw, db in trained for grad in (dw, db) if grad is not None]
+    return Launches(calls, [*wanted_grads, *hidden])
+
+
+def _weight_gradients(trained: Sequence[tuple[Any, Any, Any, Any]], gemm_tile: TileRule) -> Call:
+    """One launch for (dZ, X, dW, db or None) of every layer."""
+    dzs, xs, dws, dbs = zip(*trained, strict=True)
+    m, dtype = dzs[0].shape[0], dzs[0].dtype
+    shapes = tuple([tuple(dw.shape) for dw in dws])
+    largest = max(shapes, key=lambda shape: shape[0] * shape[1])
+    wide = loads_wide(*dzs, *xs)
+    beside = sum(cdiv(db.shape[0], SUM_COLS) for db in dbs if db is not None)
+    tile = gemm_tile("update", *largest, m, dtype, current_device(), wide=wide, layers=shapes, beside=beside)
+    layers = Layout([Layer(dw, db) for dw, db in zip(dws, dbs, strict=True)]).of_layers
+    return gradient_call(layers, dzs, xs, tile, (1, m, 0), "none")
+
+
+def network_bwd(
+    dz: Tensor, tensors: Sequence[Tensor | None], activations: tuple[str, ...], wanted: tuple[bool, ...]
+) -> list[Tensor] | None:
+    """Launch the backward pass from dZ_L; returns the wanted gradients, and tensors that it took besides.
+
+    Args:
+        tensors: the inputs A_{l-1} of all layers, then all W_l, then all that f'_l is computed from; each None where it
+            is not needed.
+        wanted: whether the gradients of X, W_1, b_1, W_2, ... are, in this order.
+    """
+    return _backward((dz, *tensors), (activations, wanted, gemm_tile))
