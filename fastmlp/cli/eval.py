@@ -35,10 +35,10 @@ def command(checkpoint: str, data: str | None, device: str, backend: str, as_jso
     if source is None and not form.is_fashion_mnist:
         raise common.UserError(f"the checkpoint {checkpoint} is not of FashionMNIST; name its data with --data")
     train, test = common.load_data(source, used_device, form.loss)
-    if test is None:
+    all_rows = test is None
+    test = form.fitted(train if test is None else test, dtype)
+    if all_rows:
         common.say("warning", f"{train.source} has no test set; all its rows are evaluated")
-        test = train
-    test = form.fitted(test, dtype)
     start = time.perf_counter()
     with common.user_errors():
         loss, score = evaluate(model, test, loss=form.loss)

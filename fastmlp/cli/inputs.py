@@ -84,7 +84,7 @@ class Format:
 
         loss, scale, shape = config.get("loss", "cross_entropy"), config.get("standardization"), config.get("shape")
         wrong = f"the configuration of the checkpoint {path} is damaged"
-        if loss not in FIT_LOSSES:
+        if not isinstance(loss, str) or loss not in FIT_LOSSES:
             raise UserError(f"{wrong}: its loss is {loss!r}; expected one of {', '.join(FIT_LOSSES)}")
         classes = None if takes_values(loss) else config.get("classes", list(CLASSES))
         if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):

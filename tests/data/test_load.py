@@ -63,7 +63,7 @@ def test_files_that_are_no_npz(tmp_path):
 
 @pytest.mark.parametrize("source", [None, "bundled", "torchvision:MNIST", "."])
 def test_only_npz_files_have_values(source):
-    with pytest.raises(ValueError, match="has classes, but the loss is one of values; expected an .npz file"):
+    with pytest.raises(ValueError, match=r"has classes, but the loss is one of values; expected an \.npz file"):
         load_data(source, values=True)
 
 
@@ -157,7 +157,7 @@ def test_what_is_special_about_some_sets(tmp_path):
     assert (emnist.shape, emnist.name) == ((3, 2), "EMNIST letters")
     cifar = dataset(part(np.zeros((2, 4, 4, 3), np.uint8), [1, 0], 2), "CIFAR10", "CIFAR10", "test", tmp_path)
     assert (cifar.images.shape, cifar.shape, cifar.labels.tolist()) == ((2, 48), (4, 4, 3), [1, 0])
-    with pytest.raises(DataIntegrityError, match="MNIST in .* is damaged: class number 2"):
+    with pytest.raises(DataIntegrityError, match=r"MNIST in .* is damaged: class number 2"):
         dataset(part(images, torch.tensor([0, 2]), 2), "MNIST", "MNIST", "train", tmp_path)
 
 
