@@ -254,8 +254,7 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 def load_data(source: str | None, device: torch.device, loss: str = "cross_entropy") -> tuple[Samples, Samples | None]:
     """(train, test) on ``device``, from what ``--data`` names; test is None where the data have no test set."""
     from fastmlp.data import load_data
-
-    from .inputs import takes_values
+    from fastmlp.train.scores import takes_values
 
     with user_errors():
         return load_data(source, device, values=takes_values(loss))

@@ -7,10 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastmlp.base.losses import LOSSES
 from fastmlp.data.described import numbers, shown
 from fastmlp.data.fashion_mnist import CLASSES, IMAGE_SIZE
-from fastmlp.train.scores import FIT_LOSSES, tensors
+from fastmlp.train.scores import FIT_LOSSES, takes_values, tensors
 
 from .common import UserError
 
@@ -23,11 +22,6 @@ if TYPE_CHECKING:
 #: The share of the training rows that is held out where the data have no test set.
 DEFAULT_SHARE = 0.2
 HIDDEN = (512, 512)
-
-
-def takes_values(loss: str) -> bool:
-    """Whether the targets of a loss are values, not classes."""
-    return LOSSES[FIT_LOSSES[loss]].target == "values"
 
 
 def divided(train: Samples, test: Samples | None, share: float | None, seed: int) -> tuple[Samples, Samples | None]:

@@ -15,10 +15,10 @@ import click
 
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.base.losses import STEP_LOSSES
-from fastmlp.train.scores import FIT_LOSSES
+from fastmlp.train.scores import FIT_LOSSES, takes_values
 
 from . import common
-from .inputs import DEFAULT_SHARE, FASHION_MNIST, Format, check_sizes, divided, takes_values
+from .inputs import DEFAULT_SHARE, FASHION_MNIST, Format, check_sizes, divided
 from .report import Reporter, device_name, scores
 from .run_folder import CONFIG, CURVES, SUMMARY, WEIGHTS, Run, check_run_folder
 

@@ -59,6 +59,11 @@ def record(loss: str) -> Loss:
     return LOSSES[FIT_LOSSES[loss]]
 
 
+def takes_values(loss: str) -> bool:
+    """Whether the targets of a loss are values, not classes."""
+    return record(loss).target == "values"
+
+
 def loss_function(loss: str) -> Callable[..., Tensor]:
     """The function (outputs, targets, reduction="mean") of a loss."""
     function: Callable[..., Tensor] = getattr(functional, record(loss).function)
@@ -68,7 +73,7 @@ def loss_function(loss: str) -> Callable[..., Tensor]:
 def metric_of(loss: str) -> str:
     """What a model with this loss is judged by beside the loss: "accuracy" or "r2"."""
     about = record(loss)
-    return "accuracy" if about.target == "classes" or about.input == "logits" else "r2"
+    return "r2" if about.target == about.input == "values" else "accuracy"
 
 
 def tensors(data: Samples) -> tuple[Tensor, Tensor]:
@@ -110,9 +115,9 @@ def checked(model: nn.Module, data: Samples, loss: str = "cross_entropy") -> tup
     about = record(loss)
     with evaluation_mode(model):
         outputs = model(x[:1]).shape[1]
-    if about.target == "classes":
-        return x, _checked_classes(y, outputs, loss)
-    return x, _checked_values(y, outputs, loss, probabilities=about.input == "logits")
+    if takes_values(loss):
+        return x, _checked_values(y, outputs, loss, probabilities=about.input == "logits")
+    return x, _checked_classes(y, outputs, loss)
 
 
 def _checked_classes(y: Tensor, outputs: int, loss: str) -> Tensor:
@@ -166,9 +171,8 @@ def evaluate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     inputs, targets = checked(model, dataset, loss)
     with evaluation_mode(model):
-        if record(loss).target == "classes":
-            return _evaluate_classes(model, inputs, targets, batch_size, loss)
-        return _evaluate_values(model, inputs, targets, batch_size, loss)
+        kind = _evaluate_values if takes_values(loss) else _evaluate_classes
+        return kind(model, inputs, targets, batch_size, loss)
 
 
 def _evaluate_classes(
@@ -213,7 +217,7 @@ def loss_of_a_guess(model: nn.Module, inputs: Tensor, targets: Tensor, loss: str
     with evaluation_mode(model):
         outputs = model(inputs).float()
     guess = torch.zeros_like(outputs)
-    if record(loss).target == "values":
+    if takes_values(loss):
         targets = targets.float()
         if record(loss).input == "values":
             guess += targets.mean(0)
