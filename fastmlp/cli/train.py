@@ -61,7 +61,7 @@ A folder of --out that has a run already is refused without --overwrite. Other f
     torchvision's files in ./data or the cache, or downloaded into the cache;
     torchvision:NAME@FOLDER for files in another folder
   FOLDER: train-images-idx3-ubyte and so on, plain or .gz; or one subfolder of images per class,
-    perhaps in train/ and test/
+    perhaps in train/ and test/ (images of one size up to 64 x 64 stay, others become 28 x 28)
   FILE.npz: x [N, ...], uint8 pixels or floating point (which is standardized), and y;
     perhaps x_test, y_test, and classes, the names of the classes"""
 
@@ -82,7 +82,8 @@ def _option(name: str, type: Any, default: object, help: str) -> Callable[[Comma
 @click.option(
     "--lr",
     type=common.Number(0, least_is_open=True),
-    help="Peak learning rate.  [default: by activation: sigmoid 0.5, relu 0.1; for values 1 / last hidden size]",
+    help="Peak learning rate.  [default: by activation: sigmoid 0.5, relu 0.1; for values 1 / last hidden size, at "
+    f"most {VALUES_LR}]",
 )
 @_option("--loss", common.Choice(tuple(FIT_LOSSES)), "cross_entropy", LOSS_HELP)
 @_option("--schedule", common.Choice(SCHEDULES), "linear", SCHEDULE_HELP)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import fastmlp
@@ -99,6 +100,18 @@ def test_engines_take_torchs_steps(loss):
             optimizer.step()
         for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("engine", ["step", "autograd"])
+def test_squared_errors_of_probabilities_are_a_loss_of_classes(engine):
+    model, given = model_of(3), data(40)
+    loss = "softmax_squared_error"
+    history = fit(model, given, given, loss=loss, epochs=1, batch_size=8, lr=0.1, engine=engine)
+    with torch.no_grad():
+        p = model(given[0]).softmax(1)
+    expected = (p - F.one_hot(given[1], 3)).square().sum(1).mean().item()
+    assert history.last.test_loss == pytest.approx(expected, rel=1e-5)
+    assert history.last.test_accuracy == (p.argmax(1) == given[1]).double().mean().item()
 
 
 def test_auto_is_autograd_for_a_loss_without_a_step():
