@@ -85,33 +85,28 @@ def _results(
 
     from fastmlp.data.npz import load_inputs
 
-    pixels: list[torch.Tensor] = []
     results: list[dict[str, Any]] = []
     errors: list[dict[str, str]] = []
-    tables: dict[int, list[dict[str, Any]]] = {}
+    images: list[tuple[torch.Tensor, dict[str, Any]]] = []
     dtype = next(model.parameters()).dtype
     for name in names:
         try:
             if name.lower().endswith(".npz"):
                 x = form.transformed(load_inputs(Path(name)).to(device), dtype, name)
-                about: list[dict[str, Any]] = [{"file": name, "row": row} for row in range(len(x))]
-                for rows, some in zip(x.split(ROWS), _parts(about, ROWS), strict=True):
-                    _predict(model, form, rows, some)
-                tables[len(results)] = tables.get(len(results), []) + about
-                continue
-            image, facts = _image(form, name, invert)
+                rows = [{"file": name, "row": row} for row in range(len(x))]
+                for first in range(0, len(x), ROWS):
+                    _predict(model, form, x[first : first + ROWS], rows[first : first + ROWS])
+                results += rows
+            else:
+                pixels, facts = _image(form, name, invert)
+                results.append({"file": name, **facts})
+                images.append((pixels, results[-1]))
         except (OSError, ValueError, common.UserError) as error:
             errors.append({"file": name, "error": str(error)})
             common.say("error", str(error))
-            continue
-        pixels.append(image)
-        results.append({"file": name, **facts})
-    if pixels:
-        _predict(model, form, torch.stack(pixels).to(device), results)
-    inserted = []
-    for place in range(len(results) + 1):
-        inserted += tables.get(place, []) + results[place : place + 1]
-    return inserted, errors
+    if images:
+        _predict(model, form, torch.stack([x for x, _ in images]).to(device), [result for _, result in images])
+    return results, errors
 
 
 def _image(form: Format, name: str, invert: bool | None) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -131,10 +126,6 @@ def _image(form: Format, name: str, invert: bool | None) -> tuple[torch.Tensor, 
         )
     values = torch.tensor(load_pixels(Path(name), form.shape)).flatten()
     return 255 - values if invert else values, {"inverted": bool(invert)}
-
-
-def _parts(items: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
-    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 def _predict(model: MLP, form: Format, x: torch.Tensor, results: list[dict[str, Any]]) -> None:
