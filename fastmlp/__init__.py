@@ -5,10 +5,11 @@ from .backend import get_backend, set_backend, use_backend
 from .base import checkout  # noqa: F401
 from .base.version import __version__
 from .cpu import get_cpu_gemm, set_cpu_gemm
-from .data import ImageDataset, find_fashion_mnist, load_fashion_mnist
+from .data import ImageDataset, find_fashion_mnist, load_data, load_fashion_mnist
 from .losses import BCEWithLogitsLoss, CrossEntropyLoss, HuberLoss, L1Loss, MSELoss
 from .nn import MLP, Linear
 from .step import TrainStep
+from .train import fit
 from .train.checkpoint import load_checkpoint, save_checkpoint
 
 __all__ = [
@@ -23,10 +24,12 @@ __all__ = [
     "TrainStep",
     "__version__",
     "find_fashion_mnist",
+    "fit",
     "functional",
     "get_backend",
     "get_cpu_gemm",
     "load_checkpoint",
+    "load_data",
     "load_fashion_mnist",
     "reference",
     "save_checkpoint",

@@ -240,9 +240,9 @@ def test_public_names(name):
 
 
 def test_the_public_interface():
-    assert {"MLP", "Linear", "functional", "get_backend", "reference", "set_backend", "use_backend"} <= set(
-        fastmlp.__all__
-    )
+    modules = {"MLP", "Linear", "functional", "get_backend", "reference", "set_backend", "use_backend"}
+    training = {"TrainStep", "fit", "load_data", "load_fashion_mnist", "load_checkpoint", "save_checkpoint"}
+    assert modules | training <= set(fastmlp.__all__)
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", fastmlp.__version__)
     assert f'\nversion = "{fastmlp.__version__}"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a checkout that is not installed
@@ -250,7 +250,15 @@ def test_the_public_interface():
 
 
 @pytest.mark.parametrize(
-    "function", [fastmlp.functional.linear_act, fastmlp.functional.mlp, fastmlp.MLP, fastmlp.Linear]
+    "function",
+    [
+        fastmlp.functional.linear_act,
+        fastmlp.functional.mlp,
+        fastmlp.MLP,
+        fastmlp.Linear,
+        fastmlp.fit,
+        fastmlp.load_data,
+    ],
 )
 def test_docstrings_name_every_argument(function):
     documented = inspect.getdoc(function)

@@ -18,12 +18,11 @@ from fastmlp.base.names import did_you_mean
 if TYPE_CHECKING:
     import torch
 
-    from fastmlp.data import ImageDataset
+    from fastmlp.data.load import Samples
     from fastmlp.nn import MLP
 
 BACKENDS = ("auto", "triton", "torch")  # fastmlp.backend has the same, but importing it imports torch
 
-BUNDLED = "bundled"  # also a source of load_fashion_mnist; a folder of that name is ./bundled
 INPUT_ERRORS = (OSError, RuntimeError, TypeError, ValueError)  # what fastmlp's functions raise for wrong input
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -57,6 +56,8 @@ def user_errors(kinds: tuple[type[Exception], ...] = INPUT_ERRORS) -> Iterator[N
 _OPTIONS = (
     ("root=FOLDER in Python, --data FOLDER on the command line", "--data FOLDER"),
     ("eave root out", "eave --data out"),
+    ("eave source out", "eave --data out"),
+    ("take a loss of values, such as mse", "use --loss mse for values"),
     ("name its folder, or ask for the quick form", "name its folder with --data, or use --quick"),
     ("use backend 'auto' or 'torch'", "use --backend auto or --backend torch"),
     ("move the tensors, ", ""),
@@ -177,12 +178,19 @@ class Number(click.ParamType):
         return number
 
 
-data_option = click.option(
+fashion_mnist_option = click.option(
     "--data",
     type=Folder(),
     metavar="FOLDER",
     help="Folder of the FashionMNIST files, or 'bundled' for the subset of 6,000 that comes with fastmlp.  "
     "[default: the cache, the system's folder, a download, the subset]",
+)
+data_option = click.option(
+    "--data",
+    type=Folder(),
+    metavar="DATA",
+    help="fashion-mnist; bundled, its subset of 6,000 that comes with fastmlp; torchvision:NAME; a folder of idx "
+    "files, or of one subfolder of images per class; or FILE.npz with x and y.  [default: fashion-mnist]",
 )
 device_option = click.option(
     "--device",
@@ -243,14 +251,13 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
         return backend.resolve(torch.empty(0, device=device), dtype)
 
 
-def load_data(folder: str | None, device: torch.device) -> tuple[ImageDataset, ImageDataset]:
-    """(train, test) on ``device``, from what ``--data`` names."""
-    from fastmlp.data import load_fashion_mnist
+def load_data(source: str | None, device: torch.device, loss: str = "cross_entropy") -> tuple[Samples, Samples | None]:
+    """(train, test) on ``device``, from what ``--data`` names; test is None where the data have no test set."""
+    from fastmlp.data import load_data
+    from fastmlp.train.scores import takes_values
 
     with user_errors():
-        if folder == BUNDLED:
-            return load_fashion_mnist(device=device, source=BUNDLED)
-        return load_fashion_mnist(folder, device)
+        return load_data(source, device, values=takes_values(loss))
 
 
 def load_model(path: str, device: torch.device) -> tuple[MLP, dict[str, Any]]:
@@ -288,17 +295,6 @@ def load_model(path: str, device: torch.device) -> tuple[MLP, dict[str, Any]]:
         model = model_of(config, device)
         model.load_state_dict(state)
     return model.eval(), config
-
-
-def check_sizes(sizes: tuple[int, ...], what: str) -> None:
-    """UserError unless a model of ``sizes`` maps FashionMNIST's 784 pixels to its 10 classes."""
-    from fastmlp.data.fashion_mnist import CLASSES
-
-    if sizes[0] != 784 or sizes[-1] != len(CLASSES):
-        raise UserError(
-            f"{what} {'-'.join(map(str, sizes))} must start with 784 (28 x 28 pixels) and end with {len(CLASSES)} "
-            f"classes, such as 784-512-512-{len(CLASSES)}"
-        )
 
 
 def versions() -> dict[str, str | None]:

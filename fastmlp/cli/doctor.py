@@ -24,7 +24,7 @@ MOST_PROCESSES = 16
 
 
 @click.command("doctor", short_help="Check this machine and every kernel.")
-@common.data_option
+@common.fashion_mnist_option
 @click.option("--all", "everything", is_flag=True, help="On a GPU: in every dtype, and for a batch of 1 as well.")
 @common.json_option
 def command(data: str | None, everything: bool, as_json: bool) -> int:

@@ -74,13 +74,19 @@ class Reporter:
 
     def epoch(self, result: EpochResult) -> None:
         """The line of an epoch."""
-        assert result.test_loss is not None
-        assert result.test_accuracy is not None
+        judged = "  ".join([*scores(result, "validation"), *scores(result, "test")])
         self.line(
             f"epoch {result.epoch:>{len(str(self.epochs))}}/{self.epochs}  train loss {result.train_loss:.4f}  "
-            f"test loss {result.test_loss:.4f}  test accuracy {100 * result.test_accuracy:.2f} %  "
-            f"{result.seconds:.2f} s  {result.images_per_second:,.0f} images/s"
+            f"{judged}{'  ' if judged else ''}{result.seconds:.2f} s  {result.images_per_second:,.0f} images/s"
         )
+
+
+def scores(result: EpochResult, split: str) -> list[str]:
+    """Loss and metric of the results on one split, as far as there are any."""
+    loss, accuracy, r2 = (vars(result)[f"{split}_{name}"] for name in ("loss", "accuracy", "r2"))
+    texts = [] if loss is None else [f"{split} loss {loss:.4f}"]
+    texts += [] if accuracy is None else [f"{split} accuracy {100 * accuracy:.2f} %"]
+    return texts + ([] if r2 is None else [f"{split} R2 {r2:.4f}"])
 
 
 def device_name(device: torch.device) -> str:

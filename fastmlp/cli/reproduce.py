@@ -26,7 +26,7 @@ with the documents' own algorithms instead of their accuracies."""
 @click.option("--all", "every", is_flag=True, help="Every system.")
 @click.option("--list", "listing", is_flag=True, help="List the systems and leave.")
 @click.option("--quick", is_flag=True, help="The form that takes seconds.")
-@common.data_option
+@common.fashion_mnist_option
 @click.option(
     "--plot", "folder", type=common.Folder(), metavar="FOLDER", help="Write a plot of each system, where it has one."
 )

@@ -24,6 +24,7 @@ from ..base import atomic
 from ..base.atomic import atomic_write, folder_lock, sweep, sync_folder
 from ..base.names import unknown
 from . import fashion_mnist, fetch
+from .described import Described
 from .fashion_mnist import FileSet
 from .fetch import SourceUnavailable
 from .idx import Bytes, DataIntegrityError
@@ -44,7 +45,7 @@ class SubsetWarning(UserWarning):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ImageDataset:
+class ImageDataset(Described):
     """Images and labels of one split of a data set, all in memory.
 
     Attributes:
@@ -54,6 +55,7 @@ class ImageDataset:
         split: "train" or "test".
         origin: where the data was read from, mostly a folder; for people.
         classes: the class names; a label is an index into them.
+        shape: of one image, [height, width] or [height, width, 3]; None where it is not known.
 
     Raises:
         TypeError: images or labels are not tensors, not uint8 or not int64.
@@ -66,6 +68,7 @@ class ImageDataset:
     split: str
     origin: str
     classes: tuple[str, ...]
+    shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for field, tensor, dtype in (("images", self.images, torch.uint8), ("labels", self.labels, torch.int64)):
@@ -83,22 +86,16 @@ class ImageDataset:
                 f"images and labels must be on one device, got {self.images.device} and {self.labels.device}"
             )
 
-    @property
-    def source(self) -> str:
-        """One line that names the data set, its size, split and origin."""
-        return f"{self.name} {len(self)} {self.split} ({self.origin})"
-
-    @property
-    def published(self) -> str:
-        """``source`` for files that leave this machine: of a path only the last name. Every result shows it."""
-        origin = Path(self.origin).name if os.path.isabs(self.origin) else self.origin
-        return f"{self.name} {len(self)} {self.split} ({origin})"
-
     def __len__(self) -> int:
         return self.labels.shape[0]
 
     def __repr__(self) -> str:
         return f"ImageDataset({self.source}, device={self.images.device})"
+
+    def rows(self, rows: torch.Tensor, split: str) -> ImageDataset:
+        """A copy of some rows, under another name of the split."""
+        rows = rows.to(self.images.device)
+        return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows], split=split)
 
     def to(self, device: torch.device | str) -> ImageDataset:
         """The same data on ``device``; a tensor that is already there is shared, not copied."""
@@ -142,7 +139,7 @@ def load_fashion_mnist(
         raise ValueError(unknown("source", source, SOURCES, ", or None to try them all"))
     if root is not None and source is not None:
         raise ValueError(f"give root or source, not both; got root={os.fspath(root)!r} and source={source!r}")
-    target = _usable_device(device)
+    target = usable_device(device)
     if root is not None:
         folder = _folder_of(root)
         with _remedy("Put a good copy in its place, or leave root out to look for or fetch the data elsewhere."):
@@ -197,7 +194,7 @@ def cache_folder() -> Path:
     return atomic.cache_folder() / "fashion-mnist"
 
 
-def _usable_device(device: torch.device | str | None) -> torch.device:
+def usable_device(device: torch.device | str | None) -> torch.device:
     """``device`` as a torch.device on which a tensor can be made; checked before data is read or downloaded."""
     target = torch.device("cpu") if device is None else torch.device(device)
     try:
@@ -340,6 +337,6 @@ def _datasets(
         images.numpy()[:] = pixels.reshape(images.shape)
         labels = torch.empty(len(pixels), dtype=torch.int64, device="cpu")
         labels.numpy()[:] = label_file.values(contents[label_file.name])
-        return ImageDataset(images, labels, name, split, origin, fashion_mnist.CLASSES).to(device)
+        return ImageDataset(images, labels, name, split, origin, fashion_mnist.CLASSES, pixels.shape[1:]).to(device)
 
     return dataset("train"), dataset("test")

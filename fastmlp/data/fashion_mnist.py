@@ -58,8 +58,10 @@ SUBSET_FOLDER = Path(__file__).parent / "bundled"
 LAYOUTS = (Path(), Path("raw"), Path(NAME, "raw"))
 
 
-def find_files(folder: Path, files: FileSet) -> dict[str, Path] | None:
+def find_files(folder: Path, files: FileSet, kind: str = NAME) -> dict[str, Path] | None:
     """The path of each file of ``files`` in ``folder`` by name, plain rather than gzip; None if there is none of them.
+
+    ``kind`` is what an error calls the files.
 
     Raises:
         FileNotFoundError: some of the files are missing.
@@ -76,7 +78,7 @@ def find_files(folder: Path, files: FileSet) -> dict[str, Path] | None:
     missing = [name for name in names if name not in found]
     if missing:
         raise FileNotFoundError(
-            f"{folder} has only {len(found)} of the {len(names)} {NAME} files. "
+            f"{folder} has only {len(found)} of the {len(names)} {kind} files. "
             f"Missing, with or without .gz: {', '.join(missing)}."
         )
     return found

@@ -8,6 +8,7 @@ ended, so that a machine whose network drops packets does not hang.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -26,17 +27,19 @@ SOCKET_TIMEOUT = 10.0  # seconds for one connection attempt or one read
 STALL_TIMEOUT = 30.0  # seconds without a new byte in the folder
 START_TIMEOUT = 120.0  # seconds until the first byte: importing torch from a cold disk takes a while
 
-# argv: folder, socket timeout. Making the folder ends the start-up allowance.
+# argv: folder, socket timeout, class, its options as JSON. Making the folder ends the start-up allowance.
 _TORCHVISION_PROGRAM = """
-import os, socket, sys
+import json, os, socket, sys
 try:
-    from torchvision.datasets import FashionMNIST
+    from torchvision import datasets
 except ImportError as error:
     sys.exit(f"torchvision cannot be imported: {error}")
 socket.setdefaulttimeout(float(sys.argv[2]))
 os.makedirs(sys.argv[1])
 try:
-    FashionMNIST(sys.argv[1], train=False, download=True)
+    # One download has both parts of all sets but QMNIST.
+    for train in (True, False) if sys.argv[3] == "QMNIST" else (False,):
+        getattr(datasets, sys.argv[3])(sys.argv[1], train=train, download=True, **json.loads(sys.argv[4]))
 except Exception as error:
     sys.exit(" ".join(f"{error}".split()) or type(error).__name__)
 """
@@ -46,8 +49,8 @@ class SourceUnavailable(Exception):
     """A source of the data cannot be used on this machine now; the text says why."""
 
 
-def fetch_torchvision(staging: Path) -> Path:
-    """Download with ``torchvision.datasets.FashionMNIST`` below ``staging`` (an empty folder); the files' folder.
+def fetch_torchvision(staging: Path, name: str = "FashionMNIST", **options: str) -> Path:
+    """Download with a class of ``torchvision.datasets`` below ``staging`` (an empty folder); the files' folder.
 
     Raises:
         SourceUnavailable: no torchvision, no network, or torchvision's own check of the files failed.
@@ -55,7 +58,7 @@ def fetch_torchvision(staging: Path) -> Path:
     if not sys.executable:
         raise SourceUnavailable("no Python executable to run torchvision's download with")
     target = staging / "torchvision"
-    command = [sys.executable, "-c", _TORCHVISION_PROGRAM, str(target), str(SOCKET_TIMEOUT)]
+    command = [sys.executable, "-c", _TORCHVISION_PROGRAM, str(target), str(SOCKET_TIMEOUT), name, json.dumps(options)]
     run_watched(command, staging, start_timeout=START_TIMEOUT)
     return target
 

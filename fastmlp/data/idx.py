@@ -1,8 +1,9 @@
-"""The idx file format: reading files whose content is known in advance, and writing.
+"""The idx file format: reading files of known and of any content, and writing.
 
 An idx file is two zero bytes, a type code (8: unsigned byte), the number of axes, each axis' length as a big-endian
-32-bit integer, then the values in row-major order. Every file that is read here has one known content, whose SHA-256
-is checked. The checksum is that of the uncompressed content, so ``name`` and ``name.gz`` have the same one.
+32-bit integer, then the values in row-major order. ``read_verified`` reads a file of one known content, whose SHA-256
+it checks. The checksum is that of the uncompressed content, so ``name`` and ``name.gz`` have the same one. ``read_any``
+reads a file whose size is the one that its header says.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import numpy.typing as npt
 from ..base.atomic import open_file
 
 UNSIGNED_BYTE = 8
+#: gzip's compression makes nothing this many times smaller.
+MOST_RATIO = 1100
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -85,6 +88,53 @@ def read_verified(path: Path, file: IdxFile) -> Bytes:
     if digest != file.sha256:
         raise _integrity_error(path, file, f"{file.nbytes} bytes with SHA-256 {digest}: the file is altered")
     return np.frombuffer(content, dtype=np.uint8)
+
+
+def read_any(path: Path) -> Bytes:
+    """The values of an idx file of unsigned bytes, plain or gzip, in the shape that its header says.
+
+    The size of the file is compared with the header's before memory is taken for the values.
+
+    Raises:
+        DataIntegrityError: no idx file of unsigned bytes, or truncated, too long or damaged.
+        OSError: the file cannot be read.
+    """
+    wrong = f"{path} is not an idx file of unsigned bytes"
+    try:
+        with open_file(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            packed = path.suffix == ".gz"
+            with gzip.GzipFile(fileobj=stream) if packed else stream as content_stream:
+                start = content_stream.read(4)
+                if len(start) < 4 or start[:3] != bytes((0, 0, UNSIGNED_BYTE)) or start[3] == 0:
+                    raise DataIntegrityError(
+                        f"{wrong}: expected it to start with 00 00 08 and the number of axes, found "
+                        f"{start.hex(' ') or 'nothing, because it is empty'}"
+                    )
+                lengths = content_stream.read(4 * start[3])
+                if len(lengths) < 4 * start[3]:
+                    raise DataIntegrityError(f"{wrong}: it ends within its header of {start[3]} axes")
+                shape = struct.unpack(f">{start[3]}I", lengths)
+                expected, head = math.prod(shape), 4 + len(lengths)
+                most = MOST_RATIO * size + 65536 if packed else size - head
+                if expected > most or (not packed and expected < most):
+                    raise DataIntegrityError(
+                        f"{path} is truncated or damaged: its header promises {_shown(shape)} = {expected} values, the "
+                        f"file has {size} bytes"
+                    )
+                content = content_stream.read(expected + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataIntegrityError(f"{path} is a damaged or truncated gzip file ({error})") from error
+    if len(content) != expected:
+        raise DataIntegrityError(
+            f"{path} is truncated or damaged: its header promises {_shown(shape)} = {expected} values, it has "
+            f"{len(content) if len(content) < expected else 'more'}"
+        )
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _integrity_error(path: Path, file: IdxFile, found: str) -> DataIntegrityError:

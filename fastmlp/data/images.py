@@ -1,8 +1,9 @@
-"""Any image file as FashionMNIST sees it: 28 x 28 gray values, a light object on black.
+"""Any image file as FashionMNIST sees it, 28 x 28 gray values, a light object on black; or as other data see it.
 
-The data set was made in the same way (Xiao, Rasul and Vollgraf 2017, section 2): cut the margins of background away,
-shrink the longest edge to 28 pixels, extend the shorter edge with background so that the object is in the center, and
-negate a dark-on-light picture. An image of 28 x 28 pixels is only negated, if need be.
+``load_pixels`` makes what a model of other images takes, and ``load_image`` what a model of FashionMNIST takes.
+FashionMNIST was made as follows (Xiao, Rasul and Vollgraf 2017, section 2): cut the margins of background away, shrink
+the longest edge to 28 pixels, extend the shorter edge with background so that the object is in the center, and negate
+a dark-on-light picture. An image of 28 x 28 pixels is only negated, if need be.
 
 An image takes the memory of its file's pixels, of which there may be `MOST_PIXELS`, and little more: a large image is
 made smaller strip by strip, by averages of whole blocks, before anything is computed with it.
@@ -10,9 +11,11 @@ made smaller strip by strip, by averages of whole blocks, before anything is com
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +67,7 @@ def load_image(path: str | os.PathLike[str], invert: bool | None = None) -> Load
         OSError: as ``open``; also for what is no regular file.
         ValueError: not an image, truncated, or too large.
     """
-    gray = _read(Path(path))
+    gray = _read(Path(path), _gray)
     empty = not _inside(gray).any()
     if invert is None:
         invert = bool(_border(gray).mean() > 127)
@@ -75,8 +78,39 @@ def load_image(path: str | os.PathLike[str], invert: bool | None = None) -> Load
     return LoadedImage(torch.from_numpy(np.rint(gray).astype(np.uint8)).flatten(), invert, empty)
 
 
-def _read(path: Path) -> np.ndarray:
-    """The gray values of the image, upright and at most `MOST_EDGE` pixels long."""
+def load_pixels(path: str | os.PathLike[str], shape: tuple[int, ...]) -> np.ndarray:
+    """Any image that pillow reads as uint8 of ``shape``, [height, width] gray or [height, width, 3] in colour.
+
+    An image of another size is scaled, and cut at two edges if its proportions differ. Errors as ``load_image``.
+    """
+    values = _read(Path(path), _gray if len(shape) == 2 else _colour)
+    picture = Image.fromarray(np.rint(values).astype(np.uint8))
+    if picture.size != (shape[1], shape[0]):
+        picture = ImageOps.fit(picture, (shape[1], shape[0]), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
+
+
+def size_and_mode(path: Path) -> tuple[tuple[int, int], str]:
+    """((width, height), pillow's mode) of an image, from the head of its file. Errors as ``load_image``."""
+    with _opened(path) as image:
+        return image.size, image.mode
+
+
+def _read(path: Path, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """The values that ``convert`` makes of the image, upright and at most `MOST_EDGE` pixels long."""
+    with _opened(path) as image:
+        if image.width > MOST_EDGE:
+            # A decoder waits for a whole row, and pillow copies what is there for each further piece of the file.
+            image.decodermaxblock = 1 << 24  # type: ignore[attr-defined]
+        image.load()
+        if 0 in image.size:
+            raise ValueError("it has no pixels")
+        return convert(ImageOps.exif_transpose(_shrunk(image)))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image of a file, not yet decoded; errors of pillow, also while the image is used, become ValueErrors."""
     with open_file(path) as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what pillow finds odd in a file that it can read
         try:
@@ -84,13 +118,7 @@ def _read(path: Path) -> np.ndarray:
             if image.width * image.height > MOST_PIXELS:
                 text = f"{image.width} x {image.height} pixels, more than {MOST_PIXELS:,}; make the image smaller"
                 raise Image.DecompressionBombError(text)
-            if image.width > MOST_EDGE:
-                # A decoder waits for a whole row, and pillow copies what is there for each further piece of the file.
-                image.decodermaxblock = 1 << 24
-            image.load()
-            if 0 in image.size:
-                raise ValueError("it has no pixels")
-            return _gray(ImageOps.exif_transpose(_shrunk(image)))
+            yield image
         except Image.UnidentifiedImageError:
             kinds = "PNG, JPEG, GIF, BMP, TIFF or WebP"
             raise ValueError(f"{path} is not an image that can be read; expected {kinds}, for example") from None
@@ -137,8 +165,9 @@ def _gray(image: Image.Image) -> np.ndarray:
         return np.asarray(image, dtype=np.float32) / 257
     if image.mode in ("I", "F"):
         return _scaled(np.asarray(image, dtype=np.float32), fractions=image.mode == "F")
-    if "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBA", "RGBa"):
-        return _composed(np.asarray(image.convert("RGBA"), dtype=np.float32))
+    if _has_alpha(image):
+        rgba = np.asarray(image.convert("RGBA"), dtype=np.float32)
+        return _composed(_luminance(rgba), rgba[..., 3])
     if image.mode == "LAB":  # L is the lightness itself
         return np.asarray(image.getchannel("L"), dtype=np.float32)
     colour = image if image.mode in ("1", "L", "RGB") else image.convert("RGB")
@@ -164,14 +193,38 @@ def _scaled(values: np.ndarray, *, fractions: bool) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _composed(rgba: np.ndarray) -> np.ndarray:
-    """The picture on a background that its opaque part stands out from."""
-    gray = rgba[..., :3] @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as pillow's "L"
-    alpha = rgba[..., 3] / 255
+def _colour(image: Image.Image) -> np.ndarray:
+    """Red, green and blue from 0 to 255 as float32 [height, width, 3]."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F", "LAB"):
+        return np.repeat(_gray(image)[..., None], 3, axis=2)
+    if _has_alpha(image):
+        rgba = np.asarray(image.convert("RGBA"), dtype=np.float32)
+        background = _contrast(_luminance(rgba), rgba[..., 3])
+        return np.stack([_composed(rgba[..., i], rgba[..., 3], background) for i in range(3)], axis=2)
+    return np.asarray(image.convert("RGB"), dtype=np.float32)
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBA", "RGBa")
+
+
+def _luminance(rgba: np.ndarray) -> np.ndarray:
+    return rgba[..., :3] @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as pillow's "L"
+
+
+def _contrast(gray: np.ndarray, alpha: np.ndarray) -> float:
+    """The background, black or white, that the opaque part of the picture stands out from."""
+    alpha = alpha / 255
     opaque = alpha.sum()
     mean = float((gray * alpha).sum() / opaque) if opaque > 0 else 0.0
-    background = 255.0 if mean < 127.5 else 0.0
-    return gray * alpha + background * (1 - alpha)
+    return 255.0 if mean < 127.5 else 0.0
+
+
+def _composed(values: np.ndarray, alpha: np.ndarray, background: float | None = None) -> np.ndarray:
+    """The picture on a background, by default on the one that its opaque part stands out from."""
+    background = _contrast(values, alpha) if background is None else background
+    alpha = alpha / 255
+    return values * alpha + background * (1 - alpha)
 
 
 def _border(gray: np.ndarray) -> np.ndarray:

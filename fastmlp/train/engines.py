@@ -13,12 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..base.losses import STEP_LOSSES
 from ..base.names import unknown
-from ..losses import CrossEntropyLoss
 from ..nn import MLP
 from ..step import TrainStep
 from ..step.loss_scale import LossScale
 from ..step.parameters import Copies
+from .scores import loss_function
 
 OPTIMIZERS = ("sgd",)
 
@@ -36,7 +37,7 @@ class Engine(Protocol):
 
         Args:
             images: [N, features] on the model's device.
-            labels: int64 [N] on the same device.
+            labels: int64 [N], or values [N, outputs], on the same device.
             batch_size: rows per step.
             order: int64 [n] on the same device, row numbers of images and labels in the order of use.
             lr_factors: the factor of the base learning rate for each step.
@@ -52,6 +53,7 @@ class StepEngine:
 
     Args:
         model: an MLP.
+        loss: a name that `TrainStep` takes.
         settings: optimizer, lr, momentum, weight_decay and nesterov, as `AutogradEngine`.
 
     Raises:
@@ -59,9 +61,9 @@ class StepEngine:
         ValueError: as `AutogradEngine`, or layers with hooks.
     """
 
-    def __init__(self, model: nn.Module, **settings: Any) -> None:
+    def __init__(self, model: nn.Module, *, loss: str = "cross_entropy", **settings: Any) -> None:
         check_hyperparameters(**settings)
-        self.step = TrainStep(model, **settings)  # type: ignore[arg-type]
+        self.step = TrainStep(model, loss=loss, **settings)  # type: ignore[arg-type]
 
     @property
     def step_losses(self) -> Tensor:
@@ -82,15 +84,16 @@ class AutogradEngine:
     (``fastmlp.step.loss_scale``).
 
     Args:
-        model: maps [B, features] to logits [B, classes].
+        model: maps [B, features] to logits [B, classes], or to values [B, outputs].
         optimizer: "sgd".
         lr: base learning rate, above 0.
         momentum: in [0, 1).
         weight_decay: at least 0; this factor times the parameter is added to the gradient.
         nesterov: Nesterov's momentum; needs momentum above 0.
+        loss: a name of ``fastmlp.train.scores.FIT_LOSSES``.
 
     Raises:
-        ValueError: a value outside its range, an unknown optimizer, or nothing to train in the model.
+        ValueError: a value outside its range, an unknown optimizer or loss, or nothing to train in the model.
     """
 
     def __init__(
@@ -102,12 +105,13 @@ class AutogradEngine:
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        loss: str = "cross_entropy",
     ) -> None:
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         check_hyperparameters(optimizer=optimizer, **settings)  # type: ignore[arg-type]
         self.model = model
         self.lr = lr
-        self.loss = CrossEntropyLoss()
+        self.loss = loss_function(loss)
         self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         if not self.params:
             raise ValueError("the model has no parameter that requires a gradient; there is nothing to train")
@@ -151,12 +155,12 @@ class AutogradEngine:
 
 
 ENGINES: Mapping[str, Callable[..., Engine]] = {"step": StepEngine, "autograd": AutogradEngine}
-"""Every engine of `fit` by name: (model, *, optimizer, lr, momentum, weight_decay, nesterov) -> `Engine`."""
+"""Every engine of `fit` by name: (model, *, optimizer, loss, lr, momentum, weight_decay, nesterov) -> `Engine`."""
 
 
-def engine_for(model: nn.Module) -> str:
-    """The name of the fastest engine for a model: "step" for an MLP, "autograd" for any other module."""
-    return "step" if isinstance(model, MLP) else "autograd"
+def engine_for(model: nn.Module, loss: str = "cross_entropy") -> str:
+    """The name of the fastest engine: "step" for an MLP with a loss that a step has, else "autograd"."""
+    return "step" if isinstance(model, MLP) and loss in STEP_LOSSES else "autograd"
 
 
 def check_hyperparameters(

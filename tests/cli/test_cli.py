@@ -596,7 +596,7 @@ def test_triton_on_the_cpu(capsys):
 
 
 def test_folder_without_data(capsys, tmp_path):
-    assert "has no FashionMNIST data" in error_of(capsys, "train", "--data", tmp_path)
+    assert "is empty; expected the idx files" in error_of(capsys, "train", "--data", tmp_path)
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"half")
     assert "has only 1 of the 4" in error_of(capsys, "train", "--data", tmp_path)
 

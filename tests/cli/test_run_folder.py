@@ -20,7 +20,7 @@ import torch
 import fastmlp
 from fastmlp import cli
 from fastmlp.cli import common
-from fastmlp.cli.train import CLAIM, Run
+from fastmlp.cli.run_folder import CLAIM, Run
 from fastmlp.data import ImageDataset, dataset, fashion_mnist, load_fashion_mnist
 from fastmlp.train import loop, plots
 from fastmlp.train.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
@@ -39,7 +39,7 @@ def small(monkeypatch):
     def first(data: ImageDataset) -> ImageDataset:
         return ImageDataset(data.images[:40], data.labels[:40], data.name, data.split, data.origin, data.classes)
 
-    monkeypatch.setattr(common, "load_data", lambda folder, device: (first(train), first(test)))
+    monkeypatch.setattr(common, "load_data", lambda source, device, loss: (first(train), first(test)))
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, buffer, format: buffer.write(b"a picture"))
     monkeypatch.setattr("fastmlp.cli.train.common.versions", lambda: {"torch": "0"})
 
@@ -242,10 +242,10 @@ def test_no_file_has_a_path_of_the_machine(tmp_path, small, monkeypatch):
     """The data's folder and the run folder are below tmp_path."""
     loaded = common.load_data
 
-    def from_a_folder(folder: str, device: torch.device) -> tuple[ImageDataset, ...]:
+    def from_a_folder(source: str, device: torch.device, loss: str) -> tuple[ImageDataset, ...]:
         return tuple(
             ImageDataset(d.images, d.labels, d.name, d.split, str(tmp_path / "my data"), d.classes)
-            for d in loaded(folder, device)
+            for d in loaded(source, device, loss)
         )
 
     captions = []

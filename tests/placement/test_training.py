@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -37,6 +39,21 @@ def test_fit(machine, name, engine, dtype):
     assert name == "auto" or not names
     assert {launch.device for launch in machine.launches} <= {1}
     assert machine.current == 0
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "huber"])
+def test_fit_of_a_table_with_a_held_out_share(machine, loss):
+    x, y = torch.randn(3 * ROWS, SIZES[0], device="cuda:1"), torch.rand(3 * ROWS, SIZES[-1], device="cuda:1")
+    scale = data.Standardization.of(x)
+    table = data.Table(scale(x, torch.float32), dataset("cuda:1", 3 * ROWS).labels, "drawn", "train", "nowhere")
+    if loss != "cross_entropy":
+        table = dataclasses.replace(table, y=y)
+    model = fastmlp.MLP(SIZES, device="cuda:1")
+    rows = torch.arange(ROWS)
+    for validation in (0.25, table.rows(rows, "validation")):
+        history = fit(model, table, table, validation=validation, loss=loss, epochs=2, batch_size=ROWS, lr=0.1)
+        assert history.best.test_loss is not None
+    assert {launch.device for launch in machine.launches} == {1}
 
 
 @pytest.mark.parametrize("engine", ENGINES)

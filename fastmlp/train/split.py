@@ -1,0 +1,38 @@
+"""The part of the training data that is held out to judge a run by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def held_out(y: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(rows to train on, rows held out) of data with targets ``y`` [N] or [N, outputs], ascending, on the CPU.
+
+    The rows are drawn by a permutation from a generator of their own. Where ``y`` has class numbers, every class is
+    held out to the same share, as far as whole rows allow.
+
+    Args:
+        y: int64 [N] class numbers, or anything else with N rows.
+        share: of the rows to hold out, above 0 and below 1; the number is rounded.
+        seed: the same seed and data give the same rows.
+
+    Raises:
+        ValueError: ``share`` is outside its range, or leaves no row for one of the two parts.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share of the rows to hold out must be above 0 and below 1, got {share}")
+    n = len(y)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
+    if y.dim() == 1 and not y.is_floating_point():
+        order = order[y.cpu()[order].argsort(stable=True)]  # one class after the other, each in random order
+    # Every 1 / share-th row of this order is held out.
+    counts = (torch.arange(n + 1, dtype=torch.float64) * share + 0.5).floor()
+    held = order[counts.diff() > 0].sort().values
+    if not 0 < len(held) < n:
+        raise ValueError(
+            f"{n} training rows cannot be divided with {len(held)} of them held out, which is a share of {share:g}; "
+            "expected at least one row in each part"
+        )
+    kept = torch.ones(n, dtype=torch.bool).scatter_(0, held, False)
+    return kept.nonzero().flatten(), held
