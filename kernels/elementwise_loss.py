@@ -145,7 +145,7 @@ def _elementwise_loss_kernel(
 
 
 @remembered
-def _launch_kernel(
+def _launch_planned(
     a: Tensor, y: Tensor, rows: Tensor | None, g: Tensor | None, loss: Tensor | None, partial: Tensor | None,
     da: Tensor | None, dy: Tensor | None, scale: float, delta: float, loss_name: str,
 ) -> Call:  # fmt: skip
@@ -175,7 +175,7 @@ def _launch(
     scale: float = 1.0,
     delta: float = 1.0,
 ) -> None:
-    _launch_kernel((a, y, rows, g, loss, partial, da, dy), (loss_name,), (float(scale), float(delta)))
+    _launch_planned((a, y, rows, g, loss, partial, da, dy), (loss_name,), (float(scale), float(delta)))
 
 
 def elementwise_loss(

@@ -141,11 +141,11 @@ def _launch(
     dy: Tensor | None = None,
     scale: float = 1.0,
 ) -> None:
-    _launch_kernel((logits, target, taken, g, loss, dz, dy), (), (float(scale),))
+    _launch_planned((logits, target, taken, g, loss, dz, dy), (), (float(scale),))
 
 
 @remembered
-def _launch_kernel(
+def _launch_planned(
     logits: Tensor, target: Tensor, taken: Tensor | None, g: Tensor | None, loss: Tensor | None, dz: Tensor | None,
     dy: Tensor | None, scale: float,
 ) -> Call:  # fmt: skip

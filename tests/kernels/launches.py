@@ -52,7 +52,7 @@ def _linear_dgrad(device: torch.device) -> list[Tensor | None]:
 
 def _linear_wgrad(device: torch.device) -> list[Tensor | None]:
     tiles = kernels.linear_wgrad(_draw(9, 40).to(device), _draw(9, 70, seed=1).to(device))
-    split = kernels.linear_wgrad(_draw(70, 31).to(device), _draw(70, 34, seed=1).to(device))
+    split = kernels.linear_wgrad(_draw(70, 31).to(device), _draw(70, 31, seed=1).to(device))
     return [*tiles, *split]
 
 

@@ -395,7 +395,7 @@ _ACTIVATIONS = (
         "the slices of a reduction overlap",
         "tl.arange(0, SLICES)[:, None, None] * DEPTH",
         "tl.arange(0, SLICES)[:, None, None]",
-        (FWD, "test_shapes and float32"),
+        ("tests/kernels/test_tiles.py", "test_every_tile and fwd and float32 and wide"),
     ),
     Mutant(
         "tiling",

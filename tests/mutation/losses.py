@@ -323,8 +323,10 @@ _UPDATE = (
     Mutant(
         "wgrad_update",
         "wrong layer",
-        "scale_ptr,\n                pid - factors.first_tile, split,",
-        "scale_ptr,\n                pid, split,",
+        "factors, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,\n"
+        "                pid - factors.first_tile, split,",
+        "factors, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,\n"
+        "                pid, split,",
         (UPDATE, "depths_and_no_bias"),
     ),
     Mutant(
