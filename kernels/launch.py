@@ -74,7 +74,7 @@ def call(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) ->
 class New:
     """An argument that each launch allocates: a contiguous tensor, of which a plan may ask what it asks of tensors.
 
-    The tensor is 16-byte aligned, as new tensors are; a launch looks, and otherwise leaves the rest to Triton.
+    The tensor is 16-byte aligned, as all memory of torch's allocators is; the first launch looks.
     """
 
     def __init__(self, *shape: int, dtype: torch.dtype = torch.float32) -> None:
@@ -195,8 +195,6 @@ def remembered(plan: Plan) -> Callable[..., Any]:
             where = tensors[0].device  # type: ignore[union-attr]
             # Single sizes are parsed in half the time of a tuple of them.
             allocated = [torch.empty(*sizes, dtype=dtype, device=where) for sizes, dtype in news]
-            if any(t.data_ptr() & 15 for t in allocated):
-                return _launched(plan, tensors, numbers, settings)[0]  # type: ignore[index]
             values = (*tensors, *numbers, *allocated)
         else:
             allocated, values = [], tensors + numbers

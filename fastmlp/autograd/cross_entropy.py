@@ -67,7 +67,9 @@ class SoftmaxCrossEntropy(Function):
         rows = (*_batched(z, target), weight, kept, denominator)
         backward = ops.on(ctx.backend).cross_entropy_bwd
         dz, dt = backward(_upstream(dloss, z, s), rows, s, (need_z, need_t))
-        return None if dz is None else dz.view(z.shape), None if dt is None else dt.view(target.shape), None, None, None
+        if z.dim() != 2:
+            dz, dt = None if dz is None else dz.view(z.shape), None if dt is None else dt.view(target.shape)
+        return dz, dt, None, None, None
 
 
 def _unbatched(loss: Tensor, z: Tensor) -> Tensor:
