@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .activations import activation_grad
 from .configs import cdiv
+from .dependent import wait_for_previous
 from .launch import Call, call, remembered
 
 __all__ = ["activation_bwd"]
@@ -29,6 +30,7 @@ def _activation_bwd_kernel(
     da_ptr, saved_ptr, dz_ptr, total, N, stride_am, stride_an,
     ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < total
     if DENSE:

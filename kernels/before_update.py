@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dependent import wait_for_previous
+from .launch import call, launch_plainly
 from .optimizer import HYPER_COLUMNS, MAX_NORM, corrected_row
 
 __all__ = ["LossScaleState", "before_update"]
@@ -56,6 +58,7 @@ def _before_update_kernel(
     hyper_ptr, squares_ptr, factor_ptr, loss_scale, count_ptr, decays_ptr, row_ptr, blocks,
     OPTIMIZER: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     factor = 1.0
     if SCALED:
         factor = tl.load(loss_scale.inverse)
@@ -111,7 +114,8 @@ def before_update(
         count: int32, 0-d: the number of updates so far. ``decays``, float64, are the rule's numbers whose powers the
             count is of, and ``counted_row`` is an output like ``hyper_row``, corrected by the count.
     """
-    _before_update_kernel[(1,)](
+    launch_plainly(call(
+        _before_update_kernel, (1,),
         hyper_row, squares, factor, loss_scale, count, decays, counted_row, 0 if squares is None else squares.numel(),
         OPTIMIZER=optimizer, SCALED=scaled, COLUMNS=HYPER_COLUMNS, BLOCK=BLOCK, num_warps=1,
-    )  # fmt: skip
+    ))  # fmt: skip

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import cdiv
+from .dependent import wait_for_previous
 from .device import current_device
 from .launch import Call, Launches, New, call, remembered
 from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
@@ -66,6 +67,7 @@ def _cross_entropy_kernel(
     PROBS: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     # Rows are (b, p): one sample's positions, or all rows of a 2-D Z with b = 0. Row number b P + p.
     tiles = tl.cdiv(P, BLOCK_M)
     b = tl.program_id(0) // tiles
@@ -205,6 +207,7 @@ def _store_reduced(loss_sum, weight_sum, loss_ptr, denominator_ptr, REDUCE: tl.c
 @triton.jit
 def _reduce_kernel(partial_ptr, loss_ptr, denominator_ptr, count, REDUCE: tl.constexpr, BLOCK: tl.constexpr):
     """Sum [2, count] partial sums of loss and weight in a fixed order; one program."""
+    wait_for_previous()
     loss_sums = tl.zeros((BLOCK,), tl.float32)
     weight_sums = tl.zeros((BLOCK,), tl.float32)
     for i in range(0, count, BLOCK):
@@ -224,6 +227,7 @@ def _cross_entropy_bwd_kernel(
     PROBS: tl.constexpr, SMOOTH: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     C = C // ALIGN * ALIGN
     tiles_c = tl.cdiv(C, BLOCK_C)
     tiles_p = tl.cdiv(P, BLOCK_M)

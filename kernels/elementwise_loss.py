@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import cdiv
+from .dependent import wait_for_previous
 from .launch import Call, call, remembered
 from .maths import log1p_small
 from .reduce_sum import reduce_sum
@@ -106,6 +107,7 @@ def _elementwise_loss_kernel(
     scale, delta, total, C, stride_am, stride_ac, stride_ym, stride_yc, stride_gm, stride_gc,
     LOSS: tl.constexpr, DENSE: tl.constexpr, G_NUMBER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < total
     if DENSE:

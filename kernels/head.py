@@ -33,6 +33,7 @@ from torch import Tensor
 from .activations import activation_grad
 from .column_sums import ColumnSums, store_block_sums
 from .configs import cdiv
+from .dependent import wait_for_previous
 from .device import Device, current_device, input_precision
 from .launch import Call, call, remembered
 from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
@@ -57,6 +58,7 @@ def _head_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr,
     COLS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     pid_m = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)

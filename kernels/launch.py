@@ -12,10 +12,11 @@ tensors, and asks the plan only for what was never launched before:
     _launch((da, saved, dz), (activation,))
 
 A plan may depend on these alone, and so they are the key: the dtype, shape, strides and alignment to 16 bytes of every
-tensor, the settings, the current device of the active driver, and whether torch allows tf32. Triton's own choice of a
-compiled kernel depends on no more: on the types of the arguments, the alignment of pointers, on which integers are 1 or
-multiples of 16, on None, and on three knobs, which are in the key too. For AMD Triton also asks whether a storage is
-larger than 2 GiB. Numbers are floats that may change from call to call, as tensors do: one kernel serves all floats.
+tensor, the settings, the current device of the active driver, whether torch allows tf32, and whether launches are
+dependent ones (``dependent``). Triton's own choice of a compiled kernel depends on no more: on the types of the
+arguments, the alignment of pointers, on which integers are 1 or multiples of 16, on None, on a launch's options, and on
+three knobs, which are in the key too. For AMD Triton also asks whether a storage is larger than 2 GiB. Numbers are
+floats that may change from call to call, as tensors do: one kernel serves all floats.
 
 A remembered launch goes through Triton's own launcher object, so that a driver which records launches records it.
 Triton's ``run`` does everything else: first launches, the interpreter, arguments of unknown kinds, and all launches
@@ -40,9 +41,10 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from .dependent import launch_options, launches_dependent
 from .device import interpreting
 
-__all__ = ["Call", "Launches", "New", "call", "forget", "remembered"]
+__all__ = ["Call", "Launches", "New", "call", "forget", "launch_plainly", "remembered"]
 
 #: Launches that are remembered per driver. One more, and all are forgotten.
 MOST = 4096
@@ -67,8 +69,13 @@ class Call(NamedTuple):
 
 
 def call(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> Call:
-    """What ``kernel[grid](*arguments, **options)`` would launch."""
-    return Call(kernel, grid, arguments, options)
+    """What ``kernel[grid](*arguments, **options)`` would launch, with the options of ``dependent``."""
+    return Call(kernel, grid, arguments, options | launch_options())
+
+
+def launch_plainly(planned: Call) -> None:
+    """Launch and remember nothing."""
+    planned.kernel[planned.grid](*planned.arguments, **planned.options)
 
 
 class New:
@@ -179,7 +186,7 @@ def remembered(plan: Plan) -> Callable[..., Any]:
         device = active.get_current_device()
         inspection = _runtime.add_stages_inspection_hook
         key = (
-            plan, settings, len(numbers), device, _precision("cuda", "matmul"),
+            plan, settings, len(numbers), device, _precision("cuda", "matmul"), launches_dependent(),
             _runtime.debug, _compilation.instrumentation_mode, inspection if inspection is None else _asked(inspection),
             *[None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15) for t in tensors],
         )  # fmt: skip

@@ -22,6 +22,7 @@ from torch import Tensor
 from .activations import activation_grad
 from .column_sums import ColumnSums, store_block_sums
 from .configs import Tile, TileRule, cdiv, gemm_tile, loads_wide
+from .dependent import wait_for_previous
 from .device import current_device, input_precision
 from .launch import Call, call, remembered
 from .tiling import (
@@ -51,6 +52,7 @@ def _linear_dgrad_kernel(
     EVEN_N: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)

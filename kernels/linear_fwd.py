@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .activations import activate
 from .configs import TileRule, cdiv, gemm_tile, loads_wide
+from .dependent import wait_for_previous
 from .device import current_device, input_precision
 from .launch import Call, call, remembered
 from .tiling import EPILOGUE_SIZE, accumulated, accumulator, as_column, dot, grouped_tile, halves, reduced, transposed
@@ -39,6 +40,7 @@ def _linear_fwd_kernel(
     EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .column_sums import SUM_COLS, column_sums
 from .configs import Tile, cdiv, gemm_tile, loads_wide, splits
+from .dependent import wait_for_previous
 from .device import current_device, input_precision
 from .launch import Call, call, remembered
 from .tiling import EPILOGUE_SIZE, accumulated, accumulator, dot, grouped_tile, halves
@@ -91,6 +92,7 @@ def _linear_wgrad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
     SUM_COLS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     # With one split the outputs are dW and db themselves (stride_split is 0), otherwise this split's workspace slice.
     split = tl.program_id(1)
     slice_start = split.to(tl.int64) * stride_split
@@ -144,6 +146,7 @@ def _wgrad_reduce_kernel(
     partial_ptr, dw_ptr, db_ptr, weights, total, n_splits, stride_split,
     HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     grad = sum_slices(partial_ptr, offs, offs < total, n_splits, stride_split)
     tl.store(dw_ptr + offs, grad.to(dw_ptr.dtype.element_ty), mask=offs < weights)

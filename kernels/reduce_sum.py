@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dependent import wait_for_previous
 from .launch import Call, call, remembered
 
 __all__ = ["reduce_sum"]
@@ -19,6 +20,7 @@ NUM_WARPS = 16
 
 @triton.jit(do_not_specialize=["count"])
 def _reduce_sum_kernel(partial_ptr, out_ptr, scale, count, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    wait_for_previous()
     # Whole blocks need no mask, so that a thread loads 16 bytes at a time. The rest may end anywhere, and each thread
     # loads one value of it: neighbouring threads read neighbouring values, which masked 16-byte pieces would not.
     whole = count // BLOCK * BLOCK

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import cdiv, register_limit
+from .dependent import wait_for_previous
 from .device import current_device
 from .launch import Call, call, remembered
 from .reduce_sum import reduce_sum
@@ -51,6 +52,7 @@ def _softmax_squared_error_kernel(
     stride_zm, stride_zc, stride_ym, stride_yc, stride_g, stride_dm, stride_dc,
     LABELS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = row < M
     z_rows = z_ptr + row[:, None] * stride_zm

@@ -35,8 +35,9 @@ from torch import Tensor
 from .before_update import mark_overflow
 from .column_sums import SUM_COLS, ColumnSums, column_sums
 from .configs import Tile, cdiv, gemm_tile, loads_wide, splits
+from .dependent import wait_for_previous
 from .device import current_device, input_precision
-from .launch import Call, call
+from .launch import Call, call, launch_plainly
 from .layout import SEGMENT, LayerArguments, Layout
 from .linear_wgrad import sum_slices, wgrad_tile
 from .optimizer import update_block
@@ -177,6 +178,7 @@ def _wgrad_update_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
     LOSS_BLOCK: tl.constexpr, SUM_COLS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     split = tl.program_id(1)
     slice_start = split.to(tl.int64) * stride_split
     # Tiles have the numbers from 0 on, before them come the columns of db, and before these the loss.
@@ -248,6 +250,7 @@ def _reduce_update_kernel(
     PARAMETERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     pid = tl.program_id(0)
     parameter = parameters[0]
     for i in tl.static_range(1, PARAMETERS):
@@ -402,7 +405,7 @@ def wgrad_update(
         partial=None if direct else partial, overflow=overflow if grads is None else None,
         loss_rows=loss_rows, loss=loss, sums=sums,
     )  # fmt: skip
-    launch.kernel[launch.grid](*launch.arguments, **launch.options)
+    launch_plainly(launch)
     if not direct and (grads is not None or optimizer != "none"):
         assert partial is not None
         reduce_update(
@@ -434,9 +437,10 @@ def reduce_update(
         squares: float32, layout.total / SEGMENT or more: the sum of the squares of each segment of g.
         overflow: 0-d int32: becomes 1 where g has an infinity or NaN, else it stays as it is.
     """
-    _reduce_update_kernel[(layout.total // SEGMENT,)](
+    launch_plainly(call(
+        _reduce_update_kernel, (layout.total // SEGMENT,),
         partial, layout.of_parameters, grads, squares, overflow, tuple(states), hyper_row, unscale, skip,
         n_splits, layout.total,
         PARAMETERS=len(layout.of_parameters), OPTIMIZER=optimizer, LOW_IS_PARAM=layout.low_is_param,
         ACCUMULATE=accumulate, BLOCK=SEGMENT,
-    )  # fmt: skip
+    ))  # fmt: skip

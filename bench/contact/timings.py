@@ -17,8 +17,9 @@ from bench.rivals import RIVALS
 from bench.static.workloads import float32_precision
 from bench.tune import products
 from fastmlp import kernels
+from fastmlp.kernels.dependent import dependent_launch
 from tests.ptxsim.samples.elementwise import k_add
-from tests.support.steps import converted, network, problem
+from tests.support.steps import converted, flat, network, problem
 
 from .estimates import kernel_us, library_us, step_estimate
 from .judging import dtype_of
@@ -50,6 +51,7 @@ def units(report: Report) -> list[str]:
     return [
         "peaks - 0",
         "gaps - 0",
+        *(f"dependent {mode} {batch}" for mode, batch in itertools.product(modes, batches[:2])),
         *(f"step {mode} {batch}" for mode, batch in grid),
         *(f"host {mode} {batches[0]}" for mode in modes),
         *(f"kernels {mode} {batch}" for mode, batch in grid),
@@ -69,7 +71,9 @@ def run(unit: str, report: Report) -> None:
         _gaps(report)
     else:
         name, _, rival = what.partition(":")
-        function = {"step": _step, "host": _host, "kernels": _kernels, "cublas": _cublas}.get(name)
+        function = {"step": _step, "dependent": _dependent, "host": _host, "kernels": _kernels, "cublas": _cublas}.get(
+            name
+        )
         with float32_precision(mode):
             if function is None:
                 _rival(report, rival, mode, batch)
@@ -135,6 +139,34 @@ def _step(report: Report, mode: str, batch: int) -> None:
     _time(report, f"epoch {mode} {batch}", us, table="step", who="fm epoch", mode=mode, batch=batch, steps=steps)
     times = {name: None if t is None else t for name, (_, t) in device.kernels(lambda: step(x, y)).items()}
     report.item(f"kernels of a step {mode} {batch}", "info", kernels=times)
+
+
+def _dependent(report: Report, mode: str, batch: int) -> None:
+    """Steps with dependent launches beside steps without, whose parameters must agree bit by bit."""
+    device, dtype, steps = report.device, dtype_of(mode), _calls(report, batch)
+    x, y = (t.to(device.name) for t in problem(device.sizes, batch))
+    images = problem(device.sizes, batch, uint8=True)[0].to(device.name)
+    order = torch.arange(batch, device=device.name).repeat(steps)
+    name, ends = f"{mode} {batch}", []
+    try:
+        dependent_launch(True)
+    except RuntimeError as error:
+        report.item(f"steps by dependent launch {name}", "info", str(error))
+        return
+    for enabled, how in ((True, "dependent launch"), (False, "plain")):
+        try:
+            dependent_launch(enabled)
+            model = _model(report)
+            step = fastmlp.TrainStep(model, lr=0.01, dtype=dtype)
+            us = device.chain(partial(step, x.to(dtype), y), steps)
+            _time(report, f"step, {how}, {name}", us, table="facts")
+            total = device.chain(partial(step.epoch, images, y, batch, order), 3)
+        finally:
+            dependent_launch(False)
+        _time(report, f"step of an epoch, {how}, {name}", None if total is None else total / steps, table="facts")
+        ends.append(flat(model))
+    status = "ok" if torch.equal(*ends) else "wrong"
+    report.item(f"plain and dependent launches agree bit by bit, {name}", status)
 
 
 def _host(report: Report, mode: str, batch: int) -> None:

@@ -41,6 +41,7 @@ from ..kernels import (
     softmax_squared_error,
 )
 from ..kernels.column_sums import ColumnSums, padded
+from ..kernels.dependent import launches_dependent
 from ..kernels.device import tf32_allowed
 from ..kernels.head import MAX_CLASSES
 from ..kernels.layout import Layer, Layout
@@ -370,7 +371,7 @@ class TritonStep:
 
     def _baked(self) -> tuple[object, ...]:
         """What a graph keeps of the settings at its capture."""
-        return (tf32_allowed(),)
+        return tf32_allowed(), launches_dependent()
 
     def epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Tensor, losses: Tensor

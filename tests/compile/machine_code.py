@@ -37,6 +37,7 @@ __all__ = [
     "disassemble",
     "instructions",
     "nvidia_tool",
+    "read_sass",
     "resources",
 ]
 
@@ -118,9 +119,7 @@ def disassemble(launches: Iterable[Launch]) -> None:
         if kept.value is not None:
             continue
         if "cubin" in launch.asm:
-            target = re.search(r"^\.target sm_(\w+)", str(launch.asm["ptx"]), re.MULTILINE)
-            assert target is not None, "PTX names no target"
-            unread[target[1]].append((kept, _text_section(_binary(launch))))
+            unread[_target(launch)].append((kept, _text_section(_binary(launch))))
         else:
             kept.put(_amdgcn(str(launch.asm["amdgcn"])))
     for target, codes in unread.items():
@@ -128,9 +127,22 @@ def disassemble(launches: Iterable[Launch]) -> None:
             kept.put(counted)
 
 
+def read_sass(launch: Launch) -> list[tuple[str, str]]:
+    """(Mnemonic, modifiers) of every instruction of NVIDIA's machine code, in the order of the code."""
+    target = _target(launch)
+    text = _output_of("nvdisasm", "-b", f"SM{target}", data=_text_section(_binary(launch)))
+    return [(name, modifiers) for _, _, name, modifiers, _ in _SASS.findall(text)]
+
+
 def digest(launch: Launch) -> str:
     """The hash of the binary."""
     return hashlib.sha256(_binary(launch)).hexdigest()
+
+
+def _target(launch: Launch) -> str:
+    target = re.search(r"^\.target sm_(\w+)", str(launch.asm["ptx"]), re.MULTILINE)
+    assert target is not None, "PTX names no target"
+    return target[1]
 
 
 def _binary(launch: Launch) -> bytes:

@@ -82,6 +82,8 @@ class Context:
         self.committed = np.zeros(self.L, i64)  # cp.async groups of each lane
 
         self.live = np.ones(self.L, np.bool_)
+        self.waits = launch.dependent  # whether lanes may still have to wait for the previous kernel
+        self.waited = np.zeros(self.L, np.bool_)
         self.groups = [Group(0, None, self.W)]
         self.waiting: dict[int, np.ndarray] = {}  # barrier id -> lanes that have arrived
         self.wait_count: dict[int, int | None] = {}  # barrier id -> threads that it waits for; None: all

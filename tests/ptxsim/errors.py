@@ -80,6 +80,12 @@ class Divergence(SimError):
     kind = "divergent warp at a .sync instruction"
 
 
+class EarlyAccess(SimError):
+    """An access to global memory before `griddepcontrol.wait`, in a dependent launch."""
+
+    kind = "access before the wait for the previous kernel"
+
+
 class Trap(SimError):
     """`trap`, or a failed `tl.device_assert`."""
 

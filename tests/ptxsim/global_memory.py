@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .dtypes import UINT, byte_flags, i64, u8, u64
-from .errors import Misaligned, OutOfBounds, SharedRace
+from .errors import EarlyAccess, Misaligned, OutOfBounds, SharedRace
 from .parser import GBASE, REDZONE, Instruction
 
 if TYPE_CHECKING:
@@ -190,6 +190,10 @@ def locate_global(
         idx = c.active_lanes(m)
         if a.size > 1:
             a = a[idx]
+    if c.waits and not (waited := c.waited if idx is None else c.waited[idx]).all():
+        j = int(np.flatnonzero(~waited)[0])
+        lane = j if idx is None else int(idx[j])
+        raise EarlyAccess(f"{what} of {nbytes} bytes", ins, int(a[j if a.size > 1 else 0]), c.who(lane))
     view, ok = c.launch.global_memory.view(nbytes, elem)
     i = a - u64(GBASE)
     bits = int(np.bitwise_or.reduce(i))  # the bits set in any lane: no address is larger

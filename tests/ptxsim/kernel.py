@@ -111,6 +111,7 @@ class PtxKernel:
         shuffle_atomics: bool | None = None,
         max_steps: int | None = None,
         spin_limit: int = 200,
+        dependent: bool = False,
     ) -> Stats:
         """Execute the kernel over the grid; tensors and arrays in `args` are updated in place.
 
@@ -159,6 +160,7 @@ class PtxKernel:
             uninit=uninit,
             count_traffic=stats == "full",
             shuffle_atomics=warpwise if shuffle_atomics is None else shuffle_atomics,
+            dependent=dependent,
             writers={} if global_races else None,
         )
         for ins in self.code:

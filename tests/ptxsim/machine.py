@@ -34,6 +34,7 @@ class LaunchState:
     uninit: str
     count_traffic: bool
     shuffle_atomics: bool
+    dependent: bool  # global memory may be touched after griddepcontrol.wait only
     writers: dict[int, np.ndarray] | None  # for global_races: the CTA that stored last, by access size; None: off
     stats: Stats = field(default_factory=Stats)
     steps: int = 0

@@ -66,13 +66,27 @@ def call(D: Decoder, ins: Instruction) -> Execute:
     unsupported(ins)
 
 
+@opcode("griddepcontrol")
+def grid_dependency(D: Decoder, ins: Instruction) -> Execute:
+    """The previous launch has ended when this one begins; a dependent launch has to wait for it all the same."""
+    if ins.mods == ["launch_dependents"]:
+        return lambda c, m: None
+    if ins.mods != ["wait"]:
+        unsupported(ins)
+
+    def wait(c: Context, m: Mask) -> None:
+        c.waited[slice(None) if m is None else m] = True
+        c.waits = c.waits and not c.waited.all()
+
+    return wait
+
+
 @opcode(
     "prefetch",
     "prefetchu",
     "applypriority",
     "discard",
     "nanosleep",
-    "griddepcontrol",
     "membar",
     "fence",
     "pmevent",

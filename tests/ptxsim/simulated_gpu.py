@@ -104,6 +104,7 @@ class Launch:
         asm: Triton's output by stage: "ttgir", "ptx", "amdgcn" and so on. The machine code, "cubin" or "hsaco", is
             empty unless it was asked for; before Triton 3.8 it is always there.
         stats: counts of the execution; None when the launch was only recorded.
+        dependent: whether it may begin before the previous kernel has ended (Triton's option `launch_pdl`).
     """
 
     name: str
@@ -116,6 +117,7 @@ class Launch:
     constexprs: dict[str, Any] = field(repr=False)
     asm: Mapping[str, str | bytes] = field(repr=False)
     stats: Stats | None = field(default=None, repr=False)
+    dependent: bool = False
 
 
 def _constexprs_by_name(src: ASTSource) -> dict[str, Any]:
@@ -164,6 +166,7 @@ class Launcher:
             arguments=dict(zip(self._signature, args, strict=True)),
             constexprs=dict(self._constexprs),
             asm=self._asm,
+            dependent=bool(getattr(m, "launch_pdl", False)),
         )
         if enter_hook is not None:
             enter_hook(launch_metadata)
@@ -179,7 +182,8 @@ class Launcher:
         return flat
 
     def execute(self, record: Launch, options: Mapping[str, Any]) -> Stats:
-        return _decode(self._metadata, self._asm["ptx"]).launch(record.grid, self.parameters(record), **options)
+        kernel, parameters = _decode(self._metadata, self._asm["ptx"]), self.parameters(record)
+        return kernel.launch(record.grid, parameters, dependent=record.dependent, **options)
 
 
 class SimulatedGPU:
