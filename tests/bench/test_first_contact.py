@@ -388,7 +388,6 @@ def test_stages_rehearsed(tmp_path: Path) -> None:
         tiles.run(next(unit for unit in tiles.units(report) if unit.startswith("fwd tf32 wide")), report)
         network.run("labels -", report)
         timings.run("gaps - 0", report)
-        timings.run("dependent float32 8", report)
         alternatives.run(alternatives.units(report)[0], report)
     torch.set_num_threads(threads)
     os.close(ours)
