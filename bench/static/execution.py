@@ -4,8 +4,8 @@ The counts are those of ``tests.ptxsim``: PTX instructions per warp, 32-byte sec
 sectors that each request needs, and wavefronts and bank conflicts of shared memory. No cache is modelled, so the
 sectors are those that the programs ask of the L1 and L2 caches.
 
-Large launches are sampled. All programs of a matrix product do the same, so only the first are executed, and each row
-says how many. Counts are divided by the outputs of the executed programs.
+Large launches are sampled. All programs of a matrix product do the same, so only the first of them are executed, and
+each row says how many. Counts are divided by the outputs of these programs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import fastmlp
+from fastmlp.kernels.configs import cdiv
 from tests.compile.targets import TARGETS
 from tests.ptxsim import Launch, PtxKernel, Stats
 
@@ -92,11 +93,22 @@ def execute(launch: Launch, programs: int) -> tuple[Stats, int]:
 
 def _row(launch: Launch) -> dict[str, Any]:
     work, total = work_of(launch), math.prod(launch.grid)
+    ahead = _without_products(launch)
     programs = total
     if work.matrix_flops > MATRIX_FLOPS:
-        programs = max(2, int(total * MATRIX_FLOPS / work.matrix_flops))
+        programs = ahead + max(2, int((total - ahead) * MATRIX_FLOPS / work.matrix_flops))
     stats, executed = execute(launch, programs)
-    return {"kernel": launch.name, "programs": total, "executed": executed, **_counts(stats, work, executed / total)}
+    share = (executed - ahead) / (total - ahead)
+    return {"kernel": launch.name, "programs": total, "executed": executed, **_counts(stats, work, share)}
+
+
+def _without_products(launch: Launch) -> int:
+    """How many of the first programs add sums or average the loss: those of a weight gradient have no product."""
+    if launch.name == "_wgrad_update_kernel":
+        return int(launch.arguments["sum_programs"]) + (launch.arguments["loss_ptr"] is not None)
+    if launch.name == "_linear_wgrad_kernel" and launch.constexprs["HAS_BIAS"]:
+        return cdiv(int(launch.arguments["N"]), int(launch.constexprs["SUM_COLS"]))
+    return 0
 
 
 def _counts(stats: Stats, work: Work, share: float) -> dict[str, Any]:
