@@ -184,8 +184,8 @@ _SLICED_NVIDIA: tuple[tuple[Tile, ...], tuple[Tile, ...]] = (
     ),
     (
         Tile(32, 32, 256, 4, 3, slices=4),
-        Tile(16, 32, 512, 4, 3, slices=4),
-        Tile(16, 16, 512, 4, 3, 128, slices=4),
+        Tile(16, 32, 512, 4, 3, 255, slices=4),
+        Tile(16, 16, 512, 4, 3, 168, slices=4),
     ),
 )
 _SLICED_TILES = {

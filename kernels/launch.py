@@ -262,15 +262,9 @@ def _launched(
     tensor_of = dict(zip(map(id, news), allocated, strict=True))
     values += tuple(news)
 
-    def filled(argument: Any) -> Any:
-        if isinstance(argument, tuple):
-            # The compiler reads the parts of named tuples by their names.
-            return getattr(type(argument), "_make", tuple)([filled(a) for a in argument])
-        return tensor_of.get(id(argument), argument)
-
     steps: list[_Step | None] = []
     for kernel, grid, arguments, options in calls:
-        compiled = kernel[grid](*(filled(arguments) if news else arguments), **options)
+        compiled = kernel[grid](*(_filled(arguments, tensor_of) if news else arguments), **options)
         # Neither the interpreter's, nor one that is still being compiled, nor what a test puts in place of ``run``.
         if type(compiled) is CompiledKernel:
             named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
@@ -278,6 +272,14 @@ def _launched(
         else:
             steps.append(None)
     return allocated, news, steps
+
+
+def _filled(argument: Any, tensor_of: dict[int, Tensor]) -> Any:
+    """The argument with tensors in place of what stands for new ones."""
+    if isinstance(argument, tuple):
+        # The compiler reads the parts of named tuples by their names.
+        return getattr(type(argument), "_make", tuple)([_filled(a, tensor_of) for a in argument])
+    return tensor_of.get(id(argument), argument)
 
 
 def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
@@ -294,7 +296,8 @@ def _step(
     kernel: Any, compiled: CompiledKernel, grid: tuple[int, ...], values: tuple[Any, ...], arguments: tuple[Any, ...]
 ) -> _Step | None:
     """How the arguments are made of the values and of constants; None if one is neither."""
-    places = {id(value): place for place, value in enumerate(values) if value is not None}
+    # The functions below refer to themselves, so nothing that they refer to may hold a tensor: it would be freed late.
+    places, count = {id(value): place for place, value in enumerate(values) if value is not None}, len(values)
     constants: list[Any] = []
 
     def has_values(argument: Any) -> bool:
@@ -304,7 +307,7 @@ def _step(
         if id(argument) in places:
             return places[id(argument)]
         constants.append(argument)
-        return len(values) + len(constants) - 1
+        return count + len(constants) - 1
 
     def maker(arguments: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
         # Tuples within this one are made first. They lie at the end, behind the constants.

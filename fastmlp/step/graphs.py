@@ -23,6 +23,15 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def refuse_capture() -> None:
+    """RuntimeError where the caller is capturing a graph."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured already, and graphs do not nest; build the step with "
+            "TrainStep(..., cuda_graph=False) to have its launches captured by yours"
+        )
+
+
 @dataclass
 class GraphEntry:
     """What belongs to a key: static tensors, filled before every use, and the graph once it is captured."""
@@ -50,11 +59,7 @@ class GraphCache:
         Raises:
             RuntimeError: the caller is capturing a graph.
         """
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a CUDA graph is being captured already, and graphs do not nest; build the step with "
-                "TrainStep(..., cuda_graph=False) to have its launches captured by yours"
-            )
+        refuse_capture()
         self._calls += 1
         entry = self._entries.get(key)
         if entry is None:

@@ -47,7 +47,7 @@ from ..kernels.head import MAX_CLASSES
 from ..kernels.layout import Layer, Layout
 from ..kernels.wgrad_update import reduce_update, wgrad_update, workspace
 from ..nn import Linear
-from .graphs import GraphCache, GraphEntry, can_capture
+from .graphs import GraphCache, GraphEntry, can_capture, refuse_capture
 from .late_update import LateUpdate
 from .loss_scale import LossScale
 from .optimizers import Optimizer
@@ -377,6 +377,8 @@ class TritonStep:
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Tensor, losses: Tensor
     ) -> None:
         """Steps over ``order``, each with its learning rate (float64 on the host); writes each step's loss."""
+        if self.graphs is not None:
+            refuse_capture()
         self._follow()
         images = self._cast_once(images)
         n = order.shape[0]

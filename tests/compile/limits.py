@@ -81,9 +81,9 @@ EXCEPTIONS: tuple[LimitException, ...] = (
         "AMD's loads are masked value by value unless C is a multiple of 16; lanes still cover whole lines together",
     ),
     _narrow(
-        "*/wgrad_update/*-2w*",
-        "sm_90/wgrad_update/float32/16x32x32-2w4s/sgd",
-        "128 elements of a bias are two per thread of two warps, which reads them one by one; a warp loads whole lines",
+        "*/wgrad_update/*split-adamw",
+        "sm_90/wgrad_update/bfloat16/128x128x64-8w3s/split-adamw",
+        "behind the sum of the slices the second state is loaded value by value; lanes cover whole lines together",
     ),
     _narrow(
         "*/softmax_squared_error*",
@@ -102,6 +102,7 @@ EXCEPTIONS: tuple[LimitException, ...] = (
         for cases, witness in (
             ("sm_100/*/64x*", "sm_100/linear_fwd/float16/64x128x64-4w3s/sigmoid"),
             ("sm_100/*/128x*", "sm_100/linear_fwd/float32/128x128x32-8w3s/sigmoid"),
+            ("sm_100/linear_fwd/*float16/32x64x64*", "sm_100/linear_fwd/float16/32x64x64-4w4s/k784-pixels-gather-tanh"),
         )
     ),
     *(
@@ -122,6 +123,18 @@ EXCEPTIONS: tuple[LimitException, ...] = (
         "sm_80/linear_fwd/float16/64x128x32-8w3s/odd-pixels-leaky_relu-nobias",
         "operands that are not aligned are not copied asynchronously: registers take them, and every store to shared "
         "memory has a barrier before it and one behind it",
+    ),
+    *(
+        LimitException(
+            "barriers",
+            cases,
+            witness,
+            "operands that are not aligned take registers on their way to shared memory, each behind a barrier",
+        )
+        for cases, witness in (
+            ("sm_90/linear_wgrad/*/n10-gather", "sm_90/linear_wgrad/float32/64x64x16-4w4s/n10-gather"),
+            ("sm_90/wgrad_update/*/narrow-*", "sm_90/wgrad_update/float32/64x64x16-4w4s/narrow-adamw-pixels"),
+        )
     ),
     LimitException(
         "barriers",

@@ -124,7 +124,8 @@ class TestWithAGPU:
         assert files >= {p.relative_to(ROOT).as_posix() for p in (ROOT / "tests" / "fuzz").glob("test_*.py")}
         # The order of programs is the interpreter's to choose.
         kernels = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tests" / "kernels").glob("test_*.py")}
-        assert kernels - files == {"tests/kernels/test_device.py", "tests/kernels/test_program_order.py"}
+        elsewhere = ("device", "launch", "program_order", "splits")
+        assert kernels - files == {f"tests/kernels/test_{name}.py" for name in elsewhere}
         for name, test in chosen.items():
             assert test["lane"] in (None, "gpu"), name
             assert test["skips"] == [], name
