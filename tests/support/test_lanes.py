@@ -124,7 +124,7 @@ class TestWithAGPU:
         assert files >= {p.relative_to(ROOT).as_posix() for p in (ROOT / "tests" / "fuzz").glob("test_*.py")}
         # The order of programs is the interpreter's to choose.
         kernels = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tests" / "kernels").glob("test_*.py")}
-        elsewhere = ("device", "launch", "program_order", "splits")
+        elsewhere = ("dependent", "device", "launch", "program_order", "splits")
         assert kernels - files == {f"tests/kernels/test_{name}.py" for name in elsewhere}
         for name, test in chosen.items():
             assert test["lane"] in (None, "gpu"), name
