@@ -30,6 +30,7 @@ from .tuned import read_table, tuned_tile
 __all__ = [
     "GEMM_KINDS",
     "LARGEST_UPDATED",
+    "Shapes",
     "Tile",
     "TileRule",
     "all_tiles",

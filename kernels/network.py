@@ -20,14 +20,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .column_sums import SUM_COLS
-from .configs import TileRule, cdiv, gemm_tile, loads_wide
-from .device import current_device
+from .configs import TileRule, gemm_tile, loads_wide
 from .launch import Call, Launches, New, remembered
 from .layout import Layer, Layout
 from .linear_dgrad import plan as dgrad_plan
 from .linear_fwd import plan as fwd_plan
-from .wgrad_update import gradient_call
+from .wgrad_update import gradient_call, update_tile
 
 __all__ = ["GROUPED_ROWS", "network_bwd", "network_fwd"]
 
@@ -97,13 +95,9 @@ def _backward(*given: Any) -> Launches | None:
 def _weight_gradients(trained: Sequence[tuple[Any, Any, Any, Any]], gemm_tile: TileRule) -> Call:
     """One launch for (dZ, X, dW, db or None) of every layer."""
     dzs, xs, dws, dbs = zip(*trained, strict=True)
-    m, dtype = dzs[0].shape[0], dzs[0].dtype
-    shapes = tuple([tuple(dw.shape) for dw in dws])
-    largest = max(shapes, key=lambda shape: shape[0] * shape[1])
-    wide = loads_wide(*dzs, *xs)
-    beside = sum(cdiv(db.shape[0], SUM_COLS) for db in dbs if db is not None)
-    tile = gemm_tile("update", *largest, m, dtype, current_device(), wide=wide, layers=shapes, beside=beside)
+    m = dzs[0].shape[0]
     layers = Layout([Layer(dw, db) for dw, db in zip(dws, dbs, strict=True)]).of_layers
+    tile, *_ = update_tile(layers, m, dzs[0].dtype, gemm_tile, wide=loads_wide(*dzs, *xs), summed=False)
     return gradient_call(layers, dzs, xs, tile, (1, m, 0), "none")
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .before_update import mark_overflow
 from .column_sums import SUM_COLS, ColumnSums, column_sums
-from .configs import Tile, cdiv, gemm_tile, loads_wide, splits
+from .configs import Shapes, Tile, TileRule, cdiv, gemm_tile, loads_wide, splits
 from .dependent import wait_for_previous
 from .device import current_device, input_precision
 from .launch import Call, call, launch_plainly
@@ -43,7 +43,7 @@ from .linear_wgrad import sum_slices, wgrad_tile
 from .optimizer import update_block
 from .tiling import grouped_tile, halves
 
-__all__ = ["gradient_call", "reduce_update", "wgrad_update", "workspace"]
+__all__ = ["gradient_call", "reduce_update", "update_tile", "wgrad_update", "workspace"]
 
 GROUP_N = 8
 LOSS_BLOCK = 1024
@@ -279,14 +279,21 @@ def _reduce_update_kernel(
         )  # fmt: skip
 
 
-def _plan(layout: Layout, m: int, dtype: torch.dtype, *, wide: bool, summed: bool) -> tuple[Tile, int, int]:
-    """(tile, splits, samples a split) for all layers together. Without sums, db takes as long as a tile."""
-    device = current_device()
-    shapes = tuple((layer.N, layer.K) for layer in layout.of_layers)
+def update_tile(
+    layers: Sequence[LayerArguments], m: int, dtype: torch.dtype, rule: TileRule, *, wide: bool, summed: bool
+) -> tuple[Tile, Shapes, int]:
+    """(tile, shapes, programs for db beside the tiles) of all layers. Without sums, db takes as long as a tile."""
+    shapes = tuple([(layer.N, layer.K) for layer in layers])
     n, k = max(shapes, key=lambda shape: shape[0] * shape[1])
-    beside = 0 if summed else sum(cdiv(layer.N, SUM_COLS) for layer in layout.of_layers if layer.b_segment >= 0)
-    tile = gemm_tile("update", n, k, m, dtype, device, wide=wide, layers=shapes, beside=beside)
-    n_splits = splits("update", tile, shapes, m, dtype, device, beside=beside)
+    beside = 0 if summed else sum(cdiv(layer.N, SUM_COLS) for layer in layers if layer.b_segment >= 0)
+    tile = rule("update", n, k, m, dtype, current_device(), wide=wide, layers=shapes, beside=beside)
+    return tile, shapes, beside
+
+
+def _plan(layout: Layout, m: int, dtype: torch.dtype, *, wide: bool, summed: bool) -> tuple[Tile, int, int]:
+    """(tile, splits, samples a split) for all layers together."""
+    tile, shapes, beside = update_tile(layout.of_layers, m, dtype, gemm_tile, wide=wide, summed=summed)
+    n_splits = splits("update", tile, shapes, m, dtype, current_device(), beside=beside)
     m_per_split = cdiv(cdiv(m, tile.depth), n_splits) * tile.depth
     return tile, max(1, cdiv(m, m_per_split)), m_per_split
 

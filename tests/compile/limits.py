@@ -48,7 +48,7 @@ class LimitException:
 
     Attributes:
         limit: a key of ``LIMITS``.
-        cases: a pattern of ``Case.name``, as in fnmatch: target/kernel/dtype/tile/variant.
+        cases: a pattern, as in fnmatch, of ``Case.name`` (target/kernel/dtype/tile/variant), or of ``Waves.name``.
         witness: the name of one of these cases, which does exceed the limit.
         reason: why exceeding the limit is right, or least bad.
     """

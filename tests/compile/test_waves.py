@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from .cases import FAMILIES
-from .waves import BATCHES, EXCEPTIONS, LIMITS, WaveException, Waves, allowed, step_waves, violations
+from .limits import LimitException
+from .waves import BATCHES, EXCEPTIONS, LIMITS, Waves, allowed, step_waves, violations
 
 pytestmark = pytest.mark.compile
 
@@ -27,8 +28,8 @@ def test_waves(target: str, dtype: str, batch: int) -> None:
     assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("exception", EXCEPTIONS, ids=lambda exception: f"{exception.limit}-{exception.launches}")
-def test_every_exception_is_needed(exception: WaveException) -> None:
+@pytest.mark.parametrize("exception", EXCEPTIONS, ids=lambda exception: f"{exception.limit}-{exception.cases}")
+def test_every_exception_is_needed(exception: LimitException) -> None:
     target, dtype, batch, *_ = exception.witness.split("/")
     found = [w for w in step_waves(target, getattr(torch, dtype), int(batch)) if w.name == exception.witness]
     assert found, f"no launch is named {exception.witness}: choose another witness, or remove the exception"

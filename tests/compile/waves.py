@@ -18,10 +18,11 @@ import fastmlp
 from bench.static.occupancy import occupancy
 from bench.static.workloads import SIZES
 
+from .limits import LimitException
 from .machine_code import resources
 from .targets import TARGETS
 
-__all__ = ["BATCHES", "EXCEPTIONS", "LIMITS", "WaveException", "Waves", "step_waves", "violations"]
+__all__ = ["BATCHES", "EXCEPTIONS", "LIMITS", "Waves", "step_waves", "violations"]
 
 BATCHES = (64, 512, 4096, 16384, 65536)
 #: Batches from which on a launch has enough work for every place of the device.
@@ -83,52 +84,35 @@ class Waves:
         )
 
 
-@dataclass(frozen=True)
-class WaveException:
-    """Launches that may exceed a limit.
-
-    Attributes:
-        limit: a key of ``LIMITS``.
-        launches: a pattern of ``Waves.name``, as in fnmatch.
-        witness: the name of one of these launches, which does exceed the limit.
-        reason: why exceeding the limit is right, or least bad.
-    """
-
-    limit: str
-    launches: str
-    witness: str
-    reason: str
-
-
-EXCEPTIONS: tuple[WaveException, ...] = (
-    WaveException(
+EXCEPTIONS: tuple[LimitException, ...] = (
+    LimitException(
         "last wave",
         "*/64/_head_kernel",
         "sm_90/float32/64/_head_kernel",
         "64 rows are four blocks of the smallest size, and eight programs share each by the columns of dZ below; more "
         "programs would each compute Z and the softmax anew",
     ),
-    WaveException(
+    LimitException(
         "one wave",
         "*/_head_kernel",
         "sm_90/bfloat16/4096/_head_kernel",
         "nearly all multiprocessors have two programs; blocks are as small as matrix instructions allow at batch 4,096 "
         "and read W less often at 16,384",
     ),
-    WaveException(
+    LimitException(
         "last wave",
         "*/bfloat16/65536/_head_kernel",
         "sm_90/bfloat16/65536/_head_kernel",
         "a multiprocessor takes a new block whenever it has finished one: every multiprocessor computes seven or eight "
         "of them, the average is 7.8",
     ),
-    WaveException(
+    LimitException(
         "one wave",
         "*/_reduce_update_kernel",
         "sm_90/float32/65536/_reduce_update_kernel",
         "the number of parameters decides, not the batch; five programs for each multiprocessor of those that fit",
     ),
-    WaveException(
+    LimitException(
         "one wave",
         "*/bfloat16/4096/_linear_*",
         "sm_90/bfloat16/4096/_linear_fwd_kernel",
@@ -172,4 +156,4 @@ def violations(waves: Waves) -> set[str]:
 
 def allowed(waves: Waves) -> set[str]:
     """The limits that a launch may exceed."""
-    return {e.limit for e in EXCEPTIONS if fnmatchcase(waves.name, e.launches)}
+    return {e.limit for e in EXCEPTIONS if fnmatchcase(waves.name, e.cases)}
