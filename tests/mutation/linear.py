@@ -413,4 +413,15 @@ _ACTIVATIONS = (
     ),
 )
 
-MUTANTS = (*_LINEAR_FWD, *_LINEAR_DGRAD, *_LINEAR_WGRAD, *_ACTIVATIONS)
+_DEPENDENT = (
+    Mutant(
+        "dependent",
+        "no wait for the kernel before",
+        '"griddepcontrol.wait; griddepcontrol.launch_dependents; // dummy $0"',
+        '"griddepcontrol.launch_dependents; // dummy $0"',
+        ("tests/execute/test_dependent.py", "test_a_step_of_dependent_launches"),
+        lane="execute",
+    ),
+)
+
+MUTANTS = (*_LINEAR_FWD, *_LINEAR_DGRAD, *_LINEAR_WGRAD, *_ACTIVATIONS, *_DEPENDENT)
