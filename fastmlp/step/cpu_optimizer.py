@@ -28,6 +28,9 @@ class TorchOptimizer:
         self.states = {name: [torch.zeros_like(t) for t in params] for name in rule.states}
         self._step = torch.zeros((), dtype=torch.float32, device=first.device)
         self._one = torch.ones_like(self._step)
+        self._lists = list(self.states.values())
+        if rule.spare:
+            self._lists += [[torch.empty_like(t) for t in params], [self._one]]
         if rule.max_grad_norm is not None:
             self._norms = first.new_zeros(len(params))
             self._norm_of = list(self._norms.unbind())
@@ -67,7 +70,7 @@ class TorchOptimizer:
             self._clip(grads)
         if self.rule.counted:
             self._step.add_(self._one if skip is None else self._one - skip)
-        self.rule.update(self.params, grads, list(self.states.values()), self._step, skip)
+        self.rule.update(self.params, grads, self._lists, self._step, skip)
         if self.loss_scale is not None:
             self.loss_scale.adjust()
 

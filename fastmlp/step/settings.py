@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .optimizers import Optimizer, optimizer_of
 
-#: Settings of torch's optimizers that no rule has.
-_FOREIGN = frozenset({"amsgrad", "capturable", "dampening", "differentiable", "foreach", "fused", "maximize"})
+#: Settings of torch's optimizers that no rule has, or not every rule.
+_FOREIGN = frozenset({"amsgrad", "capturable", "centered", "dampening", "differentiable", "foreach", "fused"})
 
 
 class StepOptimizer(torch.optim.Optimizer):
@@ -32,6 +32,7 @@ class StepOptimizer(torch.optim.Optimizer):
         super().__init__(params, {name: getattr(rule, name) for name in names})
         self._values_of = itemgetter(*names)
         self._names, self._count = names, len(self.param_groups[0]["params"])
+        self._foreign = _FOREIGN.difference(names)
         #: What an update of torch's optimizers would call, and the number of the last handle when nothing was in it.
         self._handles = -1
         self._hooks = (
@@ -56,10 +57,11 @@ class StepOptimizer(torch.optim.Optimizer):
                 )
             self._handles = RemovableHandle.next_id
         group = self.param_groups[0]
-        if len(group["params"]) != self._count or not _FOREIGN.isdisjoint(group):
+        if len(group["params"]) != self._count or not self._foreign.isdisjoint(group):
             raise RuntimeError(
                 "the param group of step.optimizer has other parameters than the model, or a setting that a TrainStep "
-                f"does not have ({', '.join(sorted(_FOREIGN))}); take it back, or train with autograd and torch.optim"
+                f"does not have ({', '.join(sorted(self._foreign))}); take it back, or train with autograd and "
+                "torch.optim"
             )
         values = self._values_of(group)
         try:

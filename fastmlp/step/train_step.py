@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from ..base.losses import STEP_LOSSES
 from ..nn import MLP
 from .binding import Binding
 from .cpu_step import TorchStep
-from .optimizers import Optimizer, check_setting, optimizer_of
+from .optimizers import OPTIMIZERS, Optimizer, check_setting, optimizer_of
 from .settings import StepOptimizer
 from .validation import Batches, check_batch_size, check_dtype, check_is_mlp, check_loss, learning_rates
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 #: Attributes that stay, and settings that are no attributes.
 _FIXED = frozenset({"model", "loss", "dtype", "device", "backend", "optimizer"})
-_SETTINGS = frozenset({"momentum", "weight_decay", "nesterov", "betas", "eps", "max_grad_norm"})
+_SETTINGS = frozenset(field.name for rule in OPTIMIZERS.values() for field in fields(rule)) - {"lr"}
 #: Losses that are allocated together.
 _BLOCK = 256
 
@@ -49,11 +50,16 @@ class TrainStep:
 
     Args:
         model: the MLP. Parameters with ``requires_grad=False`` stay as they are, and nothing is computed for them.
-        optimizer: a name of ``fastmlp.step.optimizers.OPTIMIZERS``: "sgd" (default), "adamw", ...; with torch.optim's
-            update rules and argument names.
-        lr: learning rate; the attribute ``lr`` changes it between steps. Each number may be a 0-d tensor on the CPU.
+        optimizer: "sgd" (default), "adam", "adamw" or "rmsprop", with torch.optim's update rules, argument names and
+            defaults except of ``lr`` and ``weight_decay``; or "lion", as published (arXiv 2302.06675).
+        lr: learning rate, default 1e-3; the attribute ``lr`` changes it between steps. Each number may be a 0-d tensor
+            on the CPU.
         momentum, weight_decay, nesterov: default 0, 0, False. (torch's AdamW decays by 0.01 by default.)
-        betas, eps: default (0.9, 0.999), 1e-8. A setting that the optimizer does not have must keep its default.
+        betas, eps: default (0.9, 0.999), of "lion" the published (0.9, 0.99), and 1e-8. A setting that the optimizer
+            does not have must keep its default.
+        alpha, centered: of "rmsprop"; default 0.99, False.
+        amsgrad: of "adam" and "adamw"; default False.
+        maximize: go up the gradient of the loss; default False.
         max_grad_norm: scale the gradients so that their global 2-norm is at most this; default None, no clipping.
         loss: "cross_entropy" or "softmax_squared_error" (logits against class numbers int64 [B]), "mse", "l1" or "bce"
             (values [B, C]). "bce" is ``functional.bce_with_logits``, of logits. Each loss is a mean as with torch's
@@ -85,8 +91,12 @@ class TrainStep:
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
+        alpha: float = 0.99,
+        centered: bool = False,
+        amsgrad: bool = False,
+        maximize: bool = False,
         max_grad_norm: float | None = None,
         loss: str = "cross_entropy",
         dtype: torch.dtype | None = None,
@@ -95,7 +105,8 @@ class TrainStep:
         check_is_mlp(model)
         check_loss(loss)
         settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        settings |= {"betas": betas, "eps": eps, "max_grad_norm": max_grad_norm}
+        settings |= {"betas": betas, "eps": eps, "alpha": alpha, "centered": centered, "amsgrad": amsgrad}
+        settings |= {"maximize": maximize, "max_grad_norm": max_grad_norm}
         self.rule = optimizer_of(optimizer, settings)
         self._binding = Binding(model)
         first = self._binding.layers[0].weight
@@ -146,9 +157,10 @@ class TrainStep:
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        """The model, the optimizer with its settings, loss, dtype and backend."""
+        """The model, the optimizer with its settings (without those that are off), loss, dtype and backend."""
         group, sizes = self.optimizer.param_groups[0], "-".join(map(str, self.model.sizes))
-        settings = ", ".join(f"{name}={group[name]}" for name in self.rule.settings)
+        on = [name for name in self.rule.settings if group[name] is not None and group[name] is not False]
+        settings = ", ".join(f"{name}={group[name]}" for name in on)
         return (
             f"TrainStep({type(self.model).__name__} {sizes}, {self.rule.name}({settings}), loss={self.loss!r}, "
             f"dtype={self.dtype}, backend={self.backend!r})"

@@ -62,7 +62,8 @@ WIDTHS, NARROW = (784, 512, 512, 16), (784, 512, 512, 10)
 
 
 def _states(layout: Layout, optimizer: str) -> list[torch.Tensor]:
-    return [torch.zeros(layout.total) for _ in range({"nesterov": 1, "adamw": 2}.get(optimizer, 0))]
+    count = {"sgd": 0, "none": 0, "adamw": 2, "adam amsgrad": 3, "rmsprop centered momentum maximize": 3}
+    return [torch.zeros(layout.total) for _ in range(count.get(optimizer, 1))]
 
 
 def _layout(dtype: torch.dtype, widths: tuple[int, ...], params: bool) -> Any:
@@ -171,6 +172,8 @@ KERNELS = {
             "split-adamw": _update("adamw", batch=4096),
             "split-pixels-gather": _update("sgd", batch=4096, pixels=True),
             "narrow-adamw-pixels": _update("adamw", widths=NARROW, pixels=True, summed=False),
+            "rmsprop-params": _update("rmsprop centered momentum maximize", params=True),
+            "narrow-lion": _update("lion", widths=NARROW, summed=False),
             "none-overflow": _update("none", overflow=True),
             "narrow-none-odd": _update("none", batch=77, widths=(77, 33, 10)),
         },
@@ -184,6 +187,7 @@ KERNELS = {
         variants={
             "sgd": _reduce("sgd"),
             "adamw-unscale": _reduce("adamw", unscale=True, params=True),
+            "amsgrad": _reduce("adam amsgrad", unscale=True),
             "none-accumulate": _reduce("none", accumulate=True),
             "none-outputs": _reduce("none", unscale=True, outputs=True),
         },

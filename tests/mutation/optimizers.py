@@ -1,0 +1,50 @@
+"""Bugs planted in the optimizers' update, each with the tests that find it."""
+
+from __future__ import annotations
+
+from tests.mutation.harness import Mutant
+
+__all__ = ["MUTANTS"]
+
+UPDATE = "tests/kernels/test_wgrad_update.py"
+
+
+def _of(rule: str, bug: str, old: str, new: str) -> Mutant:
+    return Mutant("optimizer", f"{rule}: {bug}", old, new, (UPDATE, f"every_optimizer and direct and {rule}"))
+
+
+MUTANTS = (
+    _of(
+        "adam",
+        "weight decay dropped",
+        "            g = tl.fma(w, tl.load(hyper_ptr), g)\n",
+        "            g = g + 0.0\n",
+    ),
+    _of(
+        "amsgrad",
+        "the last moment in place of the largest",
+        "v = tl.maximum(largest, v, propagate_nan=tl.PropagateNan.ALL)",
+        "v = tl.where(largest < 0, largest, v)",
+    ),
+    _of("maximize", "down the gradient", "        g = -g\n", "        g = g + 0.0\n"),
+    _of("rmsprop", "weight decay dropped", "    g = tl.fma(w, tl.load(hyper_ptr + 1), g)\n    weight", "    weight"),
+    _of("rmsprop", "eps dropped", "change = g / (tl.sqrt(v) + tl.load(hyper_ptr + 4))", "change = g / tl.sqrt(v + 1)"),
+    _of("centered", "not centered", "        v -= n * n\n", "        v -= 0.0 * n\n"),
+    _of(
+        "centered", "state of the wrong parameter", "m_ptr = states[2] if CENTERED else states[1]", "m_ptr = states[1]"
+    ),
+    _of(
+        "rmsprop",
+        "momentum forgotten",
+        "        change += tl.load(hyper_ptr + 5) * m\n",
+        "        change += 0.0 * m\n",
+    ),
+    _of("lion", "weight decay dropped", "w = w * tl.load(hyper_ptr) - tl.fma(g", "w = w - tl.fma(g"),
+    _of(
+        "lion",
+        "the momentum's beta for the direction",
+        "direction = m + change * tl.load(hyper_ptr + 2)",
+        "direction = m + change * tl.load(hyper_ptr + 3)",
+    ),
+    _of("lion", "direction of the gradient", "direction = m + change", "direction = g + 0.0 * change"),
+)
