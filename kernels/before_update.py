@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .dependent import wait_for_previous
 from .launch import call, launch_plainly
-from .optimizer import HYPER_COLUMNS, MAX_NORM, corrected_row
+from .optimizer import MAX_NORM, correct_rows
 
 __all__ = ["LossScaleState", "before_update"]
 
@@ -56,7 +56,7 @@ def mark_overflow(g, mask, overflow_ptr):
 @triton.jit
 def _before_update_kernel(
     hyper_ptr, squares_ptr, factor_ptr, loss_scale, count_ptr, decays_ptr, row_ptr, blocks,
-    OPTIMIZER: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    OPTIMIZER: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
     factor = 1.0
@@ -86,8 +86,7 @@ def _before_update_kernel(
         if count_ptr is not None:
             count = tl.load(count_ptr) + 1
             tl.store(count_ptr, tl.where(overflow, count - 1, count))
-            row = corrected_row(hyper_ptr, decays_ptr, count, OPTIMIZER, COLUMNS)
-            tl.store(row_ptr + tl.arange(0, COLUMNS), row)
+            correct_rows(hyper_ptr, row_ptr, decays_ptr, count, OPTIMIZER, COLUMNS, ROWS)
 
 
 def before_update(
@@ -105,7 +104,7 @@ def before_update(
     """Launch what comes before the update.
 
     Args:
-        optimizer, hyper_row: the rule, and its settings for this step.
+        optimizer, hyper_row: the rule, and its settings for this step, [columns] or, of param groups, [G, columns].
         factor: 0-d float32, an output: what the update multiplies the gradients by.
         squares: float32, the sum of the squares of each block of gradients, which are then clipped. A length that is a
             multiple of 16, the rest zeros, is read 16 bytes at a time.
@@ -117,5 +116,6 @@ def before_update(
     launch_plainly(call(
         _before_update_kernel, (1,),
         hyper_row, squares, factor, loss_scale, count, decays, counted_row, 0 if squares is None else squares.numel(),
-        OPTIMIZER=optimizer, SCALED=scaled, COLUMNS=HYPER_COLUMNS, BLOCK=BLOCK, num_warps=1,
+        OPTIMIZER=optimizer, SCALED=scaled, COLUMNS=hyper_row.shape[-1], ROWS=hyper_row.shape[:-1].numel(), BLOCK=BLOCK,
+        num_warps=1,
     ))  # fmt: skip

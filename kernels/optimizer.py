@@ -163,12 +163,16 @@ def _power(base, exponent):
 
 
 @triton.jit
-def corrected_row(hyper_ptr, decays_ptr, count, OPTIMIZER: tl.constexpr, COLUMNS: tl.constexpr):
-    """A row that was made without the number of updates, for update number ``count``; computed in float64."""
+def correct_rows(
+    hyper_ptr, row_ptr, decays_ptr, count, OPTIMIZER: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Write ROWS rows that were made without the number of updates, for update number ``count``; float64 inside."""
     tl.static_assert(is_rule(OPTIMIZER, "adam", "adamw"), "the other rules do not count")
     offs = tl.arange(0, COLUMNS)
-    row = tl.load(hyper_ptr + offs)
-    step = tl.load(hyper_ptr + 1).to(tl.float64) / (1.0 - _power(tl.load(decays_ptr), count))
+    bias1 = 1.0 - _power(tl.load(decays_ptr), count)
     inv_sqrt_bc2 = 1.0 / tl.sqrt(1.0 - _power(tl.load(decays_ptr + 1), count))
-    row = tl.where(offs == 1, step.to(tl.float32), row)
-    return tl.where(offs == 2, inv_sqrt_bc2.to(tl.float32), row)
+    for i in tl.static_range(ROWS):
+        row = tl.load(hyper_ptr + i * COLUMNS + offs)
+        step = tl.load(hyper_ptr + i * COLUMNS + 1).to(tl.float64) / bias1
+        row = tl.where(offs == 1, step.to(tl.float32), row)
+        tl.store(row_ptr + i * COLUMNS + offs, tl.where(offs == 2, inv_sqrt_bc2.to(tl.float32), row))

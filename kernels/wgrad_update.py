@@ -110,6 +110,8 @@ def _wgrad_layer(
 ):  # fmt: skip
     """Tile number ``pid`` of one layer: gradient of the split's samples, then update or partial sums."""
     K = layer.K
+    if layer.w_settings is not None:
+        hyper_ptr += layer.w_settings
     pid_n, pid_k = grouped_tile(pid, tl.cdiv(layer.N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP_N)
     m_begin = split * m_per_split
     m_end = tl.minimum(m_begin + m_per_split, M)
@@ -132,6 +134,8 @@ def _bias_layer(
 ):  # fmt: skip
     """Columns number ``pid`` of one layer's db, of the split's share of the rows: update or partial sums."""
     offs = pid * SUM_COLS + tl.arange(0, SUM_COLS)
+    if layer.b_settings is not None:
+        hyper_ptr += layer.b_settings
     per_split = tl.cdiv(sums.rows, n_splits)
     first = split * per_split
     end = tl.minimum(first + per_split, sums.rows)
@@ -276,6 +280,8 @@ def _reduce_update_kernel(
     else:
         if skip_ptr is not None:
             mask = mask & (tl.load(skip_ptr) == 0)
+        if parameter.settings is not None:
+            hyper_ptr += parameter.settings
         update_block(
             g, parameter.w_ptr, parameter.low_ptr, states, offs, flat, mask, hyper_ptr, OPTIMIZER, LOW_IS_PARAM,
         )  # fmt: skip
@@ -395,7 +401,8 @@ def wgrad_update(
     producer wrote them, or None; they are used if every layer with a bias has them.
     ``rows`` (int64, any stride) gathers rows of xs[0] only, which may be uint8. ``unscale`` is a 0-d float32 factor of
     all gradients.
-    ``optimizer`` is a rule of ``kernels/optimizer.py``, and ``hyper_row`` has its settings for this step, float32. With
+    ``optimizer`` is a rule of ``kernels/optimizer.py``, and ``hyper_row`` has its settings for this step, float32, or
+    the settings of all param groups, contiguous [G, columns]. With
     ``optimizer == "none"`` the gradients go to ``grads`` (flat, ``layout.total`` float32), added to what is
     there if ``accumulate``; without ``grads`` they stay partial sums, not multiplied by ``unscale``. ``partial`` is
     float32 workspace to reuse, [splits, layout.total]. ``squares``, which needs ``grads``, and ``overflow`` are outputs

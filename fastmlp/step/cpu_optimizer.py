@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .groups import Groups
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 
@@ -16,12 +17,15 @@ class TorchOptimizer:
         params: float32 or float64 tensors, updated in place.
         rule: the update; ``rule.lr`` is read every time.
         loss_scale: float16's; a step whose gradients overflow is skipped.
+        groups: of the params; None: all have the rule.
 
     Attributes:
         states: what the rule keeps of each parameter, live, by name.
     """
 
-    def __init__(self, params: list[Tensor], rule: Optimizer, loss_scale: LossScale | None) -> None:
+    def __init__(
+        self, params: list[Tensor], rule: Optimizer, loss_scale: LossScale | None, groups: Groups | None = None
+    ) -> None:
         self.params, self.rule, self.loss_scale = params, rule, loss_scale
         first = params[0]
         self._grads: list[Tensor] | None = None
@@ -31,6 +35,13 @@ class TorchOptimizer:
         self._lists = list(self.states.values())
         if rule.spare:
             self._lists += [[torch.empty_like(t) for t in params], [self._one]]
+        #: Per group its rule, the places of its parameters, the parameters, and their part of the lists.
+        self._groups: list[tuple[Optimizer, list[int], list[Tensor], list[list[Tensor]]]] = []
+        for number, of_group in enumerate(groups.rules if groups is not None else ()):
+            places = [i for i, own in enumerate(groups.numbers) if own == number]  # type: ignore[union-attr]
+            if places:
+                parts = [t if len(t) < len(params) else [t[i] for i in places] for t in self._lists]
+                self._groups.append((of_group, places, [params[i] for i in places], parts))
         if rule.max_grad_norm is not None:
             self._norms = first.new_zeros(len(params))
             self._norm_of = list(self._norms.unbind())
@@ -70,7 +81,10 @@ class TorchOptimizer:
             self._clip(grads)
         if self.rule.counted:
             self._step.add_(self._one if skip is None else self._one - skip)
-        self.rule.update(self.params, grads, self._lists, self._step, skip)
+        if not self._groups:
+            self.rule.update(self.params, grads, self._lists, self._step, skip)
+        for rule, places, params, lists in self._groups:
+            rule.update(params, [grads[i] for i in places], lists, self._step, skip)
         if self.loss_scale is not None:
             self.loss_scale.adjust()
 

@@ -14,14 +14,13 @@ from torch import Tensor
 from ..kernels.before_update import LossScaleState, before_update
 from ..kernels.configs import cdiv
 from ..kernels.layout import SEGMENT, Layout
-from ..kernels.optimizer import HYPER_COLUMNS
 from ..kernels.wgrad_update import reduce_update
 from .loss_scale import BACKOFF, GROWTH, GROWTH_STEPS, LEAST, LossScale
 from .optimizers import Optimizer
 
 
 class LateUpdate:
-    """Updates the parameters of a layout from flat gradients.
+    """Updates the parameters of a layout from flat gradients. ``row`` is the shape of a step's settings.
 
     Attributes:
         squares: with clipping, the sum of the squares of each segment of the gradients; whoever makes them writes it.
@@ -29,7 +28,9 @@ class LateUpdate:
         count: the number of updates, where the rule counts and steps may be skipped.
     """
 
-    def __init__(self, layout: Layout, rule: Optimizer, states: list[Tensor], loss_scale: LossScale | None) -> None:
+    def __init__(
+        self, layout: Layout, rule: Optimizer, states: list[Tensor], loss_scale: LossScale | None, row: tuple[int, ...]
+    ) -> None:
         self._layout, self._rule, self._states, self._loss_scale = layout, rule, states, loss_scale
         device = layout.params[0].device
         self._factor = torch.empty((), dtype=torch.float32, device=device)
@@ -48,7 +49,7 @@ class LateUpdate:
             self._state = LossScaleState(*numbers, GROWTH_STEPS, GROWTH, BACKOFF, LEAST)
             if rule.counted:
                 self.count = torch.zeros((), dtype=torch.int32, device=device)
-                self._row = torch.empty(HYPER_COLUMNS, dtype=torch.float32, device=device)
+                self._row = torch.empty(row, dtype=torch.float32, device=device)
                 self._decays = torch.empty(len(rule.decays), dtype=torch.float64, device=device)
                 self.settings_changed()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from ..base.losses import STEP_LOSSES
 from ..nn import MLP
 from .binding import Binding
 from .cpu_step import TorchStep
+from .groups import OWN, Groups, grouped
 from .optimizers import OPTIMIZERS, Optimizer, check_setting, optimizer_of
 from .settings import StepOptimizer
 from .validation import Batches, check_batch_size, check_dtype, check_is_mlp, check_loss, learning_rates
@@ -64,6 +65,9 @@ class TrainStep:
         loss: "cross_entropy" or "softmax_squared_error" (logits against class numbers int64 [B]), "mse", "l1" or "bce"
             (values [B, C]). "bce" is ``functional.bce_with_logits``, of logits. Each loss is a mean as with torch's
             default reduction.
+        param_groups: as torch.optim's, a list of dicts with "params" (parameters or their names, which may be patterns)
+            and the group's own "lr" and "weight_decay"; other settings are those of all groups. The parameters that no
+            group has are the first group. No decay on biases is [{"params": "*.bias", "weight_decay": 0.0}].
         dtype: of the products: default the parameters' own; float32 parameters with float16 or bfloat16 products are
             mixed precision with float32 masters. torch.autocast does not change it.
         cuda_graph: capture steps in CUDA graphs at their second use (default True; only with backend "triton").
@@ -71,7 +75,8 @@ class TrainStep:
     Attributes:
         lr: the learning rate of the next step.
         optimizer: what the schedulers of torch.optim.lr_scheduler take. ``step.optimizer.param_groups[0]`` has all
-            settings by their names above; values assigned there count from the next step on.
+            settings by their names above; values assigned there count from the next step on. With ``param_groups``
+            there are more of them, and a scheduler drives the rate of each.
         losses: [steps] on the device, float32 (float64 for float64): the loss of every step of the last ``epoch``.
         backend: "triton" or "torch", whichever runs the steps.
 
@@ -98,6 +103,7 @@ class TrainStep:
         amsgrad: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        param_groups: Iterable[Mapping[str, Any]] | None = None,
         loss: str = "cross_entropy",
         dtype: torch.dtype | None = None,
         cuda_graph: bool = True,
@@ -107,7 +113,7 @@ class TrainStep:
         settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         settings |= {"betas": betas, "eps": eps, "alpha": alpha, "centered": centered, "amsgrad": amsgrad}
         settings |= {"maximize": maximize, "max_grad_norm": max_grad_norm}
-        self.rule = optimizer_of(optimizer, settings)
+        rule = optimizer_of(optimizer, settings)
         self._binding = Binding(model)
         first = self._binding.layers[0].weight
         dtype = first.dtype if dtype is None else dtype
@@ -115,7 +121,10 @@ class TrainStep:
         self.model, self.loss = model, loss
         self.device, self.dtype = first.device, dtype
         self.backend = resolve(first, dtype)
-        self.optimizer = StepOptimizer(self, model.parameters(), self.rule)
+        groups, self._group_of = grouped(param_groups, dict(model.named_parameters()))
+        self.optimizer = StepOptimizer(self, groups, rule)
+        #: One rule per param group.
+        self._rules = self.optimizer.rules_of_groups(rule)
         self.losses = torch.zeros(0, dtype=torch.promote_types(dtype, torch.float32), device=self.device)
         self._next_losses: list[Tensor] = []
         self._batches = Batches(self._binding.ends, STEP_LOSSES[loss], loss, dtype, first.dtype, self.losses)
@@ -129,25 +138,35 @@ class TrainStep:
         self._on_device: AbstractContextManager[object] = nullcontext()
         if self.device.type == "cuda":
             self._on_device = torch.cuda.device(self.device)
-        self._engine = self._new_engine(self._binding, self.rule)
+        self._engine = self._new_engine(self._binding, self._rules)
 
-    def _new_engine(self, binding: Binding, rule: Optimizer) -> TorchStep | TritonStep:
-        loss = STEP_LOSSES[self.loss]
+    @property
+    def rule(self) -> Optimizer:
+        """The rule of the first param group."""
+        return self._rules[0]
+
+    def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> TorchStep | TritonStep:
+        loss, rule, groups = STEP_LOSSES[self.loss], rules[0], None
+        if len(rules) > 1:
+            groups = Groups(rules, [self._group_of[name] for name in binding.trained])
         with self._on_device:
             if self.backend == "triton":
                 from .triton_step import TritonStep
 
-                return TritonStep(binding.layers, rule, loss, self.dtype, cuda_graph=self._cuda_graph)
-            return TorchStep(binding.layers, rule, loss, self.dtype)
+                return TritonStep(binding.layers, rule, loss, self.dtype, cuda_graph=self._cuda_graph, groups=groups)
+            return TorchStep(binding.layers, rule, loss, self.dtype, groups=groups)
 
     @property
-    def lr(self) -> float:
-        """Learning rate of the next step."""
-        return float(self.optimizer.param_groups[0]["lr"])
+    def lr(self) -> float | list[float]:
+        """Learning rate of the next step; a list where param groups have different ones. A number sets all groups'."""
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        return rates[0] if len(set(rates)) == 1 else rates
 
     @lr.setter
     def lr(self, value: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = check_setting("lr", value)
+        rate = check_setting("lr", value)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -161,6 +180,9 @@ class TrainStep:
         group, sizes = self.optimizer.param_groups[0], "-".join(map(str, self.model.sizes))
         on = [name for name in self.rule.settings if group[name] is not None and group[name] is not False]
         settings = ", ".join(f"{name}={group[name]}" for name in on)
+        if len(self._rules) > 1:
+            own = [", ".join(f"{name}={g[name]}" for name in OWN) for g in self.optimizer.param_groups]
+            settings += f", param_groups=[{', '.join(f'({values})' for values in own)}]"
         return (
             f"TrainStep({type(self.model).__name__} {sizes}, {self.rule.name}({settings}), loss={self.loss!r}, "
             f"dtype={self.dtype}, backend={self.backend!r})"
@@ -168,12 +190,17 @@ class TrainStep:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The model, the arguments and the state."""
-        group = self.optimizer.param_groups[0]
-        arguments = {name: group[name] for name in self.rule.settings}
+        groups = self.optimizer.param_groups
+        arguments = {name: groups[0][name] for name in self.rule.settings}
+        if len(groups) > 1:
+            members = [[name for name, of in self._group_of.items() if of == i] for i in range(len(groups))]
+            own = [{name: group[name] for name in OWN} for group in groups]
+            arguments["param_groups"] = [{"params": m, **o} for m, o in zip(members, own, strict=True)]
         arguments |= {"optimizer": self.rule.name, "loss": self.loss, "dtype": self.dtype}
         arguments |= {"cuda_graph": self._cuda_graph}
         state = self.state_dict()
-        extra = {name: value for name, value in group.items() if name not in (*self.rule.settings, "params")}
+        known = {*self.rule.settings, "params"}
+        extra = [{name: value for name, value in group.items() if name not in known} for group in groups]
         return _restored, (self.model, arguments, state, self._parked, extra)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -216,7 +243,7 @@ class TrainStep:
             batch_size: rows of a step; the last step takes what is left.
             order: int64 [n], the rows in the order of use; default all rows in order. On a CPU a row out of range is
                 an IndexError. On a GPU it makes its step's loss NaN, and the nearest row takes its place.
-            lr_factors: one factor of ``lr`` for each step; default all 1.
+            lr_factors: one factor of ``lr`` (of every param group's) for each step; default all 1.
 
         Returns:
             The mean loss of the n rows, each at the parameters of its step: 0-d float32 on the device. ``losses`` has
@@ -227,7 +254,7 @@ class TrainStep:
         order = self._batches.checked_order(order, images)
         n = order.shape[0]
         steps = -(-n // batch_size)
-        lrs = learning_rates(self.rule.lr, lr_factors, steps)
+        lrs = learning_rates([rule.lr for rule in self._rules], lr_factors, steps)
         self.forget_gradients()
         self.losses = losses = torch.full((steps,), float("nan"), dtype=self.losses.dtype, device=self.device)
         if not steps:
@@ -349,31 +376,34 @@ class TrainStep:
 
     def _follow(self) -> None:
         """Take up what changed of the model and the settings since the last call, or raise an error."""
-        rule, binding = self.optimizer.changed(self.rule), self._binding
+        rules, binding = self.optimizer.changed(self._rules), self._binding
         if not binding.holds():
             binding = binding.rebound()
-        elif rule is None:
+        elif rules is None:
             return
         structure = self._engine.structure
-        if binding.kind != self._binding.kind or (rule is not None and structure(rule) != structure(self.rule)):
-            self._rebuild(binding, self.rule if rule is None else rule)
-        elif rule is not None:
-            vars(self.rule).update(vars(rule))
+        if binding.kind != self._binding.kind or (
+            rules is not None and list(map(structure, rules)) != list(map(structure, self._rules))
+        ):
+            self._rebuild(binding, self._rules if rules is None else rules)
+        elif rules is not None:
+            for rule, new in zip(self._rules, rules, strict=True):
+                vars(rule).update(vars(new))
             self._engine.settings_changed()
         self._binding = binding
 
-    def _rebuild(self, binding: Binding, rule: Optimizer) -> None:
+    def _rebuild(self, binding: Binding, rules: list[Optimizer]) -> None:
         """A new engine, with the state of the old one as far as both have it."""
         state, counters = self._parked | self._parameter_state(), self._engine.counters()
         thawed = [name for name in binding.trained if name not in self._binding.trained]
         if thawed and counters.get("step"):
             raise RuntimeError(
-                f"{', '.join(thawed)} cannot be thawed after {counters['step']:.0f} updates: {rule.name} counts the "
-                "updates of all parameters together; make a new TrainStep"
+                f"{', '.join(thawed)} cannot be thawed after {counters['step']:.0f} updates: {self.rule.name} counts "
+                "the updates of all parameters together; make a new TrainStep"
             )
-        engine = self._new_engine(binding, rule)
+        engine = self._new_engine(binding, rules)
         self._lost_gradients |= self._has_gradients
-        self._engine, self._binding, self.rule, self._has_gradients = engine, binding, rule, False
+        self._engine, self._binding, self._rules, self._has_gradients = engine, binding, rules, False
         own = self._parameter_state()
         self._parked = {name: tensor for name, tensor in state.items() if name not in own}
         for name, tensor in own.items():
@@ -390,11 +420,16 @@ class TrainStep:
 
 
 def _restored(
-    model: MLP, arguments: dict[str, Any], state: dict[str, Tensor], parked: dict[str, Tensor], extra: dict[str, Any]
+    model: MLP,
+    arguments: dict[str, Any],
+    state: dict[str, Tensor],
+    parked: dict[str, Tensor],
+    extra: list[dict[str, Any]],
 ) -> TrainStep:
     """The copy that ``TrainStep.__reduce__`` describes."""
     step = TrainStep(model, **arguments)
     step.load_state_dict(state)
     step._parked = parked
-    step.optimizer.param_groups[0].update(extra)  # what schedulers keep there
+    for group, kept in zip(step.optimizer.param_groups, extra, strict=True):
+        group.update(kept)  # what schedulers keep there
     return step

@@ -45,9 +45,11 @@ from ..kernels.dependent import launches_dependent
 from ..kernels.device import tf32_allowed
 from ..kernels.head import MAX_CLASSES
 from ..kernels.layout import Layer, Layout
+from ..kernels.optimizer import HYPER_COLUMNS
 from ..kernels.wgrad_update import reduce_update, wgrad_update, workspace
 from ..nn import Linear
 from .graphs import GraphCache, GraphEntry, can_capture, refuse_capture
+from .groups import Groups
 from .late_update import LateUpdate
 from .loss_scale import LossScale
 from .optimizers import Optimizer
@@ -85,9 +87,16 @@ class TritonStep:
     """Forward, backward and update of an MLP with the kernels; ``fastmlp.TrainStep`` is the public way to it."""
 
     def __init__(
-        self, layers: list[Linear], rule: Optimizer, loss: str, dtype: torch.dtype, *, cuda_graph: bool
+        self,
+        layers: list[Linear],
+        rule: Optimizer,
+        loss: str,
+        dtype: torch.dtype,
+        *,
+        cuda_graph: bool,
+        groups: Groups | None = None,
     ) -> None:
-        self.layers, self.rule, self.loss, self.dtype = layers, rule, loss, dtype
+        self.layers, self.rule, self.loss, self.dtype, self.groups = layers, rule, loss, dtype, groups
         self.device = layers[0].weight.device
         self.activations = [layer.activation for layer in layers]
         own = layers[0].weight.dtype
@@ -105,7 +114,12 @@ class TritonStep:
                     "train both, or use backend 'torch'"
                 )
         self.lowest = min(self.trained)
-        self.layout = Layout([self._trained_layer(i) for i in self.trained], low_is_param=own != torch.float32)
+        row: tuple[int, ...] = (HYPER_COLUMNS,)
+        settings = None
+        if groups is not None:
+            row, settings = (len(groups.rules), *row), [i * row[0] for i in groups.numbers]
+        trained = [self._trained_layer(i) for i in self.trained]
+        self.layout = Layout(trained, low_is_param=own != torch.float32, settings=settings)
         zeros = torch.zeros(self.layout.total, dtype=torch.float32, device=self.device)
         self.states = [zeros.clone() for _ in rule.states]
         self.grads: Tensor | None = None if rule.max_grad_norm is None else zeros
@@ -115,7 +129,7 @@ class TritonStep:
         #: None where the gradients are applied as soon as they are there.
         self.late: LateUpdate | None = None
         if self.loss_scale is not None or rule.max_grad_norm is not None:
-            self.late = LateUpdate(self.layout, rule, self.states, self.loss_scale)
+            self.late = LateUpdate(self.layout, rule, self.states, self.loss_scale, row)
         self.steps = 0
         #: The number of updates where only the device knows which steps were skipped.
         self.count = None if self.late is None else self.late.count
@@ -201,12 +215,13 @@ class TritonStep:
     def _rows_of(self, lrs: Tensor) -> Tensor:
         """One row of step-dependent values for each of the next steps, [steps, HYPER_COLUMNS] on the device.
 
-        ``lrs`` is float64 on the host. Where the device counts the updates, ``late_update`` corrects the row.
+        ``lrs`` is float64 on the host. With groups it is [steps, G], and the result [steps, G, HYPER_COLUMNS]. Where
+        the device counts the updates, ``late_update`` corrects the row.
         """
         count = None
         if self.count is None:
             count = torch.arange(self.steps + 1, self.steps + 1 + lrs.shape[0], dtype=torch.float64, device="cpu")
-        rows = self.rule.rows(lrs, count)
+        rows = (self.rule if self.groups is None else self.groups).rows(lrs, count)
         if self.device.type == "cuda":
             return rows.pin_memory().to(self.device, non_blocking=True)
         return rows.to(self.device)
@@ -219,6 +234,9 @@ class TritonStep:
         if lr != self.rule.lr or not 0 <= i < len(rows):
             more = min(2 * len(rows), _AHEAD) if lr == self.rule.lr and changes else 1
             rates = torch.full((max(1, more),), self.rule.lr, dtype=torch.float64, device="cpu")
+            if self.groups is not None:
+                own = torch.tensor([rule.lr for rule in self.groups.rules], dtype=torch.float64, device="cpu")
+                rates = own.expand(len(rates), -1)
             rows, i = list(self._rows_of(rates).unbind()), 0
             self._ahead = self.rule.lr, self.steps, rows
         return rows[i]
@@ -376,7 +394,10 @@ class TritonStep:
     def epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Tensor, losses: Tensor
     ) -> None:
-        """Steps over ``order``, each with its learning rate (float64 on the host); writes each step's loss."""
+        """Steps over ``order``, each with its learning rate (float64 on the host); writes each step's loss.
+
+        With groups ``lrs`` is [steps, G].
+        """
         if self.graphs is not None:
             refuse_capture()
         self._follow()

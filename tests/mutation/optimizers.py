@@ -13,7 +13,37 @@ def _of(rule: str, bug: str, old: str, new: str) -> Mutant:
     return Mutant("optimizer", f"{rule}: {bug}", old, new, (UPDATE, f"every_optimizer and direct and {rule}"))
 
 
+WHOLE = "tests/whole/test_step.py"
+
 MUTANTS = (
+    Mutant(
+        "wgrad_update",
+        "group of the first",
+        "        hyper_ptr += layer.w_settings\n",
+        "        hyper_ptr += 0\n",
+        (WHOLE, "optimizers and groups and not float16"),
+    ),
+    Mutant(
+        "wgrad_update",
+        "group of the first",
+        "        hyper_ptr += layer.b_settings\n",
+        "        hyper_ptr += 0\n",
+        (WHOLE, "optimizers and groups and not float16"),
+    ),
+    Mutant(
+        "wgrad_update",
+        "group of the first",
+        "            hyper_ptr += parameter.settings\n",
+        "            hyper_ptr += 0\n",
+        (WHOLE, "optimizers and groups and float16"),
+    ),
+    Mutant(
+        "optimizer",
+        "the first group's rate for all",
+        "step = tl.load(hyper_ptr + i * COLUMNS + 1)",
+        "step = tl.load(hyper_ptr + 1)",
+        (WHOLE, "optimizers and groups and float16"),
+    ),
     _of(
         "adam",
         "weight decay dropped",

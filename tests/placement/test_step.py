@@ -19,6 +19,8 @@ OPTIMIZERS = {
     "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
     "clipped": {"lr": 0.1, "max_grad_norm": 0.05},
+    "rmsprop": {"optimizer": "rmsprop", "lr": 0.01, "momentum": 0.5, "maximize": True},
+    "lion, groups": {"optimizer": "lion", "lr": 0.01, "param_groups": [{"params": "*.bias", "weight_decay": 0.1}]},
 }
 #: dtypes of parameters and products.
 PRECISIONS = {

@@ -195,6 +195,21 @@ def test_settings_change_without_a_new_capture(optimizer):
     assert len(cuda.captures) == 2
 
 
+@pytest.mark.parametrize("settings", [{"momentum": 0.5}, {"optimizer": "adamw", "max_grad_norm": 0.05}], ids=str)
+def test_settings_of_groups_change_without_a_new_capture(settings):
+    def script(step: TrainStep) -> Iterator[Tensor]:
+        images, labels = batch(0, ROWS)
+        for i in range(3):
+            for j, group in enumerate(step.optimizer.param_groups):
+                group.update(lr=0.1 / (i + 3 * j + 1), weight_decay=0.1 * ((i + j) % 2))
+            yield step(*batch(i))
+            yield step.epoch(images, labels, ROWS)
+
+    groups = [{"params": "*.bias", "lr": 0.5}]
+    _, cuda = check(script, replays=4, lr=0.1, param_groups=groups, **settings)
+    assert len(cuda.captures) == 2
+
+
 @pytest.mark.usefixtures("default_precision")
 def test_the_precision_of_float32_products_changes():
     def script(step: TrainStep) -> Iterator[Tensor]:

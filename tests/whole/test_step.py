@@ -21,6 +21,23 @@ SETTINGS = {
     "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
     "clipped": {"lr": 0.1, "max_grad_norm": 0.05},
+    "adam": {"optimizer": "adam", "lr": 0.01, "amsgrad": True, "weight_decay": 0.1, "max_grad_norm": 0.05},
+    "rmsprop": {"optimizer": "rmsprop", "lr": 0.003, "momentum": 0.5, "centered": True, "maximize": True},
+    "lion": {"optimizer": "lion", "lr": 0.003, "weight_decay": 0.1},
+    "groups": {
+        "lr": 0.1,
+        "momentum": 0.9,
+        "param_groups": [
+            {"params": "*.bias", "lr": 0.5, "weight_decay": 0.2},
+            {"params": "layers.1.weight", "lr": 0.0},
+        ],
+    },
+    "groups, float16": {
+        "optimizer": "adamw",
+        "lr": 0.01,
+        "param_groups": [{"params": "*.bias", "lr": 0.05}, {"params": "layers.1.weight", "lr": 0.0}],
+        "dtype": torch.float16,
+    },
 }
 
 
