@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base.names import unknown
+from .per_member import SETTINGS, PerMember, across, least
 
 Tensors = list[Tensor]
 
@@ -28,7 +29,8 @@ class Optimizer:
     """What all rules have.
 
     Attributes:
-        lr: learning rate; it may change at any time.
+        lr: learning rate; it may change at any time. In an ensemble, the settings named in ``per_member.SETTINGS`` are
+            a float for all members or a ``PerMember``.
         weight_decay: as the torch optimizer of this name has it.
         max_grad_norm: most that the global 2-norm of the gradients may be; None: gradients are not clipped.
         name: what ``TrainStep`` calls the rule.
@@ -67,19 +69,23 @@ class Optimizer:
         return self.kernel, self.states, self.max_grad_norm is None
 
     def columns(self, lrs: Tensor, count: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
-        """The columns of ``rows``: those that change from step to step, [steps] each, and those that follow."""
+        """The columns of ``rows``: those that change from step to step, shaped as ``lrs``, and those that follow."""
         raise NotImplementedError
 
     def rows(self, lrs: Tensor, count: Tensor | None) -> Tensor:
         """float32 [steps, 8]: every setting of each step, as ``kernels/optimizer.py`` reads them.
 
         Args:
-            lrs: float64 [steps].
-            count: float64 [steps], the number of each update, from 1 on; None leaves out what depends on it.
+            lrs: float64 [steps], or [steps, E] for the members of an ensemble, which makes [steps, E, 8].
+            count: float64 [steps] or [steps, E], the number of each update, from 1 on; None leaves out what depends on
+                it.
         """
         changing, constants = self.columns(lrs, count)
         unused = (0.0,) * (_COLUMNS - 1 - len(changing) - len(constants))
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        if lrs.dim() == 2:
+            columns = [torch.as_tensor(across(value, lrs)) for value in (*changing, *constants, *unused, max_norm)]
+            return torch.stack([column.to(lrs).expand(lrs.shape) for column in columns], 2).float()
         rest = torch.tensor((*constants, *unused, max_norm), dtype=lrs.dtype, device=lrs.device)
         return torch.cat((torch.stack(changing, 1), rest.expand(len(lrs), -1)), 1).float()
 
@@ -107,7 +113,7 @@ class SGD(Optimizer):
     name: ClassVar[str] = "sgd"
 
     def __post_init__(self) -> None:
-        if self.nesterov and not self.momentum > 0:
+        if self.nesterov and not least(self.momentum) > 0:
             raise ValueError("nesterov=True needs optimizer='sgd' and a momentum above 0")
 
     @property
@@ -172,7 +178,7 @@ class AdamW(Optimizer):
     def columns(self, lrs: Tensor, count: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
         """Weight decay and the corrections by the count change from step to step."""
         beta1, beta2 = self.betas
-        decay = 1 - lrs * self.weight_decay
+        decay = 1 - lrs * across(self.weight_decay, lrs)
         constants = 1 - beta1, beta2, 1 - beta2, self.eps
         if count is None:
             return (decay, lrs, torch.ones_like(lrs)), constants
@@ -214,8 +220,10 @@ _HINTS = {
 }
 
 
-def optimizer_of(name: str, settings: Mapping[str, Any]) -> Optimizer:
+def optimizer_of(name: str, settings: Mapping[str, Any], members: int | None = None) -> Optimizer:
     """The rule of that name with the settings that it has; the other ones must have their defaults.
+
+    For an ensemble of ``members``, the settings that may differ between members are a number or one per member.
 
     Raises:
         ValueError: an unknown rule, a setting outside its range, or a setting of another rule.
@@ -228,7 +236,7 @@ def optimizer_of(name: str, settings: Mapping[str, Any]) -> Optimizer:
     rule = OPTIMIZERS[name]
     own = {field.name for field in fields(rule)}
     defaults = {field.name: field.default for other in OPTIMIZERS.values() for field in fields(other)}
-    values = {setting: check_setting(setting, value) for setting, value in settings.items()}
+    values = {setting: check_setting(setting, value, members) for setting, value in settings.items()}
     for setting, value in values.items():
         if setting not in own and value != defaults[setting]:
             raise ValueError(_HINTS.get(setting, f"{setting}={value!r} is not a setting of optimizer {name!r}"))
@@ -255,11 +263,20 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
-def check_setting(setting: str, value: Any) -> Any:
+def check_setting(setting: str, value: Any, members: int | None = None) -> Any:
     """The value as Python numbers, if it can be what the setting's name says, whichever rule has the setting.
 
-    A 0-d tensor on the CPU counts as its number.
+    A 0-d tensor on the CPU counts as its number. A setting of an ensemble that is one number per member comes back as
+    a ``PerMember``, or as one number where all are equal.
     """
+    if members is not None and setting in SETTINGS and not isinstance(value, Real | str) and hasattr(value, "__len__"):
+        if isinstance(value, Tensor):
+            value = value.tolist() if value.dim() else value
+        if not isinstance(value, Tensor):
+            if len(value) != members:
+                raise ValueError(f"expected {setting} to be a number or {members}, one per member, got {len(value)}")
+            numbers = PerMember(check_setting(setting, number) for number in value)
+            return numbers[0] if len(set(numbers)) == 1 else numbers
     if setting == "nesterov":
         if not isinstance(value, bool | int):
             raise TypeError(f"expected nesterov to be a bool, got {value!r} of type {type(value).__name__}")
