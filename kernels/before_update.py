@@ -92,7 +92,6 @@ def _before_update_kernel(
         clipped = tl.load(hyper_ptr + MAX_NORM) / (tl.sqrt(tl.sum(total, 0)) + 1e-6)
         factor = tl.where(clipped > 1.0, 1.0, clipped)  # NaN stays NaN
     tl.store(factor_ptr, factor)
-    overflow = False
     if loss_scale is not None:
         overflow = tl.load(loss_scale.overflow + member) != 0
         tl.store(loss_scale.overflow + member, 0)
@@ -106,11 +105,11 @@ def _before_update_kernel(
         scale = tl.where(scale < loss_scale.least, loss_scale.least, scale)
         tl.store(loss_scale.scale + member, scale)
         tl.store(loss_scale.inverse + member, tl.div_rn(1.0, scale))
-    if count_ptr is not None:
-        count = tl.load(count_ptr) + 1
-        tl.store(count_ptr, tl.where(overflow, count - 1, count))
-        row = corrected_row(hyper_ptr, decays_ptr, count, OPTIMIZER, COLUMNS)
-        tl.store(row_ptr + tl.arange(0, COLUMNS), row)
+        if count_ptr is not None:
+            count = tl.load(count_ptr) + 1
+            tl.store(count_ptr, tl.where(overflow, count - 1, count))
+            row = corrected_row(hyper_ptr, decays_ptr, count, OPTIMIZER, COLUMNS)
+            tl.store(row_ptr + tl.arange(0, COLUMNS), row)
 
 
 def before_update(
