@@ -21,6 +21,7 @@ from fastmlp.kernels.device import INTERPRETER, Device
 from fastmlp.kernels.layout import SEGMENT, Layer, Layout
 from fastmlp.kernels.members import MOST, count_of
 from fastmlp.kernels.wgrad_update import reduce_update, wgrad_update, workspace
+from tests.conftest import UNSIMULATED
 from tests.support.harness import FLOATS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -83,21 +84,22 @@ def test_linear_fwd(lane, dtype, shared):
     assert_members(list(outputs), singles)
 
 
+@UNSIMULATED
 @pytest.mark.parametrize("own", [(True, False), (False, True)], ids=str)
-def test_gathered_pixels(lane, own):
+def test_gathered_pixels(unsimulated, own):
     """Own images or the same ones, own rows or the same ones."""
     own_images, own_rows = own
     g = torch.Generator().manual_seed(5)
     images = torch.randint(0, 256, (E, 50, 20), generator=g, dtype=torch.uint8)
     rows = torch.randint(0, 50, (E, 21), generator=g)
     w = draw(E, 17, 20)
-    given = apart(images, lane) if own_images else images[0].to(lane)
-    picked = apart(rows, lane) if own_rows else rows[0].to(lane)
-    a, _ = kernels.linear_fwd(given, w.to(lane), None, "sigmoid", rows=picked)
+    given = apart(images, unsimulated) if own_images else images[0].to(unsimulated)
+    picked = apart(rows, unsimulated) if own_rows else rows[0].to(unsimulated)
+    a, _ = kernels.linear_fwd(given, w.to(unsimulated), None, "sigmoid", rows=picked)
     singles = []
     for e in range(E):
-        x, taken = images[e if own_images else 0].to(lane), rows[e if own_rows else 0].to(lane)
-        singles.append([kernels.linear_fwd(x, w[e].to(lane), None, "sigmoid", rows=taken)[0]])
+        x, taken = images[e if own_images else 0].to(unsimulated), rows[e if own_rows else 0].to(unsimulated)
+        singles.append([kernels.linear_fwd(x, w[e].to(unsimulated), None, "sigmoid", rows=taken)[0]])
     assert_members([a], singles)
 
 
@@ -115,15 +117,16 @@ def test_linear_dgrad(lane, dtype):
     assert_members([dx, sums.values[:, : sums.blocks, :40]], singles)
 
 
+@UNSIMULATED
 @pytest.mark.parametrize(("m", "shared"), [(17, True), (150, False)], ids=["one x", "own x, split"])
-def test_linear_wgrad(lane, m, shared):
+def test_linear_wgrad(unsimulated, m, shared):
     """A split batch has partial sums of every member. Members share the GPU, so that the splits may differ."""
     dz, x = draw(E, m, 17), draw(E, m, 20, seed=1)
     if shared:
         x = x[1]
-    dw, db = kernels.linear_wgrad(apart(dz, lane), x.to(lane) if shared else apart(x, lane))
+    dw, db = kernels.linear_wgrad(apart(dz, unsimulated), x.to(unsimulated) if shared else apart(x, unsimulated))
     for e in range(E):
-        want, want_b = kernels.linear_wgrad(dz[e].to(lane), (x if shared else x[e]).to(lane))
+        want, want_b = kernels.linear_wgrad(dz[e].to(unsimulated), (x if shared else x[e]).to(unsimulated))
         if m == 17:
             assert same(dw[e], want)
             assert same(db[e], want_b)
@@ -131,12 +134,13 @@ def test_linear_wgrad(lane, m, shared):
         torch.testing.assert_close(db[e], want_b, atol=1e-4, rtol=1e-4)
 
 
-def test_activation_bwd(lane):
+@UNSIMULATED
+def test_activation_bwd(unsimulated):
     """Also for a dA that is expanded."""
     da, a = draw(E, 17, 20), draw(E, 17, 20, seed=1)
-    for given in (da.to(lane), apart(da, lane), da[:, :1].to(lane).expand(E, 17, 20)):
-        dz = kernels.activation_bwd(given, a.to(lane), "tanh")
-        assert_members([dz], [[kernels.activation_bwd(given[e], a[e].to(lane), "tanh")] for e in range(E)])
+    for given in (da.to(unsimulated), apart(da, unsimulated), da[:, :1].to(unsimulated).expand(E, 17, 20)):
+        dz = kernels.activation_bwd(given, a.to(unsimulated), "tanh")
+        assert_members([dz], [[kernels.activation_bwd(given[e], a[e].to(unsimulated), "tanh")] for e in range(E)])
 
 
 @pytest.mark.parametrize(("own", "rows"), [(True, True), (False, False)], ids=["own targets", "one target"])
@@ -335,16 +339,17 @@ def test_late_update(lane, dtype):
     assert skip.tolist() == ([0, 1, 0] if dtype == torch.float16 else [0, 0, 0])
 
 
-def test_network(lane):
+@UNSIMULATED
+def test_network(unsimulated):
     """Forward and backward passes of whole networks, X the same for all members; dX is each member's."""
-    x = draw(17, SIZES[0]).to(lane)
-    weights, biases, *_ = problem(lane, 1)
+    x = draw(17, SIZES[0]).to(unsimulated)
+    weights, biases, *_ = problem(unsimulated, 1)
     activations, saves_z = ("silu", "tanh"), (True, False)
     params = [t for pair in zip(weights, biases, strict=True) for t in pair]
     outputs = kernels.network_fwd(x, params, activations, saves_z)
     assert outputs is not None
     a1, z1, a2 = outputs
-    dz = draw(E, 17, SIZES[-1], seed=7).to(lane)
+    dz = draw(E, 17, SIZES[-1], seed=7).to(unsimulated)
     gradients = kernels.network_bwd(dz, [x, a1, *weights, z1, a2], activations, (True,) * 5)
     assert gradients is not None
     singles = []

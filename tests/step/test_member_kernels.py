@@ -18,13 +18,13 @@ from torch import Tensor
 from fastmlp.step.optimizers import SGD, AdamW, Optimizer
 from fastmlp.step.per_member import PerMember
 from fastmlp.step.triton_step import TritonStep
-from tests.conftest import INTERPRETING
+from tests.conftest import INTERPRETING, UNSIMULATED
 from tests.support.harness import assert_within_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
-E, M, SIZES = 3, 7, (6, 5, 4)
-RATES = (0.1, 0.03, 0.3)
+E, M, SIZES = 2, 7, (6, 5, 4)
+RATES = (0.1, 0.03)
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -93,11 +93,9 @@ def assert_same(ensemble, singles, together, alone) -> None:
 
 CASES = {
     "sgd": (SGD(PerMember(RATES)), "cross_entropy", torch.float32, True),
-    "adamw": (AdamW(PerMember(RATES), weight_decay=PerMember((0.0, 0.1, 0.2))), "cross_entropy", torch.float32, False),
-    "adamw clipped": (AdamW(0.1, max_grad_norm=0.5), "l1", torch.float32, True),
-    "momentum bfloat16": (SGD(0.1, momentum=PerMember((0.1, 0.5, 0.9))), "mse", torch.bfloat16, False),
+    "adamw": (AdamW(PerMember(RATES), weight_decay=PerMember((0.0, 0.1))), "cross_entropy", torch.float32, False),
+    "momentum bfloat16": (SGD(0.1, momentum=PerMember((0.1, 0.9)), max_grad_norm=0.5), "mse", torch.bfloat16, False),
     "adamw float16 clipped": (AdamW(PerMember(RATES), max_grad_norm=0.1), "cross_entropy", torch.float16, True),
-    "nesterov float16": (SGD(0.1, momentum=0.9, nesterov=True), "bce_with_logits", torch.float16, True),
     "squared error": (SGD(0.1, weight_decay=0.1), "softmax_squared_error", torch.float32, False),
 }
 
@@ -128,103 +126,96 @@ def test_members_are_single_models(lane, case):
         assert numbers == [engine.counters()[name] for engine in singles]
 
 
+@UNSIMULATED
 @pytest.mark.parametrize("own_order", [True, False], ids=["own order", "one order"])
-def test_epochs(lane, own_order):
+def test_epochs(unsimulated, own_order):
     """Orders of each member or one for all, rates of each step and member, a shorter last batch, the same pixels."""
     rule = AdamW(PerMember(RATES))
-    active = torch.tensor([True, True, False], device=lane)
-    ensemble, singles, together, alone = engines(lane, rule, "cross_entropy", torch.float32, active)
+    active = torch.tensor([True, False], device=unsimulated)
+    ensemble, singles, together, alone = engines(unsimulated, rule, "cross_entropy", torch.float32, active)
     images = torch.randint(0, 256, (12, SIZES[0]), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).to(
-        lane
+        unsimulated
     )
-    labels = torch.randint(0, SIZES[-1], (12,), generator=torch.Generator().manual_seed(1)).to(lane)
+    labels = torch.randint(0, SIZES[-1], (12,), generator=torch.Generator().manual_seed(1)).to(unsimulated)
     for epoch in range(2):
         g = torch.Generator().manual_seed(epoch)
-        order = torch.stack([torch.randperm(12, generator=g) for _ in range(E)]).to(lane)
+        order = torch.stack([torch.randperm(12, generator=g) for _ in range(E)]).to(unsimulated)
         lrs = torch.rand(2, E, dtype=torch.float64, generator=g)
-        losses = torch.zeros(2, E, device=lane)
+        losses = torch.zeros(2, E, device=unsimulated)
         ensemble.epoch(images, labels, M, order if own_order else order[0], lrs, losses)
-        assert losses[:, 2].isnan().all()
-        for e in range(2):
-            want = torch.zeros(2, device=lane)
+        assert losses[:, 1].isnan().all()
+        for e in range(1):
+            want = torch.zeros(2, device=unsimulated)
             singles[e].epoch(images, labels, M, order[e if own_order else 0], lrs[:, e].contiguous(), want)
             torch.testing.assert_close(losses[:, e], want, atol=0 if INTERPRETING else 1e-4, rtol=1e-5)
     assert_same(ensemble, singles, together, alone)
-    assert ensemble.counters()["step"] == [4, 4, 0]
+    assert ensemble.counters()["step"] == [4, 0]
 
 
+@UNSIMULATED
 @pytest.mark.parametrize("clipped", [False, True])
-def test_gradients_and_update(lane, clipped):
+def test_gradients_and_update(unsimulated, clipped):
     """Two accumulated batches, then the update; a member that is not active has gradients of 0 and no update."""
     rule = AdamW(PerMember(RATES), max_grad_norm=0.5 if clipped else None)
-    active = torch.tensor([True, False, True], device=lane)
-    ensemble, singles, together, alone = engines(lane, rule, "mse", torch.float32, active, frozen=1)
+    active = torch.tensor([False, True], device=unsimulated)
+    ensemble, singles, together, alone = engines(unsimulated, rule, "mse", torch.float32, active, frozen=1)
     for _ in range(2):
         for accumulate in (False, True):
-            x, y = batch(lane, "mse", 5 + accumulate)
-            grads = ensemble.gradients(x, y, torch.zeros(E, device=lane), accumulate=accumulate)
-            for e in (0, 2):
-                want = singles[e].gradients(x[e], y[e], torch.zeros((), device=lane), accumulate=accumulate)
+            x, y = batch(unsimulated, "mse", 5 + accumulate)
+            grads = ensemble.gradients(x, y, torch.zeros(E, device=unsimulated), accumulate=accumulate)
+            for e in (1,):
+                want = singles[e].gradients(x[e], y[e], torch.zeros((), device=unsimulated), accumulate=accumulate)
                 for got, single in zip(grads, want, strict=True):
-                    assert not got[1].any()
+                    assert not got[0].any()
                     torch.testing.assert_close(got[e], single, atol=0 if INTERPRETING else 1e-4, rtol=1e-5)
         ensemble.update()
-        for e in (0, 2):
+        for e in (1,):
             singles[e].update()
     assert_same(ensemble, singles, together, alone)
-    assert ensemble.counters()["step"] == [2, 0, 2]
+    assert ensemble.counters()["step"] == [0, 2]
 
 
-def test_float16_overflows_of_one_member(lane):
+@UNSIMULATED
+def test_float16_overflows_of_one_member(unsimulated):
     """One member's scale is halved and its step skipped; the others go on."""
-    active = torch.ones(E, dtype=torch.bool, device=lane)
-    ensemble, singles, together, alone = engines(lane, AdamW(0.01), "mse", torch.float16, active)
+    active = torch.ones(E, dtype=torch.bool, device=unsimulated)
+    ensemble, singles, together, alone = engines(unsimulated, AdamW(0.01), "mse", torch.float16, active)
     for step in range(2):
-        x, y = batch(lane, "mse", step)
+        x, y = batch(unsimulated, "mse", step)
         if step == 0:
             y[1] = 6e4
-        ensemble.step(x, y, torch.zeros(E, device=lane))
+        ensemble.step(x, y, torch.zeros(E, device=unsimulated))
         for e, engine in enumerate(singles):
-            engine.step(x[e], y[e], torch.zeros((), device=lane))
+            engine.step(x[e], y[e], torch.zeros((), device=unsimulated))
     assert_same(ensemble, singles, together, alone)
     counters = ensemble.counters()
-    assert counters["step"] == [2, 1, 2]
-    assert counters["loss_scale"] == [2.0**15, 2.0**14, 2.0**15]
+    assert counters["step"] == [2, 1]
+    assert counters["loss_scale"] == [2.0**15, 2.0**14]
     assert counters == {name: [engine.counters()[name] for engine in singles] for name in counters}
 
 
-def test_counters_are_taken_up(lane):
+@UNSIMULATED
+def test_counters_are_taken_up(unsimulated):
     """A member with fewer updates than another goes on with its own number."""
-    active = torch.ones(E, dtype=torch.bool, device=lane)
-    ensemble, singles, together, alone = engines(lane, AdamW(0.01), "mse", torch.float32, active)
-    ensemble.set_counters({"step": [3.0, 0.0, 7.0]})
-    for engine, count in zip(singles, (3.0, 0.0, 7.0), strict=True):
+    active = torch.ones(E, dtype=torch.bool, device=unsimulated)
+    ensemble, singles, together, alone = engines(unsimulated, AdamW(0.01), "mse", torch.float32, active)
+    ensemble.set_counters({"step": [3.0, 0.0]})
+    for engine, count in zip(singles, (3.0, 0.0), strict=True):
         engine.set_counters({"step": count})
-    for seed in range(3):
-        x, y = batch(lane, "mse", seed)
-        ensemble.step(x, y, torch.zeros(E, device=lane))
+    for seed in range(2):
+        x, y = batch(unsimulated, "mse", seed)
+        ensemble.step(x, y, torch.zeros(E, device=unsimulated))
         for e, engine in enumerate(singles):
-            engine.step(x[e], y[e], torch.zeros((), device=lane))
+            engine.step(x[e], y[e], torch.zeros((), device=unsimulated))
     assert_same(ensemble, singles, together, alone)
-    assert ensemble.counters() == {"step": [6.0, 3.0, 10.0]}
+    assert ensemble.counters() == {"step": [5.0, 2.0]}
 
 
-def test_without_flags_all_members_count_alike(lane):
-    ensemble, singles, together, alone = engines(lane, AdamW(0.01), "mse", torch.float32)
-    x, y = batch(lane, "mse", 1)
-    ensemble.step(x, y, torch.zeros(E, device=lane))
-    for e, engine in enumerate(singles):
-        engine.step(x[e], y[e], torch.zeros((), device=lane))
-    assert_same(ensemble, singles, together, alone)
-    assert ensemble.counters() == {"step": [1.0] * E}
-    with pytest.raises(ValueError, match="one number of updates"):
-        ensemble.set_counters({"step": [1.0, 2.0, 3.0]})
-
-
-def test_against_float64(lane):
+@UNSIMULATED
+def test_against_float64(unsimulated):
     """Three steps of AdamW, within the budget that the same steps of torch in float32 set."""
     rule = AdamW(PerMember(RATES), weight_decay=0.1)
-    ensemble, _, together, _ = engines(lane, rule, "cross_entropy", torch.float32)
+    ensemble, _, together, _ = engines(unsimulated, rule, "cross_entropy", torch.float32)
     references = {}
     for dtype in (torch.float64, torch.float32):
         for e in range(E):
@@ -239,8 +230,11 @@ def test_against_float64(lane):
                 optimizer.step()
             references[dtype, e] = params
     for step in range(3):
-        ensemble.step(*batch(lane, "cross_entropy", step), torch.full((E,), math.nan, device=lane))
+        ensemble.step(*batch(unsimulated, "cross_entropy", step), torch.full((E,), math.nan, device=unsimulated))
     got = [t for layer in together for t in (layer.weight, layer.bias)]
     for e in range(E):
         for t, truth, own in zip(got, references[torch.float64, e], references[torch.float32, e], strict=True):
             assert_within_budget(t[e].detach().cpu(), truth.detach(), own.detach(), reduction=SIZES[0])
+    assert ensemble.counters() == {"step": [3.0] * E}
+    with pytest.raises(ValueError, match="one number of updates"):
+        ensemble.set_counters({"step": [1.0, 2.0]})
