@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 #: The gradient of a mean over one row, times this, is still below float16's largest number, 65,504.
-_START = 2.0**15
+START = 2.0**15
 #: After so many good steps in a row the scale is multiplied by GROWTH, after an overflow by BACKOFF; LEAST bounds it.
 GROWTH_STEPS, GROWTH, BACKOFF, LEAST = 2000, 2.0, 0.5, 1.0
 
@@ -34,7 +34,7 @@ class LossScale:
 
     def __init__(self, device: torch.device, members: int | None = None) -> None:
         shape = () if members is None else (members,)
-        self.scale = torch.full(shape, _START, dtype=torch.float32, device=device)
+        self.scale = torch.full(shape, START, dtype=torch.float32, device=device)
         self.inverse, self.overflow = 1 / self.scale, torch.zeros_like(self.scale)
         self.good_steps = torch.zeros(shape, dtype=torch.int32, device=device)
         self._one = torch.ones_like(self.scale)

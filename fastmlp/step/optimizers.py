@@ -276,8 +276,8 @@ def check_setting(setting: str, value: Any, members: int | None = None) -> Any:
         if not isinstance(value, Tensor):
             if len(value) != members:
                 raise ValueError(f"expected {setting} to be a number or {members}, one per member, got {len(value)}")
-            numbers = PerMember(check_setting(setting, number) for number in value)
-            return numbers[0] if len(set(numbers)) == 1 else numbers
+            each = PerMember(check_setting(setting, number) for number in value)
+            return each[0] if len(set(each)) == 1 else each
     if setting == "nesterov":
         if not isinstance(value, bool | int):
             raise TypeError(f"expected nesterov to be a bool, got {value!r} of type {type(value).__name__}")

@@ -37,7 +37,7 @@ class PerMember(tuple[float, ...]):
 
     __rmul__ = __mul__
 
-    def __add__(self, other: Any) -> PerMember:  # type: ignore[override]
+    def __add__(self, other: Any) -> PerMember:
         return self._each(other, operator.add)
 
     __radd__ = __add__

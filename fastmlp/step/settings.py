@@ -26,11 +26,12 @@ class StepOptimizer(torch.optim.Optimizer):
     updates. What the optimizer keeps per parameter is in ``TrainStep.state_dict``.
     """
 
-    def __init__(self, step: Any, params: Iterable[Tensor], rule: Optimizer) -> None:
+    def __init__(self, step: Any, params: Iterable[Tensor], rule: Optimizer, members: int | None = None) -> None:
         self._train_step = weakref.ref(step)
         names = rule.settings
         super().__init__(params, {name: getattr(rule, name) for name in names})
         self._values_of = itemgetter(*names)
+        self._members = members
         self._names, self._count = names, len(self.param_groups[0]["params"])
         #: What an update of torch's optimizers would call, and the number of the last handle when nothing was in it.
         self._handles = -1
@@ -67,7 +68,9 @@ class StepOptimizer(torch.optim.Optimizer):
                 return None
         except RuntimeError:  # a tensor of several elements: the check below says what is wrong with it
             pass
-        new = optimizer_of(rule.name, dict(zip(self._names, values, strict=True)))
+        new = optimizer_of(rule.name, dict(zip(self._names, values, strict=True)), self._members)
+        if self._members is not None:  # so that a scheduler finds what it can multiply
+            group.update({name: getattr(new, name) for name in self._names})
         return None if new == rule else new
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
