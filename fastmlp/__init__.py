@@ -6,6 +6,7 @@ from .base import checkout  # noqa: F401
 from .base.version import __version__
 from .cpu import get_cpu_gemm, set_cpu_gemm
 from .data import ImageDataset, find_fashion_mnist, load_data, load_fashion_mnist
+from .ensemble import MLPEnsemble
 from .losses import BCEWithLogitsLoss, CrossEntropyLoss, HuberLoss, L1Loss, MSELoss
 from .nn import MLP, Linear
 from .step import TrainStep
@@ -20,6 +21,7 @@ __all__ = [
     "ImageDataset",
     "L1Loss",
     "Linear",
+    "MLPEnsemble",
     "MSELoss",
     "TrainStep",
     "__version__",

@@ -49,8 +49,9 @@ __all__ = [
 
 Backend = Literal["auto", "triton", "torch"]
 Resolved = Literal["triton", "torch"]
-#: What runs one operation. "operators" are the kernels as operators of torch (``fastmlp.library``).
-Runs = Literal["triton", "operators", "torch"]
+#: What runs one operation. "operators" are the kernels as operators of torch (``fastmlp.library``), and "members" is
+#: plain torch on an ensemble.
+Runs = Literal["triton", "operators", "torch", "members"]
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

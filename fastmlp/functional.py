@@ -13,7 +13,16 @@ from .autograd.linear import LinearAct, MLPFunction
 from .autograd.softmax import softmax, softmax_squared_error
 from .autograd.transforms import transformed
 from .backend import on_tape, runs
-from .base.arguments import check_activation, check_batch, check_input, check_layer, check_network, check_tensor
+from .base.arguments import (
+    check_activation,
+    check_batch,
+    check_input,
+    check_layer,
+    check_members,
+    check_members_input,
+    check_network,
+    check_tensor,
+)
 from .base.compat import is_autocast_enabled
 from .losses import cross_entropy
 
@@ -107,7 +116,13 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     return a if x.dim() == 2 else a.view(*x.shape[:-1], weight.shape[0])
 
 
-def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str]) -> Tensor:
+def mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    members: int | None = None,
+) -> Tensor:
     """A whole multilayer perceptron as one node of the tape: A_l = f_l(A_{l-1} W_l^T + b_l), A_0 = x.
 
     Args:
@@ -116,9 +131,11 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
         biases: L tensors [n_l], or None for a layer without one.
         activations: L names as in ``linear_act``; the last one is usually "identity" (logits). A new node of the tape
             begins after a softmax.
+        members: None for one network, or the number E of networks of one shape, whose weights are [E, n_l, n_{l-1}] and
+            biases [E, n_l]. Then x is [B, in_features], the same for all members, or [E, B, in_features].
 
     Returns:
-        A_L [B, n_L].
+        A_L [B, n_L], or [E, B, n_L].
 
     Gradients, backends and errors as ``linear_act``. In the backward pass the derivative of each layer's activation is
     part of the matrix product above the layer. Layers below the lowest one that needs a gradient cost nothing.
@@ -134,17 +151,29 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
         x = _cast(x, dtype)  # type: ignore[assignment]
         weights = [_cast(w, dtype) for w in weights]  # type: ignore[misc]
         biases = [_cast(b, dtype) for b in biases]
-    check_network(weights, biases, activations)
-    check_batch(x, weights[0].shape[1])
-    x = x.flatten(1) if x.dim() > 2 else x
-    check_input(x, weights[0], "weights[0]")
+    if members is None:
+        check_network(weights, biases, activations)
+        check_batch(x, weights[0].shape[1])
+        x = x.flatten(1) if x.dim() > 2 else x
+        check_input(x, weights[0], "weights[0]")
+    else:
+        check_members(weights, biases, activations, members)
+        check_members_input(x, weights[0])
     if "softmax" in activations:
         end = list(activations).index("softmax") + 1
-        a = softmax(mlp(x, weights[:end], biases[:end], [*activations[: end - 1], "identity"]))
-        return a if end == len(weights) else mlp(a, weights[end:], biases[end:], activations[end:])
+        a = softmax(mlp(x, weights[:end], biases[:end], [*activations[: end - 1], "identity"], members))
+        return a if end == len(weights) else mlp(a, weights[end:], biases[end:], activations[end:], members)
     backend = runs(weights[0].dtype, x, *weights, *biases)
     if backend == "formula" or transformed(x, *weights, *biases):
         return reference.mlp(x, weights, biases, activations)
+    if members is not None:
+        if backend != "torch":
+            raise NotImplementedError(
+                "the kernels do not compute ensembles yet; use backend 'torch' (fastmlp.use_backend)"
+            )
+        backend = "members"
+        if x.requires_grad and x.dim() == 2:
+            x = x.expand(members, -1, -1)  # whose derivative is the sum over the members
     # Layers below the lowest one that needs a gradient run off the tape and leave nothing behind.
     first = 0
     if not (torch.is_grad_enabled() and on_tape(backend)):

@@ -9,6 +9,7 @@ name remains where a tool puts another module into the place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -111,6 +112,61 @@ class Affine(_Activated, nn.Linear):
         return functional.linear_act(input, self.weight, self.bias)
 
 
+class EnsembleLinear(_Activated):
+    """A layer of an MLPEnsemble: Z = x W^T + b of each member, with weight [E, N, K] and bias [E, N] or None.
+
+    A call is the affine map: x [B, K] or [E, B, K] to [E, B, N]. The ensemble applies the activation.
+    """
+
+    def __init__(
+        self,
+        members: int,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "identity",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_activation(activation)
+        nn.Module.__init__(self)
+        self._slot = Slot(activation)
+        self.members, self.in_features, self.out_features = members, in_features, out_features
+        self.weight = nn.Parameter(torch.empty(members, out_features, in_features, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(members, out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    def reset_member(self, member: int) -> None:
+        """Draw new values of one member as torch.nn.Linear does."""
+        # nn.Linear's bound of both, which kaiming_uniform_(weight, a=sqrt(5)) computes in these steps.
+        deviation = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(self.in_features)
+        bound = math.sqrt(3.0) * deviation
+        with torch.no_grad():
+            self.weight[member].uniform_(-bound, bound)
+            if self.bias is not None:
+                bound = 1 / math.sqrt(self.in_features)
+                self.bias[member].uniform_(-bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Draw new values of all members, one after the other."""
+        for member in range(self.members):
+            self.reset_member(member)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, K] or [E, B, K] to [E, B, N], without the activation."""
+        return functional.mlp(input, [self.weight], [self.bias], ["identity"], self.members)
+
+    def extra_repr(self) -> str:
+        """The number of members, and what a Linear prints."""
+        return f"members={self.members}, {super().extra_repr()}"
+
+
+#: Layers whose activation the module around them applies.
+_AFFINE = (Affine, EnsembleLinear)
+
+
 class LayerList(nn.ModuleList):
     """The layers of an MLP: an nn.ModuleList that keeps the activation of each place.
 
@@ -173,12 +229,12 @@ class LayerList(nn.ModuleList):
             self._slots.append(Slot())
         if isinstance(module, _Activated):
             # What wraps a Linear later applies the activation inside the Linear, and the place has none beside it.
-            self._slots[place] = module._slot if isinstance(module, Affine) else Slot()
+            self._slots[place] = module._slot if isinstance(module, _AFFINE) else Slot()
 
     def insert(self, index: int, module: nn.Module) -> None:
         """As nn.ModuleList's."""
         super().insert(index, module)
-        self._slots.insert(index, module._slot if isinstance(module, Affine) else Slot())
+        self._slots.insert(index, module._slot if isinstance(module, _AFFINE) else Slot())
 
     def __delitem__(self, index: int | slice) -> None:
         super().__delitem__(index)

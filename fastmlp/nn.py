@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import functional, reference
 from .activations import ACTIVATIONS, LEAKY_SLOPE
 from .base.arguments import check_activation, check_batch
-from .layers import Affine, LayerList, Linear, activate
+from .layers import Affine, EnsembleLinear, LayerList, Linear, activate
 
 __all__ = ["MLP", "Linear"]
 
@@ -21,7 +21,43 @@ __all__ = ["MLP", "Linear"]
 _TORCH_MODULES = {name: f.module for name, f in ACTIVATIONS.items() if f.module is not None}
 
 
-class MLP(nn.Module):
+class Network(nn.Module):
+    """What an MLP and an MLPEnsemble have in common: ``layers``, and the activation that belongs to each place."""
+
+    sizes: tuple[int, ...]
+    layers: LayerList
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """The activation of each layer, the last one included."""
+        return tuple(slot.activation for slot in self.layers.slots())
+
+    def _linears(self) -> list[Linear]:
+        """The layers, which have a weight, a bias and an activation unless somebody replaced them."""
+        return list(self._modules["layers"]._modules.values())  # type: ignore[union-attr, arg-type]
+
+    def _in_turn(self, x: Tensor) -> Tensor:
+        """A call of each layer, followed by its activation."""
+        for i, (layer, slot) in enumerate(zip(self.layers, self.layers.slots(), strict=True)):
+            if i == 0 and x.dtype == torch.uint8:  # no other module knows what the pixels mean
+                x = reference.pixels(x, _floating_dtype(layer))
+            x = layer(x)
+            if not isinstance(layer, Linear):
+                x = activate(x, slot.activation)
+        return x
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "layers" and isinstance(value, (nn.ModuleList, nn.Sequential)) and not isinstance(value, LayerList):
+            old = self._modules.get(name)
+            value = old.replaced(value) if isinstance(old, LayerList) else LayerList(value)
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.layers = self.layers  # an nn.ModuleList where it was pickled by an earlier version
+
+
+class MLP(Network):
     """Multilayer perceptron: linear layers with an activation after each but the last.
 
     Args:
@@ -66,15 +102,6 @@ class MLP(nn.Module):
             for n_in, n_out, f in zip(self.sizes[:-1], self.sizes[1:], activations, strict=True)
         )
 
-    @property
-    def activations(self) -> tuple[str, ...]:
-        """The activation of each layer, the last one included."""
-        return tuple(slot.activation for slot in self.layers.slots())
-
-    def _linears(self) -> list[Linear]:
-        """The layers, which have a weight, a bias and an activation unless somebody replaced them."""
-        return list(self._modules["layers"]._modules.values())  # type: ignore[union-attr, arg-type]
-
     def forward(self, x: Tensor) -> Tensor:
         """[B, sizes[0]] (or [B, ...]) to [B, sizes[-1]]."""
         layers = self._linears()
@@ -86,24 +113,7 @@ class MLP(nn.Module):
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         check_batch(x, self.sizes[0])
-        x = x.flatten(1) if x.dim() > 2 else x
-        for i, (layer, slot) in enumerate(zip(self.layers, self.layers.slots(), strict=True)):
-            if i == 0 and x.dtype == torch.uint8:  # no other module knows what the pixels mean
-                x = reference.pixels(x, _floating_dtype(layer))
-            x = layer(x)
-            if not isinstance(layer, Linear):
-                x = activate(x, slot.activation)
-        return x
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "layers" and isinstance(value, (nn.ModuleList, nn.Sequential)) and not isinstance(value, LayerList):
-            old = self._modules.get(name)
-            value = old.replaced(value) if isinstance(old, LayerList) else LayerList(value)
-        super().__setattr__(name, value)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.layers = self.layers  # an nn.ModuleList where it was pickled by an earlier version
+        return self._in_turn(x.flatten(1) if x.dim() > 2 else x)
 
     def extra_repr(self) -> str:
         """The sizes; the layers print themselves."""
@@ -221,7 +231,7 @@ def _per_layer(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
 def _only_computes(layer: nn.Module) -> bool:
     """True if a call of ``layer`` is the forward of Linear or Affine and no more: no hook, no patched forward."""
     forward = type(layer).forward
-    own = forward is Affine.forward or forward is Linear.forward
+    own = forward is Affine.forward or forward is Linear.forward or forward is EnsembleLinear.forward
     return own and not _has_hooks(layer) and "forward" not in layer.__dict__
 
 

@@ -169,10 +169,14 @@ def correct_rows(
     """Write ROWS rows that were made without the number of updates, for update number ``count``; float64 inside."""
     tl.static_assert(is_rule(OPTIMIZER, "adam", "adamw"), "the other rules do not count")
     offs = tl.arange(0, COLUMNS)
-    bias1 = 1.0 - _power(tl.load(decays_ptr), count)
-    inv_sqrt_bc2 = 1.0 / tl.sqrt(1.0 - _power(tl.load(decays_ptr + 1), count))
     for i in tl.static_range(ROWS):
         row = tl.load(hyper_ptr + i * COLUMNS + offs)
-        step = tl.load(hyper_ptr + i * COLUMNS + 1).to(tl.float64) / bias1
+        rate = tl.load(hyper_ptr + i * COLUMNS + 1).to(tl.float64)
+        if i == 0:
+            bias1 = 1.0 - _power(tl.load(decays_ptr), count)
+        step = rate / bias1
+        if i == 0:
+            inv_sqrt_bc2 = 1.0 / tl.sqrt(1.0 - _power(tl.load(decays_ptr + 1), count))
         row = tl.where(offs == 1, step.to(tl.float32), row)
-        tl.store(row_ptr + i * COLUMNS + offs, tl.where(offs == 2, inv_sqrt_bc2.to(tl.float32), row))
+        row = tl.where(offs == 2, inv_sqrt_bc2.to(tl.float32), row)
+        tl.store(row_ptr + i * COLUMNS + offs, row)

@@ -22,7 +22,7 @@ ROWS = (
     ("reference", "kernels", "cpu"),
     ("ops",),
     ("autograd",),
-    ("functional", "layers", "nn", "losses", "library", "online"),
+    ("functional", "layers", "nn", "ensemble", "losses", "library", "online"),
     ("step",),
     ("train", "data"),
     ("__init__",),

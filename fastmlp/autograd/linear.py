@@ -200,7 +200,7 @@ class MLPFunction(Function):
                 elif needs[w]:
                     out[w], out[b] = do.linear_wgrad(dz, inputs[layer], bias=needs[b])
                 elif needs[b]:
-                    out[b] = dz.sum(0)
+                    out[b] = dz.sum(-2)
                 if layer == 0:
                     break
                 below, kept, da_extra = activations[layer - 1], saved[layer - 1], grads[2 * layer - 1]

@@ -358,6 +358,50 @@ def check_network(weights: Sequence[Tensor], biases: Sequence[Tensor | None], ac
             )
 
 
+def check_members(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str], members: int
+) -> None:
+    """Check the stacked parameters of an ensemble, and each layer as ``check_network`` does.
+
+    Raises:
+        ValueError: no layers, or not as many weights as biases and activations.
+        RuntimeError: weights other than [members, N, K] or biases other than [members, N]; what ``check_network``
+            raises.
+    """
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=False)):
+        for place, (tensor, dims) in enumerate(((weight, 3), (bias, 2))):
+            if tensor is None and dims == 2:
+                continue
+            if not isinstance(tensor, Tensor) or tensor.dim() != dims or tensor.size(0) != members:
+                name, shape = _names(layer)[place], f"[{members}, out_features{', in_features' * (dims - 2)}]"
+                check_tensor(tensor, name)
+                got = None if tensor is None else list(tensor.shape)
+                raise RuntimeError(f"expected {name} of shape {shape} for {members} members, got {got}")
+    below = None
+    fits = len(weights) == len(biases) == len(activations) > 0
+    for weight, bias in zip(weights, biases, strict=False):
+        first = weights[0]
+        fits &= weight.dtype == first.dtype and weight.device == first.device and weight.is_floating_point()
+        fits &= below is None or weight.size(2) == below.size(1)
+        if bias is not None:
+            fits &= bias.dtype == first.dtype and bias.device == first.device and bias.size(1) == weight.size(1)
+        below = weight
+    if not fits:  # what does not fit of the last member's parameters, does not fit of any
+        check_network([w[-1] for w in weights], [None if b is None else b[-1] for b in biases], activations)
+
+
+def check_members_input(x: Tensor, weight: Tensor) -> None:
+    """RuntimeError unless X is [M, K], or [E, M, K] for W [E, N, K], of a dtype and on a device that fits."""
+    members, features = weight.size(0), weight.size(2)
+    if x.dim() not in (2, 3) or (x.dim() == 3 and x.size(0) != members):
+        raise RuntimeError(
+            f"expected an input of shape [batch, {features}], the same for all members, or [{members}, batch, "
+            f"{features}], got {list(x.shape)}; flatten images with x.flatten(1)"
+        )
+    if x.size(-1) != features or x.dtype != weight.dtype or x.device != weight.device:
+        check_input(x, weight[-1], "the weight of a member")
+
+
 def check_rows(order: Tensor, rows: int) -> None:
     """IndexError unless all of a non-empty ``order`` are rows of data that has so many; waits for a GPU."""
     least, most = int(order.min()), int(order.max())

@@ -5,19 +5,24 @@ These names are all that the rest of fastmlp uses.
 
 from .cache import about_choices
 from .choose import get_cpu_gemm, set_cpu_gemm
+from .ensembles import MEMBER_WAYS, member_way
 from .few_rows import Products, layer_products, sample_blocks
 from .processor import instruction_set, processor_name, product_dtype
 from .products import dgrad, linear, wgrad
+from .threads import at_once
 from .whole_step import plan_step
 
 __all__ = [
+    "MEMBER_WAYS",
     "Products",
     "about_choices",
+    "at_once",
     "dgrad",
     "get_cpu_gemm",
     "instruction_set",
     "layer_products",
     "linear",
+    "member_way",
     "plan_step",
     "processor_name",
     "product_dtype",

@@ -20,7 +20,7 @@ import torch
 from ..base.names import unknown
 from . import cache, onednn
 
-Choice = Literal["aten", "onednn", "addmm", "rows", "each", "alone", "wide"]
+Choice = Literal["aten", "onednn", "addmm", "rows", "each", "alone", "wide", "batched", "spread", "small"]
 #: Rows of scratch data to make -> the work on them, by choice.
 Trials = Callable[[int], dict[Choice, Callable[[], object]]]
 _MODES = ("auto", "aten", "onednn")

@@ -1,4 +1,4 @@
-"""A function run by the calling thread alone: torch's operations and BLAS use no second thread.
+"""A function run by the calling thread alone: torch's operations and BLAS use no second thread. Or one per thread.
 
 ``torch.set_num_threads`` would change the whole process, threads that start meanwhile included. OpenMP and MKL have a
 number of threads for the calling thread only (``omp_set_num_threads``, ``mkl_set_num_threads_local``). To set both and
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -51,3 +54,69 @@ def alone(run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     finally:
         openmp(threads)
         mkl(mkl_threads)
+
+
+#: Work for the threads beside the calling one: each takes pairs of a function and where its error, or None, goes.
+_workers: list[SimpleQueue[tuple[Callable[[], object], SimpleQueue[BaseException | None]]]] = []
+_busy = Lock()
+
+
+def at_once(tasks: Sequence[Callable[[], object]]) -> None:
+    """Run every task in a thread of its own, each without further threads, and return when all have ended.
+
+    The calling thread takes the first task. The tasks take turns where another thread of this process is in here.
+
+    Raises:
+        The error of the first task that failed.
+    """
+    if len(tasks) < 2 or not _busy.acquire(blocking=False):
+        for task in tasks:
+            alone(task)
+        return
+    try:
+        ended: SimpleQueue[BaseException | None] = SimpleQueue()
+        while len(_workers) < len(tasks) - 1:
+            _workers.append(SimpleQueue())
+            Thread(target=_work, args=(_workers[-1],), name="fastmlp members", daemon=True).start()
+        for queue, task in zip(_workers, tasks[1:], strict=False):
+            queue.put((task, ended))
+        try:
+            alone(tasks[0])
+        finally:
+            errors = [ended.get() for _ in tasks[1:]]
+    finally:
+        _busy.release()
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _work(queue: SimpleQueue[tuple[Callable[[], object], SimpleQueue[BaseException | None]]]) -> None:
+    """What a worker does as long as the process lives."""
+    setters = _setters()
+    torch.get_num_threads()  # at its first use in a thread, torch sets the thread's number
+    if setters is not None:
+        openmp, mkl = setters
+        openmp(1)
+        mkl(1)
+    while True:
+        task, ended = queue.get()
+        error: BaseException | None = None
+        try:
+            task()
+        except BaseException as caught:
+            error = caught
+        del task  # the worker keeps nothing alive while it waits
+        ended.put(error)
+        del ended, error
+
+
+def _forget_workers() -> None:
+    """A forked process has none of its parent's threads."""
+    global _busy
+    _busy = Lock()
+    _workers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_workers)

@@ -1,7 +1,8 @@
 """The fused operations without autograd: on which backend they run.
 
 ``ops.on(backend)`` is the module that has the functions of ``Operations``: ``fastmlp.ops.torch_ops``,
-``fastmlp.ops.triton_ops`` or, where a compiler or a dispatch mode watches, ``fastmlp.ops.compiled``.
+``fastmlp.ops.triton_ops`` or, where a compiler or a dispatch mode watches, ``fastmlp.ops.compiled``. For an ensemble on
+plain torch it is ``fastmlp.ops.torch_members``; the others see by the weights' dimensions that there are members.
 
 ``backend`` is what ``fastmlp.backend.runs`` returned for the operation's input. A backward pass is given the
 backend of its forward pass, because it runs on another thread and possibly outside the ``use_backend`` block.
@@ -16,7 +17,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..backend import Runs, watched
-from . import compiled, torch_ops, triton_ops
+from . import compiled, torch_members, torch_ops, triton_ops
 from .torch_losses import Gradients, Rows, Settings
 
 
@@ -68,4 +69,6 @@ def on(backend: Runs) -> Operations:
     """The operations on a backend."""
     if backend == "torch":
         return torch_ops
+    if backend == "members":
+        return torch_members
     return compiled if backend == "operators" or watched() else triton_ops

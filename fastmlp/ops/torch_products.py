@@ -25,7 +25,7 @@ def _unseen(a: Tensor, b: Tensor) -> bool:
     return a.device.type == "cpu" and not (watched(a, b) or functorch_active())
 
 
-def _wide(a: Tensor, b: Tensor) -> torch.dtype | None:
+def wide_dtype(a: Tensor, b: Tensor) -> torch.dtype | None:
     """float32 for 16 bits that the processor cannot multiply, where nobody observes it; else None."""
     if not _unseen(a, b):
         return None
@@ -40,7 +40,7 @@ def _may_choose(multiplications: int, a: Tensor, b: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """f(X W^T + b), new memory; ``activation`` is one that oneDNN has (``Activation.epilogue``)."""
-    if weight.dtype.itemsize == 2 and (wide := _wide(x, weight)) is not None:
+    if weight.dtype.itemsize == 2 and (wide := wide_dtype(x, weight)) is not None:
         wide_b = None if bias is None else bias.to(wide)
         return linear(x.to(wide), weight.to(wide), wide_b, activation).to(weight.dtype)
     if _may_choose(x.size(0) * weight.numel(), x, weight):
@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> T
 
 def dgrad(dz: Tensor, weight: Tensor) -> Tensor:
     """dZ W, new memory."""
-    if weight.dtype.itemsize == 2 and (wide := _wide(dz, weight)) is not None:
+    if weight.dtype.itemsize == 2 and (wide := wide_dtype(dz, weight)) is not None:
         return dgrad(dz.to(wide), weight.to(wide)).to(weight.dtype)
     if _may_choose(dz.size(0) * weight.numel(), dz, weight):
         return cpu.dgrad(dz.size(0), weight)(dz)
@@ -59,7 +59,7 @@ def dgrad(dz: Tensor, weight: Tensor) -> Tensor:
 
 def wgrad(dz: Tensor, x: Tensor) -> Tensor:
     """dZ^T X, new memory."""
-    if dz.dtype.itemsize == 2 and (wide := _wide(dz, x)) is not None:
+    if dz.dtype.itemsize == 2 and (wide := wide_dtype(dz, x)) is not None:
         return wgrad(dz.to(wide), x.to(wide)).to(dz.dtype)
     if x.size(0) == 1:  # one product per element, which BLAS computes several times as slowly
         return torch.outer(dz[0], x[0])  # contiguous also where N or K is 1, unlike dz.t() * x

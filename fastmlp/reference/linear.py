@@ -84,8 +84,13 @@ def activation_grad_from_output(a: Tensor, activation: str) -> Tensor:
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity") -> Tensor:
-    """A = f(X W^T + b)."""
-    return activate(torch.nn.functional.linear(pixels(x, weight.dtype), weight, bias), activation)
+    """A = f(X W^T + b). With W [E, N, K] and b [E, N] of an ensemble, X is [E, M, K] or [M, K], and A [E, M, N]."""
+    x = pixels(x, weight.dtype)
+    if weight.dim() == 2:
+        return activate(torch.nn.functional.linear(x, weight, bias), activation)
+    x = x if x.dim() == 3 else x.expand(weight.shape[0], -1, -1)
+    z = torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+    return activate(z, activation)
 
 
 def linear_dgrad(dz: Tensor, weight: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ def linear_dgrad(dz: Tensor, weight: Tensor) -> Tensor:
 
 def linear_wgrad(dz: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """DW = dZ^T X and db = sum over the batch of dZ."""
-    return dz.t() @ pixels(x, dz.dtype), dz.sum(0)
+    return dz.mT @ pixels(x, dz.dtype), dz.sum(-2)
 
 
 def linear_act_backward(

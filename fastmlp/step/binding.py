@@ -15,11 +15,11 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..base.arguments import check_network, check_same_device
+from ..base.arguments import check_members, check_network, check_same_device
+from ..ensemble import MLPEnsemble
 from ..nn import MLP, _has_hooks, _only_computes
 
 _numel, _is_contiguous = Tensor.numel, Tensor.is_contiguous
-_FORWARD = MLP.forward
 #: Handles of hooks that this file made, which are no reason to look for new hooks.
 _probes = 0
 
@@ -39,8 +39,8 @@ class Binding:
         RuntimeError: parameters of different dtypes, devices or sizes, or not contiguous.
     """
 
-    def __init__(self, model: MLP) -> None:
-        self._model, self._attributes = model, model.__dict__
+    def __init__(self, model: MLP | MLPEnsemble) -> None:
+        self._model, self._attributes, self._forward = model, model.__dict__, _own_forward(model)
         self._modules, self._container = model._modules, model.layers
         self.layers = model._linears()
         self._handles = -1
@@ -54,8 +54,12 @@ class Binding:
         _check_parameters(named)
         check_same_device(named)
         weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
-        check_network(weights, biases, [layer.activation for layer in self.layers])
-        self.ends = weights[0].shape[1], weights[-1].shape[0]
+        activations = [layer.activation for layer in self.layers]
+        if isinstance(model, MLPEnsemble):
+            check_members(weights, biases, activations, model.members)
+        else:
+            check_network(weights, biases, activations)
+        self.ends = weights[0].shape[-1], weights[-1].shape[-2]
         trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         if not trained:
             raise ValueError("no parameter of the model requires a gradient; there is nothing to train")
@@ -105,7 +109,7 @@ class Binding:
             and list(self._container._modules.values()) == self.layers
             and self._modules.get("layers") is self._container
             and "forward" not in self._attributes
-            and type(self._model).forward is _FORWARD
+            and type(self._model).forward is self._forward
         )
 
     def _has_hooks(self) -> bool:
@@ -170,10 +174,15 @@ def _nothing(*gradients: Any) -> None:
     """A hook."""
 
 
-def _check_model(model: MLP, has_hooks: bool) -> None:
+def _own_forward(model: MLP | MLPEnsemble) -> object:
+    """The forward that an engine computes."""
+    return MLPEnsemble.forward if isinstance(model, MLPEnsemble) else MLP.forward
+
+
+def _check_model(model: MLP | MLPEnsemble, has_hooks: bool) -> None:
     """ValueError for a model whose call does more, or something else, than its layers' formula."""
     own_call = type(model).__call__ is not nn.Module.__call__
-    if own_call or type(model).forward is not _FORWARD or "forward" in model.__dict__:
+    if own_call or type(model).forward is not _own_forward(model) or "forward" in model.__dict__:
         name = "__call__" if own_call else "forward"
         raise ValueError(
             f"{type(model).__name__} has a {name} of its own, which a TrainStep would not call; train the model with "

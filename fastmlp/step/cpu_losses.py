@@ -80,6 +80,28 @@ def cross_entropy(m: int, c: int, dtype: torch.dtype, device: torch.device) -> L
     return compute
 
 
+def cross_entropy_terms(e: int, m: int, c: int, da: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """-log softmax(A)[y] of e members at once: (A [e, M, C], y [e, M], losses [e] to write), dA goes into ``da``."""
+    new, rows = da.new_empty, e * m
+    mean, minus_one = da.new_full((), 1 / m), da.new_full((rows, 1), -1.0)
+    log_p, picked, da = new((rows, c)), new((rows, 1)), da.view(rows, c)
+    short = da.device.type == "cpu" and c < vector_width(da.dtype) and rows >= 512
+    by_columns = new((2, c, rows)).unbind() if short else None
+
+    def compute(a: Tensor, y: Tensor, out: Tensor) -> None:
+        a, y = a.view(rows, c), y.view(rows, 1)
+        if by_columns is None:
+            torch.log_softmax(a, 1, out=log_p)
+        else:
+            a_t, log_p_t = by_columns
+            log_p.copy_(torch.log_softmax(a_t.copy_(a.t()), 0, out=log_p_t).t())
+        torch.gather(log_p, 1, y, out=picked)
+        torch.mean(picked.view(e, m), 1, out=out).neg_()
+        torch.exp(log_p, out=da).scatter_add_(1, y, minus_one).mul_(mean)
+
+    return compute
+
+
 def softmax_squared_error(m: int, c: int, dtype: torch.dtype, device: torch.device) -> LossFunction:
     """|softmax(A) - onehot(y)|^2, mean over rows."""
     mean, twice_mean = _number(1 / m, dtype, device), _number(2 / m, dtype, device)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..base.names import unknown
+from .per_member import SETTINGS, PerMember, across, least
 
 Tensors = list[Tensor]
 
@@ -30,7 +31,8 @@ class Optimizer:
     """What all rules have.
 
     Attributes:
-        lr: learning rate; it may change at any time.
+        lr: learning rate; it may change at any time. In an ensemble, the settings named in ``per_member.SETTINGS`` are
+            a float for all members or a ``PerMember``.
         weight_decay: as the torch optimizer of this name has it.
         max_grad_norm: most that the global 2-norm of the gradients may be; None: gradients are not clipped.
         maximize: whether updates go up the gradient.
@@ -78,19 +80,24 @@ class Optimizer:
         return self.kernel, self.states, self.max_grad_norm is None
 
     def columns(self, lrs: Tensor, count: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
-        """The columns of ``rows``: those that change from step to step, [steps] each, and those that follow."""
+        """The columns of ``rows``: those that change from step to step, shaped as ``lrs``, and those that follow."""
         raise NotImplementedError
 
     def rows(self, lrs: Tensor, count: Tensor | None) -> Tensor:
         """float32 [steps, 8]: every setting of each step, as ``kernels/optimizer.py`` reads them.
 
         Args:
-            lrs: float64 [steps].
-            count: float64 [steps], the number of each update, from 1 on; None leaves out what depends on it.
+            lrs: float64 [steps], or [steps, E] for the members of an ensemble, which makes [steps, E, 8].
+            count: float64 [steps] or [steps, E], the number of each update, from 1 on; None leaves out what depends on
+                it.
         """
         changing, constants = self.columns(lrs, count)
         unused = (0.0,) * (_COLUMNS - 1 - len(changing) - len(constants))
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        if lrs.dim() == 2:
+            columns = [across(value, lrs) for value in (*changing, *constants, *unused, max_norm)]
+            of_members = [c.expand(lrs.shape) if isinstance(c, Tensor) else torch.full_like(lrs, c) for c in columns]
+            return torch.stack(of_members, 2).float()
         rest = torch.tensor((*constants, *unused, max_norm), dtype=lrs.dtype, device=lrs.device)
         return torch.cat((torch.stack(changing, 1), rest.expand(len(lrs), -1)), 1).float()
 
@@ -122,7 +129,7 @@ class SGD(Optimizer):
     name: ClassVar[str] = "sgd"
 
     def __post_init__(self) -> None:
-        if self.nesterov and not self.momentum > 0:
+        if self.nesterov and not least(self.momentum) > 0:
             raise ValueError("nesterov=True needs optimizer='sgd' and a momentum above 0")
 
     @property
@@ -196,7 +203,7 @@ class Adam(Optimizer):
 
     def _decay(self, lrs: Tensor) -> Tensor:
         """The column of the weight decay."""
-        return torch.full_like(lrs, self.weight_decay)
+        return torch.ones_like(lrs) * across(self.weight_decay, lrs)
 
     @property
     def decays(self) -> tuple[float, ...]:
@@ -234,7 +241,7 @@ class AdamW(Adam):
     _fused: ClassVar[Callable[..., None]] = staticmethod(torch._fused_adamw_)
 
     def _decay(self, lrs: Tensor) -> Tensor:
-        return 1 - lrs * self.weight_decay
+        return 1 - lrs * across(self.weight_decay, lrs)
 
 
 @dataclass
@@ -309,7 +316,7 @@ class Lion(Optimizer):
 
     def columns(self, lrs: Tensor, count: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
         """Learning rate and weight decay change from step to step."""
-        return (1 - lrs * self.weight_decay, lrs), (1 - self.betas[0], 1 - self.betas[1])
+        return (1 - lrs * across(self.weight_decay, lrs), lrs), (1 - self.betas[0], 1 - self.betas[1])
 
     def update(
         self, params: Tensors, grads: Tensors, states: Sequence[Tensors], count: Tensor, skip: Tensor | None
@@ -355,10 +362,11 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {rule.name: rule for rule in (SGD, Adam
 _HINTS = {"nesterov": "nesterov=True needs optimizer='sgd' and a momentum above 0"}
 
 
-def optimizer_of(name: str, settings: Mapping[str, Any]) -> Optimizer:
+def optimizer_of(name: str, settings: Mapping[str, Any], members: int | None = None) -> Optimizer:
     """The rule of that name with the settings that it has; the other ones must have their defaults.
 
-    ``betas`` may be None, which is the rule's default.
+    ``betas`` may be None, which is the rule's default. For an ensemble of ``members``, the settings that may differ
+    between members are a number or one per member.
 
     Raises:
         ValueError: an unknown rule, a setting outside its range, or a setting of another rule.
@@ -371,7 +379,7 @@ def optimizer_of(name: str, settings: Mapping[str, Any]) -> Optimizer:
     rule = OPTIMIZERS[name]
     own = {field.name for field in fields(rule)}
     given = {setting: value for setting, value in settings.items() if value is not None or setting != "betas"}
-    values = {setting: check_setting(setting, value) for setting, value in given.items()}
+    values = {setting: check_setting(setting, value, members) for setting, value in given.items()}
     for setting, value in values.items():
         if setting not in own:
             owners = {
@@ -408,11 +416,20 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
-def check_setting(setting: str, value: Any) -> Any:
+def check_setting(setting: str, value: Any, members: int | None = None) -> Any:
     """The value as Python numbers, if it can be what the setting's name says, whichever rule has the setting.
 
-    A 0-d tensor on the CPU counts as its number.
+    A 0-d tensor on the CPU counts as its number. A setting of an ensemble that is one number per member comes back as
+    a ``PerMember``, or as one number where all are equal.
     """
+    if members is not None and setting in SETTINGS and not isinstance(value, Real | str) and hasattr(value, "__len__"):
+        if isinstance(value, Tensor):
+            value = value.tolist() if value.dim() else value
+        if not isinstance(value, Tensor):
+            if len(value) != members:
+                raise ValueError(f"expected {setting} to be a number or {members}, one per member, got {len(value)}")
+            each = PerMember(check_setting(setting, number) for number in value)
+            return each[0] if len(set(each)) == 1 else each
     if setting in _BOOLS:
         if not isinstance(value, bool | int):
             raise TypeError(f"expected {setting} to be a bool, got {value!r} of type {type(value).__name__}")

@@ -26,13 +26,14 @@ class StepOptimizer(torch.optim.Optimizer):
     updates. What the optimizer keeps per parameter is in ``TrainStep.state_dict``.
     """
 
-    def __init__(self, step: Any, groups: list[dict[str, Any]], rule: Optimizer) -> None:
+    def __init__(self, step: Any, groups: list[dict[str, Any]], rule: Optimizer, members: int | None = None) -> None:
         self._train_step = weakref.ref(step)
         names = rule.settings
         self._complete = False
         super().__init__(groups, {name: getattr(rule, name) for name in names})
         self._complete = True
         self._values_of = itemgetter(*names)
+        self._members = members
         self._names, self._counts = names, [len(group["params"]) for group in self.param_groups]
         self._foreign = _FOREIGN.difference(names)
         #: What an update of torch's optimizers would call, and the number of the last handle when nothing was in it.
@@ -88,10 +89,12 @@ class StepOptimizer(torch.optim.Optimizer):
         except RuntimeError:  # a tensor of several elements: the check below says what is wrong with it
             pass
         new = self._with(rule, values)
+        if self._members is not None:  # so that a scheduler finds what it can multiply
+            group.update({name: getattr(new, name) for name in self._names})
         return None if new == rule else new
 
     def _with(self, rule: Optimizer, values: tuple[Any, ...]) -> Optimizer:
-        return optimizer_of(rule.name, dict(zip(self._names, values, strict=True)))
+        return optimizer_of(rule.name, dict(zip(self._names, values, strict=True)), self._members)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """``TrainStep.update``: apply the gradients of ``TrainStep.gradients``."""

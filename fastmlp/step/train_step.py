@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,13 +14,14 @@ from torch.autograd.graph import increment_version
 from ..backend import resolve
 from ..base.arguments import check_tensor
 from ..base.losses import STEP_LOSSES
+from ..ensemble import MLPEnsemble
 from ..nn import MLP
 from .binding import Binding
 from .cpu_step import TorchStep
 from .groups import OWN, Groups, grouped
 from .optimizers import OPTIMIZERS, Optimizer, check_setting, optimizer_of
 from .settings import StepOptimizer
-from .validation import Batches, check_batch_size, check_dtype, check_is_mlp, check_loss, learning_rates
+from .validation import Batches, MemberBatches, check_batch_size, check_dtype, check_is_mlp, check_loss, learning_rates
 
 if TYPE_CHECKING:
     from .triton_step import TritonStep
@@ -50,7 +51,8 @@ class TrainStep:
     optimizer's state and the settings, and no gradients that wait for ``update``.
 
     Args:
-        model: the MLP. Parameters with ``requires_grad=False`` stay as they are, and nothing is computed for them.
+        model: the MLP, or the MLPEnsemble (``EnsembleStep`` says what is different). Parameters with
+            ``requires_grad=False`` stay as they are, and nothing is computed for them.
         optimizer: "sgd" (default), "adam", "adamw" or "rmsprop", with torch.optim's update rules, argument names and
             defaults except of ``lr`` and ``weight_decay``; or "lion", as published (arXiv 2302.06675).
         lr: learning rate, default 1e-3; the attribute ``lr`` changes it between steps. Each number may be a 0-d tensor
@@ -87,9 +89,17 @@ class TrainStep:
         RuntimeError: parameters of different dtypes or devices, or not contiguous.
     """
 
+    #: The class of steps of ensembles, which ``ensemble_step`` puts here.
+    _of_ensemble: ClassVar[type[TrainStep]]
+    model: Any
+
+    def __new__(cls, model: MLP | MLPEnsemble, *args: Any, **kwargs: Any) -> TrainStep:
+        """A step of an ensemble is an ``EnsembleStep``."""
+        return super().__new__(TrainStep._of_ensemble if isinstance(model, MLPEnsemble) else cls)
+
     def __init__(
         self,
-        model: MLP,
+        model: MLP | MLPEnsemble,
         optimizer: str = "sgd",
         lr: float = 1e-3,
         momentum: float = 0.0,
@@ -113,7 +123,8 @@ class TrainStep:
         settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         settings |= {"betas": betas, "eps": eps, "alpha": alpha, "centered": centered, "amsgrad": amsgrad}
         settings |= {"maximize": maximize, "max_grad_norm": max_grad_norm}
-        rule = optimizer_of(optimizer, settings)
+        members = getattr(model, "members", None)
+        rule = optimizer_of(optimizer, settings, members)
         self._binding = Binding(model)
         first = self._binding.layers[0].weight
         dtype = first.dtype if dtype is None else dtype
@@ -122,12 +133,13 @@ class TrainStep:
         self.device, self.dtype = first.device, dtype
         self.backend = resolve(first, dtype)
         groups, self._group_of = grouped(param_groups, dict(model.named_parameters()))
-        self.optimizer = StepOptimizer(self, groups, rule)
+        self.optimizer = StepOptimizer(self, groups, rule, members)
         #: One rule per param group.
         self._rules = self.optimizer.rules_of_groups(rule)
         self.losses = torch.zeros(0, dtype=torch.promote_types(dtype, torch.float32), device=self.device)
         self._next_losses: list[Tensor] = []
-        self._batches = Batches(self._binding.ends, STEP_LOSSES[loss], loss, dtype, first.dtype, self.losses)
+        batches = Batches if members is None else MemberBatches
+        self._batches = batches(self._binding.ends, STEP_LOSSES[loss], loss, dtype, first.dtype, self.losses)
         self._cuda_graph = cuda_graph
         #: True on the Triton path, where no other code checks the class numbers.
         self._checks_classes = self.backend == "triton"
@@ -219,7 +231,7 @@ class TrainStep:
         x, y = self._checked(x, y, in_range=self._checks_classes)
         loss = self._next_loss()
         with self._on_device:
-            if x.shape[0] == 0:
+            if x.shape[-2] == 0:
                 loss.fill_(float("nan"))
             else:
                 self._engine.step(x, y, loss)
@@ -286,7 +298,7 @@ class TrainStep:
             raise RuntimeError(
                 "the gradients so far were lost when the model or the settings changed; begin with accumulate=False"
             )
-        if x.shape[0] == 0:
+        if x.shape[-2] == 0:
             raise ValueError("expected at least one row; the mean loss of an empty batch has no gradient")
         with self._on_device:
             grads = self._engine.gradients(x, y, self._next_loss(), accumulate=accumulate and self._has_gradients)
@@ -342,7 +354,7 @@ class TrainStep:
                 f"the state does not fit this TrainStep ({self.rule.name}, {self.dtype}): missing "
                 f"{', '.join(missing) or 'nothing'}; unexpected {', '.join(unknown) or 'nothing'}"
             )
-        values = {name: float(state_dict[name]) for name in counters}
+        values = {name: self._counter(name, state_dict[name]) for name in counters}
         for name, tensor in own.items():
             check_tensor(state_dict[name], name)
             if state_dict[name].shape != tensor.shape:
@@ -360,6 +372,10 @@ class TrainStep:
             for kind, tensors in self._engine.parameter_state().items()
             for name, tensor in zip(self._binding.trained, tensors, strict=True)
         }
+
+    def _counter(self, name: str, value: Tensor) -> Any:
+        """What ``counters`` of the engine returned, of a state."""
+        return float(value)
 
     def _next_loss(self) -> Tensor:
         """A 0-d tensor that nobody else has, without an allocation at each step."""
@@ -396,10 +412,11 @@ class TrainStep:
         """A new engine, with the state of the old one as far as both have it."""
         state, counters = self._parked | self._parameter_state(), self._engine.counters()
         thawed = [name for name in binding.trained if name not in self._binding.trained]
-        if thawed and counters.get("step"):
+        updates = float(torch.as_tensor(counters.get("step", 0.0)).max())
+        if thawed and updates:
             raise RuntimeError(
-                f"{', '.join(thawed)} cannot be thawed after {counters['step']:.0f} updates: {self.rule.name} counts "
-                "the updates of all parameters together; make a new TrainStep"
+                f"{', '.join(thawed)} cannot be thawed after {updates:.0f} updates: {self.rule.name} counts the "
+                "updates of all parameters together; make a new TrainStep"
             )
         engine = self._new_engine(binding, rules)
         self._lost_gradients |= self._has_gradients

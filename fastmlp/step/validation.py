@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from ..base.arguments import check_batch, check_classes, check_rows, check_same_device, check_tensor, readable_rows
 from ..base.losses import LOSSES, STEP_LOSSES, takes_classes
 from ..base.names import unknown
+from ..ensemble import MLPEnsemble
 from ..nn import MLP, is_parallel
 
 
 def check_is_mlp(model: nn.Module) -> None:
     """TypeError for a model that is no MLP, with what to do instead."""
-    if isinstance(model, MLP):
+    if isinstance(model, (MLP, MLPEnsemble)):
         return
     advice = "convert a torch module with fastmlp.MLP.from_torch(module), which shares its parameters"
     if is_parallel(model):
         advice = "a step would not communicate; train such a module with autograd"
-    raise TypeError(f"TrainStep trains a fastmlp.MLP, got {type(model).__name__}; {advice}")
+    raise TypeError(f"TrainStep trains a fastmlp.MLP or MLPEnsemble, got {type(model).__name__}; {advice}")
 
 
 def check_loss(loss: object) -> None:
@@ -168,3 +169,83 @@ def learning_rates(lrs: Sequence[float], factors: Sequence[float] | None, steps:
         bad = int(good.logical_not().nonzero()[0])
         raise ValueError(f"expected finite lr_factors of at least 0, got {tensor[bad].item()} for step {bad}")
     return tensor * lr
+
+
+class MemberBatches(Batches):
+    """``Batches`` for the members of an ensemble: each of X and Y is the same for all, or has the members first."""
+
+    members: int
+
+    def checked(self, x: Tensor, y: Tensor, *, in_range: bool) -> tuple[Tensor, Tensor]:
+        """X [B, K] or [E, B, K], and Y [B, ...] or [E, B, ...]; as ``Batches.checked``."""
+        check_tensor(x, "the input")
+        check_tensor(y, "the target")
+        e, dims = self.members, 1 if self._takes_classes else 2
+        if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != e):
+            raise RuntimeError(
+                f"expected an input of shape [batch, {self._features}], the same for all members, or [{e}, batch, "
+                f"{self._features}], got {list(x.shape)}; flatten images with x.flatten(1)"
+            )
+        if y.dim() not in (dims, dims + 1) or (y.dim() > dims and y.shape[0] != e):
+            shape = "batch" if dims == 1 else f"batch, {self._classes}"
+            raise RuntimeError(
+                f"expected targets of shape [{shape}], the same for all members, or [{e}, {shape}], got {list(y.shape)}"
+            )
+        rows = y.shape[-dims]
+        if x.shape[-2] != rows:
+            raise ValueError(
+                f"expected as many targets as inputs, got inputs {list(x.shape)} and targets {list(y.shape)}"
+            )
+        # All else is checked as for an MLP: the batches of all members have one dtype and device.
+        first = x if x.dim() == 2 else x[0], y if y.dim() == dims else y[0]
+        _, converted = super().checked(*first, in_range=False)
+        if in_range and rows and self._takes_classes and self._device.type == "cpu":
+            check_classes(y, self._classes)
+        return x.detach(), y.detach().to(converted.dtype)
+
+    def checked_order(self, order: Tensor | None, images: Tensor) -> Tensor:
+        """``order`` [n] or [E, n], or all rows of the images in order."""
+        rows = images[0] if images.dim() == 3 else images
+        if order is None or not isinstance(order, Tensor) or order.dim() != 2 or order.dtype != torch.int64:
+            return super().checked_order(order, rows)
+        if order.shape[0] != self.members:
+            raise RuntimeError(
+                f"expected order to be int64 [n], or [{self.members}, n] for {self.members} members, got "
+                f"{list(order.shape)}"
+            )
+        check_same_device((("the images", images), ("order", order)))
+        return order
+
+    def readable(self, order: Tensor, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor | None]:
+        """``order`` with rows that exist, and bool [steps] or [steps, E], which have others."""
+        rows = images[0] if images.dim() == 3 else images
+        if order.dim() == 1:
+            order, outside = super().readable(order, rows, batch_size)
+            return order, None if outside is None else outside.unsqueeze(1)
+        if self._device.type == "cpu" or rows.shape[0] == 0:
+            return super().readable(order, rows, batch_size)
+        own = [readable_rows(of_member, rows.shape[0], batch_size) for of_member in order.unbind()]
+        return torch.stack([rows for rows, _ in own]), torch.stack([outside for _, outside in own], 1)
+
+
+def member_learning_rates(lr: float, factors: object, steps: int, members: int) -> Tensor:
+    """float64 [steps, E] on the host: ``lr``, a number or one per member, times each factor, [steps] or [steps, E]."""
+    rates = torch.tensor(lr, dtype=torch.float64, device="cpu")
+    if factors is None:
+        return rates.expand(steps, members)
+    try:
+        tensor = torch.as_tensor(factors, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"expected lr_factors to be {steps} numbers, one for each step, or {steps} times {members}, got {factors!r}"
+        ) from error
+    if tensor.shape not in ((steps,), (steps, members)):
+        raise ValueError(
+            f"expected lr_factors of shape [{steps}], one for each step, or [{steps}, {members}], got "
+            f"{list(tensor.shape)}"
+        )
+    good = tensor.isfinite() & (tensor >= 0)
+    if not good.all():
+        bad = good.logical_not().nonzero()[0].tolist()
+        raise ValueError(f"expected finite lr_factors of at least 0, got {tensor[tuple(bad)].item()} for step {bad[0]}")
+    return (tensor if tensor.dim() == 2 else tensor.unsqueeze(1)) * rates.expand(members)

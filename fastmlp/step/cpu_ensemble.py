@@ -1,0 +1,333 @@
+"""The training step of an ensemble on plain torch, with the interface of ``cpu_step.TorchStep``.
+
+The active members are divided into pieces (``cpu_members``): one piece for all, or some for each thread
+(``fastmlp.cpu.ensembles``). Members that are not active are in no piece. Where active members lie side by side, a piece
+works on views of the ensemble's tensors. Else it copies its members' tensors side by side and back at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from itertools import groupby
+from math import nan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cpu
+from ..base.losses import takes_classes
+from .cpu_members import MemberLayer, Packed, Piece, Span
+from .loss_scale import START
+from .optimizers import Optimizer
+from .per_member import SETTINGS, PerMember
+
+#: Batch sizes whose pieces are kept.
+_PLANS = 4
+#: Runs of active members that pieces take as they are; more of them are packed.
+_RUNS = 2
+#: Bytes that a thread's cache has room for, and multiplications of a step to measure.
+_CACHE, _MEASURED = 1 << 19, 1 << 26
+
+
+class TorchEnsemble:
+    """Forward, backward and update of all members; ``fastmlp.TrainStep`` is the public way to it.
+
+    Args:
+        layers: modules with parameters [E, N, K] and [E, N].
+        active: bool [E], read at every step.
+    """
+
+    def __init__(self, layers: Sequence[Any], rule: Optimizer, loss: str, dtype: torch.dtype, active: Tensor) -> None:
+        self._modules, self.rule, self.loss, self.dtype, self.active = layers, rule, loss, dtype, active
+        first = layers[0].weight
+        self.device, self.members = first.device, first.shape[0]
+        self.target_dims = 1 if takes_classes(loss) else 2
+        self.layers: list[MemberLayer] = []
+        self.masters: list[Tensor] = []
+        for module in layers:
+            layer = MemberLayer(module, dtype, len(self.masters))
+            self.masters += [c.master for c in layer.copies if c.trained]
+            self.layers.append(layer)
+        self.lowest = next(i for i, layer in enumerate(self.layers) if layer.train_w or layer.train_b)
+        #: The members' loss scales of float16 and good steps since each last moved.
+        self.scales: tuple[Tensor, Tensor] | None = None
+        if dtype == torch.float16:
+            scale = torch.full((self.members,), START, dtype=torch.float32, device=self.device)
+            self.scales = scale, torch.zeros_like(scale, dtype=torch.int32)
+        #: Gradients and optimizer state exist only where the optimizer needs them all at once.
+        self.plain = rule.is_plain_sgd and self.scales is None
+        self.states = {name: [torch.zeros_like(t) for t in self.masters] for name in rule.states}
+        self.counts = torch.zeros(self.members, dtype=torch.float32, device=self.device)
+        self.zero = torch.zeros((), dtype=torch.float32, device=self.device)
+        self._grads: list[Tensor] | None = None
+        self._copies = [c for layer in self.layers for c in layer.copies if not c.is_one]
+        self._trained_copies = [c for c in self._copies if c.trained]
+        #: The learning rate of all members, NaN where they have their own, which ``rates`` has.
+        self.rate = nan
+        self.rates = torch.zeros(self.members, dtype=self.masters[0].dtype, device=self.device)
+        self._rate_now: Any = nan
+        #: Raised when pieces must group their members anew.
+        self.version = 0
+        self._seen = torch.ones_like(active)
+        self._ids = list(range(self.members))
+        self._plans: dict[int, tuple[str, list[list[Piece]]]] = {}
+        self._rows = 0
+        self._buffers: dict[tuple[object, ...], Tensor] = {}
+        self._way: str | None = None
+
+    # Settings
+
+    def settings_changed(self) -> None:
+        """Take up the rule's settings; those of its ``structure`` are as they were."""
+        self.version += 1
+        self._rate_now = nan
+
+    @staticmethod
+    def structure(rule: Optimizer) -> tuple[object, ...]:
+        """What the engine is built for."""
+        return *rule.structure, rule.is_plain_sgd
+
+    def settings_of(self, member: int) -> tuple[tuple[str, float], ...]:
+        """Those settings of a member that may be its own."""
+        rule = self.rule
+        values = [(field.name, getattr(rule, field.name)) for field in fields(rule) if field.name in SETTINGS]
+        own = [(name, value[member] if isinstance(value, PerMember) else value) for name, value in values]
+        rate = self._rate_now[member] if isinstance(self._rate_now, PerMember) else self._rate_now
+        return tuple((name, rate if name == "lr" else value) for name, value in own)
+
+    def rule_with(self, settings: tuple[tuple[str, float], ...]) -> Optimizer:
+        """The rule with a member's settings."""
+        own: dict[str, Any] = dict(settings)
+        return replace(self.rule, **own)
+
+    def _set_rate(self, rate: Any) -> None:
+        if rate is self._rate_now or rate == self._rate_now:
+            return
+        same = not isinstance(rate, PerMember)
+        if not same or isinstance(self._rate_now, PerMember):
+            self.version += 1  # the groups were made by the rates
+        self._rate_now, self.rate = rate, rate if same else nan
+        if not same:
+            self.rates.copy_(torch.tensor(rate, dtype=self.rates.dtype, device="cpu"))
+
+    # Steps
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradients that ``update`` applies, one per parameter; allocated, as zeros, when asked for."""
+        if self._grads is None:
+            self._grads = [torch.zeros_like(t) for t in self.masters]
+        return self._grads
+
+    def step(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
+        """One step on x [M, K] or [E, M, K] (float or uint8) and targets; writes the losses into ``out`` [E].
+
+        ``rows`` int64 [M] or [E, M] takes those rows of x and y.
+        """
+        self._set_rate(self.rule.lr)
+        self._run(x, y, out, rows, update=True)
+        self._publish()
+
+    def gradients(self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> list[Tensor]:
+        """Gradients of the trained masters, in the order of the parameters; parameters stay as they are."""
+        kept = [g.clone() for g in self.grads] if accumulate else None
+        for grad in self.grads:
+            grad.zero_()
+        self._run(x, y, out, None, update=False)
+        if kept is not None:
+            torch._foreach_add_(self.grads, kept)
+        return self.grads
+
+    def update(self) -> None:
+        """Apply the optimizer to what ``gradients`` left."""
+        self._set_rate(self.rule.lr)
+        self._follow()
+        way, pieces = self._planned(self._rows)
+        self._spread(way, [partial(_each, [piece.update for piece in part]) for part in pieces])
+        self._publish()
+
+    def epoch(
+        self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Tensor, losses: Tensor
+    ) -> None:
+        """Steps over ``order`` [n] or [E, n], with learning rates [steps, E]; writes the losses [steps, E]."""
+        for rows, rates, out in zip(order.split(batch_size, -1), lrs.tolist(), losses.unbind(), strict=True):
+            self._set_rate(rates[0] if len(set(rates)) == 1 else PerMember(rates))
+            self._run(images, labels, out, rows, update=True)
+            self._publish()
+
+    def _run(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None, *, update: bool) -> None:
+        self._follow()
+        x, y = self._batch(x, y, rows)
+        self._rows = x.shape[-2]
+        way, pieces = self._planned(self._rows)
+        if len(self._ids) < self.members:
+            out.fill_(nan)
+        self._spread(way, [partial(_each, [partial(p.run, x, y, out, update) for p in part]) for part in pieces])
+
+    def _spread(self, way: str, parts: list[Callable[[], None]]) -> None:
+        if way == "batched":
+            _each(parts)
+        else:
+            cpu.at_once(parts)
+
+    def _follow(self) -> None:
+        """Take up values that were written into parameters, and which members are active."""
+        for copies in self._copies:
+            copies.follow()
+        if not torch.equal(self.active, self._seen):
+            self._seen.copy_(self.active)
+            self._ids = self.active.nonzero().flatten().tolist()
+            self._plans.clear()
+            self.version += 1
+
+    def _publish(self) -> None:
+        for copies in self._trained_copies:
+            copies.publish()
+
+    def _batch(self, x: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """X in the compute dtype and Y, of the given rows."""
+        if rows is not None:
+            x, y = self._rows_of("x", x, rows, 2), self._rows_of("y", y, rows, self.target_dims)
+        if x.dtype == self.dtype:
+            return x, y
+        into = self._buffer("converted", x.shape, self.dtype).copy_(x)
+        return into.mul_(1 / 255) if x.dtype == torch.uint8 else into, y
+
+    def _rows_of(self, name: str, t: Tensor, rows: Tensor, dims: int) -> Tensor:
+        """Rows [M] or [E, M] of a tensor that has ``dims`` dimensions, or one more in front for the members."""
+        m, own = rows.shape[-1], t.dim() > dims
+        if rows.dim() == 1:
+            shape = (self.members, m, *t.shape[2:]) if own else (m, *t.shape[1:])
+            return torch.index_select(t, int(own), rows, out=self._buffer(name, shape, t.dtype))
+        rest = t.shape[2:] if own else t.shape[1:]
+        into = self._buffer(name, (self.members, m, *rest), t.dtype)
+        if not own:
+            torch.index_select(t, 0, rows.reshape(-1), out=into.view(-1, *rest))
+            return into
+        index = rows if dims == 1 else rows.unsqueeze(-1).expand(-1, -1, *rest)
+        return torch.gather(t, 1, index, out=into)
+
+    def _buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        key = name, *shape, dtype
+        if key not in self._buffers:
+            if len(self._buffers) > 3 * _PLANS:
+                self._buffers.clear()
+            self._buffers[key] = torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        return self._buffers[key]
+
+    # Pieces
+
+    def _planned(self, m: int) -> tuple[str, list[list[Piece]]]:
+        """How the pieces run, and those of each thread."""
+        if m not in self._plans:
+            if len(self._plans) == _PLANS:
+                del self._plans[next(iter(self._plans))]
+            way = self._way or self._measured(m)
+            self._plans[m] = way, [[Piece(self, span, m) for span in part] for part in self._spans(way, m)]
+        return self._plans[m]
+
+    def _spans(self, way: str, m: int) -> Iterator[list[Span]]:
+        """The spans of active members of each thread."""
+        if not self._ids:
+            return
+        parts = 1 if way == "batched" else min(torch.get_num_threads(), len(self._ids))
+        size = -(-len(self._ids) // parts)
+        most = max(1, _CACHE // self._bytes(m)) if way == "small" else size
+        for start in range(0, len(self._ids), size):
+            part = self._ids[start : min(start + size, len(self._ids))]
+            few = -(-len(part) // -(-len(part) // most))
+            chunks = [part[i : i + few] for i in range(0, len(part), few)]
+            yield [span for chunk in chunks for span in self._span(chunk)]
+
+    def _span(self, ids: list[int]) -> list[Span]:
+        """One span of consecutive members for each of few runs, else one of copies."""
+        runs = [[e for _, e in run] for _, run in groupby(enumerate(ids), lambda pair: pair[1] - pair[0])]
+        return [Span(run) for run in runs] if len(runs) <= _RUNS else [Packed(ids, self.device)]
+
+    def _bytes(self, m: int) -> int:
+        """What a member's step moves."""
+        weights = sum(layer.weight[0].numel() for layer in self.layers)
+        values = sum(layer.weight.shape[1] for layer in self.layers)
+        return self.dtype.itemsize * (2 * m * values + 2 * weights)
+
+    def _measured(self, m: int) -> str:
+        """The fastest way for ``m`` rows."""
+        sizes = [str(layer.weight.shape[1]) for layer in self.layers]
+        names = sorted({layer.activation for layer in self.layers})
+        work = m * sum(layer.weight[0].numel() for layer in self.layers)
+        threads = torch.get_num_threads()
+        members = min(self.members, max(2 * threads, _MEASURED // max(1, work)))
+        kind = f"ensemble of {members} to {'-'.join(sizes)} {' '.join(names)} {self.loss} {self.rule.name}"
+
+        def trials(rows: int) -> dict[Any, Callable[[], object]]:
+            return {way: self._trial(way, members, rows) for way in cpu.MEMBER_WAYS}
+
+        ends = self.layers[0].weight.shape[2], self.layers[-1].weight.shape[1]
+        return cpu.member_way(kind, m, ends, self.dtype, self.device, trials)
+
+    def _trial(self, way: str, members: int, m: int) -> Callable[[], object]:
+        """A step of ``members`` like these on scratch data."""
+        modules = [_Scratch(layer, members) for layer in self._modules]
+        own: dict[str, Any] = {name: 1e-3 for name in SETTINGS if isinstance(getattr(self.rule, name, None), PerMember)}
+        rule = replace(self.rule, **own)
+        net = TorchEnsemble(modules, rule, self.loss, self.dtype, self.active.new_ones(members))
+        net._way = way
+        x = self.layers[0].weight.new_ones((m, self.layers[0].weight.shape[2]))
+        y = torch.zeros(m, dtype=torch.int64, device=self.device)
+        if self.target_dims == 2:
+            y = x.new_zeros((m, self.layers[-1].weight.shape[1]))
+        return partial(net.step, x, y, x.new_empty(members, dtype=torch.promote_types(self.dtype, torch.float32)))
+
+    # State
+
+    def updated(self) -> None:
+        """The versions of the parameters are those of this engine's last update."""
+        for copies in self._copies:
+            copies.published()
+
+    def parameter_state(self) -> dict[str, list[Tensor]]:
+        """What belongs to each trained parameter, live: optimizer state, and masters of 16 bits."""
+        self._follow()
+        state = dict(self.states)
+        if any(c.master is not c.data for c in self._copies):
+            state["master"] = list(self.masters)
+        return state
+
+    def counters(self) -> dict[str, list[float]]:
+        """Each member's number of updates, if the rule counts; float16's loss scales and good steps."""
+        counters = {"step": self.counts.tolist()} if self.rule.counted else {}
+        if self.scales is not None:
+            counters |= {"loss_scale": self.scales[0].tolist(), "loss_scale_good_steps": self.scales[1].tolist()}
+        return counters
+
+    def set_counters(self, counters: dict[str, list[float]]) -> None:
+        """What ``counters`` returned; call it after ``parameter_state`` was written to."""
+        if "step" in counters:
+            self.counts.copy_(torch.tensor(counters["step"]))
+        if self.scales is not None and "loss_scale" in counters:
+            self.scales[0].copy_(torch.tensor(counters["loss_scale"]))
+            self.scales[1].copy_(torch.tensor(counters["loss_scale_good_steps"]))
+        self.version += 1
+        self._publish()
+
+
+class _Scratch:
+    """A layer like another one with parameters of its own, all of about 1/K; no random number is drawn."""
+
+    def __init__(self, module: Any, members: int) -> None:
+        self.activation: str = module.activation
+        k = module.weight.shape[2]
+        self.weight = module.weight.detach()[:1].new_full((members, *module.weight.shape[1:]), 1 / k)
+        self.weight.requires_grad_(module.weight.requires_grad)
+        self.bias = None
+        if module.bias is not None:
+            self.bias = self.weight.detach().new_full((members, module.bias.shape[1]), 1 / k)
+            self.bias.requires_grad_(module.bias.requires_grad)
+
+
+def _each(tasks: Sequence[Callable[[], None]]) -> None:
+    for task in tasks:
+        task()

@@ -1,0 +1,176 @@
+"""EnsembleStep: what ``TrainStep(ensemble)`` is, a step of all members of an MLPEnsemble at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.arguments import check_tensor
+from ..base.losses import STEP_LOSSES
+from .binding import Binding
+from .cpu_ensemble import TorchEnsemble
+from .optimizers import Optimizer, check_setting
+from .train_step import TrainStep
+from .validation import MemberBatches, check_batch_size, member_learning_rates
+
+#: Losses that are allocated together.
+_BLOCK = 64
+
+
+class EnsembleStep(TrainStep):
+    """``TrainStep`` of an ``MLPEnsemble`` of E members; ``TrainStep(ensemble, ...)`` makes one.
+
+    Each member is trained exactly as the same MLP would be alone, up to rounding: with a loss, a gradient norm, a loss
+    scale and a number of updates of its own. Arguments, methods and errors are those of ``TrainStep``, except these:
+
+    - ``lr``, ``momentum`` and ``weight_decay`` are a number, or one per member. ``step.lr`` returns a float where all
+      members have the same, else a tuple, which ``*``, ``/``, ``+`` and ``-`` take elementwise. So those schedulers of
+      torch work that compute a rate from the present or the initial one by such operations (StepLR, ExponentialLR,
+      LambdaLR, LinearLR, CosineAnnealingLR, ...). ReduceLROnPlateau with several rates raises TypeError, and
+      OneCycleLR and CyclicLR set one rate for all members.
+    - x is [B, K], the same for all members, or [E, B, K]; y likewise [B] or [E, B] (values: [B, C] or [E, B, C]).
+    - A step returns the losses [E], and ``losses`` of an epoch is [steps, E].
+
+    Attributes:
+        active: bool [E], on the model's device. ``step.active[3] = False`` or ``step.active = mask`` stops members.
+            They stay as they are bit for bit, with their optimizer state, and cost next to nothing. Their losses are
+            NaN and their gradients 0. A member that goes on later continues where it stopped.
+    """
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        self._members: int = model.members
+        device = next(model.parameters()).device
+        self._active = torch.ones(self._members, dtype=torch.bool, device=device)
+        if kwargs.get("param_groups") is not None:
+            raise NotImplementedError(
+                "a TrainStep of an ensemble has no param_groups; train the members one by one, or train with autograd"
+            )
+        super().__init__(model, *args, **kwargs)
+        assert isinstance(self._batches, MemberBatches)
+        self._batches.members = self._members
+        #: Every member's class numbers are checked before any member changes.
+        self._checks_classes = True
+        self.losses = self.losses.new_zeros((0, self._members))
+
+    def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> Any:
+        loss, active, (rule,) = STEP_LOSSES[self.loss], self._active, rules
+        if self.backend == "triton":
+            from .triton_step import TritonStep
+
+            with self._on_device:
+                return TritonStep(
+                    binding.layers,
+                    rule,
+                    loss,
+                    self.dtype,
+                    cuda_graph=self._cuda_graph,
+                    members=self._members,
+                    active=active,
+                )
+        return TorchEnsemble(binding.layers, rule, loss, self.dtype, active)
+
+    @property
+    def active(self) -> Tensor:
+        """Which members a step trains; see the class."""
+        return self._active
+
+    @active.setter
+    def active(self, mask: Any) -> None:
+        mask = torch.as_tensor(mask)
+        if mask.dtype != torch.bool or mask.shape not in ((), self._active.shape):
+            raise ValueError(
+                f"expected active to be bool [{self._members}], one for each member, got {mask.dtype} "
+                f"{list(mask.shape)}"
+            )
+        self._active.copy_(mask)
+
+    @property
+    def lr(self) -> Any:
+        """Learning rate of the next step: a float, or one per member."""
+        return check_setting("lr", self.optimizer.param_groups[0]["lr"], self._members)
+
+    @lr.setter
+    def lr(self, value: Any) -> None:
+        self.optimizer.param_groups[0]["lr"] = check_setting("lr", value, self._members)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As ``TrainStep``'s."""
+        return *super().__reduce__(), self._active.clone()
+
+    def __setstate__(self, state: Tensor) -> None:
+        self._active.copy_(state)
+
+    def epoch(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        order: Tensor | None = None,
+        lr_factors: Any = None,
+    ) -> Tensor:
+        """One pass over device-resident data, one step for each ``batch_size`` rows.
+
+        Args:
+            images: [N, sizes[0]], the same for all members, or [E, N, sizes[0]]; uint8 or floating point.
+            labels: int64 [N] or [E, N] (values: [N, C] or [E, N, C]), on the same device.
+            batch_size: rows of a step; the last step takes what is left.
+            order: int64 [n], the rows of all members in the order of use, or [E, n]; default all rows in order.
+            lr_factors: factors of ``lr``: [steps], or [steps, E] for each member its own; default all 1.
+
+        Returns:
+            The mean losses of the n rows, float32 [E]. ``losses`` [steps, E] has the losses of each step.
+        """
+        images, labels = self._checked(images, labels, in_range=True)
+        batch_size = check_batch_size(batch_size)
+        order = self._batches.checked_order(order, images)
+        n = order.shape[-1]
+        steps = -(-n // batch_size)
+        lrs = member_learning_rates(self.rule.lr, lr_factors, steps, self._members)
+        self.forget_gradients()
+        shape = (steps, self._members)
+        self.losses = losses = torch.full(shape, float("nan"), dtype=self.losses.dtype, device=self.device)
+        if not steps:
+            return torch.full((self._members,), float("nan"), dtype=torch.float32, device=self.device)
+        with self._on_device:
+            order, outside = self._batches.readable(order, images, batch_size)
+            self._engine.epoch(images, labels, batch_size, order, lrs, losses)
+            if outside is not None:
+                losses.masked_fill_(outside, float("nan"))
+            self._updated()
+            last = n - (steps - 1) * batch_size
+            return ((losses[:-1].sum(0) * batch_size + losses[-1] * last) / n).float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As ``TrainStep``'s: states [E, ...] by the names of the parameters, and counters float64 [E].
+
+        Also "active", bool [E].
+        """
+        return super().state_dict() | {"active": self._active.clone()}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As ``TrainStep``'s."""
+        check_tensor(state_dict.get("active"), "active")
+        if state_dict["active"].shape != self._active.shape:
+            raise ValueError(f"expected active of shape [{self._members}], got {list(state_dict['active'].shape)}")
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "active"})
+        self._active.copy_(state_dict["active"])
+
+    def _counter(self, name: str, value: Tensor) -> Sequence[float]:
+        check_tensor(value, name)
+        if value.shape != (self._members,):
+            raise ValueError(f"expected {name} of shape [{self._members}], got {list(value.shape)}")
+        numbers: list[float] = value.tolist()
+        return numbers
+
+    def _next_loss(self) -> Tensor:
+        """Losses [E] that nobody else has, without an allocation at each step."""
+        if not self._next_losses:
+            block = torch.empty((_BLOCK, self._members), dtype=self.losses.dtype, device=self.device)
+            self._next_losses = [losses.data for losses in block.unbind()]
+        return self._next_losses.pop()
+
+
+TrainStep._of_ensemble = EnsembleStep
