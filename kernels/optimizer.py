@@ -18,6 +18,7 @@ A rule's name may be followed by options, each after a space:
     amsgrad    adam, adamw: x = max(x, v), which takes the place of v in the update of w
     centered   rmsprop: n += (1 - a)(g - n), and v - n^2 in the place of v in the update of w
     momentum   rmsprop: m = mu m + g / (sqrt(v) + eps), w -= lr m
+    ema        behind all else e += weight (w - e), a mean of the parameters over the steps; e is the last state
 
 These are the rules of torch.optim, term by term; torch has no lion, whose source is arXiv 2302.06675. Every setting
 comes as one row of ``HYPER_COLUMNS`` float32 per step, in the device's memory. A changed setting therefore needs no new
@@ -32,6 +33,9 @@ fifth digit.
     rmsprop             v [, n] [, m]       lr, wd, a, 1 - a, eps, mu
     lion                m                   1 - lr wd, lr, 1 - b1, 1 - b2
 
+Rows of a rule with ``ema`` have ``EMA_COLUMNS``. Column 8 is the weight, and column 9 the numerator of the warm-up that
+a weight without the number of updates still lacks: the weight of update t is at least numerator / (10 + t).
+
 Column ``MAX_NORM`` is the most that the norm of all gradients may be, for any rule.
 """
 
@@ -40,7 +44,10 @@ import triton.language as tl
 
 #: Columns of the table of per-step values: 32 bytes, which one request reads.
 HYPER_COLUMNS = 8
+#: The same of a rule with ``ema``.
+EMA_COLUMNS = 16
 MAX_NORM = tl.constexpr(7)
+EMA_WEIGHT, EMA_NUMERATOR = tl.constexpr(8), tl.constexpr(9)
 
 
 @triton.constexpr_function
@@ -102,6 +109,9 @@ def update_block(
         if LOW_IS_PARAM:
             low = tl.load(low_ptrs, mask=mask, other=0.0)
             w = tl.where(w.to(low.dtype) == low, w, low.to(tl.float32))
+    if has(OPTIMIZER, "ema"):
+        average_ptr = states[len(states) - 1]
+        average = tl.load(average_ptr + state_offs, mask=mask, other=0.0)
     if has(OPTIMIZER, "maximize"):
         g = -g
     # Weight decay is an explicit fma, because g may be a product: the compiler could fuse that one instead.
@@ -147,6 +157,9 @@ def update_block(
             w *= tl.load(hyper_ptr)
         w -= tl.load(hyper_ptr + 1) * m / (tl.sqrt(v) * tl.load(hyper_ptr + 2) + tl.load(hyper_ptr + 6))
     tl.store(w_ptr + offs, w, mask=mask)
+    if has(OPTIMIZER, "ema"):
+        average += (w - average) * tl.load(hyper_ptr + EMA_WEIGHT)
+        tl.store(average_ptr + state_offs, average, mask=mask)
     if low_ptr is not None:
         tl.store(low_ptrs, w.to(low_ptr.dtype.element_ty), mask=mask)
 
@@ -167,16 +180,22 @@ def correct_rows(
     hyper_ptr, row_ptr, decays_ptr, count, OPTIMIZER: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """Write ROWS rows that were made without the number of updates, for update number ``count``; float64 inside."""
-    tl.static_assert(is_rule(OPTIMIZER, "adam", "adamw"), "the other rules do not count")
+    ADAM: tl.constexpr = is_rule(OPTIMIZER, "adam", "adamw")
+    tl.static_assert(ADAM or has(OPTIMIZER, "ema"), "the other rules do not count")
     offs = tl.arange(0, COLUMNS)
     for i in tl.static_range(ROWS):
         row = tl.load(hyper_ptr + i * COLUMNS + offs)
-        rate = tl.load(hyper_ptr + i * COLUMNS + 1).to(tl.float64)
-        if i == 0:
-            bias1 = 1.0 - _power(tl.load(decays_ptr), count)
-        step = rate / bias1
-        if i == 0:
-            inv_sqrt_bc2 = 1.0 / tl.sqrt(1.0 - _power(tl.load(decays_ptr + 1), count))
-        row = tl.where(offs == 1, step.to(tl.float32), row)
-        row = tl.where(offs == 2, inv_sqrt_bc2.to(tl.float32), row)
+        if ADAM:
+            rate = tl.load(hyper_ptr + i * COLUMNS + 1).to(tl.float64)
+            if i == 0:
+                bias1 = 1.0 - _power(tl.load(decays_ptr), count)
+            step = rate / bias1
+            if i == 0:
+                inv_sqrt_bc2 = 1.0 / tl.sqrt(1.0 - _power(tl.load(decays_ptr + 1), count))
+            row = tl.where(offs == 1, step.to(tl.float32), row)
+            row = tl.where(offs == 2, inv_sqrt_bc2.to(tl.float32), row)
+        if has(OPTIMIZER, "ema"):
+            weight = tl.load(hyper_ptr + i * COLUMNS + EMA_NUMERATOR).to(tl.float64) / (10.0 + count)
+            weight = tl.maximum(weight.to(tl.float32), tl.load(hyper_ptr + i * COLUMNS + EMA_WEIGHT))
+            row = tl.where(offs == EMA_WEIGHT, weight, row)
         tl.store(row_ptr + i * COLUMNS + offs, row)

@@ -29,10 +29,11 @@ class TorchOptimizer:
         self.params, self.rule, self.loss_scale = params, rule, loss_scale
         first = params[0]
         self._grads: list[Tensor] | None = None
-        self.states = {name: [torch.zeros_like(t) for t in params] for name in rule.states}
+        self.states = {name: [torch.zeros_like(t) for t in params] for name in rule.kept}
         self._step = torch.zeros((), dtype=torch.float32, device=first.device)
         self._one = torch.ones_like(self._step)
-        self._lists = list(self.states.values())
+        self._lists = [self.states[name] for name in rule.states]
+        self._averages = self.states.get("ema", [])
         if rule.spare:
             self._lists += [[torch.empty_like(t) for t in params], [self._one]]
         #: Per group its rule, the places of its parameters, the parameters, and their part of the lists.
@@ -85,8 +86,29 @@ class TorchOptimizer:
             self.rule.update(self.params, grads, self._lists, self._step, skip)
         for rule, places, params, lists in self._groups:
             rule.update(params, [grads[i] for i in places], lists, self._step, skip)
+        if self._averages:
+            self._average(skip)
         if self.loss_scale is not None:
             self.loss_scale.adjust()
+
+    def updated(self) -> None:
+        """What an update is followed by, where the products themselves update the parameters."""
+        if self._averages:
+            if self.rule.counted:
+                self._step.add_(self._one)
+            self._average(None)
+
+    def _average(self, skip: Tensor | None) -> None:
+        """Move the averages towards the parameters, unless the step was skipped. No GPU is waited for."""
+        weight = self.rule.ema_weight(self._step)
+        if self._step.is_cpu:
+            if skip is None or not skip.item():
+                torch._foreach_lerp_(self._averages, self.params, weight)
+            return
+        factor = torch.as_tensor(weight, dtype=self.params[0].dtype, device=self._step.device)
+        factor = factor if skip is None else factor * (1 - skip).to(factor.dtype)
+        for average, param in zip(self._averages, self.params, strict=True):
+            average.lerp_(param, factor)
 
     def _clip(self, grads: list[Tensor]) -> None:
         """Multiply by min(1, max_grad_norm / (|g| + 1e-6)), |g| the 2-norm of all gradients together."""

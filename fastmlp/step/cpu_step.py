@@ -138,6 +138,7 @@ class TorchStep:
         return (
             net.plain
             and net.groups is None
+            and not net.averages
             and net.device.type == "cpu"
             and net.loss == "cross_entropy"
             and net.dtype in (torch.float32, torch.float64)
@@ -178,6 +179,8 @@ def _step(
     if update:
         if not net.plain:
             net.optimizer.update(scaled=True)
+        elif net.averages:
+            net.optimizer.updated()
         net.publish()
 
 

@@ -61,7 +61,8 @@ class LateUpdate:
             if rule.counted:
                 self.count = torch.zeros(of, dtype=torch.int32, device=device)
                 self._row = torch.empty((*of, *row), dtype=torch.float32, device=device)
-                self._decays = torch.empty(len(rule.decays), dtype=torch.float64, device=device)
+                if rule.decays:
+                    self._decays = torch.empty(len(rule.decays), dtype=torch.float64, device=device)
                 self.settings_changed()
 
     def settings_changed(self) -> None:

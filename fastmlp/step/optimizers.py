@@ -24,6 +24,8 @@ Tensors = list[Tensor]
 
 #: Numbers of a step that ``kernels/optimizer.py`` reads, its ``HYPER_COLUMNS``; the last is ``max_grad_norm``.
 _COLUMNS = 8
+#: Of the warm-up: 1 - (1 + t) / (10 + t) is this over 10 + t.
+_EMA_NUMERATOR = 9.0
 
 
 @dataclass
@@ -36,8 +38,10 @@ class Optimizer:
         weight_decay: as the torch optimizer of this name has it.
         max_grad_norm: most that the global 2-norm of the gradients may be; None: gradients are not clipped.
         maximize: whether updates go up the gradient.
+        ema_decay: of the exponential moving average of the parameters; None: there is none.
+        ema_warmup: whether the decay of update t is at most (1 + t) / (10 + t).
         name: what ``TrainStep`` calls the rule.
-        counted: whether an update depends on the number of updates before it.
+        corrected: whether the rule itself depends on the number of updates before.
         spare: whether the update in torch works in memory beside the states.
     """
 
@@ -45,14 +49,30 @@ class Optimizer:
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     maximize: bool = False
+    ema_decay: float | None = None
+    ema_warmup: bool = False
     name: ClassVar[str]
-    counted: ClassVar[bool] = False
+    corrected: ClassVar[bool] = False
     spare: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.ema_warmup and self.ema_decay is None:
+            raise ValueError("ema_warmup=True needs an ema_decay, such as 0.999")
+
+    @property
+    def counted(self) -> bool:
+        """Whether an update depends on the number of updates before it."""
+        return self.corrected or self.ema_warmup
 
     @property
     def states(self) -> tuple[str, ...]:
         """Names of the tensors kept per parameter, as torch.optim names them."""
         return ()
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """``states``, and the parameters' moving average "ema" where there is one."""
+        return self.states if self.ema_decay is None else (*self.states, "ema")
 
     @property
     def rule(self) -> str:
@@ -62,7 +82,8 @@ class Optimizer:
     @property
     def kernel(self) -> str:
         """What ``kernels/optimizer.py`` compiles: the rule and its options."""
-        return f"{self.rule} maximize" if self.maximize else self.rule
+        options = (self.maximize, " maximize"), (self.ema_decay is not None, " ema")
+        return self.rule + "".join(option for has, option in options if has)
 
     @property
     def is_plain_sgd(self) -> bool:
@@ -77,14 +98,14 @@ class Optimizer:
     @property
     def structure(self) -> tuple[object, ...]:
         """What every engine is built for; all other settings may change from step to step."""
-        return self.kernel, self.states, self.max_grad_norm is None
+        return self.kernel, self.states, self.max_grad_norm is None, self.counted
 
     def columns(self, lrs: Tensor, count: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
         """The columns of ``rows``: those that change from step to step, shaped as ``lrs``, and those that follow."""
         raise NotImplementedError
 
     def rows(self, lrs: Tensor, count: Tensor | None) -> Tensor:
-        """float32 [steps, 8]: every setting of each step, as ``kernels/optimizer.py`` reads them.
+        """float32 [steps, 8], with an average [steps, 16]: settings as ``kernels/optimizer.py`` reads them.
 
         Args:
             lrs: float64 [steps], or [steps, E] for the members of an ensemble, which makes [steps, E, 8].
@@ -99,7 +120,29 @@ class Optimizer:
             of_members = [c.expand(lrs.shape) if isinstance(c, Tensor) else torch.full_like(lrs, c) for c in columns]
             return torch.stack(of_members, 2).float()
         rest = torch.tensor((*constants, *unused, max_norm), dtype=lrs.dtype, device=lrs.device)
-        return torch.cat((torch.stack(changing, 1), rest.expand(len(lrs), -1)), 1).float()
+        table = torch.cat((torch.stack(changing, 1), rest.expand(len(lrs), -1)), 1)
+        return (table if self.ema_decay is None else torch.cat((table, self._ema_columns(lrs, count)), 1)).float()
+
+    def _ema_columns(self, lrs: Tensor, count: Tensor | None) -> Tensor:
+        """The weight of the present parameters in their average, and columns that complete the row."""
+        assert self.ema_decay is not None
+        table = lrs.new_zeros((len(lrs), _COLUMNS))
+        table[:, 0] = 1 - self.ema_decay
+        if self.ema_warmup and count is None:
+            table[:, 1] = _EMA_NUMERATOR
+        elif self.ema_warmup and count is not None:
+            table[:, 0].clamp_(min=_EMA_NUMERATOR / (10 + count))
+        return table
+
+    def ema_weight(self, count: Tensor) -> Any:
+        """The weight at update number ``count`` (0-d); a number unless the count is on a GPU."""
+        assert self.ema_decay is not None
+        weight = 1 - self.ema_decay
+        if not self.ema_warmup:
+            return weight
+        if count.is_cpu:
+            return max(weight, _EMA_NUMERATOR / (10 + count.item()))
+        return (_EMA_NUMERATOR / (10 + count)).clamp_(min=weight)
 
     @property
     def decays(self) -> tuple[float, ...]:
@@ -129,6 +172,7 @@ class SGD(Optimizer):
     name: ClassVar[str] = "sgd"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.nesterov and not least(self.momentum) > 0:
             raise ValueError("nesterov=True needs optimizer='sgd' and a momentum above 0")
 
@@ -180,7 +224,7 @@ class Adam(Optimizer):
     eps: float = 1e-8
     amsgrad: bool = False
     name: ClassVar[str] = "adam"
-    counted: ClassVar[bool] = True
+    corrected: ClassVar[bool] = True
     _fused: ClassVar[Callable[..., None]] = staticmethod(torch._fused_adam_)
 
     @property
@@ -404,12 +448,13 @@ def _no_name(optimizer: object) -> str:
     return f"expected the name of an optimizer, one of {', '.join(OPTIMIZERS)}, got {kind.__name__}; {advice}"
 
 
-_BOOLS = frozenset({"nesterov", "maximize", "amsgrad", "centered"})
+_BOOLS = frozenset({"nesterov", "maximize", "amsgrad", "centered", "ema_warmup"})
 #: What each setting has to be, and the test of a float for it. NaN passes none of the tests.
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lr": ("a learning rate of at least 0, got lr={}", lambda v: 0 <= v < math.inf),
     "momentum": ("a momentum in [0, 1), got {}", lambda v: 0 <= v < 1),
     "weight_decay": ("a weight_decay of at least 0, got {}", lambda v: 0 <= v < math.inf),
+    "ema_decay": ("an ema_decay in [0, 1] or None, got {}", lambda v: 0 <= v <= 1),
     "alpha": ("an alpha in [0, 1), got {}", lambda v: 0 <= v < 1),
     "eps": ("an eps of at least 0, got {}", lambda v: 0 <= v < math.inf),
     "max_grad_norm": ("a max_grad_norm above 0 or None, got {}", lambda v: v > 0),
@@ -443,7 +488,7 @@ def check_setting(setting: str, value: Any, members: int | None = None) -> Any:
         if not all(0 <= beta < 1 for beta in numbers):
             raise ValueError(f"expected betas in [0, 1), got {value}")
         return numbers
-    if setting == "max_grad_norm" and value is None:
+    if setting in ("max_grad_norm", "ema_decay") and value is None:
         return None
     number = _number(setting, value)
     text, holds = _RANGES[setting]

@@ -70,6 +70,10 @@ class TrainStep:
         param_groups: as torch.optim's, a list of dicts with "params" (parameters or their names, which may be patterns)
             and the group's own "lr" and "weight_decay"; other settings are those of all groups. The parameters that no
             group has are the first group. No decay on biases is [{"params": "*.bias", "weight_decay": 0.0}].
+        ema_decay: keep an exponential moving average of the parameters, ema = decay ema + (1 - decay) parameter after
+            every update, in float32 (float64 for float64); default None. The average begins with the parameters before
+            the first update. ``ema_state_dict`` returns it.
+        ema_warmup: the decay of update t is min(ema_decay, (1 + t) / (10 + t)); default False.
         dtype: of the products: default the parameters' own; float32 parameters with float16 or bfloat16 products are
             mixed precision with float32 masters. torch.autocast does not change it.
         cuda_graph: capture steps in CUDA graphs at their second use (default True; only with backend "triton").
@@ -114,6 +118,8 @@ class TrainStep:
         maximize: bool = False,
         max_grad_norm: float | None = None,
         param_groups: Iterable[Mapping[str, Any]] | None = None,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         loss: str = "cross_entropy",
         dtype: torch.dtype | None = None,
         cuda_graph: bool = True,
@@ -123,6 +129,7 @@ class TrainStep:
         settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         settings |= {"betas": betas, "eps": eps, "alpha": alpha, "centered": centered, "amsgrad": amsgrad}
         settings |= {"maximize": maximize, "max_grad_norm": max_grad_norm}
+        settings |= {"ema_decay": ema_decay, "ema_warmup": ema_warmup}
         members = getattr(model, "members", None)
         rule = optimizer_of(optimizer, settings, members)
         self._binding = Binding(model)
@@ -150,6 +157,8 @@ class TrainStep:
         self._on_device: AbstractContextManager[object] = nullcontext()
         if self.device.type == "cuda":
             self._on_device = torch.cuda.device(self.device)
+        #: Whether the average has still to begin with the parameters.
+        self._ema_waits = rule.ema_decay is not None
         self._engine = self._new_engine(self._binding, self._rules)
 
     @property
@@ -213,7 +222,7 @@ class TrainStep:
         state = self.state_dict()
         known = {*self.rule.settings, "params"}
         extra = [{name: value for name, value in group.items() if name not in known} for group in groups]
-        return _restored, (self.model, arguments, state, self._parked, extra)
+        return _restored, (self.model, arguments, state, self._parked, extra, self._ema_waits)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """One optimizer step on a batch.
@@ -234,6 +243,9 @@ class TrainStep:
             if x.shape[-2] == 0:
                 loss.fill_(float("nan"))
             else:
+                if self._ema_waits:
+                    self._begin_ema()
+                    self._ema_waits = False
                 self._engine.step(x, y, loss)
                 self._updated()
         self.forget_gradients()
@@ -271,6 +283,9 @@ class TrainStep:
         self.losses = losses = torch.full((steps,), float("nan"), dtype=self.losses.dtype, device=self.device)
         if not steps:
             return torch.full((), float("nan"), dtype=torch.float32, device=self.device)
+        if self._ema_waits:
+            self._begin_ema()
+            self._ema_waits = False
         with self._on_device:
             order, outside = self._batches.readable(order, images, batch_size)
             self._engine.epoch(images, labels, batch_size, order, lrs, losses)
@@ -316,6 +331,9 @@ class TrainStep:
             raise RuntimeError("there are no gradients to apply; call gradients(x, y) before update()")
         self.forget_gradients()
         with self._on_device:
+            if self._ema_waits:
+                self._begin_ema()
+                self._ema_waits = False
             self._engine.update()
         self._updated()
 
@@ -330,13 +348,44 @@ class TrainStep:
         Copies, by name. For each trained parameter NAME: the optimizer's states ("NAME.momentum_buffer" with momentum,
         "NAME.exp_avg" and "NAME.exp_avg_sq" with AdamW), and "NAME.master" in float32 where the parameter has 16 bits.
         Also "step" (updates so far) where the update depends on it, as AdamW's does, and for float16 products
-        "loss_scale" and "loss_scale_good_steps". Only tensors, so that safetensors can store them; the same for both
-        backends. The state of parameters that are frozen now is not in it.
+        "loss_scale" and "loss_scale_good_steps"; with ``ema_decay`` "NAME.ema". Only tensors, so that safetensors can
+        store them; the same for both backends. The state of parameters that are frozen now is not in it.
         """
         self._follow()
+        if self._ema_waits:
+            self._begin_ema()
         counters = self._engine.counters().items()
         state = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in counters}
         return state | {name: tensor.clone() for name, tensor in self._parameter_state().items()}
+
+    def ema_state_dict(self) -> dict[str, Tensor]:
+        """The moving average of the parameters, as a state_dict of the model; copies, float32 or wider.
+
+        A frozen parameter has the average of the time before, or itself. To evaluate the average:
+
+            averaged = copy.deepcopy(step.model)
+            averaged.load_state_dict(step.ema_state_dict())
+
+        Raises:
+            RuntimeError: the step keeps no average.
+        """
+        self._follow()
+        if self.rule.ema_decay is None:
+            raise RuntimeError("this TrainStep keeps no average of the parameters; make it with ema_decay=0.999")
+        if self._ema_waits:
+            self._begin_ema()
+        kept = self._parked | self._parameter_state()
+        return {
+            name: kept.get(f"{name}.ema", parameter).detach().clone()
+            for name, parameter in self.model.named_parameters()
+        }
+
+    def _begin_ema(self) -> None:
+        """The average becomes the parameters as they are."""
+        state = self._engine.parameter_state()
+        with torch.no_grad():
+            for average, parameter in zip(state["ema"], state.get("master", self._binding.parameters), strict=True):
+                average.copy_(parameter)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take up a state that ``state_dict`` returned; load the model's own first.
@@ -363,6 +412,7 @@ class TrainStep:
             tensor.copy_(state_dict[name])
         self._engine.set_counters(values)
         self._parked = {}
+        self._ema_waits = False
         self.forget_gradients()
 
     def _parameter_state(self) -> dict[str, Tensor]:
@@ -413,7 +463,7 @@ class TrainStep:
         state, counters = self._parked | self._parameter_state(), self._engine.counters()
         thawed = [name for name in binding.trained if name not in self._binding.trained]
         updates = float(torch.as_tensor(counters.get("step", 0.0)).max())
-        if thawed and updates:
+        if thawed and updates and self.rule.corrected:
             raise RuntimeError(
                 f"{', '.join(thawed)} cannot be thawed after {updates:.0f} updates: {self.rule.name} counts the "
                 "updates of all parameters together; make a new TrainStep"
@@ -421,6 +471,8 @@ class TrainStep:
         engine = self._new_engine(binding, rules)
         self._lost_gradients |= self._has_gradients
         self._engine, self._binding, self._rules, self._has_gradients = engine, binding, rules, False
+        if rules[0].ema_decay is not None:
+            self._begin_ema()
         own = self._parameter_state()
         self._parked = {name: tensor for name, tensor in state.items() if name not in own}
         for name, tensor in own.items():
@@ -442,11 +494,12 @@ def _restored(
     state: dict[str, Tensor],
     parked: dict[str, Tensor],
     extra: list[dict[str, Any]],
+    ema_waits: bool,
 ) -> TrainStep:
     """The copy that ``TrainStep.__reduce__`` describes."""
     step = TrainStep(model, **arguments)
     step.load_state_dict(state)
-    step._parked = parked
+    step._parked, step._ema_waits = parked, ema_waits
     for group, kept in zip(step.optimizer.param_groups, extra, strict=True):
         group.update(kept)  # what schedulers keep there
     return step

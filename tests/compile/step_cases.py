@@ -17,7 +17,7 @@ from fastmlp.kernels.column_sums import ColumnSums
 from fastmlp.kernels.configs import LARGEST_UPDATED, Tile, all_tiles
 from fastmlp.kernels.device import Device
 from fastmlp.kernels.layout import SEGMENT, Layer, Layout
-from fastmlp.kernels.optimizer import HYPER_COLUMNS
+from fastmlp.kernels.optimizer import EMA_COLUMNS, HYPER_COLUMNS
 
 from .cases import KernelCases
 
@@ -62,8 +62,10 @@ WIDTHS, NARROW = (784, 512, 512, 16), (784, 512, 512, 10)
 
 
 def _states(layout: Layout, optimizer: str) -> list[torch.Tensor]:
-    count = {"sgd": 0, "none": 0, "adamw": 2, "adam amsgrad": 3, "rmsprop centered momentum maximize": 3}
-    return [torch.zeros(layout.total) for _ in range(count.get(optimizer, 1))]
+    rule, *options = optimizer.split()
+    count = {"sgd": 0, "none": 0, "adam": 2, "adamw": 2}.get(rule, 1)
+    count += len({"amsgrad", "centered", "momentum", "ema"}.intersection(options))
+    return [torch.zeros(layout.total) for _ in range(count)]
 
 
 def _layout(dtype: torch.dtype, widths: tuple[int, ...], params: bool, groups: bool = False) -> Any:
@@ -138,7 +140,7 @@ def _reduce(
 def _before(optimizer: str, *, clips: bool, scales: bool, rows: tuple[int, ...] = ()) -> Launcher:
     def launch(dtype: torch.dtype, tile: None) -> object:
         number, integer = torch.zeros(()), torch.zeros((), dtype=torch.int32)
-        counts, row = scales and optimizer != "sgd", (*rows, HYPER_COLUMNS)
+        counts, row = scales and optimizer != "sgd", (*rows, EMA_COLUMNS if "ema" in optimizer else HYPER_COLUMNS)
         return before_update(
             optimizer, torch.zeros(row), number, squares=torch.zeros(656) if clips else None,
             loss_scale=LossScaleState(number, number, *[integer] * 3, 2000, 2.0, 0.5, 1.0) if scales else None,
@@ -174,8 +176,8 @@ KERNELS = {
             "split-adamw": _update("adamw", batch=4096),
             "split-pixels-gather": _update("sgd", batch=4096, pixels=True),
             "narrow-adamw-pixels": _update("adamw", widths=NARROW, pixels=True, summed=False),
-            "rmsprop-params": _update("rmsprop centered momentum maximize", params=True),
-            "narrow-lion": _update("lion", widths=NARROW, summed=False, groups=True),
+            "rmsprop-params": _update("rmsprop centered momentum maximize ema", params=True),
+            "narrow-lion": _update("lion ema", widths=NARROW, summed=False, groups=True),
             "none-overflow": _update("none", overflow=True),
             "narrow-none-odd": _update("none", batch=77, widths=(77, 33, 10)),
         },
@@ -189,7 +191,7 @@ KERNELS = {
         variants={
             "sgd": _reduce("sgd"),
             "adamw-unscale": _reduce("adamw", unscale=True, params=True),
-            "amsgrad": _reduce("adam amsgrad", unscale=True, groups=True),
+            "amsgrad": _reduce("adam amsgrad ema", unscale=True, groups=True),
             "none-accumulate": _reduce("none", accumulate=True),
             "none-outputs": _reduce("none", unscale=True, outputs=True),
         },
@@ -203,7 +205,7 @@ KERNELS = {
             "clip": _before("sgd", clips=True, scales=False),
             "scale": _before("sgd", clips=False, scales=True),
             "clip-scale-adamw": _before("adamw", clips=True, scales=True),
-            "scale-adam-groups": _before("adam", clips=False, scales=True, rows=(3,)),
+            "scale-adam-groups": _before("adam ema", clips=False, scales=True, rows=(3,)),
         },
         force=lambda tile: nullcontext(),
         aligned=lambda variant, dtype, tile: True,

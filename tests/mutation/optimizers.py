@@ -17,6 +17,27 @@ WHOLE = "tests/whole/test_step.py"
 
 MUTANTS = (
     Mutant(
+        "optimizer",
+        "the average forgets at once",
+        "average += (w - average) * tl.load(hyper_ptr + EMA_WEIGHT)",
+        "average = w",
+        (WHOLE, "averages and sgd"),
+    ),
+    Mutant(
+        "optimizer",
+        "the average takes the first group's state",
+        "average_ptr = states[len(states) - 1]",
+        "average_ptr = states[0]",
+        (WHOLE, "averages and adamw"),
+    ),
+    Mutant(
+        "optimizer",
+        "warm-up forgotten",
+        "weight = tl.maximum(weight.to(tl.float32), tl.load(hyper_ptr + i * COLUMNS + EMA_WEIGHT))",
+        "weight = tl.load(hyper_ptr + i * COLUMNS + EMA_WEIGHT)",
+        (WHOLE, "averages and adamw and warm"),
+    ),
+    Mutant(
         "wgrad_update",
         "group of the first",
         "        hyper_ptr += layer.w_settings\n",

@@ -24,6 +24,7 @@ OPTIMIZERS = {
 OTHERS = {
     "rmsprop": {"optimizer": "rmsprop", "lr": 0.01, "momentum": 0.5, "maximize": True},
     "adam, groups": {"optimizer": "adam", "lr": 0.01, "param_groups": [{"params": "*.bias", "weight_decay": 0.1}]},
+    "average": {"lr": 0.1, "ema_decay": 0.9, "ema_warmup": True},
 }
 #: dtypes of parameters and products.
 PRECISIONS = {

@@ -39,6 +39,7 @@ SETTINGS = {
     "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
     "clipped": {"lr": 0.1, "max_grad_norm": 0.05},
+    "average": {"lr": 0.1, "momentum": 0.9, "ema_decay": 0.9, "ema_warmup": True},
 }
 #: Values of settings in turn. No setting turns a rule into another one, whose steps are another graph.
 CHANGES: dict[str, dict[str, list]] = {
@@ -51,6 +52,7 @@ CHANGES: dict[str, dict[str, list]] = {
         "weight_decay": [0.1, 0.0],
     },
     "clipped": {"lr": [0.1], "max_grad_norm": [0.05, 0.01, 10.0]},
+    "average": {"lr": [0.1, 0.05], "ema_decay": [0.9, 0.5, 0.05]},
 }
 #: dtypes of parameters and products.
 PRECISIONS = {
