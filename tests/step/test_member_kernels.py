@@ -102,9 +102,19 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_members_are_single_models(lane, case):
+@UNSIMULATED
+@pytest.mark.parametrize("case", ["adamw", "momentum bfloat16", "squared error"])
+def test_members_are_single_models(unsimulated, case):
     """Steps on batches of each member's own or one for all; the second member pauses for a step."""
+    check_steps(unsimulated, case)
+
+
+@pytest.mark.parametrize("case", ["sgd", "adamw float16 clipped"])
+def test_members_are_single_models_in_every_lane(lane, case):
+    check_steps(lane, case)
+
+
+def check_steps(lane, case):
     rule, loss, dtype, own = CASES[case]
     active = torch.ones(E, dtype=torch.bool, device=lane)
     ensemble, singles, together, alone = engines(lane, rule, loss, dtype, active)
