@@ -167,11 +167,12 @@ def mlp(
     if backend == "formula" or transformed(x, *weights, *biases):
         return reference.mlp(x, weights, biases, activations)
     if members is not None:
-        if backend != "torch":
+        if backend == "operators":
             raise NotImplementedError(
-                "the kernels do not compute ensembles yet; use backend 'torch' (fastmlp.use_backend)"
+                "the operators that torch.compile and dispatch modes see do not compute ensembles yet; use backend "
+                "'torch' (fastmlp.use_backend) there"
             )
-        backend = "members"
+        backend = "members" if backend == "torch" else backend
         if x.requires_grad and x.dim() == 2:
             x = x.expand(members, -1, -1)  # whose derivative is the sum over the members
     # Layers below the lowest one that needs a gradient run off the tape and leave nothing behind.

@@ -5,7 +5,7 @@ nothing of autograd. Import them from here (or through ``fastmlp.functional``, w
 """
 
 from .activation_bwd import activation_bwd
-from .cross_entropy import cross_entropy, cross_entropy_bwd, cross_entropy_fwd
+from .cross_entropy import cross_entropy, cross_entropy_bwd, cross_entropy_fwd, cross_entropy_of_members
 from .elementwise_loss import elementwise_loss, elementwise_loss_bwd, elementwise_loss_fwd
 from .head import head
 from .linear_dgrad import linear_dgrad
@@ -19,6 +19,7 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
+    "cross_entropy_of_members",
     "elementwise_loss",
     "elementwise_loss_bwd",
     "elementwise_loss_fwd",

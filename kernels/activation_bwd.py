@@ -4,11 +4,14 @@ Inside an MLP this product is the epilogue of ``linear_dgrad`` and costs nothing
 its dA from outside and needs a pass of its own.
 
 Shapes: dA, saved, dZ [M, N]; any strides for dA (expanded ones too), saved and dZ contiguous.
+Members: dA, saved and dZ have an axis E in front.
 Dtypes: float32, float16, bfloat16; computed in float32. Bytes: reads dA and saved, writes dZ: 3 M N items.
 Source: dL/dZ = f'(Z) * dL/dA, the diagonal Jacobian of lecture notes 7.X.22.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,19 +21,35 @@ from torch import Tensor
 from .activations import activation_grad
 from .configs import cdiv
 from .dependent import wait_for_previous
-from .launch import Call, call, remembered
+from .launch import Call, call, remembered, with_active
+from .members import inactive
 
 __all__ = ["activation_bwd"]
 
 BLOCK = 1024
 
 
+class _Members(NamedTuple):
+    """Which members are active, and elements from one member's dA to the next."""
+
+    active_ptr: Tensor | None
+    da: int
+
+
 @triton.jit
 def _activation_bwd_kernel(
-    da_ptr, saved_ptr, dz_ptr, total, N, stride_am, stride_an,
+    da_ptr, saved_ptr, dz_ptr, members, total, N, stride_am, stride_an,
     ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
+    if members is not None:
+        member = tl.program_id(2).to(tl.int64)
+        if inactive(members.active_ptr, member):
+            return
+        da_ptr += member * members.da
+        dz_ptr += member * total
+        if HAS_SAVED:
+            saved_ptr += member * total
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < total
     if DENSE:
@@ -45,20 +64,40 @@ def _activation_bwd_kernel(
     tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
-@remembered
-def _launch(da: Tensor, saved: Tensor | None, dz: Tensor, activation: str) -> Call:
-    total = dz.numel()
+def _plan(da: Tensor, saved: Tensor | None, dz: Tensor, activation: str, active: Tensor | None = None) -> Call:
+    total, count, members, dense = dz.numel(), 1, None, da.is_contiguous()
+    # Contiguous members are one long row, unless a part of them is left out.
+    if da.dim() == 3 and not (dense and active is None):
+        count = da.shape[0]
+        total //= count
+        members = _Members(active, da.stride(0))
+        dense = da[0].is_contiguous()
     return call(
-        _activation_bwd_kernel, (cdiv(total, BLOCK),),
-        da, saved, dz, total, da.shape[1], da.stride(0), da.stride(1),
-        ACTIVATION=activation, HAS_SAVED=saved is not None, DENSE=da.is_contiguous(), BLOCK=BLOCK,
+        _activation_bwd_kernel, (cdiv(total, BLOCK), 1, count),
+        da, saved, dz, members, total, da.shape[-1], da.stride(-2), da.stride(-1),
+        ACTIVATION=activation, HAS_SAVED=saved is not None, DENSE=dense, BLOCK=BLOCK,
     )  # fmt: skip
 
 
-def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, dz: Tensor | None = None) -> Tensor:
-    """Launch dZ = dA * f'; returns dZ, contiguous."""
+_launch = remembered(_plan)
+_launch_active = remembered(with_active(_plan))
+
+
+def activation_bwd(
+    da: Tensor,
+    saved: Tensor | None,
+    activation: str,
+    *,
+    dz: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Launch dZ = dA * f'; returns dZ, contiguous. ``active``: a bool per member; dZ of others is not written."""
     if dz is None:
         dz = torch.empty(da.shape, dtype=da.dtype, device=da.device)
-    if dz.numel():
+    if not dz.numel():
+        return dz
+    if active is None:
         _launch((da, saved, dz), (activation,))
+    else:
+        _launch_active((active, da, saved, dz), (activation,))
     return dz

@@ -11,6 +11,7 @@ depend on their order. This launch reads the flag and clears it for the next ste
 everything, because a second warp could read a number after the first warp has replaced it.
 
 The scale moves as in ``torch._amp_update_scale_``, and the factor is that of ``torch.nn.utils.clip_grad_norm_``.
+Members have a program each, and numbers of their own: [E] where a single model has 0-d tensors, and a row [E, 8].
 Bytes: one float32 per block of gradients, and some 20 numbers.
 """
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from .dependent import wait_for_previous
 from .launch import call, launch_plainly
+from .members import inactive, stride_of
 from .optimizer import HYPER_COLUMNS, MAX_NORM, corrected_row
 
 __all__ = ["LossScaleState", "before_update"]
@@ -53,15 +55,35 @@ def mark_overflow(g, mask, overflow_ptr):
         tl.atomic_or(overflow_ptr, 1, sem="relaxed")
 
 
+class _Members(NamedTuple):
+    """Which members are active, and elements from one member to the next."""
+
+    active_ptr: Tensor | None
+    hyper: int
+    squares: int
+
+
 @triton.jit
 def _before_update_kernel(
-    hyper_ptr, squares_ptr, factor_ptr, loss_scale, count_ptr, decays_ptr, row_ptr, blocks,
+    hyper_ptr, squares_ptr, factor_ptr, loss_scale, count_ptr, decays_ptr, row_ptr, members, blocks,
     OPTIMIZER: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
+    member = 0
+    if members is not None:
+        member = tl.program_id(2).to(tl.int64)
+        if inactive(members.active_ptr, member):
+            return
+        hyper_ptr += member * members.hyper
+        factor_ptr += member
+        if squares_ptr is not None:
+            squares_ptr += member * members.squares
+        if count_ptr is not None:
+            count_ptr += member
+            row_ptr += member * COLUMNS
     factor = 1.0
     if SCALED:
-        factor = tl.load(loss_scale.inverse)
+        factor = tl.load(loss_scale.inverse + member)
     if squares_ptr is not None:
         total = tl.zeros((BLOCK,), tl.float32)
         for i in range(0, blocks, BLOCK):
@@ -71,18 +93,18 @@ def _before_update_kernel(
         factor = tl.where(clipped > 1.0, 1.0, clipped)  # NaN stays NaN
     tl.store(factor_ptr, factor)
     if loss_scale is not None:
-        overflow = tl.load(loss_scale.overflow) != 0
-        tl.store(loss_scale.overflow, 0)
-        tl.store(loss_scale.skip, overflow.to(tl.int32))
-        good = tl.where(overflow, 0, tl.load(loss_scale.good_steps) + 1)
+        overflow = tl.load(loss_scale.overflow + member) != 0
+        tl.store(loss_scale.overflow + member, 0)
+        tl.store(loss_scale.skip + member, overflow.to(tl.int32))
+        good = tl.where(overflow, 0, tl.load(loss_scale.good_steps + member) + 1)
         grows = good == loss_scale.growth_steps
-        tl.store(loss_scale.good_steps, tl.where(grows, 0, good))
-        scale = tl.load(loss_scale.scale)
+        tl.store(loss_scale.good_steps + member, tl.where(grows, 0, good))
+        scale = tl.load(loss_scale.scale + member)
         grown = scale * loss_scale.growth
         scale = tl.where(grows & (grown < float("inf")), grown, tl.where(overflow, scale * loss_scale.backoff, scale))
         scale = tl.where(scale < loss_scale.least, loss_scale.least, scale)
-        tl.store(loss_scale.scale, scale)
-        tl.store(loss_scale.inverse, tl.div_rn(1.0, scale))
+        tl.store(loss_scale.scale + member, scale)
+        tl.store(loss_scale.inverse + member, tl.div_rn(1.0, scale))
         if count_ptr is not None:
             count = tl.load(count_ptr) + 1
             tl.store(count_ptr, tl.where(overflow, count - 1, count))
@@ -101,6 +123,7 @@ def before_update(
     count: Tensor | None = None,
     decays: Tensor | None = None,
     counted_row: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> None:
     """Launch what comes before the update.
 
@@ -113,9 +136,15 @@ def before_update(
             clipped then.
         count: int32, 0-d: the number of updates so far. ``decays``, float64, are the rule's numbers whose powers the
             count is of, and ``counted_row`` is an output like ``hyper_row``, corrected by the count.
+        active: with members, a bool per member. ``factor`` and all other numbers are [E] then, ``squares`` [E, blocks]
+            and ``counted_row`` [E, 8]; ``hyper_row`` may be that of all members.
     """
+    members = None
+    if factor.dim() == 1:
+        members = _Members(active, stride_of(hyper_row, 1), stride_of(squares, 1))
     launch_plainly(call(
-        _before_update_kernel, (1,),
-        hyper_row, squares, factor, loss_scale, count, decays, counted_row, 0 if squares is None else squares.numel(),
+        _before_update_kernel, (1, 1, factor.numel()),
+        hyper_row, squares, factor, loss_scale, count, decays, counted_row, members,
+        0 if squares is None else squares.shape[-1],
         OPTIMIZER=optimizer, SCALED=scaled, COLUMNS=HYPER_COLUMNS, BLOCK=BLOCK, num_warps=1,
     ))  # fmt: skip

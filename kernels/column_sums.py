@@ -34,19 +34,20 @@ def padded(n: int) -> int:
 
 
 class ColumnSums:
-    """Float32 sums of the rows of dZ [m, n], one row of ``values`` per block of rows of dZ.
+    """Float32 sums of the rows of dZ [m, n], one row of ``values`` per block of rows of dZ; or of dZ [members, m, n].
 
     The producer of dZ decides how many rows a block has, and calls ``written``.
     """
 
-    def __init__(self, m: int, n: int, device: torch.device) -> None:
-        self.values = torch.empty((cdiv(m, _LEAST_ROWS), padded(n)), dtype=torch.float32, device=device)
+    def __init__(self, m: int, n: int, device: torch.device, *, members: int | None = None) -> None:
+        shape = (cdiv(m, _LEAST_ROWS), padded(n))
+        self.values = torch.empty(shape if members is None else (members, *shape), dtype=torch.float32, device=device)
         self.blocks = 0
 
     def written(self, blocks: int) -> Tensor:
         """Where ``blocks`` rows of sums go."""
-        if blocks > self.values.shape[0]:
-            raise ValueError(f"{blocks} blocks of rows do not fit column sums of {self.values.shape[0]} rows")
+        if blocks > self.values.shape[-2]:
+            raise ValueError(f"{blocks} blocks of rows do not fit column sums of {self.values.shape[-2]} rows")
         self.blocks = blocks
         return self.values
 

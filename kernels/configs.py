@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .device import Device
 from .launch import forget
+from .members import stride_of
 from .tuned import read_table, tuned_tile
 
 __all__ = [
@@ -330,11 +331,13 @@ def loads_wide(*operands: Tensor) -> bool:
 
     One dimension must be contiguous. Its length and the other dimension's stride must be multiples of 16 elements, and
     the data must begin at a multiple of 16 bytes. (Triton knows of an integer argument only whether 16 divides it.)
+    From one member to the next must be a multiple of 16 elements too.
     """
     for t in operands:
-        first, second = t.stride()
-        inner, outer, length = (second, first, t.shape[1]) if second == 1 else (first, second, t.shape[0])
-        if inner != 1 or (outer | length | t.data_ptr()) % 16:
+        first, second = t.stride()[-2:]
+        rows, cols = t.shape[-2:]
+        inner, outer, length = (second, first, cols) if second == 1 else (first, second, rows)
+        if inner != 1 or (outer | length | stride_of(t, 2) | t.data_ptr()) % 16:
             return False
     return True
 
@@ -380,29 +383,46 @@ def fit(tile: Tile, itemsize: int, device: Device) -> Tile | None:
 @lru_cache(maxsize=4096)
 def gemm_tile(
     kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, *, wide: bool,
-    layers: Shapes = (), beside: int = 0,
+    layers: Shapes = (), beside: int = 0, members: int = 1,
 ) -> Tile:  # fmt: skip
     """The tile for an output of [rows, cols] reduced over ``depth``; see the module docstring for the rule.
 
     ``wide`` is what ``loads_wide`` says of the operands. An update's tile is for all its ``layers`` together, and for
-    what runs ``beside`` them (see ``splits``).
+    what runs ``beside`` them (see ``splits``). Several members are as many outputs in one launch.
     """
     tiles = list(all_tiles(kind, dtype, device, wide=wide))
-    if (measured := tuned_tile(kind, rows, cols, depth, dtype, device, tiles)) is not None:
+    if members == 1 and (measured := tuned_tile(kind, rows, cols, depth, dtype, device, tiles)) is not None:
         return measured
     fitting = [t for t in tiles if t.rows <= max(16, 2 * rows) and t.cols <= max(16, 2 * cols)] or tiles[-1:]
     if kind in ("wgrad", "update"):
         shapes = layers or ((rows, cols),)
-        return min(fitting, key=lambda tile: _best_split(kind, tile, shapes, depth, dtype, device, beside))
+        return min(fitting, key=lambda tile: _best_split(kind, tile, shapes, depth, dtype, device, beside, members))
+    fitting = [tile for tile in fitting if tile.slices == 1 or tile.depth <= 2 * depth]
     smallest = tiles[-1]
+    if members > 1:
+        return min(
+            fitting or [smallest], key=lambda tile: _members_cost(tile, rows, cols, depth, dtype, device, members)
+        )
     for tile in fitting:
-        if tile.slices > 1 and tile.depth > 2 * depth:
-            continue
         if _balanced(cdiv(rows, tile.rows) * cdiv(cols, tile.cols), device):
             return tile
         if tile.rows * tile.cols < smallest.rows * smallest.cols:
             smallest = tile
     return smallest
+
+
+def _members_cost(
+    tile: Tile, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, members: int
+) -> float:  # fmt: skip
+    """For how long the busiest multiprocessor is busy, in bytes as ``_best_split`` counts them.
+
+    Outputs of members are often smaller than a large tile, whose programs compute the padding too. Many members keep
+    all multiprocessors busy with tiles of any size. The rule for one output, by balance, therefore does not fit them.
+    """
+    programs = members * cdiv(rows, tile.rows) * cdiv(cols, tile.cols)
+    area, steps = tile.rows * tile.cols, cdiv(depth, tile.depth) * tile.depth
+    loads = steps * (area / _MULTIPLICATIONS_PER_BYTE[dtype.itemsize] + (tile.rows + tile.cols) * dtype.itemsize)
+    return cdiv(programs, device.multiprocessors) * (loads + area * dtype.itemsize)
 
 
 def _balanced(programs: int, device: Device) -> bool:
@@ -411,18 +431,20 @@ def _balanced(programs: int, device: Device) -> bool:
 
 
 def splits(
-    kind: str, tile: Tile, shapes: Shapes, depth: int, dtype: torch.dtype, device: Device, *, beside: int = 0
+    kind: str, tile: Tile, shapes: Shapes, depth: int, dtype: torch.dtype, device: Device, *, beside: int = 0,
+    members: int = 1,
 ) -> int:  # fmt: skip
     """How many programs share the reduction of each tile of the outputs ``shapes``.
 
     Each split also has ``beside`` programs that take about as long as a tile's, such as those that add the rows of dZ.
+    Every one of the ``members`` has all of these programs.
     """
-    return _best_split(kind, tile, shapes, depth, dtype, device, beside)[1]
+    return _best_split(kind, tile, shapes, depth, dtype, device, beside, members)[1]
 
 
 @lru_cache(maxsize=4096)
 def _best_split(
-    kind: str, tile: Tile, shapes: Shapes, depth: int, dtype: torch.dtype, device: Device, beside: int
+    kind: str, tile: Tile, shapes: Shapes, depth: int, dtype: torch.dtype, device: Device, beside: int, members: int
 ) -> tuple[float, int]:
     """(cost, splits) of the number of splits that keeps the busiest multiprocessor for the shortest time.
 
@@ -431,8 +453,8 @@ def _best_split(
     more, which is counted as twice the bytes. Programs of one multiprocessor share it; beyond those that are resident
     the next wave begins. A second or later wave of a split reduction is at least two thirds full.
     """
-    programs = beside + sum(cdiv(n, tile.rows) * cdiv(k, tile.cols) for n, k in shapes)
-    outputs = sum(n * k for n, k in shapes)
+    programs = members * (beside + sum(cdiv(n, tile.rows) * cdiv(k, tile.cols) for n, k in shapes))
+    outputs = members * sum(n * k for n, k in shapes)
     slots = device.multiprocessors * _resident(tile, dtype, device)
     if device.backend == "interpreter":
         most = min(cdiv(depth, tile.depth), max(1, slots // programs))

@@ -2,7 +2,7 @@
 
 Logits Z are [M, C], or [N, C, S] with S positions per sample (M = N S rows); any strides, float32, float16 or
 bfloat16, never written to. Targets are labels (int64 or uint8, [M] or [N, S]) or class probabilities (shaped as Z,
-any float dtype). Accumulation and statistics are float32.
+any float dtype). Accumulation and statistics are float32. ``cross_entropy_of_members`` takes logits [E, M, C].
 
 With the notation of ``softmax`` (this folder):
     loss_i = hot (log_sum - shift_y) + sum_c q_c (log_sum - shift_c)           0 where y = ignore_index
@@ -24,6 +24,8 @@ Source: softmax NLL and its gradient p - onehot (notes 7.4; the notebook's g3).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -32,11 +34,12 @@ from torch import Tensor
 from .configs import cdiv
 from .dependent import wait_for_previous
 from .device import current_device
-from .launch import Call, Launches, New, call, remembered
+from .launch import Call, Launches, New, call, remembered, with_active
+from .members import inactive, stride_of
 from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
-from .softmax_tiles import alignment, bwd_tile, fwd_tile, logits_shape, row_strides
+from .softmax_tiles import LogitsShape, alignment, bwd_tile, fwd_tile, logits_shape, row_strides
 
-__all__ = ["cross_entropy", "cross_entropy_bwd", "cross_entropy_fwd"]
+__all__ = ["cross_entropy", "cross_entropy_bwd", "cross_entropy_fwd", "cross_entropy_of_members"]
 
 
 @triton.jit
@@ -57,10 +60,18 @@ def _by_lane(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
     return tl.reshape(x, (x.shape[0], x.shape[1] // (LANES * VECTOR), LANES, VECTOR))
 
 
+class _Members(NamedTuple):
+    """Which members are active, and elements from one member to the next."""
+
+    active_ptr: Tensor | None
+    target: int
+    rows: int
+
+
 @triton.jit(do_not_specialize=["ignore_index", "M"])
 def _cross_entropy_kernel(
     z_ptr, target_ptr, w_ptr, rows_ptr, scale_ptr,
-    loss_ptr, stats_ptr, partial_ptr, denominator_ptr, dz_ptr, correct_ptr,
+    loss_ptr, stats_ptr, partial_ptr, denominator_ptr, dz_ptr, correct_ptr, members,
     scale, smoothing, ignore_index: tl.int64,
     P, C, M,
     stride_zb, stride_zc, stride_zp, stride_tb, stride_tc, stride_tp, stride_w, stride_db, stride_dc, stride_dp,
@@ -71,6 +82,15 @@ def _cross_entropy_kernel(
     # Rows are (b, p): one sample's positions, or all rows of a 2-D Z with b = 0. Row number b P + p.
     tiles = tl.cdiv(P, BLOCK_M)
     b = tl.program_id(0) // tiles
+    if members is not None:
+        member = b.to(tl.int64)
+        if inactive(members.active_ptr, member):
+            return
+        target_ptr += member * members.target
+        if rows_ptr is not None:
+            rows_ptr += member * members.rows
+        if scale_ptr is not None:
+            scale_ptr += member
     offs_p = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_p < P
     row = b.to(tl.int64) * P + offs_p
@@ -294,7 +314,7 @@ def _plan(
     whole = call(
         _cross_entropy_kernel, (programs,),
         logits, target, weight, rows, factor,
-        loss, stats, partial, denominator, dz, correct,
+        loss, stats, partial, denominator, dz, correct, None,
         scale, smoothing, ignore_index,
         shape.positions, shape.classes, shape.rows,
         *shape.strides, *stride_t, 0 if weight is None else weight.stride(0), *stride_d,
@@ -329,6 +349,69 @@ def _launch_whole(
 
 
 _launch = remembered(_plan)
+
+
+def _members_plan(
+    logits: Tensor, target: Tensor, rows: Tensor | None, factor: Tensor | None, loss: Tensor, dz: Tensor,
+    scale: float, ignore_index: int, active: Tensor | None = None,
+) -> Call:  # fmt: skip
+    """As ``_plan`` for labels: the members of logits [E, M, C] are a batch with M positions each."""
+    shape, stride_d = (_members_shape(of) for of in (logits, dz))
+    tile = fwd_tile(shape, logits.element_size(), False, False, current_device())
+    members = _Members(active, stride_of(target, 1), stride_of(rows, 1))
+    return call(
+        _cross_entropy_kernel, (shape.batch * cdiv(shape.positions, tile.rows),),
+        logits, target, None, rows, factor,
+        loss, None, None, None, dz, None, members,
+        scale, 0.0, ignore_index,
+        shape.positions, shape.classes, shape.rows,
+        *shape.strides, 0, 0, target.stride(-1), 0, *stride_d.strides,
+        PROBS=False, SMOOTH=False, REDUCE="none", WHOLE=tile.unroll == 0,
+        ALIGN=alignment(shape, shape.strides, stride_d.strides),
+        BLOCK_M=tile.rows, BLOCK_C=tile.cols, UNROLL=tile.unroll, **tile.compile_options(current_device()),
+    )  # fmt: skip
+
+
+def _members_shape(logits: Tensor) -> LogitsShape:
+    E, M, C = logits.shape
+    stride_e, stride_m, stride_c = logits.stride()
+    return LogitsShape(E, M, C, (stride_e, stride_c, stride_m))
+
+
+_launch_members = remembered(_members_plan)
+_launch_active = remembered(with_active(_members_plan))
+
+
+def cross_entropy_of_members(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    factor: Tensor | None = None,
+    rows: Tensor | None = None,
+    loss: Tensor | None = None,
+    dz: Tensor | None = None,
+    active: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As ``cross_entropy`` for logits [E, M, C], which for ``cross_entropy`` would be C positions of M classes.
+
+    Labels are [M] for all members or [E, M], any number of them with ``rows`` [M] or [E, M]. ``factor`` is [E], and
+    the loss [E, M]. ``active``, a bool per member: nothing is written for others.
+    """
+    if dz is None:
+        dz = torch.empty_like(logits)
+    if loss is None:
+        loss = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
+    if rows is not None and rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    if logits.numel():
+        tensors = (logits, target, rows, factor, loss, dz)
+        if active is None:
+            _launch_members(tensors, (ignore_index,), (float(scale),))
+        else:
+            _launch_active((active, *tensors), (ignore_index,), (float(scale),))
+    return loss, dz
 
 
 def _insert(stride: tuple[int, int]) -> tuple[int, int, int]:

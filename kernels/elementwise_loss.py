@@ -12,6 +12,7 @@ torch's: the logarithms of binary_cross_entropy are at least -100, a (1 - a) is 
 its gradient 0. dL/dy follows each formula.
 
 Shapes: A, Y [M, C], any strides; results contiguous. Contiguous operands are read as one long row, whatever C.
+Members: A, the loss and dA have an axis E in front; Y and ``rows`` may have it, and ``factor`` is [E].
 Dtypes: float32, float16, bfloat16; computed in float32.
 Bytes: one pass reads A and Y and writes dA (3 M C items). The forward pass reads 2 M C items and writes one number per
 program. The backward pass reads 2 M C items and writes M C per gradient wanted.
@@ -20,6 +21,8 @@ Source: loss derivatives of lecture notes 7.5.13; sigmoid and NLL together, conc
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +30,9 @@ from torch import Tensor
 
 from .configs import cdiv
 from .dependent import wait_for_previous
-from .launch import Call, call, remembered
+from .launch import Call, call, remembered, with_active
 from .maths import log1p_small
+from .members import count_of, inactive, stride_of
 from .reduce_sum import reduce_sum
 
 __all__ = ["elementwise_loss", "elementwise_loss_bwd", "elementwise_loss_fwd"]
@@ -101,13 +105,34 @@ def _loss_target_grad(a, y, delta, LOSS: tl.constexpr):
     return dy
 
 
+class _Members(NamedTuple):
+    """Which members are active, and elements from one member to the next."""
+
+    active_ptr: Tensor | None
+    a: int
+    y: int
+    rows: int
+
+
 @triton.jit
 def _elementwise_loss_kernel(
-    a_ptr, y_ptr, rows_ptr, g_ptr, loss_ptr, partial_ptr, da_ptr, dy_ptr,
+    a_ptr, y_ptr, rows_ptr, g_ptr, loss_ptr, partial_ptr, da_ptr, dy_ptr, members,
     scale, delta, total, C, stride_am, stride_ac, stride_ym, stride_yc, stride_gm, stride_gc,
     LOSS: tl.constexpr, DENSE: tl.constexpr, G_NUMBER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
+    if members is not None:
+        member = tl.program_id(2).to(tl.int64)
+        if inactive(members.active_ptr, member):
+            return
+        a_ptr += member * members.a
+        y_ptr += member * members.y
+        loss_ptr += member * total
+        da_ptr += member * total
+        if rows_ptr is not None:
+            rows_ptr += member * members.rows
+        if g_ptr is not None:
+            g_ptr += member
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < total
     if DENSE:
@@ -146,21 +171,30 @@ def _elementwise_loss_kernel(
         tl.store(dy_ptr + offs, (g * _loss_target_grad(a, y, delta, LOSS)).to(dy_ptr.dtype.element_ty), mask=mask)
 
 
-@remembered
-def _launch_planned(
+def _plan(
     a: Tensor, y: Tensor, rows: Tensor | None, g: Tensor | None, loss: Tensor | None, partial: Tensor | None,
-    da: Tensor | None, dy: Tensor | None, scale: float, delta: float, loss_name: str,
+    da: Tensor | None, dy: Tensor | None, scale: float, delta: float, loss_name: str, active: Tensor | None = None,
 ) -> Call:  # fmt: skip
-    total, C = a.numel(), a.shape[1]
-    number = g is not None and not any(g.stride())  # 0-d, or expanded from one number
+    count, members = count_of(a), None
+    total, C = a.numel() // (count or 1), a.shape[-1]
+    if count is None:
+        number = g is not None and not any(g.stride())  # 0-d, or expanded from one number
+        dense = rows is None and all(t.is_contiguous() for t in (a, y, *(() if g is None or number else (g,))))
+    else:
+        members = _Members(active, stride_of(a, 2), stride_of(y, 2), stride_of(rows, 1))
+        number = g is not None
+        dense = rows is None and all((t if t.dim() == 2 else t[0]).is_contiguous() for t in (a, y))
     stride_g = (0, 0) if g is None or number else g.stride()
-    dense = rows is None and all(t.is_contiguous() for t in (a, y, *(() if g is None or number else (g,))))
     return call(
-        _elementwise_loss_kernel, (cdiv(total, BLOCK),),
-        a, y, rows, g, loss, partial, da, dy,
-        scale, delta, total, C, *a.stride(), *y.stride(), *stride_g,
+        _elementwise_loss_kernel, (cdiv(total, BLOCK), 1, count or 1),
+        a, y, rows, g, loss, partial, da, dy, members,
+        scale, delta, total, C, *a.stride()[-2:], *y.stride()[-2:], *stride_g,
         LOSS=loss_name, DENSE=dense, G_NUMBER=number, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
+
+
+_launch_planned = remembered(_plan)
+_launch_active = remembered(with_active(_plan))
 
 
 def _launch(
@@ -176,8 +210,13 @@ def _launch(
     dy: Tensor | None = None,
     scale: float = 1.0,
     delta: float = 1.0,
+    active: Tensor | None = None,
 ) -> None:
-    _launch_planned((a, y, rows, g, loss, partial, da, dy), (loss_name,), (float(scale), float(delta)))
+    tensors, numbers = (a, y, rows, g, loss, partial, da, dy), (float(scale), float(delta))
+    if active is None:
+        _launch_planned(tensors, (loss_name,), numbers)
+    else:
+        _launch_active((active, *tensors), (loss_name,), numbers)
 
 
 def elementwise_loss(
@@ -190,18 +229,20 @@ def elementwise_loss(
     rows: Tensor | None = None,
     loss: Tensor | None = None,
     da: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch one pass over A [M, C] and Y [M, C]: (loss of every element in float32, dA = scale factor dL/dA).
 
     ``factor`` is a 0-d float32 that the kernel reads. ``rows`` (int64 [M], contiguous) takes row m's target from
-    y[rows[m]], of a Y of any number of rows.
+    y[rows[m]], of a Y of any number of rows. ``active``, a bool per member of A [E, M, C]: nothing is
+    written for others.
     """
     if loss is None:
         loss = torch.empty(a.shape, dtype=torch.float32, device=a.device)
     if da is None:
         da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     if a.numel():
-        _launch(a, y, loss_name, rows=rows, g=factor, loss=loss, da=da, scale=scale)
+        _launch(a, y, loss_name, rows=rows, g=factor, loss=loss, da=da, scale=scale, active=active)
     return loss, da
 
 

@@ -8,6 +8,8 @@
 Shapes: H [M, K] (the output A_{L-1} of the layer below), W [C, K], b [C]; dZ_L and Z_L [M, C], dZ_{L-1} and
 ``saved`` [M, K]; loss [M]. Any strides for H, W, b and saved; outputs contiguous; dZ_L may have more columns.
 Dtypes: H and W float32, float16 or bfloat16, alike; or H uint8 pixels (X / 255, as ``linear_fwd``), without dZ_{L-1}.
+Members: W [E, C, K], b [E, C], and an axis E in front of saved, the outputs and the sums; H, labels and ``rows`` may be
+the same for all members or have the axis too. ``factor`` is [E].
 Accumulated in float32; the loss is that of the float32 logits, and dZ_L is rounded before it is multiplied by W.
 ``saved`` is what f'_{L-1} is computed from: A_{L-1}, which is H itself, or Z_{L-1}, or None (see ``activations``).
 Optional: the sums of the rows of dZ_L and of dZ_{L-1}, a row per block of rows (see ``column_sums``).
@@ -35,7 +37,8 @@ from .column_sums import ColumnSums, store_block_sums
 from .configs import cdiv
 from .dependent import wait_for_previous
 from .device import Device, current_device, input_precision
-from .launch import Call, call, remembered
+from .launch import Call, call, remembered, with_active
+from .members import count_of, inactive, stride_of
 from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
 from .tiling import accumulated, accumulator, dot
 
@@ -45,10 +48,25 @@ __all__ = ["MAX_CLASSES", "head"]
 MAX_CLASSES = 64
 
 
+class _Members(NamedTuple):
+    """Which members are active, and elements from one member to the next."""
+
+    active_ptr: Tensor | None
+    h: int
+    w: int
+    b: int
+    target: int
+    rows: int
+    saved: int
+    dz: int
+    sums: int
+    prev_sums: int
+
+
 @triton.jit(do_not_specialize=["ignore_index", "M"])
 def _head_kernel(
     h_ptr, w_ptr, b_ptr, target_ptr, rows_ptr, class_weight_ptr, saved_ptr, scale_ptr,
-    loss_ptr, dz_ptr, dz_prev_ptr, z_ptr, correct_ptr, sums_ptr, prev_sums_ptr,
+    loss_ptr, dz_ptr, dz_prev_ptr, z_ptr, correct_ptr, sums_ptr, prev_sums_ptr, members,
     scale, smoothing, ignore_index: tl.int64,
     M, C, K,
     stride_hm, stride_hk, stride_wc, stride_wk, stride_b, stride_t, stride_cw, stride_sm, stride_sk,
@@ -59,6 +77,33 @@ def _head_kernel(
     COLS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
+    if members is not None:
+        member = tl.program_id(2).to(tl.int64)
+        if inactive(members.active_ptr, member):
+            return
+        h_ptr += member * members.h
+        w_ptr += member * members.w
+        target_ptr += member * members.target
+        loss_ptr += member * M
+        dz_ptr += member * members.dz
+        if b_ptr is not None:
+            b_ptr += member * members.b
+        if rows_ptr is not None:
+            rows_ptr += member * members.rows
+        if saved_ptr is not None:
+            saved_ptr += member * members.saved
+        if scale_ptr is not None:
+            scale_ptr += member
+        if dz_prev_ptr is not None:
+            dz_prev_ptr += member * M * K
+        if z_ptr is not None:
+            z_ptr += member * M * C
+        if correct_ptr is not None:
+            correct_ptr += member * M
+        if sums_ptr is not None:
+            sums_ptr += member * members.sums
+        if prev_sums_ptr is not None:
+            prev_sums_ptr += member * members.prev_sums
     pid_m = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -165,7 +210,9 @@ class _HeadTile(NamedTuple):
     num_stages: int
 
 
-def _tile(M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: bool, device: Device) -> _HeadTile:
+def _tile(
+    M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: bool, device: Device, members: int
+) -> _HeadTile:
     """16 rows per program, or more as long as every multiprocessor gets a program; columns are split when some do not.
 
     Slices are 256 bytes deep, which the counts of the simulated GPU show to read shared memory without bank
@@ -177,7 +224,7 @@ def _tile(M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: boo
     if device.backend == "interpreter":
         return _HeadTile(32, classes, 2, 16, 32, min(2, cdiv(K, 32)) if writes_prev and K else 1, 1, 1)
     rows = 1024 // classes
-    if cdiv(M, rows) < device.multiprocessors:
+    if members * cdiv(M, rows) < device.multiprocessors or (members > 1 and rows >= 2 * M):
         rows = 16
     slices, depth, cols, num_warps, num_stages = 4, 256 // itemsize, 64, 4, 2
     if not (device.has_tf32 or str(device.arch).startswith("gfx9")):
@@ -192,39 +239,54 @@ def _tile(M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: boo
         depth //= 2
     splits = 1
     if writes_prev:
-        splits = max(1, min(cdiv(K, cols), device.multiprocessors // cdiv(M, rows)))
+        splits = max(1, min(cdiv(K, cols), device.multiprocessors // (members * cdiv(M, rows))))
     return _HeadTile(rows, classes, slices, depth, cols, splits, num_warps, num_stages)
 
 
 def _tile_of(h: Tensor, weight: Tensor, M: int, writes_prev: bool, device: Device) -> _HeadTile:
-    C, K = weight.shape
-    aligned = K % 16 == 0 and all(t.stride(1) == 1 and t.stride(0) % 16 == 0 for t in (h, weight))
-    return _tile(M, C, K, weight.element_size(), aligned, writes_prev, device)
+    C, K = weight.shape[-2:]
+    aligned = K % 16 == 0 and all(
+        t.stride(-1) == 1 and t.stride(-2) % 16 == 0 and stride_of(t, 2) % 16 == 0 for t in (h, weight)
+    )
+    return _tile(M, C, K, weight.element_size(), aligned, writes_prev, device, count_of(weight) or 1)
 
 
-@remembered
-def _launch(
+def _plan(
     h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: Tensor | None, class_weight: Tensor | None,
     saved: Tensor | None, factor: Tensor | None,
     loss: Tensor, dz: Tensor, dz_prev: Tensor | None, logits: Tensor | None, correct: Tensor | None,
     sums: Tensor | None, prev_sums: Tensor | None,
     scale: float, smoothing: float,
-    ignore_index: int, activation: str, smooth: bool, gather_h: bool,
+    ignore_index: int, activation: str, smooth: bool, gather_h: bool, active: Tensor | None = None,
 ) -> Call:  # fmt: skip
-    M = dz.shape[0]
-    C, K = weight.shape
+    M = dz.shape[-2]
+    C, K = weight.shape[-2:]
     device = current_device()
     tile = _tile_of(h, weight, M, dz_prev is not None, device)
+    count, members = count_of(weight), None
+    if count is not None:
+        of_members = (
+            (h, 2),
+            (weight, 2),
+            (bias, 1),
+            (target, 1),
+            (rows, 1),
+            (saved, 2),
+            (dz, 2),
+            (sums, 2),
+            (prev_sums, 2),
+        )
+        members = _Members(active, *[stride_of(*of) for of in of_members])
     return call(
-        _head_kernel, (cdiv(M, tile.rows) * tile.splits,),
+        _head_kernel, (cdiv(M, tile.rows) * tile.splits, 1, count or 1),
         h, weight, bias, target, rows, class_weight, saved, factor,
-        loss, dz, dz_prev, logits, correct, sums, prev_sums,
+        loss, dz, dz_prev, logits, correct, sums, prev_sums, members,
         scale, smoothing, ignore_index,
         M, C, K,
-        h.stride(0), h.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
-        target.stride(0), 0 if class_weight is None else class_weight.stride(0),
-        *((0, 0) if saved is None else saved.stride()),
-        dz.stride(0), *(0 if of is None else of.stride(0) for of in (sums, prev_sums)),
+        h.stride(-2), h.stride(-1), weight.stride(-2), weight.stride(-1), 0 if bias is None else bias.stride(-1),
+        target.stride(-1), 0 if class_weight is None else class_weight.stride(0),
+        *((0, 0) if saved is None else saved.stride()[-2:]),
+        dz.stride(-2), *(0 if of is None else of.stride(-2) for of in (sums, prev_sums)),
         ACTIVATION=activation, SMOOTH=smooth, GATHER_H=gather_h, PIXELS=h.dtype == torch.uint8,
         EVEN_K=K % (tile.slices * tile.depth) == 0, EVEN_COLS=K % tile.cols == 0,
         INPUT_PRECISION=input_precision(device, weight.dtype),
@@ -232,6 +294,10 @@ def _launch(
         COLS=tile.cols, SPLITS=tile.splits,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+
+
+_launch = remembered(_plan)
+_launch_active = remembered(with_active(_plan))
 
 
 def head(
@@ -257,6 +323,7 @@ def head(
     correct: Tensor | None = None,
     sums: ColumnSums | None = None,
     prev_sums: ColumnSums | None = None,
+    active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch the head: (loss of each row, dZ_L, dZ_{L-1} or None).
 
@@ -273,15 +340,17 @@ def head(
         logits: output [M, C], contiguous, any float dtype; not written unless given.
         correct: output [M], contiguous, any dtype: 1 where the label is the first largest logit, else 0.
         sums, prev_sums: take the sums of the rows of dz and of dz_prev.
+        active: a bool per member; nothing is written for members that are not active.
     """
-    M = target.shape[0] if rows is None else rows.shape[0]
-    C, K = weight.shape
+    M = target.shape[-1] if rows is None else rows.shape[-1]
+    C, K = weight.shape[-2:]
+    leading = weight.shape[:-2]
     if loss is None:
-        loss = torch.empty(M, dtype=torch.float32, device=h.device)
+        loss = torch.empty((*leading, M), dtype=torch.float32, device=h.device)
     if dz is None:
-        dz = torch.empty((M, C), dtype=weight.dtype, device=h.device)
+        dz = torch.empty((*leading, M, C), dtype=weight.dtype, device=h.device)
     if want_dz_prev and dz_prev is None:
-        dz_prev = torch.empty((M, K), dtype=weight.dtype, device=h.device)
+        dz_prev = torch.empty((*leading, M, K), dtype=weight.dtype, device=h.device)
     if M == 0:
         return loss, dz, dz_prev
     device = current_device()
@@ -290,12 +359,13 @@ def head(
         for of in (sums, prev_sums):
             if of is not None:
                 of.written(blocks)
-    _launch(
-        (
-            h, weight, bias, target, rows, class_weight, saved, factor, loss, dz, dz_prev, logits, correct,
-            *[None if of is None else of.values for of in (sums, prev_sums)],
-        ),
-        (ignore_index, activation, smoothing != 0.0, gather_h),
-        (float(scale), float(smoothing)),
+    tensors = (
+        h, weight, bias, target, rows, class_weight, saved, factor, loss, dz, dz_prev, logits, correct,
+        *[None if of is None else of.values for of in (sums, prev_sums)],
     )  # fmt: skip
+    settings, numbers = (ignore_index, activation, smoothing != 0.0, gather_h), (float(scale), float(smoothing))
+    if active is None:
+        _launch(tensors, settings, numbers)
+    else:
+        _launch_active((active, *tensors), settings, numbers)
     return loss, dz, dz_prev

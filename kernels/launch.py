@@ -44,7 +44,7 @@ from triton.runtime import driver
 from .dependent import launch_options, launches_dependent
 from .device import interpreting
 
-__all__ = ["Call", "Launches", "New", "call", "forget", "launch_plainly", "remembered"]
+__all__ = ["Call", "Launches", "New", "call", "forget", "launch_plainly", "remembered", "with_active"]
 
 #: Launches that are remembered per driver. One more, and all are forgotten.
 MOST = 4096
@@ -211,6 +211,15 @@ def remembered(plan: Plan) -> Callable[..., Any]:
         return allocated
 
     return launch
+
+
+def with_active(plan: Plan) -> Plan:
+    """The plan with one tensor more, in front: which members are active. Keys of single models have no such place."""
+
+    def planned(active: Tensor, *rest: Any) -> Call | Launches | None:
+        return plan(*rest, active=active)
+
+    return planned
 
 
 def _remember(

@@ -1,7 +1,8 @@
 """The layers that an update trains, and where each parameter lies in the flat buffers beside them.
 
 Optimizer state, gradients and partial sums of all parameters are flat float32 buffers of one layout: a segment per
-parameter, W_0, b_0, W_1, ..., each padded to a multiple of ``SEGMENT`` elements.
+parameter, W_0, b_0, W_1, ..., each padded to a multiple of ``SEGMENT`` elements. With members, W_l is [E, N_l, K_l], a
+buffer is [E, total], and a segment belongs to one member's parameter.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .configs import cdiv
+from .members import count_of
 
 __all__ = ["SEGMENT", "Layer", "Layout"]
 
@@ -23,8 +25,8 @@ SEGMENT = 1024
 class Layer:
     """One trained layer: float32 masters and, where products read 16 bits, the copies or parameters that they read."""
 
-    weight: Tensor  #: [N, K], contiguous
-    bias: Tensor | None  #: [N], or None where there is none to train
+    weight: Tensor  #: [N, K], contiguous; [E, N, K] with members
+    bias: Tensor | None  #: [N], or None where there is none to train; [E, N] with members
     low_weight: Tensor | None = None
     low_bias: Tensor | None = None
 
@@ -54,11 +56,13 @@ class ParameterArguments(NamedTuple):
 class Layout:
     """Where each parameter of some layers lies in flat buffers of ``total`` elements, and what kernels take of it.
 
-    ``low_is_param`` says whether the 16-bit tensors of the layers are the parameters, not copies of them.
+    ``low_is_param`` says whether the 16-bit tensors of the layers are the parameters, not copies of them. ``members``
+    is the number of members, or None for a single model.
     """
 
     def __init__(self, layers: Sequence[Layer], *, low_is_param: bool = False) -> None:
         self.layers, self.low_is_param = tuple(layers), low_is_param
+        self.members = count_of(self.layers[0].weight)
         self.params: list[Tensor] = []
         self.starts: list[int] = []
         self.total = 0
@@ -68,8 +72,9 @@ class Layout:
             start = self.total
             self.params.append(param)
             self.starts.append(start)
-            self.total += cdiv(param.numel(), SEGMENT) * SEGMENT
-            of_parameters.append(ParameterArguments(param, low, start // SEGMENT, param.numel()))
+            numel = param.numel() // (self.members or 1)
+            self.total += cdiv(numel, SEGMENT) * SEGMENT
+            of_parameters.append(ParameterArguments(param, low, start // SEGMENT, numel))
             return start
 
         for layer in self.layers:
@@ -80,11 +85,20 @@ class Layout:
             of_layers.append(
                 LayerArguments(
                     weight, weight if bias is None else bias, low_weight, low_weight if bias is None else low_bias,
-                    *weight.shape, w_segment, b_segment,
+                    *weight.shape[-2:], w_segment, b_segment,
                 )
             )  # fmt: skip
         self.of_layers, self.of_parameters = tuple(of_layers), tuple(of_parameters)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The parameters' shapes as views into a flat buffer of ``total`` elements."""
-        return [flat[s : s + p.numel()].view(p.shape) for s, p in zip(self.starts, self.params, strict=True)]
+        """The parameters' shapes as views into a flat buffer, [total] or [E, total]."""
+        numels = [arguments.numel for arguments in self.of_parameters]
+        return [
+            flat[..., s : s + numel].view(p.shape)
+            for s, numel, p in zip(self.starts, numels, self.params, strict=True)
+        ]  # fmt: skip
+
+    @property
+    def flat_shape(self) -> tuple[int, ...]:
+        """The shape of a flat buffer: [total], or [E, total] with members."""
+        return (self.total,) if self.members is None else (self.members, self.total)

@@ -6,6 +6,7 @@ chain needs no elementwise pass between layers. With f = identity the result is 
 Shapes: dZ [M, N], W [N, K], dX and ``saved`` [M, K]; any strides for dZ and W, dX and saved contiguous.
 ``saved`` is what f' is computed from: A_{l-1}, or Z_{l-1}, or None (see ``activations``).
 Dtypes: float32, float16 or bfloat16, all alike, accumulated in float32.
+Members: W [E, N, K], and dZ, dX and ``saved`` with an axis E in front.
 Optional: ``sums`` takes the sums of the rows of dX, a row per block of rows (see ``column_sums``).
 Bytes: reads dZ once per column of tiles, W once per row of tiles and saved once; writes dX. The least possible:
 (M N + N K + 2 M K) items.
@@ -13,6 +14,8 @@ Source: dL/dA_{l-1} = dL/dZ_l W_l and dL/dZ = f'(Z) * dL/dA (lecture notes 7.5; 
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,7 +27,8 @@ from .column_sums import ColumnSums, store_block_sums
 from .configs import Tile, TileRule, cdiv, gemm_tile, loads_wide
 from .dependent import wait_for_previous
 from .device import current_device, input_precision
-from .launch import Call, call, remembered
+from .launch import Call, call, remembered, with_active
+from .members import count_of, inactive, stride_of
 from .tiling import (
     EPILOGUE_SIZE,
     accumulated,
@@ -43,9 +47,19 @@ __all__ = ["linear_dgrad"]
 GROUP_M = 8
 
 
+class _Members(NamedTuple):
+    """Which members are active, and elements from one member to the next."""
+
+    active_ptr: Tensor | None
+    dz: int
+    w: int
+    dx: int
+    sums: int
+
+
 @triton.jit
 def _linear_dgrad_kernel(
-    dz_ptr, w_ptr, saved_ptr, dx_ptr, sums_ptr,
+    dz_ptr, w_ptr, saved_ptr, dx_ptr, sums_ptr, members,
     M, N, K,
     stride_zm, stride_zn, stride_wn, stride_wk, stride_sums,
     ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr,
@@ -53,6 +67,17 @@ def _linear_dgrad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
+    if members is not None:
+        member = tl.program_id(2).to(tl.int64)
+        if inactive(members.active_ptr, member):
+            return
+        dz_ptr += member * members.dz
+        w_ptr += member * members.w
+        dx_ptr += member * members.dx
+        if HAS_SAVED:
+            saved_ptr += member * members.dx
+        if sums_ptr is not None:
+            sums_ptr += member * members.sums
     pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -111,23 +136,27 @@ def _store_dx(
 
 
 def _tile(dz: Tensor, weight: Tensor, gemm_tile: TileRule) -> Tile:
-    N, K = weight.shape
-    return gemm_tile("dgrad", dz.shape[0], K, N, weight.dtype, current_device(), wide=loads_wide(dz, weight))
+    N, K = weight.shape[-2:]
+    wide, members = loads_wide(dz, weight), count_of(weight) or 1
+    return gemm_tile("dgrad", dz.shape[-2], K, N, weight.dtype, current_device(), wide=wide, members=members)
 
 
 def plan(
     dz: Tensor, weight: Tensor, saved: Tensor | None, dx: Tensor, sums: Tensor | None, activation: str,
-    gemm_tile: TileRule,
+    gemm_tile: TileRule, active: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """What ``linear_dgrad`` launches."""
-    M = dz.shape[0]
-    N, K = weight.shape
+    M = dz.shape[-2]
+    N, K = weight.shape[-2:]
     tile = _tile(dz, weight, gemm_tile)
+    count, members = count_of(weight), None
+    if count is not None:
+        members = _Members(active, *[stride_of(of, 2) for of in (dz, weight, dx, sums)])
     return call(
-        _linear_dgrad_kernel, (cdiv(M, tile.rows) * cdiv(K, tile.cols),),
-        dz, weight, saved, dx, sums,
+        _linear_dgrad_kernel, (cdiv(M, tile.rows) * cdiv(K, tile.cols), 1, count or 1),
+        dz, weight, saved, dx, sums, members,
         M, N, K,
-        dz.stride(0), dz.stride(1), weight.stride(0), weight.stride(1), 0 if sums is None else sums.stride(0),
+        dz.stride(-2), dz.stride(-1), weight.stride(-2), weight.stride(-1), 0 if sums is None else sums.stride(-2),
         ACTIVATION=activation, HAS_SAVED=saved is not None,
         EVEN_N=N % tile.depth == 0, INPUT_PRECISION=input_precision(current_device(), weight.dtype),
         BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.cols, SLICES=tile.slices, GROUP_M=GROUP_M,
@@ -136,6 +165,7 @@ def plan(
 
 
 _launch = remembered(plan)
+_launch_active = remembered(with_active(plan))
 
 
 def linear_dgrad(
@@ -146,15 +176,21 @@ def linear_dgrad(
     *,
     dx: Tensor | None = None,
     sums: ColumnSums | None = None,
+    active: Tensor | None = None,
 ) -> Tensor:
     """Launch dX = (dZ W) * f'; ``activation`` is that of the layer below.
 
-    ``dx``: output to reuse, contiguous. ``sums``: takes the sums of the rows of dX.
+    ``dx``: output to reuse, contiguous. ``sums``: takes the sums of the rows of dX. ``active``: a bool per member;
+    dX of members that are not active is not written.
     """
     if dx is None:
-        dx = torch.empty((dz.shape[0], weight.shape[1]), dtype=weight.dtype, device=dz.device)
+        dx = torch.empty((*dz.shape[:-1], weight.shape[-1]), dtype=weight.dtype, device=dz.device)
     if dx.numel():
         if sums is not None:
-            sums.written(cdiv(dz.shape[0], _tile(dz, weight, gemm_tile).rows))
-        _launch((dz, weight, saved, dx, None if sums is None else sums.values), (activation, gemm_tile))
+            sums.written(cdiv(dz.shape[-2], _tile(dz, weight, gemm_tile).rows))
+        values = None if sums is None else sums.values
+        if active is None:
+            _launch((dz, weight, saved, dx, values), (activation, gemm_tile))
+        else:
+            _launch_active((active, dz, weight, saved, dx, values), (activation, gemm_tile))
     return dx

@@ -4,6 +4,7 @@ Shapes: X [M, K], W [N, K], b [N], A and Z [M, N]; any strides for X and W, A an
 Dtypes: X, W, b float32, float16 or bfloat16, all alike, accumulated in float32; or X uint8 pixels, which count as
 X / 255: the integers are exact in every dtype, so they go through the product as they are and the accumulator
 is scaled once.
+Members: W [E, N, K], b [E, N], A and Z [E, M, N]; X [M, K] and ``rows`` [M] for all members, or [E, M, K] and [E, M].
 Optional: ``rows`` int64 [M], any stride, gathers the rows of X inside the kernel (row m of the product is X[rows[m]]);
 ``save_z`` also writes Z = X W^T + b, for activations whose derivative needs it.
 Bytes: reads X once per column of tiles and W once per row of tiles (neighbours share them in the L2 cache by the
@@ -12,6 +13,8 @@ Source: the layer equations of all four source documents, in row-vector form wit
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,7 +25,8 @@ from .activations import activate
 from .configs import TileRule, cdiv, gemm_tile, loads_wide
 from .dependent import wait_for_previous
 from .device import current_device, input_precision
-from .launch import Call, call, remembered
+from .launch import Call, call, remembered, with_active
+from .members import count_of, inactive, stride_of
 from .tiling import EPILOGUE_SIZE, accumulated, accumulator, as_column, dot, grouped_tile, halves, reduced, transposed
 
 __all__ = ["linear_fwd"]
@@ -30,9 +34,20 @@ __all__ = ["linear_fwd"]
 GROUP_M = 8
 
 
+class _Members(NamedTuple):
+    """Which members are active, and elements from one member to the next."""
+
+    active_ptr: Tensor | None
+    x: int
+    w: int
+    b: int
+    a: int
+    rows: int
+
+
 @triton.jit
 def _linear_fwd_kernel(
-    x_ptr, w_ptr, b_ptr, a_ptr, z_ptr, rows_ptr,
+    x_ptr, w_ptr, b_ptr, a_ptr, z_ptr, rows_ptr, members,
     M, N, K,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
     ACTIVATION: tl.constexpr,
@@ -41,6 +56,19 @@ def _linear_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
+    if members is not None:
+        member = tl.program_id(2).to(tl.int64)
+        if inactive(members.active_ptr, member):
+            return
+        x_ptr += member * members.x
+        w_ptr += member * members.w
+        a_ptr += member * members.a
+        if HAS_BIAS:
+            b_ptr += member * members.b
+        if SAVE_Z:
+            z_ptr += member * members.a
+        if GATHER:
+            rows_ptr += member * members.rows
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -115,18 +143,22 @@ def _store_a(z, a_ptr, z_ptr, offs_m, first_n, M, N, ACTIVATION: tl.constexpr, S
 
 def plan(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, z: Tensor | None, rows: Tensor | None,
-    activation: str, gemm_tile: TileRule,
+    activation: str, gemm_tile: TileRule, active: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """What ``linear_fwd`` launches."""
-    M = a.shape[0]
-    N, K = weight.shape
+    M = a.shape[-2]
+    N, K = weight.shape[-2:]
     device = current_device()
-    tile = gemm_tile("fwd", M, N, K, weight.dtype, device, wide=loads_wide(x, weight))
+    count, members = count_of(weight), None
+    if count is not None:
+        strides = [stride_of(*of) for of in ((x, 2), (weight, 2), (bias, 1), (a, 2), (rows, 1))]
+        members = _Members(active, *strides)
+    tile = gemm_tile("fwd", M, N, K, weight.dtype, device, wide=loads_wide(x, weight), members=count or 1)
     return call(
-        _linear_fwd_kernel, (cdiv(M, tile.rows) * cdiv(N, tile.cols),),
-        x, weight, bias, a, z, rows,
+        _linear_fwd_kernel, (cdiv(M, tile.rows) * cdiv(N, tile.cols), 1, count or 1),
+        x, weight, bias, a, z, rows, members,
         M, N, K,
-        x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
+        x.stride(-2), x.stride(-1), weight.stride(-2), weight.stride(-1), 0 if bias is None else bias.stride(-1),
         ACTIVATION=activation,
         HAS_BIAS=bias is not None, SAVE_Z=z is not None, GATHER=rows is not None, PIXELS=x.dtype == torch.uint8,
         EVEN_K=K % tile.depth == 0, INPUT_PRECISION=input_precision(device, weight.dtype),
@@ -136,6 +168,7 @@ def plan(
 
 
 _launch = remembered(plan)
+_launch_active = remembered(with_active(plan))
 
 
 def linear_fwd(
@@ -148,17 +181,24 @@ def linear_fwd(
     rows: Tensor | None = None,
     a: Tensor | None = None,
     z: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch A = f(X W^T + b); returns (A, Z or None). ``a`` and ``z`` are outputs to reuse, contiguous [M, N]."""
-    M = x.shape[0] if rows is None else rows.shape[0]
-    N = weight.shape[0]
+    """Launch A = f(X W^T + b); returns (A, Z or None). ``a`` and ``z`` are outputs to reuse, contiguous [M, N].
+
+    ``active`` is a bool per member; A of members that are not active is not written.
+    """
+    M = x.shape[-2] if rows is None else rows.shape[-1]
+    N = weight.shape[-2]
     if a is None:
-        a = torch.empty((M, N), dtype=weight.dtype, device=x.device)
+        a = torch.empty((*weight.shape[:-2], M, N), dtype=weight.dtype, device=x.device)
     if save_z and z is None:
         z = torch.empty_like(a)
     if M == 0 or N == 0:
         return a, z
-    if rows is not None:
+    if rows is not None and rows.stride(-1) != 1:
         rows = rows.contiguous()
-    _launch((x, weight, bias, a, z, rows), (activation, gemm_tile))
+    if active is None:
+        _launch((x, weight, bias, a, z, rows), (activation, gemm_tile))
+    else:
+        _launch_active((active, x, weight, bias, a, z, rows), (activation, gemm_tile))
     return a, z

@@ -4,16 +4,20 @@ Shapes: dZ [M, N], X [M, K], dW [N, K], db [N]; any strides for dZ and X, dW and
 Dtypes: dZ and X float32, float16 or bfloat16, alike, accumulated in float32; or X uint8 pixels, which count as
 X / 255 (the accumulator is scaled once). ``rows`` int64 [M], any stride, gathers the rows of X inside the kernel.
 
+Members: dZ [E, M, N], dW [E, N, K], db [E, N]; X [M, K] and ``rows`` [M] for all members, or [E, M, K] and [E, M].
+
 The batch is the reduction. When the output has fewer tiles than the GPU has room for, each tile's batch is split over
-S programs (``configs.splits``). These write float32 partial sums to a workspace [S, N K + N], and a second kernel adds
-the S slices in their order. Programs of their own add the rows of dZ, beside those of the tiles (``column_sums`` has
-the order of the sums). There are no atomics, so two runs agree bit by bit.
+S programs (``configs.splits``). These write float32 partial sums to a workspace [S, N K + N], with members
+[S, E, N K + N], and a second kernel adds the S slices in their order. Programs of their own add the rows of dZ, beside
+those of the tiles (``column_sums`` has the order of the sums). There are no atomics, so two runs agree bit by bit.
 Bytes: reads dZ once per column of tiles, and once for db; reads X once per row of tiles; writes dW and db. A split
 batch also writes and reads S (N K + N) floats.
 Source: dL/dW = (dL/dZ)^T A_{l-1}, dL/db = dL/dZ, summed over the batch (np.outer in the first document).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,6 +29,7 @@ from .configs import Tile, cdiv, gemm_tile, loads_wide, splits
 from .dependent import wait_for_previous
 from .device import current_device, input_precision
 from .launch import Call, call, remembered
+from .members import count_of, stride_of
 from .tiling import EPILOGUE_SIZE, accumulated, accumulator, dot, grouped_tile, halves
 
 __all__ = ["linear_wgrad"]
@@ -82,9 +87,19 @@ def wgrad_tile(
     return dw
 
 
+class _Members(NamedTuple):
+    """Elements from one member to the next."""
+
+    dz: int
+    x: int
+    rows: int
+    dw: int
+    db: int
+
+
 @triton.jit
 def _linear_wgrad_kernel(
-    dz_ptr, x_ptr, rows_ptr, dw_ptr, db_ptr,
+    dz_ptr, x_ptr, rows_ptr, dw_ptr, db_ptr, members,
     M, N, K, m_per_split, stride_split,
     stride_zm, stride_zn, stride_xm, stride_xk,
     HAS_BIAS: tl.constexpr, GATHER: tl.constexpr, PIXELS: tl.constexpr,
@@ -93,6 +108,15 @@ def _linear_wgrad_kernel(
     SUM_COLS: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
+    if members is not None:
+        member = tl.program_id(2).to(tl.int64)
+        dz_ptr += member * members.dz
+        x_ptr += member * members.x
+        dw_ptr += member * members.dw
+        if GATHER:
+            rows_ptr += member * members.rows
+        if HAS_BIAS:
+            db_ptr += member * members.db
     # With one split the outputs are dW and db themselves (stride_split is 0), otherwise this split's workspace slice.
     split = tl.program_id(1)
     slice_start = split.to(tl.int64) * stride_split
@@ -143,10 +167,16 @@ def sum_slices(partial_ptr, offs, mask, n_splits, stride_split):
 
 @triton.jit
 def _wgrad_reduce_kernel(
-    partial_ptr, dw_ptr, db_ptr, weights, total, n_splits, stride_split,
+    partial_ptr, dw_ptr, db_ptr, member_sums, weights, total, n_splits, stride_split,
     HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
+    if member_sums is not None:
+        member = tl.program_id(2).to(tl.int64)
+        partial_ptr += member * member_sums
+        dw_ptr += member * weights
+        if HAS_BIAS:
+            db_ptr += member * (total - weights)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     grad = sum_slices(partial_ptr, offs, offs < total, n_splits, stride_split)
     tl.store(dw_ptr + offs, grad.to(dw_ptr.dtype.element_ty), mask=offs < weights)
@@ -159,14 +189,20 @@ def _launch(
     dz: Tensor, x: Tensor, rows: Tensor | None, out_w: Tensor, out_b: Tensor | None,
     tile: Tile, n_splits: int, m_per_split: int, stride_split: int,
 ) -> Call:  # fmt: skip
-    M, N = dz.shape
-    K = x.shape[1]
+    M, N = dz.shape[-2:]
+    K = x.shape[-1]
     programs = cdiv(N, tile.rows) * cdiv(K, tile.cols) + (0 if out_b is None else cdiv(N, SUM_COLS))
+    count, members = count_of(dz), None
+    if count is not None:
+        # Partial sums are [S, E, N K + N], and the part of db lies behind that of dW.
+        sums = None if n_splits == 1 else out_w.stride(1)
+        dw, db = (N * K, N) if sums is None else (sums, sums)
+        members = _Members(*[stride_of(*of) for of in ((dz, 2), (x, 2), (rows, 1))], dw, db)
     return call(
-        _linear_wgrad_kernel, (programs, n_splits),
-        dz, x, rows, out_w, out_b,
+        _linear_wgrad_kernel, (programs, n_splits, count or 1),
+        dz, x, rows, out_w, out_b, members,
         M, N, K, m_per_split, stride_split if n_splits > 1 else 0,
-        dz.stride(0), dz.stride(1), x.stride(0), x.stride(1),
+        dz.stride(-2), dz.stride(-1), x.stride(-2), x.stride(-1),
         HAS_BIAS=out_b is not None, GATHER=rows is not None, PIXELS=x.dtype == torch.uint8,
         EVEN_M=M % tile.depth == 0, INPUT_PRECISION=input_precision(current_device(), dz.dtype),
         BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, SUM_COLS=SUM_COLS,
@@ -176,11 +212,15 @@ def _launch(
 
 @remembered
 def _launch_reduce(partial: Tensor, dw: Tensor, db: Tensor | None) -> Call:
-    n_splits, stride_split = partial.shape
-    total = dw.numel() + (0 if db is None else db.numel())
+    n_splits, stride_split = partial.shape[0], partial.stride(0)
+    count = count_of(dw) or 1
+    weights = dw.numel() // count
+    total = weights + (0 if db is None else db.numel() // count)
+    member_sums = None if partial.dim() == 2 else partial.stride(1)
     return call(
-        _wgrad_reduce_kernel, (cdiv(total, REDUCE_BLOCK),),
-        partial, dw, db, dw.numel(), total, n_splits, stride_split, HAS_BIAS=db is not None, BLOCK=REDUCE_BLOCK,
+        _wgrad_reduce_kernel, (cdiv(total, REDUCE_BLOCK), 1, count),
+        partial, dw, db, member_sums, weights, total, n_splits, stride_split,
+        HAS_BIAS=db is not None, BLOCK=REDUCE_BLOCK,
     )  # fmt: skip
 
 
@@ -194,20 +234,20 @@ def linear_wgrad(
     db: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch dW = dZ^T X and, with ``bias``, db; returns (dW, db or None). ``dw``, ``db``: outputs to reuse."""
-    M, N = dz.shape
-    K = x.shape[1]
+    M, N = dz.shape[-2:]
+    K, leading = x.shape[-1], dz.shape[:-2]
     if dw is None:
-        dw = torch.empty((N, K), dtype=dz.dtype, device=dz.device)
+        dw = torch.empty((*leading, N, K), dtype=dz.dtype, device=dz.device)
     if bias and db is None:
-        db = torch.empty((N,), dtype=dz.dtype, device=dz.device)
+        db = torch.empty((*leading, N), dtype=dz.dtype, device=dz.device)
     if N == 0 or K == 0:
-        return dw, db if db is None else torch.sum(dz, 0, out=db)
-    if rows is not None:
+        return dw, db if db is None else torch.sum(dz, -2, out=db)
+    if rows is not None and rows.stride(-1) != 1:
         rows = rows.contiguous()
-    device = current_device()
-    tile = gemm_tile("wgrad", N, K, M, dz.dtype, device, wide=loads_wide(dz, x))
+    device, members = current_device(), count_of(dz) or 1
+    tile = gemm_tile("wgrad", N, K, M, dz.dtype, device, wide=loads_wide(dz, x), members=members)
     sum_programs = cdiv(N, SUM_COLS) if bias else 0
-    n_splits = splits("wgrad", tile, ((N, K),), M, dz.dtype, device, beside=sum_programs)
+    n_splits = splits("wgrad", tile, ((N, K),), M, dz.dtype, device, beside=sum_programs, members=members)
     m_per_split = cdiv(cdiv(M, tile.depth), n_splits) * tile.depth
     n_splits = max(1, cdiv(M, m_per_split)) if M else 1
     total = N * K + (N if bias else 0)
@@ -215,8 +255,9 @@ def linear_wgrad(
     db = db if bias else None
     out_w, out_b = dw, db
     if n_splits > 1:
-        partial = torch.empty((n_splits, stride_split), dtype=torch.float32, device=dz.device)
-        out_w, out_b = partial, partial[0, N * K :] if bias else None
+        partial = torch.empty((n_splits, *leading, stride_split), dtype=torch.float32, device=dz.device)
+        out_w, out_b = partial, partial[0, ..., N * K :] if bias else None
+        stride_split *= members
     _launch((dz, x, rows, out_w, out_b), (tile, n_splits, m_per_split, stride_split))
     if n_splits > 1:
         _launch_reduce((partial, dw, db))

@@ -8,8 +8,10 @@
 The weight gradients are the kernel of ``wgrad_update``, which stores them in place of an update. A tile's batch is not
 split, so that no workspace is needed, and the sums over the batch are in the order of its rows.
 
+Members: weights are [E, N, K]. X may be the same for all members; dX then still is [E, M, K], of each member.
+
 Shapes and dtypes: those of the kernels. Both functions return None for what they leave to the launchers of the layers:
-empty tensors, and in the backward pass more than ``GROUPED_ROWS`` rows, a dZ_L or a saved A or Z that is not
+empty tensors, and in the backward pass more than ``GROUPED_ROWS`` rows per member, a dZ_L or a saved A or Z that is not
 contiguous, inputs with strided columns, and a db without its dW.
 """
 
@@ -41,7 +43,8 @@ def _forward(*given: Any) -> Launches | None:
         return None
     calls, news = [], []
     for weight, bias, activation, save_z in zip(params[0::2], params[1::2], activations, saves_z, strict=True):
-        a, z = (New(x.shape[0], weight.shape[0], dtype=weight.dtype) if wanted else None for wanted in (True, save_z))
+        shape = (*weight.shape[:-2], x.shape[-2], weight.shape[-2])
+        a, z = (New(*shape, dtype=weight.dtype) if wanted else None for wanted in (True, save_z))
         calls.append(fwd_plan(x, weight, bias, a, z, None, activation, rule))
         news += [a] if z is None else [a, z]
         x = a
@@ -63,10 +66,10 @@ def _backward(*given: Any) -> Launches | None:
     inputs, weights, saved = (tensors[i * count : (i + 1) * count] for i in range(3))
     want_x, wants_w, wants_b = wanted[0], wanted[1::2], wanted[2::2]
     if (
-        not 0 < dz.shape[0] <= GROUPED_ROWS
+        not 0 < dz.shape[-2] <= GROUPED_ROWS
         or any(b and not w for w, b in zip(wants_w, wants_b, strict=True))
         or any(t is not None and not t.numel() for t in (dz, *tensors))
-        or any(x is not None and x.stride(1) != 1 for x in inputs)
+        or any(x is not None and x.stride(-1) != 1 for x in inputs)
         or any(t is not None and not t.is_contiguous() for t in (dz, *saved))
     ):
         return None
@@ -75,12 +78,13 @@ def _backward(*given: Any) -> Launches | None:
     trained: list[tuple[Any, ...]] = []
     for layer in range(count - 1, -1, -1):
         if wants_w[layer]:
-            n, k = dz.shape[1], inputs[layer].shape[1]
-            dw, db = New(n, k, dtype=dz.dtype), New(n, dtype=dz.dtype) if wants_b[layer] else None
+            of = (*dz.shape[:-2], dz.shape[-1])
+            dw = New(*of, inputs[layer].shape[-1], dtype=dz.dtype)
+            db = New(*of, dtype=dz.dtype) if wants_b[layer] else None
             trained.insert(0, (dz, inputs[layer], dw, db))  # only the first layer may have pixels
         if layer == 0 and not want_x:
             break
-        dx = New(dz.shape[0], weights[layer].shape[1], dtype=dz.dtype)
+        dx = New(*dz.shape[:-1], weights[layer].shape[-1], dtype=dz.dtype)
         below = (saved[layer - 1], dx, None, activations[layer - 1]) if layer else (None, dx, None, "identity")
         calls.append(dgrad_plan(dz, weights[layer], *below, rule))
         hidden.append(dx)
@@ -95,10 +99,11 @@ def _backward(*given: Any) -> Launches | None:
 def _weight_gradients(trained: Sequence[tuple[Any, Any, Any, Any]], gemm_tile: TileRule) -> Call:
     """One launch for (dZ, X, dW, db or None) of every layer."""
     dzs, xs, dws, dbs = zip(*trained, strict=True)
-    m = dzs[0].shape[0]
-    layers = Layout([Layer(dw, db) for dw, db in zip(dws, dbs, strict=True)]).of_layers
-    tile, *_ = update_tile(layers, m, dzs[0].dtype, gemm_tile, wide=loads_wide(*dzs, *xs), summed=False)
-    return gradient_call(layers, dzs, xs, tile, (1, m, 0), "none")
+    m, dtype, wide = dzs[0].shape[-2], dzs[0].dtype, loads_wide(*dzs, *xs)
+    layout = Layout([Layer(dw, db) for dw, db in zip(dws, dbs, strict=True)])
+    count, layers = layout.members, layout.of_layers
+    tile, *_ = update_tile(layers, m, dtype, gemm_tile, wide=wide, summed=False, members=count or 1)
+    return gradient_call(layers, dzs, xs, tile, (1, m, 0), "none", count=count)
 
 
 def network_bwd(

@@ -8,12 +8,15 @@ J is diagonal plus rank one, so no C x C matrix is needed: a row costs one more 
 Shapes: Z [M, C], any strides; Y labels [M] (int64 or uint8) or values [M, C]. Dtypes: float32, float16, bfloat16;
 computed in float32. A label outside [0, C) makes its row NaN. Rows of up to ``WHOLE_ROW`` classes stay in registers;
 longer ones are read three times (maximum and sum; the two sums over d; dz).
+Members: Z, the loss and dZ have an axis E in front; Y and ``rows`` may have it, and ``factor`` is [E].
 Bytes: reads Z (and Y) and writes dZ: 2 M C items, or 4 M C for long rows. Launches: one pass 1, backward 1, forward 1
 or 2 (mean and sum).
 Source: "Basic mnist" of the backpropagation blog post.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,7 +26,8 @@ from torch import Tensor
 from .configs import cdiv, register_limit
 from .dependent import wait_for_previous
 from .device import current_device
-from .launch import Call, call, remembered
+from .launch import Call, call, remembered, with_active
+from .members import count_of, inactive, stride_of
 from .reduce_sum import reduce_sum
 from .softmax import softmax_block
 
@@ -45,14 +49,36 @@ def _error_block(p, z_mask, y, y_ptrs, offs_c, LABELS: tl.constexpr):
     return tl.where(z_mask, p - target, 0.0)
 
 
+class _Members(NamedTuple):
+    """Which members are active, and elements from one member to the next."""
+
+    active_ptr: Tensor | None
+    z: int
+    y: int
+    rows: int
+    dz: int
+
+
 @triton.jit(do_not_specialize=["M"])
 def _softmax_squared_error_kernel(
-    z_ptr, y_ptr, rows_ptr, g_ptr, loss_ptr, dz_ptr, dy_ptr,
+    z_ptr, y_ptr, rows_ptr, g_ptr, loss_ptr, dz_ptr, dy_ptr, members,
     scale, M, C,
     stride_zm, stride_zc, stride_ym, stride_yc, stride_g, stride_dm, stride_dc,
     LABELS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
+    if members is not None:
+        member = tl.program_id(2).to(tl.int64)
+        if inactive(members.active_ptr, member):
+            return
+        z_ptr += member * members.z
+        y_ptr += member * members.y
+        loss_ptr += member * M
+        dz_ptr += member * members.dz
+        if rows_ptr is not None:
+            rows_ptr += member * members.rows
+        if g_ptr is not None:
+            g_ptr += member
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = row < M
     z_rows = z_ptr + row[:, None] * stride_zm
@@ -142,16 +168,20 @@ def _launch(
     dz: Tensor | None = None,
     dy: Tensor | None = None,
     scale: float = 1.0,
+    active: Tensor | None = None,
 ) -> None:
-    _launch_planned((logits, target, taken, g, loss, dz, dy), (), (float(scale),))
+    tensors = (logits, target, taken, g, loss, dz, dy)
+    if active is None:
+        _launch_planned(tensors, (), (float(scale),))
+    else:
+        _launch_active((active, *tensors), (), (float(scale),))
 
 
-@remembered
-def _launch_planned(
+def _plan(
     logits: Tensor, target: Tensor, taken: Tensor | None, g: Tensor | None, loss: Tensor | None, dz: Tensor | None,
-    dy: Tensor | None, scale: float,
+    dy: Tensor | None, scale: float, active: Tensor | None = None,
 ) -> Call:  # fmt: skip
-    M, C = logits.shape
+    M, C = logits.shape[-2:]
     labels = not target.is_floating_point()
     cols = max(2, triton.next_power_of_2(C))
     whole = cols <= WHOLE_ROW
@@ -162,19 +192,27 @@ def _launch_planned(
         num_warps, rows, cols = 8, 1, BLOCK_C
     # Without the limit ptxas spills registers of long rows to fit one more program on a multiprocessor.
     options = register_limit(128 if cols > 512 else None, current_device())
-    stride_d = next((t.stride() for t in (dz, dy) if t is not None), (0, 0))
+    stride_d = next((t.stride()[-2:] for t in (dz, dy) if t is not None), (0, 0))
+    count, members = count_of(logits), None
+    if count is not None:
+        of_members = (logits, 2), (target, 1 if labels else 2), (taken, 1), (dz, 2)
+        members = _Members(active, *[stride_of(*of) for of in of_members])
     return call(
-        _softmax_squared_error_kernel, (cdiv(M, rows),),
-        logits, target, taken, g, loss, dz, dy,
+        _softmax_squared_error_kernel, (cdiv(M, rows), 1, count or 1),
+        logits, target, taken, g, loss, dz, dy, members,
         scale, M, C,
-        *logits.stride(), target.stride(0), 0 if labels else target.stride(1),
-        0 if g is None or g.dim() == 0 else g.stride(0), *stride_d,
+        *logits.stride()[-2:], *((target.stride(-1), 0) if labels else target.stride()[-2:]),
+        0 if g is None or g.dim() == 0 or members is not None else g.stride(0), *stride_d,
         LABELS=labels, WHOLE=whole, BLOCK_M=rows, BLOCK_C=cols, num_warps=num_warps,
         # A sum over lanes adds a lane's own square to another lane's. The fused fma(d, d, other) would round the other
         # square but not the own one, and the lanes that hold one row would end with different sums.
         enable_fp_fusion=False,
         **options,
     )  # fmt: skip
+
+
+_launch_planned = remembered(_plan)
+_launch_active = remembered(with_active(_plan))
 
 
 def softmax_squared_error(
@@ -186,18 +224,20 @@ def softmax_squared_error(
     rows: Tensor | None = None,
     loss: Tensor | None = None,
     dz: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch one pass over logits [M, C]: (loss of each row in float32, dZ = scale factor dL/dZ).
 
     ``scale`` is 1/M for the mean; ``factor`` is a 0-d float32 that the kernel reads. ``rows`` (int64 [M], contiguous)
-    takes row m's target from target[rows[m]], of any number of them.
+    takes row m's target from target[rows[m]], of any number of them. ``active``, a bool per member of logits [E, M, C]:
+    nothing is written for others.
     """
     if loss is None:
-        loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        loss = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
     if dz is None:
         dz = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.numel():
-        _launch(logits, target, taken=rows, g=factor, loss=loss, dz=dz, scale=scale)
+        _launch(logits, target, taken=rows, g=factor, loss=loss, dz=dz, scale=scale, active=active)
     return loss, dz
 
 

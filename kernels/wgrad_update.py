@@ -17,12 +17,17 @@ sums, and ``reduce_update`` adds the S slices in their order and applies the upd
 runs bitwise equal. ``reduce_update`` also serves for plain gradients (optimizer "none") and, with one slice, for an
 update from gradients that were clipped or accumulated.
 
+Members: dZ_l [E, M, N_l], A_{l-1} [E, M, K_l], W_l [E, N_l, K_l]; X [M, K] and ``rows`` [M] may be the same for all.
+Each member has its own row of settings and its own loss. The loss of a member that is not active is NaN, the one number
+that its programs write.
+
 States, gradients and partial sums of all parameters lie in flat float32 buffers (``layout.Layout``).
 Bytes of a step: reads dZ_l, A_{l-1} and the sums of dZ_l's rows; reads and writes W_l and its state once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
@@ -40,6 +45,7 @@ from .device import current_device, input_precision
 from .launch import Call, call, launch_plainly
 from .layout import SEGMENT, LayerArguments, Layout
 from .linear_wgrad import sum_slices, wgrad_tile
+from .members import inactive, stride_of
 from .optimizer import update_block
 from .tiling import grouped_tile, halves
 
@@ -53,13 +59,19 @@ UPDATED_AT_ONCE, STORED_AT_ONCE = 512, 1024
 
 @triton.jit
 def _finish(
-    g, w_ptr, low_ptr, segment, offs, mask, states, partial_ptr, slice_start, hyper_ptr,
+    g, w_ptr, low_ptr, segment, offs, mask, states, partial_ptr, slice_start, hyper_ptr, first, first_flat,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr,
 ):  # fmt: skip
     """Update the parameters at ``offs`` of a weight or bias, or store the split's part of their gradient.
 
-    Without an optimizer ("none") and without partial sums the gradient takes the place of the parameters.
+    Without an optimizer ("none") and without partial sums the gradient takes the place of the parameters. A member's
+    parameters begin at ``first`` of all members', and in flat buffers at ``first_flat``; both are None without members.
     """
+    if first is not None:
+        w_ptr += first
+        if low_ptr is not None:
+            low_ptr += first
+        segment += first_flat
     if partial_ptr is None:
         if OPTIMIZER == "none":
             tl.store(w_ptr + offs, g.to(w_ptr.dtype.element_ty), mask=mask)
@@ -71,19 +83,19 @@ def _finish(
 
 @triton.jit
 def _finish_tile(
-    dw, layer, offs_n, first_k, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
+    dw, layer, offs_n, first_k, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr, first, first_flat,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """``_finish`` for a block of dW, halved until it has at most AT_ONCE elements."""
     if dw.numel > AT_ONCE:
         left, right = halves(dw)
         _finish_tile(
-            left, layer, offs_n, first_k, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
+            left, layer, offs_n, first_k, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr, first, first_flat,
             OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
         )  # fmt: skip
         _finish_tile(
             right, layer, offs_n, first_k + left.shape[1], states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
-            OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
+            first, first_flat, OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
         )  # fmt: skip
     else:
         offs_k = first_k + tl.arange(0, dw.shape[1])
@@ -91,7 +103,7 @@ def _finish_tile(
         mask = (offs_n < layer.N)[:, None] & (offs_k < layer.K)[None, :]
         _finish(
             dw, layer.w_ptr, layer.low_w_ptr, layer.w_segment, offs, mask, states, partial_ptr, slice_start, hyper_ptr,
-            OPTIMIZER, LOW_IS_PARAM,
+            first, first_flat, OPTIMIZER, LOW_IS_PARAM,
         )  # fmt: skip
         if overflow_ptr is not None:
             # An element of dZ that is infinite or NaN makes a whole row of dW so, and db cannot overflow float32.
@@ -100,7 +112,7 @@ def _finish_tile(
 
 @triton.jit
 def _wgrad_layer(
-    operands, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
+    operands, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr, member, first_flat,
     pid, split, M, m_per_split,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
@@ -112,20 +124,25 @@ def _wgrad_layer(
     m_begin = split * m_per_split
     m_end = tl.minimum(m_begin + m_per_split, M)
     PIXELS: tl.constexpr = operands.x_ptr.dtype.element_ty == tl.uint8
+    dz_ptr, x_ptr, first = operands.dz_ptr, operands.x_ptr, None
+    if member is not None:
+        dz_ptr += member * operands.dz_member
+        x_ptr += member * operands.x_member
+        first = member * layer.N * K
     dw = wgrad_tile(
-        operands.dz_ptr, operands.x_ptr, rows_ptr, operands.stride_zm, K, m_begin, m_end, pid_n, pid_k,
+        dz_ptr, x_ptr, rows_ptr, operands.stride_zm, K, m_begin, m_end, pid_n, pid_k,
         operands.stride_zm, 1, operands.stride_xm, 1,
         rows_ptr is not None, PIXELS, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     _finish_tile(
         dw, layer, pid_n * BLOCK_N + tl.arange(0, BLOCK_N), pid_k * BLOCK_K, states, partial_ptr, slice_start,
-        overflow_ptr, hyper_ptr, OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
+        overflow_ptr, hyper_ptr, first, first_flat, OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
     )  # fmt: skip
 
 
 @triton.jit
 def _bias_layer(
-    sums, layer, states, partial_ptr, slice_start, hyper_ptr, pid, split, n_splits,
+    sums, layer, states, partial_ptr, slice_start, hyper_ptr, member, first_flat, pid, split, n_splits,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, ROWS: tl.constexpr, SUM_COLS: tl.constexpr,
 ):  # fmt: skip
     """Columns number ``pid`` of one layer's db, of the split's share of the rows: update or partial sums."""
@@ -133,10 +150,14 @@ def _bias_layer(
     per_split = tl.cdiv(sums.rows, n_splits)
     first = split * per_split
     end = tl.minimum(first + per_split, sums.rows)
-    db = column_sums(sums.ptr, first, end, sums.stride, 1, offs, offs < sums.stride, ROWS)
+    ptr, first_bias = sums.ptr, None
+    if member is not None:
+        ptr += member * sums.member
+        first_bias = member * layer.N
+    db = column_sums(ptr, first, end, sums.stride, 1, offs, offs < sums.stride, ROWS)
     _finish(
         db, layer.b_ptr, layer.low_b_ptr, layer.b_segment, offs, offs < layer.N, states, partial_ptr, slice_start,
-        hyper_ptr, OPTIMIZER, LOW_IS_PARAM,
+        hyper_ptr, first_bias, first_flat, OPTIMIZER, LOW_IS_PARAM,
     )  # fmt: skip
 
 
@@ -158,6 +179,8 @@ class _Operands(NamedTuple):
     stride_zm: int
     stride_xm: int
     first_tile: int
+    dz_member: int | None  #: elements from one member to the next; None for a single model
+    x_member: int | None
 
 
 class _Sums(NamedTuple):
@@ -167,11 +190,22 @@ class _Sums(NamedTuple):
     rows: int
     stride: int
     first_program: int
+    member: int | None  #: elements from one member to the next
+
+
+class _Members(NamedTuple):
+    """Which members are active, how many updates each had, and elements from one member to the next."""
+
+    active_ptr: Tensor | None
+    count_ptr: Tensor | None
+    rows: int
+    flat: int
+    hyper: int
 
 
 @triton.jit
 def _wgrad_update_kernel(
-    operands, sums, layers, rows_ptr, states, partial_ptr, overflow_ptr, hyper_ptr, loss_rows_ptr, loss_ptr,
+    operands, sums, layers, rows_ptr, states, partial_ptr, overflow_ptr, hyper_ptr, loss_rows_ptr, loss_ptr, members,
     M, loss_count, sum_programs, tiles, m_per_split, stride_split,
     LAYERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -181,6 +215,23 @@ def _wgrad_update_kernel(
     wait_for_previous()
     split = tl.program_id(1)
     slice_start = split.to(tl.int64) * stride_split
+    member, first_flat = None, None
+    if members is not None:
+        member = tl.program_id(2).to(tl.int64)
+        first_flat = member * members.flat
+        if loss_ptr is not None:
+            loss_ptr += member
+            loss_rows_ptr += member * loss_count
+        if inactive(members.active_ptr, member):
+            if loss_ptr is not None:
+                tl.store(loss_ptr, float("nan"), mask=(tl.program_id(0) == 0) & (split == 0))
+            return
+        if rows_ptr is not None:
+            rows_ptr += member * members.rows
+        if hyper_ptr is not None:
+            hyper_ptr += member * members.hyper
+        if overflow_ptr is not None:
+            overflow_ptr += member
     # Tiles have the numbers from 0 on, before them come the columns of db, and before these the loss.
     pid = tl.program_id(0) - sum_programs
     if loss_ptr is not None:
@@ -192,7 +243,7 @@ def _wgrad_update_kernel(
             if pid < operands[1].first_tile:
                 _wgrad_layer(
                     operands[0], layers[0], rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
-                    pid, split, M, m_per_split,
+                    member, first_flat, pid, split, M, m_per_split,
                     OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
                     AT_ONCE,
                 )  # fmt: skip
@@ -208,7 +259,7 @@ def _wgrad_update_kernel(
                         layer = layers[i]
                 _wgrad_layer(
                     factors, layer, None, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
-                    pid - factors.first_tile, split, M, m_per_split,
+                    member, first_flat, pid - factors.first_tile, split, M, m_per_split,
                     OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
                     AT_ONCE,
                 )  # fmt: skip
@@ -221,7 +272,7 @@ def _wgrad_update_kernel(
                     layer = layers[i]
             _wgrad_layer(
                 factors, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
-                pid - factors.first_tile, split, M, m_per_split,
+                member, first_flat, pid - factors.first_tile, split, M, m_per_split,
                 OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
                 AT_ONCE,
             )  # fmt: skip
@@ -234,23 +285,48 @@ def _wgrad_update_kernel(
                 of = sums[i]
                 layer = layers[i]
         _bias_layer(
-            of, layer, states, partial_ptr, slice_start, hyper_ptr,
+            of, layer, states, partial_ptr, slice_start, hyper_ptr, member, first_flat,
             pid - of.first_program, split, tl.num_programs(1),
             OPTIMIZER, LOW_IS_PARAM, BLOCK_M * BLOCK_N // SUM_COLS, SUM_COLS,
         )  # fmt: skip
     elif loss_ptr is not None:
         if split == 0:
             _mean_loss(loss_rows_ptr, loss_ptr, loss_count, LOSS_BLOCK)
+            if members is not None:
+                if members.count_ptr is not None:
+                    tl.store(members.count_ptr + member, tl.load(members.count_ptr + member) + 1)
+
+
+class _ReduceMembers(NamedTuple):
+    """Which members are active, and elements from one member to the next."""
+
+    active_ptr: Tensor | None
+    flat: int
+    squares: int
+    hyper: int
 
 
 @triton.jit
 def _reduce_update_kernel(
-    partial_ptr, parameters, grad_ptr, squares_ptr, overflow_ptr, states, hyper_ptr, scale_ptr, skip_ptr,
+    partial_ptr, parameters, grad_ptr, squares_ptr, overflow_ptr, states, hyper_ptr, scale_ptr, skip_ptr, members,
     n_splits, stride_split,
     PARAMETERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
+    if members is not None:
+        member = tl.program_id(2).to(tl.int64)
+        if inactive(members.active_ptr, member):
+            return
+        hyper_ptr += member * members.hyper
+        if squares_ptr is not None:
+            squares_ptr += member * members.squares
+        if overflow_ptr is not None:
+            overflow_ptr += member
+        if scale_ptr is not None:
+            scale_ptr += member
+        if skip_ptr is not None:
+            skip_ptr += member
     pid = tl.program_id(0)
     parameter = parameters[0]
     for i in tl.static_range(1, PARAMETERS):
@@ -259,6 +335,12 @@ def _reduce_update_kernel(
     offs = (pid - parameter.first_block).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     flat = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < parameter.numel
+    w_ptr, low_ptr = parameter.w_ptr, parameter.low_ptr
+    if members is not None:
+        flat += member * members.flat
+        w_ptr += member * parameter.numel
+        if low_ptr is not None:
+            low_ptr += member * parameter.numel
     g = sum_slices(partial_ptr, flat, mask, n_splits, stride_split)
     if scale_ptr is not None:
         g = g * tl.load(scale_ptr)
@@ -275,25 +357,29 @@ def _reduce_update_kernel(
         if skip_ptr is not None:
             mask = mask & (tl.load(skip_ptr) == 0)
         update_block(
-            g, parameter.w_ptr, parameter.low_ptr, states, offs, flat, mask, hyper_ptr, OPTIMIZER, LOW_IS_PARAM,
+            g, w_ptr, low_ptr, states, offs, flat, mask, hyper_ptr, OPTIMIZER, LOW_IS_PARAM,
         )  # fmt: skip
 
 
 def update_tile(
-    layers: Sequence[LayerArguments], m: int, dtype: torch.dtype, rule: TileRule, *, wide: bool, summed: bool
-) -> tuple[Tile, Shapes, int]:
+    layers: Sequence[LayerArguments], m: int, dtype: torch.dtype, rule: TileRule, *, wide: bool, summed: bool,
+    members: int = 1,
+) -> tuple[Tile, Shapes, int]:  # fmt: skip
     """(tile, shapes, programs for db beside the tiles) of all layers. Without sums, db takes as long as a tile."""
     shapes = tuple([(layer.N, layer.K) for layer in layers])
     n, k = max(shapes, key=lambda shape: shape[0] * shape[1])
     beside = 0 if summed else sum(cdiv(layer.N, SUM_COLS) for layer in layers if layer.b_segment >= 0)
-    tile = rule("update", n, k, m, dtype, current_device(), wide=wide, layers=shapes, beside=beside)
+    tile = rule("update", n, k, m, dtype, current_device(), wide=wide, layers=shapes, beside=beside, members=members)
     return tile, shapes, beside
 
 
 def _plan(layout: Layout, m: int, dtype: torch.dtype, *, wide: bool, summed: bool) -> tuple[Tile, int, int]:
     """(tile, splits, samples a split) for all layers together."""
-    tile, shapes, beside = update_tile(layout.of_layers, m, dtype, gemm_tile, wide=wide, summed=summed)
-    n_splits = splits("update", tile, shapes, m, dtype, current_device(), beside=beside)
+    members = layout.members or 1
+    tile, shapes, beside = update_tile(
+        layout.of_layers, m, dtype, gemm_tile, wide=wide, summed=summed, members=members
+    )  # fmt: skip
+    n_splits = splits("update", tile, shapes, m, dtype, current_device(), beside=beside, members=members)
     m_per_split = cdiv(cdiv(m, tile.depth), n_splits) * tile.depth
     return tile, max(1, cdiv(m, m_per_split)), m_per_split
 
@@ -307,7 +393,7 @@ def workspace(layout: Layout, m: int, dtype: torch.dtype, device: torch.device, 
     n_splits = max(_plan(layout, m, dtype, wide=wide, summed=summed)[1] for wide, summed in ways)
     if n_splits == 1 and direct:
         return None
-    return torch.empty((n_splits, layout.total), dtype=torch.float32, device=device)
+    return torch.empty((n_splits, *layout.flat_shape), dtype=torch.float32, device=device)
 
 
 def _made(layers: Sequence[LayerArguments], sums: Sequence[ColumnSums | None]) -> Tensor | None:
@@ -334,31 +420,43 @@ def gradient_call(
     loss_rows: Tensor | None = None,
     loss: Tensor | None = None,
     sums: Sequence[ColumnSums | None] = (),
+    count: int | None = None,
+    active: Tensor | None = None,
+    updates: Tensor | None = None,
 ) -> Call:
     """The launch of ``wgrad_update`` for a tile and ``split``: (splits, samples a split, elements of partial sums).
 
-    Without ``partial`` and with the optimizer "none" the gradients take the place of the layers' parameters.
+    Without ``partial`` and with the optimizer "none" the gradients take the place of the layers' parameters. ``count``
+    is the number of members, None for a single model.
     """
-    m = dzs[0].shape[0]
+    m = dzs[0].shape[-2]
     n_splits, m_per_split, stride_split = split
     made = _made(layers, sums)
     operands, added, tiles, sum_programs = [], [], 0, 0
     for i, (layer, dz, x) in enumerate(zip(layers, dzs, xs, strict=True)):
-        operands.append(_Operands(dz, x, dz.stride(0), x.stride(0), tiles))
+        strides = (None, None) if count is None else (stride_of(dz, 2), stride_of(x, 2))
+        operands.append(_Operands(dz, x, dz.stride(-2), x.stride(-2), tiles, *strides))
         if made is None:
-            matrix, count = dz, m
+            matrix, blocks = dz, m
         else:
             of = sums[i]
-            matrix, count = (made, 0) if of is None else (of.values, of.blocks)
-        added.append(_Sums(matrix, count, matrix.stride(0), sum_programs))
+            matrix, blocks = (made, 0) if of is None else (of.values, of.blocks)
+        stride = None if count is None else stride_of(matrix, 2)
+        added.append(_Sums(matrix, blocks, matrix.stride(-2), sum_programs, stride))
         tiles += cdiv(layer.N, tile.rows) * cdiv(layer.K, tile.cols)
         sum_programs += cdiv(layer.N, SUM_COLS) if layer.b_segment >= 0 else 0
     at_once = STORED_AT_ONCE if optimizer == "none" or partial is not None else UPDATED_AT_ONCE
+    members = None
+    if count is not None:
+        of_flat = next((t for t in (partial, *states) if t is not None), None)
+        flat = 0 if of_flat is None else of_flat.stride(-2)
+        members = _Members(active, updates, stride_of(rows, 1), flat, stride_of(hyper_row, 1))
     return call(
-        _wgrad_update_kernel, ((loss is not None) + sum_programs + tiles, n_splits),
+        _wgrad_update_kernel, ((loss is not None) + sum_programs + tiles, n_splits, count or 1),
         tuple(operands), tuple(added), tuple(layers), rows, tuple(states), partial, overflow, hyper_row, loss_rows,
-        loss,
-        m, 0 if loss_rows is None else loss_rows.numel(), sum_programs, tiles, m_per_split, stride_split,
+        loss, members,
+        m, 0 if loss_rows is None else loss_rows.numel() // (count or 1), sum_programs, tiles, m_per_split,
+        stride_split,
         LAYERS=len(operands), OPTIMIZER=optimizer, LOW_IS_PARAM=low_is_param, EVEN_M=m % tile.depth == 0,
         INPUT_PRECISION=input_precision(current_device(), dzs[0].dtype),
         BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, LOSS_BLOCK=LOSS_BLOCK,
@@ -384,6 +482,8 @@ def wgrad_update(
     squares: Tensor | None = None,
     overflow: Tensor | None = None,
     sums: Sequence[ColumnSums | None] = (),
+    active: Tensor | None = None,
+    updates: Tensor | None = None,
 ) -> None:
     """Launch gradient and update of every layer: dzs[l] [M, N_l] and xs[l] [M, K_l], inner stride 1, dZ contiguous.
 
@@ -396,21 +496,24 @@ def wgrad_update(
     there if ``accumulate``; without ``grads`` they stay partial sums, not multiplied by ``unscale``. ``partial`` is
     float32 workspace to reuse, [splits, layout.total]. ``squares``, which needs ``grads``, and ``overflow`` are outputs
     as ``reduce_update`` has them.
+    With members every tensor has an axis of members in front, behind that of the splits in ``partial``; xs[0] and
+    ``rows`` may do without. ``hyper_row`` [8] is that of all members. ``active`` is a bool per member, and ``updates``
+    int32 numbers that grow by 1 for each active member.
     """
-    m = dzs[0].shape[0]
+    m = dzs[0].shape[-2]
     dtype = dzs[0].dtype
     made = _made(layout.of_layers, sums) is not None
     tile, n_splits, m_per_split = _plan(layout, m, dtype, wide=loads_wide(*dzs, *xs), summed=made)
     direct = n_splits == 1 and optimizer != "none" and unscale is None
     if not direct and partial is None:
-        partial = torch.empty((n_splits, layout.total), dtype=torch.float32, device=dzs[0].device)
-    if rows is not None:
+        partial = torch.empty((n_splits, *layout.flat_shape), dtype=torch.float32, device=dzs[0].device)
+    if rows is not None and rows.stride(-1) != 1:
         rows = rows.contiguous()
     launch = gradient_call(
-        layout.of_layers, dzs, xs, tile, (n_splits, m_per_split, layout.total), optimizer,
+        layout.of_layers, dzs, xs, tile, (n_splits, m_per_split, math.prod(layout.flat_shape)), optimizer,
         low_is_param=layout.low_is_param, hyper_row=hyper_row, states=states, rows=rows,
         partial=None if direct else partial, overflow=overflow if grads is None else None,
-        loss_rows=loss_rows, loss=loss, sums=sums,
+        loss_rows=loss_rows, loss=loss, sums=sums, count=layout.members, active=active, updates=updates,
     )  # fmt: skip
     launch_plainly(launch)
     if not direct and (grads is not None or optimizer != "none"):
@@ -418,6 +521,7 @@ def wgrad_update(
         reduce_update(
             layout, partial, n_splits, optimizer, hyper_row,
             states=states, unscale=unscale, grads=grads, accumulate=accumulate, squares=squares, overflow=overflow,
+            active=active,
         )  # fmt: skip
 
 
@@ -435,6 +539,7 @@ def reduce_update(
     accumulate: bool = False,
     squares: Tensor | None = None,
     overflow: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> None:
     """Launch g = sum of the slices of ``partial``, times ``unscale``, then the update, or with "none" the outputs.
 
@@ -443,11 +548,16 @@ def reduce_update(
         grads: float32, as long as ``layout.total``: g, or what is there plus g if ``accumulate``.
         squares: float32, layout.total / SEGMENT or more: the sum of the squares of each segment of g.
         overflow: 0-d int32: becomes 1 where g has an infinity or NaN, else it stays as it is.
+        active: with members, a bool per member. All tensors then have an axis of members, in ``partial`` the second;
+            ``hyper_row`` may do without.
     """
+    count, members = layout.members, None
+    if count is not None:
+        members = _ReduceMembers(active, layout.total, stride_of(squares, 1), stride_of(hyper_row, 1))
     launch_plainly(call(
-        _reduce_update_kernel, (layout.total // SEGMENT,),
-        partial, layout.of_parameters, grads, squares, overflow, tuple(states), hyper_row, unscale, skip,
-        n_splits, layout.total,
+        _reduce_update_kernel, (layout.total // SEGMENT, 1, count or 1),
+        partial, layout.of_parameters, grads, squares, overflow, tuple(states), hyper_row, unscale, skip, members,
+        n_splits, math.prod(layout.flat_shape),
         PARAMETERS=len(layout.of_parameters), OPTIMIZER=optimizer, LOW_IS_PARAM=layout.low_is_param,
         ACCUMULATE=accumulate, BLOCK=SEGMENT,
     ))  # fmt: skip

@@ -27,6 +27,8 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 #: The markers of tests that use the kernels where kernels run, and plain torch elsewhere.
 WITH_KERNELS = [pytest.mark.interpret] if INTERPRETING else [pytest.mark.gpu] if HAS_GPU else []
+#: The markers of tests that ask for ``unsimulated``.
+UNSIMULATED = pytest.mark.interpret if INTERPRETING else pytest.mark.gpu
 #: The lanes that compile for other GPUs, or simulate one.
 SIMULATING = ("compile", "launch", "execute", "placement")
 #: GPU memory that one worker of pytest-xdist takes: its CUDA context, and the tensors of one test.
@@ -225,6 +227,20 @@ def nothing_remembered() -> Iterator[None]:
     yield
     if "fastmlp.kernels.launch" in sys.modules:
         sys.modules["fastmlp.kernels.launch"].forget()
+
+
+@pytest.fixture
+def unsimulated() -> Iterator[torch.device]:
+    """As ``lane``, for tests whose kernels another test runs on the simulated GPU: the interpreter, or a GPU."""
+    if HAS_GPU and not INTERPRETING:
+        yield torch.device("cuda")
+    elif INTERPRETING:
+        from tests.support.interpreter import bounds_checked
+
+        with bounds_checked(), uninitialized_is_nan():
+            yield torch.device("cpu")
+    else:
+        pytest.skip("needs Triton's interpreter or a GPU")
 
 
 @pytest.fixture

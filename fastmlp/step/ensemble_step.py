@@ -52,12 +52,21 @@ class EnsembleStep(TrainStep):
         self.losses = self.losses.new_zeros((0, self._members))
 
     def _new_engine(self, binding: Binding, rule: Optimizer) -> Any:
+        loss, active = STEP_LOSSES[self.loss], self._active
         if self.backend == "triton":
-            raise NotImplementedError(
-                "the kernels do not train ensembles yet; make the step with backend 'torch' (fastmlp.use_backend), or "
-                "train the members one by one (ensemble.unstack())"
-            )
-        return TorchEnsemble(binding.layers, rule, STEP_LOSSES[self.loss], self.dtype, self._active)
+            from .triton_step import TritonStep
+
+            with self._on_device:
+                return TritonStep(
+                    binding.layers,
+                    rule,
+                    loss,
+                    self.dtype,
+                    cuda_graph=self._cuda_graph,
+                    members=self._members,
+                    active=active,
+                )
+        return TorchEnsemble(binding.layers, rule, loss, self.dtype, active)
 
     @property
     def active(self) -> Tensor:

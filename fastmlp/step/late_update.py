@@ -23,19 +23,31 @@ from .optimizers import Optimizer
 class LateUpdate:
     """Updates the parameters of a layout from flat gradients.
 
+    With members every number is one per member, and ``active`` says which of them are updated.
+
     Attributes:
         squares: with clipping, the sum of the squares of each segment of the gradients; whoever makes them writes it.
         overflow: with a loss scale, the flag that whoever makes the gradients raises.
         count: the number of updates, where the rule counts and steps may be skipped.
     """
 
-    def __init__(self, layout: Layout, rule: Optimizer, states: list[Tensor], loss_scale: LossScale | None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        rule: Optimizer,
+        states: list[Tensor],
+        loss_scale: LossScale | None,
+        active: Tensor | None = None,
+    ) -> None:
         self._layout, self._rule, self._states, self._loss_scale = layout, rule, states, loss_scale
+        self._active = active
         device = layout.params[0].device
-        self._factor = torch.empty((), dtype=torch.float32, device=device)
+        of = () if layout.members is None else (layout.members,)
+        self._factor = torch.empty(of, dtype=torch.float32, device=device)
         self.squares: Tensor | None = None
         if rule.max_grad_norm is not None:
-            self.squares = torch.zeros(cdiv(layout.total // SEGMENT, 16) * 16, dtype=torch.float32, device=device)
+            blocks = cdiv(layout.total // SEGMENT, 16) * 16
+            self.squares = torch.zeros((*of, blocks), dtype=torch.float32, device=device)
         self.overflow: Tensor | None = None
         self.count: Tensor | None = None
         self._skip: Tensor | None = None
@@ -43,12 +55,12 @@ class LateUpdate:
         self._row: Tensor | None = None
         self._decays: Tensor | None = None
         if loss_scale is not None:
-            self.overflow, self._skip = (torch.zeros((), dtype=torch.int32, device=device) for _ in range(2))
+            self.overflow, self._skip = (torch.zeros(of, dtype=torch.int32, device=device) for _ in range(2))
             numbers = loss_scale.scale, loss_scale.inverse, loss_scale.good_steps, self.overflow, self._skip
             self._state = LossScaleState(*numbers, GROWTH_STEPS, GROWTH, BACKOFF, LEAST)
             if rule.counted:
-                self.count = torch.zeros((), dtype=torch.int32, device=device)
-                self._row = torch.empty(HYPER_COLUMNS, dtype=torch.float32, device=device)
+                self.count = torch.zeros(of, dtype=torch.int32, device=device)
+                self._row = torch.empty((*of, HYPER_COLUMNS), dtype=torch.float32, device=device)
                 self._decays = torch.empty(len(rule.decays), dtype=torch.float64, device=device)
                 self.settings_changed()
 
@@ -61,7 +73,9 @@ class LateUpdate:
     def examine(self, grads: Tensor, row: Tensor) -> None:
         """Write ``squares`` and raise ``overflow`` for gradients that anybody may have written to."""
         squares, overflow = self.squares, self.overflow
-        reduce_update(self._layout, grads, 1, "none", row, squares=squares, overflow=overflow)
+        reduce_update(
+            self._layout, grads, 1, "none", row, squares=squares, overflow=overflow, active=self._active
+        )  # fmt: skip
 
     def apply(self, slices: Tensor, row: Tensor, *, scaled: bool) -> None:
         """Update by the sum of gradients over ``slices`` [S, total]; ``scaled``: still multiplied by the loss scale."""
@@ -76,6 +90,7 @@ class LateUpdate:
             count=self.count,
             decays=self._decays,
             counted_row=self._row,
+            active=self._active,
         )
         reduce_update(
             self._layout,
@@ -86,4 +101,5 @@ class LateUpdate:
             states=self._states,
             unscale=self._factor,
             skip=self._skip,
+            active=self._active,
         )

@@ -7,6 +7,7 @@ divided by it. A step whose gradients overflow is skipped and halves the scale; 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class LossScale:
 
     ``check`` and ``adjust`` are torch's operations. ``kernels/before_update.py`` does the same in the step on a GPU.
 
+    With ``members`` each member has a scale of its own, and all tensors are [E]. Only kernels move those.
+
     Attributes:
         scale: 0-d float32, at least 1: the factor of the loss.
         inverse: 0-d float32: the factor of the gradients.
@@ -29,10 +32,11 @@ class LossScale:
         good_steps: 0-d int32: steps without overflow since the scale last moved.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.scale = torch.full((), START, dtype=torch.float32, device=device)
+    def __init__(self, device: torch.device, members: int | None = None) -> None:
+        shape = () if members is None else (members,)
+        self.scale = torch.full(shape, START, dtype=torch.float32, device=device)
         self.inverse, self.overflow = 1 / self.scale, torch.zeros_like(self.scale)
-        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
+        self.good_steps = torch.zeros(shape, dtype=torch.int32, device=device)
         self._one = torch.ones_like(self.scale)
 
     def check(self, grads: Sequence[Tensor], *, scaled: bool) -> None:
@@ -46,12 +50,12 @@ class LossScale:
         torch._amp_update_scale_(self.scale, self.good_steps, self.overflow, GROWTH, BACKOFF, GROWTH_STEPS)
         torch.reciprocal(self.scale.clamp_(min=LEAST), out=self.inverse)
 
-    def counters(self) -> dict[str, float]:
-        """The scale, and the good steps since it last moved, by their names in a step's state."""
-        return {"loss_scale": self.scale.item(), "loss_scale_good_steps": float(self.good_steps.item())}
+    def counters(self) -> dict[str, Any]:
+        """The scale, and the good steps since it last moved, by their names in a step's state; lists with members."""
+        return {"loss_scale": self.scale.tolist(), "loss_scale_good_steps": self.good_steps.double().tolist()}
 
-    def set_counters(self, counters: dict[str, float]) -> None:
+    def set_counters(self, counters: dict[str, Any]) -> None:
         """What ``counters`` returned."""
-        self.scale.fill_(counters["loss_scale"])
-        self.good_steps.fill_(int(counters["loss_scale_good_steps"]))
+        self.scale.copy_(torch.tensor(counters["loss_scale"]))
+        self.good_steps.copy_(torch.tensor(counters["loss_scale_good_steps"]))
         torch.reciprocal(self.scale, out=self.inverse)

@@ -84,8 +84,9 @@ class Optimizer:
         unused = (0.0,) * (_COLUMNS - 1 - len(changing) - len(constants))
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
         if lrs.dim() == 2:
-            columns = [torch.as_tensor(across(value, lrs)) for value in (*changing, *constants, *unused, max_norm)]
-            return torch.stack([column.to(lrs).expand(lrs.shape) for column in columns], 2).float()
+            columns = [across(value, lrs) for value in (*changing, *constants, *unused, max_norm)]
+            of_members = [c.expand(lrs.shape) if isinstance(c, Tensor) else torch.full_like(lrs, c) for c in columns]
+            return torch.stack(of_members, 2).float()
         rest = torch.tensor((*constants, *unused, max_norm), dtype=lrs.dtype, device=lrs.device)
         return torch.cat((torch.stack(changing, 1), rest.expand(len(lrs), -1)), 1).float()
 

@@ -66,7 +66,10 @@ class PerMember(tuple[float, ...]):
 
 def across(value: Any, like: Tensor) -> Any:
     """A setting as what computes with ``like``, whose last dimension is the members: the number, or a tensor [E]."""
-    return torch.tensor(value, dtype=like.dtype, device=like.device) if isinstance(value, PerMember) else value
+    if not isinstance(value, PerMember):
+        return value
+    numbers = torch.tensor(value, dtype=like.dtype, device="cpu")
+    return numbers.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else numbers.to(like.device)
 
 
 def least(value: Any) -> float:

@@ -15,6 +15,11 @@ copies the parameters into what the products read, because anybody may have writ
 Losses other than cross-entropy, more classes than the head takes, or an activation behind the last layer put
 linear_fwd, the loss kernel and a dgrad in the place of the head.
 
+An ensemble of E members (``members``) takes the same launches: every tensor has an axis of members in front, and X, the
+targets and the order may do without. Each member has its own settings, loss, norm and loss scale. Members that are not
+``active`` are left out by the kernels, which read the flags at every step, so that one graph serves all. The update
+counts the updates of each member for AdamW (``step_rows``).
+
 Buffers are allocated once per batch size, and given up when many sizes would hold too much memory. An epoch is captured
 in graphs of at most ``CHUNK`` steps. Each step has its own places in static tables of row numbers, learning rates and
 losses, which are filled before a replay: one capture serves every epoch and any order.
@@ -34,6 +39,7 @@ from ..base.losses import LOSSES, NO_CLASS, takes_classes
 from ..kernels import (
     activation_bwd,
     cross_entropy,
+    cross_entropy_of_members,
     elementwise_loss,
     head,
     linear_dgrad,
@@ -41,6 +47,7 @@ from ..kernels import (
     softmax_squared_error,
 )
 from ..kernels.column_sums import ColumnSums, padded
+from ..kernels.configs import cdiv
 from ..kernels.dependent import launches_dependent
 from ..kernels.device import tf32_allowed
 from ..kernels.head import MAX_CLASSES
@@ -52,13 +59,12 @@ from .late_update import LateUpdate
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 from .parameters import Copies
+from .step_rows import StepRows
 
 #: Steps of one captured graph.
 CHUNK = 512
 #: Batch sizes whose buffers are kept, and bytes of all of them together; the latest is kept whatever its size.
 _PLANS, _PLAN_BYTES = 16, 1 << 30
-#: Most rows of values that are computed ahead.
-_AHEAD = 256
 
 
 @dataclass
@@ -82,12 +88,28 @@ class _Plan:
 
 
 class TritonStep:
-    """Forward, backward and update of an MLP with the kernels; ``fastmlp.TrainStep`` is the public way to it."""
+    """Forward, backward and update of an MLP with the kernels; ``fastmlp.TrainStep`` is the public way to it.
+
+    Args:
+        layers: modules with ``weight`` [N, K], ``bias`` [N] or None, ``activation``; with members an axis E in front.
+        members: the number of members of an ensemble; None for a single model.
+        active: bool [E] on the device, which anybody may write to between steps; None: all members, always.
+    """
 
     def __init__(
-        self, layers: list[Linear], rule: Optimizer, loss: str, dtype: torch.dtype, *, cuda_graph: bool
+        self,
+        layers: list[Linear],
+        rule: Optimizer,
+        loss: str,
+        dtype: torch.dtype,
+        *,
+        cuda_graph: bool,
+        members: int | None = None,
+        active: Tensor | None = None,
     ) -> None:
         self.layers, self.rule, self.loss, self.dtype = layers, rule, loss, dtype
+        self.members, self.active = members, active
+        self._of = () if members is None else (members,)
         self.device = layers[0].weight.device
         self.activations = [layer.activation for layer in layers]
         own = layers[0].weight.dtype
@@ -106,25 +128,22 @@ class TritonStep:
                 )
         self.lowest = min(self.trained)
         self.layout = Layout([self._trained_layer(i) for i in self.trained], low_is_param=own != torch.float32)
-        zeros = torch.zeros(self.layout.total, dtype=torch.float32, device=self.device)
+        zeros = torch.zeros(self.layout.flat_shape, dtype=torch.float32, device=self.device)
         self.states = [zeros.clone() for _ in rule.states]
         self.grads: Tensor | None = None if rule.max_grad_norm is None else zeros
-        self.loss_scale = LossScale(self.device) if dtype == torch.float16 else None
+        self.loss_scale = LossScale(self.device, members) if dtype == torch.float16 else None
         self._scale = None if self.loss_scale is None else self.loss_scale.scale
         self._unscale = None if self.loss_scale is None else self.loss_scale.inverse
         #: None where the gradients are applied as soon as they are there.
         self.late: LateUpdate | None = None
         if self.loss_scale is not None or rule.max_grad_norm is not None:
-            self.late = LateUpdate(self.layout, rule, self.states, self.loss_scale)
-        self.steps = 0
-        #: The number of updates where only the device knows which steps were skipped.
-        self.count = None if self.late is None else self.late.count
+            self.late = LateUpdate(self.layout, rule, self.states, self.loss_scale, active)
+        self.rows = StepRows(rule, self.device, members, active, None if self.late is None else self.late.count)
         self._has_head = (
             self.loss == "cross_entropy"
             and self.activations[-1] == "identity"
-            and layers[-1].out_features <= MAX_CLASSES
+            and layers[-1].weight.shape[-2] <= MAX_CLASSES
         )
-        self.settings_changed()
         self._plans: OrderedDict[int, _Plan] = OrderedDict()
         self._converted: Tensor | None = None
         self.graphs = GraphCache(self.device) if cuda_graph and can_capture(self.device) else None
@@ -141,8 +160,7 @@ class TritonStep:
         """Take up the rule's settings; those of its ``structure`` are as they were."""
         if self.late is not None:
             self.late.settings_changed()
-        #: The learning rate of rows that are computed ahead, the number of the first one's step, and the rows.
-        self._ahead: tuple[float, int, list[Tensor]] = (-1.0, 0, [])
+        self.rows.forget()
 
     def _follow(self) -> None:
         """Bring the parameters as they are now into what the products read and, where a version tells, the masters.
@@ -176,9 +194,9 @@ class TritonStep:
 
     def _new_plan(self, m: int) -> _Plan:
         def buffer(n: int) -> Tensor:
-            return torch.empty((m, n), dtype=self.dtype, device=self.device)
+            return torch.empty((*self._of, m, n), dtype=self.dtype, device=self.device)
 
-        outputs = [layer.out_features for layer in self.layers]
+        outputs = [layer.weight.shape[-2] for layer in self.layers]
         last = len(outputs) - 1
         dz: list[Tensor | None] = [buffer(n) if i >= self.lowest else None for i, n in enumerate(outputs)]
         sums: list[ColumnSums | None] = [None] * len(outputs)
@@ -186,42 +204,17 @@ class TritonStep:
             dz[last] = buffer(padded(outputs[last]))  # so that its rows are loaded 16 bytes at a time
             for i in self.trained:
                 if (bias := self._biases[i]) is not None and bias.trained:
-                    sums[i] = ColumnSums(m, outputs[i], self.device)
+                    sums[i] = ColumnSums(m, outputs[i], self.device, members=self.members)
         elements = 1 if takes_classes(self.loss) else outputs[-1]
         return _Plan(
             m,
             [buffer(n) for n in outputs],
             [buffer(n) if saved_for_grad(f) == "z" else None for n, f in zip(outputs, self.activations, strict=True)],
             dz,
-            torch.empty(m * elements, dtype=torch.float32, device=self.device),
+            torch.empty((*self._of, m * elements), dtype=torch.float32, device=self.device),
             workspace(self.layout, m, self.dtype, self.device, direct=self.late is None),
             sums,
         )
-
-    def _rows_of(self, lrs: Tensor) -> Tensor:
-        """One row of step-dependent values for each of the next steps, [steps, HYPER_COLUMNS] on the device.
-
-        ``lrs`` is float64 on the host. Where the device counts the updates, ``late_update`` corrects the row.
-        """
-        count = None
-        if self.count is None:
-            count = torch.arange(self.steps + 1, self.steps + 1 + lrs.shape[0], dtype=torch.float64, device="cpu")
-        rows = self.rule.rows(lrs, count)
-        if self.device.type == "cuda":
-            return rows.pin_memory().to(self.device, non_blocking=True)
-        return rows.to(self.device)
-
-    def _row(self) -> Tensor:
-        """The next step's row; rows that differ are computed ahead, more of them while the learning rate stays."""
-        lr, first, rows = self._ahead
-        changes = self.rule.counted and self.count is None
-        i = self.steps - first if changes else 0
-        if lr != self.rule.lr or not 0 <= i < len(rows):
-            more = min(2 * len(rows), _AHEAD) if lr == self.rule.lr and changes else 1
-            rates = torch.full((max(1, more),), self.rule.lr, dtype=torch.float64, device="cpu")
-            rows, i = list(self._rows_of(rates).unbind()), 0
-            self._ahead = self.rule.lr, self.steps, rows
-        return rows[i]
 
     def _saved(self, plan: _Plan, i: int) -> Tensor | None:
         """What f'_i is computed from."""
@@ -242,6 +235,7 @@ class TritonStep:
                 rows=rows if i == 0 else None,
                 a=plan.a[i],
                 z=z,
+                active=self.active,
             )
             a = plan.a[i]
         return a
@@ -270,6 +264,7 @@ class TritonStep:
                 dz_prev=None if below is None else plan.dz[below],
                 sums=plan.sums[last],
                 prev_sums=None if below is None else plan.sums[below],
+                active=self.active,
             )
             top = last - 1
         else:
@@ -286,6 +281,7 @@ class TritonStep:
                 self.activations[i - 1],
                 dx=plan.dz[i - 1],
                 sums=plan.sums[i - 1],
+                active=self.active,
             )
 
     def _loss_gradient(self, plan: _Plan, a: Tensor, y: Tensor, rows: Tensor | None) -> None:
@@ -293,18 +289,33 @@ class TritonStep:
         last = len(self.layers) - 1
         dz = plan.dz[last]
         assert dz is not None
-        scale, factor, loss = 1 / LOSSES[self.loss].count(a), self._scale, plan.loss_rows
-        if self.loss == "cross_entropy":
+        scale = (self.members or 1) / LOSSES[self.loss].count(a)
+        factor, loss, active = self._scale, plan.loss_rows, self.active
+        if self.loss == "cross_entropy" and self.members is not None:
+            cross_entropy_of_members(
+                a, y, ignore_index=NO_CLASS, scale=scale, factor=factor, rows=rows, loss=loss, dz=dz, active=active
+            )
+        elif self.loss == "cross_entropy":
             cross_entropy(a, y, ignore_index=NO_CLASS, scale=scale, factor=factor, rows=rows, loss=loss, dz=dz)
         elif self.loss == "softmax_squared_error":
-            softmax_squared_error(a, y, scale=scale, factor=factor, rows=rows, loss=loss, dz=dz)
+            softmax_squared_error(a, y, scale=scale, factor=factor, rows=rows, loss=loss, dz=dz, active=active)
         else:
-            elementwise_loss(a, y, self.loss, scale=scale, factor=factor, rows=rows, loss=loss.view(a.shape), da=dz)
+            loss = loss.view(a.shape)
+            elementwise_loss(
+                a, y, self.loss, scale=scale, factor=factor, rows=rows, loss=loss, da=dz, active=active
+            )  # fmt: skip
         if self.activations[last] != "identity":
-            activation_bwd(dz, self._saved(plan, last), self.activations[last], dz=dz)
+            activation_bwd(dz, self._saved(plan, last), self.activations[last], dz=dz, active=active)
 
     def _weights_step(
-        self, plan: _Plan, x: Tensor, rows: Tensor | None, row: Tensor, loss: Tensor, **outputs: Any
+        self,
+        plan: _Plan,
+        x: Tensor,
+        rows: Tensor | None,
+        row: Tensor,
+        loss: Tensor,
+        updates: Tensor | None = None,
+        **outputs: Any,
     ) -> None:
         """The grouped weight gradient with its update; with ``outputs`` of ``wgrad_update`` it goes there."""
         inputs = [x, *plan.a[:-1]]
@@ -322,35 +333,41 @@ class TritonStep:
             partial=plan.partial,
             unscale=self._unscale,
             sums=[plan.sums[i] for i in self.trained],
+            active=self.active,
+            updates=updates,
             **outputs,
         )
 
     def _launch(self, plan: _Plan, x: Tensor, y: Tensor, rows: Tensor | None, row: Tensor, loss: Tensor) -> None:
         """The whole step as launches on the current stream."""
         self._forward_backward(plan, x, y, rows)
-        late = self.late
+        late, updates = self.late, self.rows.updates
         if late is None:
-            self._weights_step(plan, x, rows, row, loss)
+            self._weights_step(plan, x, rows, row, loss, updates)
         elif late.squares is None:
             assert plan.partial is not None
-            self._weights_step(plan, x, rows, row, loss, overflow=late.overflow)
+            self._weights_step(plan, x, rows, row, loss, updates, overflow=late.overflow)
             late.apply(plan.partial, row, scaled=True)
         else:
             assert self.grads is not None
             outputs = {"grads": self.grads, "squares": late.squares, "overflow": late.overflow}
-            self._weights_step(plan, x, rows, row, loss, **outputs)
+            self._weights_step(plan, x, rows, row, loss, updates, **outputs)
             late.apply(self.grads[None], row, scaled=False)
 
     def step(self, x: Tensor, y: Tensor, out: Tensor) -> None:
-        """One step on x [M, K] (the compute dtype or uint8) and targets; writes the mean loss into ``out`` (0-d)."""
+        """One step on x [M, K] (the compute dtype or uint8) and targets; writes the mean loss into ``out`` (0-d).
+
+        With members x is [M, K] or [E, M, K], the targets likewise, and ``out`` is [E].
+        """
         self._follow()
         x = self._cast(x)
-        m = x.shape[0]
-        plan, row = self._plan(m), self._row()
-        self.steps += 1
+        m = x.shape[-2]
+        plan, row = self._plan(m), self.rows.next()
+        self.rows.steps += 1
         entry = None
         if self.graphs is not None:
-            entry = self.graphs.entry((m, *self._baked(), x.dtype, y.dtype, y.shape[1:]))
+            shape = y.shape[1:] if self.members is None else (x.dim(), y.shape)
+            entry = self.graphs.entry((m, *self._baked(), x.dtype, y.dtype, shape))
         if self.graphs is None or entry is None:
             self._launch(plan, x, y, None, row, out)
             return
@@ -376,70 +393,83 @@ class TritonStep:
     def epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Tensor, losses: Tensor
     ) -> None:
-        """Steps over ``order``, each with its learning rate (float64 on the host); writes each step's loss."""
+        """Steps over ``order``, each with its learning rate (float64 on the host); writes each step's loss.
+
+        With members ``order`` is [n] or [E, n], and ``lrs`` and ``losses`` are [steps, E].
+        """
         if self.graphs is not None:
             refuse_capture()
         self._follow()
         images = self._cast_once(images)
-        n = order.shape[0]
-        table = self._rows_of(lrs)
+        n = order.shape[-1]
         full = n // batch_size
         for begin in range(0, full, CHUNK):
             count = min(CHUNK, full - begin)
-            rows = order[begin * batch_size : (begin + count) * batch_size].view(count, batch_size)
-            self._chunk(images, labels, rows, table[begin : begin + count], losses[begin : begin + count])
+            rows = order[..., begin * batch_size : (begin + count) * batch_size].unflatten(-1, (count, batch_size))
+            self._chunk(images, labels, rows, lrs[begin : begin + count], losses[begin : begin + count])
         if full < lrs.shape[0]:
-            self._chunk(images, labels, order[full * batch_size :].view(1, -1), table[full:], losses[full:])
-        self.steps += lrs.shape[0]
+            self._chunk(images, labels, order[..., None, full * batch_size :], lrs[full:], losses[full:])
 
-    def _chunk(self, images: Tensor, labels: Tensor, rows: Tensor, table: Tensor, out: Tensor) -> None:
-        """``count`` steps of equal size, by one graph where there are graphs; writes their losses."""
-        count, m = rows.shape
-        plan = self._plan(m)
+    def _chunk(self, images: Tensor, labels: Tensor, rows: Tensor, lrs: Tensor, out: Tensor) -> None:
+        """``count`` steps of equal size, by one graph where there are graphs; writes their losses.
+
+        ``rows`` is [count, m], or [E, count, m].
+        """
+        count, m = rows.shape[-2:]
+        plan, table = self._plan(m), self.rows.of(lrs)
+        self.rows.steps += count
+        own, padded_members = rows.shape[:-2], () if self.members is None else (cdiv(self.members, 4) * 4,)
         # A graph reads the memory at these addresses, whichever tensor lies there at its replay.
         data = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (images, labels)]
-        entry = self.graphs.entry((m, *self._baked(), count, *data)) if self.graphs is not None else None
+        entry = self.graphs.entry((m, *self._baked(), count, *own, *data)) if self.graphs is not None else None
         buffers = GraphEntry().buffers if entry is None else entry.buffers
         if not buffers:
             # 16 bytes per step keep every pointer aligned alike, so that all steps share one compiled kernel.
-            buffers["rows"] = torch.zeros((count, m + m % 2), dtype=torch.int64, device=self.device)
+            buffers["rows"] = torch.zeros((count, *own, m + m % 2), dtype=torch.int64, device=self.device)
             buffers["table"] = torch.empty_like(table)
-            buffers["losses"] = torch.zeros((count, 4), dtype=torch.float32, device=self.device)
-        buffers["rows"][:, :m].copy_(rows)
+            buffers["losses"] = torch.zeros((count, *(padded_members or (4,))), dtype=torch.float32, device=self.device)
+        buffers["rows"][..., :m].copy_(rows.movedim(-2, 0))
         buffers["table"].copy_(table)
+        each = 0 if self.members is None else slice(self.members)
 
         def launch() -> None:
             for i in range(count):
-                self._launch(plan, images, labels, buffers["rows"][i, :m], buffers["table"][i], buffers["losses"][i, 0])
+                taken, losses = buffers["rows"][i, ..., :m], buffers["losses"][i, each]
+                self._launch(plan, images, labels, taken, buffers["table"][i], losses)
 
         if self.graphs is None or entry is None:
             launch()
         else:
             self.graphs.run(entry, launch)
-        out.copy_(buffers["losses"][:, 0])
+        out.copy_(buffers["losses"][:, each])
 
     def gradients(self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> list[Tensor]:
-        """Gradients of the trained parameters, float32, in the order of the parameters."""
+        """Gradients of the trained parameters, float32, in the order of the parameters.
+
+        Those of members that are not active are 0, or what was there if ``accumulate``.
+        """
         if self.grads is None:
-            self.grads = torch.zeros(self.layout.total, dtype=torch.float32, device=self.device)
+            self.grads = torch.zeros(self.layout.flat_shape, dtype=torch.float32, device=self.device)
+        elif self.active is not None and not accumulate:
+            self.grads.masked_fill_(~self.active[:, None], 0)
         self._follow()
         x = self._cast(x)
-        plan = self._plan(x.shape[0])
+        plan = self._plan(x.shape[-2])
         partial = plan.partial
         if partial is None:
             plan.partial = workspace(self.layout, plan.m, self.dtype, self.device, direct=False)
         self._forward_backward(plan, x, y, None)
-        self._weights_step(plan, x, None, self._row(), out, grads=self.grads, accumulate=accumulate)
+        self._weights_step(plan, x, None, self.rows.next(), out, grads=self.grads, accumulate=accumulate)
         plan.partial = partial
         return self.layout.views(self.grads)
 
     def update(self) -> None:
         """Apply the optimizer to the gradients of the last ``gradients``."""
-        row, grads = self._row(), self.grads
+        row, grads = self.rows.next(), self.grads
         assert grads is not None
-        self.steps += 1
+        self.rows.applied()
         if self.late is None:
-            reduce_update(self.layout, grads, 1, self.rule.kernel, row, states=self.states)
+            reduce_update(self.layout, grads, 1, self.rule.kernel, row, states=self.states, active=self.active)
         else:
             self.late.examine(grads, row)
             self.late.apply(grads[None], row, scaled=False)
@@ -474,19 +504,17 @@ class TritonStep:
             state["master"] = list(self.layout.params)
         return state
 
-    def counters(self) -> dict[str, float]:
-        """The number of updates where the rule counts; float16's loss scale and the good steps since it last moved."""
-        counters: dict[str, float] = {}
-        if self.rule.counted:
-            counters["step"] = float(self.steps if self.count is None else self.count.item())
+    def counters(self) -> dict[str, Any]:
+        """The number of updates where the rule counts; float16's loss scale and the good steps since it last moved.
+
+        Floats, or with members a list of floats each.
+        """
+        counters: dict[str, Any] = {"step": self.rows.counter()} if self.rule.counted else {}
         return counters | (self.loss_scale.counters() if self.loss_scale is not None else {})
 
-    def set_counters(self, counters: dict[str, float]) -> None:
+    def set_counters(self, counters: dict[str, Any]) -> None:
         """What ``counters`` returned; call it after ``parameter_state`` was written to."""
-        self.steps = int(counters.get("step", 0))
-        self._ahead = (-1.0, 0, [])
-        if self.count is not None:
-            self.count.fill_(self.steps)
+        self.rows.set_counter(counters.get("step", 0.0))
         if self.loss_scale is not None:
             self.loss_scale.set_counters(counters)
         for copies in self._copied:

@@ -81,7 +81,8 @@ def _force(stem: str) -> Callable[[Tile], AbstractContextManager[None]]:
     @contextmanager
     def force(tile: Tile) -> Iterator[None]:
         def chosen(
-            kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, *, wide: bool
+            kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, *, wide: bool,
+            members: int = 1,
         ) -> Tile:  # fmt: skip
             assert tile in all_tiles(kind, dtype, device, wide=wide), f"configs never choose {tile} where wide={wide}"
             return tile

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmlp.kernels import cross_entropy, cross_entropy_bwd, cross_entropy_fwd
+from fastmlp.kernels import cross_entropy, cross_entropy_bwd, cross_entropy_fwd, cross_entropy_of_members
 
 from .cases import KernelCases
 
@@ -49,6 +49,12 @@ Launcher = Callable[[torch.dtype, Logits], object]
 
 def _target(shape: Logits, dtype: torch.dtype, probabilities: bool) -> Tensor:
     return shape.make(dtype) if probabilities else shape.labels()
+
+
+def _members(dtype: torch.dtype, shape: Logits) -> object:
+    """Three members, one of which may pause, with a factor each."""
+    logits, labels = shape.make(dtype).expand(3, -1, -1).contiguous(), torch.zeros(3, shape.rows, dtype=torch.int64)
+    return cross_entropy_of_members(logits, labels, factor=torch.zeros(3), active=torch.zeros(3, dtype=torch.bool))
 
 
 def _one_pass(*, probabilities: bool = False, weight: bool = False, **options: Any) -> Launcher:
@@ -135,5 +141,8 @@ KERNELS = {
             "mean-probabilities-weight": _backward(probabilities=True, weight=True),
             "mean-weight": _backward(weight=True),
         },
+    ),
+    "cross_entropy_of_members": _cases(
+        ("_cross_entropy_kernel",), (Logits(64, 10), Logits(16, 50257)), {"labels": _members}
     ),
 }

@@ -105,6 +105,20 @@ def test_linear_fwd_inputs(device, operand, dim):
     check(a, lambda x, w, b: reference.linear_act(x, w, b, "sigmoid"), x, w, b)
 
 
+@pytest.mark.parametrize("kernel", ["fwd", "dgrad", "wgrad"])
+def test_members(device, kernel):
+    """From one member to the next it is as far as from one row to the next."""
+    x, w = draw(3, 4, 5), draw(3, 5, 5, seed=1)
+    if kernel == "fwd":
+        got, _ = linear_fwd(far(x, 0, device), far(w, 0, device), None, "identity")
+        check(got, lambda x, w: x @ w.mT, x, w)
+    elif kernel == "dgrad":
+        check(linear_dgrad(far(x, 0, device), far(w, 0, device)), lambda x, w: x @ w, x, w)
+    else:
+        dw, _ = linear_wgrad(far(x, 0, device), far(w[:, :4], 0, device))
+        check(dw, lambda dz, x: dz.mT @ x, x, w[:, :4])
+
+
 def test_linear_fwd_bias(device):
     x, w, b = draw(3, 3), draw(3, 3, seed=1), draw(3, seed=2)
     a, _ = linear_fwd(x.to(device), w.to(device), far(b, 0, device), "identity")

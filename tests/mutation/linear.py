@@ -184,7 +184,7 @@ _LINEAR_DGRAD = (
     ),
 )
 
-_PARTIAL = "partial = torch.empty((n_splits, stride_split), dtype=torch.float32, device=dz.device)"
+_PARTIAL = "partial = torch.empty((n_splits, *leading, stride_split), dtype=torch.float32, device=dz.device)"
 _REDUCE = """    if n_splits > 1:
         _launch_reduce((partial, dw, db))
 """
@@ -321,8 +321,8 @@ _ACTIVATIONS = (
     Mutant(
         "activation_bwd",
         "mask dropped in a store",
-        ", mask=mask)\n\n\n@remembered",
-        ")\n\n\n@remembered",
+        ", mask=mask)\n\n\ndef _plan",
+        ")\n\n\ndef _plan",
         (ACTIVATION, "sigmoid and float32"),
     ),
     Mutant(

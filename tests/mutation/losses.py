@@ -324,16 +324,16 @@ _UPDATE = (
         "wgrad_update",
         "wrong layer",
         "factors, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,\n"
-        "                pid - factors.first_tile, split,",
+        "                member, first_flat, pid - factors.first_tile, split,",
         "factors, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,\n"
-        "                pid, split,",
+        "                member, first_flat, pid, split,",
         (UPDATE, "depths_and_no_bias"),
     ),
     Mutant(
         "wgrad_update",
         "wrong layer",
-        "                    pid - factors.first_tile, split,",
-        "                    pid - operands[1].first_tile, split,",
+        "                    member, first_flat, pid - factors.first_tile, split,",
+        "                    member, first_flat, pid - operands[1].first_tile, split,",
         (UPDATE, "mean_loss"),
     ),
     Mutant(
@@ -360,8 +360,8 @@ _UPDATE = (
     Mutant(
         "wgrad_update",
         "partials buffer one short",
-        "partial = torch.empty((n_splits, layout.total), dtype=torch.float32, device=dzs[0].device)",
-        "partial = torch.empty((n_splits - 1, layout.total), dtype=torch.float32, device=dzs[0].device)",
+        "partial = torch.empty((n_splits, *layout.flat_shape), dtype=torch.float32, device=dzs[0].device)",
+        "partial = torch.empty((n_splits - 1, *layout.flat_shape), dtype=torch.float32, device=dzs[0].device)",
         (UPDATE, "every_optimizer and split and sgd"),
     ),
     Mutant(
@@ -374,8 +374,8 @@ _UPDATE = (
     Mutant(
         "before_update",
         "an overflow is never forgotten",
-        "tl.store(loss_scale.overflow, 0)",
-        "tl.store(loss_scale.overflow, 1)",
+        "tl.store(loss_scale.overflow + member, 0)",
+        "tl.store(loss_scale.overflow + member, 1)",
         (BEFORE_UPDATE, "moves_as_torchs"),
     ),
     Mutant(

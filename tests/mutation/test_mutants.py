@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import HAS_GPU, INTERPRETING
-from tests.mutation import linear, losses
+from tests.mutation import linear, losses, members
 from tests.mutation.harness import KERNELS, Mutant, check, plant
 
-MUTANTS = (*linear.MUTANTS, *losses.MUTANTS)
+MUTANTS = (*linear.MUTANTS, *losses.MUTANTS, *members.MUTANTS)
 LANE = "interpret" if INTERPRETING else "execute"
 #: The kinds of bug that must be among the planted ones.
 KINDS = {
@@ -22,6 +22,7 @@ KINDS = {
     "mask dropped in a load",
     "mask dropped in a store",
     "mask dropped in the reduction tail",
+    "member stride ignored",
     "missing int64",
     "partials buffer one short",
     "reduce before the partials are written",

@@ -261,7 +261,8 @@ class SimulatedCuda(StandIn):
         def state() -> Iterable[Tensor]:
             yield from (*step.model.parameters(), *engine.layout.params)
             yield from (p.low_ptr for p in engine.layout.of_parameters if p.low_ptr is not None)
-            yield from (t for t in (*engine.states, engine.count) if t is not None)
+            counts = engine.rows.updates, None if engine.late is None else engine.late.count
+            yield from (t for t in (*engine.states, *counts) if t is not None)
             if engine.loss_scale is not None:
                 yield from (engine.loss_scale.scale, engine.loss_scale.inverse, engine.loss_scale.good_steps)
                 yield engine.late.overflow
