@@ -1,12 +1,14 @@
 """How the members of an ensemble share the threads of a CPU.
 
     batched   one batched product for all members, which BLAS gives to all threads
+    alone     the same by the calling thread alone
     spread    an equal part of the members for each thread, in batched products that the thread makes alone
     small     as spread, but few members at a time, so that what one operation writes is in the cache for the next
 
-A thread that keeps its members finds their weights and activations in its own cache, and never waits for another
-thread within a step. Small networks lose more by further calls than they win by the cache. So steps of a part of the
-ensemble are timed once per shape (``fastmlp.cpu.choose``).
+A second thread has to be woken and waited for at every product. A thread that keeps its members finds their weights and
+activations in its own cache, and never waits for another thread within a step, but for Python between two operations.
+Small networks lose more by further calls than they win by the cache. So steps of a part of the ensemble are timed once
+per shape (``fastmlp.cpu.choose``).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 
 from . import choose, threads
 
-Way = Literal["batched", "spread", "small"]
+Way = Literal["batched", "alone", "spread", "small"]
 MEMBER_WAYS: tuple[Way, ...] = get_args(Way)
 
 

@@ -233,7 +233,7 @@ class TorchEnsemble:
         """The spans of active members of each thread."""
         if not self._ids:
             return
-        parts = 1 if way == "batched" else min(torch.get_num_threads(), len(self._ids))
+        parts = 1 if way in ("batched", "alone") else min(torch.get_num_threads(), len(self._ids))
         size = -(-len(self._ids) // parts)
         most = max(1, _CACHE // self._bytes(m)) if way == "small" else size
         for start in range(0, len(self._ids), size):

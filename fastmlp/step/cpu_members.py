@@ -163,6 +163,8 @@ class _Products:
             self._x, self._z, self._dz = (new((e, m, c), dtype=wide) for c in (k, n, n))
             self._dx = new((e, m, k), dtype=wide)
         self._w_t, self._dz_t = self._w.mT, self._dz.mT
+        #: Where dW^T is computed.
+        self._flat = self._w.new_empty((e, k, n)) if k < _SLIM <= n else None
 
     def linear(self, x: Tensor) -> Tensor:
         """Z = X W^T + b."""
@@ -189,6 +191,14 @@ class _Products:
             return self._dz_t, x
         self._dz.copy_(self.dz)
         return self._dz_t, self._x
+
+    def wgrad(self, x: Tensor, into: Tensor) -> Tensor:
+        """DZ^T X in ``into``, or in scratch memory of its shape; BLAS is several times as fast at a long first axis."""
+        dz_t, x = self.operands(x)
+        if self._flat is None:
+            return torch.bmm(dz_t, x, out=into)
+        torch.bmm(x.mT, dz_t.mT, out=self._flat)
+        return self._flat.mT
 
 
 class Piece:
@@ -291,12 +301,11 @@ class Piece:
         """W -= rate dZ^T X, b -= rate sum dZ."""
         layer, products, (weight, bias) = self._net.layers[i], self._products[i], self._weights[i]
         if layer.train_w:
-            dz_t, x = products.operands(x)
             dw = self._dw[i]
             if dw is None:
-                weight.baddbmm_(dz_t, x, alpha=-rate)
+                weight.baddbmm_(*products.operands(x), alpha=-rate)
             else:
-                weight.add_(torch.bmm(dz_t, x, out=dw), alpha=-rate)
+                weight.add_(products.wgrad(x, dw), alpha=-rate)
         if layer.train_b and bias is not None:
             db = self._db[i]
             assert db is not None
@@ -307,7 +316,10 @@ class Piece:
         layer, products, grads = self._net.layers[i], self._products[i], self._gradients
         assert grads is not None
         if layer.train_w:
-            torch.bmm(*products.operands(x), out=grads[layer.grad_w])
+            into = grads[layer.grad_w]
+            made = products.wgrad(x, into)
+            if made is not into:
+                into.copy_(made)
         if layer.train_b:
             into = grads[layer.grad_b]
             torch.sum(products.dz, 1, dtype=into.dtype, out=into)
@@ -337,7 +349,7 @@ class _Update:
         self._net, self._ids = net, span.ids
         self._params = [span.take(t) for t in net.masters]
         self._grads = [span.take(t) for t in net.grads]
-        self._states = [[span.take(t) for t in tensors] for tensors in net.states.values()]
+        self._states = {name: [span.take(t) for t in tensors] for name, tensors in net.states.items()}
         self._counts = span.take(net.counts) if net.rule.counted else None
         self._scales = None if net.scales is None else tuple(span.take(t) for t in net.scales)
         e = len(self._ids)
@@ -407,16 +419,10 @@ class _Update:
                 if self._counts is not None:
                     counted = self._counts[part]
                     count = counted[0]
-                self._groups.append(
-                    (
-                        net.rule_with(keys[start][0]),
-                        [t[part] for t in self._params],
-                        [t[part] for t in self._grads],
-                        [[t[part] for t in tensors] for tensors in self._states] + self._spare(part),
-                        net.zero if count is None else count,
-                        counted,
-                    )
-                )
+                rule = net.rule_with(keys[start][0])
+                params, grads = [t[part] for t in self._params], [t[part] for t in self._grads]
+                states = [[t[part] for t in self._states[name]] for name in rule.states] + self._spare(part)
+                self._groups.append((rule, params, grads, states, net.zero if count is None else count, counted))
             start = i
         self._version = net.version
 

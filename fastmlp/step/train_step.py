@@ -199,6 +199,8 @@ class TrainStep:
     def __repr__(self) -> str:
         """The model, the optimizer with its settings (without those that are off), loss, dtype and backend."""
         group, sizes = self.optimizer.param_groups[0], "-".join(map(str, self.model.sizes))
+        if isinstance(self.model, MLPEnsemble):
+            sizes += f" x {self.model.members}"
         on = [name for name in self.rule.settings if group[name] is not None and group[name] is not False]
         settings = ", ".join(f"{name}={group[name]}" for name in on)
         if len(self._rules) > 1:
