@@ -106,22 +106,37 @@ class TestMembers:
         check_members(members(), settings)
 
     @pytest.mark.parametrize("way", MEMBER_WAYS)
-    @pytest.mark.parametrize("optimizer", ["sgd", "clipping, momentum"])
+    @pytest.mark.parametrize(
+        ("optimizer", "dtype"), [("sgd", torch.float32), ("clipping, momentum", torch.float32), ("sgd", torch.bfloat16)]
+    )
     @pytest.mark.usefixtures("fresh_choices")
-    def test_every_way_to_share_threads(self, way, optimizer, monkeypatch):
-        have_fastest(monkeypatch, lambda candidates: way if way in candidates else next(iter(candidates)))
+    def test_every_way_to_share_threads(self, way, optimizer, dtype, monkeypatch):
+        asked = []
+
+        def fastest(candidates: Any) -> Any:
+            asked.append(tuple(candidates))
+            return way if way in candidates else next(iter(candidates))
+
+        have_fastest(monkeypatch, fastest)
         monkeypatch.setattr("fastmlp.step.cpu_ensemble._CACHE", 1)
         ensembles = []
         for count in (2, 1):
+            monkeypatch.setattr("fastmlp.cpu.choose._WORTH_MEASURING", 1 if count == 2 else 1 << 20)
             torch.manual_seed(0)
             with torch_threads(count):
                 ensemble = MLPEnsemble.stack(members(dtype=torch.float32))
-                step = TrainStep(ensemble, **OPTIMIZERS[optimizer])
-                for x, y in data():
-                    step(x.float(), y)
-            ensembles.append(ensemble)
-        for p, q in zip(ensembles[0].parameters(), ensembles[1].parameters(), strict=True):
-            torch.testing.assert_close(p, q)
+                step = TrainStep(ensemble, dtype=dtype, **OPTIMIZERS[optimizer])
+                for i, (x, y) in enumerate(data()):
+                    step.active = [True, i != 3, True]
+                    step(x.to(dtype), y)
+                step.active = [True, False, True]
+                grads = step.gradients(x.to(dtype), y)
+                step.update()
+            ensembles.append([*ensemble.parameters(), *grads.values()])
+        assert asked[0] == MEMBER_WAYS
+        for p, q in zip(*ensembles, strict=True):
+            tolerance = {} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
+            torch.testing.assert_close(p, q, **tolerance)
 
     @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
     def test_a_hundred_steps_in_float32(self, optimizer):
