@@ -8,6 +8,7 @@ works on views of the ensemble's tensors. Else it copies its members' tensors si
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import fields, replace
 from functools import partial
 from itertools import groupby
@@ -30,7 +31,7 @@ _PLANS = 4
 #: Runs of active members that pieces take as they are; more of them are packed.
 _RUNS = 2
 #: Bytes that a thread's cache has room for, and multiplications of a step to measure.
-_CACHE, _MEASURED = 1 << 19, 1 << 26
+_CACHE, _MEASURED = 1 << 19, 1 << 25
 
 
 class TorchEnsemble:
@@ -101,8 +102,9 @@ class TorchEnsemble:
 
     def rule_with(self, settings: tuple[tuple[str, float], ...]) -> Optimizer:
         """The rule with a member's settings."""
-        own: dict[str, Any] = dict(settings)
-        return replace(self.rule, **own)
+        rule = copy(self.rule)  # a tenth of the time of dataclasses.replace
+        vars(rule).update(settings)
+        return rule
 
     def _set_rate(self, rate: Any) -> None:
         if rate is self._rate_now or rate == self._rate_now:
@@ -262,7 +264,7 @@ class TorchEnsemble:
         names = sorted({layer.activation for layer in self.layers})
         work = m * sum(layer.weight[0].numel() for layer in self.layers)
         threads = torch.get_num_threads()
-        members = min(self.members, max(2 * threads, _MEASURED // max(1, work)))
+        members = min(self.members, max(4 * threads, _MEASURED // max(1, work)))
         kind = f"ensemble of {members} to {'-'.join(sizes)} {' '.join(names)} {self.loss} {self.rule.name}"
 
         ends = self.layers[0].weight.shape[2], self.layers[-1].weight.shape[1]
