@@ -4,7 +4,7 @@ These names are all that the rest of fastmlp uses.
 """
 
 from .cache import about_choices
-from .choose import get_cpu_gemm, set_cpu_gemm
+from .choose import adopt_choices, get_cpu_gemm, named_choices, set_cpu_gemm
 from .few_rows import Products, layer_products, sample_blocks
 from .processor import instruction_set, processor_name, product_dtype
 from .products import dgrad, linear, wgrad
@@ -13,11 +13,13 @@ from .whole_step import plan_step
 __all__ = [
     "Products",
     "about_choices",
+    "adopt_choices",
     "dgrad",
     "get_cpu_gemm",
     "instruction_set",
     "layer_products",
     "linear",
+    "named_choices",
     "plan_step",
     "processor_name",
     "product_dtype",

@@ -194,18 +194,21 @@ class AutogradEngine:
             nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
 
 
+def torch_optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
+    """torch.optim's class of the rule of this name; None where it has none."""
+    kinds = (getattr(torch.optim, attribute) for attribute in dir(torch.optim) if attribute.casefold() == name)
+    return next((kind for kind in kinds if isinstance(kind, type)), None)
+
+
 def _torch_optimizer(rule: Optimizer, params: list[Tensor]) -> torch.optim.Optimizer:
-    """torch's optimizer of this rule; ValueError where torch.optim has none, or none with these settings."""
-    kinds = [getattr(torch.optim, name) for name in dir(torch.optim) if name.casefold() == rule.name]
-    kind = next((kind for kind in kinds if isinstance(kind, type)), None)
+    """torch's optimizer with the settings of the rule; ValueError where torch.optim has none of this name."""
+    kind = torch_optimizer_class(rule.name)
     if kind is None:
         raise ValueError(f"torch.optim has no {rule.name}, so it needs engine 'step', and a fastmlp.MLP")
-    known = inspect.signature(kind).parameters
     settings = {name: getattr(rule, name) for name in rule.settings if name != "max_grad_norm"}
-    if "fused" in known:
+    if "fused" in inspect.signature(kind).parameters:
         settings["fused"] = all(p.device.type in ("cpu", "cuda") for p in params)
-    optimizer: torch.optim.Optimizer = kind(params, **settings)
-    return optimizer
+    return kind(params, **settings)
 
 
 ENGINES: Mapping[str, Callable[..., Engine]] = {"step": StepEngine, "autograd": AutogradEngine}

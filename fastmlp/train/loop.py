@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.names import unknown
+from ..cpu import adopt_choices, named_choices
 from .engines import ENGINES, Engine, checked_rule, engine_for, usual_rule
 from .results import EXPLODED, DivergenceError, EpochResult, History, Progress
 from .schedules import Schedule, lr_factor
@@ -170,6 +171,7 @@ def fit(
     if resume is not None:
         state = resume if isinstance(resume, RunState) else load_state(resume)
         state.check(about, model)
+        adopt_choices(state.choices)
         model.load_state_dict(state.model)
     runner: Engine
     if isinstance(engine, str):
@@ -199,7 +201,9 @@ def fit(
             return
         other = None if validation is None or best is parameters else best
         kept = runner.state_dict()  # type: ignore[attr-defined]
-        now = RunState(parameters, kept, order, history, about, highest_loss, other, step, loss_sum, spent)
+        now = RunState(
+            parameters, kept, order, history, about, highest_loss, other, step, loss_sum, spent, named_choices()
+        )
         if callable(checkpoint):
             checkpoint(now)
         else:

@@ -27,6 +27,8 @@ FORMAT_VERSION = 1
 
 #: Settings that a resumed run may have larger than the run.
 EXTENDED = ("epochs", "patience")
+#: Attributes of a state that are in the header of its file.
+_TEXTS = ("settings", "highest_loss", "step", "loss_sum", "seconds", "choices", "extra")
 #: Rows of the data that `fingerprint` reads.
 _ROWS = 4096
 
@@ -45,6 +47,7 @@ class RunState:
         best: parameters of the best epoch where they are not the model's; only with validation data.
         step: steps of the unfinished epoch that are done; 0 between epochs.
         loss_sum, seconds: the sum of the losses of these steps' rows, and the time that they took.
+        choices: what `fastmlp.cpu` chose by measuring, which is a part of the result.
         extra: what the caller keeps beside the state, in JSON's types.
     """
 
@@ -58,6 +61,7 @@ class RunState:
     step: int = 0
     loss_sum: float = 0.0
     seconds: float = 0.0
+    choices: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,7 +73,7 @@ class RunState:
         """ValueError unless a run with these settings and this model can go on from here."""
         for name, value in _plain(settings).items():
             before = self.settings.get(name)
-            if name in EXTENDED and _extends(value, before):
+            if extends(name, value, before):
                 continue
             if value != before:
                 raise ValueError(_different(name, value, before))
@@ -81,10 +85,10 @@ class RunState:
                 raise ValueError(f"the run to resume is of another model: {name} is {have}, and was {had}")
 
 
-def _extends(value: object, before: object) -> bool:
-    """Whether a number of epochs is at least that of the run; None is no limit."""
-    if value is None or before is None:
-        return value is None
+def extends(name: str, value: object, before: object) -> bool:
+    """Whether a setting is at least that of the run, and so extends it. None is no limit."""
+    if name not in EXTENDED or before is None or value is None:
+        return name in EXTENDED and value is None
     return isinstance(value, int) and isinstance(before, int) and value >= before
 
 
@@ -119,7 +123,7 @@ def save_state(path: str | os.PathLike[str], state: RunState) -> None:
     tensors = {"order": state.order, "history": torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names))}
     for part in ("model", "engine", "best"):
         tensors |= {f"{part}.{name}": tensor for name, tensor in (getattr(state, part) or {}).items()}
-    rest = {name: getattr(state, name) for name in ("settings", "highest_loss", "step", "loss_sum", "seconds", "extra")}
+    rest = {name: getattr(state, name) for name in _TEXTS}
     rest |= {"history": names, "loss": state.history.loss}
     write_tensors(path, tensors, {"format": FORMAT, "format_version": str(FORMAT_VERSION), "state": json.dumps(rest)})
 
