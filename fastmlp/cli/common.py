@@ -85,17 +85,64 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which a scheduler or ``kill`` ends a process, has come."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise Terminated
+
+
 @contextmanager
 def termination() -> Iterator[None]:
-    """SIGTERM, by which a scheduler or ``kill`` ends a process, interrupts the work as Ctrl-C does."""
+    """SIGTERM interrupts the work as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+class Stopping:
+    """While its context lasts, the first Ctrl-C or SIGTERM asks the work to stop, and the second interrupts the work.
+
+    Attributes:
+        asked: whether a signal has come.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self._signal is not None
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                if callable(before):  # a shell starts its background jobs with SIGINT ignored
+                    self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self._signal is not None:
+            self._before[number](number, frame)
+        self._signal = number
+
+    def interrupt(self) -> None:
+        """Interrupt the work now, if a signal has come."""
+        if self._signal is not None:
+            raise Terminated if self._signal == signal.SIGTERM else KeyboardInterrupt
 
 
 class Suggesting(click.Group):
