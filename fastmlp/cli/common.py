@@ -225,6 +225,23 @@ class Number(click.ParamType):
         return number
 
 
+class Numbers(click.ParamType):
+    """Finite numbers such as 1,0.5,2 as a tuple of floats."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """The numbers; a usage error if the value is no list of numbers."""
+        try:
+            parts = value.split(",") if isinstance(value, str) else value
+            numbers = tuple(float(part) for part in parts)
+        except (TypeError, ValueError):
+            numbers = ()
+        if not numbers or not all(map(math.isfinite, numbers)):
+            self.fail(f"{value!r} is not a list of finite numbers such as 1,0.5,2", param, ctx)
+        return numbers
+
+
 fashion_mnist_option = click.option(
     "--data",
     type=Folder(),

@@ -78,9 +78,9 @@ def _checked(path: Path, key: str, value: Any, option: click.Option) -> Any:
         if isinstance(value, list) and value and all(isinstance(size, int) for size in value):
             value = "-".join(map(str, value))
         expected, good = 'sizes such as "784-512-512-10" or [784, 512, 512, 10]', isinstance(value, str)
-    elif option.nargs > 1:
-        expected = f"a list of {option.nargs} numbers"
-        good = isinstance(value, list) and len(value) == option.nargs
+    elif option.nargs > 1 or isinstance(option.type, common.Numbers):
+        expected = f"a list of {option.nargs} numbers" if option.nargs > 1 else "a list of numbers"
+        good = isinstance(value, list) and (option.nargs == 1 or len(value) == option.nargs)
         good = good and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
     elif isinstance(option.type, common.Number):
         expected, good = "a number", is_number

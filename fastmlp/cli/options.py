@@ -1,6 +1,7 @@
-"""The options of ``fastmlp train`` that come from the rules of ``fastmlp.step.optimizers``: one for each setting.
+"""The options of ``fastmlp train`` that come from the arguments of `fastmlp.TrainStep`.
 
-A new rule, or a new setting of a rule, has its option without a change here; `_HELP` may say more of the setting.
+Each setting of a rule of ``fastmlp.step.optimizers`` has an option, and each argument that is about the loss. A new
+rule, a new setting, or a new argument has its option without a change here; `_HELP` may say more of it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from typing import Any, TypeVar
 
 import click
 
+from fastmlp.base.losses import LOSSES
 from fastmlp.step.optimizers import OPTIMIZERS, Optimizer, check_setting
+from fastmlp.train.engines import step_options, usual_rule
+from fastmlp.train.scores import FIT_LOSSES
 
 from . import common
 
@@ -24,8 +28,19 @@ _HELP = {
     "nesterov": "Nesterov's or plain momentum.",
     "betas": "Decay rates of the means of the gradients and of their squares.",
     "eps": "What is added to the denominator.",
+    "alpha": "Decay rate of the mean of the gradients' squares.",
+    "amsgrad": "Divide by the largest mean so far, or by the latest.",
+    "centered": "Divide by a standard deviation, or by the root of the mean square.",
+    "maximize": "Go up the gradient of the loss, or down.",
     "max_grad_norm": "Most that the 2-norm of all gradients together may be.",
+    "class_weight": "Factors of the rows of each class, such as 1,1,5.",
+    "ignore_index": "Class number of rows that do not count.",
+    "label_smoothing": "Share of each target that is spread over all classes.",
+    "pos_weight": "Factors of the terms with y of each output, such as 1,5.",
+    "delta": "Distance at which the loss huber becomes linear.",
 }
+#: Arguments of TrainStep without an option: of the machine, or of what a run would also have to judge and to keep.
+_OTHERS = ("dtype", "cuda_graph", "param_groups", "process_group", "ema_decay", "ema_warmup")
 
 
 def defaults(rule: type[Optimizer]) -> dict[str, Any]:
@@ -99,6 +114,39 @@ def _number(name: str, sample: tuple[float, ...] | None) -> common.Number:
     return common.Number(least, math.inf if allows(1.0) else 1.0, least_is_open=not allows(0.0))
 
 
+def loss_settings() -> dict[str, tuple[str, Any]]:
+    """The arguments of TrainStep that are no settings of a rule: by name, the kind and the default."""
+    found = {}
+    for name, parameter in step_options().items():
+        kind = str(parameter.annotation).partition(" | ")[0]
+        if name not in _OTHERS and kind in ("bool", "int", "float", "Tensor"):
+            found[name] = kind, parameter.default
+    return found
+
+
+def loss_options(command: Command) -> Command:
+    """One option for each of `loss_settings`. The default of each is None, for what TrainStep has."""
+    types = {"int": click.IntRange(), "float": common.Number(-math.inf), "Tensor": common.Numbers()}
+    for name, (kind, default) in reversed(loss_settings().items()):
+        flag = option_of(name)
+        text = f"{_HELP.get(name, f'{name.capitalize()}.'.replace('_', ' '))}  [default: {shown(default)}]"
+        if kind == "bool":
+            command = click.option(f"{flag}/--no-{flag[2:]}", default=None, help=text)(command)
+        else:
+            command = click.option(flag, type=types[kind], help=text)(command)
+    return command
+
+
+def checked_loss_settings(loss: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the loss that are given; UserError for one that the loss does not have."""
+    has = getattr(LOSSES[FIT_LOSSES[loss]], "options", ())
+    values = {name: value for name, value in given.items() if value is not None}
+    for name in values:
+        if name not in has:
+            raise common.UserError(f"--loss {loss} has no {option_of(name)}")
+    return values
+
+
 def checked_settings(optimizer: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of a rule but the learning rate, from those that are given; UserError for one of another rule."""
     own = defaults(OPTIMIZERS[optimizer])
@@ -109,8 +157,6 @@ def checked_settings(optimizer: str, given: Mapping[str, Any]) -> dict[str, Any]
             raise common.UserError(f"--optimizer {optimizer} has no {option_of(name)}; it has --lr, {has}")
     if given.get("nesterov") and given.get("momentum") == 0:
         raise common.UserError("--nesterov needs a --momentum above 0")
-    from fastmlp.train.engines import usual_rule
-
     with common.user_errors((ValueError, TypeError)):
         rule = usual_rule(lr=1.0, optimizer=optimizer, **given)
     return {name: getattr(rule, name) for name in own}

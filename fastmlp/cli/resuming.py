@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import common
-from .options import option_of, settings
+from .options import loss_settings, option_of, settings
 from .run_folder import LAST
 
 if TYPE_CHECKING:
@@ -72,8 +72,7 @@ def resumed(folder: Path, state: RunState, options: dict[str, Any], given: Mappi
             result[name] = value
         elif not _same(name, value, before.get(name)):
             raise common.UserError(_differs(name, value, before.get(name)))
-    own = settings()
-    for name in own:
+    for name in (*settings(), *loss_settings()):
         if name not in before:
             result[name] = None
     result["sizes"] = tuple(result["sizes"])

@@ -17,7 +17,7 @@ from fastmlp.train.scores import takes_values
 
 from . import common
 from .inputs import FASHION_MNIST, Format, check_sizes, divided, share_of
-from .options import checked_settings, settings
+from .options import checked_loss_settings, checked_settings, loss_settings, option_of, settings
 from .progress import Reporter, device_name, scores
 from .resuming import load_run, options_of, place, resume_errors, resumed
 from .run_folder import TENSORBOARD, WEIGHTS, Run, check_run_folder
@@ -68,6 +68,7 @@ def train(options: dict[str, Any], resume: str | None, given: Mapping[str, Any])
     if engine == "step" and loss not in STEP_LOSSES:
         raise common.UserError(f"--engine step does not have the loss {loss}; use --engine autograd, or leave it out")
     rule = checked_settings(optimizer, {name: options[name] for name in settings()})
+    of_loss = checked_loss_settings(loss, {name: options[name] for name in loss_settings()})
     engine = engine or ("step" if loss in STEP_LOSSES else "autograd")
     if engine == "autograd" and torch_optimizer_class(optimizer) is None:
         raise common.UserError(f"--optimizer {optimizer} needs --engine step and a --loss that TrainStep has")
@@ -93,7 +94,7 @@ def train(options: dict[str, Any], resume: str | None, given: Mapping[str, Any])
         lr = OPTIMIZERS[optimizer].usual.get("lr", values_lr if takes_values(loss) else LEARNING_RATES[activation])
     arguments = {"lr": lr, "loss": loss, "engine": engine, "optimizer": optimizer}
     arguments |= {name: options[name] for name in ("epochs", "batch_size", "schedule", "warmup")}
-    arguments |= {**rule, "patience": options["patience"], "seed": options["seed"]}
+    arguments |= {**rule, **of_loss, "patience": options["patience"], "seed": options["seed"]}
     train = form.fitted(train, dtype)
     held_out, test = (None if part is None else form.fitted(part, dtype) for part in (held_out, test))
     parts = [part for part in (train, held_out, test) if part is not None]
@@ -106,6 +107,11 @@ def train(options: dict[str, Any], resume: str | None, given: Mapping[str, Any])
             raise common.UserError(f"{device} has no memory for such a network; use smaller --sizes") from error
         for part in parts:
             checked(model, part, loss)
+        tensors = {name: torch.tensor(of_loss[name], dtype=dtype, device=device) for name in _vectors(of_loss)}
+        if of_loss:
+            if engine != "step":
+                raise common.UserError(f"{option_of(next(iter(of_loss)))} needs --engine step")
+            fastmlp.TrainStep(model, loss=loss, **{**of_loss, **tensors})
     initialize_(model, options["seed"])
 
     model_config = {"sizes": list(sizes), "activation": activation, "bias": True, "dtype": options["dtype"]}
@@ -159,7 +165,7 @@ def train(options: dict[str, Any], resume: str | None, given: Mapping[str, Any])
             with resume_errors(state is not None):
                 history = fit(
                     model, train, test, validation=held_out, on_epoch=on_epoch, on_progress=on_progress,
-                    checkpoint=checkpoint, resume=state, **arguments,
+                    checkpoint=checkpoint, resume=state, **{**arguments, **tensors},
                 )  # fmt: skip
             stopping.interrupt()
             best = history.best
@@ -214,3 +220,8 @@ def train(options: dict[str, Any], resume: str | None, given: Mapping[str, Any])
     if options["as_json"]:
         click.echo(json.dumps(summary))
     return 0
+
+
+def _vectors(values: Mapping[str, Any]) -> list[str]:
+    """The names of values that are tensors in Python."""
+    return [name for name, value in values.items() if isinstance(value, (tuple, list))]

@@ -7,6 +7,7 @@ engine "step" of `fit` calls a `TrainStep`, and the engine "autograd" calls auto
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +57,8 @@ class StepEngine:
     Args:
         model: an MLP.
         loss: a name that `TrainStep` takes.
-        settings: the optimizer's name and its settings, as `TrainStep` takes them; the learning rate is above 0.
+        settings: the optimizer's name and its settings, and further options, as `TrainStep` takes them; the learning
+            rate is above 0.
 
     Raises:
         TypeError: another model.
@@ -64,7 +66,7 @@ class StepEngine:
     """
 
     def __init__(self, model: nn.Module, *, loss: str = "cross_entropy", **settings: Any) -> None:
-        checked_rule(**settings)
+        checked_rule(**{name: value for name, value in settings.items() if name not in step_options()})
         self.step = TrainStep(model, loss=loss, **settings)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -218,6 +220,15 @@ ENGINES: Mapping[str, Callable[..., Engine]] = {"step": StepEngine, "autograd": 
 def engine_for(model: nn.Module, loss: str = "cross_entropy") -> str:
     """The name of the fastest engine: "step" for an MLP with a loss that a step has, else "autograd"."""
     return "step" if isinstance(model, MLP) and loss in STEP_LOSSES else "autograd"
+
+
+@functools.cache
+def step_options() -> Mapping[str, inspect.Parameter]:
+    """The arguments of `TrainStep` that are no settings of an optimizer, and that `fit` has no arguments for."""
+    of_rules = {field.name for rule in OPTIMIZERS.values() for field in dataclasses.fields(rule)}
+    parameters = inspect.signature(TrainStep.__init__).parameters
+    others = {"self", "model", "optimizer", "loss"} | of_rules
+    return {name: parameter for name, parameter in parameters.items() if name not in others}
 
 
 def checked_rule(*, lr: float, optimizer: str = "sgd", **settings: Any) -> Optimizer:

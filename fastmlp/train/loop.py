@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..base.names import unknown
 from ..cpu import adopt_choices, named_choices
-from .engines import ENGINES, Engine, checked_rule, engine_for, usual_rule
+from .engines import ENGINES, Engine, checked_rule, engine_for, step_options, usual_rule
 from .results import EXPLODED, DivergenceError, EpochResult, History, Progress
 from .schedules import Schedule, lr_factor
 from .scores import LabeledImages, Samples, checked, evaluate, loss_of_a_guess, metric_of
@@ -119,7 +119,8 @@ def fit(
         on_progress: called every `CHECK_EVERY` steps and at the end of each epoch. If it returns True, the training
             stops at once: ``checkpoint`` gets the steps of the unfinished epoch, the model keeps its parameters, and
             the test data is not looked at.
-        settings: further settings of the optimizer, by `TrainStep`'s names: betas, eps, max_grad_norm, ...
+        settings: further settings of the optimizer, by `TrainStep`'s names: betas, eps, max_grad_norm, ... With engine
+            "step" also its further options, such as dtype. The losses of evaluations do not have these options.
 
     Returns:
         The results of all epochs; ``history.best`` is the best epoch's.
@@ -144,8 +145,11 @@ def fit(
         engine = engine_for(model, loss) if engine == "auto" else engine
         if engine not in ENGINES:
             raise ValueError(unknown("engine", engine, ("auto", *ENGINES)))
+        options = {name: settings.pop(name) for name in step_options() if name in settings}
+        if options and engine != "step":
+            raise ValueError(f"{', '.join(options)} needs engine 'step', got engine {engine!r}")
         rule = usual_rule(optimizer=optimizer, lr=lr, **settings)
-        settings = {name: getattr(rule, name) for name in rule.settings}
+        settings = {name: getattr(rule, name) for name in rule.settings} | options
     else:
         checked_rule(lr=lr)
         settings = {"lr": lr}

@@ -71,8 +71,9 @@ class RunState:
 
     def check(self, settings: Mapping[str, Any], model: nn.Module) -> None:
         """ValueError unless a run with these settings and this model can go on from here."""
+        before_all = _plain(self.settings)
         for name, value in _plain(settings).items():
-            before = self.settings.get(name)
+            before = before_all.get(name)
             if extends(name, value, before):
                 continue
             if value != before:
@@ -123,7 +124,7 @@ def save_state(path: str | os.PathLike[str], state: RunState) -> None:
     tensors = {"order": state.order, "history": torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names))}
     for part in ("model", "engine", "best"):
         tensors |= {f"{part}.{name}": tensor for name, tensor in (getattr(state, part) or {}).items()}
-    rest = {name: getattr(state, name) for name in _TEXTS}
+    rest = {name: getattr(state, name) for name in _TEXTS} | {"settings": _plain(state.settings)}
     rest |= {"history": names, "loss": state.history.loss}
     write_tensors(path, tensors, {"format": FORMAT, "format_version": str(FORMAT_VERSION), "state": json.dumps(rest)})
 
@@ -165,6 +166,10 @@ def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back: a tuple is a list."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    """Settings as JSON gives them back: a tuple is a list, and what JSON does not have is a text."""
+
+    def told(value: object) -> object:
+        return value.tolist() if isinstance(value, Tensor) else repr(value)
+
+    plain: dict[str, Any] = json.loads(json.dumps(dict(settings), default=told))
     return plain
