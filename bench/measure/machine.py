@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastmlp.cli.report import cpu_name
+from fastmlp.cli.progress import cpu_name
 from fastmlp.cpu import product_dtype
 
 __all__ = ["ROOT", "describe", "device_name", "peaks", "pin_threads", "slug"]

@@ -1,10 +1,10 @@
-"""The command line: ``fastmlp train | eval | predict | bench | reproduce | doctor``, one module per command.
+"""The command line: ``fastmlp train | eval | predict | report | bench | reproduce | doctor``, one module per command.
 
 A command is a module of this package that `COMMANDS` names and that has a ``click.Command`` called ``command``. Modules
 import torch inside their functions only, so that ``--help`` does not wait for torch.
 
 Exit codes: 0 done; 1 the input was right and the work failed (a check failed, training diverged, the disk is full);
-2 the input was wrong; 130 Ctrl-C or SIGTERM. Of the errors, each has one line on stderr.
+2 the input was wrong; 130 Ctrl-C; 143 SIGTERM. Of the errors, each has one line on stderr.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 import click
 
-from .common import Suggesting, say, termination
+from .common import Suggesting, Terminated, say, termination
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("train", "eval", "predict", "bench", "reproduce", "doctor")
+COMMANDS = ("train", "eval", "predict", "report", "bench", "reproduce", "doctor")
 """Every command, in the order of the help."""
 
 
@@ -72,7 +72,10 @@ def main(args: Sequence[str] | None = None) -> int:
         except click.ClickException as error:
             say("error", _describe(error))
             return error.exit_code
-        except (click.Abort, KeyboardInterrupt):
+        except (click.Abort, KeyboardInterrupt) as error:
+            if isinstance(error.__cause__ or error, Terminated):
+                click.echo("fastmlp: terminated", err=True)
+                return 143
             click.echo("fastmlp: interrupted", err=True)
             return 130
     return result if isinstance(result, int) else 0

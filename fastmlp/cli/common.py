@@ -85,17 +85,64 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which a scheduler or ``kill`` ends a process, has come."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise Terminated
+
+
 @contextmanager
 def termination() -> Iterator[None]:
-    """SIGTERM, by which a scheduler or ``kill`` ends a process, interrupts the work as Ctrl-C does."""
+    """SIGTERM interrupts the work as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+class Stopping:
+    """While its context lasts, the first Ctrl-C or SIGTERM asks the work to stop, and the second interrupts the work.
+
+    Attributes:
+        asked: whether a signal has come.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self._signal is not None
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                if callable(before):  # a shell starts its background jobs with SIGINT ignored
+                    self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self._signal is not None:
+            self._before[number](number, frame)
+        self._signal = number
+
+    def interrupt(self) -> None:
+        """Interrupt the work now, if a signal has come."""
+        if self._signal is not None:
+            raise Terminated if self._signal == signal.SIGTERM else KeyboardInterrupt
 
 
 class Suggesting(click.Group):
@@ -176,6 +223,23 @@ class Number(click.ParamType):
         if not (least and number < self.below):
             self.fail(f"{value!r} is not a finite number {relation} {self.least:g}{upper}", param, ctx)
         return number
+
+
+class Numbers(click.ParamType):
+    """Finite numbers such as 1,0.5,2 as a tuple of floats."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """The numbers; a usage error if the value is no list of numbers."""
+        try:
+            parts = value.split(",") if isinstance(value, str) else value
+            numbers = tuple(float(part) for part in parts)
+        except (TypeError, ValueError):
+            numbers = ()
+        if not numbers or not all(map(math.isfinite, numbers)):
+            self.fail(f"{value!r} is not a list of finite numbers such as 1,0.5,2", param, ctx)
+        return numbers
 
 
 fashion_mnist_option = click.option(

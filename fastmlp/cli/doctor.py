@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from . import common
-from .report import cpu_name
+from .progress import cpu_name
 
 TIMEOUT_S = 600
 #: GPU memory of one process that checks a kernel, nearly all of it for the CUDA context.

@@ -24,12 +24,15 @@ DEFAULT_SHARE = 0.2
 HIDDEN = (512, 512)
 
 
-def divided(train: Samples, test: Samples | None, share: float | None, seed: int) -> tuple[Samples, Samples | None]:
-    """(training rows, validation rows): ``share`` of them, or as many as --validation's help says."""
+def share_of(test: Samples | None, share: float | None) -> float:
+    """The share of the training rows to hold out: ``share``, or what --validation's help says."""
+    return share if share is not None else DEFAULT_SHARE if test is None else 0.0
+
+
+def divided(train: Samples, share: float, seed: int) -> tuple[Samples, Samples | None]:
+    """(training rows, validation rows): ``share`` of them; None for 0."""
     from fastmlp.train import held_out
 
-    if share is None:
-        share = DEFAULT_SHARE if test is None else 0.0
     if share == 0:
         return train, None
     try:

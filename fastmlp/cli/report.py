@@ -1,108 +1,84 @@
-"""What a training run shows: a progress bar and lines above it on a terminal, plain lines anywhere else."""
+"""``fastmlp report``: the pictures of a run folder, drawn anew from its files."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from types import TracebackType
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import common
+from .drawing import PICTURES, draw
+from .inputs import Format
+from .run_folder import EVALUATION, HISTORY, SUMMARY
+
 if TYPE_CHECKING:
-    import torch
+    from fastmlp.train import History
+    from fastmlp.train.judged import Judged
 
-    from fastmlp.train import EpochResult, Progress
+#: The largest summary that is read.
+MOST = 1 << 30
 
 
-class Reporter:
-    """Shows the progress of ``epochs`` epochs; a context manager.
+@click.command("report", short_help="Draw the pictures of a run folder anew.")
+@click.argument("run", type=common.Folder(), metavar="RUN")
+@common.json_option
+def command(run: str, as_json: bool) -> int:
+    """Draw the pictures of RUN, a run folder, anew from its files.
 
-    Args:
-        epochs: of the run.
-        to_stderr: write to stderr instead of stdout.
+    The data are not needed. A run that has not ended has curves and weights, but no confusion matrix and no mistakes.
     """
-
-    def __init__(self, epochs: int, to_stderr: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        self.epochs = epochs
-        self.to_stderr = to_stderr
-        stream = sys.stderr if to_stderr else sys.stdout
-        self.bar: Bar | None = None
-        # rich's own test for a terminal obeys FORCE_COLOR, and a bar does not belong into a log file.
-        if stream.isatty():
-            columns = (
-                TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("loss {task.fields[loss]}"),
-                TimeRemainingColumn(),
-            )
-            self.bar = Bar(*columns, console=Console(file=stream, highlight=False), transient=True)
-            self.task = self.bar.add_task("", total=epochs, epoch=1, epochs=epochs, loss="-")
-
-    def __enter__(self) -> Reporter:
-        """Show the bar, if there is one."""
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Take the bar away."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-    def line(self, text: str) -> None:
-        """One line of its own."""
-        with contextlib.suppress(OSError):  # a log on a full disk, or a pipe without a reader, ends no training
-            if self.bar is not None:
-                self.bar.console.print(text, markup=False, soft_wrap=True)
-            else:
-                click.echo(text, err=self.to_stderr)
-
-    def progress(self, progress: Progress) -> None:
-        """Move the bar."""
-        if self.bar is not None:
-            done = progress.epoch - 1 + progress.step / progress.steps
-            self.bar.update(self.task, completed=done, epoch=progress.epoch, loss=f"{progress.loss:.4f}")
-
-    def epoch(self, result: EpochResult) -> None:
-        """The line of an epoch."""
-        judged = "  ".join([*scores(result, "validation"), *scores(result, "test")])
-        self.line(
-            f"epoch {result.epoch:>{len(str(self.epochs))}}/{self.epochs}  train loss {result.train_loss:.4f}  "
-            f"{judged}{'  ' if judged else ''}{result.seconds:.2f} s  {result.images_per_second:,.0f} images/s"
-        )
-
-
-def scores(result: EpochResult, split: str) -> list[str]:
-    """Loss and metric of the results on one split, as far as there are any."""
-    loss, accuracy, r2 = (vars(result)[f"{split}_{name}"] for name in ("loss", "accuracy", "r2"))
-    texts = [] if loss is None else [f"{split} loss {loss:.4f}"]
-    texts += [] if accuracy is None else [f"{split} accuracy {100 * accuracy:.2f} %"]
-    return texts + ([] if r2 is None else [f"{split} R2 {r2:.4f}"])
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return cpu_name()
+    from fastmlp.train.checkpoint import read_checkpoint
+
+    folder = Path(run)
+    if not folder.is_dir():
+        raise common.UserError(f"{run} is no folder; expected a run folder of 'fastmlp train'")
+    model, config = common.load_model(run, torch.device("cpu"))
+    form = Format.of_checkpoint(config, model.sizes, run)
+    with common.user_errors():
+        about, history = _summary(folder, config, form.loss)
+        judged = _judged(folder)
+        best = read_checkpoint(folder).metrics.get("epoch")
+    drawn, failed = draw(folder, model, form, history, about, judged)
+    for name, reason in failed.items():
+        common.say("warning", f"{name} not drawn ({reason})")
+    if as_json:
+        pictures = {name: str(path) for name, path in drawn.items()}
+        click.echo(json.dumps({"run": run, "epochs": len(history.epochs), "best_epoch": best, "pictures": pictures}))
+    else:
+        for name in PICTURES:
+            click.echo(f"{name}: {drawn.get(name, 'nothing to draw')}")
+    return common.Failure.exit_code if failed else 0
 
 
-def cpu_name() -> str:
-    """The processor's name from the operating system, its vector instructions, and torch's number of threads."""
-    import torch
+def _summary(folder: Path, config: dict[str, Any], loss: str) -> tuple[dict[str, Any], History]:
+    """(what the summary says of the run, the history); from the checkpoint and the log where a run has not ended."""
+    from fastmlp.base.atomic import read_file
+    from fastmlp.train import EpochResult, History
+    from fastmlp.train.logs import read_csv
 
-    from fastmlp.cpu import instruction_set, processor_name
+    try:
+        summary = json.loads(read_file(folder / SUMMARY, MOST))
+    except FileNotFoundError:
+        training = config.get("training")
+        if not isinstance(training, dict):
+            raise common.UserError(
+                f"{folder} has no {SUMMARY}, and its checkpoint does not say how it was made"
+            ) from None
+        return {**training, "config": {**training, **config}}, read_csv(folder / HISTORY, loss)
+    try:
+        return summary, History([EpochResult(**result) for result in summary["history"]], loss)
+    except (TypeError, KeyError) as error:
+        raise common.UserError(f"{folder / SUMMARY} is damaged: {type(error).__name__}: {error}") from error
 
-    threads = torch.get_num_threads()
-    return f"{processor_name()} ({instruction_set()}), {threads} thread{'s' if threads != 1 else ''}"
+
+def _judged(folder: Path) -> Judged | None:
+    from fastmlp.train.judged import load_judged
+
+    try:
+        return load_judged(folder / EVALUATION)
+    except FileNotFoundError:
+        return None

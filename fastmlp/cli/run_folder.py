@@ -1,20 +1,34 @@
-"""The run folder of ``fastmlp train``: checkpoint, summary and curves, each written whole, by one process at a time."""
+"""The run folder of ``fastmlp train``: every file is written whole, by one process at a time.
+
+After an epoch, the state to resume from is written first (`LAST`, one file), then the checkpoint, then the line of
+`HISTORY`. Whichever of them a process that dies has written, the next process goes on from the state.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import common
+from .drawing import PICTURES, draw
 
 if TYPE_CHECKING:
-    from fastmlp.train import EpochResult, History
+    from fastmlp.train import History
     from fastmlp.train.checkpoint import Checkpoint
+    from fastmlp.train.judged import Judged
+    from fastmlp.train.state import RunState
 
-WEIGHTS, CONFIG, CURVES, SUMMARY = "model.safetensors", "model.json", "curves.png", "summary.json"
+    from .inputs import Format
+
+WEIGHTS, CONFIG, SUMMARY = "model.safetensors", "model.json", "summary.json"
+LAST, HISTORY, EVALUATION, TENSORBOARD = "last.safetensors", "history.csv", "evaluation.safetensors", "tensorboard"
+#: What tells that a folder has a run.
+RESULTS = (WEIGHTS, CONFIG, LAST, HISTORY, EVALUATION, SUMMARY, *PICTURES.values())
 #: The file that says which process is writing to the folder.
 CLAIM = ".training"
 
@@ -23,12 +37,14 @@ def check_run_folder(folder: Path, overwrite: bool) -> None:
     """UserError if ``folder`` cannot become a run folder, or has a run and ``overwrite`` is not set."""
     with common.user_errors((OSError,)):
         is_file = folder.exists() and not folder.is_dir()
-        there = [name for name in (WEIGHTS, CONFIG, CURVES, SUMMARY) if (folder / name).exists()]
+        there = [name for name in RESULTS if (folder / name).exists()]
     if is_file:
         raise common.UserError(f"--out {folder} is a file; expected a folder, or a name that is free for one")
     if there and not overwrite:
+        go_on = f", or go on with --resume {shlex.quote(str(folder))}" if LAST in there else ""
         raise common.UserError(
-            f"--out {folder} has a run already ({', '.join(there)}); give another folder, or --overwrite to replace it"
+            f"--out {folder} has a run already ({', '.join(there)}); give another folder, or --overwrite to replace "
+            f"it{go_on}"
         )
 
 
@@ -36,11 +52,18 @@ class Run:
     """The run folder, which keeps the results of a run; the command's help describes it.
 
     A context manager: the folder is this run's alone meanwhile, and a new folder without results is removed.
+
+    Args:
+        out: the folder; None: a new one in runs/, with the given ``name``.
+        overwrite: replace the run that the folder has.
+        resume: go on with the run that the folder has.
     """
 
-    def __init__(self, out: str | None, name: str, overwrite: bool = False) -> None:
+    def __init__(self, out: str | None, name: str, overwrite: bool = False, *, resume: bool = False) -> None:
         from fastmlp.base.atomic import Claim
+        from fastmlp.train.logs import CsvLog
 
+        option = "--resume" if resume else "--out"
         with common.user_errors((OSError,)):
             self.is_new = out is None or not Path(out).exists()
             self.folder = _new_folder(Path("runs"), name) if out is None else Path(out)
@@ -50,15 +73,21 @@ class Run:
             except BlockingIOError as error:
                 raise common.UserError(
                     f"another training writes to {self.folder} ({error.strerror}); wait for its end, or give another "
-                    "folder with --out"
+                    f"folder with {option}"
                 ) from error
         try:
-            check_run_folder(self.folder, overwrite)  # the claim's last owner may have finished a run just now
+            # The claim's last owner may have finished a run just now.
+            check_run_folder(self.folder, overwrite or resume)
         except BaseException:
             self.claim.release()
             raise
         self.epoch = 0
+        self.step = 0
+        self.wrote = False
+        self.resumed = resume
         self.before = self._checkpoint()
+        self.log = CsvLog(self.folder / HISTORY)
+        self.is_logged = False
 
     def __enter__(self) -> Run:
         return self
@@ -69,40 +98,86 @@ class Run:
             if self.is_new:
                 self.folder.rmdir()  # which an empty folder only can be
 
-    def save(self, model: Any, config: dict[str, Any], result: EpochResult) -> None:
-        """Replace the checkpoint after an epoch; the first epoch also removes the results of the run before."""
+    def check_unchanged(self, since: os.stat_result) -> None:
+        """UserError if another process went on with the run since its state was read."""
+        with common.user_errors((OSError,)):
+            now = os.stat(self.folder / LAST)
+        if (now.st_ino, now.st_mtime_ns) != (since.st_ino, since.st_mtime_ns):
+            raise common.UserError(f"another training has just gone on with {self.folder}; give the command again")
+
+    def keep(self, state: RunState, model: Any, config: dict[str, Any]) -> None:
+        """Write the state, and after an epoch also the checkpoint, if the epoch is the best so far, and the log.
+
+        The first state removes the results at the end of the run before.
+        """
+        from fastmlp.train.state import save_state
+
+        with self._failures():
+            save_state(self.folder / LAST, state)
+            self.epoch, self.step = state.epoch, state.step
+            if not self.wrote:
+                for leftover in (SUMMARY, EVALUATION, *PICTURES.values()):
+                    (self.folder / leftover).unlink(missing_ok=True)
+                if not state.epoch:
+                    (self.folder / HISTORY).unlink(missing_ok=True)
+            self.wrote = True
+            if state.step:
+                return
+            if state.best is None:
+                self.save(model, config, state.history)
+            if self.is_logged:
+                self.log(state.history.last)
+            else:
+                self.log.rewrite(state.history.epochs)
+                self.is_logged = True
+
+    def save(self, model: Any, config: dict[str, Any], history: History) -> None:
+        """Replace the checkpoint by the model of the best epoch, which without validation data is the latest."""
         from fastmlp.train.checkpoint import save_checkpoint
 
         with self._failures():
-            save_checkpoint(self.folder / WEIGHTS, model, config, vars(result))
-            if self.epoch == 0:
-                for leftover in (CURVES, SUMMARY):
-                    (self.folder / leftover).unlink(missing_ok=True)
-        self.epoch = result.epoch
+            save_checkpoint(self.folder / WEIGHTS, model, config, vars(history.best))
 
     def state(self) -> str:
         """What the folder has of an unfinished run."""
         kept = self._checkpoint()
         if kept is None:
             return "No checkpoint was written"
-        if self.epoch == 0 and kept == self.before:
+        if not self.resumed and self.epoch == 0 and kept == self.before:
             return f"No checkpoint was written; that of the run before is still in {self.folder}"
         return f"The checkpoint of epoch {kept.metrics.get('epoch')} is in {self.folder}"
+
+    def how_to_go_on(self) -> str:
+        """The command that resumes the run; an empty text where there is nothing to resume."""
+        if not (self.wrote or self.resumed):
+            return ""
+        where = f"after step {self.step} of epoch {self.epoch + 1}" if self.step else f"after epoch {self.epoch}"
+        if not self.wrote:
+            where = "from there"
+        return f"To go on {where}: fastmlp train --resume {shlex.quote(str(self.folder))}"
 
     def published(self, name: str) -> str:
         """The path of a result, as files have it that leave this machine."""
         return str(Path(self.folder.name, name) if self.folder.is_absolute() else self.folder / name)
 
-    def finish(self, history: History, summary: dict[str, Any]) -> None:
-        """Write summary and curves. A picture that fails is a warning, and None in the summary."""
+    def finish(
+        self, model: Any, form: Format, history: History, summary: dict[str, Any], judged: Judged | None
+    ) -> None:
+        """Write summary, evaluation and pictures. A picture that fails is a warning, and None in the summary."""
+        from fastmlp.train.judged import save_judged
+
         with self._failures():
+            if not self.is_logged or history.best is not history.last:  # the best has its results on the test data
+                self.log.rewrite(history.epochs)
+            if judged is not None:
+                save_judged(self.folder / EVALUATION, judged)
             self._write_summary(summary)
-            try:
-                self._draw(history, summary)
-            except Exception as error:
-                common.say("warning", f"the curves were not drawn ({type(error).__name__}: {error})")
-                summary["curves"] = None
-                self._write_summary(summary)
+            drawn, failed = draw(self.folder, model, form, history, summary, judged)
+            for name, reason in failed.items():
+                common.say("warning", f"{name} not drawn ({reason})")
+            summary["curves"] = self.published(PICTURES["curves"]) if "curves" in drawn else None
+            summary["pictures"] = {name: self.published(path.name) for name, path in drawn.items()}
+            self._write_summary(summary)
 
     def _checkpoint(self) -> Checkpoint | None:
         """The checkpoint in the folder; None where there is none, or a damaged one."""
@@ -119,27 +194,13 @@ class Run:
         try:
             yield
         except OSError as error:
-            raise common.Failure(f"{error}. {self.state()}") from error
+            go_on = self.how_to_go_on()
+            raise common.Failure(f"{error}. {self.state()}{f'. {go_on}' if go_on else ''}") from error
 
     def _write_summary(self, summary: dict[str, Any]) -> None:
         from fastmlp.base.atomic import atomic_write
 
         atomic_write(self.folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-
-    def _draw(self, history: History, summary: dict[str, Any]) -> None:
-        from fastmlp.train.plots import plot_history
-
-        config = summary["config"]
-        momentum = f"{'Nesterov ' if config['nesterov'] else ''}momentum {config['momentum']:g}"
-        plot_history(
-            history,
-            self.folder / CURVES,
-            title=f"{'-'.join(map(str, config['sizes']))}, {config['activation']}",
-            subtitle=f"SGD, learning rate {config['lr']:g} ({config['schedule']}), {momentum}, "
-            f"batch {config['batch_size']}, {config['dtype']}, seed {config['seed']}",
-            caption=f"{summary['dataset']}\n{summary['device_name']}, {summary['backend']} backend, "
-            f"{summary['images_per_second']:,.0f} images/s, torch {summary['versions']['torch']}",
-        )
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -4,7 +4,7 @@ These names are all that the rest of fastmlp uses.
 """
 
 from .cache import about_choices
-from .choose import get_cpu_gemm, set_cpu_gemm
+from .choose import adopt_choices, get_cpu_gemm, named_choices, set_cpu_gemm
 from .ensembles import MEMBER_WAYS, member_way
 from .few_rows import Products, layer_products, sample_blocks
 from .processor import instruction_set, processor_name, product_dtype
@@ -16,6 +16,7 @@ __all__ = [
     "MEMBER_WAYS",
     "Products",
     "about_choices",
+    "adopt_choices",
     "at_once",
     "dgrad",
     "get_cpu_gemm",
@@ -23,6 +24,7 @@ __all__ = [
     "layer_products",
     "linear",
     "member_way",
+    "named_choices",
     "plan_step",
     "processor_name",
     "product_dtype",

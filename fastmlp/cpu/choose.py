@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, cast, get_args
 
 import torch
@@ -37,6 +37,9 @@ _WORTH_MEASURING = 1 << 20
 
 _mode = "auto"
 _choices: dict[tuple[object, ...], Choice] = {}
+#: The choices by their names in the cache's file: those of this process, and those of a run that it goes on with.
+_named: dict[str, str] = {}
+_adopted: dict[str, str] = {}
 
 
 def set_cpu_gemm(mode: str) -> None:
@@ -84,6 +87,16 @@ def choices() -> dict[tuple[object, ...], str]:
     return dict(_choices)
 
 
+def named_choices() -> dict[str, str]:
+    """The choices of this process, by names that hold for other processes on machines of the kind too."""
+    return dict(_named)
+
+
+def adopt_choices(named: Mapping[str, str]) -> None:
+    """Let ``named_choices()`` of another process hold where this process has not chosen yet, so that bits agree."""
+    _adopted.update(named)
+
+
 def worth_measuring(multiplications: int) -> bool:
     """Whether a product of so many need not be aten's."""
     return multiplications >= _WORTH_MEASURING
@@ -107,13 +120,14 @@ def choose(
     key = (kind, rows, k, n, dtype, torch.get_num_threads())
     if key not in _choices:
         label = f"{kind} {rows}x{k}x{n} {str(dtype).removeprefix('torch.')}, {key[-1]} threads"
-        kept = cache.kept().get(label)
+        kept = _adopted.get(label) or cache.kept().get(label)
         if kept in get_args(Choice):
             _choices[key] = cast(Choice, kept)
         else:
             with torch.no_grad():
                 _choices[key] = winner = _fastest(trials(rows))
             cache.keep({label: winner})
+        _named[label] = _choices[key]
     return _choices[key]
 
 

@@ -73,7 +73,9 @@ def plot_history(
 
     style = {"marker": "o", "markersize": 4, "linewidth": 1.8}
     for split, (color, label, _) in STYLES.items():
-        if losses[split][0]:
+        if epochs := losses[split][0]:
+            if split == "test" and len(epochs) == 1 < len(history.epochs):
+                label = "test (once, of the best epoch)"
             axes[0].plot(*losses[split], color=color, label=label, **style)
     axes[0].set_ylabel("cross-entropy loss" if history.loss == "cross_entropy" else f"{history.loss} loss")
     axes[0].legend(frameon=False)

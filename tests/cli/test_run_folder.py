@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -20,14 +21,16 @@ import torch
 import fastmlp
 from fastmlp import cli
 from fastmlp.cli import common
+from fastmlp.cli.progress import Reporter
 from fastmlp.cli.run_folder import CLAIM, Run
+from fastmlp.cli.run_folder import RESULTS as NAMES
 from fastmlp.data import ImageDataset, dataset, fashion_mnist, load_fashion_mnist
 from fastmlp.train import loop, plots
 from fastmlp.train.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from tests.support.faults import KINDS, every_point, fault
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="locks and signals of POSIX")
-RESULTS = ["curves.png", "model.json", "model.safetensors", "summary.json"]
+RESULTS = sorted(NAMES)
 SMALL = ["--sizes", "784-4-10", "--epochs", "2", "--batch-size", "8"]
 
 
@@ -37,7 +40,7 @@ def small(monkeypatch):
     train, test = load_fashion_mnist(source="bundled")
 
     def first(data: ImageDataset) -> ImageDataset:
-        return ImageDataset(data.images[:40], data.labels[:40], data.name, data.split, data.origin, data.classes)
+        return dataclasses.replace(data, images=data.images[:40], labels=data.labels[:40])
 
     monkeypatch.setattr(common, "load_data", lambda source, device, loss: (first(train), first(test)))
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, buffer, format: buffer.write(b"a picture"))
@@ -88,22 +91,24 @@ def test_a_fault_at_any_call_of_a_training(request, tmp_path, small, capsys, kin
 
 
 def test_a_full_disk(tmp_path, small, capsys, monkeypatch):
-    """The message names the file and what is kept; the exit code says that the work failed."""
-    out, write, calls = tmp_path / "run", os.write, Counter()
+    """The message names the file, what is kept and how to go on; the exit code says that the work failed."""
+    out, write = tmp_path / "run", os.write
 
     def full(opened: int, data: memoryview) -> int:
-        calls["write"] += 1
-        if calls["write"] > 4:  # of the claim, and of the first epoch
+        if (out / "history.csv").exists():  # after the first epoch
             raise OSError(28, "No space left on device")
         return write(opened, data)
 
     monkeypatch.setattr(os, "write", full)
     assert train(out) == 1
     error = capsys.readouterr().err
-    assert f"No space left on device: '{out}/model.json'. The checkpoint of epoch 1 is in {out}" in error
+    assert f"No space left on device: '{out}/last.safetensors'. The checkpoint of epoch 1 is in {out}. " in error
+    assert f"To go on after epoch 1: fastmlp train --resume {out}\n" in error
     monkeypatch.setattr(os, "write", write)
     assert epoch_of(out) == 1
-    assert sorted(os.listdir(out)) == ["model.json", "model.safetensors"]
+    assert sorted(os.listdir(out)) == ["history.csv", "last.safetensors", "model.json", "model.safetensors"]
+    assert cli.main(["train", "--resume", str(out)]) == 0
+    assert sorted(os.listdir(out)) == RESULTS
 
 
 def test_a_full_disk_from_the_start(tmp_path, small, capsys):
@@ -122,8 +127,10 @@ def test_a_picture_that_fails(tmp_path, small, capsys, monkeypatch):
     assert train(tmp_path / "run") == 0
     captured = capsys.readouterr()
     assert captured.err == "fastmlp: warning: the curves were not drawn (ValueError: no font)\n"
-    assert "curves:" not in captured.out
-    assert json.loads((tmp_path / "run/summary.json").read_text())["curves"] is None
+    assert "curves.png" not in captured.out
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["curves"] is None
+    assert set(summary["pictures"]) == {"confusion", "mistakes", "weights"}
 
 
 def test_a_log_that_cannot_be_written_ends_no_training(tmp_path, small, monkeypatch):
@@ -184,42 +191,69 @@ def test_one_of_many_trainings_gets_the_folder(tmp_path):
     assert not (tmp_path / "run" / CLAIM).exists()
 
 
+@pytest.fixture
+def interruptible():
+    """A shell starts its background jobs with SIGINT ignored, and then Python makes no KeyboardInterrupt of it."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("when", ["before an epoch", "after an epoch", "with a run before"])
-def test_signals(tmp_path, small, capsys, monkeypatch, sent, when):
-    out = tmp_path / "run"
+@pytest.mark.parametrize("when", ["before the training", "within an epoch", "after an epoch", "with a run before"])
+def test_signals(tmp_path, small, capsys, monkeypatch, interruptible, sent, when):
+    """The steps of a stretch are finished and kept; the exit code is that of the signal."""
+    monkeypatch.setattr(loop, "CHECK_EVERY", 2)
+    out, stretch = tmp_path / "run", {"within an epoch": 2, "after an epoch": 3}.get(when, 1)
     if when == "with a run before":
         assert train(out) == 0
-    fit, before = loop.fit, signal.getsignal(signal.SIGTERM)
+    before, moved, seen = signal.getsignal(signal.SIGTERM), Reporter.progress, []
 
-    def interrupted(*arguments: object, **options: object) -> object:
-        options["epochs"] = 1
-        if when == "after an epoch":
-            fit(*arguments, **options)
+    def progress(self: Reporter, progress: object) -> None:
+        moved(self, progress)
+        seen.append(progress)
+        if len(seen) == stretch:
+            os.kill(os.getpid(), sent)
+
+    def killed(source: object, device: object, loss: object) -> None:
         os.kill(os.getpid(), sent)
-        return fit(*arguments, **options)
 
-    monkeypatch.setattr("fastmlp.train.fit", interrupted)
-    capsys.readouterr()
-    # A shell starts its background jobs with SIGINT ignored, and then Python makes no KeyboardInterrupt of it.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert train(out, "--overwrite") == 130
-    finally:
-        signal.signal(signal.SIGINT, inherited)
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "progress", progress)
+        if when == "before the training":
+            patch.setattr(common, "load_data", killed)
+        capsys.readouterr()
+        assert train(out, "--overwrite", "--seed", 1) == {signal.SIGINT: 130, signal.SIGTERM: 143}[sent]
     captured = capsys.readouterr()
-    assert captured.err.strip() == "fastmlp: interrupted"
+    assert captured.err.strip() == {signal.SIGINT: "fastmlp: interrupted", signal.SIGTERM: "fastmlp: terminated"}[sent]
     assert signal.getsignal(signal.SIGTERM) == before
-    if when == "before an epoch":
-        assert "No checkpoint was written\n" in captured.out
+    if when == "before the training":
         assert not out.exists()
-    elif when == "after an epoch":
-        assert f"The checkpoint of epoch 1 is in {out}\n" in captured.out
-        assert epoch_of(out) == 1
+        return
+    if when == "after an epoch":
+        text, files = "The checkpoint of epoch 1 is in {0}\nTo go on after epoch 1: ", len(RESULTS) - 6
+    elif when == "within an epoch":
+        text, files = "No checkpoint was written\nTo go on after step 4 of epoch 1: ", 1
     else:
-        assert f"No checkpoint was written; that of the run before is still in {out}\n" in captured.out
-        assert epoch_of(out) == 2
-        assert sorted(os.listdir(out)) == RESULTS
+        text, files = "No checkpoint was written; that of the run before is still in {0}\nTo go on after step 2 of ", 3
+    assert f"{text.format(out)}" in captured.out
+    assert f"fastmlp train --resume {out}\n" in captured.out
+    assert len(os.listdir(out)) == files
+    assert cli.main(["train", "--resume", str(out)]) == 0
+    assert train(tmp_path / "whole", "--seed", 1) == 0
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path, small, capsys, monkeypatch, interruptible):
+    def twice(*arguments: object, **options: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second signal was ignored")
+
+    monkeypatch.setattr("fastmlp.train.fit", twice)
+    assert train(tmp_path / "run") == 130
+    assert "No checkpoint was written\n" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_killed_training_and_the_next_one(request, tmp_path, small):
@@ -243,16 +277,15 @@ def test_no_file_has_a_path_of_the_machine(tmp_path, small, monkeypatch):
     loaded = common.load_data
 
     def from_a_folder(source: str, device: torch.device, loss: str) -> tuple[ImageDataset, ...]:
-        return tuple(
-            ImageDataset(d.images, d.labels, d.name, d.split, str(tmp_path / "my data"), d.classes)
-            for d in loaded(source, device, loss)
-        )
+        return tuple(dataclasses.replace(d, origin=str(tmp_path / "my data")) for d in loaded(source, device, loss))
 
     captions = []
     monkeypatch.setattr(common, "load_data", from_a_folder)
     monkeypatch.setattr(plots, "plot_history", lambda *args, **options: captions.extend(options.values()))
     assert train(tmp_path / "run") == 0
-    files = "".join((tmp_path / "run" / name).read_text(errors="replace") for name in RESULTS[1:])
+    # last.safetensors has the options of the run, which are for this machine; no curves were drawn.
+    names = {*RESULTS} - {"last.safetensors", "curves.png"}
+    files = "".join((tmp_path / "run" / name).read_text(errors="replace") for name in names)
     for text in (files, *captions):
         assert str(tmp_path) not in text
     summary = json.loads((tmp_path / "run/summary.json").read_text())

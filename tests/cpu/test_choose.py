@@ -284,3 +284,19 @@ def test_in_16_bits_nothing_is_left_allocated(monkeypatch, mode, native, dtype):
     step = one_step(dtype, momentum=0.9)
     few, many = allocations(step, steps=2), allocations(step, steps=12)
     assert sum(many) <= max(0, sum(few))
+
+
+def test_choices_of_another_process_hold(tmp_path, monkeypatch):
+    """A run that goes on on another machine of the kind has the choices of its beginning."""
+    monkeypatch.setattr(choose.onednn, "available", lambda: True)
+    monkeypatch.setattr(choose, "_fastest", lambda trials: "onednn")
+    arguments = ("linear", 64, 784, 512, torch.float32, lambda rows: {})
+    assert choose.choose(*arguments) == "onednn"
+    ((name, choice),) = choose.named_choices().items()
+    assert choice == "onednn"
+    new_process(monkeypatch)
+    monkeypatch.setattr(cache, "choices_path", lambda: tmp_path / "another machine")
+    monkeypatch.setattr(choose, "_fastest", lambda trials: "aten")
+    choose.adopt_choices({name: "onednn"})
+    assert choose.choose(*arguments) == "onednn"
+    assert choose.named_choices() == {name: "onednn"}

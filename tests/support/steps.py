@@ -49,7 +49,8 @@ def one_thread() -> Iterator[None]:
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the choices of libraries that last only as long as a process."""
-    monkeypatch.setattr(choose, "_choices", {})
+    for name in ("_choices", "_named", "_adopted"):
+        monkeypatch.setattr(choose, name, {})
     cache.kept.cache_clear()
 
 

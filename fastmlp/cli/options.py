@@ -1,0 +1,162 @@
+"""The options of ``fastmlp train`` that come from the arguments of `fastmlp.TrainStep`.
+
+Each setting of a rule of ``fastmlp.step.optimizers`` has an option, and each argument that is about the loss. A new
+rule, a new setting, or a new argument has its option without a change here; `_HELP` may say more of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+from fastmlp.base.losses import LOSSES
+from fastmlp.step.optimizers import OPTIMIZERS, Optimizer, check_setting
+from fastmlp.train.engines import step_options, usual_rule
+from fastmlp.train.scores import FIT_LOSSES
+
+from . import common
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_HELP = {
+    "momentum": "Momentum.",
+    "weight_decay": "Weight decay.",
+    "nesterov": "Nesterov's or plain momentum.",
+    "betas": "Decay rates of the means of the gradients and of their squares.",
+    "eps": "What is added to the denominator.",
+    "alpha": "Decay rate of the mean of the gradients' squares.",
+    "amsgrad": "Divide by the largest mean so far, or by the latest.",
+    "centered": "Divide by a standard deviation, or by the root of the mean square.",
+    "maximize": "Go up the gradient of the loss, or down.",
+    "max_grad_norm": "Most that the 2-norm of all gradients together may be.",
+    "class_weight": "Factors of the rows of each class, such as 1,1,5.",
+    "ignore_index": "Class number of rows that do not count.",
+    "label_smoothing": "Share of each target that is spread over all classes.",
+    "pos_weight": "Factors of the terms with y of each output, such as 1,5.",
+    "delta": "Distance at which the loss huber becomes linear.",
+}
+#: Arguments of TrainStep without an option: of the machine, or of what a run would also have to judge and to keep.
+_OTHERS = ("dtype", "cuda_graph", "param_groups", "process_group", "ema_decay", "ema_warmup")
+
+
+def defaults(rule: type[Optimizer]) -> dict[str, Any]:
+    """What a rule takes for settings that are not given, without the learning rate."""
+    fields = {field.name: field.default for field in dataclasses.fields(rule)}
+    return {name: value for name, value in {**fields, **rule.usual}.items() if name != "lr"}
+
+
+def settings() -> dict[str, dict[str, Any]]:
+    """By setting: by rule that has it, the default."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, rule in OPTIMIZERS.items():
+        for setting, value in defaults(rule).items():
+            found.setdefault(setting, {})[name] = value
+    return found
+
+
+def option_of(name: str, value: Any = None) -> str:
+    """A parameter as the command line has it: ``--weight-decay 0.1``, or without a value ``--weight-decay``."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag}" if value is None else f"--{flag} {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    """A value as the command line and the help have it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (tuple, list)):
+        return ("-" if all(isinstance(part, int) for part in value) else " ").join(map(shown, value))
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def optimizer_options(command: Command) -> Command:
+    """One option for each setting of the rules. The default of each is None, for what its rule says."""
+    for name, rules in reversed(settings().items()):
+        command = _option(name, rules)(command)
+    return command
+
+
+def _option(name: str, rules: Mapping[str, Any]) -> Callable[[Command], Command]:
+    sample = next(iter(rules.values()))
+    values: dict[str, list[str]] = {}
+    for rule, value in rules.items():
+        values.setdefault(shown(value), []).append(rule)
+    if len(rules) == len(OPTIMIZERS) and len(values) == 1:
+        default = f"default: {next(iter(values))}"
+    else:
+        default = "; ".join(f"{', '.join(names)}: {value}" for value, names in values.items())
+    text = f"{_HELP.get(name, f'{name.capitalize()}.'.replace('_', ' '))}  [{default}]"
+    flag = option_of(name)
+    if isinstance(sample, bool):
+        return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=text)
+    if isinstance(sample, tuple):
+        return click.option(flag, type=_number(name, sample), nargs=len(sample), help=text)
+    return click.option(flag, type=_number(name, None), help=text)
+
+
+def _number(name: str, sample: tuple[float, ...] | None) -> common.Number:
+    """The numbers that `check_setting` allows, from trying it at -1, 0 and 1."""
+
+    def allows(value: float) -> bool:
+        try:
+            check_setting(name, value if sample is None else (value,) * len(sample))
+        except ValueError:
+            return False
+        return True
+
+    least = -math.inf if allows(-1.0) else 0.0
+    return common.Number(least, math.inf if allows(1.0) else 1.0, least_is_open=not allows(0.0))
+
+
+def loss_settings() -> dict[str, tuple[str, Any]]:
+    """The arguments of TrainStep that are no settings of a rule: by name, the kind and the default."""
+    found = {}
+    for name, parameter in step_options().items():
+        kind = str(parameter.annotation).partition(" | ")[0]
+        if name not in _OTHERS and kind in ("bool", "int", "float", "Tensor"):
+            found[name] = kind, parameter.default
+    return found
+
+
+def loss_options(command: Command) -> Command:
+    """One option for each of `loss_settings`. The default of each is None, for what TrainStep has."""
+    types = {"int": click.IntRange(), "float": common.Number(-math.inf), "Tensor": common.Numbers()}
+    for name, (kind, default) in reversed(loss_settings().items()):
+        flag = option_of(name)
+        text = f"{_HELP.get(name, f'{name.capitalize()}.'.replace('_', ' '))}  [default: {shown(default)}]"
+        if kind == "bool":
+            command = click.option(f"{flag}/--no-{flag[2:]}", default=None, help=text)(command)
+        else:
+            command = click.option(flag, type=types[kind], help=text)(command)
+    return command
+
+
+def checked_loss_settings(loss: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the loss that are given; UserError for one that the loss does not have."""
+    has = getattr(LOSSES[FIT_LOSSES[loss]], "options", ())
+    values = {name: value for name, value in given.items() if value is not None}
+    for name in values:
+        if name not in has:
+            raise common.UserError(f"--loss {loss} has no {option_of(name)}")
+    return values
+
+
+def checked_settings(optimizer: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a rule but the learning rate, from those that are given; UserError for one of another rule."""
+    own = defaults(OPTIMIZERS[optimizer])
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in own:
+            has = ", ".join(option_of(setting) for setting in own)
+            raise common.UserError(f"--optimizer {optimizer} has no {option_of(name)}; it has --lr, {has}")
+    if given.get("nesterov") and given.get("momentum") == 0:
+        raise common.UserError("--nesterov needs a --momentum above 0")
+    with common.user_errors((ValueError, TypeError)):
+        rule = usual_rule(lr=1.0, optimizer=optimizer, **given)
+    return {name: getattr(rule, name) for name in own}
