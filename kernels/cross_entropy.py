@@ -17,8 +17,8 @@ rows are read block by block with a running maximum and sum in every lane (one r
 exchange between lanes until the row ends), then once more, last block first, to write dz. Rows of few classes share
 a program: with C = 10 a warp's load covers consecutive rows.
 Bytes: one pass reads M C and writes M C items for C <= WHOLE_ROW, else reads 2 M C; forward M C; backward 2 M C.
-Launches: ``cross_entropy`` 1; ``cross_entropy_fwd`` 1, or 2 for the mean or sum of more rows than one program takes;
-``cross_entropy_bwd`` 1. No float atomics: two runs are bitwise equal.
+Launches: ``cross_entropy`` 1, or 2 with a divisor of many rows (``row_weights``); ``cross_entropy_fwd`` 1, or 2 for the
+mean or sum of more rows than one program takes; ``cross_entropy_bwd`` 1. No float atomics: two runs are bitwise equal.
 Source: softmax NLL and its gradient p - onehot (notes 7.4; the notebook's g3).
 """
 
@@ -36,6 +36,7 @@ from .dependent import wait_for_previous
 from .device import current_device
 from .launch import Call, Launches, New, call, remembered, with_active
 from .members import inactive, stride_of
+from .row_weights import batch_weight, load_sample_weights, summed_block, total_weight
 from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
 from .softmax_tiles import LogitsShape, alignment, bwd_tile, fwd_tile, logits_shape, row_strides
 
@@ -70,13 +71,14 @@ class _Members(NamedTuple):
 
 @triton.jit(do_not_specialize=["ignore_index", "M"])
 def _cross_entropy_kernel(
-    z_ptr, target_ptr, w_ptr, rows_ptr, scale_ptr,
+    z_ptr, target_ptr, w_ptr, sample_ptr, divisor_ptr, rows_ptr, scale_ptr,
     loss_ptr, stats_ptr, partial_ptr, denominator_ptr, dz_ptr, correct_ptr, members,
     scale, smoothing, ignore_index: tl.int64,
     P, C, M,
-    stride_zb, stride_zc, stride_zp, stride_tb, stride_tc, stride_tp, stride_w, stride_db, stride_dc, stride_dp,
-    PROBS: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+    stride_zb, stride_zc, stride_zp, stride_tb, stride_tc, stride_tp, stride_w, stride_s,
+    stride_db, stride_dc, stride_dp,
+    PROBS: tl.constexpr, SMOOTH: tl.constexpr, SUM: tl.constexpr, REDUCE: tl.constexpr, WHOLE: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
     # Rows are (b, p): one sample's positions, or all rows of a 2-D Z with b = 0. Row number b P + p.
@@ -98,8 +100,17 @@ def _cross_entropy_kernel(
     z_rows = z_ptr + _row_offsets(b, offs_p, stride_zb, stride_zp, ALIGN)[:, None]
     t_rows = z_rows
     HAS_Q: tl.constexpr = PROBS or SMOOTH
+    if sample_ptr is not None:  # 2-D logits only
+        row_s = row
+        if rows_ptr is not None:
+            row_s = tl.load(rows_ptr + offs_p, mask=mask_m, other=0).to(tl.int64)
+        sample = load_sample_weights(sample_ptr, row_s * stride_s, mask_m)
     if PROBS:
-        t_rows = target_ptr + _row_offsets(b, offs_p, stride_tb, stride_tp, ALIGN)[:, None]
+        if rows_ptr is not None:
+            row_t = tl.load(rows_ptr + offs_p, mask=mask_m, other=0).to(tl.int64)
+            t_rows = target_ptr + tl.multiple_of(row_t * stride_tp, ALIGN)[:, None]
+        else:
+            t_rows = target_ptr + _row_offsets(b, offs_p, stride_tb, stride_tp, ALIGN)[:, None]
         y = tl.full((BLOCK_M,), -1, tl.int32)
         w_y = tl.where(mask_m, 1.0, 0.0)
         ignored = offs_p < 0
@@ -110,11 +121,18 @@ def _cross_entropy_kernel(
         else:
             offs_t = b.to(tl.int64) * stride_tb + offs_p.to(tl.int64) * stride_tp
         y, w_y, ignored = load_labels(target_ptr, offs_t, mask_m, w_ptr, stride_w, C, ignore_index)
+        if sample_ptr is not None:
+            w_y *= sample
         hot = w_y * (1.0 - smoothing) if SMOOTH else w_y
     if dz_ptr is not None:
         g = scale
         if scale_ptr is not None:
             g *= tl.load(scale_ptr).to(tl.float32)
+        if divisor_ptr is not None:
+            g = g / batch_weight(
+                divisor_ptr, target_ptr, rows_ptr, w_ptr, sample_ptr, stride_tp, stride_w, stride_s,
+                1.0, M, C, ignore_index, not PROBS, SUM,
+            )  # fmt: skip
         d_rows = dz_ptr + _row_offsets(b, offs_p, stride_db, stride_dp, ALIGN)[:, None]
 
     if WHOLE:
@@ -127,12 +145,14 @@ def _cross_entropy_kernel(
         if HAS_Q:
             t_ptrs = t_rows + offs_c.to(tl.int64)[None, :] * stride_tc
             q = target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS, SMOOTH)
+            if sample_ptr is not None:
+                q *= sample[:, None]
         picked = offs_c[None, :] == y[:, None]
         loss, mass, top, shift, e, total = whole_rows_loss(z, q, hot, picked, mask, HAS_Q, PROBS)
         if correct_ptr is not None:
             first = tl.min(tl.where(shift == 0.0, offs_c[None, :], BLOCK_C), 1)
         if dz_ptr is not None:
-            dz = rows_grad(e, total, mass, q, hot, picked, ignored, g, HAS_Q, PROBS)
+            dz = rows_grad(e, total, mass, q, hot, picked, ignored, g, HAS_Q, PROBS, divisor_ptr is not None)
             d_ptrs = d_rows + offs_c.to(tl.int64)[None, :] * stride_dc
             tl.store(d_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     else:
@@ -156,6 +176,8 @@ def _cross_entropy_kernel(
             if HAS_Q:
                 t_ptrs = t_rows + offs_c.to(tl.int64)[None, :] * stride_tc
                 q = target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS, SMOOTH)
+                if sample_ptr is not None:
+                    q *= sample[:, None]
                 q = _by_lane(q, LANES, VECTOR)
                 inside = _by_lane(mask, LANES, VECTOR)
                 lane_cross += lane_mass * (ref - _finite_reference(seen_top))
@@ -189,8 +211,12 @@ def _cross_entropy_kernel(
                 if HAS_Q:
                     t_ptrs = t_rows + offs_c.to(tl.int64)[None, :] * stride_tc
                     q = target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS, SMOOTH)
+                    if sample_ptr is not None:
+                        q *= sample[:, None]
                 picked = offs_c[None, :] == y[:, None]
-                dz = rows_grad(tl.exp(shift), total, mass, q, hot, picked, ignored, g, HAS_Q, PROBS)
+                dz = rows_grad(
+                    tl.exp(shift), total, mass, q, hot, picked, ignored, g, HAS_Q, PROBS, divisor_ptr is not None
+                )
                 if correct_ptr is not None:
                     first = tl.minimum(first, tl.min(tl.where(shift == 0.0, offs_c[None, :], 2147483647), 1))
                 d_ptrs = d_rows + offs_c.to(tl.int64)[None, :] * stride_dc
@@ -296,10 +322,11 @@ def _cross_entropy_bwd_kernel(
 
 
 def _plan(
-    logits: Tensor, target: Tensor, weight: Tensor | None, rows: Tensor | None, factor: Tensor | None,
+    logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, divisor: Tensor | None,
+    rows: Tensor | None, factor: Tensor | None,
     loss: Tensor, stats: Tensor | None, denominator: Tensor | None, dz: Tensor | None, correct: Tensor | None,
     scale: float, smoothing: float,
-    ignore_index: int, reduction: str, smooth: bool,
+    ignore_index: int, reduction: str, smooth: bool, summed: int = 0,
 ) -> Launches:  # fmt: skip
     shape = logits_shape(logits)
     device = current_device()
@@ -313,12 +340,13 @@ def _plan(
     partial = New(2, programs) if reduction != "none" and programs > 1 else None
     whole = call(
         _cross_entropy_kernel, (programs,),
-        logits, target, weight, rows, factor,
+        logits, target, weight, sample_weight, divisor, rows, factor,
         loss, stats, partial, denominator, dz, correct, None,
         scale, smoothing, ignore_index,
         shape.positions, shape.classes, shape.rows,
-        *shape.strides, *stride_t, 0 if weight is None else weight.stride(0), *stride_d,
-        PROBS=probs, SMOOTH=smooth, REDUCE=reduction, WHOLE=tile.unroll == 0,
+        *shape.strides, *stride_t, 0 if weight is None else weight.stride(0),
+        None if sample_weight is None else sample_weight.stride(0), *stride_d,
+        PROBS=probs, SMOOTH=smooth, SUM=summed, REDUCE=reduction, WHOLE=tile.unroll == 0,
         ALIGN=alignment(shape, shape.strides, stride_d, *([stride_t] if probs else [])),
         BLOCK_M=tile.rows, BLOCK_C=tile.cols, UNROLL=tile.unroll, **tile.compile_options(device),
     )  # fmt: skip
@@ -341,8 +369,8 @@ def _launch_whole(
     stats = New(3 if target.is_floating_point() or (weight is not None and smooth) else 2, shape.rows)
     denominator = New() if reduction == "mean" else None
     launches = _plan(
-        logits, target, weight, None, None, loss, stats, denominator, None, None, 1.0, smoothing, ignore_index,
-        reduction, smooth,
+        logits, target, weight, None, None, None, None, loss, stats, denominator, None, None, 1.0, smoothing,
+        ignore_index, reduction, smooth,
     )  # fmt: skip
     results = [loss, stats] if denominator is None else [loss, stats, denominator]
     return Launches(launches.calls, [*results, *launches.news])
@@ -361,12 +389,12 @@ def _members_plan(
     members = _Members(active, stride_of(target, 1), stride_of(rows, 1))
     return call(
         _cross_entropy_kernel, (shape.batch * cdiv(shape.positions, tile.rows),),
-        logits, target, None, rows, factor,
+        logits, target, None, None, None, rows, factor,
         loss, None, None, None, dz, None, members,
         scale, 0.0, ignore_index,
         shape.positions, shape.classes, shape.rows,
-        *shape.strides, 0, 0, target.stride(-1), 0, *stride_d.strides,
-        PROBS=False, SMOOTH=False, REDUCE="none", WHOLE=tile.unroll == 0,
+        *shape.strides, 0, 0, target.stride(-1), 0, None, *stride_d.strides,
+        PROBS=False, SMOOTH=False, SUM=0, REDUCE="none", WHOLE=tile.unroll == 0,
         ALIGN=alignment(shape, shape.strides, stride_d.strides),
         BLOCK_M=tile.rows, BLOCK_C=tile.cols, UNROLL=tile.unroll, **tile.compile_options(current_device()),
     )  # fmt: skip
@@ -425,6 +453,8 @@ def cross_entropy(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    divisor: Tensor | None = None,
     scale: float = 1.0,
     factor: Tensor | None = None,
     rows: Tensor | None = None,
@@ -438,7 +468,10 @@ def cross_entropy(
         logits: [M, C] or [N, C, S].
         target: labels [M] or [N, S], int64 or uint8; or probabilities shaped as logits.
         scale, factor: factors of dZ: 1/M for the mean over the batch, and a 0-d float32 that the kernel reads.
-        rows: int64 [M], any stride; row m's label is then target[rows[m]] (2-D logits only).
+        sample_weight: float [M], any stride: factors of the rows' losses and gradients (2-D logits only).
+        divisor: float32 0-d, an output: the weight of the batch (``row_weights``), by which dZ is divided (2-D only).
+        rows: int64 [M], any stride; row m's label or probabilities are then target[rows[m]], and its weight is
+            sample_weight[rows[m]] (2-D logits only).
         loss: output to reuse, contiguous, one value per row, any float dtype; default float32.
         dz: output to reuse, shaped as logits, any strides; default like logits.
         correct: output, contiguous, one value per row, any dtype: 1 where the label is the first largest logit, else 0.
@@ -450,9 +483,14 @@ def cross_entropy(
     if rows is not None:
         rows = rows.contiguous()
     if logits.numel():
+        M, C = logits.shape[:2]
+        summed = 0 if divisor is None else summed_block(M)
+        if divisor is not None and not summed:
+            of_labels = {} if target.is_floating_point() else {"target": target, "classes": C, "class_weight": weight}
+            total_weight(divisor, M, ignore_index=ignore_index, sample_weight=sample_weight, rows=rows, **of_labels)
         _launch(
-            (logits, target, weight, rows, factor, loss, None, None, dz, correct),
-            (ignore_index, "none", smoothing != 0.0),
+            (logits, target, weight, sample_weight, divisor, rows, factor, loss, None, None, dz, correct),
+            (ignore_index, "none", smoothing != 0.0, summed),
             (float(scale), float(smoothing)),
         )
     return loss, dz

@@ -3,6 +3,7 @@
     Z_L       = H W^T + b
     loss_i    = softmax cross-entropy of row i (``cross_entropy`` has the formula and what labels do)
     dZ_L      = scale dloss/dZ_L                 = (softmax(Z_L) - onehot) scale without weights and smoothing
+                                                 divided by the weight of the batch on demand (``row_weights``)
     dZ_{L-1}  = (dZ_L W) * f'_{L-1}              optional: a network of one layer, or frozen layers below, has none
 
 Shapes: H [M, K] (the output A_{L-1} of the layer below), W [C, K], b [C]; dZ_L and Z_L [M, C], dZ_{L-1} and
@@ -19,7 +20,7 @@ is H is still in the cache from the product.
 A block of rows has all classes (padded to a power of two, at least 16), so softmax stays in registers. When there are
 few blocks of rows, several programs share a block. Each computes the same dZ_L, which is cheap, and writes its own
 columns of dZ_{L-1}; the first also writes everything else. There are no atomics: two runs are bitwise equal.
-Launches: 1, in place of 3 (linear, cross-entropy, dgrad).
+Launches: 1, in place of 3 (linear, cross-entropy, dgrad); 2 with a divisor of many rows (``row_weights``).
 Source: delta_L = p - y and delta_{L-1} = (W^T delta_L) f'(Z_{L-1}) (notes 7.5), in row-vector form.
 """
 
@@ -39,6 +40,7 @@ from .dependent import wait_for_previous
 from .device import Device, current_device, input_precision
 from .launch import Call, call, remembered, with_active
 from .members import count_of, inactive, stride_of
+from .row_weights import batch_weight, load_sample_weights, summed_block, total_weight
 from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
 from .tiling import accumulated, accumulator, dot
 
@@ -57,6 +59,7 @@ class _Members(NamedTuple):
     b: int
     target: int
     rows: int
+    sample: int
     saved: int
     dz: int
     sums: int
@@ -65,14 +68,14 @@ class _Members(NamedTuple):
 
 @triton.jit(do_not_specialize=["ignore_index", "M"])
 def _head_kernel(
-    h_ptr, w_ptr, b_ptr, target_ptr, rows_ptr, class_weight_ptr, saved_ptr, scale_ptr,
+    h_ptr, w_ptr, b_ptr, target_ptr, rows_ptr, class_weight_ptr, sample_ptr, divisor_ptr, saved_ptr, scale_ptr,
     loss_ptr, dz_ptr, dz_prev_ptr, z_ptr, correct_ptr, sums_ptr, prev_sums_ptr, members,
     scale, smoothing, ignore_index: tl.int64,
     M, C, K,
-    stride_hm, stride_hk, stride_wc, stride_wk, stride_b, stride_t, stride_cw, stride_sm, stride_sk,
-    stride_zm, stride_sums, stride_prev_sums,
-    ACTIVATION: tl.constexpr, SMOOTH: tl.constexpr, GATHER_H: tl.constexpr, PIXELS: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_COLS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    stride_hm, stride_hk, stride_wc, stride_wk, stride_b, stride_t, stride_tc, stride_cw, stride_s, stride_sm,
+    stride_sk, stride_zm, stride_sums, stride_prev_sums,
+    ACTIVATION: tl.constexpr, PROBS: tl.constexpr, SMOOTH: tl.constexpr, SUM: tl.constexpr, GATHER_H: tl.constexpr,
+    PIXELS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_COLS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr,
     COLS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -90,6 +93,10 @@ def _head_kernel(
             b_ptr += member * members.b
         if rows_ptr is not None:
             rows_ptr += member * members.rows
+        if sample_ptr is not None:
+            sample_ptr += member * members.sample
+        if divisor_ptr is not None:
+            divisor_ptr += member
         if saved_ptr is not None:
             saved_ptr += member * members.saved
         if scale_ptr is not None:
@@ -116,11 +123,28 @@ def _head_kernel(
     if rows_ptr is not None:
         row_t = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     row_h = row_t if GATHER_H else row_m
-    y, w_y, ignored = load_labels(target_ptr, row_t * stride_t, mask_m, class_weight_ptr, stride_cw, C, ignore_index)
-    hot = w_y * (1.0 - smoothing) if SMOOTH else w_y
+    HAS_Q: tl.constexpr = PROBS or SMOOTH
+    if sample_ptr is not None:
+        sample = load_sample_weights(sample_ptr, row_t * stride_s, mask_m)
+    if PROBS:
+        y = tl.full((BLOCK_M,), -1, tl.int32)
+        ignored = offs_m < 0
+        hot = tl.zeros((BLOCK_M,), tl.float32)
+    else:
+        y, w_y, ignored = load_labels(
+            target_ptr, row_t * stride_t, mask_m, class_weight_ptr, stride_cw, C, ignore_index
+        )  # fmt: skip
+        if sample_ptr is not None:
+            w_y *= sample
+        hot = w_y * (1.0 - smoothing) if SMOOTH else w_y
     g = scale
     if scale_ptr is not None:
         g *= tl.load(scale_ptr).to(tl.float32)
+    if divisor_ptr is not None:
+        g = g / batch_weight(
+            divisor_ptr, target_ptr, rows_ptr, class_weight_ptr, sample_ptr, stride_t, stride_cw, stride_s,
+            1.0, M, C, ignore_index, not PROBS, SUM,
+        )  # fmt: skip
 
     # Z has so few columns that its product would occupy only one warp. K is therefore cut into slices with a product
     # each, [SLICES, BLOCK_M, BLOCK_C] in all, which the compiler gives to SLICES warps.
@@ -159,11 +183,17 @@ def _head_kernel(
         tl.store(z_ptr + offs_z, z.to(z_ptr.dtype.element_ty), mask=once)
     z = tl.where(mask_c[None, :], z, float("-inf"))
     q = z
-    if SMOOTH:
-        q = target_block(w_rows, mask, class_weight_ptr, stride_cw, offs_c, C, smoothing, False, True)
+    if HAS_Q:
+        t_ptrs = w_rows
+        if PROBS:
+            t_ptrs = target_ptr + (row_t * stride_t)[:, None] + (offs_c.to(tl.int64) * stride_tc)[None, :]
+        q = target_block(t_ptrs, mask, class_weight_ptr, stride_cw, offs_c, C, smoothing, PROBS, SMOOTH)
+        if sample_ptr is not None:
+            q *= sample[:, None]
     picked = offs_c[None, :] == y[:, None]
-    loss, mass, _top, shift, e, total = whole_rows_loss(z, q, hot, picked, mask, SMOOTH, False)
-    dz = rows_grad(e, total, mass, q, hot, picked, ignored, g, SMOOTH, False).to(dz_ptr.dtype.element_ty)
+    loss, mass, _top, shift, e, total = whole_rows_loss(z, q, hot, picked, mask, HAS_Q, PROBS)
+    dz = rows_grad(e, total, mass, q, hot, picked, ignored, g, HAS_Q, PROBS, divisor_ptr is not None)
+    dz = dz.to(dz_ptr.dtype.element_ty)
     tl.store(loss_ptr + row_m, tl.where(ignored, 0.0, loss).to(loss_ptr.dtype.element_ty), mask=once_m)
     tl.store(dz_ptr + row_m[:, None] * stride_zm + offs_c[None, :], dz, mask=once)
     if sums_ptr is not None:
@@ -253,24 +283,26 @@ def _tile_of(h: Tensor, weight: Tensor, M: int, writes_prev: bool, device: Devic
 
 def _plan(
     h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: Tensor | None, class_weight: Tensor | None,
-    saved: Tensor | None, factor: Tensor | None,
+    sample_weight: Tensor | None, divisor: Tensor | None, saved: Tensor | None, factor: Tensor | None,
     loss: Tensor, dz: Tensor, dz_prev: Tensor | None, logits: Tensor | None, correct: Tensor | None,
     sums: Tensor | None, prev_sums: Tensor | None,
     scale: float, smoothing: float,
-    ignore_index: int, activation: str, smooth: bool, gather_h: bool, active: Tensor | None = None,
+    ignore_index: int, activation: str, smooth: bool, summed: int, gather_h: bool, active: Tensor | None = None,
 ) -> Call:  # fmt: skip
     M = dz.shape[-2]
     C, K = weight.shape[-2:]
     device = current_device()
     tile = _tile_of(h, weight, M, dz_prev is not None, device)
     count, members = count_of(weight), None
+    probs = target.is_floating_point()
     if count is not None:
         of_members = (
             (h, 2),
             (weight, 2),
             (bias, 1),
-            (target, 1),
+            (target, 2 if probs else 1),
             (rows, 1),
+            (sample_weight, 1),
             (saved, 2),
             (dz, 2),
             (sums, 2),
@@ -279,15 +311,17 @@ def _plan(
         members = _Members(active, *[stride_of(*of) for of in of_members])
     return call(
         _head_kernel, (cdiv(M, tile.rows) * tile.splits, 1, count or 1),
-        h, weight, bias, target, rows, class_weight, saved, factor,
+        h, weight, bias, target, rows, class_weight, sample_weight, divisor, saved, factor,
         loss, dz, dz_prev, logits, correct, sums, prev_sums, members,
         scale, smoothing, ignore_index,
         M, C, K,
         h.stride(-2), h.stride(-1), weight.stride(-2), weight.stride(-1), 0 if bias is None else bias.stride(-1),
-        target.stride(-1), 0 if class_weight is None else class_weight.stride(0),
+        target.stride(-2 if probs else -1), target.stride(-1) if probs else None,
+        0 if class_weight is None else class_weight.stride(0),
+        None if sample_weight is None else sample_weight.stride(-1),
         *((0, 0) if saved is None else saved.stride()[-2:]),
         dz.stride(-2), *(0 if of is None else of.stride(-2) for of in (sums, prev_sums)),
-        ACTIVATION=activation, SMOOTH=smooth, GATHER_H=gather_h, PIXELS=h.dtype == torch.uint8,
+        ACTIVATION=activation, PROBS=probs, SMOOTH=smooth, SUM=summed, GATHER_H=gather_h, PIXELS=h.dtype == torch.uint8,
         EVEN_K=K % (tile.slices * tile.depth) == 0, EVEN_COLS=K % tile.cols == 0,
         INPUT_PRECISION=input_precision(device, weight.dtype),
         BLOCK_M=tile.rows, BLOCK_C=tile.classes, SLICES=tile.slices, DEPTH=tile.depth,
@@ -313,6 +347,8 @@ def head(
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    divisor: Tensor | None = None,
     rows: Tensor | None = None,
     gather_h: bool = False,
     want_dz_prev: bool = True,
@@ -330,11 +366,13 @@ def head(
     Args:
         h: [M, K]; with ``gather_h`` any number of rows, row m of the batch being h[rows[m]].
         weight, bias: [C, K] with C <= MAX_CLASSES, and [C].
-        target: labels, int64 or uint8, [M], or any number of them with ``rows``.
+        target: labels, int64 or uint8, [M], or probabilities [M, C]; with ``rows`` any number of them.
         activation, saved: of the layer below, for dZ_{L-1}.
         scale, factor: factors of dZ_L: 1/M for the mean over the batch, and a 0-d float32 that the kernel reads.
         class_weight, ignore_index, smoothing: as ``cross_entropy``.
-        rows: int64 [M], contiguous; row m's label is then target[rows[m]].
+        sample_weight: float [M], any stride: factors of the rows' losses and gradients; any number with ``rows``.
+        divisor: float32 0-d, an output: the weight of the batch (``row_weights``), by which dZ is divided.
+        rows: int64 [M], contiguous; row m has then the label target[rows[m]] and the weight sample_weight[rows[m]].
         loss, dz, dz_prev: outputs to reuse, contiguous; the loss in any float dtype (default float32), dz and
             dz_prev in weight's dtype. Columns of dz beyond C are not written.
         logits: output [M, C], contiguous, any float dtype; not written unless given.
@@ -359,11 +397,16 @@ def head(
         for of in (sums, prev_sums):
             if of is not None:
                 of.written(blocks)
+    summed = 0 if divisor is None else summed_block(M)
+    if divisor is not None and not summed:
+        of_labels = {} if target.is_floating_point() else {"target": target, "classes": C, "class_weight": class_weight}
+        total_weight(divisor, M, ignore_index=ignore_index, sample_weight=sample_weight, rows=rows, **of_labels)
     tensors = (
-        h, weight, bias, target, rows, class_weight, saved, factor, loss, dz, dz_prev, logits, correct,
-        *[None if of is None else of.values for of in (sums, prev_sums)],
+        h, weight, bias, target, rows, class_weight, sample_weight, divisor, saved, factor, loss, dz, dz_prev,
+        logits, correct, *[None if of is None else of.values for of in (sums, prev_sums)],
     )  # fmt: skip
-    settings, numbers = (ignore_index, activation, smoothing != 0.0, gather_h), (float(scale), float(smoothing))
+    settings = ignore_index, activation, smoothing != 0.0, summed, gather_h
+    numbers = float(scale), float(smoothing)
     if active is None:
         _launch(tensors, settings, numbers)
     else:

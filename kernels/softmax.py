@@ -77,9 +77,18 @@ def whole_rows_loss(z, q, hot, picked, mask, HAS_Q: tl.constexpr, PROBS: tl.cons
 
 
 @triton.jit
-def rows_grad(e, total, mass, q, hot, picked, ignored, g, HAS_Q: tl.constexpr, PROBS: tl.constexpr):
-    """G (mass p - q - [c = y] hot) for a block of e = exp(shift); 0 in ignored rows (NaN if p is)."""
-    dz = e * (tl.where(ignored, 0.0, mass) * g / total)[:, None]
+def rows_grad(
+    e, total, mass, q, hot, picked, ignored, g, HAS_Q: tl.constexpr, PROBS: tl.constexpr,
+    DIVIDED: tl.constexpr = False,
+):  # fmt: skip
+    """G (mass p - q - [c = y] hot) for a block of e = exp(shift); 0 in ignored rows (NaN if p is).
+
+    With DIVIDED, g may be infinite, where all rows are ignored.
+    """
+    if DIVIDED:
+        dz = e * (tl.where(ignored, 0.0, mass * g) / total)[:, None]
+    else:
+        dz = e * (tl.where(ignored, 0.0, mass) * g / total)[:, None]
     if HAS_Q:
         dz -= tl.where(ignored[:, None], 0.0, q * g)
     if not PROBS:

@@ -29,6 +29,7 @@ from .device import current_device
 from .launch import Call, call, remembered, with_active
 from .members import count_of, inactive, stride_of
 from .reduce_sum import reduce_sum
+from .row_weights import batch_weight, load_sample_weights, summed_block, total_weight
 from .softmax import softmax_block
 
 __all__ = ["softmax_squared_error", "softmax_squared_error_bwd", "softmax_squared_error_fwd"]
@@ -56,15 +57,16 @@ class _Members(NamedTuple):
     z: int
     y: int
     rows: int
+    sample: int
     dz: int
 
 
 @triton.jit(do_not_specialize=["M"])
 def _softmax_squared_error_kernel(
-    z_ptr, y_ptr, rows_ptr, g_ptr, loss_ptr, dz_ptr, dy_ptr, members,
+    z_ptr, y_ptr, rows_ptr, g_ptr, sample_ptr, divisor_ptr, loss_ptr, dz_ptr, dy_ptr, members,
     scale, M, C,
-    stride_zm, stride_zc, stride_ym, stride_yc, stride_g, stride_dm, stride_dc,
-    LABELS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    stride_zm, stride_zc, stride_ym, stride_yc, stride_g, stride_s, stride_dm, stride_dc,
+    LABELS: tl.constexpr, SUM: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
     if members is not None:
@@ -79,6 +81,10 @@ def _softmax_squared_error_kernel(
             rows_ptr += member * members.rows
         if g_ptr is not None:
             g_ptr += member
+        if sample_ptr is not None:
+            sample_ptr += member * members.sample
+        if divisor_ptr is not None:
+            divisor_ptr += member
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = row < M
     z_rows = z_ptr + row[:, None] * stride_zm
@@ -94,6 +100,13 @@ def _softmax_squared_error_kernel(
     g = tl.full((BLOCK_M,), scale, tl.float32)
     if g_ptr is not None:
         g *= tl.load(g_ptr + row * stride_g, mask=mask_m, other=0.0).to(tl.float32)
+    if divisor_ptr is not None:
+        g = g / batch_weight(
+            divisor_ptr, y_ptr, rows_ptr, None, sample_ptr, None, None, stride_s, 1.0, M, C, 0, False, SUM
+        )  # fmt: skip
+    if sample_ptr is not None:
+        sample = load_sample_weights(sample_ptr, row_y * stride_s, mask_m)
+        g *= sample
 
     if WHOLE:
         offs_c = tl.arange(0, BLOCK_C)
@@ -105,7 +118,11 @@ def _softmax_squared_error_kernel(
         p = e / total[:, None]
         d = _error_block(p, mask, y, y_rows + cols * stride_yc, offs_c, LABELS)
         if loss_ptr is not None:
-            tl.store(loss_ptr + row, (tl.sum(d * d, 1) + poison).to(loss_ptr.dtype.element_ty), mask=mask_m)
+            if sample_ptr is not None:
+                loss = (tl.sum(d * d, 1) + poison) * sample
+                tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty), mask=mask_m)
+            else:
+                tl.store(loss_ptr + row, (tl.sum(d * d, 1) + poison).to(loss_ptr.dtype.element_ty), mask=mask_m)
         offs_d = row[:, None] * stride_dm + cols * stride_dc
         if dz_ptr is not None:
             dz = (2.0 * g + poison)[:, None] * p * (d - tl.sum(p * d, 1)[:, None])
@@ -143,7 +160,11 @@ def _softmax_squared_error_kernel(
                 offs_d = row[:, None] * stride_dm + cols * stride_dc
                 tl.store(dy_ptr + offs_d, (-2.0 * g[:, None] * d).to(dy_ptr.dtype.element_ty), mask=mask)
         if loss_ptr is not None:
-            tl.store(loss_ptr + row, (tl.sum(square, 1) + poison).to(loss_ptr.dtype.element_ty), mask=mask_m)
+            if sample_ptr is not None:
+                loss = (tl.sum(square, 1) + poison) * sample
+                tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty), mask=mask_m)
+            else:
+                tl.store(loss_ptr + row, (tl.sum(square, 1) + poison).to(loss_ptr.dtype.element_ty), mask=mask_m)
         if dz_ptr is not None:
             inner_sum = tl.sum(inner, 1)
             for c in range(0, C, BLOCK_C):
@@ -164,22 +185,29 @@ def _launch(
     *,
     taken: Tensor | None = None,
     g: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    divisor: Tensor | None = None,
     loss: Tensor | None = None,
     dz: Tensor | None = None,
     dy: Tensor | None = None,
     scale: float = 1.0,
     active: Tensor | None = None,
 ) -> None:
-    tensors = (logits, target, taken, g, loss, dz, dy)
+    M = logits.shape[-2]
+    summed = 0 if divisor is None else summed_block(M)
+    if divisor is not None and not summed:
+        total_weight(divisor, M, sample_weight=sample_weight, rows=taken)
+    tensors = (logits, target, taken, g, sample_weight, divisor, loss, dz, dy)
     if active is None:
-        _launch_planned(tensors, (), (float(scale),))
+        _launch_planned(tensors, (summed,), (float(scale),))
     else:
-        _launch_active((active, *tensors), (), (float(scale),))
+        _launch_active((active, *tensors), (summed,), (float(scale),))
 
 
 def _plan(
-    logits: Tensor, target: Tensor, taken: Tensor | None, g: Tensor | None, loss: Tensor | None, dz: Tensor | None,
-    dy: Tensor | None, scale: float, active: Tensor | None = None,
+    logits: Tensor, target: Tensor, taken: Tensor | None, g: Tensor | None, sample_weight: Tensor | None,
+    divisor: Tensor | None, loss: Tensor | None, dz: Tensor | None, dy: Tensor | None, scale: float, summed: int,
+    active: Tensor | None = None,
 ) -> Call:  # fmt: skip
     M, C = logits.shape[-2:]
     labels = not target.is_floating_point()
@@ -195,15 +223,16 @@ def _plan(
     stride_d = next((t.stride()[-2:] for t in (dz, dy) if t is not None), (0, 0))
     count, members = count_of(logits), None
     if count is not None:
-        of_members = (logits, 2), (target, 1 if labels else 2), (taken, 1), (dz, 2)
+        of_members = (logits, 2), (target, 1 if labels else 2), (taken, 1), (sample_weight, 1), (dz, 2)
         members = _Members(active, *[stride_of(*of) for of in of_members])
     return call(
         _softmax_squared_error_kernel, (cdiv(M, rows), 1, count or 1),
-        logits, target, taken, g, loss, dz, dy, members,
+        logits, target, taken, g, sample_weight, divisor, loss, dz, dy, members,
         scale, M, C,
         *logits.stride()[-2:], *((target.stride(-1), 0) if labels else target.stride()[-2:]),
-        0 if g is None or g.dim() == 0 or members is not None else g.stride(0), *stride_d,
-        LABELS=labels, WHOLE=whole, BLOCK_M=rows, BLOCK_C=cols, num_warps=num_warps,
+        0 if g is None or g.dim() == 0 or members is not None else g.stride(0),
+        None if sample_weight is None else sample_weight.stride(-1), *stride_d,
+        LABELS=labels, SUM=summed, WHOLE=whole, BLOCK_M=rows, BLOCK_C=cols, num_warps=num_warps,
         # A sum over lanes adds a lane's own square to another lane's. The fused fma(d, d, other) would round the other
         # square but not the own one, and the lanes that hold one row would end with different sums.
         enable_fp_fusion=False,
@@ -221,6 +250,8 @@ def softmax_squared_error(
     *,
     scale: float = 1.0,
     factor: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    divisor: Tensor | None = None,
     rows: Tensor | None = None,
     loss: Tensor | None = None,
     dz: Tensor | None = None,
@@ -229,15 +260,18 @@ def softmax_squared_error(
     """Launch one pass over logits [M, C]: (loss of each row in float32, dZ = scale factor dL/dZ).
 
     ``scale`` is 1/M for the mean; ``factor`` is a 0-d float32 that the kernel reads. ``rows`` (int64 [M], contiguous)
-    takes row m's target from target[rows[m]], of any number of them. ``active``, a bool per member of logits [E, M, C]:
-    nothing is written for others.
+    takes row m's target from target[rows[m]], of any number of them, and its sample weight likewise. ``sample_weight``
+    [M] are factors of the rows' losses and gradients. ``divisor`` (float32, 0-d) is an output: the weight of the batch
+    (``row_weights``), by which dZ is divided. ``active``, a bool per member of logits [E, M, C]: nothing is written for
+    others.
     """
     if loss is None:
         loss = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
     if dz is None:
         dz = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.numel():
-        _launch(logits, target, taken=rows, g=factor, loss=loss, dz=dz, scale=scale, active=active)
+        weights = {"sample_weight": sample_weight, "divisor": divisor}
+        _launch(logits, target, taken=rows, g=factor, loss=loss, dz=dz, scale=scale, active=active, **weights)
     return loss, dz
 
 

@@ -168,13 +168,16 @@ def _bias_layer(
 
 
 @triton.jit
-def _mean_loss(loss_rows_ptr, loss_ptr, count, BLOCK: tl.constexpr):
-    """loss = mean of ``count`` values, blocks added in order."""
+def _mean_loss(loss_rows_ptr, loss_ptr, divisor_ptr, count, BLOCK: tl.constexpr):
+    """loss = sum of ``count`` values, blocks added in order, divided by ``count`` or by what the divisor is."""
     offs = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for i in range(0, count, BLOCK):
         total += tl.load(loss_rows_ptr + i + offs, mask=i + offs < count, other=0.0)
-    tl.store(loss_ptr, tl.sum(total, axis=0) / count)
+    if divisor_ptr is not None:
+        tl.store(loss_ptr, tl.sum(total, axis=0) / tl.load(divisor_ptr))
+    else:
+        tl.store(loss_ptr, tl.sum(total, axis=0) / count)
 
 
 class _Operands(NamedTuple):
@@ -211,8 +214,8 @@ class _Members(NamedTuple):
 
 @triton.jit
 def _wgrad_update_kernel(
-    operands, sums, layers, rows_ptr, states, partial_ptr, overflow_ptr, hyper_ptr, loss_rows_ptr, loss_ptr, members,
-    M, loss_count, sum_programs, tiles, m_per_split, stride_split,
+    operands, sums, layers, rows_ptr, states, partial_ptr, overflow_ptr, hyper_ptr, loss_rows_ptr, loss_ptr,
+    divisor_ptr, members, M, loss_count, sum_programs, tiles, m_per_split, stride_split,
     LAYERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
@@ -228,6 +231,8 @@ def _wgrad_update_kernel(
         if loss_ptr is not None:
             loss_ptr += member
             loss_rows_ptr += member * loss_count
+            if divisor_ptr is not None:
+                divisor_ptr += member
         if inactive(members.active_ptr, member):
             if loss_ptr is not None:
                 tl.store(loss_ptr, float("nan"), mask=(tl.program_id(0) == 0) & (split == 0))
@@ -297,7 +302,7 @@ def _wgrad_update_kernel(
         )  # fmt: skip
     elif loss_ptr is not None:
         if split == 0:
-            _mean_loss(loss_rows_ptr, loss_ptr, loss_count, LOSS_BLOCK)
+            _mean_loss(loss_rows_ptr, loss_ptr, divisor_ptr, loss_count, LOSS_BLOCK)
             if members is not None:
                 if members.count_ptr is not None:
                     tl.store(members.count_ptr + member, tl.load(members.count_ptr + member) + 1)
@@ -427,6 +432,7 @@ def gradient_call(
     overflow: Tensor | None = None,
     loss_rows: Tensor | None = None,
     loss: Tensor | None = None,
+    divisor: Tensor | None = None,
     sums: Sequence[ColumnSums | None] = (),
     count: int | None = None,
     active: Tensor | None = None,
@@ -464,7 +470,7 @@ def gradient_call(
     return call(
         _wgrad_update_kernel, ((loss is not None) + sum_programs + tiles, n_splits, count or 1),
         tuple(operands), tuple(added), tuple(layers), rows, tuple(states), partial, overflow, hyper_row, loss_rows,
-        loss, members,
+        loss, divisor, members,
         m, 0 if loss_rows is None else loss_rows.numel() // (count or 1), sum_programs, tiles, m_per_split,
         stride_split,
         LAYERS=len(operands), OPTIMIZER=optimizer, LOW_IS_PARAM=low_is_param, EVEN_M=m % tile.depth == 0,
@@ -486,6 +492,7 @@ def wgrad_update(
     unscale: Tensor | None = None,
     loss_rows: Tensor | None = None,
     loss: Tensor | None = None,
+    divisor: Tensor | None = None,
     partial: Tensor | None = None,
     grads: Tensor | None = None,
     accumulate: bool = False,
@@ -499,6 +506,7 @@ def wgrad_update(
 
     dzs[l] may have more than N_l columns, which count for nothing. ``sums[l]`` are the sums of its rows, as its
     producer wrote them, or None; they are used if every layer with a bias has them.
+    ``loss`` becomes the sum of ``loss_rows``, divided by ``divisor`` (0-d float32) or by their number.
     ``rows`` (int64, any stride) gathers rows of xs[0] only, which may be uint8. ``unscale`` is a 0-d float32 factor of
     all gradients.
     ``optimizer`` is a rule of ``kernels/optimizer.py``, and ``hyper_row`` has its settings for this step, float32, or
@@ -524,7 +532,8 @@ def wgrad_update(
         layout.of_layers, dzs, xs, tile, (n_splits, m_per_split, math.prod(layout.flat_shape)), optimizer,
         low_is_param=layout.low_is_param, hyper_row=hyper_row, states=states, rows=rows,
         partial=None if direct else partial, overflow=overflow if grads is None else None,
-        loss_rows=loss_rows, loss=loss, sums=sums, count=layout.members, active=active, updates=updates,
+        loss_rows=loss_rows, loss=loss, divisor=divisor, sums=sums, count=layout.members, active=active,
+        updates=updates,
     )  # fmt: skip
     launch_plainly(launch)
     if not direct and (grads is not None or optimizer != "none"):

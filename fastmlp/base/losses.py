@@ -31,6 +31,7 @@ class Loss:
         dtype: of the loss where A and the target have different ones: the promoted one, or that of one operand as
             torch has it; "equal" where torch refuses them outside autocast.
         broadcasts: whether torch's function broadcasts, and so raises another error for shapes that do not fit.
+        options: what ``TrainStep`` can set of it; "probabilities" is a target [M, C] in place of class numbers.
     """
 
     function: str
@@ -42,6 +43,7 @@ class Loss:
     over: Literal["rows", "elements"] = "elements"
     dtype: Literal["promoted", "input", "target", "equal"] = "promoted"
     broadcasts: bool = False
+    options: tuple[str, ...] = ()
 
     def count(self, a: Tensor) -> int:
         """What the mean over A divides by."""
@@ -51,14 +53,26 @@ class Loss:
 #: Every loss by name, in the order of the documentation.
 LOSSES = {
     "cross_entropy": Loss(
-        "cross_entropy", F.cross_entropy, "cross_entropy", "cross_entropy", "logits", "classes", "rows"
+        "cross_entropy",
+        F.cross_entropy,
+        "cross_entropy",
+        "cross_entropy",
+        "logits",
+        "classes",
+        "rows",
+        options=("class_weight", "ignore_index", "label_smoothing", "probabilities"),
     ),
     "mse": Loss("mse_loss", F.mse_loss, "mse", broadcasts=True),
     "l1": Loss("l1_loss", F.l1_loss, "l1", broadcasts=True),
-    "huber": Loss("huber_loss", F.huber_loss, None, dtype="input", broadcasts=True),
+    "huber": Loss("huber_loss", F.huber_loss, "huber", dtype="input", broadcasts=True, options=("delta",)),
     "binary_cross_entropy": Loss("bce_loss", F.binary_cross_entropy, None, input="probabilities", dtype="equal"),
     "bce_with_logits": Loss(
-        "bce_with_logits", F.binary_cross_entropy_with_logits, "bce", input="logits", dtype="target"
+        "bce_with_logits",
+        F.binary_cross_entropy_with_logits,
+        "bce",
+        input="logits",
+        dtype="target",
+        options=("pos_weight",),
     ),
     "nllm": Loss("multiclass_nll", None, None, input="probabilities", over="rows"),
     "softmax_squared_error": Loss(
@@ -67,8 +81,10 @@ LOSSES = {
 }
 #: The names that ``TrainStep`` takes, and the losses that they mean.
 STEP_LOSSES = {loss.step: name for name, loss in LOSSES.items() if loss.step is not None}
-#: The label that the losses of a step ignore: no user writes it, so that every label out of range is found.
+#: A label that no user writes: a loss that ignores this label finds every label out of range.
 NO_CLASS = -(1 << 63)
+#: The label that torch's cross-entropy ignores by default.
+IGNORED = -100
 
 
 def takes_classes(loss: str) -> bool:

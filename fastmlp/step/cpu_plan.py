@@ -15,9 +15,11 @@ from .. import cpu
 from ..activations import ACTIVATIONS
 from ..base.losses import takes_classes
 from ..nn import Linear
-from .cpu_losses import loss_function
+from .cpu_losses import loss_function, weighted_loss_function
 from .cpu_optimizer import TorchOptimizer
+from .cpu_row_weights import WeightedLoss
 from .groups import Groups
+from .loss_options import PLAIN, LossOptions
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 from .parameters import Copies
@@ -58,9 +60,11 @@ class Network:
         loss: str,
         dtype: torch.dtype,
         groups: Groups | None = None,
+        options: LossOptions = PLAIN,
     ) -> None:
         self.groups, self.rules = groups, [rule] if groups is None else groups.rules
         self.modules, self.rule, self.loss, self.dtype = modules, rule, loss, dtype
+        self.options = options
         self.device = modules[0].weight.device
         loss_scale = LossScale(self.device) if dtype == torch.float16 else None
         self.scale = None if loss_scale is None else loss_scale.scale
@@ -112,7 +116,7 @@ class Network:
                     own.requires_grad_(param.requires_grad)
             modules.append(copy)
         rule = next((rule for rule in self.rules if not rule.is_plain_sgd), self.rule)
-        return Network(modules, replace(rule, lr=1e-3), self.loss, self.dtype)
+        return Network(modules, replace(rule, lr=1e-3), self.loss, self.dtype, options=self.options)
 
     def batch(self, m: int) -> tuple[Tensor, Tensor, Tensor]:
         """X of ones, a target for the loss, and where the loss goes."""
@@ -128,7 +132,11 @@ class Plan:
 
     def __init__(self, net: Network, m: int) -> None:
         new, (n, k) = net.pixel.new_empty, (net.modules[-1].out_features, net.modules[0].in_features)
-        self.loss = loss_function(net.loss, m, n, net.dtype, net.device, net.scale)
+        self._of_loss = (net.loss, m, n, net.dtype, net.device, net.scale, net.options)
+        self.loss = loss_function(*self._of_loss)
+        self._weighted_loss: WeightedLoss | None = None
+        #: The sample weights of gathered rows.
+        self.weight: Tensor | None = None
         self.x = new((m, k))
         self.pixels: Tensor | None = None
         self.y = torch.empty(m, dtype=torch.int64, device=net.device) if takes_classes(net.loss) else None
@@ -146,3 +154,10 @@ class Plan:
             products = cpu.layer_products(m, layer.weight, layer.bias, fused, out, dx, update=update, dw=dw, wide=wide)
             self.products.append(products)
             self.kept_a.append(None if layer.f.epilogue else new((m, n)))
+
+    @property
+    def weighted_loss(self) -> WeightedLoss:
+        """The loss with sample weights."""
+        if self._weighted_loss is None:
+            self._weighted_loss = weighted_loss_function(*self._of_loss)
+        return self._weighted_loss

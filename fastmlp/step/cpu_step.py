@@ -20,6 +20,7 @@ from ..nn import Linear
 from ..online import online_epoch
 from .cpu_plan import Layer, Network, Plan
 from .groups import Groups
+from .loss_options import PLAIN, LossOptions
 from .optimizers import Optimizer
 
 #: Batch sizes whose plans are kept; a further one takes the place of the first.
@@ -30,18 +31,25 @@ class TorchStep:
     """Forward, backward and update of an MLP in torch operations; ``fastmlp.TrainStep`` is the public way to it."""
 
     def __init__(
-        self, layers: list[Linear], rule: Optimizer, loss: str, dtype: torch.dtype, *, groups: Groups | None = None
+        self,
+        layers: list[Linear],
+        rule: Optimizer,
+        loss: str,
+        dtype: torch.dtype,
+        *,
+        groups: Groups | None = None,
+        options: LossOptions = PLAIN,
     ) -> None:
-        self.network = Network(layers, rule, loss, dtype, groups)
+        self.network = Network(layers, rule, loss, dtype, groups, options)
         self.optimizer = self.network.optimizer
         self._plans: dict[int, Callable[..., None]] = {}
 
-    def step(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
+    def step(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None, weight: Tensor | None = None) -> None:
         """One step on x [M, K] (float or uint8) and targets; writes the mean loss into ``out`` (0-d).
 
-        ``rows`` int64 [M] takes those rows of x and y.
+        ``rows`` int64 [M] takes those rows of x, y and the sample weights.
         """
-        self._planned(x.shape[0] if rows is None else rows.shape[0])(x, y, out, rows)
+        self._planned(x.shape[0] if rows is None else rows.shape[0])(x, y, out, rows, weight)
 
     def _planned(self, m: int) -> Callable[..., None]:
         """``_step`` with the plan of ``m`` rows."""
@@ -60,10 +68,12 @@ class TorchStep:
         net = self.network.scratch()
         return partial(_plan, net, m), net.batch(m)
 
-    def gradients(self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> list[Tensor]:
+    def gradients(
+        self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False, weight: Tensor | None = None
+    ) -> list[Tensor]:
         """Gradients of the trained masters, in the order of the parameters; parameters stay as they are."""
         kept = [g.clone() for g in self.optimizer.grads] if accumulate else None
-        self._planned(x.shape[0])(x, y, out, update=False)
+        self._planned(x.shape[0])(x, y, out, None, weight, update=False)
         grads = self.optimizer.grads
         if self.network.scale is not None:
             torch._foreach_mul_(grads, 1 / self.network.scale)
@@ -109,30 +119,44 @@ class TorchStep:
         self.network.publish()
 
     def epoch(
-        self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Tensor, losses: Tensor
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        order: Tensor,
+        lrs: Tensor,
+        losses: Tensor,
+        weight: Tensor | None = None,
     ) -> None:
         """Steps over ``order``, each with its learning rate (float64 on the host); writes each step's loss.
 
         With groups ``lrs`` is [steps, G].
         """
-        layers, rules = self.network.layers, self.network.rules
-        if batch_size == 1 and self._is_online(images):
-            weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-            activations = [layer.activation for layer in layers]
-            online_epoch(weights, biases, activations, images, labels, lrs.tolist(), order, losses=losses)
-            return
+        rules = self.network.rules
+        if batch_size == 1 and weight is None and self._is_online(images, labels):
+            try:
+                self._online(images, labels, order, lrs, losses)
+                return
+            except IndexError:  # nothing has changed, and the steps below know a label that is ignored
+                pass
         base = [rule.lr for rule in rules]
         try:
             rates = lrs.view(len(lrs), -1).tolist()
             for rows, lr, out in zip(order.split(batch_size), rates, losses.unbind(), strict=True):
                 for rule, rate in zip(rules, lr, strict=True):
                     rule.lr = rate
-                self.step(images, labels, out, rows)
+                self.step(images, labels, out, rows, weight)
         finally:
             for rule, rate in zip(rules, base, strict=True):
                 rule.lr = rate
 
-    def _is_online(self, images: Tensor) -> bool:
+    def _online(self, images: Tensor, labels: Tensor, order: Tensor, lrs: Tensor, losses: Tensor) -> None:
+        layers = self.network.layers
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        activations = [layer.activation for layer in layers]
+        online_epoch(weights, biases, activations, images, labels, lrs.tolist(), order, losses=losses)
+
+    def _is_online(self, images: Tensor, labels: Tensor) -> bool:
         """Whether single-sample steps are those of the exact blocked recurrence (``fastmlp.online``)."""
         net = self.network
         return (
@@ -141,6 +165,8 @@ class TorchStep:
             and not net.averages
             and net.device.type == "cpu"
             and net.loss == "cross_entropy"
+            and net.options.is_plain
+            and not labels.is_floating_point()
             and net.dtype in (torch.float32, torch.float64)
             and images.dtype in (net.dtype, torch.uint8)
             and not net.copies
@@ -153,7 +179,15 @@ def _plan(net: Network, m: int) -> Callable[..., None]:
 
 
 def _step(
-    net: Network, plan: Plan, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None, *, update: bool = True
+    net: Network,
+    plan: Plan,
+    x: Tensor,
+    y: Tensor,
+    out: Tensor,
+    rows: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    update: bool = True,
 ) -> None:
     """``TorchStep.step``; without ``update`` the gradients are stored, and the parameters stay as they are."""
     net.follow()
@@ -161,6 +195,10 @@ def _step(
         if plan.y is None or plan.y.dtype != y.dtype:
             plan.y = y.new_empty((rows.shape[0], *y.shape[1:]))
         y = torch.index_select(y, 0, rows, out=plan.y)
+        if weight is not None:
+            if plan.weight is None or plan.weight.dtype != weight.dtype:
+                plan.weight = weight.new_empty(rows.shape[0])
+            weight = torch.index_select(weight, 0, rows, out=plan.weight)
     a = _input(net, plan, x, rows)
     inputs, saved = [], []
     for layer, products, kept in zip(net.layers, plan.products, plan.kept_a, strict=True):
@@ -168,7 +206,7 @@ def _step(
         z = products.linear(a)
         a = z if kept is None else layer.f.into(z, kept)
         saved.append(z if layer.saves_z else a)
-    da = plan.loss(a, y, out)
+    da = plan.loss(a, y, out) if weight is None else plan.weighted_loss(a, y, out, weight)
     consume = _apply if update and net.plain else _store
     for i in range(len(inputs) - 1, net.lowest - 1, -1):
         products = plan.products[i]

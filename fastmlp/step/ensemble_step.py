@@ -12,6 +12,7 @@ from ..base.arguments import check_tensor
 from ..base.losses import STEP_LOSSES
 from .binding import Binding
 from .cpu_ensemble import TorchEnsemble
+from .loss_options import DEFAULTS
 from .optimizers import Optimizer, check_setting
 from .train_step import TrainStep
 from .validation import MemberBatches, check_batch_size, member_learning_rates
@@ -44,8 +45,8 @@ class EnsembleStep(TrainStep):
         self._members: int = model.members
         device = next(model.parameters()).device
         self._active = torch.ones(self._members, dtype=torch.bool, device=device)
-        for name in ("param_groups", "ema_decay"):
-            if kwargs.get(name) is not None:
+        for name in ("param_groups", "ema_decay", *DEFAULTS):
+            if kwargs.get(name) is not None and kwargs[name] not in DEFAULTS.get(name, ()):
                 raise NotImplementedError(
                     f"a TrainStep of an ensemble has no {name}; train the members one by one, or train with autograd"
                 )
@@ -113,6 +114,7 @@ class EnsembleStep(TrainStep):
         batch_size: int,
         order: Tensor | None = None,
         lr_factors: Any = None,
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
         """One pass over device-resident data, one step for each ``batch_size`` rows.
 
@@ -122,12 +124,15 @@ class EnsembleStep(TrainStep):
             batch_size: rows of a step; the last step takes what is left.
             order: int64 [n], the rows of all members in the order of use, or [E, n]; default all rows in order.
             lr_factors: factors of ``lr``: [steps], or [steps, E] for each member its own; default all 1.
+            sample_weight: a NotImplementedError, unless None.
 
         Returns:
             The mean losses of the n rows, float32 [E]. ``losses`` [steps, E] has the losses of each step.
         """
         images, labels = self._checked(images, labels, in_range=True)
         batch_size = check_batch_size(batch_size)
+        if sample_weight is not None:
+            self._batches.checked_weight(sample_weight, images.shape[-2])
         order = self._batches.checked_order(order, images)
         n = order.shape[-1]
         steps = -(-n // batch_size)

@@ -19,6 +19,7 @@ from ..nn import MLP
 from .binding import Binding
 from .cpu_step import TorchStep
 from .groups import OWN, Groups, grouped
+from .loss_options import loss_options
 from .optimizers import OPTIMIZERS, Optimizer, check_setting, optimizer_of
 from .settings import StepOptimizer
 from .validation import Batches, MemberBatches, check_batch_size, check_dtype, check_is_mlp, check_loss, learning_rates
@@ -64,9 +65,18 @@ class TrainStep:
         amsgrad: of "adam" and "adamw"; default False.
         maximize: go up the gradient of the loss; default False.
         max_grad_norm: scale the gradients so that their global 2-norm is at most this; default None, no clipping.
-        loss: "cross_entropy" or "softmax_squared_error" (logits against class numbers int64 [B]), "mse", "l1" or "bce"
-            (values [B, C]). "bce" is ``functional.bce_with_logits``, of logits. Each loss is a mean as with torch's
-            default reduction.
+        loss: "cross_entropy" or "softmax_squared_error" (logits against class numbers int64 [B]), "mse", "l1", "huber"
+            or "bce" (values [B, C]). "cross_entropy" also takes probabilities [B, C]. "bce" is
+            ``functional.bce_with_logits``, of logits. Each loss is a mean as with torch's default reduction.
+        class_weight: of "cross_entropy": [C], a factor of the rows of each class, in the parameters' dtype; default 1.
+            The mean divides by the sum of the rows' factors, for probabilities by the number of rows, as torch does.
+            The step keeps a copy, so later changes of the tensor change nothing.
+        ignore_index: of "cross_entropy": rows with this label have loss and gradient 0 and do not count in the mean.
+            Default None: -100 as in torch on a CPU, and with class or sample weights. A GPU would have to count the
+            rows at every step for that; there label -100 makes the loss NaN, unless it is given here by name.
+        label_smoothing: of "cross_entropy": e in [0, 1], as in torch; default 0.
+        pos_weight: of "bce": [C], a factor of the terms with y, as in torch; default 1. Copied like class_weight.
+        delta: of "huber": the distance at which the loss becomes linear; default 1.
         param_groups: as torch.optim's, a list of dicts with "params" (parameters or their names, which may be patterns)
             and the group's own "lr" and "weight_decay"; other settings are those of all groups. The parameters that no
             group has are the first group. No decay on biases is [{"params": "*.bias", "weight_decay": 0.0}].
@@ -88,9 +98,10 @@ class TrainStep:
 
     Raises:
         TypeError: model is not an MLP, a setting that is no number, or a dtype that nothing computes in.
-        ValueError: unknown optimizer or loss, settings out of range, nothing to train, a layer with hooks or of another
-            class (a step would not call them), one parameter in two layers.
-        RuntimeError: parameters of different dtypes or devices, or not contiguous.
+        ValueError: unknown optimizer or loss, settings out of range, an option that the loss does not have, nothing to
+            train, a layer with hooks or of another class (a step would not call them), one parameter in two layers.
+        RuntimeError: parameters of different dtypes or devices, or not contiguous; weights of classes or outputs of
+            another length, dtype or device; label_smoothing or delta out of range.
     """
 
     #: The class of steps of ensembles, which ``ensemble_step`` puts here.
@@ -121,6 +132,11 @@ class TrainStep:
         ema_decay: float | None = None,
         ema_warmup: bool = False,
         loss: str = "cross_entropy",
+        class_weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        pos_weight: Tensor | None = None,
+        delta: float = 1.0,
         dtype: torch.dtype | None = None,
         cuda_graph: bool = True,
     ) -> None:
@@ -145,8 +161,21 @@ class TrainStep:
         self._rules = self.optimizer.rules_of_groups(rule)
         self.losses = torch.zeros(0, dtype=torch.promote_types(dtype, torch.float32), device=self.device)
         self._next_losses: list[Tensor] = []
+        self._options = loss_options(
+            loss,
+            self._binding.ends[1],
+            {first.dtype, dtype},
+            self.losses,
+            class_weight=class_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            pos_weight=pos_weight,
+            delta=delta,
+        )
         batches = Batches if members is None else MemberBatches
-        self._batches = batches(self._binding.ends, STEP_LOSSES[loss], loss, dtype, first.dtype, self.losses)
+        self._batches = batches(
+            self._binding.ends, STEP_LOSSES[loss], loss, dtype, first.dtype, self.losses, self._options
+        )
         self._cuda_graph = cuda_graph
         #: True on the Triton path, where no other code checks the class numbers.
         self._checks_classes = self.backend == "triton"
@@ -174,8 +203,16 @@ class TrainStep:
             if self.backend == "triton":
                 from .triton_step import TritonStep
 
-                return TritonStep(binding.layers, rule, loss, self.dtype, cuda_graph=self._cuda_graph, groups=groups)
-            return TorchStep(binding.layers, rule, loss, self.dtype, groups=groups)
+                return TritonStep(
+                    binding.layers,
+                    rule,
+                    loss,
+                    self.dtype,
+                    cuda_graph=self._cuda_graph,
+                    groups=groups,
+                    options=self._options,
+                )
+            return TorchStep(binding.layers, rule, loss, self.dtype, groups=groups, options=self._options)
 
     @property
     def lr(self) -> float | list[float]:
@@ -220,18 +257,21 @@ class TrainStep:
             own = [{name: group[name] for name in OWN} for group in groups]
             arguments["param_groups"] = [{"params": m, **o} for m, o in zip(members, own, strict=True)]
         arguments |= {"optimizer": self.rule.name, "loss": self.loss, "dtype": self.dtype}
-        arguments |= {"cuda_graph": self._cuda_graph}
+        arguments |= {"cuda_graph": self._cuda_graph} | vars(self._options)
         state = self.state_dict()
         known = {*self.rule.settings, "params"}
         extra = [{name: value for name, value in group.items() if name not in known} for group in groups]
         return _restored, (self.model, arguments, state, self._parked, extra, self._ema_waits)
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """One optimizer step on a batch.
 
         Args:
             x: [B, sizes[0]] or [B, ...], of the products' or the parameters' dtype, or uint8 pixels.
             y: int64 [B] class numbers in [0, C), or [B, C] values, as the loss takes.
+            sample_weight: [B], floating-point, a factor s of each row; default 1. The loss is sum(s l) / sum(s), with
+                class weights w sum(s w l) / sum(s w). On a CPU negative weights are a ValueError, and so are weights
+                that are all 0. On a GPU such weights are computed with as they are.
 
         Returns:
             The loss before the step: 0-d, on the device, without waiting for it; a tensor of its own. On a CPU an
@@ -240,6 +280,8 @@ class TrainStep:
             and such a step changes nothing.
         """
         x, y = self._checked(x, y, in_range=self._checks_classes)
+        if sample_weight is not None:
+            sample_weight = self._batches.checked_weight(sample_weight, x.shape[0])
         loss = self._next_loss()
         with self._on_device:
             if x.shape[-2] == 0:
@@ -248,7 +290,10 @@ class TrainStep:
                 if self._ema_waits:
                     self._begin_ema()
                     self._ema_waits = False
-                self._engine.step(x, y, loss)
+                if sample_weight is None:
+                    self._engine.step(x, y, loss)
+                else:
+                    self._engine.step(x, y, loss, weight=sample_weight)
                 self._updated()
         self.forget_gradients()
         return loss
@@ -260,25 +305,30 @@ class TrainStep:
         batch_size: int,
         order: Tensor | None = None,
         lr_factors: Sequence[float] | None = None,
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
         """One pass over device-resident data, one step for each ``batch_size`` rows.
 
         Args:
             images: [N, sizes[0]] or [N, ...], uint8 or floating point, on the model's device.
-            labels: int64 [N] (or values [N, C]), on the same device.
+            labels: int64 [N] (or values or probabilities [N, C]), on the same device.
             batch_size: rows of a step; the last step takes what is left.
             order: int64 [n], the rows in the order of use; default all rows in order. On a CPU a row out of range is
                 an IndexError. On a GPU it makes its step's loss NaN, and the nearest row takes its place.
             lr_factors: one factor of ``lr`` (of every param group's) for each step; default all 1.
+            sample_weight: [N], the weight of each row of the data, as ``step(x, y, sample_weight)`` takes them. A batch
+                whose weights are all 0 is a ValueError on a CPU.
 
         Returns:
-            The mean loss of the n rows, each at the parameters of its step: 0-d float32 on the device. ``losses`` has
-            the loss of each step.
+            The mean loss of the n rows, each at the parameters of its step: 0-d float32 on the device. A row counts
+            with its step's loss, whatever its weight is. ``losses`` has the loss of each step.
         """
         images, labels = self._checked(images, labels, in_range=True)
         batch_size = check_batch_size(batch_size)
         order = self._batches.checked_order(order, images)
         n = order.shape[0]
+        if sample_weight is not None:
+            sample_weight = self._batches.checked_weight(sample_weight, images.shape[0])
         steps = -(-n // batch_size)
         lrs = learning_rates([rule.lr for rule in self._rules], lr_factors, steps)
         self.forget_gradients()
@@ -290,15 +340,21 @@ class TrainStep:
             self._ema_waits = False
         with self._on_device:
             order, outside = self._batches.readable(order, images, batch_size)
-            self._engine.epoch(images, labels, batch_size, order, lrs, losses)
+            if sample_weight is not None:
+                self._batches.check_weighed(sample_weight, order, batch_size)
+            self._engine.epoch(images, labels, batch_size, order, lrs, losses, **_given(weight=sample_weight))
             if outside is not None:
                 losses.masked_fill_(outside, float("nan"))
             self._updated()
             last = n - (steps - 1) * batch_size
             return ((losses[:-1].sum() * batch_size + losses[-1] * last) / n).float()
 
-    def gradients(self, x: Tensor, y: Tensor, *, accumulate: bool = False) -> dict[str, Tensor]:
+    def gradients(
+        self, x: Tensor, y: Tensor, *, accumulate: bool = False, sample_weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Gradients of the mean loss by parameter name, in float32 or wider; the parameters stay as they are.
+
+        ``sample_weight`` is as that of a step.
 
         The tensors are the step's own buffers, valid until the next call of the step. ``accumulate=True`` adds to the
         gradients that were computed since the last update; ``update`` then applies the optimizer to them:
@@ -317,8 +373,11 @@ class TrainStep:
             )
         if x.shape[-2] == 0:
             raise ValueError("expected at least one row; the mean loss of an empty batch has no gradient")
+        if sample_weight is not None:
+            sample_weight = self._batches.checked_weight(sample_weight, x.shape[0])
+        adds = accumulate and self._has_gradients
         with self._on_device:
-            grads = self._engine.gradients(x, y, self._next_loss(), accumulate=accumulate and self._has_gradients)
+            grads = self._engine.gradients(x, y, self._next_loss(), accumulate=adds, **_given(weight=sample_weight))
         self._has_gradients, self._lost_gradients = True, False
         return dict(zip(self._binding.trained, grads, strict=True))
 
@@ -488,6 +547,11 @@ class TrainStep:
         increment_version(self._binding.parameters)
         self._engine.updated()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """Those arguments that are not None."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _restored(

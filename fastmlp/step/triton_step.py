@@ -9,7 +9,8 @@ The kernels that make dZ also write the sums of its rows, block by block, from w
 
 Nothing is launched for zeroing gradients, casting, gathering, scaling or averaging. A long batch costs one launch
 more (the reduction of split sums), float16's loss scale two and clipping three, whatever the batch: they need all
-gradients first (``late_update``).
+gradients first (``late_update``). Class weights, an ignored label and sample weights cost one launch more from batches
+of 2,049 rows on, which adds the weights of the rows up (``kernels/row_weights``); no other option of a loss costs one.
 With float32 parameters and 16-bit products, a step or an epoch begins with one launch of torch's, outside the graph: it
 copies the parameters into what the products read, because anybody may have written to a parameter since the last call.
 Losses other than cross-entropy, more classes than the head takes, or an activation behind the last layer put
@@ -35,17 +36,8 @@ import torch
 from torch import Tensor
 
 from ..activations import saved_for_grad
-from ..base.losses import LOSSES, NO_CLASS, takes_classes
-from ..kernels import (
-    activation_bwd,
-    cross_entropy,
-    cross_entropy_of_members,
-    elementwise_loss,
-    head,
-    linear_dgrad,
-    linear_fwd,
-    softmax_squared_error,
-)
+from ..base.losses import takes_classes
+from ..kernels import activation_bwd, head, linear_dgrad, linear_fwd
 from ..kernels.column_sums import ColumnSums, padded
 from ..kernels.configs import cdiv
 from ..kernels.dependent import launches_dependent
@@ -58,10 +50,12 @@ from ..nn import Linear
 from .graphs import GraphCache, GraphEntry, can_capture, refuse_capture
 from .groups import Groups
 from .late_update import LateUpdate
+from .loss_options import PLAIN, LossOptions
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 from .parameters import Copies
 from .step_rows import StepRows
+from .triton_loss import RowWeights, StepLoss
 
 #: Steps of one captured graph.
 CHUNK = 512
@@ -78,6 +72,8 @@ class _Plan:
     z: list[Tensor | None]
     dz: list[Tensor | None]
     loss_rows: Tensor
+    #: The weight of the batch, by which its sums are divided, where rows have weights.
+    divisor: Tensor
     partial: Tensor | None
     #: Sums of the rows of dZ by its producer; None for layers without a trained bias, and for all without the head.
     sums: list[ColumnSums | None]
@@ -85,8 +81,8 @@ class _Plan:
     @property
     def tensors(self) -> list[Tensor]:
         """All of them: what one step writes and the next one does not read."""
-        every = [*self.a, *self.z, *self.dz, self.loss_rows, self.partial, *(s.values for s in self.sums if s)]
-        return [t for t in every if t is not None]
+        every = [*self.a, *self.z, *self.dz, self.loss_rows, self.divisor, self.partial]
+        return [t for t in [*every, *(s.values for s in self.sums if s)] if t is not None]
 
 
 class TritonStep:
@@ -107,6 +103,7 @@ class TritonStep:
         *,
         cuda_graph: bool,
         groups: Groups | None = None,
+        options: LossOptions = PLAIN,
         members: int | None = None,
         active: Tensor | None = None,
     ) -> None:
@@ -141,6 +138,7 @@ class TritonStep:
         self.grads: Tensor | None = None if rule.max_grad_norm is None else zeros
         self.loss_scale = LossScale(self.device, members) if dtype == torch.float16 else None
         self._scale = None if self.loss_scale is None else self.loss_scale.scale
+        self._step_loss = StepLoss(loss, options, self._scale)
         self._unscale = None if self.loss_scale is None else self.loss_scale.inverse
         #: None where the gradients are applied as soon as they are there.
         self.late: LateUpdate | None = None
@@ -221,6 +219,7 @@ class TritonStep:
             [buffer(n) if saved_for_grad(f) == "z" else None for n, f in zip(outputs, self.activations, strict=True)],
             dz,
             torch.empty((*self._of, m * elements), dtype=torch.float32, device=self.device),
+            torch.empty(self._of, dtype=torch.float32, device=self.device),
             workspace(self.layout, m, self.dtype, self.device, direct=self.late is None),
             sums,
         )
@@ -249,7 +248,7 @@ class TritonStep:
             a = plan.a[i]
         return a
 
-    def _forward_backward(self, plan: _Plan, x: Tensor, y: Tensor, rows: Tensor | None) -> None:
+    def _forward_backward(self, plan: _Plan, x: Tensor, y: Tensor, rows: Tensor | None, weights: RowWeights) -> None:
         """Everything up to dZ of every trained layer, and the loss of every row."""
         last = len(self.layers) - 1
         if self._has_head:
@@ -262,10 +261,7 @@ class TritonStep:
                 y,
                 activation="identity" if below is None else self.activations[below],
                 saved=None if below is None else self._saved(plan, below),
-                scale=1 / plan.m,
-                factor=self._scale,
-                ignore_index=NO_CLASS,
-                rows=rows,
+                class_weight=self._step_loss.options.class_weight,
                 gather_h=rows is not None and last == 0,
                 want_dz_prev=below is not None,
                 loss=plan.loss_rows,
@@ -273,12 +269,13 @@ class TritonStep:
                 dz_prev=None if below is None else plan.dz[below],
                 sums=plan.sums[last],
                 prev_sums=None if below is None else plan.sums[below],
+                **self._step_loss.of_cross_entropy(plan.m, rows, weights),
                 active=self.active,
             )
             top = last - 1
         else:
             a = self._forward(plan, x, rows, last + 1)
-            self._loss_gradient(plan, a, y, rows)
+            self._loss_gradient(plan, a, y, rows, weights)
             top = last
         for i in range(top, self.lowest, -1):
             dz = plan.dz[i]
@@ -293,28 +290,14 @@ class TritonStep:
                 active=self.active,
             )
 
-    def _loss_gradient(self, plan: _Plan, a: Tensor, y: Tensor, rows: Tensor | None) -> None:
+    def _loss_gradient(self, plan: _Plan, a: Tensor, y: Tensor, rows: Tensor | None, weights: RowWeights) -> None:
         """DZ_L from the network's output, by the loss's own kernel, and the loss of every row or element."""
         last = len(self.layers) - 1
         dz = plan.dz[last]
         assert dz is not None
-        scale = (self.members or 1) / LOSSES[self.loss].count(a)
-        factor, loss, active = self._scale, plan.loss_rows, self.active
-        if self.loss == "cross_entropy" and self.members is not None:
-            cross_entropy_of_members(
-                a, y, ignore_index=NO_CLASS, scale=scale, factor=factor, rows=rows, loss=loss, dz=dz, active=active
-            )
-        elif self.loss == "cross_entropy":
-            cross_entropy(a, y, ignore_index=NO_CLASS, scale=scale, factor=factor, rows=rows, loss=loss, dz=dz)
-        elif self.loss == "softmax_squared_error":
-            softmax_squared_error(a, y, scale=scale, factor=factor, rows=rows, loss=loss, dz=dz, active=active)
-        else:
-            loss = loss.view(a.shape)
-            elementwise_loss(
-                a, y, self.loss, scale=scale, factor=factor, rows=rows, loss=loss, da=dz, active=active
-            )  # fmt: skip
+        self._step_loss.gradient(a, y, rows, weights, plan.loss_rows, dz, self.active)
         if self.activations[last] != "identity":
-            activation_bwd(dz, self._saved(plan, last), self.activations[last], dz=dz, active=active)
+            activation_bwd(dz, self._saved(plan, last), self.activations[last], dz=dz, active=self.active)
 
     def _weights_step(
         self,
@@ -324,6 +307,7 @@ class TritonStep:
         row: Tensor,
         loss: Tensor,
         updates: Tensor | None = None,
+        divisor: Tensor | None = None,
         **outputs: Any,
     ) -> None:
         """The grouped weight gradient with its update; with ``outputs`` of ``wgrad_update`` it goes there."""
@@ -339,6 +323,7 @@ class TritonStep:
             rows=rows if self.trained[0] == 0 else None,
             loss_rows=plan.loss_rows,
             loss=loss,
+            divisor=divisor,
             partial=plan.partial,
             unscale=self._unscale,
             sums=[plan.sums[i] for i in self.trained],
@@ -347,52 +332,68 @@ class TritonStep:
             **outputs,
         )
 
-    def _launch(self, plan: _Plan, x: Tensor, y: Tensor, rows: Tensor | None, row: Tensor, loss: Tensor) -> None:
+    def _launch(
+        self,
+        plan: _Plan,
+        x: Tensor,
+        y: Tensor,
+        rows: Tensor | None,
+        row: Tensor,
+        loss: Tensor,
+        weights: RowWeights,
+    ) -> None:
         """The whole step as launches on the current stream."""
-        self._forward_backward(plan, x, y, rows)
+        divisor = weights.divisor
+        self._forward_backward(plan, x, y, rows, weights)
         late, updates = self.late, self.rows.updates
         if late is None:
-            self._weights_step(plan, x, rows, row, loss, updates)
+            self._weights_step(plan, x, rows, row, loss, updates, divisor)
         elif late.squares is None:
             assert plan.partial is not None
-            self._weights_step(plan, x, rows, row, loss, updates, overflow=late.overflow)
+            self._weights_step(plan, x, rows, row, loss, updates, divisor, overflow=late.overflow)
             late.apply(plan.partial, row, scaled=True)
         else:
             assert self.grads is not None
             outputs = {"grads": self.grads, "squares": late.squares, "overflow": late.overflow}
-            self._weights_step(plan, x, rows, row, loss, updates, **outputs)
+            self._weights_step(plan, x, rows, row, loss, updates, divisor, **outputs)
             late.apply(self.grads[None], row, scaled=False)
 
-    def step(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+    def step(self, x: Tensor, y: Tensor, out: Tensor, weight: Tensor | None = None) -> None:
         """One step on x [M, K] (the compute dtype or uint8) and targets; writes the mean loss into ``out`` (0-d).
 
-        With members x is [M, K] or [E, M, K], the targets likewise, and ``out`` is [E].
+        ``weight`` [M] are sample weights. With members x is [M, K] or [E, M, K], the targets likewise, and ``out`` is
+        [E].
         """
         self._follow()
         x = self._cast(x)
         m = x.shape[-2]
         plan, row = self._plan(m), self.rows.next()
+        weights = self._step_loss.weights(y, weight, plan.divisor)
         self.rows.steps += 1
         entry = None
         if self.graphs is not None:
             shape = y.shape[1:] if self.members is None else (x.dim(), y.shape)
-            entry = self.graphs.entry((m, *self._baked(), x.dtype, y.dtype, shape))
+            key = (m, *self._baked(), x.dtype, y.dtype, shape, weights.ignored, weight is None)
+            entry = self.graphs.entry(key)
         if self.graphs is None or entry is None:
-            self._launch(plan, x, y, None, row, out)
+            self._launch(plan, x, y, None, row, out, weights)
             return
         buffers = entry.buffers
         if not buffers:
             buffers["x"] = torch.empty(x.shape, dtype=x.dtype, device=self.device)
             buffers["y"] = torch.empty(y.shape, dtype=y.dtype, device=self.device)
             buffers["row"], buffers["loss"] = torch.empty_like(row), torch.empty_like(out)
+            if weight is not None:
+                buffers["weight"] = torch.empty(m, dtype=torch.float32, device=self.device)
         buffers["x"].copy_(x)
         buffers["y"].copy_(y)
+        if weight is not None:
+            weights = weights._replace(sample=buffers["weight"].copy_(weight))
         if buffers.get("source") is not row:
             buffers["source"] = row
             buffers["row"].copy_(row)
-        self.graphs.run(
-            entry, lambda: self._launch(plan, buffers["x"], buffers["y"], None, buffers["row"], buffers["loss"])
-        )
+        static = buffers["x"], buffers["y"], None, buffers["row"], buffers["loss"], weights
+        self.graphs.run(entry, lambda: self._launch(plan, *static))
         out.copy_(buffers["loss"])
 
     def _baked(self) -> tuple[object, ...]:
@@ -400,12 +401,19 @@ class TritonStep:
         return tf32_allowed(), launches_dependent()
 
     def epoch(
-        self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Tensor, losses: Tensor
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        order: Tensor,
+        lrs: Tensor,
+        losses: Tensor,
+        weight: Tensor | None = None,
     ) -> None:
         """Steps over ``order``, each with its learning rate (float64 on the host); writes each step's loss.
 
         With groups ``lrs`` is [steps, G]. With members ``order`` is [n] or [E, n], and ``lrs`` and ``losses`` are
-        [steps, E].
+        [steps, E]. ``weight`` [N] are the sample weights of all rows.
         """
         if self.graphs is not None:
             refuse_capture()
@@ -416,22 +424,27 @@ class TritonStep:
         for begin in range(0, full, CHUNK):
             count = min(CHUNK, full - begin)
             rows = order[..., begin * batch_size : (begin + count) * batch_size].unflatten(-1, (count, batch_size))
-            self._chunk(images, labels, rows, lrs[begin : begin + count], losses[begin : begin + count])
+            self._chunk(images, labels, weight, rows, lrs[begin : begin + count], losses[begin : begin + count])
         if full < lrs.shape[0]:
-            self._chunk(images, labels, order[..., None, full * batch_size :], lrs[full:], losses[full:])
+            self._chunk(images, labels, weight, order[..., None, full * batch_size :], lrs[full:], losses[full:])
 
-    def _chunk(self, images: Tensor, labels: Tensor, rows: Tensor, lrs: Tensor, out: Tensor) -> None:
+    def _chunk(
+        self, images: Tensor, labels: Tensor, weight: Tensor | None, rows: Tensor, lrs: Tensor, out: Tensor
+    ) -> None:
         """``count`` steps of equal size, by one graph where there are graphs; writes their losses.
 
         ``rows`` is [count, m], or [E, count, m].
         """
         count, m = rows.shape[-2:]
         plan, table = self._plan(m), self.rows.of(lrs)
+        weights = self._step_loss.weights(labels, weight, plan.divisor)
         self.rows.steps += count
         own, padded_members = rows.shape[:-2], () if self.members is None else (cdiv(self.members, 4) * 4,)
         # A graph reads the memory at these addresses, whichever tensor lies there at its replay.
-        data = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (images, labels)]
-        entry = self.graphs.entry((m, *self._baked(), count, *own, *data)) if self.graphs is not None else None
+        read = [t for t in (images, labels, weight) if t is not None]
+        data = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in read]
+        key = (m, *self._baked(), count, *own, weights.ignored, *data)
+        entry = self.graphs.entry(key) if self.graphs is not None else None
         buffers = GraphEntry().buffers if entry is None else entry.buffers
         if not buffers:
             # 16 bytes per step keep every pointer aligned alike, so that all steps share one compiled kernel.
@@ -445,7 +458,7 @@ class TritonStep:
         def launch() -> None:
             for i in range(count):
                 taken, losses = buffers["rows"][i, ..., :m], buffers["losses"][i, each]
-                self._launch(plan, images, labels, taken, buffers["table"][i], losses)
+                self._launch(plan, images, labels, taken, buffers["table"][i], losses, weights)
 
         if self.graphs is None or entry is None:
             launch()
@@ -453,7 +466,9 @@ class TritonStep:
             self.graphs.run(entry, launch)
         out.copy_(buffers["losses"][:, each])
 
-    def gradients(self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> list[Tensor]:
+    def gradients(
+        self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False, weight: Tensor | None = None
+    ) -> list[Tensor]:
         """Gradients of the trained parameters, float32, in the order of the parameters.
 
         Those of members that are not active are 0, or what was there if ``accumulate``.
@@ -468,8 +483,10 @@ class TritonStep:
         partial = plan.partial
         if partial is None:
             plan.partial = workspace(self.layout, plan.m, self.dtype, self.device, direct=False)
-        self._forward_backward(plan, x, y, None)
-        self._weights_step(plan, x, None, self.rows.next(), out, grads=self.grads, accumulate=accumulate)
+        weights = self._step_loss.weights(y, weight, plan.divisor)
+        self._forward_backward(plan, x, y, None, weights)
+        row, divisor = self.rows.next(), weights.divisor
+        self._weights_step(plan, x, None, row, out, None, divisor, grads=self.grads, accumulate=accumulate)
         plan.partial = partial
         return self.layout.views(self.grads)
 

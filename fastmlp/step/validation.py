@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from ..base.losses import LOSSES, STEP_LOSSES, takes_classes
 from ..base.names import unknown
 from ..ensemble import MLPEnsemble
 from ..nn import MLP, is_parallel
+from .loss_options import PLAIN, LossOptions
 
 
 def check_is_mlp(model: nn.Module) -> None:
@@ -70,13 +72,23 @@ class Batches:
         loss: a name of ``LOSSES``; ``name`` is what messages call it.
         inputs: dtypes of X that the step takes.
         like: a tensor on the step's device.
+        options: of the loss.
     """
 
     def __init__(
-        self, ends: tuple[int, int], loss: str, name: str, dtype: torch.dtype, own: torch.dtype, like: Tensor
+        self,
+        ends: tuple[int, int],
+        loss: str,
+        name: str,
+        dtype: torch.dtype,
+        own: torch.dtype,
+        like: Tensor,
+        options: LossOptions = PLAIN,
     ) -> None:
         (self._features, self._classes), self._name, self._dtype = ends, name, dtype
         self._takes_classes, self._like, self._device = takes_classes(loss), like, like.device
+        self._takes_probabilities = "probabilities" in LOSSES[loss].options
+        self._ignored = options.ignored if "ignore_index" in LOSSES[loss].options else None
         self._inputs = {dtype, own, torch.uint8}
         if dtype.itemsize == 2:
             self._inputs |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -126,11 +138,56 @@ class Batches:
                 )
             return
         if y.dim() != 1:
+            if y.is_floating_point() and self._takes_probabilities:
+                self._check_probabilities(y, rows)
+                return
             raise RuntimeError(f"expected class numbers of shape [{rows}], got {list(y.shape)}")
         if y.dtype != torch.int64:
             raise RuntimeError(f"expected class numbers of dtype int64, got {y.dtype}; convert them with .long()")
         if rows and in_range and self._device.type == "cpu":
-            check_classes(y, self._classes)
+            check_classes(y, self._classes, ignore_index=self._ignored)
+
+    def _check_probabilities(self, y: Tensor, rows: int) -> None:
+        if y.shape != (rows, self._classes):
+            raise RuntimeError(
+                f"expected class numbers of shape [{rows}] or probabilities of shape [{rows}, {self._classes}], got "
+                f"{list(y.shape)} in {y.dtype}"
+            )
+        if self._ignored is not None and self._ignored >= 0:
+            raise RuntimeError(
+                f"ignore_index is for class numbers, got probabilities in a step with ignore_index={self._ignored}; "
+                "leave it out, or give those rows a sample weight of 0"
+            )
+
+    def checked_weight(self, weight: Tensor, rows: int) -> Tensor:
+        """Sample weights [rows] off the tape. On a CPU their values are checked too."""
+        check_tensor(weight, "sample_weight")
+        if weight.shape != (rows,):
+            raise RuntimeError(f"expected sample_weight of shape [{rows}], one for each row, got {list(weight.shape)}")
+        if not weight.is_floating_point():
+            raise RuntimeError(f"expected a floating-point sample_weight, got {weight.dtype}; use .float()")
+        if weight.device != self._device:
+            check_same_device((("the parameters", self._like), ("sample_weight", weight)))
+        if rows and self._device.type == "cpu":
+            least, most = (float(value) for value in torch.aminmax(weight.detach()))
+            if not (least >= 0 and most < math.inf):
+                raise ValueError(f"expected finite sample weights of at least 0, got values from {least:g} to {most:g}")
+            if most == 0:
+                raise ValueError("every sample weight is 0, so the weighted mean has no value; leave the batch out")
+        return weight.detach()
+
+    def check_weighed(self, weight: Tensor, order: Tensor, batch_size: int) -> None:
+        """On a CPU, ValueError for a batch of an epoch whose sample weights are all 0."""
+        if self._device.type != "cpu" or not order.shape[0]:
+            return
+        padding = -order.shape[0] % batch_size
+        used = torch.nn.functional.pad(weight[order], (0, padding)).view(-1, batch_size)
+        empty = (used == 0).all(1)
+        if empty.any():
+            raise ValueError(
+                f"every sample weight of batch {int(empty.nonzero()[0])} is 0, so its weighted mean has no value; "
+                "leave these rows out of order"
+            )
 
     def checked_order(self, order: Tensor | None, images: Tensor) -> Tensor:
         """``order``, or all rows of the images in order."""
@@ -202,6 +259,12 @@ class MemberBatches(Batches):
         if in_range and rows and self._takes_classes and self._device.type == "cpu":
             check_classes(y, self._classes)
         return x.detach(), y.detach().to(converted.dtype)
+
+    def checked_weight(self, weight: object, rows: int) -> Tensor:
+        """A NotImplementedError."""
+        raise NotImplementedError(
+            "a TrainStep of an ensemble has no sample_weight; train the members one by one, or train with autograd"
+        )
 
     def checked_order(self, order: Tensor | None, images: Tensor) -> Tensor:
         """``order`` [n] or [E, n], or all rows of the images in order."""

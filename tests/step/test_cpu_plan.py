@@ -16,7 +16,6 @@ from fastmlp.cpu import threads as cpu_threads
 from fastmlp.step import cpu_plan, cpu_step
 from fastmlp.step.cpu_losses import LossFunction
 from tests.support.steps import (
-    Batch,
     allocations,
     batches,
     check_float32,
@@ -66,7 +65,7 @@ def take(monkeypatch: pytest.MonkeyPatch, way: str) -> list[int]:
     return seen
 
 
-def data(rows: int, steps: int, loss: str = "cross_entropy") -> list[Batch]:
+def data(rows: int, steps: int, loss: str = "cross_entropy") -> list[tuple[Tensor, Tensor]]:
     return batches(*problem(SIZES, 70, loss=loss), rows, steps)
 
 

@@ -139,7 +139,7 @@ CALLS = [
     ({"y": Y.double()}, RuntimeError, "int64, got torch.float64"),
     ({"y": Y.index_fill(0, torch.tensor([7]), 5)}, IndexError, "class number 5 is out of range.*classes 0 to 4"),
     ({"y": Y.index_fill(0, torch.tensor([7]), -1)}, IndexError, "class number -1 is out of range"),
-    ({"y": Y.index_fill(0, torch.tensor([7]), -100)}, IndexError, "class number -100"),
+    ({"y": Y.index_fill(0, torch.tensor([7]), -101)}, IndexError, "class number -101"),
     (
         {"y": Y.index_fill(0, torch.tensor([7]), torch.iinfo(torch.int64).min)},
         IndexError,
@@ -151,6 +151,7 @@ CALLS = [
         "class number 5 is out",
     ),
     ({"loss": "softmax_squared_error", "y": Y.index_fill(0, torch.tensor([7]), -1)}, IndexError, "class number -1 is"),
+    ({"loss": "softmax_squared_error", "y": Y.index_fill(0, torch.tensor([7]), -100)}, IndexError, "class number -100"),
     ({"x": X.to("meta")}, RuntimeError, "the parameters is on cpu and the input on meta"),
     ({"y": Y.to("meta")}, RuntimeError, "the target on meta"),
     ({"loss": "mse", "y": VALUES[:, :4]}, RuntimeError, r"shape \[24, 5\] for mse, got \[24, 4\]"),

@@ -20,11 +20,12 @@ from torch.nn import functional as F
 import fastmlp
 from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.base.losses import STEP_LOSSES, takes_classes
+from fastmlp.base.losses import LOSSES, STEP_LOSSES, takes_classes
 from fastmlp.cpu import cache, choose, onednn, processor
 from tests.support.torchs import OPTIMIZERS, torch_optimizer
 
-Batch = tuple[Tensor, Tensor]
+#: X, Y and, where rows have weights, those of the rows.
+Batch = tuple[Tensor, ...]
 
 needs_onednn = pytest.mark.skipif(not onednn.available(), reason="torch was built without oneDNN")
 
@@ -91,7 +92,7 @@ def have_fastest(monkeypatch: pytest.MonkeyPatch, fastest: Callable[[Collection[
 
 def problem(
     sizes: Sequence[int], rows: int, *, loss: str = "cross_entropy", uint8: bool = False, seed: int = 1
-) -> Batch:
+) -> tuple[Tensor, Tensor]:
     """(X [rows, sizes[0]] float64 or uint8 pixels, Y) from a fixed seed; Y are class numbers or values in [0, 1]."""
     g = torch.Generator().manual_seed(seed)
     if uint8:
@@ -104,7 +105,7 @@ def problem(
     return x, torch.rand(rows, sizes[-1], generator=g).bfloat16().double()
 
 
-def batches(x: Tensor, y: Tensor, size: int, steps: int) -> list[Batch]:
+def batches(x: Tensor, y: Tensor, size: int, steps: int) -> list[tuple[Tensor, Tensor]]:
     """``steps`` batches of the rows in turn; after the last row comes the first."""
     n = len(x)
     rows = [torch.arange(i * size, (i + 1) * size) % n for i in range(steps)]
@@ -138,18 +139,44 @@ def has_kink(name: str) -> bool:
     return name == "l1" or (name in ACTIVATIONS and ACTIVATIONS[name].kink is not None)
 
 
-def torch_loss(loss: str, a: Tensor, y: Tensor) -> Tensor:
-    """The loss by torch's own functions."""
+def torch_loss(loss: str, a: Tensor, y: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
+    """The loss by torch's own functions. ``weight`` are sample weights, ``options`` those of a TrainStep's loss."""
+    options = {name: v.to(a.dtype) if isinstance(v, Tensor) else v for name, v in options.items()}
+    if weight is not None:
+        return weighted_torch_loss(loss, a, y, weight.to(a.dtype), options)
     match loss:
         case "cross_entropy":
-            return F.cross_entropy(a, y)
+            class_weight = options.pop("class_weight", None)
+            return F.cross_entropy(a, y.to(a.dtype) if y.is_floating_point() else y, class_weight, **options)
         case "softmax_squared_error":
             return reference.softmax_squared_error(a, F.one_hot(y, a.shape[1]).to(a.dtype)).mean()
         case "mse":
             return F.mse_loss(a, y.to(a.dtype))
         case "l1":
             return F.l1_loss(a, y.to(a.dtype))
-    return F.binary_cross_entropy_with_logits(a, y.to(a.dtype))
+        case "huber":
+            return F.huber_loss(a, y.to(a.dtype), **options)
+    return F.binary_cross_entropy_with_logits(a, y.to(a.dtype), **options)
+
+
+def weighted_torch_loss(loss: str, a: Tensor, y: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+    """sum s w l / sum s w of the losses of single rows, w being what the row's label weighs."""
+    counted = weight
+    if loss == "cross_entropy":
+        class_weight = options.pop("class_weight", None)
+        y = y.to(a.dtype) if y.is_floating_point() else y
+        rows = F.cross_entropy(a, y, class_weight, reduction="none", **options)
+        if not y.is_floating_point():
+            ignored = y == options.get("ignore_index", -100)
+            of_class = torch.ones(a.shape[1], dtype=a.dtype) if class_weight is None else class_weight
+            counted = weight * of_class[y.masked_fill(ignored, 0)].masked_fill(ignored, 0)
+    elif loss == "softmax_squared_error":
+        rows = reference.softmax_squared_error(a, F.one_hot(y, a.shape[1]).to(a.dtype))
+    else:
+        function = LOSSES[STEP_LOSSES[loss]].torch
+        assert function is not None
+        rows = function(a, y.to(a.dtype), reduction="none", **options).mean(1)
+    return (weight * rows).sum() / counted.sum()
 
 
 @dataclass
@@ -161,6 +188,7 @@ class Reference:
     loss: str = "cross_entropy"
     master: torch.dtype = torch.float64
     compute: torch.dtype | None = None
+    options: dict[str, Any] = field(default_factory=dict)  #: of the loss
     losses: list[float] = field(default_factory=list)
     nearest: list[float] = field(default_factory=list)  #: per loss, how near to a kink or a jump a value came
 
@@ -175,7 +203,7 @@ class Reference:
         self.optimizer = torch_optimizer(trained, self.settings)
         self.scaler = torch.amp.GradScaler(self.device, init_scale=2.0**15, enabled=self.compute == torch.float16)
 
-    def value(self, x: Tensor, y: Tensor) -> Tensor:
+    def value(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """The loss of a batch at the present parameters, on the tape."""
         count = len(self.model.activations)
         weights = [self.params[f"layers.{i}.weight"] for i in range(count)]
@@ -192,11 +220,11 @@ class Reference:
             distances.append((a - y).detach().abs())
         # A value that is exactly 0, as after units that are all off, is 0 on every processor.
         self.nearest.append(min((d.where(d > 0, math.inf).min().item() for d in distances), default=math.inf))
-        return torch_loss(self.loss, a if self.compute is None else a.float(), y)
+        return torch_loss(self.loss, a if self.compute is None else a.float(), y, weight, **self.options)
 
-    def backward(self, x: Tensor, y: Tensor) -> None:
+    def backward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         """Add the gradients of a batch's loss."""
-        loss = self.value(x, y)
+        loss = self.value(x, y, weight)
         self.losses.append(loss.item())
         if loss.requires_grad:
             self.scaler.scale(loss).backward()
@@ -215,8 +243,8 @@ class Reference:
 
     def train(self, data: Iterable[Batch]) -> Reference:
         """One step per batch."""
-        for x, y in data:
-            self.backward(x, y)
+        for batch in data:
+            self.backward(*batch)
             self.update()
         return self
 
@@ -230,9 +258,14 @@ def flat(model: fastmlp.MLP) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
-def for_step(x: Tensor, y: Tensor, dtype: torch.dtype) -> Batch:
+def for_step(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A batch of ``problem`` in the dtype that the step takes."""
     return (x if x.dtype == torch.uint8 else x.to(dtype)), (y.to(dtype) if y.is_floating_point() else y)
+
+
+def in_dtype(values: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Options of a loss with their tensors in the dtype that the step takes."""
+    return {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 class Trained(NamedTuple):
@@ -254,15 +287,17 @@ def trained_by_torch(
     settings: dict[str, Any],
     loss: str,
     dtype: torch.dtype = torch.float64,
+    options: dict[str, Any] | None = None,
 ) -> Trained:
     """Train by ``Reference``, once for all the runs that are compared with it."""
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    about = [model.sizes, model.activations, trained, sorted(settings.items()), loss, str(dtype)]
+    options = options or {}
+    about = [model.sizes, model.activations, trained, sorted(settings.items()), loss, str(dtype), str(options)]
     tensors = [t.numpy().tobytes() for t in (flat(model), *(t for batch in data for t in batch))]
     key = hashlib.sha256(pickle.dumps([about, tensors])).digest()
     if key not in _trained:
         with threads(1):
-            run = Reference(model, settings, loss, dtype).train(data)
+            run = Reference(model, settings, loss, dtype, options=options).train(data)
         settled = next((i for i, distance in enumerate(run.nearest) if distance < _NEAR), len(data))
         _trained[key] = Trained(run.flat(), run.losses, settled)
     return _trained[key]
@@ -293,20 +328,26 @@ def check_against_torch(
     settings: dict[str, Any],
     *,
     loss: str = "cross_entropy",
+    **options: Any,
 ) -> None:
     """Train by TrainStep and by torch: parameters and losses, float64 to 1e-10, float32 within the budget."""
-    start = check_float64(model, data, settings, loss=loss)
-    check_float32(start, data, settings, loss=loss)
+    start = check_float64(model, data, settings, loss=loss, **options)
+    check_float32(start, data, settings, loss=loss, **options)
 
 
 def check_float64(
-    model: fastmlp.MLP, data: Sequence[Batch], settings: dict[str, Any], *, loss: str = "cross_entropy"
+    model: fastmlp.MLP,
+    data: Sequence[Batch],
+    settings: dict[str, Any],
+    *,
+    loss: str = "cross_entropy",
+    **options: Any,
 ) -> fastmlp.MLP:
     """Train by TrainStep and by torch: equal to 1e-10. Returns ``model`` as before training."""
     start = converted(model, torch.float64)
-    expected = trained_by_torch(model, data, settings, loss)
-    step = fastmlp.TrainStep(model, loss=loss, **settings)
-    losses = [step(*for_step(x, y, torch.float64)).item() for x, y in data]
+    expected = trained_by_torch(model, data, settings, loss, options=options)
+    step = fastmlp.TrainStep(model, loss=loss, **settings, **options)
+    losses = [step(*for_step(x, y, torch.float64), *weight).item() for x, y, *weight in data]
     assert (flat(model) - expected.parameters).norm() <= 1e-10 * expected.parameters.norm()
     assert losses == pytest.approx(expected.losses, rel=1e-9, abs=1e-12)
     assert (expected.parameters - flat(start)).norm() > 1e-3 * flat(start).norm(), "nothing was learned"
@@ -314,31 +355,41 @@ def check_float64(
 
 
 def check_float32(
-    model: fastmlp.MLP, data: Sequence[Batch], settings: dict[str, Any], *, loss: str = "cross_entropy"
+    model: fastmlp.MLP,
+    data: Sequence[Batch],
+    settings: dict[str, Any],
+    *,
+    loss: str = "cross_entropy",
+    **options: Any,
 ) -> None:
     """A copy of ``model`` trained by TrainStep in float32 is within the budget of what float64 trains."""
-    actual, expected, own, steps = float32_run(model, data, settings, loss=loss)
+    actual, expected, own, steps = float32_run(model, data, settings, loss=loss, **options)
     assert_run_within_budget(actual, expected, own, steps, torch.finfo(torch.float32).eps)
 
 
 def float32_run(
-    model: fastmlp.MLP, data: Sequence[Batch], settings: dict[str, Any], *, loss: str = "cross_entropy"
+    model: fastmlp.MLP,
+    data: Sequence[Batch],
+    settings: dict[str, Any],
+    *,
+    loss: str = "cross_entropy",
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Parameters trained by TrainStep in float32, by torch in float64 and in float32, and the number of steps.
 
     The run ends before a step in which a value comes near to a kink or a jump. There, rounding decides on the side, and
     differs between processors.
     """
-    steps = trained_by_torch(model, data, settings, loss).settled
+    steps = trained_by_torch(model, data, settings, loss, options=options).settled
     assert steps > 0, "no step is settled; take another seed"
     data = data[:steps]
     expected, own = (
-        trained_by_torch(model, data, settings, loss, d).parameters for d in (torch.float64, torch.float32)
+        trained_by_torch(model, data, settings, loss, d, options).parameters for d in (torch.float64, torch.float32)
     )
     trained = converted(model, torch.float32)
-    step = fastmlp.TrainStep(trained, loss=loss, **settings)
-    for x, y in data:
-        step(*for_step(x, y, torch.float32))
+    step = fastmlp.TrainStep(trained, loss=loss, **settings, **in_dtype(options, torch.float32))
+    for x, y, *weight in data:
+        step(*for_step(x, y, torch.float32), *weight)
     return flat(trained), expected, own, steps
 
 

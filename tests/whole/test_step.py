@@ -14,7 +14,11 @@ import fastmlp
 from fastmlp import TrainStep, reference, use_backend
 from fastmlp.base.losses import STEP_LOSSES, takes_classes
 from fastmlp.kernels import linear_fwd
+from tests.conftest import INTERPRETING
 from tests.support.harness import assert_within_budget
+
+# Triton's interpreter is numpy, which warns of 0 times inf in columns that a mask then drops.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 SETTINGS = {
     "sgd": {"lr": 0.1},
@@ -290,12 +294,17 @@ def test_follows_values_that_raise_no_version(lane, parameters, products):
         assert torch.equal(p, q)
 
 
+def as_on_a_gpu(monkeypatch):
+    """Nobody looks at labels on the host, because the host would wait."""
+    monkeypatch.setattr("fastmlp.step.validation.check_classes", lambda y, classes, ignore_index: None)
+    monkeypatch.setattr("fastmlp.step.triton_loss.seen_by_the_host", lambda y: False)
+
+
 @pytest.mark.parametrize("label", [-1, -100, 5])
 @pytest.mark.parametrize("classes", [5, 80], ids=["head", "more classes than the head takes"])
 def test_a_label_out_of_range_makes_the_loss_nan(lane, monkeypatch, classes, label):
-    """This includes the labels that torch ignores by default, or that others use for "ignored"."""
-    # As on a GPU, where the check would wait.
-    monkeypatch.setattr("fastmlp.step.validation.check_classes", lambda y, classes: None)
+    """This includes the label that torch ignores by default, unless an option asks to ignore it."""
+    as_on_a_gpu(monkeypatch)
     model = fastmlp.MLP((33, 17, classes)).to(lane)
     images, labels = data(16, 33, 5)
     labels[3] = label if label < 0 else classes
@@ -303,6 +312,115 @@ def test_a_label_out_of_range_makes_the_loss_nan(lane, monkeypatch, classes, lab
         step = TrainStep(model, lr=0.1)
         assert step.gradients(images.to(lane), labels.to(lane))["layers.1.bias"].isnan().any()
         assert step(images.to(lane), labels.to(lane)).isnan()
+
+
+WEIGHT = torch.tensor([0.5, 2.0, 0.25, 1.0, 3.0])
+#: (loss, its options, whether its targets are probabilities, sizes)
+OPTIONS = {
+    "class weights": ("cross_entropy", {"class_weight": WEIGHT, "label_smoothing": 0.1}, False, (33, 17, 5)),
+    "ignored": ("cross_entropy", {"ignore_index": 2}, False, (33, 5)),
+    "-100": ("cross_entropy", {}, False, (33, 17, 5)),
+    "probabilities": ("cross_entropy", {}, True, (33, 17, 5)),
+    "probabilities, all": ("cross_entropy", {"class_weight": WEIGHT, "label_smoothing": 0.2}, True, (33, 17, 5)),
+    "beyond the head": ("cross_entropy", {"ignore_index": -100, "label_smoothing": 0.1}, False, (33, 9, 70)),
+    "probabilities beyond the head": ("cross_entropy", {}, True, (33, 9, 70)),
+    "huber": ("huber", {"delta": 0.1}, False, (33, 17, 5)),
+    "pos_weight": ("bce", {"pos_weight": WEIGHT}, False, (33, 17, 5)),
+    "squared error": ("softmax_squared_error", {}, False, (33, 17, 5)),
+}
+
+
+def with_options(lane, case, *, weighted, dtype=None, steps=1, m=16, features=33, **settings):
+    """``steps`` single steps and an epoch with a short last batch: [losses and parameters] of the three ways."""
+    loss, options, probabilities, (_, *sizes) = OPTIONS[case]
+    sizes = [features, *sizes]
+    torch.manual_seed(0)
+    start = fastmlp.MLP(sizes, "tanh")
+    x, y = data(45, sizes[0], sizes[-1], values=probabilities or not takes_classes(STEP_LOSSES[loss]))
+    if probabilities:
+        y = y.softmax(1)
+    elif loss == "cross_entropy":
+        y[::5] = options.get("ignore_index", -100)
+    s = torch.rand(45, generator=torch.Generator().manual_seed(3)) if weighted else None
+    order = torch.randperm(45, generator=torch.Generator().manual_seed(2))
+    results = []
+    for name in ("triton", "torch", "float64"):
+        where = lane if name == "triton" else torch.device("cpu")
+        wide = torch.float64 if name == "float64" else torch.float32
+        model = copy.deepcopy(start).to(where, wide)
+        moved = {k: v.to(where, wide) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        with use_backend("triton" if name == "triton" else "torch"):
+            step = TrainStep(model, loss=loss, dtype=None if name == "float64" else dtype, **moved, **settings)
+        target = (y.to(wide) if y.is_floating_point() else y).to(where)
+        weight = None if s is None else s.to(where)
+        losses = []
+        for i in range(steps):
+            rows = (torch.arange(i * m, (i + 1) * m) % 45).to(where)
+            losses.append(step(x.to(where)[rows], target[rows], None if weight is None else weight[rows]))
+        step.epoch(x.to(where), target, m, order.to(where), sample_weight=weight)
+        results.append([torch.stack([*losses, *step.losses]).cpu(), *(p.detach().cpu() for p in model.parameters())])
+    return results
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_of_losses(lane, case):
+    """Every other case has sample weights."""
+    weighted = list(OPTIONS).index(case) % 2 == 0 or case == "squared error"
+    for ours, torchs, exact in zip(*with_options(lane, case, weighted=weighted, lr=0.1, momentum=0.9), strict=True):
+        assert_within_budget(ours, exact.double(), torchs, reduction=7 * 33)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["class weights", "probabilities, all", "huber"])
+@pytest.mark.covering
+def test_options_of_losses_in_16_bits(lane, case, dtype):
+    """With float16's loss scale and with clipping."""
+    settings = {"lr": 0.1, "dtype": dtype, "max_grad_norm": 0.05}
+    for ours, torchs, exact in zip(*with_options(lane, case, weighted=True, steps=6, **settings), strict=True):
+        assert_within_budget(ours, exact.double(), torchs, reduction=7 * 33)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_100_steps_with_options(lane, case, request):
+    """With ``--full`` and on a GPU; without, a few steps of one option."""
+    full = request.config.getoption("full") or lane.type == "cuda"
+    if case != "class weights" and not full:
+        pytest.skip("every option only with --full")
+    steps = 100 if full else 10 if INTERPRETING else 3
+    results = with_options(lane, case, weighted=True, steps=steps, m=8, features=5, optimizer="adamw", lr=0.01)
+    for ours, torchs, exact in zip(*results, strict=True):
+        assert_within_budget(ours, exact.double(), torchs, reduction=steps * 33)
+
+
+@pytest.mark.parametrize("options", [{"ignore_index": -100}, {"class_weight": WEIGHT}], ids=str)
+def test_ignored_labels_need_no_look_of_the_host(lane, monkeypatch, options):
+    as_on_a_gpu(monkeypatch)
+    images, labels = data(16, 33, 5)
+    labels[::3] = -100
+    results = []
+    for backend, where in (("triton", lane), ("torch", torch.device("cpu"))):
+        torch.manual_seed(0)
+        moved = {k: v.to(where) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        with use_backend(backend):
+            step = TrainStep(fastmlp.MLP((33, 17, 5)).to(where), lr=0.1, **moved)
+        results.append(step(images.to(where), labels.to(where)).cpu())
+    torch.testing.assert_close(*results)
+
+
+def test_a_batch_of_ignored_labels_has_no_gradient(lane):
+    """As with torch: the loss is NaN, and momentum and weight decay move the parameters alone."""
+    images, labels = data(16, 33, 5)
+    results = []
+    for backend, where in (("triton", lane), ("torch", torch.device("cpu"))):
+        torch.manual_seed(0)
+        model = fastmlp.MLP((33, 17, 5)).to(where)
+        with use_backend(backend):
+            step = TrainStep(model, lr=0.1, momentum=0.9, weight_decay=0.1, ignore_index=-100)
+        step(images.to(where), labels.to(where))
+        assert step(images.to(where), torch.full_like(labels, -100).to(where)).isnan()
+        results.append([p.detach().cpu() for p in model.parameters()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's, interpreting

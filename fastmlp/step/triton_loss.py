@@ -1,0 +1,101 @@
+"""The loss in a step on the kernels: how much each row counts, and dZ of the last layer by the loss's own kernel."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..base.losses import IGNORED, LOSSES, NO_CLASS
+from ..kernels import cross_entropy, cross_entropy_of_members, elementwise_loss, softmax_squared_error
+from .loss_options import LossOptions
+
+
+class RowWeights(NamedTuple):
+    """How much the rows of a batch count.
+
+    Attributes:
+        sample: sample weights of the rows, or of all rows of the data that are gathered; None: 1.
+        ignored: the label whose rows count for nothing; ``NO_CLASS``, which no row has, where there is none.
+        divisor: float32 0-d, where the weight of the batch goes, by which its sums are divided; None: all rows count
+            alike, and the sums are divided by their number.
+    """
+
+    sample: Tensor | None
+    ignored: int
+    divisor: Tensor | None
+
+
+def seen_by_the_host(y: Tensor) -> bool:
+    """Whether the host can look for ignored labels, whose rows a plain step does not count, without waiting."""
+    return y.is_cpu and not y.is_floating_point()
+
+
+class StepLoss:
+    """A loss with its options, as launches of kernels. dZ comes multiplied by ``factor`` (0-d)."""
+
+    def __init__(self, name: str, options: LossOptions, factor: Tensor | None) -> None:
+        self.name, self.options, self._factor = name, options, factor
+
+    def weights(self, y: Tensor, sample: Tensor | None, divisor: Tensor) -> RowWeights:
+        """What the rows of a batch count, with the place for its weight."""
+        ignored = self._ignored(y, sample)
+        counts = sample is not None or (ignored != NO_CLASS and not y.is_floating_point())
+        return RowWeights(sample, ignored, divisor if counts else None)
+
+    def _ignored(self, y: Tensor, sample: Tensor | None) -> int:
+        options = self.options
+        if sample is not None or options.weighs_labels:
+            return options.ignored
+        if self.name == "cross_entropy" and seen_by_the_host(y) and bool((y == IGNORED).any()):
+            return IGNORED
+        return NO_CLASS
+
+    def of_cross_entropy(self, m: int, rows: Tensor | None, weights: RowWeights) -> dict[str, Any]:
+        """What the kernels of cross-entropy take besides tensors of the network."""
+        options = self.options
+        return {
+            "ignore_index": weights.ignored,
+            "smoothing": options.label_smoothing,
+            **self._common(m, rows, weights),
+        }
+
+    def _common(self, count: int, rows: Tensor | None, weights: RowWeights) -> dict[str, Any]:
+        return {
+            "scale": 1 / count if weights.divisor is None else 1.0,
+            "factor": self._factor,
+            "sample_weight": weights.sample,
+            "divisor": weights.divisor,
+            "rows": rows,
+        }
+
+    def gradient(
+        self,
+        a: Tensor,
+        y: Tensor,
+        rows: Tensor | None,
+        weights: RowWeights,
+        loss_rows: Tensor,
+        dz: Tensor,
+        active: Tensor | None = None,
+    ) -> None:
+        """DZ from the network's output A [M, C] or [E, M, C], and the loss of every row or element."""
+        options = self.options
+        if self.name == "cross_entropy" and a.dim() == 3:
+            scale = 1 / a.shape[1]
+            cross_entropy_of_members(
+                a, y, ignore_index=NO_CLASS, scale=scale, factor=self._factor, rows=rows, loss=loss_rows, dz=dz,
+                active=active,
+            )  # fmt: skip
+            return
+        if self.name == "cross_entropy":
+            of_labels = self.of_cross_entropy(a.shape[0], rows, weights)
+            cross_entropy(a, y, weight=options.class_weight, loss=loss_rows, dz=dz, **of_labels)
+            return
+        count = LOSSES[self.name].count(a) // (a.shape[0] if a.dim() == 3 else 1)
+        common = {**self._common(count, rows, weights), "active": active}
+        if self.name == "softmax_squared_error":
+            softmax_squared_error(a, y, loss=loss_rows, dz=dz, **common)
+        else:
+            of_values = {"delta": options.delta, "pos_weight": options.pos_weight}
+            elementwise_loss(a, y, self.name, loss=loss_rows.view(a.shape), da=dz, **of_values, **common)
