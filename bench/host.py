@@ -108,8 +108,12 @@ def _they_do() -> bool:
     return True
 
 
-def _unchecked(*labels: Any) -> None:
+def _unchecked(*labels: Any, **options: Any) -> None:
     pass
+
+
+def _unseen(device: object) -> bool:
+    return False
 
 
 @contextmanager
@@ -131,6 +135,7 @@ def host_gpu() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         stack.enter_context(mock.patch("fastmlp.step.triton_step.can_capture", _yes))
         stack.enter_context(mock.patch("fastmlp.step.validation.check_classes", _unchecked))
+        stack.enter_context(mock.patch("fastmlp.step.triton_loss.host_sees_labels", _unseen))
         stack.enter_context(mock.patch("fastmlp.autograd.cross_entropy._check_labels", _unchecked))
         stack.enter_context(mock.patch("fastmlp.backend._kernels_take_cpu", _they_do))
         stack.enter_context(NullGPU())

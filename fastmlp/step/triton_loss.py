@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..base.losses import IGNORED, LOSSES, NO_CLASS
@@ -26,30 +27,32 @@ class RowWeights(NamedTuple):
     divisor: Tensor | None
 
 
-def seen_by_the_host(y: Tensor) -> bool:
+#: All rows count alike.
+_ALIKE = RowWeights(None, NO_CLASS, None)
+
+
+def host_sees_labels(device: torch.device) -> bool:
     """Whether the host can look for ignored labels, whose rows a plain step does not count, without waiting."""
-    return y.is_cpu and not y.is_floating_point()
+    return device.type == "cpu"
 
 
 class StepLoss:
     """A loss with its options, as launches of kernels. dZ comes multiplied by ``factor`` (0-d)."""
 
-    def __init__(self, name: str, options: LossOptions, factor: Tensor | None) -> None:
+    def __init__(self, name: str, options: LossOptions, factor: Tensor | None, device: torch.device) -> None:
         self.name, self.options, self._factor = name, options, factor
+        self._looks = name == "cross_entropy" and host_sees_labels(device)
+        self._rows_are_alike = not (options.weighs_labels or self._looks)
 
     def weights(self, y: Tensor, sample: Tensor | None, divisor: Tensor) -> RowWeights:
         """What the rows of a batch count, with the place for its weight."""
-        ignored = self._ignored(y, sample)
-        counts = sample is not None or (ignored != NO_CLASS and not y.is_floating_point())
-        return RowWeights(sample, ignored, divisor if counts else None)
-
-    def _ignored(self, y: Tensor, sample: Tensor | None) -> int:
-        options = self.options
-        if sample is not None or options.weighs_labels:
-            return options.ignored
-        if self.name == "cross_entropy" and seen_by_the_host(y) and bool((y == IGNORED).any()):
-            return IGNORED
-        return NO_CLASS
+        if sample is not None:
+            return RowWeights(sample, self.options.ignored, divisor)
+        if self._rows_are_alike or y.is_floating_point():
+            return _ALIKE
+        if self.options.weighs_labels or bool((y == IGNORED).any()):
+            return RowWeights(None, self.options.ignored, divisor)
+        return _ALIKE
 
     def of_cross_entropy(self, m: int, rows: Tensor | None, weights: RowWeights) -> dict[str, Any]:
         """What the kernels of cross-entropy take besides tensors of the network."""

@@ -138,7 +138,7 @@ class TritonStep:
         self.grads: Tensor | None = None if rule.max_grad_norm is None else zeros
         self.loss_scale = LossScale(self.device, members) if dtype == torch.float16 else None
         self._scale = None if self.loss_scale is None else self.loss_scale.scale
-        self._step_loss = StepLoss(loss, options, self._scale)
+        self._step_loss = StepLoss(loss, options, self._scale, self.device)
         self._unscale = None if self.loss_scale is None else self.loss_scale.inverse
         #: None where the gradients are applied as soon as they are there.
         self.late: LateUpdate | None = None

@@ -17,6 +17,8 @@ __all__ = ["KERNELS"]
 
 #: The variants whose operands are column-major.
 COLUMNS = ("l1", "nllm-columns")
+#: The variants whose rows have weights.
+WEIGHTED = ("weighted-huber", "weighted-pos_weight", "weighted-long")
 Launcher = Callable[[torch.dtype, Any], object]
 
 
@@ -43,18 +45,33 @@ def _elementwise(launch: Callable[..., object], loss: str, *, columns: bool = Fa
     return run
 
 
+def _weighted(loss: str, *, pos_weight: bool = False, rows: int = 64) -> Launcher:
+    """Sample weights, the weight of the batch, and weights of outputs."""
+
+    def run(dtype: torch.dtype, tile: None) -> object:
+        a, y = (_matrix(rows, 512, dtype) for _ in range(2))
+        return kernels.elementwise_loss(
+            a, y, loss, sample_weight=torch.zeros(rows), divisor=torch.zeros(()),
+            pos_weight=torch.zeros(512) if pos_weight else None,
+        )  # fmt: skip
+
+    return run
+
+
 def _elementwise_cases(variants: dict[str, Launcher]) -> KernelCases:
     return KernelCases(
-        ("_elementwise_loss_kernel", "_reduce_sum_kernel"),
+        ("_elementwise_loss_kernel", "_reduce_sum_kernel", "_total_weight_kernel"),
         tiles=lambda dtype, device, variant: (None,),
         variants=variants,
         force=lambda tile: nullcontext(),
-        aligned=lambda variant, dtype, tile: variant not in COLUMNS,
+        aligned=lambda variant, dtype, tile: variant not in (*COLUMNS, *WEIGHTED),
     )
 
 
-def _softmax(launch: Callable[..., object], *, labels: bool, **options: Any) -> Launcher:
+def _softmax(launch: Callable[..., object], *, labels: bool, weighted: bool = False, **options: Any) -> Launcher:
     def run(dtype: torch.dtype, shape: Logits) -> object:
+        if weighted:
+            options.update(sample_weight=torch.zeros(shape.rows), divisor=torch.zeros(()))
         target = torch.zeros(shape.rows, dtype=torch.int64) if labels else torch.zeros(shape, dtype=dtype)
         upstream = [torch.zeros(shape.rows)] if launch is kernels.softmax_squared_error_bwd else []
         return launch(*upstream, torch.zeros(shape, dtype=dtype), target, **options)
@@ -64,7 +81,7 @@ def _softmax(launch: Callable[..., object], *, labels: bool, **options: Any) -> 
 
 def _softmax_cases(variants: dict[str, Launcher], shapes: tuple[Logits, ...]) -> KernelCases:
     return KernelCases(
-        ("_softmax_squared_error_kernel", "_reduce_sum_kernel"),
+        ("_softmax_squared_error_kernel", "_reduce_sum_kernel", "_total_weight_kernel"),
         tiles=lambda dtype, device, variant: shapes,
         variants=variants,
         force=lambda tile: nullcontext(),
@@ -75,6 +92,11 @@ def _softmax_cases(variants: dict[str, Launcher], shapes: tuple[Logits, ...]) ->
 KERNELS = {
     "elementwise_loss": _elementwise_cases(
         {f: _elementwise(kernels.elementwise_loss, f, columns=f in COLUMNS) for f in ELEMENTWISE_LOSSES}
+        | {
+            WEIGHTED[0]: _weighted("huber"),
+            WEIGHTED[1]: _weighted("bce_with_logits", pos_weight=True),
+            WEIGHTED[2]: _weighted("mse", rows=4096),
+        }
     ),
     "elementwise_loss_fwd": _elementwise_cases(
         {
@@ -92,6 +114,7 @@ KERNELS = {
         {
             "labels": _softmax(kernels.softmax_squared_error, labels=True),
             "values": _softmax(kernels.softmax_squared_error, labels=False),
+            "labels-weighted": _softmax(kernels.softmax_squared_error, labels=True, weighted=True),
         },
         SHAPES,
     ),

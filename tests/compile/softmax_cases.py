@@ -74,6 +74,20 @@ def _training_step(dtype: torch.dtype, shape: Logits) -> object:
     return cross_entropy(shape.make(dtype), labels, rows=rows, factor=torch.zeros(()), correct=correct)
 
 
+def _weighted(*, probabilities: bool = False, **options: Any) -> Launcher:
+    """Sample weights of gathered rows, and the weight of the batch."""
+
+    def launch(dtype: torch.dtype, shape: Logits) -> object:
+        if not shape.contiguous:
+            return cross_entropy(shape.make(dtype), _target(shape, dtype, probabilities))
+        weights = {"weight": torch.zeros(shape.classes), "sample_weight": torch.zeros(shape.rows)}
+        rows = torch.zeros(shape.rows, dtype=torch.int64)
+        target = _target(shape, dtype, probabilities)
+        return cross_entropy(shape.make(dtype), target, rows=rows, divisor=torch.zeros(()), **weights, **options)
+
+    return launch
+
+
 def _forward(*, probabilities: bool = False, weight: bool = False, **options: Any) -> Launcher:
     def launch(dtype: torch.dtype, shape: Logits) -> object:
         weights = torch.zeros(shape.classes, dtype=dtype) if weight else None
@@ -112,7 +126,7 @@ def _cases(kernels: tuple[str, ...], shapes: tuple[Logits, ...], variants: dict[
 
 KERNELS = {
     "cross_entropy": _cases(
-        ("_cross_entropy_kernel",),
+        ("_cross_entropy_kernel", "_total_weight_kernel"),
         ONE_PASS,
         {
             "labels": _one_pass(),
@@ -120,6 +134,8 @@ KERNELS = {
             "weight-smoothing": _one_pass(weight=True, smoothing=0.1),
             "probabilities-weight": _one_pass(probabilities=True, weight=True),
             "probabilities-smoothing": _one_pass(probabilities=True, smoothing=0.1),
+            "weighted-smoothing": _weighted(smoothing=0.1),
+            "weighted-probabilities": _weighted(probabilities=True),
         },
     ),
     "cross_entropy_fwd": _cases(

@@ -39,15 +39,22 @@ class Head(NamedTuple):
 HEADS = (Head(64, 2), Head(64, 10), Head(16384, 10), Head(64, 50), Head(16384, 64))
 
 
-def _head(activation: str, *, odd: bool = False, pixels: bool = False, **options: Any) -> Launcher:
+def _head(
+    activation: str, *, odd: bool = False, pixels: bool = False, weighted: bool = False, probabilities: bool = False,
+    **options: Any,
+) -> Launcher:  # fmt: skip
     def launch(dtype: torch.dtype, shape: Head) -> object:
         inputs = shape.inputs + 5 if odd else shape.inputs
         h = torch.zeros((shape.rows, inputs), dtype=torch.uint8 if pixels else dtype)
         w, b = torch.zeros((shape.classes, inputs), dtype=dtype), torch.zeros(shape.classes, dtype=dtype)
         labels = torch.zeros(shape.rows, dtype=torch.int64)
+        if probabilities:
+            labels = torch.zeros((shape.rows, shape.classes), dtype=dtype)
         saved = None if pixels or activation == "identity" else torch.zeros((shape.rows, inputs), dtype=dtype)
         if pixels:
             options.update(rows=torch.zeros(shape.rows, dtype=torch.int64), gather_h=True, want_dz_prev=False)
+        if weighted:
+            options.update(sample_weight=torch.zeros(shape.rows), divisor=torch.zeros(()))
         weight = torch.zeros(shape.classes) if options.get("smoothing") else None
         correct = torch.zeros(shape.rows, dtype=torch.int32)
         return head(
@@ -100,7 +107,7 @@ def _update(
             rows=rows,
             # Only float16 has a loss scale.
             overflow=torch.zeros((), dtype=torch.int32) if overflow and dtype == torch.float16 else None,
-            loss_rows=torch.zeros(batch), loss=torch.zeros(()),
+            loss_rows=torch.zeros(batch), loss=torch.zeros(()), divisor=torch.zeros(()) if overflow else None,
             grads=torch.zeros(layout.total) if optimizer == "none" and not overflow else None, sums=sums,
         )  # fmt: skip
 
@@ -154,13 +161,16 @@ def _before(optimizer: str, *, clips: bool, scales: bool, rows: tuple[int, ...] 
 
 KERNELS = {
     "head": KernelCases(
-        ("_head_kernel",),
+        ("_head_kernel", "_total_weight_kernel"),
         tiles=lambda dtype, device, variant: HEADS,
         variants={
             "sigmoid": _head("sigmoid"),
             "gelu-smoothing": _head("gelu", smoothing=0.1),
             "odd-tanh": _head("tanh", odd=True),
             "pixels-gather": _head("identity", pixels=True),
+            "relu-weighted-smoothing": _head("relu", weighted=True, smoothing=0.1),
+            "sigmoid-weighted-probabilities": _head("sigmoid", weighted=True, probabilities=True),
+            "pixels-gather-weighted": _head("identity", pixels=True, weighted=True),
         },
         force=lambda tile: nullcontext(),
         aligned=lambda variant, dtype, tile: not variant.startswith("odd"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -32,7 +32,7 @@ class Members:
 @st.composite
 def ensembles(draw: st.DrawFn) -> Members:
     return Members(
-        training=draw(trainings()),
+        training=replace(draw(trainings()), weighted=False, options=()),
         active=tuple(draw(st.lists(st.booleans(), min_size=1, max_size=5))),
         rates=draw(st.booleans()),
         own_data=draw(st.booleans()),
@@ -73,8 +73,8 @@ def test_train_step_of_an_ensemble(case: Members):
     for e, active in enumerate(case.active):
         got = [losses[e], *(p.detach()[e].cpu() for p in ensemble.parameters())]
         if active:
-            of_member = own(x, e, case.own_data), own(y, e, case.own_data), own(order, e, order.dim() == 2)
-            check_trained(t, starts[e], *of_member, {**settings, "lr": rates[e]}, got)
+            data = own(x, e, case.own_data), own(y, e, case.own_data)
+            check_trained(t, starts[e], data, own(order, e, order.dim() == 2), {**settings, "lr": rates[e]}, got)
         else:
             assert losses[e].isnan()
             assert all(torch.equal(p[e], old[e]) for p, old in zip(ensemble.parameters(), before, strict=True))

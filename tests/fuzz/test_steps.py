@@ -63,7 +63,32 @@ class Training:
     rows: int  #: rows of the data set; the last batch of an epoch can be short
     pixels: bool
     epoch: bool  #: one epoch in random order instead of two single steps
+    weighted: bool  #: sample weights, some of which are 0
+    options: tuple[str, ...]  #: of the loss; "probabilities" are the targets'
     seed: int
+
+    def loss_options(self) -> dict[str, Any]:
+        """The arguments of TrainStep, tensors in float64."""
+        g = torch.Generator().manual_seed(self.seed + 1)
+        classes = (torch.rand(self.sizes[-1], generator=g) + 0.1).bfloat16().double()
+        values = {"class_weight": classes, "pos_weight": classes, "label_smoothing": 0.25, "delta": 0.5}
+        values["ignore_index"] = self.seed % self.sizes[-1] if self.seed % 2 and self.sizes[-1] > 4 else -100
+        return {option: values[option] for option in self.options if option != "probabilities"}
+
+    def data(self) -> Batch:
+        """(X, Y), and sample weights if there are any; all rows of the data set."""
+        x, y = problem(self.sizes, self.rows, loss=self.loss, uint8=self.pixels, seed=self.seed)
+        g = torch.Generator().manual_seed(self.seed + 2)
+        if "probabilities" in self.options:
+            y = torch.rand(self.rows, self.sizes[-1], generator=g).bfloat16().double()
+        elif "ignore_index" in self.options:
+            y[1::3] = self.loss_options()["ignore_index"]
+        if not self.weighted:
+            return x, y
+        weight = (torch.rand(self.rows, generator=g) + 0.1).bfloat16().double()
+        if self.rows == self.batch > 1:  # a batch that weighs nothing has no mean
+            weight[1::4] = 0.0
+        return x, y, weight
 
 
 @st.composite
@@ -71,35 +96,43 @@ def trainings(draw: st.DrawFn) -> Training:
     sizes = draw(st.integers(2, 4).flatmap(dims))
     batch = draw(st.sampled_from([1, 2, 7, 16, 33]))
     epoch = draw(st.booleans())
+    # l1's gradient is a sign.
+    loss = draw(st.sampled_from([loss for loss in STEP_LOSSES if loss != "l1"]))
+    options = {option for option in LOSSES[STEP_LOSSES[loss]].options if draw(st.booleans())}
+    more = draw(st.integers(0, batch))
+    if "probabilities" in options or batch < 16 or 0 < more < 16:  # a batch of ignored rows alone has no mean
+        options.discard("ignore_index")
     return Training(
         sizes=sizes,
         activations=tuple(draw(st.sampled_from(SMOOTH)) for _ in sizes[2:]),
         bias=draw(st.booleans()),
-        # l1's gradient is a sign.
-        loss=draw(st.sampled_from([loss for loss in STEP_LOSSES if loss != "l1"])),
+        loss=loss,
         optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
         dtype=draw(st.sampled_from([None, torch.bfloat16, torch.float16])),
         batch=batch,
-        rows=batch + draw(st.integers(0, batch)),
+        rows=batch + more,
         pixels=draw(st.booleans()),
         epoch=epoch,
+        weighted=draw(st.booleans()),
+        options=tuple(sorted(options)),
         seed=draw(st.integers(0, 99)),
     )
 
 
-def trained(case: Training, start: fastmlp.MLP, x: Tensor, y: Tensor, order: Tensor) -> list[Tensor]:
+def trained(case: Training, start: fastmlp.MLP, data: Batch, order: Tensor) -> list[Tensor]:
     """[loss, parameter, ...] after fastmlp's own steps."""
     model = converted(start, torch.float32).to(DEVICE)
-    y = y.float() if y.is_floating_point() else y
-    x, y, order = ((x if case.pixels else x.float()).to(DEVICE), y.to(DEVICE), order.to(DEVICE))
+    x, y, *weights = ((t.float() if t.is_floating_point() else t).to(DEVICE) for t in data)
+    weight, order = weights[0] if weights else None, order.to(DEVICE)
+    options = {k: v.float().to(DEVICE) if isinstance(v, Tensor) else v for k, v in case.loss_options().items()}
     with fastmlp.use_backend(BACKEND), uninitialized_is_nan():
-        step = fastmlp.TrainStep(model, loss=case.loss, dtype=case.dtype, **OPTIMIZERS[case.optimizer])
+        step = fastmlp.TrainStep(model, loss=case.loss, dtype=case.dtype, **OPTIMIZERS[case.optimizer], **options)
         if case.epoch:
-            step.epoch(x, y, case.batch, order)
+            step.epoch(x, y, case.batch, order, sample_weight=weight)
             loss = step.losses[-1].clone()
         else:
             for rows in batches(case, order):
-                loss = step(x[rows], y[rows]).clone()
+                loss = step(x[rows], y[rows], None if weight is None else weight[rows]).clone()
     return [loss.cpu(), *(p.detach().cpu() for p in model.parameters())]
 
 
@@ -115,13 +148,13 @@ def by_torch(training: Reference, data: list[Batch], size: float = 0.0, seed: in
     def jitter(t: Tensor) -> Tensor:
         return t * (1 + size * (2 * torch.rand(t.shape, generator=g, dtype=torch.float64) - 1))
 
-    for x, y in data:
+    for x, *targets in data:
         if size:
             with torch.no_grad():
                 for p in training.params.values():
                     p.copy_(jitter(p))
             x = jitter(x)
-        training.backward(x, y)
+        training.backward(x, *targets)
         training.update()
     return [torch.tensor(training.losses[-1], dtype=torch.float64), *(p.detach() for p in training.params.values())]
 
@@ -129,30 +162,32 @@ def by_torch(training: Reference, data: list[Batch], size: float = 0.0, seed: in
 @fuzz(15, trainings())
 def test_train_step(case: Training):
     start = network(case.sizes, case.activations, bias=case.bias, seed=case.seed)
-    x, y = problem(case.sizes, case.rows, loss=case.loss, uint8=case.pixels, seed=case.seed)
+    x, *targets = case.data()
     order = torch.randperm(case.rows, generator=torch.Generator().manual_seed(case.seed))
-    got = trained(case, start, x, y, order)
-    check_trained(case, start, x, y, order, OPTIMIZERS[case.optimizer], got)
+    got = trained(case, start, (x, *targets), order)
+    check_trained(case, start, (x, *targets), order, OPTIMIZERS[case.optimizer], got)
 
 
 def check_trained(
     case: Training,
     start: fastmlp.MLP,
-    x: Tensor,
-    y: Tensor,
+    data: Batch,
     order: Tensor,
     settings: dict[str, Any],
     got: list[Tensor],
 ) -> None:
     """The loss of the last step and the parameters are within the budget of what torch trains."""
+    x, *targets = data
     wide = x.double() / 255 if case.pixels else x
+    options = case.loss_options()
     chosen = batches(case, order)
-    exact = by_torch(Reference(start, settings, case.loss), [(wide[r], y[r]) for r in chosen])
-    narrow = Reference(start, settings, case.loss, torch.float32, case.dtype)
-    own = by_torch(narrow, [(x[r] if case.pixels else x[r].float(), y[r]) for r in chosen])
+    in_double = [(wide[r], *(t[r] for t in targets)) for r in chosen]
+    exact = by_torch(Reference(start, settings, case.loss, options=options), in_double)
+    narrow = Reference(start, settings, case.loss, torch.float32, case.dtype, options=options)
+    own = by_torch(narrow, [(x[r] if case.pixels else x[r].float(), *(t[r] for t in targets)) for r in chosen])
     eps = torch.finfo(case.dtype or torch.float32).eps
     moved = [
-        by_torch(Reference(start, settings, case.loss), [(wide[r], y[r]) for r in chosen], eps, seed)
+        by_torch(Reference(start, settings, case.loss, options=options), in_double, eps, seed)
         for seed in range(PERTURBED_RUNS)
     ]
     before = [p.detach() for p in start.parameters()]

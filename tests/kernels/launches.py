@@ -19,7 +19,7 @@ from fastmlp.kernels.wgrad_update import wgrad_update
 __all__ = ["LAUNCHES", "SINGLE_PROGRAM", "kernel_names"]
 
 #: Kernels that are one program for every shape, because they finish the work of several programs of another kernel.
-SINGLE_PROGRAM = frozenset({"_reduce_kernel", "_reduce_sum_kernel", "_before_update_kernel"})
+SINGLE_PROGRAM = frozenset({"_reduce_kernel", "_reduce_sum_kernel", "_before_update_kernel", "_total_weight_kernel"})
 
 
 def kernel_names() -> set[str]:

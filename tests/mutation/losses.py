@@ -13,6 +13,8 @@ SQUARED = "tests/kernels/test_softmax_squared_error.py"
 UPDATE = "tests/kernels/test_wgrad_update.py"
 BEFORE_UPDATE = "tests/kernels/test_before_update.py"
 LARGE = "tests/kernels/test_large_offsets.py"
+WEIGHTS = "tests/kernels/test_row_weights.py"
+STEP = "tests/whole/test_step.py"
 
 _PARTIAL = "partial = New(2, programs) if"
 
@@ -408,4 +410,126 @@ _UPDATE = (
     ),
 )
 
-MUTANTS = (*_CROSS_ENTROPY, *_SOFTMAX, *_OTHER_LOSSES, *_HEAD, *_UPDATE)
+_ROW_WEIGHTS = (
+    Mutant(
+        "row_weights",
+        "mask dropped in a load",
+        "return tl.load(sample_ptr + offs, mask=mask, other=0.0).to(tl.float32)",
+        "return tl.load(sample_ptr + offs).to(tl.float32)",
+        (WEIGHTS, "test_head and labels and one"),
+    ),
+    Mutant(
+        "row_weights",
+        "gather index ignored",
+        "row = tl.load(rows_ptr + offs, mask=mask, other=0).to(tl.int64)",
+        "row += 0",
+        (WEIGHTS, "gathered_like_targets and smoothing and blocks"),
+    ),
+    Mutant(
+        "row_weights",
+        "wrong stride",
+        "weight *= load_sample_weights(sample_ptr, row * stride_s, mask)",
+        "weight *= load_sample_weights(sample_ptr, row, mask)",
+        (WEIGHTS, "gathered_like_targets and smoothing and blocks"),
+    ),
+    Mutant(
+        "row_weights",
+        "only the last block of weights",
+        "        total += weight\n",
+        "        total = weight\n",
+        (WEIGHTS, "test_head and class and blocks"),
+    ),
+    Mutant(
+        "row_weights",
+        "another launch forgets a factor",
+        "    tl.store(divisor_ptr, total * scale)\n",
+        "    tl.store(divisor_ptr, total)\n",
+        (WEIGHTS, "elementwise and mse and launch"),
+    ),
+    Mutant(
+        "row_weights",
+        "no program writes the weight of the batch",
+        "tl.store(divisor_ptr, divisor, mask=tl.program_id(0) == 0)",
+        "tl.store(divisor_ptr, divisor, mask=tl.program_id(0) < 0)",
+        (WEIGHTS, "test_head and labels and one"),
+    ),
+    Mutant(
+        "head",
+        "sample weight dropped",
+        "            w_y *= sample\n",
+        "            w_y *= 1.0\n",
+        (WEIGHTS, "test_head and labels and one"),
+    ),
+    Mutant(
+        "head",
+        "sample weight dropped",
+        "            q *= sample[:, None]\n",
+        "            q *= 1.0\n",
+        (WEIGHTS, "test_head and probabilities and one"),
+    ),
+    Mutant(
+        "head",
+        "wrong stride",
+        "target_ptr + (row_t * stride_t)[:, None]",
+        "target_ptr + (row_m * stride_t)[:, None]",
+        (WEIGHTS, "gathered_like_targets and probabilities and head and blocks"),
+    ),
+    Mutant(
+        "cross_entropy",
+        "gather index ignored",
+        "t_rows = target_ptr + tl.multiple_of(row_t * stride_tp, ALIGN)[:, None]",
+        "t_rows = target_ptr + (row * stride_tp)[:, None]",
+        (WEIGHTS, "gathered_like_targets and probabilities and cross and blocks"),
+    ),
+    Mutant(
+        "cross_entropy",
+        "sample weight dropped",
+        "            row_s = tl.load(rows_ptr + offs_p, mask=mask_m, other=0).to(tl.int64)",
+        "            row_s += 0",
+        (WEIGHTS, "gathered_like_targets and smoothing and cross and blocks"),
+    ),
+    Mutant(
+        "softmax",
+        "gradient of ignored rows",
+        "tl.where(ignored, 0.0, mass * g) / total",
+        "mass * g / total",
+        (WEIGHTS, "all_are_ignored and head"),
+    ),
+    Mutant(
+        "elementwise_loss",
+        "wrong derivative",
+        "return (1.0 - y + p * y) * tl.sigmoid(a) - p * y",
+        "return (1.0 - y + p * y) * tl.sigmoid(a) - y",
+        (WEIGHTS, "elementwise and pos_weight and one"),
+    ),
+    Mutant(
+        "elementwise_loss",
+        "sample weight dropped",
+        "        g = g * sample\n",
+        "        g = g * 1.0\n",
+        (WEIGHTS, "elementwise and mse and one"),
+    ),
+    Mutant(
+        "elementwise_loss",
+        "sample weight of the wrong row",
+        "            row_y = offs // C\n",
+        "            row_y = offs % C\n",
+        (WEIGHTS, "elementwise and mse and one"),
+    ),
+    Mutant(
+        "softmax_squared_error",
+        "sample weight dropped",
+        "        g *= sample\n",
+        "        g *= 1.0\n",
+        (WEIGHTS, "softmax_squared_error and 10 and blocks"),
+    ),
+    Mutant(
+        "wgrad_update",
+        "the mean of weighted losses over the rows",
+        "tl.store(loss_ptr, tl.sum(total, axis=0) / tl.load(divisor_ptr))",
+        "tl.store(loss_ptr, tl.sum(total, axis=0) / count)",
+        (STEP, "options_of_losses and class and not 16"),
+    ),
+)
+
+MUTANTS = (*_ROW_WEIGHTS, *_CROSS_ENTROPY, *_SOFTMAX, *_OTHER_LOSSES, *_HEAD, *_UPDATE)

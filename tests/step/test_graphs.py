@@ -166,6 +166,35 @@ def test_losses_whose_targets_are_gathered_outside_the_kernels(loss):
     check(both(3, loss=loss), replays=4, loss=loss, lr=0.1)
 
 
+def weighted(count: int, **options) -> Script:
+    """Steps and epochs with new sample weights every time, and one without."""
+
+    def script(step: TrainStep) -> Iterator[Tensor]:
+        images, labels = batch(0, 2 * ROWS, **options)
+        weights = torch.rand(2 * ROWS, generator=torch.Generator().manual_seed(9))
+        for i in range(count):
+            x, y = batch(i, **options)
+            yield step(x, y, torch.rand(ROWS, generator=torch.Generator().manual_seed(i)).double())
+            yield step(x, y)
+            weights.mul_(0.5)
+            weights[i] = 2.0
+            yield step.epoch(images, labels, ROWS, permuted(2 * ROWS, i), sample_weight=weights)
+
+    return script
+
+
+def test_sample_weights():
+    """Their values are those of each call, not those of the capture."""
+    options = {"class_weight": torch.tensor([0.5, 2.0, 0.25, 1.0, 3.0]), "label_smoothing": 0.1}
+    _, cuda = check(weighted(4), replays=6, **options, **SETTINGS["momentum"])
+    assert len(cuda.captures) == 3
+
+
+def test_sample_weights_and_float16():
+    precision = PRECISIONS["mixed float16"]
+    check(weighted(3, loss="mse"), replays=4, loss="huber", precision=precision, **SETTINGS["sgd"])
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_learning_rate_changes(optimizer):
     def script(step: TrainStep) -> Iterator[Tensor]:

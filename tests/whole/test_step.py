@@ -297,7 +297,7 @@ def test_follows_values_that_raise_no_version(lane, parameters, products):
 def as_on_a_gpu(monkeypatch):
     """Nobody looks at labels on the host, because the host would wait."""
     monkeypatch.setattr("fastmlp.step.validation.check_classes", lambda y, classes, ignore_index: None)
-    monkeypatch.setattr("fastmlp.step.triton_loss.seen_by_the_host", lambda y: False)
+    monkeypatch.setattr("fastmlp.step.triton_loss.host_sees_labels", lambda device: False)
 
 
 @pytest.mark.parametrize("label", [-1, -100, 5])

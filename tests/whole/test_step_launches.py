@@ -112,6 +112,35 @@ def test_other_losses_gather_and_scale_in_their_kernels(loss, dtype):
 
 
 @pytest.mark.launch
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "sample weights"])
+@pytest.mark.parametrize("batch", [64, 2048, 2049])
+@pytest.mark.parametrize("case", ["class weights", "probabilities, smoothing", "ignored", "huber"])
+def test_options_of_losses_cost_no_launch_up_to_2048_rows(case, batch, weighted):
+    """From 2,049 rows on the sum of the rows' weights costs one. Without weights of rows nothing does."""
+    from tests.ptxsim import SimulatedGPU
+
+    options = {
+        "class weights": {"class_weight": torch.ones(10), "label_smoothing": 0.1},
+        "probabilities, smoothing": {"label_smoothing": 0.1},
+        "ignored": {"ignore_index": -100},
+        "huber": {"loss": "huber", "delta": 0.5},
+    }[case]
+    labels = case in ("class weights", "ignored")
+    y = torch.zeros(batch, dtype=torch.int64) if labels else torch.zeros(batch, 10)
+    weight = torch.ones(batch) if weighted else None
+    with SimulatedGPU(80, execute=False) as gpu, use_backend("triton"):
+        step = TrainStep(fastmlp.MLP((64, 64, 64, 10)), lr=0.1, **options)
+        step.epoch(torch.zeros(batch, 64), y, batch, sample_weight=weight)
+    names = [launch.name for launch in gpu.launches if launch.name != "_reduce_update_kernel"]
+    summed = [["_total_weight_kernel"] if batch > 2048 and (labels or weighted) else []][0]
+    if case == "huber":
+        middle = ["_linear_fwd_kernel", *summed, "_elementwise_loss_kernel", "_linear_dgrad_kernel"]
+    else:
+        middle = [*summed, "_head_kernel"]
+    assert names == ["_linear_fwd_kernel"] * 2 + middle + ["_linear_dgrad_kernel", "_wgrad_update_kernel"]
+
+
+@pytest.mark.launch
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 def test_bias_gradients_come_from_the_producers_of_dz(loss):
     """With the head the update reads sums and, of all layers, only 16 bytes at a time; without, it reads dZ for db."""
