@@ -12,9 +12,10 @@ from ..base.arguments import check_tensor
 from ..base.losses import STEP_LOSSES
 from .binding import Binding
 from .cpu_ensemble import TorchEnsemble
-from .optimizers import Optimizer, check_setting
+from .optimizers import Optimizer
 from .train_step import TrainStep
 from .validation import MemberBatches, check_batch_size, member_learning_rates
+from .values import check_setting
 
 #: Losses that are allocated together.
 _BLOCK = 64

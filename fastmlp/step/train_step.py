@@ -19,9 +19,10 @@ from ..nn import MLP
 from .binding import Binding
 from .cpu_step import TorchStep
 from .groups import OWN, Groups, grouped
-from .optimizers import OPTIMIZERS, Optimizer, check_setting, optimizer_of
+from .optimizers import OPTIMIZERS, Optimizer, optimizer_of
 from .settings import StepOptimizer
 from .validation import Batches, MemberBatches, check_batch_size, check_dtype, check_is_mlp, check_loss, learning_rates
+from .values import check_setting
 
 if TYPE_CHECKING:
     from .triton_step import TritonStep
