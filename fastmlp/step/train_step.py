@@ -84,7 +84,11 @@ class TrainStep:
 
     def __new__(cls, model: MLP | MLPEnsemble, *args: Any, **kwargs: Any) -> TrainStep:
         """A step of an ensemble is an ``EnsembleStep``."""
-        return super().__new__(TrainStep._of_ensemble if isinstance(model, MLPEnsemble) else cls)
+        if isinstance(model, MLPEnsemble) and not issubclass(cls, TrainStep._of_ensemble):
+            if cls is not TrainStep:
+                raise TypeError(f"{cls.__name__} is a step of MLPs; a class of steps of ensembles extends EnsembleStep")
+            cls = TrainStep._of_ensemble
+        return super().__new__(cls)
 
     def __init__(
         self,
