@@ -257,7 +257,7 @@ def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
         (row,) = rule.rows(first * rule.lr, first).to(problem.device)
         actual = [p.clone() for p in start]
         layout = Layout([Layer(*actual)])
-        states = torch.zeros(2, layout.total, device=problem.device)
+        states = torch.zeros(len(rule.states), layout.total, device=problem.device)
         launch(layout, [dz], [x], rule.kernel, row, states=states)
         make = partial(torchs, **settings)
 

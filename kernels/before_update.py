@@ -26,7 +26,7 @@ from torch import Tensor
 from .dependent import wait_for_previous
 from .launch import call, launch_plainly
 from .members import inactive, stride_of
-from .optimizer import HYPER_COLUMNS, MAX_NORM, corrected_row
+from .optimizer import MAX_NORM, correct_rows
 
 __all__ = ["LossScaleState", "before_update"]
 
@@ -66,7 +66,7 @@ class _Members(NamedTuple):
 @triton.jit
 def _before_update_kernel(
     hyper_ptr, squares_ptr, factor_ptr, loss_scale, count_ptr, decays_ptr, row_ptr, members, blocks,
-    OPTIMIZER: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    OPTIMIZER: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
     member = 0
@@ -108,8 +108,7 @@ def _before_update_kernel(
         if count_ptr is not None:
             count = tl.load(count_ptr) + 1
             tl.store(count_ptr, tl.where(overflow, count - 1, count))
-            row = corrected_row(hyper_ptr, decays_ptr, count, OPTIMIZER, COLUMNS)
-            tl.store(row_ptr + tl.arange(0, COLUMNS), row)
+            correct_rows(hyper_ptr, row_ptr, decays_ptr, count, OPTIMIZER, COLUMNS, ROWS)
 
 
 def before_update(
@@ -128,7 +127,7 @@ def before_update(
     """Launch what comes before the update.
 
     Args:
-        optimizer, hyper_row: the rule, and its settings for this step.
+        optimizer, hyper_row: the rule, and its settings for this step, [columns] or, of param groups, [G, columns].
         factor: 0-d float32, an output: what the update multiplies the gradients by.
         squares: float32, the sum of the squares of each block of gradients, which are then clipped. A length that is a
             multiple of 16, the rest zeros, is read 16 bytes at a time.
@@ -146,5 +145,6 @@ def before_update(
         _before_update_kernel, (1, 1, factor.numel()),
         hyper_row, squares, factor, loss_scale, count, decays, counted_row, members,
         0 if squares is None else squares.shape[-1],
-        OPTIMIZER=optimizer, SCALED=scaled, COLUMNS=HYPER_COLUMNS, BLOCK=BLOCK, num_warps=1,
+        OPTIMIZER=optimizer, SCALED=scaled, COLUMNS=hyper_row.shape[-1],
+        ROWS=1 if members is not None or hyper_row.dim() == 1 else len(hyper_row), BLOCK=BLOCK, num_warps=1,
     ))  # fmt: skip

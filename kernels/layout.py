@@ -42,6 +42,9 @@ class LayerArguments(NamedTuple):
     K: int
     w_segment: int
     b_segment: int  #: -1: no bias
+    #: Where the parameters' settings begin in those of all param groups; None: there is one group.
+    w_settings: int | None
+    b_settings: int | None
 
 
 class ParameterArguments(NamedTuple):
@@ -51,16 +54,20 @@ class ParameterArguments(NamedTuple):
     low_ptr: Tensor | None
     first_block: int
     numel: int
+    settings: int | None  #: as ``w_settings``
 
 
 class Layout:
     """Where each parameter of some layers lies in flat buffers of ``total`` elements, and what kernels take of it.
 
-    ``low_is_param`` says whether the 16-bit tensors of the layers are the parameters, not copies of them. ``members``
-    is the number of members, or None for a single model.
+    ``low_is_param`` says whether the 16-bit tensors of the layers are the parameters, not copies of them. ``settings``
+    says for each parameter where its group's row begins in an array of the rows of all groups; None: there is one row.
+    ``members`` is the number of members, or None for a single model.
     """
 
-    def __init__(self, layers: Sequence[Layer], *, low_is_param: bool = False) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], *, low_is_param: bool = False, settings: Sequence[int] | None = None
+    ) -> None:
         self.layers, self.low_is_param = tuple(layers), low_is_param
         self.members = count_of(self.layers[0].weight)
         self.params: list[Tensor] = []
@@ -70,22 +77,24 @@ class Layout:
 
         def add(param: Tensor, low: Tensor | None) -> int:
             start = self.total
+            row = None if settings is None else settings[len(self.params)]
             self.params.append(param)
             self.starts.append(start)
             numel = param.numel() // (self.members or 1)
             self.total += cdiv(numel, SEGMENT) * SEGMENT
-            of_parameters.append(ParameterArguments(param, low, start // SEGMENT, numel))
+            of_parameters.append(ParameterArguments(param, low, start // SEGMENT, numel, row))
             return start
 
         for layer in self.layers:
             weight, bias, low_weight, low_bias = layer.weight, layer.bias, layer.low_weight, layer.low_bias
             w_segment = add(weight, low_weight)
             b_segment = add(bias, low_bias) if bias is not None else -1
+            w_settings = of_parameters[-1 if bias is None else -2].settings
             # Layers share code: a bias that is not there is a pointer of the right type which nothing reads.
             of_layers.append(
                 LayerArguments(
                     weight, weight if bias is None else bias, low_weight, low_weight if bias is None else low_bias,
-                    *weight.shape[-2:], w_segment, b_segment,
+                    *weight.shape[-2:], w_segment, b_segment, w_settings, of_parameters[-1].settings,
                 )
             )  # fmt: skip
         self.of_layers, self.of_parameters = tuple(of_layers), tuple(of_parameters)

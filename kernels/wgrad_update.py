@@ -55,6 +55,8 @@ GROUP_N = 8
 LOSS_BLOCK = 1024
 #: Elements per warp that an epilogue takes at a time. The optimizer's states lie in registers beside the gradient.
 UPDATED_AT_ONCE, STORED_AT_ONCE = 512, 1024
+#: The same with more than two states.
+MANY_AT_ONCE = 128
 
 
 @triton.jit
@@ -120,6 +122,8 @@ def _wgrad_layer(
 ):  # fmt: skip
     """Tile number ``pid`` of one layer: gradient of the split's samples, then update or partial sums."""
     K = layer.K
+    if layer.w_settings is not None:
+        hyper_ptr += layer.w_settings
     pid_n, pid_k = grouped_tile(pid, tl.cdiv(layer.N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP_N)
     m_begin = split * m_per_split
     m_end = tl.minimum(m_begin + m_per_split, M)
@@ -147,6 +151,8 @@ def _bias_layer(
 ):  # fmt: skip
     """Columns number ``pid`` of one layer's db, of the split's share of the rows: update or partial sums."""
     offs = pid * SUM_COLS + tl.arange(0, SUM_COLS)
+    if layer.b_settings is not None:
+        hyper_ptr += layer.b_settings
     per_split = tl.cdiv(sums.rows, n_splits)
     first = split * per_split
     end = tl.minimum(first + per_split, sums.rows)
@@ -356,6 +362,8 @@ def _reduce_update_kernel(
     else:
         if skip_ptr is not None:
             mask = mask & (tl.load(skip_ptr) == 0)
+        if parameter.settings is not None:
+            hyper_ptr += parameter.settings
         update_block(
             g, w_ptr, low_ptr, states, offs, flat, mask, hyper_ptr, OPTIMIZER, LOW_IS_PARAM,
         )  # fmt: skip
@@ -446,6 +454,8 @@ def gradient_call(
         tiles += cdiv(layer.N, tile.rows) * cdiv(layer.K, tile.cols)
         sum_programs += cdiv(layer.N, SUM_COLS) if layer.b_segment >= 0 else 0
     at_once = STORED_AT_ONCE if optimizer == "none" or partial is not None else UPDATED_AT_ONCE
+    if len(states) > 2 and partial is None:
+        at_once = MANY_AT_ONCE
     members = None
     if count is not None:
         of_flat = next((t for t in (partial, *states) if t is not None), None)
@@ -491,7 +501,8 @@ def wgrad_update(
     producer wrote them, or None; they are used if every layer with a bias has them.
     ``rows`` (int64, any stride) gathers rows of xs[0] only, which may be uint8. ``unscale`` is a 0-d float32 factor of
     all gradients.
-    ``optimizer`` is a rule of ``kernels/optimizer.py``, and ``hyper_row`` has its settings for this step, float32. With
+    ``optimizer`` is a rule of ``kernels/optimizer.py``, and ``hyper_row`` has its settings for this step, float32, or
+    the settings of all param groups, contiguous [G, columns]. With
     ``optimizer == "none"`` the gradients go to ``grads`` (flat, ``layout.total`` float32), added to what is
     there if ``accumulate``; without ``grads`` they stay partial sums, not multiplied by ``unscale``. ``partial`` is
     float32 workspace to reuse, [splits, layout.total]. ``squares``, which needs ``grads``, and ``overflow`` are outputs

@@ -137,7 +137,10 @@ def _update(a: Arguments, params: int, low: int) -> Work:
     """The optimizer's work for ``params`` float32 parameters and ``low`` bytes of 16-bit copies to write."""
     states = len(a["states"])
     return Work(
-        vector_flops={"sgd": 4, "momentum": 6, "nesterov": 8, "adamw": 14}[a["OPTIMIZER"]] * params,
+        vector_flops={"sgd": 4, "momentum": 6, "nesterov": 8, "lion": 10, "rmsprop": 12, "adam": 14, "adamw": 14}[
+            a["OPTIMIZER"].split()[0]
+        ]
+        * params,
         read=(1 + states) * 4 * params + touched(a["hyper_ptr"]),
         written=(1 + states) * 4 * params + low,
     )

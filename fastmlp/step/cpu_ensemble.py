@@ -275,9 +275,8 @@ class TorchEnsemble:
     def _trial(self, members: int, way: str, m: int) -> Callable[[], object]:
         """A step of ``members`` like these on scratch data."""
         modules = [_Scratch(layer, members) for layer in self._modules]
-        rule = replace(
-            self.rule, **{name: 1e-3 for name in SETTINGS if isinstance(getattr(self.rule, name, None), PerMember)}
-        )
+        own: dict[str, Any] = {name: 1e-3 for name in SETTINGS if isinstance(getattr(self.rule, name, None), PerMember)}
+        rule = replace(self.rule, **own)
         net = TorchEnsemble(modules, rule, self.loss, self.dtype, self.active.new_ones(members))
         net._way = way
         x = self.layers[0].weight.new_ones((m, self.layers[0].weight.shape[2]))

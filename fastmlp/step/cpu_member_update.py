@@ -91,6 +91,8 @@ class MemberUpdate:
                 rule = net.rule_with(keys[start][0])
                 params, grads = [t[part] for t in self._params], [t[part] for t in self._grads]
                 states = [[t[part] for t in self._states[name]] for name in rule.states]
+                if rule.spare:
+                    states += [[torch.empty_like(param) for param in params], [self._one]]
                 self._groups.append((rule, params, grads, states, net.zero if count is None else count, counted))
             start = i
         self._version = net.version

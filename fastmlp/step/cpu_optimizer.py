@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .groups import Groups
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 
@@ -16,18 +17,32 @@ class TorchOptimizer:
         params: float32 or float64 tensors, updated in place.
         rule: the update; ``rule.lr`` is read every time.
         loss_scale: float16's; a step whose gradients overflow is skipped.
+        groups: of the params; None: all have the rule.
 
     Attributes:
         states: what the rule keeps of each parameter, live, by name.
     """
 
-    def __init__(self, params: list[Tensor], rule: Optimizer, loss_scale: LossScale | None) -> None:
+    def __init__(
+        self, params: list[Tensor], rule: Optimizer, loss_scale: LossScale | None, groups: Groups | None = None
+    ) -> None:
         self.params, self.rule, self.loss_scale = params, rule, loss_scale
         first = params[0]
         self._grads: list[Tensor] | None = None
-        self.states = {name: [torch.zeros_like(t) for t in params] for name in rule.states}
+        self.states = {name: [torch.zeros_like(t) for t in params] for name in rule.kept}
         self._step = torch.zeros((), dtype=torch.float32, device=first.device)
         self._one = torch.ones_like(self._step)
+        self._lists = [self.states[name] for name in rule.states]
+        self._averages = self.states.get("ema", [])
+        if rule.spare:
+            self._lists += [[torch.empty_like(t) for t in params], [self._one]]
+        #: Per group its rule, the places of its parameters, the parameters, and their part of the lists.
+        self._groups: list[tuple[Optimizer, list[int], list[Tensor], list[list[Tensor]]]] = []
+        for number, of_group in enumerate(groups.rules if groups is not None else ()):
+            places = [i for i, own in enumerate(groups.numbers) if own == number]  # type: ignore[union-attr]
+            if places:
+                parts = [t if len(t) < len(params) else [t[i] for i in places] for t in self._lists]
+                self._groups.append((of_group, places, [params[i] for i in places], parts))
         if rule.max_grad_norm is not None:
             self._norms = first.new_zeros(len(params))
             self._norm_of = list(self._norms.unbind())
@@ -67,9 +82,33 @@ class TorchOptimizer:
             self._clip(grads)
         if self.rule.counted:
             self._step.add_(self._one if skip is None else self._one - skip)
-        self.rule.update(self.params, grads, list(self.states.values()), self._step, skip)
+        if not self._groups:
+            self.rule.update(self.params, grads, self._lists, self._step, skip)
+        for rule, places, params, lists in self._groups:
+            rule.update(params, [grads[i] for i in places], lists, self._step, skip)
+        if self._averages:
+            self._average(skip)
         if self.loss_scale is not None:
             self.loss_scale.adjust()
+
+    def updated(self) -> None:
+        """What an update is followed by, where the products themselves update the parameters."""
+        if self._averages:
+            if self.rule.counted:
+                self._step.add_(self._one)
+            self._average(None)
+
+    def _average(self, skip: Tensor | None) -> None:
+        """Move the averages towards the parameters, unless the step was skipped. No GPU is waited for."""
+        weight = self.rule.ema_weight(self._step)
+        if self._step.is_cpu:
+            if skip is None or not skip.item():
+                torch._foreach_lerp_(self._averages, self.params, weight)
+            return
+        factor = torch.as_tensor(weight, dtype=self.params[0].dtype, device=self._step.device)
+        factor = factor if skip is None else factor * (1 - skip).to(factor.dtype)
+        for average, param in zip(self._averages, self.params, strict=True):
+            average.lerp_(param, factor)
 
     def _clip(self, grads: list[Tensor]) -> None:
         """Multiply by min(1, max_grad_norm / (|g| + 1e-6)), |g| the 2-norm of all gradients together."""

@@ -17,6 +17,7 @@ from ..base.losses import takes_classes
 from ..nn import Linear
 from .cpu_losses import loss_function
 from .cpu_optimizer import TorchOptimizer
+from .groups import Groups
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 from .parameters import Copies
@@ -25,7 +26,7 @@ from .parameters import Copies
 class Layer:
     """One layer's tensors, and the places of its gradients among those of all trained parameters."""
 
-    def __init__(self, module: Linear, dtype: torch.dtype, index: int, plain: bool) -> None:
+    def __init__(self, module: Linear, dtype: torch.dtype, index: int, plain: bool, rules: Sequence[Optimizer]) -> None:
         weight = Copies(module.weight, dtype)
         bias = None if module.bias is None else Copies(module.bias, dtype)
         self.copies = [c for c in (weight, bias) if c is not None]
@@ -43,26 +44,39 @@ class Layer:
         if self.narrow:
             self.dw = torch.empty_like(self.weight, dtype=cpu.product_dtype(dtype, self.weight.device))
         self.grad_w, self.grad_b = index, index + self.train_w
+        #: The rules of the weight and the bias, or anything where they are not trained.
+        self.rule_w, self.rule_b = ((*rules[i:], rules[0])[0] for i in (self.grad_w, self.grad_b))
 
 
 class Network:
     """The tensors of an MLP and of its optimizer, which the plans of all batch sizes share."""
 
-    def __init__(self, modules: Sequence[Linear], rule: Optimizer, loss: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        modules: Sequence[Linear],
+        rule: Optimizer,
+        loss: str,
+        dtype: torch.dtype,
+        groups: Groups | None = None,
+    ) -> None:
+        self.groups, self.rules = groups, [rule] if groups is None else groups.rules
         self.modules, self.rule, self.loss, self.dtype = modules, rule, loss, dtype
         self.device = modules[0].weight.device
         loss_scale = LossScale(self.device) if dtype == torch.float16 else None
         self.scale = None if loss_scale is None else loss_scale.scale
         #: Gradients and optimizer state exist only where the optimizer needs them all at once.
-        self.plain = rule.is_plain_sgd and loss_scale is None
+        self.plain = all(r.is_plain_sgd for r in self.rules) and loss_scale is None
+        self.averages = rule.ema_decay is not None
+        trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+        rules = [rule] * len(trained) if groups is None else [groups.rules[i] for i in groups.numbers]
         self.layers: list[Layer] = []
         masters: list[Tensor] = []
         for module in modules:
-            layer = Layer(module, dtype, len(masters), self.plain)
+            layer = Layer(module, dtype, len(masters), self.plain, rules)
             masters += [c.master for c in layer.copies if c.trained]
             self.layers.append(layer)
         self.lowest = next(i for i, layer in enumerate(self.layers) if layer.train_w or layer.train_b)
-        self.optimizer = TorchOptimizer(masters, rule, loss_scale)
+        self.optimizer = TorchOptimizer(masters, rule, loss_scale, groups)
         #: Parameters that are not their own master, or not what the products read.
         self.copies = [c for layer in self.layers for c in layer.copies if not c.is_one]
         self.trained_copies = [c for c in self.copies if c.trained]
@@ -97,7 +111,8 @@ class Network:
                     torch.nn.init.constant_(own, 1 / k)
                     own.requires_grad_(param.requires_grad)
             modules.append(copy)
-        return Network(modules, replace(self.rule, lr=1e-3), self.loss, self.dtype)
+        rule = next((rule for rule in self.rules if not rule.is_plain_sgd), self.rule)
+        return Network(modules, replace(rule, lr=1e-3), self.loss, self.dtype)
 
     def batch(self, m: int) -> tuple[Tensor, Tensor, Tensor]:
         """X of ones, a target for the loss, and where the loss goes."""

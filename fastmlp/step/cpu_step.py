@@ -19,6 +19,7 @@ from .. import cpu
 from ..nn import Linear
 from ..online import online_epoch
 from .cpu_plan import Layer, Network, Plan
+from .groups import Groups
 from .optimizers import Optimizer
 
 #: Batch sizes whose plans are kept; a further one takes the place of the first.
@@ -28,8 +29,10 @@ _PLANS = 8
 class TorchStep:
     """Forward, backward and update of an MLP in torch operations; ``fastmlp.TrainStep`` is the public way to it."""
 
-    def __init__(self, layers: list[Linear], rule: Optimizer, loss: str, dtype: torch.dtype) -> None:
-        self.network = Network(layers, rule, loss, dtype)
+    def __init__(
+        self, layers: list[Linear], rule: Optimizer, loss: str, dtype: torch.dtype, *, groups: Groups | None = None
+    ) -> None:
+        self.network = Network(layers, rule, loss, dtype, groups)
         self.optimizer = self.network.optimizer
         self._plans: dict[int, Callable[..., None]] = {}
 
@@ -108,26 +111,34 @@ class TorchStep:
     def epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Tensor, losses: Tensor
     ) -> None:
-        """Steps over ``order``, each with its learning rate (float64 on the host); writes each step's loss."""
-        layers, rule = self.network.layers, self.network.rule
+        """Steps over ``order``, each with its learning rate (float64 on the host); writes each step's loss.
+
+        With groups ``lrs`` is [steps, G].
+        """
+        layers, rules = self.network.layers, self.network.rules
         if batch_size == 1 and self._is_online(images):
             weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
             activations = [layer.activation for layer in layers]
             online_epoch(weights, biases, activations, images, labels, lrs.tolist(), order, losses=losses)
             return
-        base = rule.lr
+        base = [rule.lr for rule in rules]
         try:
-            for rows, lr, out in zip(order.split(batch_size), lrs.tolist(), losses.unbind(), strict=True):
-                rule.lr = lr
+            rates = lrs.view(len(lrs), -1).tolist()
+            for rows, lr, out in zip(order.split(batch_size), rates, losses.unbind(), strict=True):
+                for rule, rate in zip(rules, lr, strict=True):
+                    rule.lr = rate
                 self.step(images, labels, out, rows)
         finally:
-            rule.lr = base
+            for rule, rate in zip(rules, base, strict=True):
+                rule.lr = rate
 
     def _is_online(self, images: Tensor) -> bool:
         """Whether single-sample steps are those of the exact blocked recurrence (``fastmlp.online``)."""
         net = self.network
         return (
             net.plain
+            and net.groups is None
+            and not net.averages
             and net.device.type == "cpu"
             and net.loss == "cross_entropy"
             and net.dtype in (torch.float32, torch.float64)
@@ -168,6 +179,8 @@ def _step(
     if update:
         if not net.plain:
             net.optimizer.update(scaled=True)
+        elif net.averages:
+            net.optimizer.updated()
         net.publish()
 
 
@@ -186,14 +199,14 @@ def _input(net: Network, plan: Plan, x: Tensor, rows: Tensor | None) -> Tensor:
 
 def _apply(net: Network, layer: Layer, products: cpu.Products, dz: Tensor, x: Tensor) -> None:
     """Plain SGD: W -= lr dZ^T X, b -= lr sum dZ."""
-    lr, db = net.rule.lr, layer.db
+    db = layer.db
     if products.update is not None:
-        products.update(dz, x, lr)
+        products.update(dz, x, layer.rule_w.lr)
     if db is not None and layer.row_b is not None:
         # Of a single row, dZ is its own sum.
         is_sum = dz.shape[0] == 1 and dz.dtype == db.dtype
         summed = dz if is_sum else torch.sum(dz, 0, True, dtype=db.dtype, out=db)
-        layer.row_b.add_(summed, alpha=-lr)
+        layer.row_b.add_(summed, alpha=-layer.rule_b.lr)
 
 
 def _store(net: Network, layer: Layer, products: cpu.Products, dz: Tensor, x: Tensor) -> None:

@@ -47,6 +47,11 @@ class EnsembleStep(TrainStep):
         self._members: int = model.members
         device = next(model.parameters()).device
         self._active = torch.ones(self._members, dtype=torch.bool, device=device)
+        for name in ("param_groups", "ema_decay"):
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(
+                    f"a TrainStep of an ensemble has no {name}; train the members one by one, or train with autograd"
+                )
         super().__init__(model, *args, **kwargs)
         assert isinstance(self._batches, MemberBatches)
         self._batches.members = self._members
@@ -54,8 +59,10 @@ class EnsembleStep(TrainStep):
         self._checks_classes = True
         self.losses = self.losses.new_zeros((0, self._members))
 
-    def _new_engine(self, binding: Binding, rule: Optimizer) -> Any:
-        loss, active = STEP_LOSSES[self.loss], self._active
+    def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> Any:
+        loss, active, (rule,) = STEP_LOSSES[self.loss], self._active, rules
+        if rule.ema_decay is not None:
+            raise NotImplementedError("a TrainStep of an ensemble has no ema_decay; take it back")
         if self.backend == "triton":
             from .triton_step import TritonStep
 

@@ -14,14 +14,13 @@ from torch import Tensor
 from ..kernels.before_update import LossScaleState, before_update
 from ..kernels.configs import cdiv
 from ..kernels.layout import SEGMENT, Layout
-from ..kernels.optimizer import HYPER_COLUMNS
 from ..kernels.wgrad_update import reduce_update
 from .loss_scale import BACKOFF, GROWTH, GROWTH_STEPS, LEAST, LossScale
 from .optimizers import Optimizer
 
 
 class LateUpdate:
-    """Updates the parameters of a layout from flat gradients.
+    """Updates the parameters of a layout from flat gradients. ``row`` is the shape of a step's settings.
 
     With members every number is one per member, and ``active`` says which of them are updated.
 
@@ -37,6 +36,7 @@ class LateUpdate:
         rule: Optimizer,
         states: list[Tensor],
         loss_scale: LossScale | None,
+        row: tuple[int, ...],
         active: Tensor | None = None,
     ) -> None:
         self._layout, self._rule, self._states, self._loss_scale = layout, rule, states, loss_scale
@@ -60,8 +60,9 @@ class LateUpdate:
             self._state = LossScaleState(*numbers, GROWTH_STEPS, GROWTH, BACKOFF, LEAST)
             if rule.counted:
                 self.count = torch.zeros(of, dtype=torch.int32, device=device)
-                self._row = torch.empty((*of, HYPER_COLUMNS), dtype=torch.float32, device=device)
-                self._decays = torch.empty(len(rule.decays), dtype=torch.float64, device=device)
+                self._row = torch.empty((*of, *row), dtype=torch.float32, device=device)
+                if rule.decays:
+                    self._decays = torch.empty(len(rule.decays), dtype=torch.float64, device=device)
                 self.settings_changed()
 
     def settings_changed(self) -> None:

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .groups import check_alike
 from .optimizers import Optimizer, optimizer_of
 
-#: Settings of torch's optimizers that no rule has.
-_FOREIGN = frozenset({"amsgrad", "capturable", "dampening", "differentiable", "foreach", "fused", "maximize"})
+#: Settings of torch's optimizers that no rule has, or not every rule.
+_FOREIGN = frozenset({"amsgrad", "capturable", "centered", "dampening", "differentiable", "foreach", "fused"})
 
 
 class StepOptimizer(torch.optim.Optimizer):
-    """``TrainStep.optimizer``: one param group, whose values the next step takes.
+    """``TrainStep.optimizer``: param groups, whose values the next step takes.
 
     Schedulers of torch.optim.lr_scheduler take it as they take any optimizer. The values may also be assigned, as in
     ``step.optimizer.param_groups[0]["momentum"] = 0.8``; the names are those of ``TrainStep``. The step itself does the
     updates. What the optimizer keeps per parameter is in ``TrainStep.state_dict``.
     """
 
-    def __init__(self, step: Any, params: Iterable[Tensor], rule: Optimizer, members: int | None = None) -> None:
+    def __init__(self, step: Any, groups: list[dict[str, Any]], rule: Optimizer, members: int | None = None) -> None:
         self._train_step = weakref.ref(step)
         names = rule.settings
-        super().__init__(params, {name: getattr(rule, name) for name in names})
+        self._complete = False
+        super().__init__(groups, {name: getattr(rule, name) for name in names})
+        self._complete = True
         self._values_of = itemgetter(*names)
         self._members = members
-        self._names, self._count = names, len(self.param_groups[0]["params"])
+        self._names, self._counts = names, [len(group["params"]) for group in self.param_groups]
+        self._foreign = _FOREIGN.difference(names)
         #: What an update of torch's optimizers would call, and the number of the last handle when nothing was in it.
         self._handles = -1
         self._hooks = (
@@ -42,25 +45,42 @@ class StepOptimizer(torch.optim.Optimizer):
             torch_optimizer._global_optimizer_post_hooks,
         )
 
-    def changed(self, rule: Optimizer) -> Optimizer | None:
-        """The rule with the group's values, if they are others than those of ``rule``.
+    def rules_of_groups(self, rule: Optimizer) -> list[Optimizer]:
+        """One rule per group, with the group's values."""
+        return [self._with(rule, self._values_of(group)) for group in self.param_groups]
+
+    def changed(self, rules: list[Optimizer]) -> list[Optimizer] | None:
+        """The rules with the groups' values, if they are others than those of ``rules``.
 
         Raises:
-            TypeError, ValueError: a value that its name does not allow.
+            TypeError, ValueError: a value that its name does not allow, or that must be the same in all groups.
             RuntimeError: there is a hook, which a step would not call, or another group.
         """
-        if RemovableHandle.next_id != self._handles or len(self.param_groups) != 1:
-            if any(self._hooks) or len(self.param_groups) != 1:
+        groups = self.param_groups
+        if RemovableHandle.next_id != self._handles or len(groups) != len(rules):
+            if any(self._hooks) or len(groups) != len(rules):
                 raise RuntimeError(
-                    "step.optimizer has a hook or a second param group, which a TrainStep does not follow; remove it, "
+                    "step.optimizer has a hook or another param group, which a TrainStep does not follow; remove it, "
                     "or train with autograd and a torch.optim optimizer"
                 )
             self._handles = RemovableHandle.next_id
-        group = self.param_groups[0]
-        if len(group["params"]) != self._count or not _FOREIGN.isdisjoint(group):
+        if len(rules) == 1:
+            new = self._changed(groups[0], rules[0], self._counts[0])
+            return None if new is None else [new]
+        every = [self._changed(*of) for of in zip(groups, rules, self._counts, strict=True)]
+        if not any(every):
+            return None
+        new_rules = [rule if new is None else new for new, rule in zip(every, rules, strict=True)]
+        check_alike(new_rules)
+        return new_rules
+
+    def _changed(self, group: dict[str, Any], rule: Optimizer, count: int) -> Optimizer | None:
+        """The rule with the group's values, if they are others than those of ``rule``."""
+        if len(group["params"]) != count or not self._foreign.isdisjoint(group):
             raise RuntimeError(
                 "the param group of step.optimizer has other parameters than the model, or a setting that a TrainStep "
-                f"does not have ({', '.join(sorted(_FOREIGN))}); take it back, or train with autograd and torch.optim"
+                f"does not have ({', '.join(sorted(self._foreign))}); take it back, or train with autograd and "
+                "torch.optim"
             )
         values = self._values_of(group)
         try:
@@ -68,10 +88,13 @@ class StepOptimizer(torch.optim.Optimizer):
                 return None
         except RuntimeError:  # a tensor of several elements: the check below says what is wrong with it
             pass
-        new = optimizer_of(rule.name, dict(zip(self._names, values, strict=True)), self._members)
+        new = self._with(rule, values)
         if self._members is not None:  # so that a scheduler finds what it can multiply
             group.update({name: getattr(new, name) for name in self._names})
         return None if new == rule else new
+
+    def _with(self, rule: Optimizer, values: tuple[Any, ...]) -> Optimizer:
+        return optimizer_of(rule.name, dict(zip(self._names, values, strict=True)), self._members)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """``TrainStep.update``: apply the gradients of ``TrainStep.gradients``."""
@@ -85,10 +108,10 @@ class StepOptimizer(torch.optim.Optimizer):
         self._step().forget_gradients()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """A TrainStep has one group; a further one is a NotImplementedError."""
-        if self.param_groups:
+        """A TrainStep has the groups that it was made with; a further one is a NotImplementedError."""
+        if self._complete:
             raise NotImplementedError(
-                "a TrainStep has one param group; for settings per layer train with autograd and torch.optim"
+                "a TrainStep keeps its param groups; pass all of them as TrainStep(model, ..., param_groups=[...])"
             )
         super().add_param_group(param_group)
 

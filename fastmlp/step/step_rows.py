@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .groups import Groups
 from .optimizers import Optimizer
 from .per_member import PerMember
 
@@ -25,6 +26,7 @@ class StepRows:
         members: the number of members; None for a single model.
         active: bool [E] on the device: the members that are trained; None where all of them are, always.
         count: the number of updates on the device, where ``late_update`` counts them and corrects the rows.
+        groups: of a single model's parameters; None: all have the rule.
 
     Attributes:
         steps: the number of updates as far as the host knows.
@@ -32,8 +34,15 @@ class StepRows:
     """
 
     def __init__(
-        self, rule: Optimizer, device: torch.device, members: int | None, active: Tensor | None, count: Tensor | None
+        self,
+        rule: Optimizer,
+        device: torch.device,
+        members: int | None,
+        active: Tensor | None,
+        count: Tensor | None,
+        groups: Groups | None = None,
     ) -> None:
+        self._groups = groups
         self._rule, self._device, self._members, self._active, self._count = rule, device, members, active, count
         self.steps = 0
         self.updates: Tensor | None = None
@@ -50,9 +59,9 @@ class StepRows:
         self._version = -1 if self._active is None else self._active._version
 
     def of(self, lrs: Tensor) -> Tensor:
-        """The rows of the next steps, [steps, HYPER_COLUMNS] or [steps, E, HYPER_COLUMNS] on the device.
+        """The rows of the next steps, [steps, HYPER_COLUMNS] or [steps, E or G, HYPER_COLUMNS] on the device.
 
-        ``lrs`` is float64 [steps] or [steps, E] on the host. Where ``late_update`` counts, it corrects the row.
+        ``lrs`` is float64 [steps] or [steps, E or G] on the host. Where ``late_update`` counts, it corrects the row.
         """
         rule, count = self._rule, None
         if self.updates is not None:
@@ -61,7 +70,7 @@ class StepRows:
         if self._changes:
             count = torch.arange(self.steps + 1, self.steps + 1 + lrs.shape[0], dtype=torch.float64, device="cpu")
             count = count if self._members is None else count[:, None]
-        return self._there(rule.rows(lrs, count))
+        return self._there((rule if self._groups is None else self._groups).rows(lrs, count))
 
     def _there(self, values: Tensor) -> Tensor:
         if self._device.type == "cuda":
@@ -84,6 +93,9 @@ class StepRows:
 
     def _rates(self, steps: int) -> Tensor:
         lr = self._rule.lr
+        if self._groups is not None:
+            rates = [rule.lr for rule in self._groups.rules]
+            return torch.tensor(rates, dtype=torch.float64, device="cpu").expand(steps, -1)
         if isinstance(lr, PerMember):
             return torch.tensor(lr, dtype=torch.float64, device="cpu").expand(steps, -1)
         shape = (steps,) if self._members is None else (steps, self._members)

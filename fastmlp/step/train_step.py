@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,7 +18,8 @@ from ..ensemble import MLPEnsemble
 from ..nn import MLP
 from .binding import Binding
 from .cpu_step import TorchStep
-from .optimizers import Optimizer, check_setting, optimizer_of
+from .groups import OWN, Groups, grouped
+from .optimizers import OPTIMIZERS, Optimizer, check_setting, optimizer_of
 from .settings import StepOptimizer
 from .validation import Batches, MemberBatches, check_batch_size, check_dtype, check_is_mlp, check_loss, learning_rates
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 #: Attributes that stay, and settings that are no attributes.
 _FIXED = frozenset({"model", "loss", "dtype", "device", "backend", "optimizer"})
-_SETTINGS = frozenset({"momentum", "weight_decay", "nesterov", "betas", "eps", "max_grad_norm"})
+_SETTINGS = frozenset(field.name for rule in OPTIMIZERS.values() for field in fields(rule)) - {"lr"}
 #: Losses that are allocated together.
 _BLOCK = 256
 
@@ -51,15 +53,27 @@ class TrainStep:
     Args:
         model: the MLP, or the MLPEnsemble (``EnsembleStep`` says what is different). Parameters with
             ``requires_grad=False`` stay as they are, and nothing is computed for them.
-        optimizer: a name of ``fastmlp.step.optimizers.OPTIMIZERS``: "sgd" (default), "adamw", ...; with torch.optim's
-            update rules and argument names.
-        lr: learning rate; the attribute ``lr`` changes it between steps. Each number may be a 0-d tensor on the CPU.
+        optimizer: "sgd" (default), "adam", "adamw" or "rmsprop", with torch.optim's update rules, argument names and
+            defaults except of ``lr`` and ``weight_decay``; or "lion", as published (arXiv 2302.06675).
+        lr: learning rate, default 1e-3; the attribute ``lr`` changes it between steps. Each number may be a 0-d tensor
+            on the CPU.
         momentum, weight_decay, nesterov: default 0, 0, False. (torch's AdamW decays by 0.01 by default.)
-        betas, eps: default (0.9, 0.999), 1e-8. A setting that the optimizer does not have must keep its default.
+        betas, eps: default (0.9, 0.999), of "lion" the published (0.9, 0.99), and 1e-8. A setting that the optimizer
+            does not have must keep its default.
+        alpha, centered: of "rmsprop"; default 0.99, False.
+        amsgrad: of "adam" and "adamw"; default False.
+        maximize: go up the gradient of the loss; default False.
         max_grad_norm: scale the gradients so that their global 2-norm is at most this; default None, no clipping.
         loss: "cross_entropy" or "softmax_squared_error" (logits against class numbers int64 [B]), "mse", "l1" or "bce"
             (values [B, C]). "bce" is ``functional.bce_with_logits``, of logits. Each loss is a mean as with torch's
             default reduction.
+        param_groups: as torch.optim's, a list of dicts with "params" (parameters or their names, which may be patterns)
+            and the group's own "lr" and "weight_decay"; other settings are those of all groups. The parameters that no
+            group has are the first group. No decay on biases is [{"params": "*.bias", "weight_decay": 0.0}].
+        ema_decay: keep an exponential moving average of the parameters, ema = decay ema + (1 - decay) parameter after
+            every update, in float32 (float64 for float64); default None. The average begins with the parameters before
+            the first update. ``ema_state_dict`` returns it.
+        ema_warmup: the decay of update t is min(ema_decay, (1 + t) / (10 + t)); default False.
         dtype: of the products: default the parameters' own; float32 parameters with float16 or bfloat16 products are
             mixed precision with float32 masters. torch.autocast does not change it.
         cuda_graph: capture steps in CUDA graphs at their second use (default True; only with backend "triton").
@@ -67,7 +81,8 @@ class TrainStep:
     Attributes:
         lr: the learning rate of the next step.
         optimizer: what the schedulers of torch.optim.lr_scheduler take. ``step.optimizer.param_groups[0]`` has all
-            settings by their names above; values assigned there count from the next step on.
+            settings by their names above; values assigned there count from the next step on. With ``param_groups``
+            there are more of them, and a scheduler drives the rate of each.
         losses: [steps] on the device, float32 (float64 for float64): the loss of every step of the last ``epoch``.
         backend: "triton" or "torch", whichever runs the steps.
 
@@ -99,9 +114,16 @@ class TrainStep:
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
+        alpha: float = 0.99,
+        centered: bool = False,
+        amsgrad: bool = False,
+        maximize: bool = False,
         max_grad_norm: float | None = None,
+        param_groups: Iterable[Mapping[str, Any]] | None = None,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         loss: str = "cross_entropy",
         dtype: torch.dtype | None = None,
         cuda_graph: bool = True,
@@ -109,9 +131,11 @@ class TrainStep:
         check_is_mlp(model)
         check_loss(loss)
         settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        settings |= {"betas": betas, "eps": eps, "max_grad_norm": max_grad_norm}
+        settings |= {"betas": betas, "eps": eps, "alpha": alpha, "centered": centered, "amsgrad": amsgrad}
+        settings |= {"maximize": maximize, "max_grad_norm": max_grad_norm}
+        settings |= {"ema_decay": ema_decay, "ema_warmup": ema_warmup}
         members = getattr(model, "members", None)
-        self.rule = optimizer_of(optimizer, settings, members)
+        rule = optimizer_of(optimizer, settings, members)
         self._binding = Binding(model)
         first = self._binding.layers[0].weight
         dtype = first.dtype if dtype is None else dtype
@@ -119,7 +143,10 @@ class TrainStep:
         self.model, self.loss = model, loss
         self.device, self.dtype = first.device, dtype
         self.backend = resolve(first, dtype)
-        self.optimizer = StepOptimizer(self, model.parameters(), self.rule, members)
+        groups, self._group_of = grouped(param_groups, dict(model.named_parameters()))
+        self.optimizer = StepOptimizer(self, groups, rule, members)
+        #: One rule per param group.
+        self._rules = self.optimizer.rules_of_groups(rule)
         self.losses = torch.zeros(0, dtype=torch.promote_types(dtype, torch.float32), device=self.device)
         self._next_losses: list[Tensor] = []
         batches = Batches if members is None else MemberBatches
@@ -134,25 +161,37 @@ class TrainStep:
         self._on_device: AbstractContextManager[object] = nullcontext()
         if self.device.type == "cuda":
             self._on_device = torch.cuda.device(self.device)
-        self._engine = self._new_engine(self._binding, self.rule)
+        #: Whether the average has still to begin with the parameters.
+        self._ema_waits = rule.ema_decay is not None
+        self._engine = self._new_engine(self._binding, self._rules)
 
-    def _new_engine(self, binding: Binding, rule: Optimizer) -> TorchStep | TritonStep:
-        loss = STEP_LOSSES[self.loss]
+    @property
+    def rule(self) -> Optimizer:
+        """The rule of the first param group."""
+        return self._rules[0]
+
+    def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> TorchStep | TritonStep:
+        loss, rule, groups = STEP_LOSSES[self.loss], rules[0], None
+        if len(rules) > 1:
+            groups = Groups(rules, [self._group_of[name] for name in binding.trained])
         with self._on_device:
             if self.backend == "triton":
                 from .triton_step import TritonStep
 
-                return TritonStep(binding.layers, rule, loss, self.dtype, cuda_graph=self._cuda_graph)
-            return TorchStep(binding.layers, rule, loss, self.dtype)
+                return TritonStep(binding.layers, rule, loss, self.dtype, cuda_graph=self._cuda_graph, groups=groups)
+            return TorchStep(binding.layers, rule, loss, self.dtype, groups=groups)
 
     @property
-    def lr(self) -> float:
-        """Learning rate of the next step."""
-        return float(self.optimizer.param_groups[0]["lr"])
+    def lr(self) -> float | list[float]:
+        """Learning rate of the next step; a list where param groups have different ones. A number sets all groups'."""
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        return rates[0] if len(set(rates)) == 1 else rates
 
     @lr.setter
     def lr(self, value: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = check_setting("lr", value)
+        rate = check_setting("lr", value)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -162,11 +201,15 @@ class TrainStep:
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        """The model, the optimizer with its settings, loss, dtype and backend."""
+        """The model, the optimizer with its settings (without those that are off), loss, dtype and backend."""
         group, sizes = self.optimizer.param_groups[0], "-".join(map(str, self.model.sizes))
         if isinstance(self.model, MLPEnsemble):
             sizes += f" x {self.model.members}"
-        settings = ", ".join(f"{name}={group[name]}" for name in self.rule.settings)
+        on = [name for name in self.rule.settings if group[name] is not None and group[name] is not False]
+        settings = ", ".join(f"{name}={group[name]}" for name in on)
+        if len(self._rules) > 1:
+            own = [", ".join(f"{name}={g[name]}" for name in OWN) for g in self.optimizer.param_groups]
+            settings += f", param_groups=[{', '.join(f'({values})' for values in own)}]"
         return (
             f"TrainStep({type(self.model).__name__} {sizes}, {self.rule.name}({settings}), loss={self.loss!r}, "
             f"dtype={self.dtype}, backend={self.backend!r})"
@@ -174,13 +217,18 @@ class TrainStep:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The model, the arguments and the state."""
-        group = self.optimizer.param_groups[0]
-        arguments = {name: group[name] for name in self.rule.settings}
+        groups = self.optimizer.param_groups
+        arguments = {name: groups[0][name] for name in self.rule.settings}
+        if len(groups) > 1:
+            members = [[name for name, of in self._group_of.items() if of == i] for i in range(len(groups))]
+            own = [{name: group[name] for name in OWN} for group in groups]
+            arguments["param_groups"] = [{"params": m, **o} for m, o in zip(members, own, strict=True)]
         arguments |= {"optimizer": self.rule.name, "loss": self.loss, "dtype": self.dtype}
         arguments |= {"cuda_graph": self._cuda_graph}
         state = self.state_dict()
-        extra = {name: value for name, value in group.items() if name not in (*self.rule.settings, "params")}
-        return _restored, (self.model, arguments, state, self._parked, extra)
+        known = {*self.rule.settings, "params"}
+        extra = [{name: value for name, value in group.items() if name not in known} for group in groups]
+        return _restored, (self.model, arguments, state, self._parked, extra, self._ema_waits)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """One optimizer step on a batch.
@@ -201,6 +249,9 @@ class TrainStep:
             if x.shape[-2] == 0:
                 loss.fill_(float("nan"))
             else:
+                if self._ema_waits:
+                    self._begin_ema()
+                    self._ema_waits = False
                 self._engine.step(x, y, loss)
                 self._updated()
         self.forget_gradients()
@@ -222,7 +273,7 @@ class TrainStep:
             batch_size: rows of a step; the last step takes what is left.
             order: int64 [n], the rows in the order of use; default all rows in order. On a CPU a row out of range is
                 an IndexError. On a GPU it makes its step's loss NaN, and the nearest row takes its place.
-            lr_factors: one factor of ``lr`` for each step; default all 1.
+            lr_factors: one factor of ``lr`` (of every param group's) for each step; default all 1.
 
         Returns:
             The mean loss of the n rows, each at the parameters of its step: 0-d float32 on the device. ``losses`` has
@@ -233,11 +284,14 @@ class TrainStep:
         order = self._batches.checked_order(order, images)
         n = order.shape[0]
         steps = -(-n // batch_size)
-        lrs = learning_rates(self.rule.lr, lr_factors, steps)
+        lrs = learning_rates([rule.lr for rule in self._rules], lr_factors, steps)
         self.forget_gradients()
         self.losses = losses = torch.full((steps,), float("nan"), dtype=self.losses.dtype, device=self.device)
         if not steps:
             return torch.full((), float("nan"), dtype=torch.float32, device=self.device)
+        if self._ema_waits:
+            self._begin_ema()
+            self._ema_waits = False
         with self._on_device:
             order, outside = self._batches.readable(order, images, batch_size)
             self._engine.epoch(images, labels, batch_size, order, lrs, losses)
@@ -283,6 +337,9 @@ class TrainStep:
             raise RuntimeError("there are no gradients to apply; call gradients(x, y) before update()")
         self.forget_gradients()
         with self._on_device:
+            if self._ema_waits:
+                self._begin_ema()
+                self._ema_waits = False
             self._engine.update()
         self._updated()
 
@@ -297,13 +354,44 @@ class TrainStep:
         Copies, by name. For each trained parameter NAME: the optimizer's states ("NAME.momentum_buffer" with momentum,
         "NAME.exp_avg" and "NAME.exp_avg_sq" with AdamW), and "NAME.master" in float32 where the parameter has 16 bits.
         Also "step" (updates so far) where the update depends on it, as AdamW's does, and for float16 products
-        "loss_scale" and "loss_scale_good_steps". Only tensors, so that safetensors can store them; the same for both
-        backends. The state of parameters that are frozen now is not in it.
+        "loss_scale" and "loss_scale_good_steps"; with ``ema_decay`` "NAME.ema". Only tensors, so that safetensors can
+        store them; the same for both backends. The state of parameters that are frozen now is not in it.
         """
         self._follow()
+        if self._ema_waits:
+            self._begin_ema()
         counters = self._engine.counters().items()
         state = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in counters}
         return state | {name: tensor.clone() for name, tensor in self._parameter_state().items()}
+
+    def ema_state_dict(self) -> dict[str, Tensor]:
+        """The moving average of the parameters, as a state_dict of the model; copies, float32 or wider.
+
+        A frozen parameter has the average of the time before, or itself. To evaluate the average:
+
+            averaged = copy.deepcopy(step.model)
+            averaged.load_state_dict(step.ema_state_dict())
+
+        Raises:
+            RuntimeError: the step keeps no average.
+        """
+        self._follow()
+        if self.rule.ema_decay is None:
+            raise RuntimeError("this TrainStep keeps no average of the parameters; make it with ema_decay=0.999")
+        if self._ema_waits:
+            self._begin_ema()
+        kept = self._parked | self._parameter_state()
+        return {
+            name: kept.get(f"{name}.ema", parameter).detach().clone()
+            for name, parameter in self.model.named_parameters()
+        }
+
+    def _begin_ema(self) -> None:
+        """The average becomes the parameters as they are."""
+        state = self._engine.parameter_state()
+        with torch.no_grad():
+            for average, parameter in zip(state["ema"], state.get("master", self._binding.parameters), strict=True):
+                average.copy_(parameter)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take up a state that ``state_dict`` returned; load the model's own first.
@@ -330,6 +418,7 @@ class TrainStep:
             tensor.copy_(state_dict[name])
         self._engine.set_counters(values)
         self._parked = {}
+        self._ema_waits = False
         self.forget_gradients()
 
     def _parameter_state(self) -> dict[str, Tensor]:
@@ -359,32 +448,37 @@ class TrainStep:
 
     def _follow(self) -> None:
         """Take up what changed of the model and the settings since the last call, or raise an error."""
-        rule, binding = self.optimizer.changed(self.rule), self._binding
+        rules, binding = self.optimizer.changed(self._rules), self._binding
         if not binding.holds():
             binding = binding.rebound()
-        elif rule is None:
+        elif rules is None:
             return
         structure = self._engine.structure
-        if binding.kind != self._binding.kind or (rule is not None and structure(rule) != structure(self.rule)):
-            self._rebuild(binding, self.rule if rule is None else rule)
-        elif rule is not None:
-            vars(self.rule).update(vars(rule))
+        if binding.kind != self._binding.kind or (
+            rules is not None and list(map(structure, rules)) != list(map(structure, self._rules))
+        ):
+            self._rebuild(binding, self._rules if rules is None else rules)
+        elif rules is not None:
+            for rule, new in zip(self._rules, rules, strict=True):
+                vars(rule).update(vars(new))
             self._engine.settings_changed()
         self._binding = binding
 
-    def _rebuild(self, binding: Binding, rule: Optimizer) -> None:
+    def _rebuild(self, binding: Binding, rules: list[Optimizer]) -> None:
         """A new engine, with the state of the old one as far as both have it."""
         state, counters = self._parked | self._parameter_state(), self._engine.counters()
         thawed = [name for name in binding.trained if name not in self._binding.trained]
         updates = float(torch.as_tensor(counters.get("step", 0.0)).max())
-        if thawed and updates:
+        if thawed and updates and self.rule.corrected:
             raise RuntimeError(
-                f"{', '.join(thawed)} cannot be thawed after {updates:.0f} updates: {rule.name} counts the "
+                f"{', '.join(thawed)} cannot be thawed after {updates:.0f} updates: {self.rule.name} counts the "
                 "updates of all parameters together; make a new TrainStep"
             )
-        engine = self._new_engine(binding, rule)
+        engine = self._new_engine(binding, rules)
         self._lost_gradients |= self._has_gradients
-        self._engine, self._binding, self.rule, self._has_gradients = engine, binding, rule, False
+        self._engine, self._binding, self._rules, self._has_gradients = engine, binding, rules, False
+        if rules[0].ema_decay is not None:
+            self._begin_ema()
         own = self._parameter_state()
         self._parked = {name: tensor for name, tensor in state.items() if name not in own}
         for name, tensor in own.items():
@@ -401,11 +495,17 @@ class TrainStep:
 
 
 def _restored(
-    model: MLP, arguments: dict[str, Any], state: dict[str, Tensor], parked: dict[str, Tensor], extra: dict[str, Any]
+    model: MLP,
+    arguments: dict[str, Any],
+    state: dict[str, Tensor],
+    parked: dict[str, Tensor],
+    extra: list[dict[str, Any]],
+    ema_waits: bool,
 ) -> TrainStep:
     """The copy that ``TrainStep.__reduce__`` describes."""
     step = TrainStep(model, **arguments)
     step.load_state_dict(state)
-    step._parked = parked
-    step.optimizer.param_groups[0].update(extra)  # what schedulers keep there
+    step._parked, step._ema_waits = parked, ema_waits
+    for group, kept in zip(step.optimizer.param_groups, extra, strict=True):
+        group.update(kept)  # what schedulers keep there
     return step

@@ -52,9 +52,11 @@ from ..kernels.dependent import launches_dependent
 from ..kernels.device import tf32_allowed
 from ..kernels.head import MAX_CLASSES
 from ..kernels.layout import Layer, Layout
+from ..kernels.optimizer import EMA_COLUMNS, HYPER_COLUMNS
 from ..kernels.wgrad_update import reduce_update, wgrad_update, workspace
 from ..nn import Linear
 from .graphs import GraphCache, GraphEntry, can_capture, refuse_capture
+from .groups import Groups
 from .late_update import LateUpdate
 from .loss_scale import LossScale
 from .optimizers import Optimizer
@@ -104,6 +106,7 @@ class TritonStep:
         dtype: torch.dtype,
         *,
         cuda_graph: bool,
+        groups: Groups | None = None,
         members: int | None = None,
         active: Tensor | None = None,
     ) -> None:
@@ -127,9 +130,14 @@ class TritonStep:
                     "train both, or use backend 'torch'"
                 )
         self.lowest = min(self.trained)
-        self.layout = Layout([self._trained_layer(i) for i in self.trained], low_is_param=own != torch.float32)
+        row: tuple[int, ...] = (HYPER_COLUMNS if rule.ema_decay is None else EMA_COLUMNS,)
+        settings = None
+        if groups is not None:
+            row, settings = (len(groups.rules), *row), [i * row[0] for i in groups.numbers]
+        trained = [self._trained_layer(i) for i in self.trained]
+        self.layout = Layout(trained, low_is_param=own != torch.float32, settings=settings)
         zeros = torch.zeros(self.layout.flat_shape, dtype=torch.float32, device=self.device)
-        self.states = [zeros.clone() for _ in rule.states]
+        self.states = [zeros.clone() for _ in rule.kept]
         self.grads: Tensor | None = None if rule.max_grad_norm is None else zeros
         self.loss_scale = LossScale(self.device, members) if dtype == torch.float16 else None
         self._scale = None if self.loss_scale is None else self.loss_scale.scale
@@ -137,8 +145,9 @@ class TritonStep:
         #: None where the gradients are applied as soon as they are there.
         self.late: LateUpdate | None = None
         if self.loss_scale is not None or rule.max_grad_norm is not None:
-            self.late = LateUpdate(self.layout, rule, self.states, self.loss_scale, active)
-        self.rows = StepRows(rule, self.device, members, active, None if self.late is None else self.late.count)
+            self.late = LateUpdate(self.layout, rule, self.states, self.loss_scale, row, active)
+        count = None if self.late is None else self.late.count
+        self.rows = StepRows(rule, self.device, members, active, count, groups)
         self._has_head = (
             self.loss == "cross_entropy"
             and self.activations[-1] == "identity"
@@ -395,7 +404,8 @@ class TritonStep:
     ) -> None:
         """Steps over ``order``, each with its learning rate (float64 on the host); writes each step's loss.
 
-        With members ``order`` is [n] or [E, n], and ``lrs`` and ``losses`` are [steps, E].
+        With groups ``lrs`` is [steps, G]. With members ``order`` is [n] or [E, n], and ``lrs`` and ``losses`` are
+        [steps, E].
         """
         if self.graphs is not None:
             refuse_capture()
@@ -498,7 +508,7 @@ class TritonStep:
         for copies in self._copied:
             copies.follow()
         state: dict[str, list[Tensor]] = {}
-        for name, flat in zip(self.rule.states, self.states, strict=True):
+        for name, flat in zip(self.rule.kept, self.states, strict=True):
             state[name] = self.layout.views(flat)
         if any(layer.weight.dtype != torch.float32 for layer in self.layers):
             state["master"] = list(self.layout.params)

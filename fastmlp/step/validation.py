@@ -150,8 +150,12 @@ class Batches:
         return readable_rows(order, images.shape[0], batch_size)
 
 
-def learning_rates(lr: float, factors: Sequence[float] | None, steps: int) -> Tensor:
-    """float64 [steps] on the host: ``lr`` times each factor."""
+def learning_rates(lrs: Sequence[float], factors: Sequence[float] | None, steps: int) -> Tensor:
+    """float64 on the host: ``lrs`` times each factor, [steps] for one of them, else [steps, len(lrs)]."""
+    if len(lrs) > 1:
+        every = torch.tensor(lrs, dtype=torch.float64, device="cpu")
+        return learning_rates([1.0], factors, steps)[:, None] * every
+    (lr,) = lrs
     if factors is None:
         return torch.full((steps,), lr, dtype=torch.float64, device="cpu")
     try:

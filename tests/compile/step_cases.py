@@ -17,7 +17,7 @@ from fastmlp.kernels.column_sums import ColumnSums
 from fastmlp.kernels.configs import LARGEST_UPDATED, Tile, all_tiles
 from fastmlp.kernels.device import Device
 from fastmlp.kernels.layout import SEGMENT, Layer, Layout
-from fastmlp.kernels.optimizer import HYPER_COLUMNS
+from fastmlp.kernels.optimizer import EMA_COLUMNS, HYPER_COLUMNS
 
 from .cases import KernelCases
 
@@ -62,25 +62,29 @@ WIDTHS, NARROW = (784, 512, 512, 16), (784, 512, 512, 10)
 
 
 def _states(layout: Layout, optimizer: str) -> list[torch.Tensor]:
-    return [torch.zeros(layout.total) for _ in range({"nesterov": 1, "adamw": 2}.get(optimizer, 0))]
+    rule, *options = optimizer.split()
+    count = {"sgd": 0, "none": 0, "adam": 2, "adamw": 2}.get(rule, 1)
+    count += len({"amsgrad", "centered", "momentum", "ema"}.intersection(options))
+    return [torch.zeros(layout.total) for _ in range(count)]
 
 
-def _layout(dtype: torch.dtype, widths: tuple[int, ...], params: bool) -> Any:
+def _layout(dtype: torch.dtype, widths: tuple[int, ...], params: bool, groups: bool = False) -> Any:
     low = dtype if dtype.itemsize == 2 else None
     layers = []
     for inputs, outputs in pairwise(widths):
         weight, bias = torch.zeros((outputs, inputs)), torch.zeros(outputs)
         copies = (weight.to(low), bias.to(low)) if low else (None, None)
         layers.append(Layer(weight, bias, *copies))
-    return Layout(layers, low_is_param=params)
+    settings = [HYPER_COLUMNS * (i % 2) for i in range(2 * len(layers))] if groups else None
+    return Layout(layers, low_is_param=params, settings=settings)
 
 
 def _update(
     optimizer: str, *, batch: int = 64, widths: tuple[int, ...] = WIDTHS, pixels: bool = False, params: bool = False,
-    overflow: bool = False, summed: bool = True,
+    overflow: bool = False, summed: bool = True, groups: bool = False,
 ) -> Launcher:  # fmt: skip
     def launch(dtype: torch.dtype, tile: Tile) -> object:
-        layout = _layout(dtype, widths, params)
+        layout = _layout(dtype, widths, params, groups)
         dzs = [torch.zeros((batch, n), dtype=dtype) for n in widths[1:]]
         sums = [ColumnSums(batch, n, torch.device("cpu")) for n in widths[1:]] if summed else []
         for of in sums:
@@ -116,10 +120,11 @@ def _force(tile: Tile) -> Iterator[None]:
 
 
 def _reduce(
-    optimizer: str, *, unscale: bool = False, accumulate: bool = False, params: bool = False, outputs: bool = False
-) -> Launcher:
+    optimizer: str, *, unscale: bool = False, accumulate: bool = False, params: bool = False, outputs: bool = False,
+    groups: bool = False,
+) -> Launcher:  # fmt: skip
     def launch(dtype: torch.dtype, tile: None) -> object:
-        layout = _layout(dtype, WIDTHS, params)
+        layout = _layout(dtype, WIDTHS, params, groups)
         flat, squares = torch.zeros((2, layout.total)), torch.zeros(layout.total // SEGMENT)
         flag = torch.zeros((), dtype=torch.int32)
         return wgrad_update.reduce_update(
@@ -132,16 +137,16 @@ def _reduce(
     return launch
 
 
-def _before(optimizer: str, *, clips: bool, scales: bool) -> Launcher:
+def _before(optimizer: str, *, clips: bool, scales: bool, rows: tuple[int, ...] = ()) -> Launcher:
     def launch(dtype: torch.dtype, tile: None) -> object:
         number, integer = torch.zeros(()), torch.zeros((), dtype=torch.int32)
-        counts = scales and optimizer == "adamw"
+        counts, row = scales and optimizer != "sgd", (*rows, EMA_COLUMNS if "ema" in optimizer else HYPER_COLUMNS)
         return before_update(
-            optimizer, torch.zeros(HYPER_COLUMNS), number, squares=torch.zeros(656) if clips else None,
+            optimizer, torch.zeros(row), number, squares=torch.zeros(656) if clips else None,
             loss_scale=LossScaleState(number, number, *[integer] * 3, 2000, 2.0, 0.5, 1.0) if scales else None,
             scaled=scales and not clips, count=integer if counts else None,
             decays=torch.zeros(2, dtype=torch.float64) if counts else None,
-            counted_row=torch.zeros(HYPER_COLUMNS) if counts else None,
+            counted_row=torch.zeros(row) if counts else None,
         )  # fmt: skip
 
     return launch
@@ -171,6 +176,8 @@ KERNELS = {
             "split-adamw": _update("adamw", batch=4096),
             "split-pixels-gather": _update("sgd", batch=4096, pixels=True),
             "narrow-adamw-pixels": _update("adamw", widths=NARROW, pixels=True, summed=False),
+            "rmsprop-params": _update("rmsprop centered momentum maximize ema", params=True),
+            "narrow-lion": _update("lion ema", widths=NARROW, summed=False, groups=True),
             "none-overflow": _update("none", overflow=True),
             "narrow-none-odd": _update("none", batch=77, widths=(77, 33, 10)),
         },
@@ -184,6 +191,7 @@ KERNELS = {
         variants={
             "sgd": _reduce("sgd"),
             "adamw-unscale": _reduce("adamw", unscale=True, params=True),
+            "amsgrad": _reduce("adam amsgrad ema", unscale=True, groups=True),
             "none-accumulate": _reduce("none", accumulate=True),
             "none-outputs": _reduce("none", unscale=True, outputs=True),
         },
@@ -197,6 +205,7 @@ KERNELS = {
             "clip": _before("sgd", clips=True, scales=False),
             "scale": _before("sgd", clips=False, scales=True),
             "clip-scale-adamw": _before("adamw", clips=True, scales=True),
+            "scale-adam-groups": _before("adam ema", clips=False, scales=True, rows=(3,)),
         },
         force=lambda tile: nullcontext(),
         aligned=lambda variant, dtype, tile: True,

@@ -36,12 +36,15 @@ BACKEND = "triton" if INTERPRETING or HAS_GPU else "torch"
 PERTURBED_RUNS = 6
 
 #: Where a gradient is nearly 0, AdamW's first steps are its sign. With a large eps they are continuous in the gradient.
+#: Lion's always are the sign, and are left to the test of the kernel.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.3, "weight_decay": 0.02},
     "momentum": {"lr": 0.1, "momentum": 0.9},
     "nesterov": {"lr": 0.1, "momentum": 0.8, "nesterov": True},
     "clipping": {"lr": 0.5, "max_grad_norm": 0.05},
     "adamw": {"optimizer": "adamw", "lr": 0.01, "betas": (0.8, 0.95), "eps": 0.01, "weight_decay": 0.1},
+    "adam": {"optimizer": "adam", "lr": 0.01, "betas": (0.8, 0.5), "eps": 0.01, "amsgrad": True, "maximize": True},
+    "rmsprop": {"optimizer": "rmsprop", "lr": 0.01, "alpha": 0.9, "eps": 0.1, "momentum": 0.5, "centered": True},
 }
 # An activation that is not smooth moves by more than a rounding where Z is nearly 0. This is so rare that the perturbed
 # runs may not show it.

@@ -388,8 +388,8 @@ _UPDATE = (
     Mutant(
         "optimizer",
         "state of the wrong element",
-        "        tl.store(states[0] + state_offs, m, mask=mask)\n        if OPTIMIZER",
-        "        tl.store(states[0] + offs, m, mask=mask)\n        if OPTIMIZER",
+        '        tl.store(states[0] + state_offs, m, mask=mask)\n        if is_rule(OPTIMIZER, "nesterov")',
+        '        tl.store(states[0] + offs, m, mask=mask)\n        if is_rule(OPTIMIZER, "nesterov")',
         (UPDATE, "every_optimizer and direct and momentum"),
     ),
     Mutant(

@@ -20,6 +20,12 @@ OPTIMIZERS = {
     "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
     "clipped": {"lr": 0.1, "max_grad_norm": 0.05},
 }
+#: Rules and options that share what they do on a device with those above.
+OTHERS = {
+    "rmsprop": {"optimizer": "rmsprop", "lr": 0.01, "momentum": 0.5, "maximize": True},
+    "adam, groups": {"optimizer": "adam", "lr": 0.01, "param_groups": [{"params": "*.bias", "weight_decay": 0.1}]},
+    "average": {"lr": 0.1, "ema_decay": 0.9, "ema_warmup": True},
+}
 #: dtypes of parameters and products.
 PRECISIONS = {
     "float32": (torch.float32, None),
@@ -77,6 +83,15 @@ def test_step(machine, optimizer, precision, pixels, device):
     assert step.backend == "triton"
     every_call(machine, step, device, torch.uint8 if pixels else torch.float32)
     check_launches(machine, device)
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed float16"])
+@pytest.mark.parametrize("optimizer", OTHERS)
+def test_other_rules(machine, optimizer, precision):
+    parameters, products = PRECISIONS[precision]
+    step = TrainStep(fastmlp.MLP(SIZES, device="cuda:1", dtype=parameters), dtype=products, **OTHERS[optimizer])
+    every_call(machine, step, "cuda:1", torch.uint8)
+    check_launches(machine, "cuda:1")
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed float16"])

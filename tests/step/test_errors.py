@@ -30,7 +30,7 @@ def _number(value: object) -> str:
 
 
 SETTINGS = [
-    ({"optimizer": "adam"}, ValueError, "unknown optimizer 'adam'; expected one of sgd, adamw. Did you mean 'adamw'"),
+    ({"optimizer": "adamq"}, ValueError, "unknown optimizer 'adamq'; expected one of sgd, adam, adamw, rmsprop, lion"),
     ({"loss": "nll"}, ValueError, "unknown loss 'nll'; expected one of cross_entropy, mse"),
     ({"lr": -1.0}, ValueError, "learning rate of at least 0, got lr=-1.0"),
     ({"lr": math.nan}, ValueError, "learning rate of at least 0, got lr=nan"),
@@ -41,7 +41,11 @@ SETTINGS = [
     ({"weight_decay": -0.1}, ValueError, "weight_decay of at least 0, got -0.1"),
     ({"nesterov": True}, ValueError, "nesterov=True needs optimizer='sgd' and a momentum above 0"),
     ({"nesterov": True, "optimizer": "adamw"}, ValueError, "nesterov=True needs"),
-    ({"momentum": 0.9, "optimizer": "adamw"}, ValueError, r"AdamW has betas=\(beta1, beta2\)"),
+    ({"momentum": 0.9, "optimizer": "adamw"}, ValueError, "not a setting of optimizer 'adamw', but of sgd, rmsprop"),
+    ({"amsgrad": True}, ValueError, "amsgrad=True is not a setting of optimizer 'sgd', but of adam, adamw"),
+    ({"alpha": 1.0, "optimizer": "rmsprop"}, ValueError, r"alpha in \[0, 1\), got 1.0"),
+    ({"alpha": 0.9, "optimizer": "lion"}, ValueError, "alpha=0.9 is not a setting of optimizer 'lion', but of rmsprop"),
+    ({"maximize": None}, TypeError, "maximize to be a bool, got None"),
     ({"betas": (0.9, 1.0)}, ValueError, r"betas in \[0, 1\), got \(0.9, 1.0\)"),
     ({"betas": (0.9,)}, ValueError, "got 1 values"),
     ({"betas": ("a", 0.9)}, TypeError, "beta1 to be a number, got 'a'"),

@@ -444,5 +444,5 @@ def test_a_copy_of_model_step_and_scheduler_together(batch):
 
 def test_repr():
     _, step = made(momentum=0.9)
-    expected = "TrainStep(MLP 4-8-3, sgd(lr=0.1, weight_decay=0.0, max_grad_norm=None, momentum=0.9, nesterov=False), "
+    expected = "TrainStep(MLP 4-8-3, sgd(lr=0.1, weight_decay=0.0, momentum=0.9), "
     assert repr(step) == expected + "loss='cross_entropy', dtype=torch.float32, backend='torch')"

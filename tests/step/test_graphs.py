@@ -39,6 +39,7 @@ SETTINGS = {
     "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
     "clipped": {"lr": 0.1, "max_grad_norm": 0.05},
+    "average": {"lr": 0.1, "momentum": 0.9, "ema_decay": 0.9, "ema_warmup": True},
 }
 #: Values of settings in turn. No setting turns a rule into another one, whose steps are another graph.
 CHANGES: dict[str, dict[str, list]] = {
@@ -51,6 +52,7 @@ CHANGES: dict[str, dict[str, list]] = {
         "weight_decay": [0.1, 0.0],
     },
     "clipped": {"lr": [0.1], "max_grad_norm": [0.05, 0.01, 10.0]},
+    "average": {"lr": [0.1, 0.05], "ema_decay": [0.9, 0.5, 0.05]},
 }
 #: dtypes of parameters and products.
 PRECISIONS = {
@@ -192,6 +194,21 @@ def test_settings_change_without_a_new_capture(optimizer):
 
     start = {name: values[0] for name, values in CHANGES[optimizer].items()}
     _, cuda = check(script, replays=6, **{**SETTINGS[optimizer], **start})
+    assert len(cuda.captures) == 2
+
+
+@pytest.mark.parametrize("settings", [{"momentum": 0.5}, {"optimizer": "adamw", "max_grad_norm": 0.05}], ids=str)
+def test_settings_of_groups_change_without_a_new_capture(settings):
+    def script(step: TrainStep) -> Iterator[Tensor]:
+        images, labels = batch(0, ROWS)
+        for i in range(3):
+            for j, group in enumerate(step.optimizer.param_groups):
+                group.update(lr=0.1 / (i + 3 * j + 1), weight_decay=0.1 * ((i + j) % 2))
+            yield step(*batch(i))
+            yield step.epoch(images, labels, ROWS)
+
+    groups = [{"params": "*.bias", "lr": 0.5}]
+    _, cuda = check(script, replays=4, lr=0.1, param_groups=groups, **settings)
     assert len(cuda.captures) == 2
 
 

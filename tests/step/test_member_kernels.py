@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmlp.step.optimizers import SGD, AdamW, Optimizer
+from fastmlp.step.optimizers import SGD, AdamW, Lion, Optimizer, RMSprop
 from fastmlp.step.per_member import PerMember
 from fastmlp.step.triton_step import TritonStep
 from tests.conftest import INTERPRETING, UNSIMULATED
@@ -96,6 +96,8 @@ CASES = {
     "adamw": (AdamW(PerMember(RATES), weight_decay=PerMember((0.0, 0.1))), "cross_entropy", torch.float32, False),
     "momentum bfloat16": (SGD(0.1, momentum=PerMember((0.1, 0.9)), max_grad_norm=0.5), "mse", torch.bfloat16, False),
     "adamw float16 clipped": (AdamW(PerMember(RATES), max_grad_norm=0.1), "cross_entropy", torch.float16, True),
+    "lion": (Lion(PerMember(RATES), weight_decay=PerMember((0.0, 0.1))), "cross_entropy", torch.float32, False),
+    "rmsprop": (RMSprop(0.01, momentum=0.5, centered=True, maximize=True), "mse", torch.float32, True),
     "squared error": (SGD(0.1, weight_decay=0.1), "softmax_squared_error", torch.float32, False),
 }
 

@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler as schedulers
 
 import fastmlp
 from tests.support.steps import one_thread  # noqa: F401
+from tests.support.torchs import TORCH_OPTIMIZERS
 
 MOMENTUM = {"momentum": 0.9, "nesterov": True}
 #: How each scheduler of torch is made, and the settings of the optimizer for it.
@@ -51,7 +52,7 @@ def pair(**settings: object) -> tuple[fastmlp.MLP, fastmlp.TrainStep, nn.Module,
     torch.manual_seed(0)
     model = fastmlp.MLP([4, 8, 3], "tanh")
     twin = copy.deepcopy(model).to_torch()
-    rule = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[str(settings.get("optimizer", "sgd"))]
+    rule = TORCH_OPTIMIZERS[str(settings.get("optimizer", "sgd"))]
     of_torch = {k: v for k, v in settings.items() if k not in ("optimizer", "max_grad_norm")}
     if rule is torch.optim.AdamW:
         of_torch.setdefault("weight_decay", 0.0)
@@ -117,6 +118,10 @@ CHANGES = [
     ({"max_grad_norm": 0.01}, {"max_grad_norm": None}),
     ({}, {"max_grad_norm": 0.01}),
     ({"optimizer": "adamw"}, {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.2}),
+    ({"optimizer": "adam", "amsgrad": True}, {"betas": (0.5, 0.7), "weight_decay": 0.2}),
+    ({"optimizer": "rmsprop", "momentum": 0.9, "centered": True}, {"alpha": 0.9, "eps": 1e-3, "momentum": 0.5}),
+    ({"optimizer": "lion"}, {"betas": (0.5, 0.8), "maximize": True}),
+    ({}, {"maximize": True}),
 ]
 
 
@@ -223,10 +228,10 @@ def test_what_the_optimizer_does_not_do():
     for call in (step.optimizer.state_dict, lambda: step.optimizer.load_state_dict({})):
         with pytest.raises(RuntimeError, match=r"step\.(load_)?state_dict\("):
             call()
-    with pytest.raises(NotImplementedError, match="one param group"):
+    with pytest.raises(NotImplementedError, match="keeps its param groups"):
         step.optimizer.add_param_group({"params": [torch.zeros(1)]})
     step.optimizer.param_groups.append(step.optimizer.param_groups[0])
-    with pytest.raises(RuntimeError, match="a second param group"):
+    with pytest.raises(RuntimeError, match="another param group"):
         step(*data())
 
 
@@ -238,10 +243,10 @@ def test_what_a_step_would_not_follow_cannot_be_set():
     for name, value in (("model", model), ("loss", "mse"), ("dtype", torch.float16)):
         with pytest.raises(AttributeError, match=f"keeps its {name}"):
             setattr(step, name, value)
-    step.optimizer.param_groups[0]["maximize"] = True
+    step.optimizer.param_groups[0]["dampening"] = 0.5
     with pytest.raises(RuntimeError, match="a setting that a TrainStep does not have"):
         step(*data())
-    del step.optimizer.param_groups[0]["maximize"]
+    del step.optimizer.param_groups[0]["dampening"]
     del step.optimizer.param_groups[0]["params"][0]
     with pytest.raises(RuntimeError, match="other parameters than the model"):
         step(*data())
@@ -252,7 +257,11 @@ def test_what_a_step_would_not_follow_cannot_be_set():
     [
         ({"optimizer": torch.optim.SGD}, "got SGD; pass optimizer='sgd'"),
         ({"optimizer": torch.optim.AdamW([torch.zeros(1)])}, "got AdamW; pass optimizer='adamw'"),
-        ({"optimizer": torch.optim.Adagrad}, "got Adagrad; train with autograd"),
+        ({"optimizer": torch.optim.RMSprop}, "got RMSprop; pass optimizer='rmsprop' with its settings"),
+        (
+            {"optimizer": torch.optim.Adagrad},
+            "one of sgd, adam, adamw, rmsprop, lion, got Adagrad; train with autograd",
+        ),
         ({"loss": nn.CrossEntropyLoss()}, "got CrossEntropyLoss; pass loss='cross_entropy'"),
         ({"loss": fastmlp.CrossEntropyLoss()}, "got CrossEntropyLoss; pass loss='cross_entropy'"),
         ({"loss": nn.MSELoss()}, "got MSELoss; pass loss='mse'"),

@@ -21,6 +21,23 @@ SETTINGS = {
     "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
     "clipped": {"lr": 0.1, "max_grad_norm": 0.05},
+    "adam": {"optimizer": "adam", "lr": 0.01, "amsgrad": True, "weight_decay": 0.1, "max_grad_norm": 0.05},
+    "rmsprop": {"optimizer": "rmsprop", "lr": 0.003, "momentum": 0.5, "centered": True, "maximize": True},
+    "lion": {"optimizer": "lion", "lr": 0.003, "weight_decay": 0.1},
+    "groups": {
+        "lr": 0.1,
+        "momentum": 0.9,
+        "param_groups": [
+            {"params": "*.bias", "lr": 0.5, "weight_decay": 0.2},
+            {"params": "layers.1.weight", "lr": 0.0},
+        ],
+    },
+    "groups, float16": {
+        "optimizer": "adamw",
+        "lr": 0.01,
+        "param_groups": [{"params": "*.bias", "lr": 0.05}, {"params": "layers.1.weight", "lr": 0.0}],
+        "dtype": torch.float16,
+    },
 }
 
 
@@ -98,6 +115,59 @@ def test_optimizers(lane, settings):
 @pytest.mark.parametrize("activation", ["relu", "gelu", "identity"])
 def test_activations_and_depth(lane, activation):
     compare(lane, (20, 17, 16, 9, 5), activation, lr=0.05)
+
+
+EMA = {
+    "sgd": {"lr": 0.1, "dtype": None},
+    "adamw float16": {"optimizer": "adamw", "lr": 0.01, "dtype": torch.float16},
+    "momentum groups float16": {
+        "lr": 0.1,
+        "momentum": 0.9,
+        "dtype": torch.float16,
+        "max_grad_norm": 0.5,
+        "param_groups": [{"params": "*.bias", "lr": 0.5}],
+    },
+}
+
+
+@pytest.mark.parametrize("warmup", [False, True], ids=["", "warm-up"])
+@pytest.mark.parametrize("settings", EMA.values(), ids=EMA)
+def test_averages(lane, settings, warmup):
+    """The average of the kernels' own parameters after each step, which float64 averages too."""
+    torch.manual_seed(0)
+    model = fastmlp.MLP((33, 20, 17, 5)).to(lane)
+    images, labels = (t.to(lane) for t in data(16, 33, 5))
+    with use_backend("triton"):
+        step = TrainStep(model, ema_decay=0.75, ema_warmup=warmup, **settings)
+    expected = [p.detach().double().cpu() for p in model.parameters()]
+    for t in range(1, 5):
+        step(images, labels)
+        decay = min(0.75, (1 + t) / (10 + t)) if warmup else 0.75
+        for e, p in zip(expected, model.parameters(), strict=True):
+            e.mul_(decay).add_(p.detach().double().cpu(), alpha=1 - decay)
+    for name, average, e in zip(model.state_dict(), step.ema_state_dict().values(), expected, strict=True):
+        assert average.dtype == torch.float32
+        torch.testing.assert_close(average.double().cpu(), e, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's, interpreting
+def test_skipped_steps_do_not_count_in_the_average(lane):
+    """Plain SGD with a warm-up counts its updates like a rule that needs their number."""
+    torch.manual_seed(0)
+    model = fastmlp.MLP((33, 17, 5)).to(lane)
+    images, labels = (t.to(lane) for t in data(16, 33, 5))
+    with use_backend("triton"):
+        step = TrainStep(model, lr=0.1, dtype=torch.float16, ema_decay=0.9, ema_warmup=True)
+    before = step.ema_state_dict()
+    step._engine.loss_scale.scale.fill_(2.0**30)
+    step(images, labels)
+    assert all(torch.equal(t, before[name]) for name, t in step.ema_state_dict().items())
+    step._engine.loss_scale.scale.fill_(2.0**15)
+    step._engine.loss_scale.inverse.fill_(2.0**-15)
+    step(images, labels)
+    assert step.state_dict()["step"] == 1
+    for (name, t), p in zip(step.ema_state_dict().items(), model.parameters(), strict=True):
+        torch.testing.assert_close(t, (before[name] * 2 + p.detach() * 9) / 11, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("loss", list(STEP_LOSSES)[1:])

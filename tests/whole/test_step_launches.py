@@ -61,6 +61,13 @@ def test_a_step_is_2l_minus_1_launches(layers, optimizer):
 
 
 @pytest.mark.launch
+def test_groups_and_averages_launch_nothing_more():
+    options = {"ema_decay": 0.9, "ema_warmup": True, "param_groups": [{"params": "*.bias", "weight_decay": 0.1}]}
+    for optimizer in ("sgd", "rmsprop", "lion", "adam"):
+        assert captured_step(optimizer=optimizer, **options) == FIVE
+
+
+@pytest.mark.launch
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_five_launches_on_every_target(target):
     names = one_step((784, 512, 512, 10), 64, target)

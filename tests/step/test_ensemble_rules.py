@@ -1,0 +1,43 @@
+"""Every optimizer in a TrainStep of an ensemble on plain torch: each member as the same MLP alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastmlp
+from tests.support.steps import (
+    flat,
+    network,
+    one_thread,  # noqa: F401
+    problem,
+)
+from tests.support.torchs import OPTIMIZERS
+
+SIZES = (13, 17, 11, 5)
+RATES = (0.01, 0.02, 0.01)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_members_are_mlps(name):
+    """With rates of their own, and a member that pauses."""
+    alone = [network(SIZES, seed=seed) for seed in range(3)]
+    together = fastmlp.MLPEnsemble.stack(alone)
+    settings = {**OPTIMIZERS[name], "lr": RATES}
+    step = fastmlp.TrainStep(together, **settings)
+    singles = [fastmlp.TrainStep(m, **{**settings, "lr": lr}) for m, lr in zip(alone, RATES, strict=True)]
+    for i in range(3):
+        x, y = problem(SIZES, 8, seed=i)
+        step.active = torch.tensor([True, i != 1, True])
+        losses = step(x, y)
+        for e, single in enumerate(singles):
+            if step.active[e]:
+                torch.testing.assert_close(losses[e], single(x, y), rtol=1e-12, atol=0)
+    for member, model in zip(together.unstack(), alone, strict=True):
+        torch.testing.assert_close(flat(member), flat(model), rtol=1e-11, atol=1e-13)
+
+
+def test_an_ensemble_has_no_groups():
+    ensemble = fastmlp.MLPEnsemble.stack([network(SIZES)] * 2)
+    with pytest.raises(NotImplementedError, match="an ensemble has no param_groups"):
+        fastmlp.TrainStep(ensemble, param_groups=[{"params": "*.bias"}])
