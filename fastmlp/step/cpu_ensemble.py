@@ -8,6 +8,7 @@ works on views of the ensemble's tensors. Else it copies its members' tensors si
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import fields, replace
 from functools import partial
 from itertools import groupby
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from .. import cpu
 from ..base.losses import takes_classes
-from .cpu_members import MemberLayer, Packed, Piece, Span
+from .cpu_member_span import MemberLayer, Packed, Span
+from .cpu_members import Piece
 from .loss_scale import START
 from .optimizers import Optimizer
 from .per_member import SETTINGS, PerMember
@@ -29,7 +31,7 @@ _PLANS = 4
 #: Runs of active members that pieces take as they are; more of them are packed.
 _RUNS = 2
 #: Bytes that a thread's cache has room for, and multiplications of a step to measure.
-_CACHE, _MEASURED = 1 << 19, 1 << 26
+_CACHE, _MEASURED = 1 << 19, 1 << 25
 
 
 class TorchEnsemble:
@@ -100,8 +102,9 @@ class TorchEnsemble:
 
     def rule_with(self, settings: tuple[tuple[str, float], ...]) -> Optimizer:
         """The rule with a member's settings."""
-        own: dict[str, Any] = dict(settings)
-        return replace(self.rule, **own)
+        rule = copy(self.rule)  # a tenth of the time of dataclasses.replace
+        vars(rule).update(settings)
+        return rule
 
     def _set_rate(self, rate: Any) -> None:
         if rate is self._rate_now or rate == self._rate_now:
@@ -168,7 +171,7 @@ class TorchEnsemble:
         self._spread(way, [partial(_each, [partial(p.run, x, y, out, update) for p in part]) for part in pieces])
 
     def _spread(self, way: str, parts: list[Callable[[], None]]) -> None:
-        if way == "batched":
+        if way in ("batched", "each"):
             _each(parts)
         else:
             cpu.at_once(parts)
@@ -226,14 +229,16 @@ class TorchEnsemble:
             if len(self._plans) == _PLANS:
                 del self._plans[next(iter(self._plans))]
             way = self._way or self._measured(m)
-            self._plans[m] = way, [[Piece(self, span, m) for span in part] for part in self._spans(way, m)]
+            each = way == "each"
+            parts = [[Piece(self, span, m, each=each) for span in part] for part in self._spans(way, m)]
+            self._plans[m] = way, parts
         return self._plans[m]
 
     def _spans(self, way: str, m: int) -> Iterator[list[Span]]:
         """The spans of active members of each thread."""
         if not self._ids:
             return
-        parts = 1 if way == "batched" else min(torch.get_num_threads(), len(self._ids))
+        parts = 1 if way in ("batched", "each", "alone") else min(torch.get_num_threads(), len(self._ids))
         size = -(-len(self._ids) // parts)
         most = max(1, _CACHE // self._bytes(m)) if way == "small" else size
         for start in range(0, len(self._ids), size):
@@ -259,16 +264,15 @@ class TorchEnsemble:
         names = sorted({layer.activation for layer in self.layers})
         work = m * sum(layer.weight[0].numel() for layer in self.layers)
         threads = torch.get_num_threads()
-        members = min(self.members, max(2 * threads, _MEASURED // max(1, work)))
+        members = min(self.members, max(4 * threads, _MEASURED // max(1, work)))
         kind = f"ensemble of {members} to {'-'.join(sizes)} {' '.join(names)} {self.loss} {self.rule.name}"
 
-        def trials(rows: int) -> dict[Any, Callable[[], object]]:
-            return {way: self._trial(way, members, rows) for way in cpu.MEMBER_WAYS}
-
         ends = self.layers[0].weight.shape[2], self.layers[-1].weight.shape[1]
-        return cpu.member_way(kind, m, ends, self.dtype, self.device, trials)
+        largest = m * max(layer.weight[0].numel() for layer in self.layers)
+        trial = partial(self._trial, members)
+        return cpu.member_way(kind, m, ends, self.dtype, self.device, largest, trial)
 
-    def _trial(self, way: str, members: int, m: int) -> Callable[[], object]:
+    def _trial(self, members: int, way: str, m: int) -> Callable[[], object]:
         """A step of ``members`` like these on scratch data."""
         modules = [_Scratch(layer, members) for layer in self._modules]
         own: dict[str, Any] = {name: 1e-3 for name in SETTINGS if isinstance(getattr(self.rule, name, None), PerMember)}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base.arguments import check_tensor
 from ..base.losses import STEP_LOSSES
+from ..ensemble import MLPEnsemble
 from .binding import Binding
 from .cpu_ensemble import TorchEnsemble
 from .optimizers import Optimizer
@@ -42,6 +43,8 @@ class EnsembleStep(TrainStep):
     """
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(model, MLPEnsemble):
+            raise TypeError(f"EnsembleStep trains a fastmlp.MLPEnsemble, got {type(model).__name__}; use TrainStep")
         self._members: int = model.members
         device = next(model.parameters()).device
         self._active = torch.ones(self._members, dtype=torch.bool, device=device)

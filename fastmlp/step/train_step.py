@@ -100,7 +100,11 @@ class TrainStep:
 
     def __new__(cls, model: MLP | MLPEnsemble, *args: Any, **kwargs: Any) -> TrainStep:
         """A step of an ensemble is an ``EnsembleStep``."""
-        return super().__new__(TrainStep._of_ensemble if isinstance(model, MLPEnsemble) else cls)
+        if isinstance(model, MLPEnsemble) and not issubclass(cls, TrainStep._of_ensemble):
+            if cls is not TrainStep:
+                raise TypeError(f"{cls.__name__} is a step of MLPs; a class of steps of ensembles extends EnsembleStep")
+            cls = TrainStep._of_ensemble
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -200,6 +204,8 @@ class TrainStep:
     def __repr__(self) -> str:
         """The model, the optimizer with its settings (without those that are off), loss, dtype and backend."""
         group, sizes = self.optimizer.param_groups[0], "-".join(map(str, self.model.sizes))
+        if isinstance(self.model, MLPEnsemble):
+            sizes += f" x {self.model.members}"
         on = [name for name in self.rule.settings if group[name] is not None and group[name] is not False]
         settings = ", ".join(f"{name}={group[name]}" for name in on)
         if len(self._rules) > 1:
