@@ -19,6 +19,7 @@ from ..base.arguments import check_members, check_network, check_same_device
 from ..ensemble import MLPEnsemble
 from ..nn import MLP, _has_hooks, _only_computes
 
+_FORWARD, _ENSEMBLE_FORWARD = MLP.forward, MLPEnsemble.forward
 _numel, _is_contiguous = Tensor.numel, Tensor.is_contiguous
 #: Handles of hooks that this file made, which are no reason to look for new hooks.
 _probes = 0
@@ -176,7 +177,7 @@ def _nothing(*gradients: Any) -> None:
 
 def _own_forward(model: MLP | MLPEnsemble) -> object:
     """The forward that an engine computes."""
-    return MLPEnsemble.forward if isinstance(model, MLPEnsemble) else MLP.forward
+    return _ENSEMBLE_FORWARD if isinstance(model, MLPEnsemble) else _FORWARD
 
 
 def _check_model(model: MLP | MLPEnsemble, has_hooks: bool) -> None:

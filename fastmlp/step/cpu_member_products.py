@@ -159,9 +159,20 @@ class Each(Batched):
         """DZ^T X in ``into``."""
         grads = into.unbind() if self._grads is None else self._grads
         for products, dz, of_member, dw in zip(self._products, self._dzs, x.unbind(), grads, strict=True):
-            made = torch.mm(dz.t(), of_member) if products.wgrad is None else products.wgrad(dz, of_member)
+            if products.wgrad is None:
+                self._mm(dz, of_member, dw)
+                continue
+            made = products.wgrad(dz, of_member)
             if made is not dw:
                 dw.copy_(made)
+
+    @staticmethod
+    def _mm(dz: Tensor, x: Tensor, dw: Tensor) -> None:
+        """DZ^T X for plain SGD, whose gradients are stored by ``gradients`` only."""
+        if dz.dtype == dw.dtype:
+            torch.mm(dz.t(), x, out=dw)
+        else:
+            torch.mm(dz.t().to(dw.dtype), x.to(dw.dtype), out=dw)
 
     def update(self, x: Tensor, rate: float) -> None:
         """W -= rate dZ^T X."""

@@ -90,14 +90,12 @@ class MemberUpdate:
                     count = counted[0]
                 rule = net.rule_with(keys[start][0])
                 params, grads = [t[part] for t in self._params], [t[part] for t in self._grads]
-                states = [[t[part] for t in self._states[name]] for name in rule.states] + self._spare(part)
+                states = [[t[part] for t in self._states[name]] for name in rule.states]
+                if rule.spare:
+                    states += [[torch.empty_like(param) for param in params], [self._one]]
                 self._groups.append((rule, params, grads, states, net.zero if count is None else count, counted))
             start = i
         self._version = net.version
-
-    def _spare(self, part: slice) -> list[list[Tensor]]:
-        """What the update of a rule with ``spare`` works in."""
-        return [[torch.empty_like(t[part]) for t in self._params], [self._one]] if self._net.rule.spare else []
 
     def _adjust(self, finite: Tensor) -> None:
         """Move the members' scales as ``LossScale.adjust`` does."""

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from ..base.arguments import check_tensor
 from ..base.losses import STEP_LOSSES
+from ..ensemble import MLPEnsemble
 from .binding import Binding
 from .cpu_ensemble import TorchEnsemble
 from .loss_options import DEFAULTS
-from .optimizers import Optimizer, check_setting
+from .optimizers import Optimizer
 from .train_step import TrainStep
 from .validation import MemberBatches, check_batch_size, member_learning_rates
+from .values import check_setting
 
 #: Losses that are allocated together.
 _BLOCK = 64
@@ -42,6 +44,8 @@ class EnsembleStep(TrainStep):
     """
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(model, MLPEnsemble):
+            raise TypeError(f"EnsembleStep trains a fastmlp.MLPEnsemble, got {type(model).__name__}; use TrainStep")
         self._members: int = model.members
         device = next(model.parameters()).device
         self._active = torch.ones(self._members, dtype=torch.bool, device=device)

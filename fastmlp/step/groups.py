@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optimizers import Optimizer, check_setting
+from .optimizers import Optimizer
+from .values import check_setting
 
 #: The settings that differ between groups.
 OWN = ("lr", "weight_decay")

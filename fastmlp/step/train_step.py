@@ -20,9 +20,10 @@ from .binding import Binding
 from .cpu_step import TorchStep
 from .groups import OWN, Groups, grouped
 from .loss_options import loss_options
-from .optimizers import OPTIMIZERS, Optimizer, check_setting, optimizer_of
+from .optimizers import OPTIMIZERS, Optimizer, optimizer_of
 from .settings import StepOptimizer
 from .validation import Batches, MemberBatches, check_batch_size, check_dtype, check_is_mlp, check_loss, learning_rates
+from .values import check_setting
 
 if TYPE_CHECKING:
     from .triton_step import TritonStep
@@ -110,7 +111,11 @@ class TrainStep:
 
     def __new__(cls, model: MLP | MLPEnsemble, *args: Any, **kwargs: Any) -> TrainStep:
         """A step of an ensemble is an ``EnsembleStep``."""
-        return super().__new__(TrainStep._of_ensemble if isinstance(model, MLPEnsemble) else cls)
+        if isinstance(model, MLPEnsemble) and not issubclass(cls, TrainStep._of_ensemble):
+            if cls is not TrainStep:
+                raise TypeError(f"{cls.__name__} is a step of MLPs; a class of steps of ensembles extends EnsembleStep")
+            cls = TrainStep._of_ensemble
+        return super().__new__(cls)
 
     def __init__(
         self,

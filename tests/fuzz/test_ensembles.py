@@ -1,4 +1,7 @@
-"""TrainStep of an MLPEnsemble against autograd and torch.optim, member by member, with the budget of test_steps."""
+"""TrainStep of an MLPEnsemble on plain torch against autograd and torch.optim, member by member.
+
+The budget is that of ``test_steps``. ``test_members`` has the kernels.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from torch import Tensor
 
 import fastmlp
 from fastmlp import MLPEnsemble
-from tests.conftest import WITH_KERNELS, uninitialized_is_nan
+from tests.conftest import HAS_GPU, INTERPRETING, uninitialized_is_nan
 from tests.fuzz.cases import fuzz
-from tests.fuzz.test_steps import BACKEND, DEVICE, OPTIMIZERS, Training, batches, check_trained, trainings
+from tests.fuzz.test_steps import OPTIMIZERS, Training, batches, check_trained, trainings
 from tests.support.steps import converted, network, problem
 
-pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"), *WITH_KERNELS]
+pytestmark = pytest.mark.skipif(INTERPRETING or HAS_GPU, reason="plain torch is tested where no kernel runs")
 
 
 @dataclass(frozen=True)
@@ -55,19 +58,18 @@ def test_train_step_of_an_ensemble(case: Members):
     settings: dict[str, Any] = dict(OPTIMIZERS[t.optimizer])
     rates = [settings["lr"] * (1 + e / 4 if case.rates else 1) for e in range(count)]
 
-    ensemble = MLPEnsemble.stack([converted(start, torch.float32) for start in starts]).to(DEVICE)
+    ensemble = MLPEnsemble.stack([converted(start, torch.float32) for start in starts])
     before = [p.detach().clone() for p in ensemble.parameters()]
-    inputs = (x if t.pixels else x.float()).to(DEVICE)
-    targets = (y.float() if y.is_floating_point() else y).to(DEVICE)
-    with fastmlp.use_backend(BACKEND), uninitialized_is_nan():
+    inputs = x if t.pixels else x.float()
+    targets = y.float() if y.is_floating_point() else y
+    with fastmlp.use_backend("torch"), uninitialized_is_nan():
         step = fastmlp.TrainStep(ensemble, loss=t.loss, dtype=t.dtype, **{**settings, "lr": rates})
         step.active = torch.tensor(case.active)
         if t.epoch:
-            step.epoch(inputs, targets, t.batch, order.to(DEVICE))
+            step.epoch(inputs, targets, t.batch, order)
             losses = step.losses[-1].cpu()
         else:
             for rows in batches(t, order):
-                rows = rows.to(DEVICE)
                 of_batch = [a[:, rows] if case.own_data else a[rows] for a in (inputs, targets)]
                 losses = step(*of_batch).cpu()
     for e, active in enumerate(case.active):

@@ -25,10 +25,10 @@ MUTANTS = (
     ),
     Mutant(
         "optimizer",
-        "the average takes the first group's state",
+        "the average in the momentum's place",
         "average_ptr = states[len(states) - 1]",
         "average_ptr = states[0]",
-        (WHOLE, "averages and adamw"),
+        (WHOLE, "averages and momentum"),
     ),
     Mutant(
         "optimizer",
@@ -61,8 +61,8 @@ MUTANTS = (
     Mutant(
         "optimizer",
         "the first group's rate for all",
-        "step = tl.load(hyper_ptr + i * COLUMNS + 1)",
-        "step = tl.load(hyper_ptr + 1)",
+        "rate = tl.load(hyper_ptr + i * COLUMNS + 1)",
+        "rate = tl.load(hyper_ptr + 1)",
         (WHOLE, "optimizers and groups and float16"),
     ),
     _of(
@@ -77,12 +77,15 @@ MUTANTS = (
         "v = tl.maximum(largest, v, propagate_nan=tl.PropagateNan.ALL)",
         "v = tl.where(largest < 0, largest, v)",
     ),
-    _of("maximize", "down the gradient", "        g = -g\n", "        g = g + 0.0\n"),
+    _of("amsgrad", "down the gradient with maximize", "        g = -g\n", "        g = g + 0.0\n"),
     _of("rmsprop", "weight decay dropped", "    g = tl.fma(w, tl.load(hyper_ptr + 1), g)\n    weight", "    weight"),
     _of("rmsprop", "eps dropped", "change = g / (tl.sqrt(v) + tl.load(hyper_ptr + 4))", "change = g / tl.sqrt(v + 1)"),
     _of("centered", "not centered", "        v -= n * n\n", "        v -= 0.0 * n\n"),
     _of(
-        "centered", "state of the wrong parameter", "m_ptr = states[2] if CENTERED else states[1]", "m_ptr = states[1]"
+        "rmsprop",
+        "momentum not kept",
+        "        tl.store(m_ptr + offs, change, mask=mask)\n",
+        "        tl.store(m_ptr + offs, m, mask=mask)\n",
     ),
     _of(
         "rmsprop",

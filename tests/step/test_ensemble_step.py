@@ -15,6 +15,7 @@ import fastmlp
 from fastmlp import MLP, MLPEnsemble, TrainStep
 from fastmlp.base.losses import STEP_LOSSES, takes_classes
 from fastmlp.cpu import MEMBER_WAYS
+from fastmlp.step import EnsembleStep
 from fastmlp.step.per_member import PerMember
 from tests.support.steps import (
     allocations,
@@ -493,6 +494,26 @@ class TestState:
         ensemble.layers[0].register_forward_hook(lambda *_: None)
         with pytest.raises(ValueError, match="hook"):
             TrainStep(ensemble)
+
+    def test_classes_of_steps(self):
+        class Own(TrainStep):
+            pass
+
+        with pytest.raises(TypeError, match="extends EnsembleStep"):
+            Own(MLPEnsemble(SIZES, E))
+        with pytest.raises(TypeError, match=r"trains a fastmlp\.MLPEnsemble, got MLP"):
+            EnsembleStep(MLP(SIZES))
+        assert type(EnsembleStep(MLPEnsemble(SIZES, E))) is EnsembleStep
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_autocast_changes_nothing(self, optimizer):
+        losses = []
+        for enabled in (True, False):
+            torch.manual_seed(0)
+            step = TrainStep(MLPEnsemble.stack(members(dtype=torch.float32)), **OPTIMIZERS[optimizer])
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                losses.append([step(x.float(), y) for x, y in data()])
+        assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
 
     def test_repr_and_type(self):
         step = TrainStep(MLPEnsemble(SIZES, E), lr=[0.1, 0.2, 0.3])
