@@ -46,7 +46,7 @@ _OTHERS = ("dtype", "cuda_graph", "param_groups", "process_group", "ema_decay", 
 def defaults(rule: type[Optimizer]) -> dict[str, Any]:
     """What a rule takes for settings that are not given, without the learning rate."""
     fields = {field.name: field.default for field in dataclasses.fields(rule)}
-    return {name: value for name, value in {**fields, **rule.usual}.items() if name != "lr"}
+    return {name: value for name, value in {**fields, **rule.usual}.items() if name != "lr" and name not in _OTHERS}
 
 
 def settings() -> dict[str, dict[str, Any]]:
