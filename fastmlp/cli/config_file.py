@@ -72,7 +72,7 @@ def _checked(path: Path, key: str, value: Any, option: click.Option) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if option.is_flag:
         expected, good = "true or false", isinstance(value, bool)
-    elif isinstance(option.type, click.IntRange):
+    elif isinstance(option.type, click.types.IntParamType):
         expected, good = "a whole number", is_number and isinstance(value, int)
     elif isinstance(option.type, common.Sizes):
         if isinstance(value, list) and value and all(isinstance(size, int) for size in value):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -46,7 +46,7 @@ _OTHERS = ("dtype", "cuda_graph", "param_groups", "process_group", "ema_decay", 
 def defaults(rule: type[Optimizer]) -> dict[str, Any]:
     """What a rule takes for settings that are not given, without the learning rate."""
     fields = {field.name: field.default for field in dataclasses.fields(rule)}
-    return {name: value for name, value in {**fields, **rule.usual}.items() if name != "lr"}
+    return {name: value for name, value in {**fields, **rule.usual}.items() if name != "lr" and name not in _OTHERS}
 
 
 def settings() -> dict[str, dict[str, Any]]:
@@ -126,7 +126,7 @@ def loss_settings() -> dict[str, tuple[str, Any]]:
 
 def loss_options(command: Command) -> Command:
     """One option for each of `loss_settings`. The default of each is None, for what TrainStep has."""
-    types = {"int": click.IntRange(), "float": common.Number(-math.inf), "Tensor": common.Numbers()}
+    types = {"int": click.INT, "float": common.Number(-math.inf), "Tensor": common.Numbers()}
     for name, (kind, default) in reversed(loss_settings().items()):
         flag = option_of(name)
         text = f"{_HELP.get(name, f'{name.capitalize()}.'.replace('_', ' '))}  [default: {shown(default)}]"
@@ -145,6 +145,13 @@ def checked_loss_settings(loss: str, given: Mapping[str, Any]) -> dict[str, Any]
         if name not in has:
             raise common.UserError(f"--loss {loss} has no {option_of(name)}")
     return values
+
+
+def named_as_options(text: str, names: Iterable[str]) -> str:
+    """A message of the library with the options of these arguments in place of their names."""
+    for name in names:
+        text = text.replace(name, option_of(name))
+    return text
 
 
 def checked_settings(optimizer: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fastmlp.train.scores import takes_values
 
 from . import common
 from .inputs import FASHION_MNIST, Format, check_sizes, divided, share_of
-from .options import checked_loss_settings, checked_settings, loss_settings, option_of, settings
+from .options import checked_loss_settings, checked_settings, loss_settings, named_as_options, option_of, settings
 from .progress import Reporter, device_name, scores
 from .resuming import load_run, options_of, place, resume_errors, resumed
 from .run_folder import TENSORBOARD, WEIGHTS, Run, check_run_folder
@@ -111,7 +111,10 @@ def train(options: dict[str, Any], resume: str | None, given: Mapping[str, Any])
         if of_loss:
             if engine != "step":
                 raise common.UserError(f"{option_of(next(iter(of_loss)))} needs --engine step")
-            fastmlp.TrainStep(model, loss=loss, **{**of_loss, **tensors})
+            try:
+                fastmlp.TrainStep(model, loss=loss, **{**of_loss, **tensors})
+            except common.INPUT_ERRORS as error:
+                raise common.UserError(named_as_options(str(error), of_loss)) from error
     initialize_(model, options["seed"])
 
     model_config = {"sizes": list(sizes), "activation": activation, "bias": True, "dtype": options["dtype"]}

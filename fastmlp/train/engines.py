@@ -207,8 +207,12 @@ def _torch_optimizer(rule: Optimizer, params: list[Tensor]) -> torch.optim.Optim
     kind = torch_optimizer_class(rule.name)
     if kind is None:
         raise ValueError(f"torch.optim has no {rule.name}, so it needs engine 'step', and a fastmlp.MLP")
-    settings = {name: getattr(rule, name) for name in rule.settings if name != "max_grad_norm"}
-    if "fused" in inspect.signature(kind).parameters:
+    known = inspect.signature(kind).parameters
+    settings = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    for field in dataclasses.fields(rule):
+        if field.name not in known and settings.pop(field.name) != field.default and field.name != "max_grad_norm":
+            raise ValueError(f"torch.optim.{kind.__name__} has no {field.name}, so it needs engine 'step'")
+    if "fused" in known:
         settings["fused"] = all(p.device.type in ("cpu", "cuda") for p in params)
     return kind(params, **settings)
 

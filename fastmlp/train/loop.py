@@ -150,6 +150,11 @@ def fit(
             raise ValueError(f"{', '.join(options)} needs engine 'step', got engine {engine!r}")
         rule = usual_rule(optimizer=optimizer, lr=lr, **settings)
         settings = {name: getattr(rule, name) for name in rule.settings} | options
+        if settings.get("ema_decay") is not None:
+            raise ValueError(
+                "fit judges and keeps the parameters, not an average of them; pass engine=StepEngine(model, ...) with "
+                "ema_decay, and take its step.ema_state_dict()"
+            )
     else:
         checked_rule(lr=lr)
         settings = {"lr": lr}

@@ -102,10 +102,9 @@ def test_a_file_that_is_not_there(capsys, tmp_path):
 def test_every_setting_of_every_rule_is_an_option(capsys):
     text = " ".join(run(capsys, "train", "--help").split())
     for rule in OPTIMIZERS.values():
-        for field in dataclasses.fields(rule):
-            assert f" {options.option_of(field.name)} " in text
         for name, value in options.defaults(rule).items():
             assert options.checked_settings(rule.name, {})[name] == value
+            assert f" {options.option_of(name)} " in text
     assert f"[{'|'.join(OPTIMIZERS)}]" in text
 
 
@@ -119,7 +118,7 @@ def test_a_new_rule_has_its_options(capsys, monkeypatch):
 
     monkeypatch.setitem(OPTIMIZERS, "new", New)
     assert options.settings()["shake"] == {"new": False}
-    assert options.settings()["momentum"] == {"sgd": 0.9, "new": 0.9}
+    assert options.settings()["momentum"]["new"] == 0.9
 
 
 @pytest.mark.parametrize(
