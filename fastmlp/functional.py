@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from .autograd.elementwise import bce_loss, bce_with_logits, huber_loss, l1_loss
 from .autograd.linear import LinearAct, MLPFunction
 from .autograd.softmax import softmax, softmax_squared_error
 from .autograd.transforms import transformed
-from .backend import on_tape, runs
-from .base.arguments import check_activation, check_batch, check_input, check_layer, check_network, check_tensor
+from .backend import Runs, kernels_alone, on_tape, runs
+from .base.arguments import MOST, check_activation, check_batch, check_input, check_layer, check_network, check_tensor
 from .base.compat import is_autocast_enabled
 from .losses import cross_entropy
+from .ops import triton_ops
 
 __all__ = [
     "bce_loss",
@@ -46,6 +48,10 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
+
+
+#: The activations, and the signatures of all tensors, of calls of ``mlp`` on the kernels alone that passed all checks.
+_checked: set[tuple[object, ...]] = set()
 
 
 def _needs_grad(tensor: Tensor | None) -> bool:
@@ -128,6 +134,15 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
     """
     for activation in activations:
         check_activation(activation)
+    known = None
+    if len(weights) == len(biases):
+        tensors: tuple[Any, ...] = (x, *[p for pair in zip(weights, biases, strict=True) for p in pair])
+        if kernels_alone(*tensors):
+            known = triton_ops.signature(tensors)
+            if (*activations, known) in _checked:
+                if x.dim() > 2:
+                    x, known = x.flatten(1), None
+                return _on_tape(x, tensors[1:], tuple(activations), "triton", known)
     check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -145,18 +160,34 @@ def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a
     backend = runs(weights[0].dtype, x, *weights, *biases)
     if backend == "formula" or transformed(x, *weights, *biases):
         return reference.mlp(x, weights, biases, activations)
+    if known is not None and backend == "triton":
+        if len(_checked) >= MOST:
+            _checked.clear()
+        _checked.add((*activations, known))
+    return _on_tape(x, [p for pair in zip(weights, biases, strict=True) for p in pair], tuple(activations), backend)
+
+
+def _on_tape(
+    x: Tensor,
+    params: Sequence[Tensor | None],
+    activations: tuple[str, ...],
+    backend: Runs,
+    known: triton_ops.Signature | None = None,
+) -> Tensor:
+    """``mlp`` of what was checked, with W_1, b_1, W_2, ... and the signature of all tensors if it is known."""
     # Layers below the lowest one that needs a gradient run off the tape and leave nothing behind.
-    first = 0
+    first, count = 0, len(activations)
     if not (torch.is_grad_enabled() and on_tape(backend)):
-        first = len(weights)
+        first = count
     elif not x.requires_grad:
-        while first < len(weights) and not (_needs_grad(weights[first]) or _needs_grad(biases[first])):
+        while first < count and not (_needs_grad(params[2 * first]) or _needs_grad(params[2 * first + 1])):
             first += 1
     if first:
-        for w, b, activation in zip(weights[:first], biases[:first], activations[:first], strict=True):
+        for w, b, activation in zip(params[0 : 2 * first : 2], params[1::2], activations, strict=False):
+            assert w is not None
             x, _ = ops.on(backend).linear_fwd(x, w, b, activation)
-        if first == len(weights):
+        if first == count:
             return x
-    params = [p for pair in zip(weights[first:], biases[first:], strict=True) for p in pair]
-    a, *_ = MLPFunction.apply(x, tuple(activations[first:]), backend, *params)
+        params, activations, known = params[2 * first :], activations[first:], None
+    a, *_ = MLPFunction.apply(x, (activations, backend, known), *params)
     return a
