@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
@@ -37,6 +38,8 @@ __all__ = [
     "functorch_active",
     "get_backend",
     "has_values",
+    "kernels_alone",
+    "nobody_watches",
     "on_tape",
     "resolve",
     "runs",
@@ -208,6 +211,33 @@ def runs(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> Runs | Litera
         jit = _get_tracing_state() is not None
         return "formula" if backend == "torch" or jit or foreign(x, *others) else "operators"
     return "operators" if backend == "triton" and torch._C._len_torch_dispatch_stack() else backend
+
+
+def nobody_watches() -> bool:
+    """Whether no compiler, tracer, dispatch mode, transform of torch.func or dual level sees the operations."""
+    return (
+        not is_compiling()
+        and _get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and not _are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def kernels_alone(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether ``runs`` is "triton" for these tensors in a dtype of the kernels, outside autocast, with nobody watching.
+
+    Then the operation is a few launches. What the shapes, dtypes and devices of the tensors allow is the same for each
+    call, so nobody needs to look at them twice.
+    """
+    if not (nobody_watches() and x is not None and _PLAIN.issuperset(map(type, (x, *others)))):
+        return False
+    name = get_backend()
+    return (
+        (_triton_installed if x.is_cuda else name == "triton" and _kernels_take_cpu())
+        and name != "torch"
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def check_kernels_run_on(x: Tensor) -> None:

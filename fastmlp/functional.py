@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from .autograd.elementwise import bce_loss, bce_with_logits, huber_loss, l1_loss
 from .autograd.linear import LinearAct, MLPFunction
 from .autograd.softmax import softmax, softmax_squared_error
 from .autograd.transforms import transformed
-from .backend import on_tape, runs
+from .backend import Runs, kernels_alone, on_tape, runs
 from .base.arguments import (
+    MOST,
     check_activation,
     check_batch,
     check_input,
@@ -25,6 +27,7 @@ from .base.arguments import (
 )
 from .base.compat import is_autocast_enabled
 from .losses import cross_entropy
+from .ops import triton_ops
 
 __all__ = [
     "bce_loss",
@@ -55,6 +58,10 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
+
+
+#: The activations, and the signatures of all tensors, of calls of ``mlp`` on the kernels alone that passed all checks.
+_checked: set[tuple[object, ...]] = set()
 
 
 def _needs_grad(tensor: Tensor | None) -> bool:
@@ -145,6 +152,15 @@ def mlp(
     """
     for activation in activations:
         check_activation(activation)
+    known = None
+    if members is None and len(weights) == len(biases):
+        tensors: tuple[Any, ...] = (x, *[p for pair in zip(weights, biases, strict=True) for p in pair])
+        if kernels_alone(*tensors):
+            known = triton_ops.signature(tensors)
+            if (*activations, known) in _checked:
+                if x.dim() > 2:
+                    x, known = x.flatten(1), None
+                return _on_tape(x, tensors[1:], tuple(activations), "triton", known)
     check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -170,18 +186,34 @@ def mlp(
         backend = "members" if backend == "torch" else backend
         if x.requires_grad and x.dim() == 2:
             x = x.expand(members, -1, -1)  # whose derivative is the sum over the members
+    elif known is not None and backend == "triton":
+        if len(_checked) >= MOST:
+            _checked.clear()
+        _checked.add((*activations, known))
+    return _on_tape(x, [p for pair in zip(weights, biases, strict=True) for p in pair], tuple(activations), backend)
+
+
+def _on_tape(
+    x: Tensor,
+    params: Sequence[Tensor | None],
+    activations: tuple[str, ...],
+    backend: Runs,
+    known: triton_ops.Signature | None = None,
+) -> Tensor:
+    """``mlp`` of what was checked, with W_1, b_1, W_2, ... and the signature of all tensors if it is known."""
     # Layers below the lowest one that needs a gradient run off the tape and leave nothing behind.
-    first = 0
+    first, count = 0, len(activations)
     if not (torch.is_grad_enabled() and on_tape(backend)):
-        first = len(weights)
+        first = count
     elif not x.requires_grad:
-        while first < len(weights) and not (_needs_grad(weights[first]) or _needs_grad(biases[first])):
+        while first < count and not (_needs_grad(params[2 * first]) or _needs_grad(params[2 * first + 1])):
             first += 1
     if first:
-        for w, b, activation in zip(weights[:first], biases[:first], activations[:first], strict=True):
+        for w, b, activation in zip(params[0 : 2 * first : 2], params[1::2], activations, strict=False):
+            assert w is not None
             x, _ = ops.on(backend).linear_fwd(x, w, b, activation)
-        if first == len(weights):
+        if first == count:
             return x
-    params = [p for pair in zip(weights[first:], biases[first:], strict=True) for p in pair]
-    a, *_ = MLPFunction.apply(x, tuple(activations[first:]), backend, *params)
+        params, activations, known = params[2 * first :], activations[first:], None
+    a, *_ = MLPFunction.apply(x, (activations, backend, known), *params)
     return a

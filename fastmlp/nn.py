@@ -230,9 +230,15 @@ def _per_layer(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
 
 def _only_computes(layer: nn.Module) -> bool:
     """True if a call of ``layer`` is the forward of Linear or Affine and no more: no hook, no patched forward."""
-    forward = type(layer).forward
-    own = forward is Affine.forward or forward is Linear.forward or forward is EnsembleLinear.forward
-    return own and not _has_hooks(layer) and "forward" not in layer.__dict__
+    forward, own = type(layer).forward, layer.__dict__
+    ours = forward is Affine.forward or forward is Linear.forward or forward is EnsembleLinear.forward
+    return ours and not (
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
 
 
 def _parameter(layer: nn.Module, name: str) -> Tensor | None:

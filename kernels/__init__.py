@@ -8,6 +8,7 @@ from .activation_bwd import activation_bwd
 from .cross_entropy import cross_entropy, cross_entropy_bwd, cross_entropy_fwd, cross_entropy_of_members
 from .elementwise_loss import elementwise_loss, elementwise_loss_bwd, elementwise_loss_fwd
 from .head import head
+from .launch import signature as signature
 from .linear_dgrad import linear_dgrad
 from .linear_fwd import linear_fwd
 from .linear_wgrad import linear_wgrad

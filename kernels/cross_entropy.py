@@ -34,7 +34,7 @@ from torch import Tensor
 from .configs import cdiv
 from .dependent import wait_for_previous
 from .device import current_device
-from .launch import Call, Launches, New, call, remembered, with_active
+from .launch import Call, Launches, New, Signature, call, remembered, with_active
 from .members import inactive, stride_of
 from .row_weights import batch_weight, load_sample_weights, summed_block, total_weight
 from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
@@ -509,32 +509,37 @@ def cross_entropy_fwd(
     smoothing: float = 0.0,
     reduction: str = "mean",
     dtype: torch.dtype | None = None,
+    known: Signature | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch the forward pass: (loss, statistics for the backward pass, denominator of the mean or None).
 
     ``loss`` is 0-d for "mean" and "sum", else [M] or [N, S], in ``dtype`` (default logits'). The statistics are
     float32 [2 or 3, rows]: maximum, sum of exponentials, and mass where the backward pass cannot see it from the
     label. The denominator is a float32 0-d tensor on the device. ``logits`` must not be empty.
+    ``known`` is the signature of logits, target and weight, if the caller has it.
     """
-    loss, stats, *others = _launch_whole(
+    made = _launch_whole(
         (logits, target, weight),
         (ignore_index, reduction, smoothing != 0.0, dtype or logits.dtype),
         (float(smoothing),),
+        known,
     )
-    return loss, stats, others[0] if reduction == "mean" else None
+    return made[0], made[1], made[2] if reduction == "mean" else None
 
 
 @remembered
 def _launch_bwd(
     logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, dloss: Tensor, denominator: Tensor | None,
-    dz: Tensor | None, dt: Tensor | None, smoothing: float, ignore_index: int, smooth: bool,
-) -> Call:  # fmt: skip
+    smoothing: float, ignore_index: int, smooth: bool, want_dz: bool, want_dt: bool,
+) -> Launches:  # fmt: skip
     shape = logits_shape(logits)
     probs = target.is_floating_point()
     tile = bwd_tile(shape, current_device())
-    stride_d = logits_shape(dz if dz is not None else dt if dt is not None else logits).strides
+    dz = New.like(logits) if want_dz else None
+    dt = New.like(logits, target.dtype) if want_dt else None
+    stride_d = logits_shape(dz or dt or logits).strides
     stride_t = logits_shape(target).strides if probs else _insert(row_strides(target))
-    return call(
+    launch = call(
         _cross_entropy_bwd_kernel,
         (shape.batch * cdiv(shape.positions, tile.rows) * cdiv(shape.classes, tile.cols),),
         logits, target, weight, stats, dloss, denominator, dz, dt,
@@ -546,6 +551,7 @@ def _launch_bwd(
         ALIGN=alignment(shape, shape.strides, stride_d, *([stride_t] if probs else [])),
         BLOCK_M=tile.rows, BLOCK_C=tile.cols, num_warps=tile.num_warps,
     )  # fmt: skip
+    return Launches([launch], [new for new in (dz, dt) if new is not None])
 
 
 def cross_entropy_bwd(
@@ -565,11 +571,11 @@ def cross_entropy_bwd(
 
     ``dloss`` is the upstream gradient, read on the device: 0-d, or [M] or [N, S] with any strides (expanded too).
     """
-    dz = torch.empty_like(logits) if want_dz else None
-    dt = torch.empty_like(logits, dtype=target.dtype) if want_dt else None
-    _launch_bwd(
-        (logits, target, weight, stats, dloss, denominator, dz, dt),
-        (ignore_index, smoothing != 0.0),
-        (float(smoothing),),
+    made = iter(
+        _launch_bwd(
+            (logits, target, weight, stats, dloss, denominator),
+            (ignore_index, smoothing != 0.0, want_dz, want_dt),
+            (float(smoothing),),
+        )
     )
-    return dz, dt
+    return next(made) if want_dz else None, next(made) if want_dt else None

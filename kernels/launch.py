@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -44,7 +43,7 @@ from triton.runtime import driver
 from .dependent import launch_options, launches_dependent
 from .device import interpreting
 
-__all__ = ["Call", "Launches", "New", "call", "forget", "launch_plainly", "remembered", "with_active"]
+__all__ = ["Call", "Launches", "New", "call", "forget", "launch_plainly", "remembered", "signature", "with_active"]
 
 #: Launches that are remembered per driver. One more, and all are forgotten.
 MOST = 4096
@@ -54,6 +53,9 @@ _NEAR = 2**31 - 1
 _CONSTANTS = (int, float, str, type(None))
 
 _precision = torch._C._get_fp32_precision_getter
+#: What torch.compile's code allocates with, from a shape, strides and a dtype, on the current device. torch.empty takes
+#: twice as long to read its arguments and to ask who watches, which nobody does here.
+_on_gpu, _on_cpu = torch._C._dynamo.guards._empty_strided_cuda, torch._C._dynamo.guards._empty_strided_cpu
 _runtime, _compilation = knobs.runtime, knobs.compilation
 #: Whether the kernels are the interpreter's; their decorators asked at this time too.
 _INTERPRETING = interpreting()
@@ -86,6 +88,14 @@ class New:
 
     def __init__(self, *shape: int, dtype: torch.dtype = torch.float32) -> None:
         self.shape, self.dtype = shape, dtype
+        self.strides = tuple([math.prod(shape[i + 1 :]) for i in range(len(shape))])
+
+    @classmethod
+    def like(cls, t: Tensor, dtype: torch.dtype | None = None) -> New:
+        """What torch.empty_like allocates, with ``t``'s strides where they are those of a dense tensor."""
+        new = cls(*t.shape, dtype=dtype or t.dtype)
+        new.strides = torch.empty_like(t).stride()  # freed before anything is allocated
+        return new
 
     def numel(self) -> int:
         """As a tensor's."""
@@ -97,8 +107,7 @@ class New:
 
     def stride(self, dim: int | None = None) -> Any:
         """As a tensor's."""
-        strides = tuple([math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))])
-        return strides if dim is None else strides[dim]
+        return self.strides if dim is None else self.strides[dim]
 
     def data_ptr(self) -> int:
         """A multiple of 16."""
@@ -106,7 +115,7 @@ class New:
 
     def allocated(self, device: torch.device) -> Tensor:
         """The tensor."""
-        return torch.empty(self.shape, dtype=self.dtype, device=device)
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
 
 
 class Launches(NamedTuple):
@@ -116,6 +125,8 @@ class Launches(NamedTuple):
     news: Sequence[New] = ()
 
 
+#: Of each tensor dtype, shape, strides, alignment and device, or None.
+Signature = tuple[Any, ...]
 #: None: the plan's launcher has another way for such arguments.
 Plan = Callable[..., "Call | Launches | None"]
 
@@ -133,8 +144,8 @@ class _Step(NamedTuple):
     constants: tuple[Any, ...]
 
 
-class _Memory(dict[tuple[Any, ...], tuple[list[tuple[Any, torch.dtype]], list[_Step]]]):
-    """The remembered launches of one driver."""
+class _Memory(dict[tuple[Any, ...], tuple[list[tuple[Any, ...]], list[_Step], list[Any]]]):
+    """The remembered launches of one driver: what they allocate, the kernels, and the hooks that the kernels have."""
 
     def __init__(self, active: Any) -> None:
         super().__init__()
@@ -142,7 +153,7 @@ class _Memory(dict[tuple[Any, ...], tuple[list[tuple[Any, torch.dtype]], list[_S
 
 
 #: What is remembered where a plan answered None.
-_REFUSED: tuple[Any, Any] = ((), ())
+_REFUSED: tuple[Any, Any, Any] = ((), (), ())
 
 _memories: WeakKeyDictionary[Any, _Memory] = WeakKeyDictionary()
 #: The driver of the last launch and its memory.
@@ -164,9 +175,15 @@ def _memory_of(active: Any) -> _Memory:
     return memory
 
 
-def remembered(plan: Plan) -> Callable[..., Any]:
-    """The function ``launch(tensors, settings=(), numbers=())`` that launches ``plan(*tensors, *numbers, *settings)``.
+def signature(tensors: Sequence[Tensor | None]) -> Signature:
+    """All that a launch depends on of its tensors, for callers who need it too."""
+    return tuple([None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device) for t in tensors])
 
+
+def remembered(plan: Plan) -> Callable[..., Any]:
+    """The function ``launch(tensors, settings=(), numbers=(), known=None)`` of a plan.
+
+    It launches ``plan(*tensors, *numbers, *settings)``. ``known`` is the tensors' signature, if the caller has it.
     Each tensor but the first may be None. The settings are hashable, each always of one type, since 1, 1.0 and True are
     equal keys. The numbers are floats. The plan is a pure function of the settings and of what the tensors are, not of
     what is in them. It passes the tensors and numbers on to kernels, also in tuples. The launch returns the list of
@@ -174,7 +191,10 @@ def remembered(plan: Plan) -> Callable[..., Any]:
     """
 
     def launch(
-        tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...] = (), numbers: tuple[float, ...] = ()
+        tensors: tuple[Tensor | None, ...],
+        settings: tuple[Any, ...] = (),
+        numbers: tuple[float, ...] = (),
+        known: Signature | None = None,
     ) -> Sequence[Tensor] | None:
         if _INTERPRETING:
             launched = _launched(plan, tensors, numbers, settings)
@@ -188,20 +208,19 @@ def remembered(plan: Plan) -> Callable[..., Any]:
         key = (
             plan, settings, len(numbers), device, _precision("cuda", "matmul"), launches_dependent(),
             _runtime.debug, _compilation.instrumentation_mode, inspection if inspection is None else _asked(inspection),
-            *[None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15) for t in tensors],
+            signature(tensors) if known is None else known,
         )  # fmt: skip
         if memory.asks_sizes:
             key += tuple([t is not None and t.untyped_storage().nbytes() > _NEAR for t in tensors])
         found = memory.get(key)
         if found is _REFUSED:
             return None
-        if found is None or _watched(found[1]):
+        if found is None or _watched(found[2]):
             return _remember(memory, key, _launched(plan, tensors, numbers, settings))
-        news, steps = found
+        news, steps, _ = found
         if news:
-            where = tensors[0].device  # type: ignore[union-attr]
-            # Single sizes are parsed in half the time of a tuple of them.
-            allocated = [torch.empty(*sizes, dtype=dtype, device=where) for sizes, dtype in news]
+            allocate = _on_gpu if tensors[0].is_cuda else _on_cpu  # type: ignore[union-attr]
+            allocated = [allocate(*new) for new in news]
             values = (*tensors, *numbers, *allocated)
         else:
             allocated, values = [], tensors + numbers
@@ -235,7 +254,8 @@ def _remember(
     allocated, news, steps = launched
     known = [step for step in steps if step is not None]
     if len(known) == len(steps) and not any(t.data_ptr() & 15 for t in allocated):
-        memory[key] = [(new.shape or ((),), new.dtype) for new in news], known
+        allocations = [(new.shape, new.strides, new.dtype) for new in news]
+        memory[key] = allocations, known, [step.kernel.pre_run_hooks for step in known]
     return allocated
 
 
@@ -247,13 +267,13 @@ def _asked(inspection: Any) -> Any:
         return inspection
 
 
-def _watched(steps: Sequence[_Step]) -> bool:
-    """Whether a hook wants to see the launches."""
+def _watched(hooks: Sequence[Sequence[Any]]) -> bool:
+    """Whether a hook wants to see the launches: one of Triton's, or one of the kernels' own, whose lists are given."""
     before, after = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return bool(
-        (before is not None and getattr(before, "calls", True))
+        any(hooks)
+        or (before is not None and getattr(before, "calls", True))
         or (after is not None and getattr(after, "calls", True))
-        or [True for step in steps if step[0].pre_run_hooks]
     )
 
 
@@ -305,30 +325,23 @@ def _step(
     kernel: Any, compiled: CompiledKernel, grid: tuple[int, ...], values: tuple[Any, ...], arguments: tuple[Any, ...]
 ) -> _Step | None:
     """How the arguments are made of the values and of constants; None if one is neither."""
-    # The functions below refer to themselves, so nothing that they refer to may hold a tensor: it would be freed late.
     places, count = {id(value): place for place, value in enumerate(values) if value is not None}, len(values)
     constants: list[Any] = []
 
     def has_values(argument: Any) -> bool:
         return id(argument) in places or (isinstance(argument, tuple) and any(map(has_values, argument)))
 
-    def place(argument: Any) -> int:
-        if id(argument) in places:
-            return places[id(argument)]
-        constants.append(argument)
-        return count + len(constants) - 1
+    def expression(argument: Any) -> str:
+        if isinstance(argument, tuple) and id(argument) not in places and has_values(argument):
+            return f"({''.join([expression(part) + ', ' for part in argument])})"
+        if id(argument) not in places:
+            constants.append(argument)
+        return f"p[{places.get(id(argument), count + len(constants) - 1)}]"
 
-    def maker(arguments: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-        # Tuples within this one are made first. They lie at the end, behind the constants.
-        inner = [a for a in arguments if isinstance(a, tuple) and has_values(a)]
-        behind = {id(a): i - len(inner) for i, a in enumerate(inner)}
-        where = [behind[id(a)] if id(a) in behind else place(a) for a in arguments]
-        # itemgetter of one place does not make a tuple.
-        pick: Any = itemgetter(*where) if len(where) > 1 else lambda pool: (pool[where[0]],)
-        makers = [maker(a) for a in inner]
-        return (lambda pool: pick((*pool, *[make(pool) for make in makers]))) if makers else pick
-
-    arrange = maker(arguments)
+    # Source code of places alone. Functions that call each other for tuples within tuples take ten times as long.
+    arrange = eval("lambda p: " + expression(arguments))
+    # The functions above refer to themselves, so nothing that they refer to may hold a tensor: it would be freed late.
+    places.clear()
     if not all(map(_is_constant, constants)):
         return None
     x, y, z = (*grid, 1, 1)[:3]

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from .configs import TileRule, gemm_tile, loads_wide
-from .launch import Call, Launches, New, remembered
+from .launch import Call, Launches, New, Signature, remembered
 from .layout import Layer, Layout
 from .linear_dgrad import plan as dgrad_plan
 from .linear_fwd import plan as fwd_plan
@@ -52,24 +52,33 @@ def _forward(*given: Any) -> Launches | None:
 
 
 def network_fwd(
-    x: Tensor, params: Sequence[Tensor | None], activations: tuple[str, ...], saves_z: tuple[bool, ...]
-) -> list[Tensor] | None:
-    """Launch the forward pass of W_1, b_1, W_2, ...: A_1, Z_1 if wanted, A_2, ..."""
-    return _forward((x, *params), (activations, saves_z, gemm_tile))
+    x: Tensor,
+    params: Sequence[Tensor | None],
+    activations: tuple[str, ...],
+    saves_z: tuple[bool, ...],
+    known: Signature | None = None,
+) -> Sequence[Tensor] | None:
+    """Launch the forward pass of W_1, b_1, W_2, ...: A_1, Z_1 if wanted, A_2, ...
+
+    ``known`` is the signature of X and the parameters, if the caller has it.
+    """
+    return _forward((x, *params), (activations, saves_z, gemm_tile), (), known)
 
 
 @remembered
 def _backward(*given: Any) -> Launches | None:
     """Of the arguments of ``network_bwd``, and the rule of the tiles."""
-    dz, *tensors, activations, wanted, rule = given
+    dz, *tensors, activations, kinds, wanted, rule = given
     count = len(activations)
-    inputs, weights, saved = (tensors[i * count : (i + 1) * count] for i in range(3))
+    inputs, weights = tensors[:count], tensors[count + 1 : 2 * count + 1]
+    known = {"a": tensors[1 : count + 1], "z": tensors[2 * count + 1 :], None: [None] * count}
+    saved = [known[kind][layer] for layer, kind in enumerate(kinds)]
     want_x, wants_w, wants_b = wanted[0], wanted[1::2], wanted[2::2]
     if (
         not 0 < dz.shape[-2] <= GROUPED_ROWS
         or any(b and not w for w, b in zip(wants_w, wants_b, strict=True))
         or any(t is not None and not t.numel() for t in (dz, *tensors))
-        or any(x is not None and x.stride(-1) != 1 for x in inputs)
+        or any(x is not None and x.stride(-1) != 1 for x, w in zip(inputs, wants_w, strict=True) if w)
         or any(t is not None and not t.is_contiguous() for t in (dz, *saved))
     ):
         return None
@@ -107,13 +116,17 @@ def _weight_gradients(trained: Sequence[tuple[Any, Any, Any, Any]], gemm_tile: T
 
 
 def network_bwd(
-    dz: Tensor, tensors: Sequence[Tensor | None], activations: tuple[str, ...], wanted: tuple[bool, ...]
-) -> list[Tensor] | None:
+    dz: Tensor,
+    tensors: Sequence[Tensor | None],
+    activations: tuple[str, ...],
+    kinds: tuple[str | None, ...],
+    wanted: tuple[bool, ...],
+) -> Sequence[Tensor] | None:
     """Launch the backward pass from dZ_L; returns the wanted gradients, and tensors that it took besides.
 
     Args:
-        tensors: the inputs A_{l-1} of all layers, then all W_l, then all that f'_l is computed from; each None where it
-            is not needed.
+        tensors: A_0 to A_L, W_1 to W_L, Z_1 to Z_L; each None where it is not needed.
+        kinds: of every layer what f'_l is computed from, "a", "z" or None.
         wanted: whether the gradients of X, W_1, b_1, W_2, ... are, in this order.
     """
-    return _backward((dz, *tensors), (activations, wanted, gemm_tile))
+    return _backward((dz, *tensors), (activations, kinds, wanted, gemm_tile))

@@ -64,9 +64,7 @@ class LogitsShape(NamedTuple):
 
 def logits_shape(logits: Tensor) -> LogitsShape:
     """The view of logits, or of anything shaped as they are: [M, C] or [N, C, S]."""
-    if logits.dim() == 3 and logits.shape[2] == 1:
-        logits = logits.squeeze(2)
-    if logits.dim() == 2:
+    if logits.dim() == 2 or logits.shape[2] == 1:
         return LogitsShape(1, logits.shape[0], logits.shape[1], (0, logits.stride(1), logits.stride(0)))
     n, c, s = logits.shape
     return LogitsShape(n, s, c, (logits.stride(0), logits.stride(1), logits.stride(2)))

@@ -14,18 +14,22 @@ from torch.nn import _reduction
 from torch.nn import functional as F
 
 from .. import ops, reference
-from ..backend import Runs, get_backend, has_values, on_tape, runs, watched
-from ..base.arguments import check_classes, check_cross_entropy, check_tensor
+from ..backend import Runs, get_backend, has_values, kernels_alone, on_tape, runs, watched
+from ..base.arguments import MOST, check_classes, check_cross_entropy, check_tensor
 from ..base.compat import is_autocast_enabled
-from ..ops import torch_losses
+from ..ops import torch_losses, triton_ops
 from ..ops.torch_losses import Settings
-from .transforms import differentiable, transformed
+from .transforms import differentiable, launches_alone, transformed
 
 #: What is said of a label that is no class.
 _NO_CLASS = (
     "target {bad}{at} is out of bounds: expected labels from 0 to {last} for {classes} classes, or "
     "ignore_index={ignore_index}; relabel it, or give the last layer more outputs"
 )
+
+
+#: The settings of calls on the kernels alone that passed all checks, by what was checked.
+_checked: dict[tuple[object, ...], Settings] = {}
 
 
 def _batched(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,20 +42,29 @@ def _batched(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SoftmaxCrossEntropy(Function):
-    """Loss of logits [C], [N, C] or [N, C, d1, ...]: ``apply(z, target, weight, settings, backend)``.
+    """Loss of logits [C], [N, C] or [N, C, d1, ...]: ``apply(z, target, weight, settings, backend, known)``.
 
     Differentiable in z and, if they are probabilities, in the target.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, target: Tensor, weight: Tensor | None, settings: Settings, backend: Runs
+        ctx: Any,
+        z: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        settings: Settings,
+        backend: Runs,
+        known: triton_ops.Signature | None = None,
     ) -> Tensor:
         """Keep Z, the target and log p (torch) or max and sum of exponentials of each row (kernels)."""
-        loss, kept, denominator = ops.on(backend).cross_entropy_fwd(*_batched(z, target), weight, settings)
+        if known is not None:
+            loss, kept, denominator = triton_ops.cross_entropy_fwd(z, target, weight, settings, known)
+        else:
+            loss, kept, denominator = ops.on(backend).cross_entropy_fwd(*_batched(z, target), weight, settings)
         ctx.save_for_backward(z, target, weight, kept, denominator)
         ctx.settings, ctx.backend = settings, backend
-        return _unbatched(loss, z)
+        return loss if known is not None else _unbatched(loss, z)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,15 +74,19 @@ class SoftmaxCrossEntropy(Function):
         need_z, need_t = ctx.needs_input_grad[:2]
         s: Settings = ctx.settings
         dz: Tensor | None
-        if differentiable(dloss):
+        alone = ctx.backend == "triton" and launches_alone(dloss)
+        if alone and z.dim() == 2:
+            rows = (z, target, weight, kept, denominator)
+            return *triton_ops.cross_entropy_bwd(dloss, rows, s, (need_z, need_t)), None, None, None, None
+        if not alone and differentiable(dloss):
             dz, dt = _differentiable_backward(dloss, z, target, weight, s)
-            return dz if need_z else None, dt if need_t else None, None, None, None
+            return dz if need_z else None, dt if need_t else None, None, None, None, None
         rows = (*_batched(z, target), weight, kept, denominator)
         backward = ops.on(ctx.backend).cross_entropy_bwd
         dz, dt = backward(_upstream(dloss, z, s), rows, s, (need_z, need_t))
         if z.dim() != 2:
             dz, dt = None if dz is None else dz.view(z.shape), None if dt is None else dt.view(target.shape)
-        return dz, dt, None, None, None
+        return dz, dt, None, None, None, None
 
 
 def _unbatched(loss: Tensor, z: Tensor) -> Tensor:
@@ -148,6 +165,17 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    key = None
+    # Equal keys must be of equal types, since 1, 1.0 and True are equal.
+    plain = type(reduction) is str and type(ignore_index) is int and type(label_smoothing) is float
+    if plain and kernels_alone(input, target, weight) and not _learns(weight):
+        known = triton_ops.signature((input, target, weight))
+        key = (known, reduction, ignore_index, label_smoothing)
+        found = _checked.get(key)
+        if found is not None:
+            if target.is_cpu and not target.is_floating_point():
+                _check_labels(input, target, ignore_index)
+            return _on_tape(input, target, weight, found, "triton", known if input.dim() == 2 else None)
     check_tensor(input, "the input")
     check_tensor(target, "the target")
     if torch_losses.torch_is_as_fast(input, target, label_smoothing) and get_backend() != "triton":
@@ -156,9 +184,8 @@ def cross_entropy(
     probabilities = target.is_floating_point()
     dtype = _result_dtype(input, target, weight)
     backend = runs(dtype, input, target, weight)
-    weight_learns = weight is not None and weight.requires_grad and torch.is_grad_enabled()
     empty = backend != "operators" and input.numel() == 0  # the operators take any batch size, so nobody needs to ask
-    torchs = transformed(input, target, weight) or weight_learns or empty
+    torchs = transformed(input, target, weight) or _learns(weight) or empty
     on_cpu = not probabilities and target.device.type == "cpu"
     nll = on_cpu and backend == "torch" and label_smoothing == 0 and input.dim() == 2
     if on_cpu and not (nll or torchs) and has_values(target):
@@ -166,14 +193,33 @@ def cross_entropy(
     settings = Settings(reduction, ignore_index, float(label_smoothing), dtype, nll)
     if torchs or backend == "formula":
         return _torchs(input, target, weight, ignore_index, reduction, label_smoothing)
+    if key is not None and backend == "triton":
+        if len(_checked) >= MOST:
+            _checked.clear()
+        _checked[key] = settings
     try:
-        needs_grad = input.requires_grad or (probabilities and target.requires_grad)
-        if torch.is_grad_enabled() and needs_grad and on_tape(backend):
-            return SoftmaxCrossEntropy.apply(input, target, weight, settings, backend)
-        return _unbatched(ops.on(backend).cross_entropy_fwd(*_batched(input, target), weight, settings)[0], input)
+        return _on_tape(input, target, weight, settings, backend)
     except IndexError:  # from nll_loss's own check; ours names the label
         _check_labels(input, target, ignore_index)
         raise
+
+
+def _learns(weight: Tensor | None) -> bool:
+    return weight is not None and weight.requires_grad and torch.is_grad_enabled()
+
+
+def _on_tape(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    settings: Settings,
+    backend: Runs,
+    known: triton_ops.Signature | None = None,
+) -> Tensor:
+    """``cross_entropy`` of what was checked, with the signature of the three tensors if it is known."""
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad) and on_tape(backend):
+        return SoftmaxCrossEntropy.apply(input, target, weight, settings, backend, known)
+    return _unbatched(ops.on(backend).cross_entropy_fwd(*_batched(input, target), weight, settings)[0], input)
 
 
 def _torchs(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:

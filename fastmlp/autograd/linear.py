@@ -14,21 +14,28 @@ node has one output.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
 from .. import ops, reference
 from ..activations import ACTIVATIONS, saved_for_grad
 from ..backend import Runs
 from ..base.compat import is_autocast_enabled
 from ..ops import BackwardOperations, torch_ops, triton_ops
-from .transforms import differentiable
+from ..ops.triton_ops import Signature
+from .transforms import differentiable, launches_alone
 
 _AS_IT_IS = nullcontext()
+#: The types of gradients that nothing flowed into.
+_NOTHING = frozenset((type(None),))
 
 
 def _outside_autocast(*grads: Tensor | None) -> AbstractContextManager[object]:
@@ -66,12 +73,14 @@ class _Differentiable:
 
 
 def _backward_operations(backend: Runs, *grads: Tensor | None) -> BackwardOperations:
+    if backend == "triton" and launches_alone(*grads):
+        return triton_ops
     return _Differentiable if differentiable(*grads) else ops.on(backend)
 
 
 def _one_output(backend: Runs) -> bool:
     """Whether the node is traced, which is on the operators only."""
-    return backend == "operators" and torch.compiler.is_compiling()
+    return backend == "operators" and is_compiling()
 
 
 class LinearAct(Function):
@@ -119,11 +128,62 @@ class LinearAct(Function):
         return dx, dw, db, None, None
 
 
-class MLPFunction(Function):
-    """The whole network A_l = f_l(A_{l-1} W_l^T + b_l) as one node: ``apply(x, activations, backend, W_1, b_1, ...)``.
+class _Books(NamedTuple):
+    """What the node of a network keeps and returns; ``_books`` makes one for the activations and wanted gradients.
 
-    Returns (A_L, A_1, Z_1, A_2, Z_2, ..., Z_L) with None for what the backward pass does not read; all but the first
-    are there for it only.
+    The functions pick from (None, X, W_1, b_1, ..., W_L, b_L) and the outputs A_1, Z_1 if saved, A_2, ...
+    """
+
+    #: What f' of each layer is computed from.
+    kinds: tuple[Literal["a", "z"] | None, ...]
+    saves_z: tuple[bool, ...]
+    #: A_0 to A_L, W_1 to W_L and Z_1 to Z_L, None where the backward pass does not read it.
+    kept: Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]]
+    #: A_L, and the hidden A_l and the Z_l that are kept, in the order of the outputs.
+    returned: Callable[[tuple[Tensor | None, ...]], tuple[Tensor, ...]]
+    #: "a" or "z" and l of everything that is returned but A_L.
+    hidden: tuple[tuple[str, int], ...]
+
+
+def _books(activations: tuple[str, ...], wanted: tuple[bool, ...]) -> _Books:
+    """``wanted``: whether the gradients of X, W_1, b_1, W_2, ... are.
+
+    The backward pass reads A_l or Z_l of each layer for its f', A_{l-1} for each dW_l that is wanted, and W_l for each
+    dgrad.
+    """
+    kinds, last = [saved_for_grad(activation) for activation in activations], len(activations)
+    place = 2 * last + 2
+    a_places, z_places, hidden = [int(wanted[1])], [], {}
+    for layer, kind in enumerate(kinds, 1):
+        read = kind == "a" or (layer < last and wanted[2 * layer + 1])
+        a_places.append(place if read else 0)
+        if read and layer < last:
+            hidden["a", layer] = place
+        end, place = place, place + 1
+        z_places.append(place if kind == "z" else 0)
+        if kind == "z":
+            hidden["z", layer] = place
+            place += 1
+    w_places = [2 if wanted[0] else 0, *range(4, 2 * last + 2, 2)]
+    first = itemgetter(end)
+    return _Books(
+        kinds=tuple(kinds),
+        saves_z=tuple([kind == "z" for kind in kinds]),
+        kept=itemgetter(*a_places, *w_places, *z_places),
+        # itemgetter of one place does not make a tuple.
+        returned=itemgetter(end, *hidden.values()) if hidden else lambda pool: (first(pool),),
+        hidden=tuple(hidden),
+    )
+
+
+_remembered_books = lru_cache(1024)(_books)
+
+
+class MLPFunction(Function):
+    """The whole network A_l = f_l(A_{l-1} W_l^T + b_l) as one node: ``apply(x, call, W_1, b_1, ...)``.
+
+    The call is the activations, the backend, and the signature of X and the parameters if it is known.
+    Returns A_L, and of A_1, Z_1, A_2, Z_2, ..., Z_L those that the backward pass reads; they are there for it only.
 
     Epilogue fusion crosses layers: each dgrad also multiplies by the derivative of the layer below. The first
     layer's dX is computed only if x requires grad. Layers below the lowest one that needs a gradient are the
@@ -132,38 +192,30 @@ class MLPFunction(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, activations: tuple[str, ...], backend: Runs, *params: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """Keep A_l or Z_l of each layer for its f', A_{l-1} for each dW_l that is wanted, W_l for each dgrad."""
-        weights = params[0::2]
-        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        last = len(activations) - 1
-        do = ops.on(backend)
-        kinds = [saved_for_grad(activation) for activation in activations]
-        saves_z = tuple([kind == "z" for kind in kinds])
-        outputs = triton_ops.network_fwd(x, params, activations, saves_z) if do is triton_ops else None
+        ctx: Any, x: Tensor, call: tuple[tuple[str, ...], Runs, Signature | None], *params: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Keep what ``_books`` says."""
+        activations, backend, known = call
+        need_x, _, *needs = ctx.needs_input_grad
+        # A compiler warns of a cache that it does not see.
+        books = (_books if is_compiling() else _remembered_books)(activations, (need_x, *needs))
+        do = triton_ops if known is not None else ops.on(backend)
+        outputs: Any = None
+        if do is triton_ops:
+            outputs = triton_ops.network_fwd(x, params, activations, books.saves_z, known)
         if outputs is None:
             outputs, a = [], x
-            for layer, activation in enumerate(activations):
-                weight = weights[layer]
+            for layer, (activation, save_z) in enumerate(zip(activations, books.saves_z, strict=True)):
+                weight = params[2 * layer]
                 assert weight is not None
-                a, z = do.linear_fwd(a, weight, params[2 * layer + 1], activation, save_z=saves_z[layer])
+                a, z = do.linear_fwd(a, weight, params[2 * layer + 1], activation, save_z=save_z)
                 outputs += [a] if z is None else [a, z]
-        made = iter(outputs)
-        inputs: list[Tensor | None] = []
-        saved: list[Tensor | None] = []
-        hidden: list[Tensor | None] = []
-        a = x
-        for layer, kind in enumerate(kinds):
-            inputs.append(a if needs[2 * layer] else None)
-            a, z = next(made), next(made) if kind == "z" else None
-            saved.append(a if kind == "a" else z)
-            read_later = kind == "a" or (layer < last and needs[2 * layer + 2])
-            hidden += (a if layer < last and read_later else None, z)
-        ctx.save_for_backward(*inputs, weights[0] if need_x else None, *weights[1:], *saved)
-        ctx.activations, ctx.backend = activations, backend
+        pool = (None, x, *params, *outputs)
+        ctx.save_for_backward(*books.kept(pool))
+        ctx.call = activations, backend, books
         ctx.set_materialize_grads(False)
-        return a, *([None] * len(hidden) if _one_output(backend) else hidden)
+        returned = books.returned(pool)
+        return returned[:1] if _one_output(backend) else returned
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -172,43 +224,65 @@ class MLPFunction(Function):
         In a second derivative dA_l and dZ_l also receive what flows into the saved A_l and Z_l; such a layer takes
         the product and the derivative apart.
         """
-        activations = ctx.activations
-        count = len(activations)
+        activations, backend, books = ctx.call
         tensors = ctx.saved_tensors
-        inputs, weights, saved = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        needs = ctx.needs_input_grad
-        out: list[Tensor | None] = [None] * len(needs)
-        do = _backward_operations(ctx.backend, *grads)
+        need_x, _, *needs = ctx.needs_input_grad
+        wanted = (need_x, *needs)
+        do = _backward_operations(backend, *grads)
+        dz, *others = grads
+        if do is triton_ops and dz is not None and _NOTHING.issuperset(map(type, others)):  # launches know no autocast
+            dz = do.activation_bwd(dz, _saved(tensors, books.kinds, len(activations)), activations[-1])
+            at_once = triton_ops.network_bwd(dz, tensors, activations, books.kinds, wanted)
+            if at_once is not None:
+                made = iter(at_once)
+                dx, *gradients = [next(made) if want else None for want in wanted]
+                return dx, None, *gradients
+        elif dz is not None:
+            with _outside_autocast(*grads):
+                dz = do.activation_bwd(dz, _saved(tensors, books.kinds, len(activations)), activations[-1])
         with _outside_autocast(*grads):
-            dz = grads[0]
-            if dz is not None:
-                dz = do.activation_bwd(dz, saved[-1], activations[-1])
-            if do is triton_ops and dz is not None and all(g is None for g in grads[1:]):
-                wanted = (needs[0], *needs[3:])
-                at_once = triton_ops.network_bwd(dz, tensors, activations, wanted)
-                if at_once is not None:
-                    made = iter(at_once)
-                    dx, *gradients = [next(made) if want else None for want in wanted]
-                    return dx, None, None, *gradients
-            for layer in range(count - 1, -1, -1):
-                dz_extra = grads[2 * layer + 2]
-                if dz_extra is not None:
-                    dz = dz_extra if dz is None else dz + dz_extra
-                w, b = 3 + 2 * layer, 4 + 2 * layer
-                if dz is None:
-                    pass
-                elif needs[w]:
-                    out[w], out[b] = do.linear_wgrad(dz, inputs[layer], bias=needs[b])
-                elif needs[b]:
-                    out[b] = dz.sum(-2)
-                if layer == 0:
-                    break
-                below, kept, da_extra = activations[layer - 1], saved[layer - 1], grads[2 * layer - 1]
-                if da_extra is None:
-                    dz = None if dz is None else do.linear_dgrad(dz, weights[layer], kept, below)
-                else:
-                    da = da_extra if dz is None else do.linear_dgrad(dz, weights[layer]) + da_extra
-                    dz = do.activation_bwd(da, kept, below)
-            if needs[0] and dz is not None:
-                out[0] = do.linear_dgrad(dz, weights[0])
-        return tuple(out)
+            hidden = dict(zip(books.hidden, others, strict=False))  # a traced node returns none
+            dx, *gradients = _layer_by_layer(do, dz, hidden, tensors, activations, books.kinds, wanted)
+        return dx, None, *gradients
+
+
+def _saved(tensors: Sequence[Tensor | None], kinds: Sequence[Literal["a", "z"] | None], layer: int) -> Tensor | None:
+    """Of what an MLPFunction keeps, what f' of the layer is computed from; layers count from 1."""
+    kind = kinds[layer - 1]
+    return None if kind is None else tensors[layer] if kind == "a" else tensors[2 * len(kinds) + layer]
+
+
+def _layer_by_layer(
+    do: BackwardOperations, dz: Tensor | None, hidden: dict[tuple[str, int], Tensor | None],
+    tensors: Sequence[Tensor | None], activations: tuple[str, ...], kinds: Sequence[Literal["a", "z"] | None],
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of X, W_1, b_1, W_2, ... from dZ_L without the gradient that flows into a returned Z_L."""
+    count = len(activations)
+    out: list[Tensor | None] = [None] * len(wanted)
+    for layer in range(count, 0, -1):
+        dz_extra = hidden.get(("z", layer))
+        if dz_extra is not None:
+            dz = dz_extra if dz is None else dz + dz_extra
+        w, b = 2 * layer - 1, 2 * layer
+        x, weight = tensors[layer - 1], tensors[count + layer]
+        if dz is None:
+            pass
+        elif wanted[w]:
+            assert x is not None
+            out[w], out[b] = do.linear_wgrad(dz, x, bias=wanted[b])
+        elif wanted[b]:
+            out[b] = dz.sum(-2)
+        if layer == 1:
+            break
+        assert weight is not None
+        below, kept, da_extra = activations[layer - 2], _saved(tensors, kinds, layer - 1), hidden.get(("a", layer - 1))
+        if da_extra is None:
+            dz = None if dz is None else do.linear_dgrad(dz, weight, kept, below)
+        else:
+            da = da_extra if dz is None else do.linear_dgrad(dz, weight) + da_extra
+            dz = do.activation_bwd(da, kept, below)
+    if wanted[0] and dz is not None:
+        assert weight is not None
+        out[0] = do.linear_dgrad(dz, weight)
+    return out

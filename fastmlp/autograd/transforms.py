@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from ..backend import functorch_active, get_backend
+from ..backend import functorch_active, get_backend, nobody_watches
 
 
 def transformed(*inputs: Tensor | None) -> bool:
@@ -44,6 +44,15 @@ def differentiable(*grads: Tensor | None) -> bool:
         return True
     # is_grads_batched makes its gradients by a vmap that is older than torch.func's.
     return any(is_legacy_batchedtensor(grad) for grad in grads if grad is not None)
+
+
+def launches_alone(*grads: Tensor | None) -> bool:
+    """Whether a backward pass on the kernels is launches that nobody else sees, which is not ``differentiable``."""
+    return (
+        not torch.is_grad_enabled()
+        and nobody_watches()
+        and not any(map(is_legacy_batchedtensor, [grad for grad in grads if grad is not None]))
+    )
 
 
 def _has_tangent(t: Tensor | None) -> bool:

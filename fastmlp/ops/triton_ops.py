@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from ..base.losses import LOSSES
 from .torch_losses import Gradients, Rows, Settings, mean_factor
 
+#: Of each tensor dtype, shape, strides, alignment and device, or None.
+Signature = tuple[Any, ...]
 _AS_IT_IS = nullcontext()
 
 
@@ -22,6 +25,11 @@ def _kernels() -> ModuleType:
     from .. import kernels
 
     return kernels
+
+
+def signature(tensors: Sequence[Tensor | None]) -> Signature:
+    """All that launches depend on of these tensors; ``known`` below is the signature of a function's tensors."""
+    return _kernels().signature(tensors)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -57,22 +65,30 @@ def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, T
 
 
 def network_fwd(
-    x: Tensor, params: Sequence[Tensor | None], activations: tuple[str, ...], saves_z: tuple[bool, ...]
-) -> list[Tensor] | None:
+    x: Tensor,
+    params: Sequence[Tensor | None],
+    activations: tuple[str, ...],
+    saves_z: tuple[bool, ...],
+    known: Signature | None = None,
+) -> Sequence[Tensor] | None:
     """A_1, Z_1 if saved, A_2, ... of W_1, b_1, W_2, ...; None where the layers have to be computed one by one."""
     with device_of(x):
-        return _kernels().network_fwd(x, params, activations, saves_z)
+        return _kernels().network_fwd(x, params, activations, saves_z, known)
 
 
 def network_bwd(
-    dz: Tensor, tensors: Sequence[Tensor | None], activations: tuple[str, ...], wanted: tuple[bool, ...]
-) -> list[Tensor] | None:
+    dz: Tensor,
+    tensors: Sequence[Tensor | None],
+    activations: tuple[str, ...],
+    kinds: tuple[str | None, ...],
+    wanted: tuple[bool, ...],
+) -> Sequence[Tensor] | None:
     """The wanted gradients of X, W_1, b_1, W_2, ... and more; None where the layers have to be computed one by one.
 
-    ``tensors`` are the inputs of all layers, their W, and what f' is computed from.
+    ``tensors`` are A_0 to A_L, W_1 to W_L and Z_1 to Z_L, and ``kinds`` says what every f' is computed from.
     """
     with device_of(dz):
-        return _kernels().network_bwd(dz, tensors, activations, wanted)
+        return _kernels().network_bwd(dz, tensors, activations, kinds, wanted)
 
 
 def activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
@@ -84,22 +100,26 @@ def activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
 
 
 def cross_entropy_fwd(
-    z: Tensor, target: Tensor, weight: Tensor | None, s: Settings
+    z: Tensor, target: Tensor, weight: Tensor | None, s: Settings, known: Signature | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(loss, maximum and sum of exponentials of each row, denominator of the mean or None)."""
-    options = {"ignore_index": s.ignore_index, "smoothing": s.smoothing}
+    reduction, ignore_index, smoothing, dtype, _ = s
     with device_of(z):
-        return _kernels().cross_entropy_fwd(z, target, weight=weight, reduction=s.reduction, dtype=s.dtype, **options)
+        return _kernels().cross_entropy_fwd(
+            z, target, weight=weight, ignore_index=ignore_index, smoothing=smoothing, reduction=reduction, dtype=dtype,
+            known=known,
+        )  # fmt: skip
 
 
 def cross_entropy_bwd(dloss: Tensor, rows: Rows, s: Settings, want: Sequence[bool]) -> Gradients:
     """(dZ, dTarget)."""
     z, target, weight, kept, denominator = rows
-    options = {"weight": weight, "ignore_index": s.ignore_index, "smoothing": s.smoothing, "denominator": denominator}
+    want_dz, want_dt = want
     with device_of(z):
         return _kernels().cross_entropy_bwd(
-            dloss, z, target, kept.contiguous(), want_dz=want[0], want_dt=want[1], **options
-        )
+            dloss, z, target, kept.contiguous(), weight=weight, ignore_index=s.ignore_index, smoothing=s.smoothing,
+            denominator=denominator, want_dz=want_dz, want_dt=want_dt,
+        )  # fmt: skip
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -124,8 +124,8 @@ class TestNoNeedlessWork:
     @pytest.mark.parametrize(
         ("wanted", "activations", "expected"),
         [
-            # All but x require grad: each layer's input, W above the first layer, A of layers with a derivative.
-            (NAMES[1:], ["sigmoid", "relu", "identity"], ["(3, 2)", "(3, 2)", "(3, 5)", "(3, 5)", "w1", "w2", "x"]),
+            # All but x require grad: each layer's input, which is A of the layer below, and W above the first.
+            (NAMES[1:], ["sigmoid", "relu", "identity"], ["(3, 2)", "(3, 5)", "w1", "w2", "x"]),
             # gelu keeps Z for the derivative and A for the layer above.
             (NAMES[1:], ["gelu", "gelu", "identity"], ["(3, 2)", "(3, 2)", "(3, 5)", "(3, 5)", "w1", "w2", "x"]),
             # Only the last layer requires grad: its input.

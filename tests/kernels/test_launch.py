@@ -5,6 +5,7 @@ Nothing is compiled here. What stands for a compiled kernel has Triton's key, wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -17,6 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import INTERPRETING
 
@@ -27,6 +30,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+import fastmlp
 from fastmlp import kernels
 from fastmlp.kernels import configs, launch
 from fastmlp.kernels.network import network_bwd, network_fwd
@@ -213,7 +217,8 @@ def test_a_network_launches_what_the_binder_would(dtype, sizes, m, flags, activa
     )
     wanted = (flags[8], *wants)
     activations = (activation,) * count
-    backward = (dz, (x, *saved[:-1], *weights, *saved), activations, wanted)
+    kinds = ({"relu": "a", "gelu": "z", "step": None}[activation],) * count
+    backward = (dz, (x, *saved, *weights, *saved), activations, kinds, wanted)
     saves_z = tuple(flags[:count])
     with Gpu(90) as gpu:
         tensors = [x, dz, *weights, *saved]
@@ -221,6 +226,7 @@ def test_a_network_launches_what_the_binder_would(dtype, sizes, m, flags, activa
             same_as_the_binder(gpu, lambda: network_fwd(x, params, activations, saves_z), tensors)
             if network_bwd(*backward) is None:
                 assert x.stride(1) != 1
+                assert wanted[1]
             elif any(wanted) or count > 1:
                 same_as_the_binder(gpu, lambda: network_bwd(*backward), tensors)
 
@@ -325,3 +331,76 @@ def test_amd_asks_for_the_size_of_a_storage():
         one_launch(gpu)
         with mock.patch.object(torch.UntypedStorage, "nbytes", return_value=2**31):
             assert one_launch(gpu)
+
+
+def step(model: fastmlp.MLP, loss: torch.nn.Module, x: Tensor, y: Tensor) -> None:
+    """Forward pass, loss and backward pass, all of them launches."""
+    model.zero_grad()
+    loss(model(x), y).backward()
+
+
+@pytest.mark.parametrize("shape", [(16, 12), (16, 3, 4)])
+def test_modules_launch_what_the_binder_would(shape):
+    """The signature that the check of the arguments made is the one of the tensors that are launched."""
+    model, x, y = fastmlp.MLP((12, 16, 10), "gelu"), torch.zeros(shape), torch.zeros(16, dtype=torch.long)
+    loss = fastmlp.CrossEntropyLoss()
+    with Gpu(90) as gpu, fastmlp.use_backend("triton"):
+        for asked in (6, 0, 0):
+            assert same_as_the_binder(gpu, lambda: step(model, loss, x, y), [x, y, *model.parameters()]) == asked
+        shifted = torch.zeros(x.numel() + 1)[1:].view(shape)
+        assert same_as_the_binder(gpu, lambda: step(model, loss, shifted, y), [shifted, y, *model.parameters()]) > 0
+        frozen = model.layers[0].requires_grad_(False)
+        assert same_as_the_binder(gpu, lambda: step(model, loss, x, y), [x, y, *frozen.parameters()]) > 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own forward-mode derivatives
+def test_what_passed_once_is_looked_at_again_where_something_else_changed():
+    x, y = torch.zeros(16, 12), torch.zeros(16, dtype=torch.long)
+    model, loss = fastmlp.MLP((12, 16, 10)), fastmlp.CrossEntropyLoss()
+    ignoring = functools.partial(fastmlp.functional.cross_entropy, ignore_index=1)
+    with Gpu(90), fastmlp.use_backend("triton"):
+        for _ in range(2):
+            step(model, loss, x, y)
+            ignoring(model(x), y)
+        z = model(x)
+        for wrong in (x.double(), x[:, :8], x[0], None):
+            with pytest.raises((RuntimeError, TypeError)):
+                model(wrong)
+        weights, biases = ([getattr(layer, name) for layer in model.layers] for name in ("weight", "bias"))
+        with pytest.raises(ValueError, match="unknown activation"):
+            fastmlp.functional.mlp(x, weights, biases, ["sigmoid", "nothing"])
+        with pytest.raises(ValueError, match="as many weights as biases"):
+            fastmlp.functional.mlp(x, weights, biases[:1], ["sigmoid", "identity"])
+        for _ in range(2):  # on the CPU the labels are looked at every time
+            with pytest.raises(IndexError):
+                loss(z, y + 10)
+            with pytest.raises(ValueError, match="as many labels as rows"):
+                loss(z, y[:4])
+            with pytest.raises(TypeError):
+                ignoring(z, y, ignore_index=1.0)
+            with pytest.raises(TypeError):
+                ignoring(z, y, weight=[1.0] * 10)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match=r"torch\.func"):
+            torch.func.vmap(model)(x.view(4, 4, 12))
+        with pytest.raises(RuntimeError, match="forward-mode"), forward_ad.dual_level():
+            model(forward_ad.make_dual(x, x))
+        with Operators() as operators:
+            step(model, loss, x, y)
+        assert {"linear_fwd", "cross_entropy_fwd", "cross_entropy_bwd", "linear_wgrad"} <= operators.names
+        with fastmlp.use_backend("torch"):
+            assert model(x).isfinite().all()
+
+
+class Operators(TorchDispatchMode):
+    """The operators of fastmlp that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "fastmlp":
+            self.names.add(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
