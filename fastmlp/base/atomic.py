@@ -16,7 +16,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -112,11 +112,17 @@ def update_file(path: Path, most: int, change: Callable[[bytes], bytes]) -> None
 
 
 def replace_file(
-    target: Path, content: bytes | bytearray | memoryview, locked: bool, final: Path | None = None
+    target: Path,
+    content: bytes | bytearray | memoryview | Sequence[memoryview],
+    locked: bool,
+    final: Path | None = None,
+    *,
+    sync_names: bool = True,
 ) -> None:
     """`atomic_write` for a caller inside `folder_lock`, which gave ``locked``.
 
-    Errors and temporary files have the name of ``final``, by default ``target``.
+    Errors and temporary files have the name of ``final``, by default ``target``. Without ``sync_names`` a power cut
+    may leave the old file, because the new name is not written to the disk at once.
     """
     final = target if final is None else final
     sweep(final.parent, f".{final.name}.", ".tmp", locked)
@@ -125,7 +131,8 @@ def replace_file(
     try:
         _write(temporary, content)
         os.replace(temporary, target)
-        sync_folder(target.parent)
+        if sync_names:
+            sync_folder(target.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -134,13 +141,14 @@ def replace_file(
         raise
 
 
-def _write(path: Path, content: bytes | bytearray | memoryview) -> None:
+def _write(path: Path, content: bytes | bytearray | memoryview | Sequence[memoryview]) -> None:
     """Write a new file to the disk, not only to the system's memory: a rename may reach the disk before the bytes."""
     opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
-        rest = memoryview(content).cast("B")
-        while rest:
-            rest = rest[os.write(opened, rest) :]
+        for piece in [content] if isinstance(content, (bytes, bytearray, memoryview)) else content:
+            rest = memoryview(piece).cast("B")
+            while rest:
+                rest = rest[os.write(opened, rest) :]
         os.fsync(opened)
     finally:
         os.close(opened)

@@ -58,6 +58,10 @@ class Optimizer:
         """W -= lr dW and nothing else, so that gradient and update can be one product."""
         return False
 
+    #: What `fastmlp.fit` and ``fastmlp train`` take for settings that nobody gives; "lr" is absent where it depends on
+    #: the model's activation. The other settings have the defaults above.
+    usual: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}
+
     @property
     def settings(self) -> tuple[str, ...]:
         """Names of all settings."""
@@ -112,6 +116,7 @@ class SGD(Optimizer):
     momentum: float = 0.0
     nesterov: bool = False
     name: ClassVar[str] = "sgd"
+    usual: ClassVar[Mapping[str, Any]] = {"momentum": 0.9, "nesterov": True}
 
     def __post_init__(self) -> None:
         if self.nesterov and not least(self.momentum) > 0:

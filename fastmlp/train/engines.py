@@ -6,6 +6,8 @@ engine "step" of `fit` calls a `TrainStep`, and the engine "autograd" calls auto
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -18,16 +20,16 @@ from ..base.names import unknown
 from ..nn import MLP
 from ..step import TrainStep
 from ..step.loss_scale import LossScale
+from ..step.optimizers import OPTIMIZERS, Optimizer, optimizer_of
 from ..step.parameters import Copies
 from .scores import loss_function
-
-OPTIMIZERS = ("sgd",)
 
 
 class Engine(Protocol):
     """Runs training steps, which update the model's parameters in place.
 
-    An engine may also have ``step_losses``, a tensor of the loss of each step of the last ``epoch``.
+    An engine may also have ``step_losses``, a tensor of the loss of each step of the last ``epoch``. An engine of a run
+    that can be resumed has ``state_dict()``, which returns tensors by name, and ``load_state_dict(state)``.
     """
 
     def epoch(
@@ -54,16 +56,24 @@ class StepEngine:
     Args:
         model: an MLP.
         loss: a name that `TrainStep` takes.
-        settings: optimizer, lr, momentum, weight_decay and nesterov, as `AutogradEngine`.
+        settings: the optimizer's name and its settings, as `TrainStep` takes them; the learning rate is above 0.
 
     Raises:
         TypeError: another model.
-        ValueError: as `AutogradEngine`, or layers with hooks.
+        ValueError: a setting outside its range, or layers with hooks.
     """
 
     def __init__(self, model: nn.Module, *, loss: str = "cross_entropy", **settings: Any) -> None:
-        check_hyperparameters(**settings)
+        checked_rule(**settings)
         self.step = TrainStep(model, loss=loss, **settings)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``TrainStep.state_dict``."""
+        return self.step.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """``TrainStep.load_state_dict``."""
+        self.step.load_state_dict(state)
 
     @property
     def step_losses(self) -> Tensor:
@@ -78,49 +88,73 @@ class StepEngine:
 
 
 class AutogradEngine:
-    """Forward, ``loss.backward()`` and ``torch.optim.SGD``: the steps as ordinary PyTorch code writes them.
+    """Forward, ``loss.backward()`` and an optimizer of torch.optim: the steps as ordinary PyTorch code writes them.
 
     Parameters of 16 bits have float32 masters (``fastmlp.step.parameters``). float16 also scales the loss
     (``fastmlp.step.loss_scale``).
 
     Args:
         model: maps [B, features] to logits [B, classes], or to values [B, outputs].
-        optimizer: "sgd".
+        optimizer: a name that `TrainStep` takes, of an optimizer that torch.optim has too; default "sgd".
         lr: base learning rate, above 0.
-        momentum: in [0, 1).
-        weight_decay: at least 0; this factor times the parameter is added to the gradient.
-        nesterov: Nesterov's momentum; needs momentum above 0.
         loss: a name of ``fastmlp.train.scores.FIT_LOSSES``.
+        settings: of the optimizer, by `TrainStep`'s names and with its defaults.
 
     Raises:
+        TypeError: a setting that no optimizer has.
         ValueError: a value outside its range, an unknown optimizer or loss, or nothing to train in the model.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        optimizer: str = "sgd",
-        lr: float,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        loss: str = "cross_entropy",
+        self, model: nn.Module, *, optimizer: str = "sgd", lr: float, loss: str = "cross_entropy", **settings: Any
     ) -> None:
-        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        check_hyperparameters(optimizer=optimizer, **settings)  # type: ignore[arg-type]
+        rule = checked_rule(optimizer=optimizer, lr=lr, **settings)
         self.model = model
         self.lr = lr
         self.loss = loss_function(loss)
-        self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names, self.params = tuple(named), list[Tensor](named.values())
         if not self.params:
             raise ValueError("the model has no parameter that requires a gradient; there is nothing to train")
         half = any(p.dtype == torch.float16 for p in self.params)
         self.loss_scale = LossScale(self.params[0].device) if half else None
         self.has_masters = any(p.dtype.itemsize < 4 for p in self.params)
         self.masters = [Copies(p, p.dtype).master for p in self.params] if self.has_masters else self.params
-        fused = all(p.device.type in ("cpu", "cuda") for p in self.params)
-        self.optimizer = torch.optim.SGD(self.masters, fused=fused, **settings)  # type: ignore[arg-type]
+        self.max_grad_norm = rule.max_grad_norm
+        self.optimizer = _torch_optimizer(rule, self.masters)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the optimizer keeps per parameter, as ``TrainStep.state_dict`` names it; masters, and the loss scale."""
+        state = {
+            f"{name}.{key}": value.clone()
+            for name, master in zip(self.names, self.masters, strict=True)
+            for key, value in self.optimizer.state[master].items()
+            if isinstance(value, Tensor)
+        }
+        if self.has_masters:
+            state |= {f"{name}.master": master.clone() for name, master in zip(self.names, self.masters, strict=True)}
+        counters = {} if self.loss_scale is None else self.loss_scale.counters()
+        return state | {name: torch.tensor(value, dtype=torch.float64) for name, value in counters.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state_dict` returned, after the model's own; ValueError for a state of other parameters."""
+        rest = dict(state)
+        kept: dict[int, dict[str, Tensor]] = {}
+        try:
+            for number, (name, master) in enumerate(zip(self.names, self.masters, strict=True)):
+                if self.has_masters:
+                    master.copy_(rest.pop(f"{name}.master"))
+                keys = [key for key in rest if key.rpartition(".")[0] == name]
+                kept[number] = {key.rpartition(".")[2]: rest.pop(key) for key in keys}
+            if self.loss_scale is not None:
+                self.loss_scale.set_counters({name: rest.pop(name).item() for name in self.loss_scale.counters()})
+        except KeyError as error:
+            raise ValueError(f"the state does not fit this engine: missing {error.args[0]}") from error
+        if rest:
+            raise ValueError(f"the state does not fit this engine: unexpected {', '.join(rest)}")
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": kept, "param_groups": groups})
 
     def epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]
@@ -140,6 +174,7 @@ class AutogradEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if not self.has_masters:
+            self._clip()
             self.optimizer.step()
             return
         for param, master in zip(self.params, self.masters, strict=True):
@@ -149,13 +184,32 @@ class AutogradEngine:
             self.loss_scale.adjust()
             if self.loss_scale.overflow:
                 return
+        self._clip()
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(self.params, self.masters)
 
+    def _clip(self) -> None:
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
+
+
+def _torch_optimizer(rule: Optimizer, params: list[Tensor]) -> torch.optim.Optimizer:
+    """torch's optimizer of this rule; ValueError where torch.optim has none, or none with these settings."""
+    kinds = [getattr(torch.optim, name) for name in dir(torch.optim) if name.casefold() == rule.name]
+    kind = next((kind for kind in kinds if isinstance(kind, type)), None)
+    if kind is None:
+        raise ValueError(f"torch.optim has no {rule.name}, so it needs engine 'step', and a fastmlp.MLP")
+    known = inspect.signature(kind).parameters
+    settings = {name: getattr(rule, name) for name in rule.settings if name != "max_grad_norm"}
+    if "fused" in known:
+        settings["fused"] = all(p.device.type in ("cpu", "cuda") for p in params)
+    optimizer: torch.optim.Optimizer = kind(params, **settings)
+    return optimizer
+
 
 ENGINES: Mapping[str, Callable[..., Engine]] = {"step": StepEngine, "autograd": AutogradEngine}
-"""Every engine of `fit` by name: (model, *, optimizer, loss, lr, momentum, weight_decay, nesterov) -> `Engine`."""
+"""Every engine of `fit` by name: (model, *, optimizer, loss, lr, and settings of the optimizer) -> `Engine`."""
 
 
 def engine_for(model: nn.Module, loss: str = "cross_entropy") -> str:
@@ -163,17 +217,38 @@ def engine_for(model: nn.Module, loss: str = "cross_entropy") -> str:
     return "step" if isinstance(model, MLP) and loss in STEP_LOSSES else "autograd"
 
 
-def check_hyperparameters(
-    *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False, optimizer: str = "sgd"
-) -> None:
-    """ValueError for an unknown optimizer, or a learning rate, momentum or weight decay outside its range."""
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(unknown("optimizer", optimizer, OPTIMIZERS))
-    if not (math.isfinite(lr) and lr > 0):
+def checked_rule(*, lr: float, optimizer: str = "sgd", **settings: Any) -> Optimizer:
+    """The rule of ``fastmlp.step.optimizers`` with these settings.
+
+    Raises:
+        TypeError: a setting that no optimizer has, or that is no number.
+        ValueError: an unknown optimizer, a setting of another optimizer, or one outside its range.
+    """
+    known = {name: None for rule in OPTIMIZERS.values() for name in (f.name for f in dataclasses.fields(rule))}
+    for name in settings:
+        if name not in known:
+            raise TypeError(unknown("setting of an optimizer", name, known))
+    if not (isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be a finite number above 0, got {lr}")
-    if not 0 <= momentum < 1:
+    momentum, weight_decay = settings.get("momentum"), settings.get("weight_decay")
+    if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+    if isinstance(weight_decay, (int, float)) and not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay}")
-    if nesterov and momentum == 0:
-        raise ValueError("nesterov needs a momentum above 0, got momentum 0")
+    if optimizer == "sgd" and settings.get("nesterov") and not momentum:
+        raise ValueError(f"nesterov needs a momentum above 0, got momentum {momentum or 0}")
+    return optimizer_of(optimizer, {"lr": lr, **settings})
+
+
+def usual_rule(*, lr: float, optimizer: str = "sgd", **settings: Any) -> Optimizer:
+    """As `checked_rule`; a setting that is None, or not given, is what the rule's ``usual`` says, or its default.
+
+    Nesterov's momentum is off when momentum is 0.
+    """
+    if isinstance(optimizer, str) and optimizer in OPTIMIZERS:
+        given = {name: value for name, value in settings.items() if value is not None}
+        settings = {**OPTIMIZERS[optimizer].usual, **given}
+        settings.pop("lr", None)
+        if settings.get("nesterov") and settings.get("momentum") == 0:
+            settings["nesterov"] = False
+    return checked_rule(lr=lr, optimizer=optimizer, **settings)

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.names import unknown
-from .engines import ENGINES, Engine, check_hyperparameters, engine_for
+from .engines import ENGINES, Engine, checked_rule, engine_for, usual_rule
 from .results import EXPLODED, DivergenceError, EpochResult, History, Progress
 from .schedules import Schedule, lr_factor
 from .scores import LabeledImages, Samples, checked, evaluate, loss_of_a_guess, metric_of
 from .split import held_out
+from .state import RunState, fingerprint, load_state, save_state
 
 __all__ = ["CHECK_EVERY", "DivergenceError", "EpochResult", "History", "LabeledImages", "Progress", "evaluate", "fit"]
 
@@ -45,15 +47,19 @@ def fit(
     optimizer: str = "sgd",
     lr: float,
     loss: str = "cross_entropy",
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    nesterov: bool = True,
+    momentum: float | None = None,
+    weight_decay: float | None = None,
+    nesterov: bool | None = None,
     schedule: str | Schedule = "linear",
     warmup: float = 0.05,
     seed: int = 0,
     engine: str | Engine = "auto",
+    patience: int | None = None,
+    checkpoint: str | os.PathLike[str] | Callable[[RunState], object] | None = None,
+    resume: str | os.PathLike[str] | RunState | None = None,
     on_epoch: Callable[[EpochResult], object] | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], object] | None = None,
+    **settings: Any,
 ) -> History:
     """Train ``model`` in place and evaluate it after every epoch.
 
@@ -68,6 +74,13 @@ def fit(
     the epoch with the least validation loss, and the test data is looked at once, with these parameters. Without
     ``validation``, every epoch is evaluated on the test data, and the model keeps the parameters of the last epoch.
 
+    With ``checkpoint``, the state of the run is written after every epoch, to one file that changes as a whole. A run
+    that was killed goes on from its last finished epoch, and gives the parameters and the history of the run that was
+    never stopped, bit for bit:
+
+        fastmlp.fit(model, (x, y), lr=0.1, checkpoint="run.state")
+        fastmlp.fit(model, (x, y), lr=0.1, checkpoint="run.state", resume="run.state")
+
     Data is a pair of tensors (x, y), or a data set with ``images`` and ``labels`` (`fastmlp.ImageDataset`), with ``x``
     and ``y`` (`fastmlp.data.Table`), or with two ``tensors`` (torch.utils.data.TensorDataset), on the model's device.
     Inputs [N, features] or [N, ...] are uint8 pixels or of the model's dtype. Targets are class numbers int64 [N], or
@@ -81,37 +94,60 @@ def fit(
             with ``seed`` and from all classes alike; default: none.
         epochs: at least 1.
         batch_size: rows per step, at least 1.
-        optimizer: "sgd".
+        optimizer: a name that `TrainStep` takes. Engine "autograd" takes those that torch.optim has.
         lr: base learning rate, above 0.
         loss: "cross_entropy" or "softmax_squared_error" (class numbers), "mse", "l1", "huber" or "bce" (values; the
             last one takes logits and targets from 0 to 1).
-        momentum: in [0, 1).
-        weight_decay: at least 0.
-        nesterov: Nesterov's momentum; without effect when momentum is 0.
+        momentum: in [0, 1); default: 0.9 for "sgd", else as `TrainStep`.
+        weight_decay: at least 0; default: 0.
+        nesterov: Nesterov's momentum; default: True for "sgd"; without effect when momentum is 0.
         schedule: "constant", "linear", "cosine", or a function; see `fastmlp.train.schedules`.
         warmup: share of all steps to warm up in, [0, 1); "constant" has no warm-up.
         seed: of the order of the rows.
         engine: what runs the steps: "step" (`fastmlp.TrainStep`, for MLPs), "autograd", "auto" ("step" for a
             fastmlp.MLP with a loss of a step, "autograd" for all else), or a ready `fastmlp.train.engines.Engine`. A
             ready engine has its own optimizer and loss, so the arguments about the optimizer have no effect.
+        patience: end the training when so many epochs in a row had no validation loss below the best, at least 1;
+            default: never. It needs ``validation``.
+        checkpoint: a file that gets the state of the run, or a function that is called with it; default: none.
+        resume: a file that ``checkpoint`` wrote, or a state, to go on from. Data, model and all other arguments must be
+            those of the run, but ``epochs`` and ``patience`` may be larger. A schedule that depends on the number of
+            steps follows the new number from there on. Default: begin anew.
         on_epoch: called with the result after each epoch, when the model has the parameters of this epoch. If it
             returns True, the training ends.
-        on_progress: called every `CHECK_EVERY` steps and at the end of each epoch.
+        on_progress: called every `CHECK_EVERY` steps and at the end of each epoch. If it returns True, the training
+            stops at once: ``checkpoint`` gets the steps of the unfinished epoch, the model keeps its parameters, and
+            the test data is not looked at.
+        settings: further settings of the optimizer, by `TrainStep`'s names: betas, eps, max_grad_norm, ...
 
     Returns:
         The results of all epochs; ``history.best`` is the best epoch's.
 
     Raises:
-        ValueError: an argument outside its range, an unknown name, no training data, or targets of another shape.
+        ValueError: an argument outside its range, an unknown name, no training data, targets of another shape, or an
+            argument that differs from that of the run to resume.
         RuntimeError: inputs, targets and model do not fit, or are on two devices.
         IndexError: a label outside [0, classes).
-        TypeError: data of another kind, or engine "step" for a model that is not an MLP.
+        TypeError: data of another kind, engine "step" for a model that is not an MLP, an unknown setting, or an engine
+            without ``state_dict`` where ``checkpoint`` or ``resume`` is given.
+        OSError: ``checkpoint`` cannot be written or ``resume`` cannot be read. (A damaged file is a RuntimeError.)
         DivergenceError: the loss or a parameter became NaN or infinite, or the loss exploded (a RuntimeError).
     """
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
+        if not (name == "patience" and value is None) and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    check_hyperparameters(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=False)
+    if patience is not None and validation is None:
+        raise ValueError("patience needs validation data to judge the epochs by; add validation=0.1, or a data set")
+    settings |= {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+    if isinstance(engine, str):
+        engine = engine_for(model, loss) if engine == "auto" else engine
+        if engine not in ENGINES:
+            raise ValueError(unknown("engine", engine, ("auto", *ENGINES)))
+        rule = usual_rule(optimizer=optimizer, lr=lr, **settings)
+        settings = {name: getattr(rule, name) for name in rule.settings}
+    else:
+        checked_rule(lr=lr)
+        settings = {"lr": lr}
     x, y = checked(model, train, loss)
     if isinstance(validation, (int, float)):
         kept, held = (rows.to(x.device) for rows in held_out(y, validation, seed))
@@ -123,20 +159,51 @@ def fit(
     n = len(y)
     steps = -(-n // batch_size)
     factor = lr_factor(schedule, epochs * steps, warmup)
+    state: RunState | None = None
+    about: dict[str, Any] = {}
+    if checkpoint is not None or resume is not None:
+        kinds = {"optimizer": optimizer, "engine": engine} if isinstance(engine, str) else {}
+        about = {"epochs": epochs, "batch_size": batch_size, "loss": loss, **kinds, **settings, "seed": seed}
+        about |= {"schedule": schedule if isinstance(schedule, str) else getattr(schedule, "__name__", "")}
+        about |= {"warmup": warmup, "patience": patience, "validation": validation is not None}
+        about |= {"data": fingerprint(x, y)}
+    if resume is not None:
+        state = resume if isinstance(resume, RunState) else load_state(resume)
+        state.check(about, model)
+        model.load_state_dict(state.model)
     runner: Engine
     if isinstance(engine, str):
-        engine = engine_for(model, loss) if engine == "auto" else engine
-        if engine not in ENGINES:
-            raise ValueError(unknown("engine", engine, ("auto", *ENGINES)))
-        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        runner = ENGINES[engine](model, optimizer=optimizer, loss=loss, nesterov=nesterov and momentum > 0, **settings)
+        runner = ENGINES[engine](model, optimizer=optimizer, loss=loss, **settings)
     else:
         runner = engine
+    if about and not all(hasattr(runner, name) for name in ("state_dict", "load_state_dict")):
+        raise TypeError(
+            f"checkpoint and resume need an engine with state_dict and load_state_dict, got {type(runner).__name__}"
+        )
 
     generator = torch.Generator().manual_seed(seed)
     history = History(loss=loss)
     good = best = _snapshot(model)
-    highest_loss = EXPLODED * loss_of_a_guess(model, x[:_GUESS_ROWS], y[:_GUESS_ROWS], loss)
+    if state is None:
+        highest_loss = EXPLODED * loss_of_a_guess(model, x[:_GUESS_ROWS], y[:_GUESS_ROWS], loss)
+    else:
+        highest_loss = state.highest_loss
+        runner.load_state_dict(state.engine)  # type: ignore[attr-defined]
+        generator.set_state(state.order)
+        history.epochs += state.history.epochs
+        best = good if state.best is None else {name: t.to(good[name].device) for name, t in state.best.items()}
+
+    def keep(parameters: dict[str, Any], order: Tensor, step: int = 0, loss_sum: float = 0.0, spent: float = 0) -> None:
+        """Give the state of the run to ``checkpoint``."""
+        if checkpoint is None:
+            return
+        other = None if validation is None or best is parameters else best
+        kept = runner.state_dict()  # type: ignore[attr-defined]
+        now = RunState(parameters, kept, order, history, about, highest_loss, other, step, loss_sum, spent)
+        if callable(checkpoint):
+            checkpoint(now)
+        else:
+            save_state(checkpoint, now)
 
     def factors(epoch: int, first: int, last: int) -> list[float]:
         return [factor((epoch - 1) * steps + step) for step in range(first, last)]
@@ -153,20 +220,27 @@ def fit(
             history,
         )
 
-    for epoch in range(1, epochs + 1):
+    for epoch in range(len(history.epochs) + 1, epochs + 1):
+        if patience is not None and history.epochs and epoch - 1 - history.best.epoch >= patience:
+            break
+        order_state = generator.get_state()
         order = torch.randperm(n, generator=generator, device="cpu").to(x.device)
         model.train()
-        loss_sum = 0.0
-        start = time.perf_counter()
-        for first in range(0, steps, CHECK_EVERY):
+        done, loss_sum, spent = (0, 0.0, 0.0) if state is None else (state.step, state.loss_sum, state.seconds)
+        state, stopped = None, False
+        start = time.perf_counter() - spent
+        for first in range(done, steps, CHECK_EVERY):
             last = min(first + CHECK_EVERY, steps)
             rows = order[first * batch_size : last * batch_size]
             mean = runner.epoch(x, y, batch_size, rows, factors(epoch, first, last)).item()
             if not math.isfinite(mean):
                 raise stop(f"the loss became {mean}", epoch, *_first_bad_step(runner, first, last))
             loss_sum += mean * len(rows)
-            if on_progress is not None:
-                on_progress(Progress(epoch, epochs, last, steps, mean))
+            if on_progress is not None and on_progress(Progress(epoch, epochs, last, steps, mean)) is True:
+                if last < steps:
+                    keep(_snapshot(model), order_state, last, loss_sum, time.perf_counter() - start)
+                    return history
+                stopped = True
         # No loss shows the update of the last step yet.
         if not _all_finite(model):
             raise stop("a parameter became NaN or infinite", epoch, first, last)
@@ -182,9 +256,12 @@ def fit(
         good = _snapshot(model)
         if history.best is history.last:
             best = good
+        keep(good, generator.get_state())
         if on_epoch is not None and on_epoch(history.last) is True:
             break
-    if validation is not None:
+        if stopped:
+            return history
+    if validation is not None and history.epochs:
         model.load_state_dict(best)
         if test is not None:
             place = history.epochs.index(history.best)
