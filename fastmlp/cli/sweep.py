@@ -73,7 +73,11 @@ Several processes, also on several machines with one file system, divide the gro
 @_option("--epochs", click.IntRange(1, 1_000_000), 10, "Passes over the data.")
 @_option("--batch-size", click.IntRange(1, 2**31 - 1), 128, "Rows per step of each member.")
 @_option("--optimizer", common.Choice(tuple(OPTIMIZERS)), "sgd", "Update rule.")
-@click.option("--nesterov/--no-nesterov", default=None, help="Nesterov's or plain momentum.  [default: sgd: on]")
+@click.option(
+    "--nesterov/--no-nesterov",
+    default=None,
+    help="Nesterov's or plain momentum, where momentum is above 0.  [default: sgd: on]",
+)
 @_option("--loss", common.Choice(tuple(STEP_LOSSES)), "cross_entropy", LOSS_HELP)
 @_option("--schedule", common.Choice(SCHEDULES), "linear", SCHEDULE_HELP)
 @_option("--warmup", common.Number(0, 1), 0.05, "Share of the steps to warm up in.")

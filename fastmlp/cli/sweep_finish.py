@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ def finish(ready: Sweep, files: SweepFolder, groups: list[list[int]]) -> tuple[d
             "best": best,
             "settings": [{"rank": rank, **standing.as_dict()} for rank, standing in enumerate(standings, 1)],
             "members": rows,
-            "config": {**config, "data": None if config["data"] is None else Path(config["data"]).name},
+            "config": {**config, "data": _published(config["data"])},
             "groups": [len(group) for group in groups],
             "seconds": seconds,
             **about,
@@ -86,6 +87,13 @@ def finish(ready: Sweep, files: SweepFolder, groups: list[list[int]]) -> tuple[d
         go_on = f"fastmlp sweep --resume {shlex.quote(str(files.folder))}"
         raise common.Failure(f"{error}. To go on: {go_on}") from error
     return summary, standings
+
+
+def _published(data: str | None) -> str | None:
+    """What ``--data`` names, without a path."""
+    if data is None or not os.path.isabs(data):
+        return None if data is None else data.partition("@")[0]
+    return Path(data).name
 
 
 def _drawn(files: SweepFolder, standings: list[Standing], ready: Sweep) -> bool:

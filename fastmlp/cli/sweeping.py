@@ -93,7 +93,8 @@ def _train_groups(
     """Train this process's share of the groups that are not finished; returns when every process is done."""
     config, members = ready.config, ready.members
     with ranks.agreed():
-        missing = [number for number in range(len(groups)) if not _finished(folder, number, groups, members)]
+        every = range(len(groups)) if ranks.rank == 0 else ()
+        missing = [number for number in every if not _finished(folder, number, groups, members)]
     missing = ranks.gather(missing)[0]
     show(
         f"{len(members)} members in {len(groups)} group{'s' if len(groups) != 1 else ''}, {config['dtype']}"

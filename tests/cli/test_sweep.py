@@ -206,6 +206,22 @@ def test_resume(capsys, sets, tmp_path, monkeypatch):
     assert len(list((out / "groups").iterdir())) == 1
 
 
+def test_a_full_disk(capsys, sets, tmp_path, monkeypatch):
+    """The message names the command to go on with."""
+    out = tmp_path / "sweep"
+
+    def full(path, *rest):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastmlp.train.sweep.results.save_group", full)
+        assert cli.main(["sweep", *map(str, quick(sets)), "--out", str(out), "--sizes", "4-5-3"]) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert error.endswith(f"To go on: fastmlp sweep --resume {out}\n")
+    run(capsys, "sweep", "--resume", out)
+
+
 def test_all_diverge(capsys, sets, tmp_path):
     argv = ["sweep", *quick(sets), "--out", tmp_path / "sweep", "--lr", "1e9,1e10", "--sizes", "4-5-3"]
     assert cli.main([*map(str, argv), "--activation", "relu"]) == 1

@@ -79,7 +79,8 @@ class _Rows:
         x, y: training inputs and targets of all divisions.
         rows: int64 [divisions, n] on the CPU, the training rows of each division.
         of: int64 [E] on the CPU, the division of each member.
-        held: by division, the members that it validates and their validation inputs and targets.
+        held: by division, the members that it validates; inputs and targets; and the validation rows of these, or None
+            where all are.
     """
 
     def __init__(self, members: Sequence[Member], data: Data) -> None:
@@ -90,17 +91,19 @@ class _Rows:
         device = data.x.device
         kept, held = [[rows[part].to(device) for rows in divided] for part in (0, 1)]
         self.x, self.y = data.x, data.y
-        inputs: list[Callable[[Tensor], Tensor]] = [lambda x: x] * len(divisions)
         self.rows = torch.stack([rows for rows, _ in divided])
         if data.prepare is not None:
             inputs = [data.prepare(data.x[rows]) for rows in kept]
             self.x = torch.cat([f(data.x[rows]) for f, rows in zip(inputs, kept, strict=True)])
             self.y = torch.cat([data.y[rows] for rows in kept])
             self.rows = torch.arange(self.rows.numel()).view(self.rows.shape)
-        self.held = [
-            ((self.of == number).nonzero().flatten().to(device), inputs[number](data.x[rows]), data.y[rows])
-            for number, rows in enumerate(held)
-        ]
+        self.held: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        for number, rows in enumerate(held):
+            own = (self.of == number).nonzero().flatten().to(device)
+            if data.prepare is None:  # rows of pixels are many times as large as their numbers
+                self.held.append((own, data.x, data.y, rows))
+            else:
+                self.held.append((own, inputs[number](data.x[rows]), data.y[rows], None))
 
     def first(self, division: int, count: int) -> tuple[Tensor, Tensor]:
         """The first training rows of a division, as inputs and targets."""
@@ -193,7 +196,7 @@ def _started(
     model = MLP(first.sizes, first.activation, device=device, dtype=training.dtype)
     highest = torch.zeros(len(members), dtype=torch.float64)
     own = dict(model.named_parameters())
-    for division, (seed, (numbers, _, _)) in enumerate(zip(rows.seeds, rows.held, strict=True)):
+    for division, (seed, (numbers, *_)) in enumerate(zip(rows.seeds, rows.held, strict=True)):
         initialize_(model, seed)
         guess = loss_of_a_guess(model, *rows.first(division, _GUESS_ROWS), training.loss)
         highest[numbers.cpu()] = EXPLODED * guess
@@ -233,24 +236,30 @@ def _keep(best: Mapping[str, Tensor], ensemble: MLPEnsemble, improved: Tensor) -
 def _evaluated(ensemble: MLPEnsemble, rows: _Rows, loss: str, active: Tensor) -> tuple[Tensor, Tensor]:
     """float64 [E] on the CPU each: validation losses and metrics; NaN where there is none."""
     losses, metrics = torch.full((2, len(active)), float("nan"), dtype=torch.float64).unbind()
-    for numbers, x, y in rows.held:
+    for numbers, x, y, part in rows.held:
         own = numbers.cpu()
         own = own[active[own]]
         if not len(own):
             continue
         some = None if len(own) == len(active) else own.to(x.device)
-        losses[own], metrics[own] = (of.cpu() for of in evaluate_members(ensemble, x, y, loss, some))
+        losses[own], metrics[own] = (of.cpu() for of in evaluate_members(ensemble, x, y, loss, some, part))
     return losses, metrics
 
 
 @torch.no_grad()
 def evaluate_members(
-    ensemble: MLPEnsemble, x: Tensor, y: Tensor, loss: str, members: Tensor | None = None
+    ensemble: MLPEnsemble,
+    x: Tensor,
+    y: Tensor,
+    loss: str,
+    members: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean losses and metrics of members on the same rows, float64 [e] each, as `fastmlp.evaluate` of each member.
 
     Args:
         members: int64 [e], numbers of members; default: all.
+        rows: int64 [m], the rows of x and y; default: all.
     """
     layers = ensemble._linears()
     weights: list[Tensor] = [layer.weight for layer in layers]
@@ -262,7 +271,9 @@ def evaluate_members(
     function, values = loss_function(loss), takes_values(loss)
     total, right, residual = torch.zeros((3, e), dtype=torch.float64, device=x.device).unbind()
     batch_size = min(MOST_ROWS, max(FEWEST, EVALUATED // e))
-    for inputs, targets in zip(x.split(batch_size), y.split(batch_size), strict=True):
+    y = y if rows is None else y[rows]
+    batches = x.split(batch_size) if rows is None else (x[part] for part in rows.split(batch_size))
+    for inputs, targets in zip(batches, y.split(batch_size), strict=True):
         outputs = functional.mlp(inputs, weights, biases, activations, e)
         outputs = outputs.double() if values else outputs.float()
         targets = targets.double() if values else targets

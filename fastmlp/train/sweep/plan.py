@@ -183,8 +183,11 @@ def member_bytes(member: Member, data: Data, training: Training) -> int:
 
 
 def division_bytes(data: Data, training: Training) -> int:
-    """What the rows of one division take that other divisions do not share."""
-    return 0 if data.prepare is None else data.x.numel() * training.dtype.itemsize
+    """What the rows of one division take that other divisions do not share: row numbers, and prepared inputs."""
+    numbers = 32 * len(data.y)
+    if data.prepare is None:
+        return numbers
+    return numbers + data.x.numel() * training.dtype.itemsize + data.y.numel() * data.y.element_size()
 
 
 def free_bytes(device: torch.device) -> float:
