@@ -1,4 +1,4 @@
-"""The command line: ``fastmlp train | eval | predict | report | bench | reproduce | doctor``, one module per command.
+"""The command line: ``fastmlp train | sweep | eval | predict | report | bench | reproduce | doctor``, one module each.
 
 A command is a module of this package that `COMMANDS` names and that has a ``click.Command`` called ``command``. Modules
 import torch inside their functions only, so that ``--help`` does not wait for torch.
@@ -19,7 +19,7 @@ from .common import Suggesting, Terminated, say, termination
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("train", "eval", "predict", "report", "bench", "reproduce", "doctor")
+COMMANDS = ("train", "sweep", "eval", "predict", "report", "bench", "reproduce", "doctor")
 """Every command, in the order of the help."""
 
 

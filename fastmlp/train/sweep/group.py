@@ -1,0 +1,294 @@
+"""The training of a group of members as one `fastmlp.MLPEnsemble`, each member as `fastmlp.fit` would train it alone.
+
+A member's starting weights are those of `initialize_` with its seed, its order of the rows comes from a generator with
+its seed, and its learning rate follows the same schedule. After every epoch, each member is evaluated on its own
+validation rows, and the parameters of its best epoch are kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import functional
+from ...ensemble import MLPEnsemble
+from ...nn import MLP
+from ...step import TrainStep
+from ...step.per_member import SETTINGS as PER_MEMBER
+from ..initial import initialize_
+from ..loop import CHECK_EVERY
+from ..results import EXPLODED, Progress
+from ..schedules import lr_factor
+from ..scores import loss_function, loss_of_a_guess, metric_of, takes_values
+from .plan import EVALUATED, FEWEST, MOST_ROWS, Data, Member, Training
+
+_GUESS_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a member reached, at its epoch of the least validation loss; None where no epoch was finished.
+
+    Attributes:
+        validation_loss: mean over the member's validation rows.
+        validation_metric: accuracy from 0 to 1, or R2; None where the rows have none, as `fastmlp.evaluate`.
+        train_loss: mean over the epoch's rows, each at the parameters of its step.
+        best_epoch: of these results, from 1.
+        epochs: finished epochs.
+        diverged: the epoch in which training diverged, as `fastmlp.train.DivergenceError` describes it; else None.
+    """
+
+    validation_loss: float | None = None
+    validation_metric: float | None = None
+    train_loss: float | None = None
+    best_epoch: int | None = None
+    epochs: int = 0
+    diverged: int | None = None
+
+
+@dataclass(frozen=True)
+class EpochOfGroup:
+    """Where a group is after an epoch: all numbers are of the members that still train.
+
+    Attributes:
+        train_loss, validation_loss: medians over the members.
+        best_loss: the least validation loss of a member.
+        active: how many members have not diverged.
+        seconds: time of the training steps.
+        images_per_second: training rows of all members per second.
+    """
+
+    epoch: int
+    train_loss: float
+    validation_loss: float
+    best_loss: float
+    active: int
+    seconds: float
+    images_per_second: float
+
+
+class _Rows:
+    """The inputs of a group, and each division's rows of them.
+
+    Attributes:
+        x, y: training inputs and targets of all divisions.
+        rows: int64 [divisions, n] on the CPU, the training rows of each division.
+        of: int64 [E] on the CPU, the division of each member.
+        held: by division, the members that it validates; inputs and targets; and the validation rows of these, or None
+            where all are.
+    """
+
+    def __init__(self, members: Sequence[Member], data: Data) -> None:
+        divisions = list(dict.fromkeys(member.division for member in members))
+        self.of = torch.tensor([divisions.index(member.division) for member in members])
+        divided = [data.divided(*division) for division in divisions]
+        self.seeds = [seed for seed, _ in divisions]
+        device = data.x.device
+        kept, held = [[rows[part].to(device) for rows in divided] for part in (0, 1)]
+        self.x, self.y = data.x, data.y
+        self.rows = torch.stack([rows for rows, _ in divided])
+        if data.prepare is not None:
+            inputs = [data.prepare(data.x[rows]) for rows in kept]
+            self.x = torch.cat([f(data.x[rows]) for f, rows in zip(inputs, kept, strict=True)])
+            self.y = torch.cat([data.y[rows] for rows in kept])
+            self.rows = torch.arange(self.rows.numel()).view(self.rows.shape)
+        self.held: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        for number, rows in enumerate(held):
+            own = (self.of == number).nonzero().flatten().to(device)
+            if data.prepare is None:  # rows of pixels are many times as large as their numbers
+                self.held.append((own, data.x, data.y, rows))
+            else:
+                self.held.append((own, inputs[number](data.x[rows]), data.y[rows], None))
+
+    def first(self, division: int, count: int) -> tuple[Tensor, Tensor]:
+        """The first training rows of a division, as inputs and targets."""
+        rows = self.rows[division, :count].to(self.x.device)
+        return self.x[rows], self.y[rows]
+
+
+def train_group(
+    members: Sequence[Member],
+    data: Data,
+    training: Training,
+    on_epoch: Callable[[EpochOfGroup], object] | None = None,
+    on_progress: Callable[[Progress], object] | None = None,
+) -> tuple[list[Result], dict[str, Tensor]]:
+    """Train members of one group, which `grouped` made.
+
+    Returns:
+        The result of each member, and by name the parameters [E, ...] of each member's best epoch.
+    """
+    rows, device = _Rows(members, data), data.x.device
+    ensemble, highest = _started(members, rows, training, device)
+    step = TrainStep(ensemble, training.optimizer, loss=training.loss, **_settings(members, training))
+    n, batch_size = rows.rows.shape[1], training.batch_size
+    steps = -(-n // batch_size)
+    factor = lr_factor(training.schedule, training.epochs * steps, training.warmup)
+    generators = [torch.Generator().manual_seed(seed) for seed in rows.seeds]
+    results = [Result() for _ in members]
+    best = {name: parameter.detach().clone() for name, parameter in ensemble.named_parameters()}
+    least = torch.full((len(members),), float("inf"), dtype=torch.float64)
+    active = torch.ones(len(members), dtype=torch.bool)
+
+    def stop(bad: Tensor, epoch: int) -> None:
+        """Of the active members, those that are ``bad`` have diverged."""
+        numbers = (bad & active).nonzero().flatten().tolist()
+        for number in numbers:
+            results[number] = replace(results[number], diverged=epoch)
+            active[number] = False
+        if numbers:
+            step.active = active
+
+    for epoch in range(1, training.epochs + 1):
+        permutations = [torch.randperm(n, generator=generator, device="cpu") for generator in generators]
+        orders = rows.rows.gather(1, torch.stack(permutations))
+        sums = torch.zeros(len(members), dtype=torch.float64)
+        start = time.perf_counter()
+        for first in range(0, steps, CHECK_EVERY):
+            last = min(first + CHECK_EVERY, steps)
+            order = orders[:, first * batch_size : last * batch_size]
+            order = order[0] if len(order) == 1 else order.index_select(0, rows.of)
+            factors = [factor((epoch - 1) * steps + number) for number in range(first, last)]
+            means = step.epoch(rows.x, rows.y, batch_size, order.contiguous().to(device), factors).double().cpu()
+            stop(~means.isfinite(), epoch)
+            if not active.any():
+                return results, best
+            sums += means * order.shape[-1]
+            if on_progress is not None:
+                on_progress(Progress(epoch, training.epochs, last, steps, _median(means[active])))
+        stop(~_finite(ensemble), epoch)
+        seconds = time.perf_counter() - start
+        losses, metrics = _evaluated(ensemble, rows, training.loss, active)
+        stop(~losses.isfinite() | (torch.minimum(means, losses) > highest), epoch)
+        if not active.any():
+            return results, best
+        improved = active & (losses < least)
+        least = torch.where(improved, losses, least)
+        _keep(best, ensemble, improved)
+        for number in active.nonzero().flatten().tolist():
+            results[number] = replace(results[number], epochs=epoch)
+        for number in improved.nonzero().flatten().tolist():
+            metric = metrics[number].item()
+            results[number] = Result(
+                losses[number].item(), None if metric != metric else metric, sums[number].item() / n, epoch, epoch
+            )
+        if on_epoch is not None:
+            count = int(active.sum())
+            left = losses[active]
+            speed = n * count / seconds
+            median = _median(sums[active] / n)
+            on_epoch(EpochOfGroup(epoch, median, _median(left), left.min().item(), count, seconds, speed))
+    return results, best
+
+
+def _started(
+    members: Sequence[Member], rows: _Rows, training: Training, device: torch.device
+) -> tuple[MLPEnsemble, Tensor]:
+    """The ensemble at the start, and the loss [E] that counts as exploded."""
+    first = members[0]
+    empty = MLPEnsemble(first.sizes, len(members), first.activation, device="meta", dtype=training.dtype)
+    ensemble: MLPEnsemble = empty.to_empty(device=device)
+    model = MLP(first.sizes, first.activation, device=device, dtype=training.dtype)
+    highest = torch.zeros(len(members), dtype=torch.float64)
+    own = dict(model.named_parameters())
+    for division, (seed, (numbers, *_)) in enumerate(zip(rows.seeds, rows.held, strict=True)):
+        initialize_(model, seed)
+        guess = loss_of_a_guess(model, *rows.first(division, _GUESS_ROWS), training.loss)
+        highest[numbers.cpu()] = EXPLODED * guess
+        with torch.no_grad():
+            for name, parameter in ensemble.named_parameters():
+                parameter[numbers] = own[name]
+    return ensemble, highest
+
+
+def _settings(members: Sequence[Member], training: Training) -> dict[str, Any]:
+    """The optimizer's settings: those of ``per_member.SETTINGS`` are one per member."""
+    rules = [training.rule(member) for member in members]
+    settings = {name: [getattr(rule, name) for rule in rules] for name in rules[0].settings}
+    return {name: values if name in PER_MEMBER else values[0] for name, values in settings.items()}
+
+
+def _median(values: Tensor) -> float:
+    return values.median().item()
+
+
+@torch.no_grad()
+def _finite(ensemble: MLPEnsemble) -> Tensor:
+    """bool [E] on the CPU: whether all parameters of a member are finite numbers."""
+    finite = [parameter.detach().isfinite().flatten(1).all(1) for parameter in ensemble.parameters()]
+    return torch.stack(finite).all(0).cpu()
+
+
+@torch.no_grad()
+def _keep(best: Mapping[str, Tensor], ensemble: MLPEnsemble, improved: Tensor) -> None:
+    """Copy the parameters of the members ``improved`` [E]."""
+    for name, parameter in ensemble.named_parameters():
+        numbers = improved.nonzero().flatten().to(parameter.device)
+        best[name].index_copy_(0, numbers, parameter.detach().index_select(0, numbers))
+
+
+@torch.no_grad()
+def _evaluated(ensemble: MLPEnsemble, rows: _Rows, loss: str, active: Tensor) -> tuple[Tensor, Tensor]:
+    """float64 [E] on the CPU each: validation losses and metrics; NaN where there is none."""
+    losses, metrics = torch.full((2, len(active)), float("nan"), dtype=torch.float64).unbind()
+    for numbers, x, y, part in rows.held:
+        own = numbers.cpu()
+        own = own[active[own]]
+        if not len(own):
+            continue
+        some = None if len(own) == len(active) else own.to(x.device)
+        losses[own], metrics[own] = (of.cpu() for of in evaluate_members(ensemble, x, y, loss, some, part))
+    return losses, metrics
+
+
+@torch.no_grad()
+def evaluate_members(
+    ensemble: MLPEnsemble,
+    x: Tensor,
+    y: Tensor,
+    loss: str,
+    members: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean losses and metrics of members on the same rows, float64 [e] each, as `fastmlp.evaluate` of each member.
+
+    Args:
+        members: int64 [e], numbers of members; default: all.
+        rows: int64 [m], the rows of x and y; default: all.
+    """
+    layers = ensemble._linears()
+    weights: list[Tensor] = [layer.weight for layer in layers]
+    biases: list[Tensor | None] = [layer.bias for layer in layers]
+    if members is not None:
+        weights = [weight.index_select(0, members) for weight in weights]
+        biases = [None if bias is None else bias.index_select(0, members) for bias in biases]
+    activations, e = list(ensemble.activations), len(weights[0])
+    function, values = loss_function(loss), takes_values(loss)
+    total, right, residual = torch.zeros((3, e), dtype=torch.float64, device=x.device).unbind()
+    batch_size = min(MOST_ROWS, max(FEWEST, EVALUATED // e))
+    y = y if rows is None else y[rows]
+    batches = x.split(batch_size) if rows is None else (x[part] for part in rows.split(batch_size))
+    for inputs, targets in zip(batches, y.split(batch_size), strict=True):
+        outputs = functional.mlp(inputs, weights, biases, activations, e)
+        outputs = outputs.double() if values else outputs.float()
+        targets = targets.double() if values else targets
+        repeated = targets.repeat(e, *[1] * (targets.dim() - 1))
+        total += function(outputs.flatten(0, 1), repeated, reduction="none").view(e, -1).sum(1, dtype=torch.float64)
+        if values:
+            residual += (outputs - targets).square().sum((1, 2))
+            right += ((outputs > 0) == (targets > 0.5)).sum((1, 2))
+        else:
+            right += (outputs.argmax(2) == targets).sum(1)
+    losses, metrics = total / y.numel(), right / y.numel()
+    if metric_of(loss) == "r2":
+        wide = y.double()
+        variance = (wide - wide.mean(0)).square().sum()
+        metrics = torch.where(variance > 0, 1 - residual / variance, float("nan"))
+    elif values and not bool(((y == 0) | (y == 1)).all()):
+        metrics = torch.full_like(losses, float("nan"))
+    return losses, metrics
