@@ -167,11 +167,6 @@ def mlp(
     if backend == "formula" or transformed(x, *weights, *biases):
         return reference.mlp(x, weights, biases, activations)
     if members is not None:
-        if backend == "operators":
-            raise NotImplementedError(
-                "the operators that torch.compile and dispatch modes see do not compute ensembles yet; use backend "
-                "'torch' (fastmlp.use_backend) there"
-            )
         backend = "members" if backend == "torch" else backend
         if x.requires_grad and x.dim() == 2:
             x = x.expand(members, -1, -1)  # whose derivative is the sum over the members

@@ -18,6 +18,9 @@ The operators, with M batch, K inputs, N outputs and C classes:
     loss_fwd(a, y, loss, reduction, delta=1.0) -> loss              a loss of ``fastmlp.base.losses``
     loss_bwd(g, a, y, loss, reduction, want_da, want_dy, delta=1.0) -> (dA, dY)
 
+The first four also take the members of an ensemble, as one dimension more in front of W, b, dZ, dA and ``saved``; X is
+[E, M, K], or [M, K] for all members.
+
 ``saved`` is what f' is computed from: A for "sigmoid", "relu", "tanh" and "leaky_relu", Z for "gelu" and "silu", else
 None. Every operator has an autograd formula and knows the shapes of its results. Shapes, dtypes and devices that do not
 fit raise RuntimeError (ValueError for names), also while a program is traced. Nothing that an operator returns shares

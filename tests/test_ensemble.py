@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastmlp
 from fastmlp import MLP, MLPEnsemble
 from tests.support.steps import one_thread  # noqa: F401
 from tests.support.torchs import TORCH_ACTIVATIONS
@@ -244,7 +243,3 @@ class TestErrors:
         out = MLPEnsemble(SIZES, E)(torch.ones(0, 4))
         assert out.shape == (E, 0, 2)
         out.sum().backward()
-
-    def test_an_mlp_takes_no_members(self):
-        with pytest.raises(TypeError, match=r"fastmlp.MLP or MLPEnsemble, got"):
-            fastmlp.TrainStep(torch.nn.Linear(2, 2))

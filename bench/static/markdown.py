@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .ensembles import ensemble_table
 from .findings import LIMITS
 from .gpus import GPUS
 from .instructions import GROUPS
@@ -92,6 +93,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{_INTRODUCTION}\nCompiled with {versions}.\n",
         _findings(report["findings"]),
         _steps(report["steps"]),
+        ensemble_table(report.get("ensembles", [])),
         _step_execution(report["step_execution"]),
         latency_text(report.get("latency", []), report.get("constants", [])),
         _rooflines(report["machine"]),

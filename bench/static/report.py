@@ -16,6 +16,7 @@ import torch
 from fastmlp.base.atomic import atomic_write
 from tests.compile.targets import TARGETS
 
+from .ensembles import ensemble_rows
 from .execution import EXECUTED_TARGETS, execution_rows, step_execution_rows
 from .findings import findings
 from .gpus import GPUS
@@ -27,7 +28,7 @@ from .steps import STEP_TARGETS, step_rows
 
 __all__ = ["collect", "dump", "write"]
 
-SECTIONS = ("machine", "execution", "steps", "step_execution", "latency", "numerics")
+SECTIONS = ("machine", "execution", "steps", "ensembles", "step_execution", "latency", "numerics")
 EXECUTED_MODES = ("float32", "bfloat16", "tf32")
 
 Part = tuple[str, Callable[..., list[dict[str, Any]]], tuple[str, ...]]
@@ -38,6 +39,7 @@ def parts() -> list[Part]:
     return [
         *(("execution", execution_rows, (target, mode)) for mode in EXECUTED_MODES for target in EXECUTED_TARGETS),
         *(("steps", step_rows, (target,)) for target in STEP_TARGETS),
+        *(("ensembles", ensemble_rows, (target,)) for target in STEP_TARGETS),
         *(("latency", latency_rows, (target,)) for target in LATENCY_TARGETS),
         ("step_execution", step_execution_rows, ("sm_80",)),
         *(("machine", machine_rows, (target,)) for target in TARGETS),

@@ -56,7 +56,7 @@ Arguments = dict[str, Any]
 
 
 def work_of(launch: Launch) -> Work:
-    """The work of one launch of a kernel of ``fastmlp.kernels``.
+    """The work of one launch of a kernel of ``fastmlp.kernels``; with members, of all of them.
 
     Raises:
         KeyError: a kernel that ``WORK`` does not know.
@@ -76,15 +76,15 @@ def touched(*tensors: Tensor | None) -> int:
     return total
 
 
-def _rows_of(t: Tensor, rows: Tensor | None) -> int:
-    """Bytes of a tensor, or of its gathered rows."""
+def _rows_of(t: Tensor, rows: Tensor | None, *, labels: bool = False) -> int:
+    """Bytes of a tensor, or of its gathered rows, which are single numbers for labels. Members may gather their own."""
     if rows is None:
         return touched(t)
-    return rows.shape[0] * (t.numel() // max(1, t.shape[0])) * t.element_size()
+    return rows.numel() * (1 if labels else t.shape[-1]) * t.element_size()
 
 
 def _linear_fwd(a: Arguments, grid: tuple[int, ...]) -> Work:
-    m, n, k = a["M"], a["N"], a["K"]
+    m, n, k = grid[2] * a["M"], a["N"], a["K"]
     return Work(
         matrix_flops=2 * m * n * k,
         vector_flops=(1 + ACTIVATIONS[a["ACTIVATION"]].operations[0]) * m * n,
@@ -100,19 +100,19 @@ def _sums(to: Tensor | None, m: int, n: int, block: int) -> int:
 
 
 def _linear_dgrad(a: Arguments, grid: tuple[int, ...]) -> Work:
-    m, n, k = a["M"], a["N"], a["K"]
+    m, n, k = grid[2] * a["M"], a["N"], a["K"]
     return Work(
         matrix_flops=2 * m * n * k,
         vector_flops=ACTIVATIONS[a["ACTIVATION"]].operations[1] * m * k,
         read=touched(a["dz_ptr"], a["w_ptr"], a["saved_ptr"]),
-        written=touched(a["dx_ptr"]) + _sums(a["sums_ptr"], m, k, a["BLOCK_M"]),
+        written=touched(a["dx_ptr"]) + grid[2] * _sums(a["sums_ptr"], a["M"], k, a["BLOCK_M"]),
         outputs=m * k,
     )
 
 
 def _linear_wgrad(a: Arguments, grid: tuple[int, ...]) -> Work:
-    m, n, k = a["M"], a["N"], a["K"]
-    results = n * k + (n if a["HAS_BIAS"] else 0)
+    m, n, k = grid[2] * a["M"], a["N"], a["K"]
+    results = grid[2] * (n * k + (n if a["HAS_BIAS"] else 0))
     # Each split of the batch writes a whole gradient of its own.
     return Work(
         matrix_flops=2 * m * n * k,
@@ -124,7 +124,7 @@ def _linear_wgrad(a: Arguments, grid: tuple[int, ...]) -> Work:
 
 
 def _wgrad_reduce(a: Arguments, grid: tuple[int, ...]) -> Work:
-    splits, total = a["n_splits"], a["total"]
+    splits, total = a["n_splits"], grid[2] * a["total"]
     return Work(
         vector_flops=(splits - 1) * total,
         read=splits * total * a["partial_ptr"].element_size(),
@@ -154,9 +154,9 @@ def _plus(first: Work, second: Work, outputs: int) -> Work:
 
 
 def _wgrad_update(a: Arguments, grid: tuple[int, ...]) -> Work:
-    m, operands, layers = a["M"], a["operands"], a["layers"]
-    weights = [layer.N * layer.K for layer in layers]
-    biases = [layer.N if layer.b_segment >= 0 else 0 for layer in layers]
+    m, operands, layers, members = a["M"], a["operands"], a["layers"], grid[2]
+    weights = [members * layer.N * layer.K for layer in layers]
+    biases = [members * layer.N if layer.b_segment >= 0 else 0 for layer in layers]
     loss_rows = a["loss_rows_ptr"]
     params = sum(weights) + sum(biases)
     # What adds up to db: dZ, which is read for dW anyway, or the sums of its rows.
@@ -166,8 +166,8 @@ def _wgrad_update(a: Arguments, grid: tuple[int, ...]) -> Work:
     ]
     gradient = Work(
         matrix_flops=2 * m * sum(weights),
-        vector_flops=sum(count for count, _ in rows) + (0 if loss_rows is None else m),
-        read=sum(m * layer.N * of.dz_ptr.element_size() for of, layer in zip(operands, layers, strict=True))
+        vector_flops=sum(count for count, _ in rows) + (0 if loss_rows is None else members * m),
+        read=sum(members * m * layer.N * of.dz_ptr.element_size() for of, layer in zip(operands, layers, strict=True))
         + sum(4 * count for count, apart in rows if apart)
         + touched(a["rows_ptr"], loss_rows)
         + sum(_rows_of(of.x_ptr, None if i else a["rows_ptr"]) for i, of in enumerate(operands)),
@@ -181,7 +181,7 @@ def _wgrad_update(a: Arguments, grid: tuple[int, ...]) -> Work:
 
 
 def _reduce_update(a: Arguments, grid: tuple[int, ...]) -> Work:
-    splits, params = a["n_splits"], sum(of.numel for of in a["parameters"])
+    splits, params = a["n_splits"], grid[2] * sum(of.numel for of in a["parameters"])
     reduction = Work(vector_flops=(splits - 1) * params, read=splits * 4 * params, outputs=params)
     if a["OPTIMIZER"] == "none":
         again = 4 * params if a["ACCUMULATE"] else 0
@@ -201,7 +201,7 @@ def _before_update(a: Arguments, grid: tuple[int, ...]) -> Work:
     state = a["loss_scale"]
     numbers = [] if state is None else [state.scale, state.inverse, state.good_steps, state.overflow]
     return Work(
-        vector_flops=a["blocks"],
+        vector_flops=grid[2] * a["blocks"],
         read=touched(a["hyper_ptr"], a["squares_ptr"], a["count_ptr"], a["decays_ptr"], *numbers),
         written=touched(
             a["factor_ptr"], a["count_ptr"], a["row_ptr"], *numbers, *([] if state is None else [state.skip])
@@ -211,7 +211,7 @@ def _before_update(a: Arguments, grid: tuple[int, ...]) -> Work:
 
 
 def _head(a: Arguments, grid: tuple[int, ...]) -> Work:
-    m, c, k = a["M"], a["C"], a["K"]
+    m, c, k = grid[2] * a["M"], a["C"], a["K"]
     h, saved, previous = a["h_ptr"], a["saved_ptr"], a["dz_prev_ptr"]
     other = saved if saved is not None and saved.data_ptr() != h.data_ptr() else None
     below = 0 if previous is None else ACTIVATIONS[a["ACTIVATION"]].operations[1] * m * k
@@ -220,11 +220,11 @@ def _head(a: Arguments, grid: tuple[int, ...]) -> Work:
         vector_flops=_SOFTMAX_LOSS_AND_GRAD * m * c + below,
         read=(_rows_of(h, a["rows_ptr"]) if a["GATHER_H"] else touched(h))
         + touched(other, *(a[n] for n in ("w_ptr", "b_ptr", "class_weight_ptr", "scale_ptr", "rows_ptr")))
-        + _rows_of(a["target_ptr"], a["rows_ptr"]),
+        + _rows_of(a["target_ptr"], a["rows_ptr"], labels=True),
         written=touched(a["loss_ptr"], previous, a["z_ptr"], a["correct_ptr"])
         + m * c * a["dz_ptr"].element_size()
-        + _sums(a["sums_ptr"], m, c, a["BLOCK_M"])
-        + _sums(a["prev_sums_ptr"], m, k, a["BLOCK_M"]),
+        + grid[2]
+        * (_sums(a["sums_ptr"], a["M"], c, a["BLOCK_M"]) + _sums(a["prev_sums_ptr"], a["M"], k, a["BLOCK_M"])),
         outputs=m * c + (0 if previous is None else m * k),
     )
 
@@ -233,7 +233,8 @@ def _cross_entropy(a: Arguments, grid: tuple[int, ...]) -> Work:
     classes = a["z_ptr"].numel()
     return Work(
         vector_flops=(_SOFTMAX_LOSS if a["dz_ptr"] is None else _SOFTMAX_LOSS_AND_GRAD) * classes,
-        read=touched(a["z_ptr"], a["w_ptr"], a["scale_ptr"], a["rows_ptr"]) + _rows_of(a["target_ptr"], a["rows_ptr"]),
+        read=touched(a["z_ptr"], a["w_ptr"], a["scale_ptr"], a["rows_ptr"])
+        + _rows_of(a["target_ptr"], a["rows_ptr"], labels=not a["PROBS"]),
         written=touched(*(a[n] for n in ("loss_ptr", "stats_ptr", "denominator_ptr", "dz_ptr", "correct_ptr")))
         if a["partial_ptr"] is None
         else touched(a["stats_ptr"], a["partial_ptr"], a["dz_ptr"], a["correct_ptr"]),
@@ -265,7 +266,7 @@ def _softmax_squared_error(a: Arguments, grid: tuple[int, ...]) -> Work:
     classes = a["z_ptr"].numel()
     return Work(
         vector_flops=(_SOFTMAX_LOSS + 3 + (4 if a["dz_ptr"] is not None else 0)) * classes,
-        read=touched(a["z_ptr"], a["rows_ptr"], a["g_ptr"]) + _rows_of(a["y_ptr"], a["rows_ptr"]),
+        read=touched(a["z_ptr"], a["rows_ptr"], a["g_ptr"]) + _rows_of(a["y_ptr"], a["rows_ptr"], labels=a["LABELS"]),
         written=touched(a["loss_ptr"], a["dz_ptr"], a["dy_ptr"]),
         outputs=classes,
     )
@@ -274,10 +275,10 @@ def _softmax_squared_error(a: Arguments, grid: tuple[int, ...]) -> Work:
 def _elementwise_loss(a: Arguments, grid: tuple[int, ...]) -> Work:
     results = [a[n] for n in ("loss_ptr", "partial_ptr", "da_ptr", "dy_ptr") if a[n] is not None]
     return Work(
-        vector_flops=3 * len(results) * a["total"],
+        vector_flops=3 * len(results) * grid[2] * a["total"],
         read=touched(a["a_ptr"], a["rows_ptr"], a["g_ptr"]) + _rows_of(a["y_ptr"], a["rows_ptr"]),
         written=touched(*results),
-        outputs=a["total"],
+        outputs=grid[2] * a["total"],
     )
 
 
@@ -287,10 +288,10 @@ def _reduce_sum(a: Arguments, grid: tuple[int, ...]) -> Work:
 
 def _activation_bwd(a: Arguments, grid: tuple[int, ...]) -> Work:
     return Work(
-        vector_flops=ACTIVATIONS[a["ACTIVATION"]].operations[1] * a["total"],
+        vector_flops=ACTIVATIONS[a["ACTIVATION"]].operations[1] * grid[2] * a["total"],
         read=touched(a["da_ptr"], a["saved_ptr"]),
         written=touched(a["dz_ptr"]),
-        outputs=a["total"],
+        outputs=grid[2] * a["total"],
     )
 
 

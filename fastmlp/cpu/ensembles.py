@@ -1,24 +1,28 @@
 """How the members of an ensemble share the threads of a CPU.
 
     batched   one batched product for all members, which BLAS gives to all threads
+    alone     the same by the calling thread alone
     spread    an equal part of the members for each thread, in batched products that the thread makes alone
+    each      the products of one member after the other, each by the library that is faster at it, as for an MLP
     small     as spread, but few members at a time, so that what one operation writes is in the cache for the next
 
-A thread that keeps its members finds their weights and activations in its own cache, and never waits for another
-thread within a step. Small networks lose more by further calls than they win by the cache. So steps of a part of the
-ensemble are timed once per shape (``fastmlp.cpu.choose``).
+A second thread has to be woken and waited for at every product. A thread that keeps its members finds their weights and
+activations in its own cache, and never waits for another thread within a step, but for Python between two operations.
+Small networks lose more by further calls than they win by the cache. So steps of a part of the ensemble are timed once
+per shape (``fastmlp.cpu.choose``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 
 from . import choose, threads
+from .choose import Choice
 
-Way = Literal["batched", "spread", "small"]
+Way = Literal["batched", "alone", "spread", "small", "each"]
 MEMBER_WAYS: tuple[Way, ...] = get_args(Way)
 
 
@@ -28,15 +32,26 @@ def member_way(
     ends: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
-    trials: Callable[[int], dict[Way, Callable[[], object]]],
+    multiplications: int,
+    trial: Callable[[Way, int], Callable[[], object]],
 ) -> Way:
-    """The fastest way to train steps of ``m`` rows per member, measured or known; "batched" unmeasured.
+    """The fastest way to train steps of ``m`` rows per member, measured or known.
+
+    "batched" where nothing is measured, and "each" where oneDNN was asked for.
 
     Args:
         kind: what the time of a step depends on, besides ``m``, the ends (inputs and outputs), dtype and threads.
-        trials: a number of rows -> steps to measure, by way.
+        multiplications: those of a member's largest product.
+        trial: a way and a number of rows -> a step to measure.
     """
-    if device.type != "cpu" or not threads.available():
+    ways = MEMBER_WAYS[:-1] if threads.available() else MEMBER_WAYS[:1]
+    if choose.worth_measuring(multiplications):
+        ways = (*ways, "each")
+    if device.type != "cpu" or len(ways) == 1:
         return "batched"
-    found = choose.choose(kind, m, *ends, dtype, cast(choose.Trials, trials), whatever_size=True)
-    return found if found in MEMBER_WAYS else "batched"
+
+    def trials(rows: int) -> dict[Choice, Callable[[], object]]:
+        return {way: trial(way, rows) for way in ways}
+
+    found = choose.choose(kind, m, *ends, dtype, trials, whatever_size=True)
+    return "each" if found == "onednn" else found if found in MEMBER_WAYS else "batched"

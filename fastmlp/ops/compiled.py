@@ -5,6 +5,8 @@ operators the launches are opaque to it: it knows the shapes of their results, k
 break, and calls them. Outside the compilers the operations are those of ``fastmlp.ops.triton_ops``, which calls the
 launchers directly and is a few microseconds faster. ``fastmlp.ops.compiled_losses`` has the operators of the losses.
 
+Members of an ensemble are one dimension more in front: W [E, N, K], b [E, N], dZ [E, M, N], and X [E, M, K] or [M, K].
+
 The operators have autograd formulas, so an exported program can be trained. A model that torch.compile traces does not
 need them, because ``fastmlp.autograd`` calls the backward operators itself.
 """
@@ -18,16 +20,26 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..activations import ACTIVATIONS, saved_for_grad
-from ..base.arguments import check_activation, check_input, check_layer
+from ..base.arguments import check_activation, check_input, check_layer, check_members, check_members_input
 from . import triton_ops
 from .compiled_losses import cross_entropy_bwd, cross_entropy_fwd, loss_bwd, loss_fwd  # noqa: F401
 from .operators import check_dtype, check_like, check_shape, derivatives, or_empty, or_none
 
 
+def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() == 3:
+        check_members([weight], [bias], ["identity"], weight.shape[0])
+    else:
+        check_layer(weight, bias)
+
+
 def _check_linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
     check_activation(activation, ACTIVATIONS)
-    check_layer(weight, bias)
+    _check_weight(weight, bias)
     check_dtype("weight", weight)
+    if weight.dim() == 3:
+        check_members_input(x, weight)
+        return
     torch._check(x.dim() == 2, lambda: f"expected an input of shape [batch, in_features], got {list(x.shape)}")
     check_input(x, weight)
 
@@ -46,7 +58,7 @@ def linear_fwd_operator(
 @linear_fwd_operator.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_z: bool) -> tuple[Tensor, Tensor]:
     _check_linear_fwd(x, weight, bias, activation)
-    shape = (x.shape[0], weight.shape[0])
+    shape = (*weight.shape[:-2], x.shape[-2], weight.shape[-2])
     return weight.new_empty(shape), weight.new_empty(shape if save_z else 0)
 
 
@@ -66,15 +78,17 @@ def _linear_fwd_backward(ctx: Any, da: Tensor, dz_extra: Tensor) -> tuple[Tensor
     if ctx.save_z:
         dz = dz + dz_extra
     dx = linear_dgrad(dz, weight) if need_x else None
-    dw, db = linear_wgrad(dz, x, bias=need_bias) if need_weight else (None, dz.sum(0) if need_bias else None)
+    if dx is not None and dx.dim() > x.dim():
+        dx = dx.sum(0)  # of an input that the members share
+    dw, db = linear_wgrad(dz, x, bias=need_bias) if need_weight else (None, dz.sum(-2) if need_bias else None)
     return dx, dw, db, None, None
 
 
 linear_fwd_operator.register_autograd(_linear_fwd_backward, setup_context=_save_linear_fwd)
 
 
-def _check_saved(saved: Tensor | None, da: Tensor, shape: tuple[int, int], activation: str) -> None:
-    """RuntimeError unless ``saved`` is what f' needs, [M, N] like dA."""
+def _check_saved(saved: Tensor | None, da: Tensor, shape: tuple[int, ...], activation: str) -> None:
+    """RuntimeError unless ``saved`` is what f' needs, of dA's shape."""
     check_activation(activation, ACTIVATIONS)
     kind = saved_for_grad(activation)
     if saved is None:
@@ -93,11 +107,12 @@ def _times_derivative(da: Tensor, saved: Tensor | None, activation: str) -> Tens
 
 
 def _check_linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None, activation: str) -> None:
-    check_layer(weight, None)
+    _check_weight(weight, None)
     check_dtype("weight", weight)
-    check_shape("dz", dz, (dz.shape[0], weight.shape[0]))
+    lead = (*weight.shape[:-2], dz.shape[-2 if dz.dim() > 1 else 0])
+    check_shape("dz", dz, (*lead, weight.shape[-2]))
     check_like("dz", dz, weight)
-    _check_saved(saved, dz, (dz.shape[0], weight.shape[1]), activation)
+    _check_saved(saved, dz, (*lead, weight.shape[-1]), activation)
 
 
 @torch.library.custom_op("fastmlp::linear_dgrad", mutates_args=())
@@ -111,7 +126,7 @@ def linear_dgrad_operator(dz: Tensor, weight: Tensor, saved: Tensor | None, acti
 @linear_dgrad_operator.register_fake
 def _(dz: Tensor, weight: Tensor, saved: Tensor | None, activation: str) -> Tensor:
     _check_linear_dgrad(dz, weight, saved, activation)
-    return weight.new_empty(dz.shape[0], weight.shape[1])
+    return weight.new_empty(*dz.shape[:-1], weight.shape[-1])
 
 
 def _save_dgrad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -130,10 +145,11 @@ linear_dgrad_operator.register_autograd(_linear_dgrad_backward, setup_context=_s
 
 
 def _check_linear_wgrad(dz: Tensor, x: Tensor) -> None:
-    torch._check(dz.dim() == 2, lambda: f"expected dz of shape [batch, out_features], got {list(dz.shape)}")
+    torch._check(dz.dim() in (2, 3), lambda: f"expected dz of shape [batch, out_features], got {list(dz.shape)}")
     check_dtype("dz", dz)
-    torch._check(x.dim() == 2, lambda: f"expected x of shape [batch, in_features], got {list(x.shape)}")
-    check_shape("x", x, (dz.shape[0], x.shape[1]))
+    dims = (2,) if dz.dim() == 2 else (2, 3)
+    torch._check(x.dim() in dims, lambda: f"expected x of shape [batch, in_features], got {list(x.shape)}")
+    check_shape("x", x, (*dz.shape[: x.dim() - 2], dz.shape[-2], x.shape[-1]))
     check_like("x", x, dz, torch.uint8)
 
 
@@ -149,7 +165,8 @@ def linear_wgrad_operator(dz: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Te
 @linear_wgrad_operator.register_fake
 def _(dz: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     _check_linear_wgrad(dz, x)
-    return dz.new_empty(dz.shape[1], x.shape[1]), dz.new_empty(dz.shape[1] if bias else 0)
+    *members, _, n = dz.shape
+    return dz.new_empty(*members, n, x.shape[-1]), dz.new_empty((*members, n) if bias else 0)
 
 
 def _save_wgrad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -168,9 +185,9 @@ linear_wgrad_operator.register_autograd(_linear_wgrad_backward, setup_context=_s
 
 
 def _check_activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> None:
-    torch._check(da.dim() == 2, lambda: f"expected da of shape [batch, out_features], got {list(da.shape)}")
+    torch._check(da.dim() in (2, 3), lambda: f"expected da of shape [batch, out_features], got {list(da.shape)}")
     check_dtype("da", da)
-    _check_saved(saved, da, (da.shape[0], da.shape[1]), activation)
+    _check_saved(saved, da, tuple(da.shape), activation)
 
 
 @torch.library.custom_op("fastmlp::activation_bwd", mutates_args=())

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .. import cpu
 from ..base.losses import takes_classes
-from .cpu_members import MemberLayer, Packed, Piece, Span
+from .cpu_member_span import MemberLayer, Packed, Span
+from .cpu_members import Piece
 from .loss_scale import START
 from .optimizers import Optimizer
 from .per_member import SETTINGS, PerMember
@@ -168,7 +169,7 @@ class TorchEnsemble:
         self._spread(way, [partial(_each, [partial(p.run, x, y, out, update) for p in part]) for part in pieces])
 
     def _spread(self, way: str, parts: list[Callable[[], None]]) -> None:
-        if way == "batched":
+        if way in ("batched", "each"):
             _each(parts)
         else:
             cpu.at_once(parts)
@@ -226,14 +227,16 @@ class TorchEnsemble:
             if len(self._plans) == _PLANS:
                 del self._plans[next(iter(self._plans))]
             way = self._way or self._measured(m)
-            self._plans[m] = way, [[Piece(self, span, m) for span in part] for part in self._spans(way, m)]
+            each = way == "each"
+            parts = [[Piece(self, span, m, each=each) for span in part] for part in self._spans(way, m)]
+            self._plans[m] = way, parts
         return self._plans[m]
 
     def _spans(self, way: str, m: int) -> Iterator[list[Span]]:
         """The spans of active members of each thread."""
         if not self._ids:
             return
-        parts = 1 if way == "batched" else min(torch.get_num_threads(), len(self._ids))
+        parts = 1 if way in ("batched", "each", "alone") else min(torch.get_num_threads(), len(self._ids))
         size = -(-len(self._ids) // parts)
         most = max(1, _CACHE // self._bytes(m)) if way == "small" else size
         for start in range(0, len(self._ids), size):
@@ -262,13 +265,12 @@ class TorchEnsemble:
         members = min(self.members, max(2 * threads, _MEASURED // max(1, work)))
         kind = f"ensemble of {members} to {'-'.join(sizes)} {' '.join(names)} {self.loss} {self.rule.name}"
 
-        def trials(rows: int) -> dict[Any, Callable[[], object]]:
-            return {way: self._trial(way, members, rows) for way in cpu.MEMBER_WAYS}
-
         ends = self.layers[0].weight.shape[2], self.layers[-1].weight.shape[1]
-        return cpu.member_way(kind, m, ends, self.dtype, self.device, trials)
+        largest = m * max(layer.weight[0].numel() for layer in self.layers)
+        trial = partial(self._trial, members)
+        return cpu.member_way(kind, m, ends, self.dtype, self.device, largest, trial)
 
-    def _trial(self, way: str, members: int, m: int) -> Callable[[], object]:
+    def _trial(self, members: int, way: str, m: int) -> Callable[[], object]:
         """A step of ``members`` like these on scratch data."""
         modules = [_Scratch(layer, members) for layer in self._modules]
         rule = replace(

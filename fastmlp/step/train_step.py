@@ -160,6 +160,8 @@ class TrainStep:
     def __repr__(self) -> str:
         """The model, the optimizer with its settings, loss, dtype and backend."""
         group, sizes = self.optimizer.param_groups[0], "-".join(map(str, self.model.sizes))
+        if isinstance(self.model, MLPEnsemble):
+            sizes += f" x {self.model.members}"
         settings = ", ".join(f"{name}={group[name]}" for name in self.rule.settings)
         return (
             f"TrainStep({type(self.model).__name__} {sizes}, {self.rule.name}({settings}), loss={self.loss!r}, "

@@ -16,13 +16,13 @@ from ..nn import MLP, is_parallel
 
 
 def check_is_mlp(model: nn.Module) -> None:
-    """TypeError for a model that is no MLP, with what to do instead."""
+    """TypeError for a model that is no MLP and no MLPEnsemble, with what to do instead."""
     if isinstance(model, (MLP, MLPEnsemble)):
         return
     advice = "convert a torch module with fastmlp.MLP.from_torch(module), which shares its parameters"
     if is_parallel(model):
         advice = "a step would not communicate; train such a module with autograd"
-    raise TypeError(f"TrainStep trains a fastmlp.MLP or MLPEnsemble, got {type(model).__name__}; {advice}")
+    raise TypeError(f"TrainStep trains a fastmlp.MLP, got {type(model).__name__}; {advice}")
 
 
 def check_loss(loss: object) -> None:

@@ -92,7 +92,8 @@ def save_checkpoint(
         path: see `checkpoint_paths`.
         model: any module whose state_dict holds tensors only; on any device, shared and strided tensors allowed.
         config: what the model is built from, in JSON's types (a tuple comes back as a list); for an MLP sizes,
-            activation and bias. The parameters' dtype, such as "float32", is added as ``dtype`` if absent.
+            activation and bias, and for an MLPEnsemble members too. The parameters' dtype, such as "float32", is added
+            as ``dtype`` if absent.
         metrics: results, for people and scripts. A number that is not finite becomes null, since JSON has no word
             for it.
 

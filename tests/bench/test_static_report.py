@@ -379,3 +379,19 @@ def test_the_kept_report_is_complete(kept):
     # Every exception is needed by a finding.
     assert len({row["reason"] for row in report["findings"]}) == len({e.reason for e in EXCEPTIONS})
     assert {row["mode"] for row in report["numerics"]} == {"float32", "tf32", "bfloat16", "float16"}
+
+
+def test_an_ensembles_step_is_the_work_of_its_members():
+    """As many launches, all FLOPs of the members, and bytes of the batch that they share once."""
+    from bench.static import ensembles
+
+    one, ten = (ensembles._row("sm_90", "float32", members) for members in (1, 10))
+    assert ten["launches"] == one["launches"] == 5
+    assert ten["launches_of_a_loop"] == 50
+    assert ten["matrix_flops"] == 10 * one["matrix_flops"]
+    shared = 4 * 64 * 64 + 8 * 64  # x, which two launches read, and the labels
+    assert 9 * one["bytes"] < ten["bytes"] <= 10 * one["bytes"]
+    assert 10 * one["bytes"] - ten["bytes"] >= 9 * shared
+    text = ensembles.ensemble_table([one, ten])
+    assert "| sm_90 | float32 | 10 | 5 | 50 |" in text
+    assert ensembles.ensemble_table([]) == ""

@@ -97,3 +97,52 @@ def test_another_build_of_torch(monkeypatch, tmp_path, missing):
         (tmp_path / "lib" / "libtorch_cpu.so").touch()
         monkeypatch.setattr(cpu_threads.ctypes, "CDLL", lambda path: object())
     assert cpu_threads._setters.__wrapped__() is None
+
+
+class TestAtOnce:
+    @needs_setters
+    def test_every_task_has_a_thread_and_no_further_ones(self):
+        seen: list[tuple[int, int, int]] = []
+        barrier = threading.Barrier(3, timeout=60)
+
+        def task() -> None:
+            barrier.wait()  # all three run at the same time
+            seen.append((threading.get_ident(), torch.get_num_threads(), mkl_threads()))
+
+        for _ in range(2):
+            seen.clear()
+            cpu_threads.at_once([task] * 3)
+            assert len({ident for ident, *_ in seen}) == 3
+            assert threading.get_ident() in {ident for ident, *_ in seen}
+            assert {(torch_s, mkl_s) for _, torch_s, mkl_s in seen} == {(1, 1)}
+        assert torch.get_num_threads() == 3
+
+    @pytest.mark.parametrize("place", [0, 1, 2])
+    def test_an_error_comes_out_after_all_have_ended(self, place):
+        ended = []
+
+        def good() -> None:
+            ended.append(1)
+
+        def bad() -> None:
+            raise ZeroDivisionError
+
+        tasks = [good, good, good]
+        tasks[place] = bad
+        with pytest.raises(ZeroDivisionError):
+            cpu_threads.at_once(tasks)
+        assert len(ended) == 2
+        cpu_threads.at_once([good] * 3)
+        assert len(ended) == 5
+
+    def test_from_within_and_from_two_threads(self):
+        """Whoever comes second runs the tasks one after the other."""
+        ended = []
+        inner = [lambda: ended.append(1)] * 2
+        cpu_threads.at_once([lambda: cpu_threads.at_once(inner)] * 2)
+        assert len(ended) == 4
+
+    def test_one_task(self):
+        seen = []
+        cpu_threads.at_once([lambda: seen.append(torch.get_num_threads())])
+        assert seen == [1 if cpu_threads.available() else 3]

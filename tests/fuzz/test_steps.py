@@ -129,8 +129,20 @@ def test_train_step(case: Training):
     x, y = problem(case.sizes, case.rows, loss=case.loss, uint8=case.pixels, seed=case.seed)
     order = torch.randperm(case.rows, generator=torch.Generator().manual_seed(case.seed))
     got = trained(case, start, x, y, order)
+    check_trained(case, start, x, y, order, OPTIMIZERS[case.optimizer], got)
+
+
+def check_trained(
+    case: Training,
+    start: fastmlp.MLP,
+    x: Tensor,
+    y: Tensor,
+    order: Tensor,
+    settings: dict[str, Any],
+    got: list[Tensor],
+) -> None:
+    """The loss of the last step and the parameters are within the budget of what torch trains."""
     wide = x.double() / 255 if case.pixels else x
-    settings = OPTIMIZERS[case.optimizer]
     chosen = batches(case, order)
     exact = by_torch(Reference(start, settings, case.loss), [(wide[r], y[r]) for r in chosen])
     narrow = Reference(start, settings, case.loss, torch.float32, case.dtype)

@@ -117,8 +117,10 @@ def plant(mutant: Mutant | None, folder: Path) -> Path:
 def check(folder: Path, tests: tuple[str, str]) -> Outcome:
     """Run ``tests`` (file, -k expression), in a process whose fastmlp.kernels is the copy in ``folder``."""
     context = multiprocessing.get_context("forkserver")
-    # Every test loads these modules, and none of them loads the kernels. Triton's interpreter loads gluon when it runs.
-    context.set_forkserver_preload(["fastmlp", "triton", "triton.experimental.gluon", "pytest", "numpy.testing"])
+    # Tests load these modules, and none of them loads the kernels. Triton's interpreter loads gluon when it runs, and
+    # the first optimizer of torch.optim loads torch's compiler, which takes longer than most mutants' tests.
+    loaded = ["fastmlp", "triton", "triton.experimental.gluon", "pytest", "numpy.testing", "torch._dynamo"]
+    context.set_forkserver_preload(loaded)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(str(folder), *tests, sender))
     process.start()

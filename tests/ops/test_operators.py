@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 OPS = torch.ops.fastmlp
-M, K, N = 7, 9, 5
+M, K, N, E = 7, 9, 5, 2
 
 
 def draw(*shape: int) -> Tensor:
@@ -69,6 +69,12 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "linear_dgrad Z": lambda: (draw(M, N), draw(N, K), saved_of("silu", M, K), "silu"),
     "linear_wgrad": lambda: (draw(M, N), draw(M, K), True),
     "linear_wgrad pixels": lambda: (draw(M, N), pixels(), False),
+    "linear_fwd members": lambda: (draw(E, M, K), draw(E, N, K), draw(E, N), "tanh", False),
+    "linear_fwd members share X": lambda: (draw(M, K), draw(E, N, K), None, "gelu", True),
+    "linear_dgrad members": lambda: (draw(E, M, N), draw(E, N, K), saved_of("tanh", E, M, K), "tanh"),
+    "linear_wgrad members": lambda: (draw(E, M, N), draw(E, M, K), True),
+    "linear_wgrad members share X": lambda: (draw(E, M, N), draw(M, K), False),
+    "activation_bwd members": lambda: (draw(E, M, K), saved_of("silu", E, M, K), "silu"),
     "activation_bwd identity": lambda: (draw(M, K), None, "identity"),
     "activation_bwd step": lambda: (draw(M, K), None, "step"),
     "activation_bwd transposed": lambda: (draw(K, M).t(), saved_of("gelu", M, K), "gelu"),

@@ -36,3 +36,19 @@ def test_gradients(unsimulated, rows, shared):
             parts.append(own.grad)
     want = sum(parts) if shared else torch.stack(parts)
     torch.testing.assert_close(x.grad, want, atol=1e-5, rtol=1e-4)
+
+
+def test_compiled_whole_and_exported(unsimulated):
+    """As operators of torch: one graph without a break, and a program for any batch."""
+    model = fastmlp.MLPEnsemble((5, 4, 2), 3, "tanh").to(unsimulated)
+    x = torch.randn(6, 5).to(unsimulated).requires_grad_()
+    with use_backend("triton"):
+        out = model(x)
+        expected = torch.autograd.grad(out.square().sum(), [x, *model.parameters()])
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(compiled, out)
+        torch.testing.assert_close(torch.autograd.grad(compiled.square().sum(), [x, *model.parameters()]), expected)
+        x = x.detach()
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        assert "torch.ops.fastmlp.linear_fwd.default" in program.graph_module.code
+        torch.testing.assert_close(program.module()(x[:4]), out[:, :4])

@@ -1,0 +1,131 @@
+"""Which members of an ensemble a piece of a step works on, and what the piece reads of the ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .optimizers import Optimizer
+from .parameters import Copies
+
+
+class MemberLayer:
+    """One layer's parameters of all members, and the places of its gradients among those of all trained parameters."""
+
+    def __init__(self, module: Any, dtype: torch.dtype, index: int) -> None:
+        weight = Copies(module.weight, dtype)
+        bias = None if module.bias is None else Copies(module.bias, dtype)
+        self.copies = [c for c in (weight, bias) if c is not None]
+        self.activation: str = module.activation
+        self.weight, self.master_w, self.train_w = weight.used, weight.master, weight.trained
+        self.bias = None if bias is None else bias.used
+        self.master_b = None if bias is None else bias.master
+        self.train_b = bias is not None and bias.trained
+        self.grad_w, self.grad_b = index, index + self.train_w
+
+
+class Ensemble(Protocol):
+    """What a piece reads of the ensemble that it is a part of."""
+
+    layers: list[MemberLayer]
+    masters: list[Tensor]
+    states: dict[str, list[Tensor]]
+    counts: Tensor  #: float32 [E]: updates of each member
+    scales: tuple[Tensor, Tensor] | None  #: of float16: [E] loss scales, and good steps since each last moved
+    rates: Tensor  #: [E] learning rates
+    rate: float  #: the learning rate of all members; NaN where they have their own
+    version: int  #: raised when pieces must group their members anew
+    rule: Optimizer
+    loss: str
+    dtype: torch.dtype
+    device: torch.device
+    target_dims: int
+    lowest: int
+    plain: bool
+    zero: Tensor
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradients of the masters."""
+
+    def settings_of(self, member: int) -> tuple[tuple[str, float], ...]:
+        """Those settings of a member that may be its own."""
+
+    def rule_with(self, settings: tuple[tuple[str, float], ...]) -> Optimizer:
+        """The rule with a member's settings."""
+
+
+class Span:
+    """Consecutive members: views of their tensors."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = list(ids)
+        self._start, self._stop = ids[0], ids[-1] + 1
+
+    def take(self, t: Tensor) -> Tensor:
+        """The members' part of a tensor [E, ...] that belongs to the ensemble."""
+        return t[self._start : self._stop]
+
+    def batch(self, name: str, t: Tensor) -> Tensor:
+        """The members' part of a batch [E, ...]."""
+        return t[self._start : self._stop]
+
+    def load(self) -> None:
+        """Nothing: views need no copies."""
+
+    store = load
+
+    def put(self, out: Tensor) -> Tensor:
+        """Where the members' losses go."""
+        return out[self._start : self._stop]
+
+    def landed(self, out: Tensor) -> None:
+        """Nothing: the losses are in place."""
+
+
+class Packed(Span):
+    """Any members: copies of their tensors side by side, since batched products need even distances."""
+
+    def __init__(self, ids: Sequence[int], device: torch.device) -> None:
+        self.ids = list(ids)
+        self._index = torch.tensor(self.ids, dtype=torch.int64, device=device)
+        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._batches: dict[tuple[object, ...], Tensor] = {}
+        self._losses: Tensor | None = None
+
+    def take(self, t: Tensor) -> Tensor:
+        """A copy, which ``load`` fills and ``store`` writes back."""
+        if id(t) not in self._pairs:
+            self._pairs[id(t)] = t, t.new_empty((len(self.ids), *t.shape[1:]))
+        return self._pairs[id(t)][1]
+
+    def batch(self, name: str, t: Tensor) -> Tensor:
+        """A copy of the members' part."""
+        key = name, t.shape, t.dtype
+        if key not in self._batches:
+            self._batches[key] = t.new_empty((len(self.ids), *t.shape[1:]))
+        return torch.index_select(t, 0, self._index, out=self._batches[key])
+
+    def load(self) -> None:
+        """Copy the ensemble's tensors into those that were taken."""
+        for t, copy in self._pairs.values():
+            torch.index_select(t, 0, self._index, out=copy)
+
+    def store(self) -> None:
+        """Copy them back."""
+        for t, copy in self._pairs.values():
+            t.index_copy_(0, self._index, copy)
+
+    def put(self, out: Tensor) -> Tensor:
+        """A tensor for the losses, which ``landed`` puts into their places."""
+        if self._losses is None:
+            self._losses = out.new_empty(len(self.ids))
+        return self._losses
+
+    def landed(self, out: Tensor) -> None:
+        """Write the losses into ``out`` [E]."""
+        assert self._losses is not None
+        out.index_copy_(0, self._index, self._losses)
