@@ -8,7 +8,7 @@ from bench.measure.results import Document
 
 from .tables import by_rival, duration, median, ratio, timed
 
-__all__ = ["MEMBERS_AXIS", "curves", "member_seconds", "members_section"]
+__all__ = ["MEMBERS_AXIS", "curves", "largest_table", "member_seconds", "members_section"]
 
 #: ``Case.axis`` of the steps of many networks.
 MEMBERS_AXIS = "members"
@@ -45,6 +45,20 @@ def _table(title: str, cases: list[dict[str, Any]]) -> list[str]:
         cells = [f"**{label}**" if rival == "fastmlp" else label]
         lines.append(f"| {' | '.join([*cells, *(_cell(case, rival) for case in cases)])} |")
     return [*lines, ""]
+
+
+def largest_table(document: Document) -> list[str]:
+    """A row per network, batch size and optimizer, of the largest number of members, and a column per contender."""
+    rows, labels = [], {}
+    for title, cases in curves(document).items():
+        rows.append((title, cases[-1]))
+        labels |= {entry["rival"]: entry["label"] for entry in timed(cases[-1])}
+    most = max(case["value"] for _, case in rows)
+    header = [f"{_number(most)} networks, time per network", *labels.values()]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for title, case in rows:
+        lines.append(f"| {' | '.join([title, *(_cell(case, rival) for rival in labels)])} |")
+    return lines
 
 
 def _number(members: int) -> str:

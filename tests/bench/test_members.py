@@ -15,6 +15,7 @@ from bench.problems import MembersProblem, StepProblem
 from bench.report.figures import draw
 from bench.report.markdown import NOT_MEASURED, render
 from bench.report.members import curves
+from bench.report.readme import speed_section
 from bench.report.tables import print_run
 from bench.rivals import rivals_for
 from tests.support.steps import one_thread  # noqa: F401
@@ -117,6 +118,17 @@ def test_the_table_has_the_time_of_one_member():
     assert (section.count(NOT_MEASURED), section.count("CPU: not measured")) == (1, 0)
     other = render([document(is_gpu=True)], {}).partition("## Many networks\n")[2].partition("\n## ")[0]
     assert (other.count(NOT_MEASURED), other.count("CPU: not measured")) == (0, 1)
+
+
+def test_the_readme_has_the_largest_number_of_networks():
+    quick = document() | {"preset": "quick", "cases": []}
+    text = speed_section([quick, document()])
+    rows = [line for line in text.splitlines() if line.startswith("| 54-128-128-7, batch 256, adamw | ")]
+    assert rows == ["| 54-128-128-7, batch 256, adamw | 1.00 ms (3.00×) | 2.00 ms (1.50×) | 3.00 ms | 4.00 ms (0.75×) "
+                    "| 5.00 ms (0.60×) | 6.00 ms (0.50×) |"]  # fmt: skip
+    assert "| 1,000 networks, time per network | fastmlp TrainStep(MLPEnsemble) |" in text
+    assert "](bench/results/test-cpu/members.png)" in text
+    assert "MLPEnsemble" not in speed_section([quick])
 
 
 def test_the_plot_has_a_panel_for_each_network_and_optimizer(tmp_path, monkeypatch):
