@@ -151,6 +151,7 @@ def _preset_command(name: str, text: str) -> None:
 _preset_command("quick", "The reference network at four batch sizes and one of each operation; under 2 minutes.")
 _preset_command("scaling", "A training step against batch size, width and depth: the curves of the report.")
 _preset_command("online", "60,000 samples one by one, in five stretches.")
+_preset_command("members", "One step of 1 to 1,000 networks, one after the other and all together.")
 
 
 @cli.command("full")
@@ -171,9 +172,9 @@ def full(
     out: Path | None,
     report: bool,
 ) -> None:
-    """Everything: all operations and steps, the curves of scaling, and the time to accuracy."""
+    """Everything: all operations and steps, the curves of scaling and members, and the time to accuracy."""
     used = _device(device, threads)
-    for name in ("full", "scaling", "online"):
+    for name in ("full", "scaling", "online", "members"):
         _run(name, ctx, used, rounds, out, False)
     _run_accuracy(ctx, used, data, seeds, (), None, out, report)
 

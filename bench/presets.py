@@ -4,6 +4,7 @@
 - full: every optimizer and dtype, each operation at several shapes, every mode of torch.compile
 - scaling: one training step against batch size, width and depth
 - online: 60,000 samples one by one, in five stretches
+- members: one step of 1 to 1,000 networks, in a loop and together
 
 On a GPU the presets also have epochs over data on the device, the whole step compiled and captured, and steps that
 TrainKernel can take (relu, squared errors).
@@ -24,6 +25,7 @@ from .problems import (
     HeadProblem,
     LinearBackwardProblem,
     LinearProblem,
+    MembersProblem,
     OnlineProblem,
     Problem,
     StepProblem,
@@ -39,7 +41,13 @@ BATCHES = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 DEPTHS = (1, 2, 4, 8, 16)
 
-NAMES = ("quick", "full", "scaling", "online")
+NAMES = ("quick", "full", "scaling", "online", "members")
+
+#: Numbers of networks, and their shapes with batch sizes.
+MEMBERS = (1, 4, 16, 64, 256, 1000)
+MEMBER_SHAPES = (((4, 64, 64, 2), 64), ((54, 128, 128, 7), 256))
+#: Numbers of networks for which a step is compiled anew, which takes longer than all its turns.
+MEMBERS_COMPILED = (1, 16, 64, 1000)
 
 #: A network so small that a step fits one kernel.
 SMALL = (64, 64, 64, 10)
@@ -74,7 +82,8 @@ class Preset:
 
 def preset(name: str, device: str) -> Preset:
     """The preset of that name for a device; KeyError for an unknown name."""
-    return {"quick": _quick, "full": _full, "scaling": _scaling, "online": _online}[name](device)
+    presets = {"quick": _quick, "full": _full, "scaling": _scaling, "online": _online, "members": _members}
+    return presets[name](device)
 
 
 def _cases(problems: Iterable[Problem], leave_out: Iterable[str] = ()) -> tuple[Case, ...]:
@@ -153,6 +162,22 @@ def _all_but(*names: str) -> frozenset[str]:
 def _online(device: str) -> Preset:
     problem = OnlineProblem(REFERENCE, samples=12_000, device=device)
     return Preset("online", 5, (Case(problem, leave_out=_all_but(*_ONLINE, *_whole(device))),))
+
+
+def _members(device: str) -> Preset:
+    """The number of networks is the axis. A turn of the slowest contenders is one call, which takes over a second."""
+    slow = frozenset({"vmap_compiled"})
+    curves = [(shape, optimizer) for shape in MEMBER_SHAPES for optimizer in ("sgd", "adamw")]
+    problems = [
+        MembersProblem(*shape, optimizer=optimizer, members=members, device=device)
+        for shape, optimizer in curves
+        for members in MEMBERS
+    ]
+    cases = (
+        Case(problem, "members", problem.members, frozenset() if problem.members in MEMBERS_COMPILED else slow)
+        for problem in problems
+    )
+    return Preset("members", 5, tuple(cases))
 
 
 def _scaling(device: str) -> Preset:

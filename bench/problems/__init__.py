@@ -1,6 +1,7 @@
 """What is timed: problems with fixed inputs, counted arithmetic and traffic, and an oracle in plain torch."""
 
 from .base import GATE_CALLS, Problem, Results, generator
+from .members import MembersProblem
 from .operations import CrossEntropyProblem, HeadProblem, LinearBackwardProblem, LinearProblem, WgradProblem
 from .training import LOSSES, OPTIMIZERS, EpochProblem, OnlineProblem, StepProblem
 
@@ -13,6 +14,7 @@ __all__ = [
     "HeadProblem",
     "LinearBackwardProblem",
     "LinearProblem",
+    "MembersProblem",
     "OnlineProblem",
     "Problem",
     "Results",

@@ -16,7 +16,7 @@ from fastmlp.activations import ACTIVATIONS
 
 from .base import GATE_CALLS, Problem, Results, generator, randn
 
-__all__ = ["LOSSES", "OPTIMIZERS", "EpochProblem", "OnlineProblem", "StepProblem"]
+__all__ = ["LOSSES", "OPTIMIZERS", "EpochProblem", "OnlineProblem", "StepProblem", "Training"]
 
 #: torch.optim's default decay of the second moment.
 ADAM_BETA_2 = 0.999
@@ -34,7 +34,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cros
 
 
 @dataclass(frozen=True)
-class _Training(Problem):
+class Training(Problem):
+    """What all trainings share: a network, a batch size, an optimizer and a loss."""
+
     sizes: tuple[int, ...]
     batch: int
     activation: str = "sigmoid"
@@ -74,6 +76,11 @@ class _Training(Problem):
 
     @property
     def rows(self) -> int:
+        return self.batch
+
+    @property
+    def leading(self) -> int:
+        """The length of the first axis of a batch."""
         return self.batch
 
     @property
@@ -118,8 +125,20 @@ class _Training(Problem):
 
     def judged(self, results: Results) -> Results:
         """The changes by training: the parameters less their starting values."""
-        start = self.parameters()
+        start = map(self.compared, self.parameters())
         return {name: value - p for (name, value), p in zip(results.items(), start, strict=True)}
+
+    def compared(self, t: Tensor) -> Tensor:
+        """What the gate compares of a parameter or a batch: all of it, or some members."""
+        return t
+
+    def linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """X W^T + b."""
+        return F.linear(x, w, b)
+
+    def total_loss(self, a: Tensor, y: Tensor) -> Tensor:
+        """What the oracle differentiates."""
+        return LOSSES[self.loss](a, y)
 
     def batches(self) -> Sequence[tuple[Tensor, Tensor]]:
         """The batches of all calls before the comparison."""
@@ -128,7 +147,7 @@ class _Training(Problem):
     def oracle(self, dtype: torch.dtype, *, kink: float = 0.0) -> Results:
         """``kink`` is the z at which the derivative of relu or leaky_relu steps."""
         master = torch.promote_types(dtype, torch.float32)
-        params = [p.to(master, copy=True).requires_grad_() for p in self.parameters()]
+        params = [self.compared(p).to(master, copy=True).requires_grad_() for p in self.parameters()]
         kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.SGD
         optimizer = kind(params, **OPTIMIZERS[self.optimizer])
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15, enabled=dtype == torch.float16)
@@ -138,9 +157,9 @@ class _Training(Problem):
             with torch.autocast("cpu", dtype, enabled=master != dtype):
                 a = x.to(master)
                 for (w, b), f in zip(self.layers(params), activations, strict=True):
-                    z = F.linear(a, w, b)
+                    z = self.linear(a, w, b)
                     a = _stepping_at(kink, z, f) if kink else reference.activate(z, f)
-            scaler.scale(LOSSES[self.loss](a.to(master), y.to(master) if y.is_floating_point() else y)).backward()
+            scaler.scale(self.total_loss(a.to(master), y.to(master) if y.is_floating_point() else y)).backward()
             scaler.step(optimizer)
             scaler.update()
         return {f"parameter {i}": p.detach().double() for i, p in enumerate(params)}
@@ -158,9 +177,9 @@ class _Training(Problem):
 
     def _first_z(self, dtype: torch.dtype) -> list[Tensor]:
         """Z of the hidden layers for the first batch and the starting values, computed in ``dtype``, as float64."""
-        a, found = self.inputs(0)[0].to(dtype), []
-        for w, b in self.layers([p.to(dtype) for p in self.parameters()])[:-1]:
-            z = F.linear(a, w, b)
+        a, found = self.compared(self.inputs(0)[0]).to(dtype), []
+        for w, b in self.layers([self.compared(p).to(dtype) for p in self.parameters()])[:-1]:
+            z = self.linear(a, w, b)
             found.append(z.double())
             a = reference.activate(z, self.activation)
         return found
@@ -176,7 +195,7 @@ def _stepping_at(kink: float, z: Tensor, activation: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class StepProblem(_Training):
+class StepProblem(Training):
     """One training step: forward, softmax cross-entropy, backward and update on a batch [M, sizes[0]]."""
 
     kind: ClassVar[str] = "step"
@@ -188,7 +207,7 @@ class StepProblem(_Training):
 
 
 @dataclass(frozen=True)
-class OnlineProblem(_Training):
+class OnlineProblem(Training):
     """``samples`` steps of plain SGD, each on one sample, in order: a stretch of an online epoch."""
 
     kind: ClassVar[str] = "online"
@@ -222,7 +241,7 @@ class OnlineProblem(_Training):
 
 
 @dataclass(frozen=True)
-class EpochProblem(_Training):
+class EpochProblem(Training):
     """An epoch: one step per ``batch`` rows of data on the device, gathered in a drawn order.
 
     Every call is the same epoch, because a training run has one set of data, at one place in memory.

@@ -1,10 +1,14 @@
-"""Plots of the runs, each from the JSON alone: speed against batch, width and depth, error, roofline, accuracy."""
+"""Plots of the runs, each from the JSON alone: speed against batch, width and depth, error, roofline, accuracy.
+
+A plot is a list of drawings, one per panel. The plot of many networks has several panels.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,16 @@ from bench.presets import REFERENCE
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.train.plots import GRAY, look, save
 
+from .members import curves, member_seconds
 from .tables import LEAST_SPREAD, median, timed
 
 __all__ = ["PLOTS", "caption", "draw"]
 
+#: Draws a run into the axes of a panel; False where the run has no data for it.
+Drawing = Callable[[Any, Document], bool]
+
 #: Contender -> colour and marker, the same in every plot. The colours are Okabe and Ito's, which stay apart for
-#: colour-blind readers and in gray, and two of Tol's.
+#: colour-blind readers and in gray, and five of Tol's.
 STYLES = {
     "fastmlp": ("#0072B2", "o"),
     "eager": ("#D55E00", "s"),
@@ -29,10 +37,15 @@ STYLES = {
     "inplace": ("#000000", "v"),
     "whole_default": ("#882255", "X"),
     "quickstart": ("#999933", "*"),
+    "fastmlp_loop": ("#332288", "h"),
+    "vmap": ("#44AA99", ">"),
+    "vmap_compiled": ("#AA4499", "d"),
 }
 #: A learner of the time to accuracy -> the contender that trains in its way.
 _LEARNERS = {"resident": "eager", "compile": "compile_default", "fastmlp_own_recipe": "fastmlp"}
 _OTHER = (GRAY, ".")
+#: Inches of a line of the caption.
+_LINE_IN = 0.13
 
 #: File stem -> what the plot shows.
 PLOTS = {
@@ -40,6 +53,7 @@ PLOTS = {
     "batch-bfloat16": "Training speed against batch size, 784-512-512-10, bfloat16 products",
     "width": "Training speed against the width of two hidden layers, batch 64",
     "depth": "Training speed against the number of hidden layers of 512, batch 64",
+    "members": "Time per network of a training step of many networks",
     "error": "Error of the weights' updates after three steps against float64",
     "roofline": "Operations and training steps beside the machine's measured peaks",
     "accuracy": "Test accuracy against seconds of training",
@@ -61,37 +75,53 @@ def caption(document: Document) -> str:
 
 def draw(document: Document, folder: Path, *, roofline: bool) -> list[Path]:
     """Draw all plots that a run has data for into ``folder``, the roofline on request; returns the PNG files."""
-    drawings: dict[str, Callable[[Any, Document], bool]] = {
-        "batch": lambda axes, d: _curve(axes, d, "batch", "float32", "batch size"),
-        "batch-bfloat16": lambda axes, d: _curve(axes, d, "batch", "bfloat16", "batch size"),
-        "width": lambda axes, d: _curve(axes, d, "width", "float32", "width of the hidden layers"),
-        "depth": lambda axes, d: _curve(axes, d, "depth", "float32", "hidden layers"),
-        "error": _errors,
-        "roofline": _roofline,
-        "accuracy": _accuracy,
+    drawings: dict[str, Sequence[Drawing]] = {
+        "batch": [partial(_curve, axis="batch", dtype="float32", label="batch size")],
+        "batch-bfloat16": [partial(_curve, axis="batch", dtype="bfloat16", label="batch size")],
+        "width": [partial(_curve, axis="width", dtype="float32", label="width of the hidden layers")],
+        "depth": [partial(_curve, axis="depth", dtype="float32", label="hidden layers")],
+        "members": [partial(_members, title=title) for title in curves(document)],
+        "error": [_errors],
+        "roofline": [_roofline],
+        "accuracy": [_accuracy],
     }
     paths = []
-    for stem, drawing in drawings.items():
+    for stem, panels in drawings.items():
         if stem == "roofline" and not roofline:
             continue
         path = folder / f"{stem}.png"
-        if _save(path, PLOTS[stem], document, drawing):
+        if _save(path, PLOTS[stem], document, panels):
             paths.append(path)
     return paths
 
 
-def _save(path: Path, title: str, document: Document, drawing: Callable[[Any, Document], bool]) -> bool:
+def _save(path: Path, title: str, document: Document, panels: Sequence[Drawing]) -> bool:
+    """A figure of one panel, or of several, two in a row, with one legend for all."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 5.2), dpi=130, layout="constrained")
-    axes = figure.subplots()
-    if not drawing(axes, document):
+    rows = -(-len(panels) // 2)
+    height = max(5.2, 3.6 * rows)
+    figure = Figure(figsize=(8.4, height), dpi=130, layout="constrained")
+    drawn = []
+    for number, drawing in enumerate(panels, 1):
+        drawn.append(figure.add_subplot(rows, min(len(panels), 2), number))
+        if not drawing(drawn[-1], document):
+            return False
+    if not drawn:
         return False
     figure.suptitle(title, fontsize=12, fontweight="bold")
     text = caption(document)
-    figure.supxlabel(text if len(text) < 120 else text.replace("; command", "\ncommand"), fontsize=7, color=GRAY)
-    look(axes)
-    axes.grid(which="minor", color="#eeeeee", linewidth=0.5)
+    text = text if len(text) < 120 else text.replace("; command", "\ncommand")
+    if len(drawn) > 1:
+        # The layout would draw a legend outside of the panels over the caption, so empty lines make room for it.
+        above = _LINE_IN * (1 + text.count("\n")) / height
+        handles = drawn[0].get_legend_handles_labels()
+        figure.legend(*handles, frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, above), ncols=3)
+        text = "\n" * 3 + text
+    figure.supxlabel(text, fontsize=7, color=GRAY)
+    for axes in drawn:
+        look(axes)
+        axes.grid(which="minor", color="#eeeeee", linewidth=0.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)
     return True
@@ -156,6 +186,29 @@ def _curve(axes: Any, document: Document, axis: str, dtype: str, label: str) -> 
     _number_the_places(axes, sorted({place for points in series.values() for place, _ in points}), label)
     axes.set_ylabel("samples per second\n(median; band: slowest to fastest round)")
     _legend_below(axes)
+    return True
+
+
+def _members(axes: Any, document: Document, title: str) -> bool:
+    """Time of a member and step of one network against the number of members."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    cases = curves(document)[title]
+    series: dict[tuple[str, str], list[tuple[int, tuple[float, float, float]]]] = {}
+    for case in cases:
+        for entry in timed(case):
+            series.setdefault((entry["rival"], entry["label"]), []).append((case["value"], member_seconds(case, entry)))
+    if not series:
+        return False
+    for (rival, name), points in series.items():
+        low, middle, high = zip(*((1e6 * a, 1e6 * b, 1e6 * c) for _, (a, b, c) in points), strict=True)
+        values = list(zip(low, middle, high, strict=True))
+        _band(axes, [place for place, _ in points], values, label=name, **_style(rival))
+    _number_the_places(axes, sorted({case["value"] for case in cases}), "members")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(title, fontsize=9)
+    axes.set_ylabel("µs per member and step")
     return True
 
 

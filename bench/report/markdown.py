@@ -13,6 +13,7 @@ from bench.measure.results import FOLDER, Document, load_all
 from fastmlp.base.atomic import atomic_write
 
 from .figures import PLOTS, caption, draw
+from .members import members_section
 from .tables import by_rival, duration, epoch_seconds, median, ratio_with_range, reached, spread, timed, timing_words
 
 __all__ = ["NOT_MEASURED", "render", "write_report"]
@@ -79,6 +80,7 @@ def render(documents: list[Document], plots: dict[str, list[tuple[str, str]]]) -
     parts = [_INTRODUCTION, _machines(documents)]
     for title, kinds, text in _SECTIONS:
         parts.append(f"## {title}\n\n{text}\n\n{_table(times, kinds)}")
+    parts.append(members_section(times, NOT_MEASURED))
     parts.append(_accuracy([d for d in documents if d["kind"] == "accuracy"]))
     parts.append(_figures(plots, documents))
     parts.append(_absent(times))
@@ -189,7 +191,7 @@ def _figures(plots: dict[str, list[tuple[str, str]]], documents: list[Document])
         for text, path in plots.get(stem, []):
             lines += [f"![{title}]({path})\n", f"{text}\n"]
         if not plots.get(stem):
-            command = {"accuracy": "accuracy", "roofline": "quick"}.get(stem, "scaling")
+            command = {"accuracy": "accuracy", "roofline": "quick", "members": "members"}.get(stem, "scaling")
             lines.append(f"CPU: not measured yet: run `fastmlp bench {command}`.\n")
         if gpu_is_missing:
             lines.append(f"GPU: {NOT_MEASURED}.\n")

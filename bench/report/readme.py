@@ -11,7 +11,8 @@ from bench.measure.results import Document
 from bench.presets import REFERENCE
 from fastmlp.base.atomic import atomic_write
 
-from .figures import caption
+from .figures import PLOTS, caption
+from .members import largest_table
 from .tables import by_rival, duration, epoch_seconds, median, ratios, spread, stated_range
 
 __all__ = ["BEGIN", "END", "speed_section", "update_readme"]
@@ -90,16 +91,28 @@ def _epochs(document: Document) -> list[str]:
     return [about, "", f"*{caption(document)}*", ""]
 
 
+def _members(document: Document) -> list[str]:
+    """The steps of many networks; their JSON and their plot are in one folder."""
+    plot = f"bench/results/{document['machine']['slug']}/members.png"
+    about = (
+        "An `MLPEnsemble` trains many networks of one shape in one step, each on a batch of its own. A cell has the "
+        'median time of a step divided by the number of networks, and "×" is relative to the loop of eager PyTorch.'
+    )
+    return [about, "", *largest_table(document), "", f"![{PLOTS['members']}]({plot})", "", f"*{caption(document)}*", ""]
+
+
 def speed_section(documents: list[Document]) -> str:
     """The text between the markers, of one machine: that of the newest ``quick`` run.
 
-    A table of that run, and the seconds per epoch of the machine's accuracy run if it has one.
+    A table of that run, and the seconds per epoch of the machine's accuracy run if it has one. Then the newest run of
+    many networks, on whichever machine.
     """
     steps = _newest(documents, "times", "quick")
     if steps is None:
         return f"{_INTRODUCTION}\n{_MORE}"
     epochs = _newest(documents, "accuracy", "accuracy", steps["machine"]["slug"])
-    lines = [*_table(steps), *(_epochs(epochs) if epochs else [])]
+    many = _newest(documents, "times", "members")
+    lines = [*_table(steps), *(_epochs(epochs) if epochs else []), *(_members(many) if many else [])]
     where = "" if any(d["machine"]["is_gpu"] for d in documents) else _NO_GPU
     return "\n".join([_INTRODUCTION, *lines, f"{where}{_MORE}"])
 

@@ -125,11 +125,14 @@ def print_run(document: Document) -> None:
         click.echo(f"{case['problem']['kind']}: {case['problem']['name']}")
         if words := timing_words(document, case):
             click.echo(f"  {words}")
-        _line("contender", ("median", "GFLOP/s", "x eager (range)"))
+        members = case["problem"].get("members")
+        _line("contender", ("median", "a member" if members else "GFLOP/s", "x eager (range)"))
         for entry in sorted(timed(case), key=median):
-            flops = f"{case['flops'] / median(entry) / 1e9:,.1f}" if case["flops"] else ""
+            second = f"{case['flops'] / median(entry) / 1e9:,.1f}" if case["flops"] else ""
+            if members:
+                second = duration(median(entry) / members)
             compared = entry["rival"] != BASELINE and ratio_with_range(case, entry)
-            row = (duration(median(entry)), flops, compared or f"time {spread(entry)}")
+            row = (duration(median(entry)), second, compared or f"time {spread(entry)}")
             _line(entry["label"], row, entry["rival"] == OURS)
         for entry in case["results"]:
             if entry["status"] in ("wrong", "failed"):

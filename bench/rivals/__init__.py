@@ -11,17 +11,20 @@ from .apex_mlp import ApexMLP
 from .compiled import Compiled
 from .cuda_graph import CudaGraph
 from .eager import Eager, EagerFloat32
-from .fastmlp_step import FastMLP, FastMLPModules, FastMLPOneByOne
+from .fastmlp_step import FastMLP, FastMLPEnsemble, FastMLPModules, FastMLPOneByOne
 from .inplace import InPlace
+from .jax_members import JaxMembers
 from .jax_operations import JaxOperation
 from .jax_step import JaxStep
 from .liger import Liger
+from .member_loops import EagerLoop, FastMLPLoop
 from .numpy_loop import NumpyLoop
 from .operations import CompiledOperation, EagerOperation, FastMLPOperation
 from .protocol import Rival
 from .sklearn_mlp import SklearnMLP
 from .tiny_cuda_nn import TinyCudaNN
 from .train_kernel import TrainKernel
+from .vmap import Vmap, VmapCompiled
 from .whole import WholeStep
 
 __all__ = ["BASELINE", "OURS", "RIVALS", "rivals_for"]
@@ -51,6 +54,12 @@ RIVALS: tuple[Rival, ...] = (
     ApexMLP(),
     TinyCudaNN(),
     TrainKernel(),
+    FastMLPEnsemble(),
+    FastMLPLoop(),
+    EagerLoop(),
+    Vmap(),
+    VmapCompiled(),
+    JaxMembers(),
     FastMLPOperation(),
     EagerOperation(),
     *(CompiledOperation(mode) for mode in COMPILE_MODES),

@@ -8,20 +8,37 @@ import torch
 from torch import Tensor
 
 import fastmlp
-from bench.problems import OPTIMIZERS, Problem
+from bench.problems import OPTIMIZERS, MembersProblem, Problem
 from bench.rivals.protocol import OK, Availability, Run, needs
 from bench.rivals.training import TrainingProblem, TrainingRun, optimizer_of
 
-__all__ = ["FastMLP", "FastMLPModules", "FastMLPOneByOne"]
+__all__ = ["FastMLP", "FastMLPEnsemble", "FastMLPModules", "FastMLPOneByOne", "train_step"]
 
 
-def _model(problem: TrainingProblem) -> fastmlp.MLP:
-    dtype = torch.float64 if problem.dtype == "float64" else torch.float32
-    model = fastmlp.MLP(problem.sizes, problem.activation, problem.bias, device=problem.device, dtype=dtype)
+def _model(problem: TrainingProblem) -> fastmlp.MLP | fastmlp.MLPEnsemble:
+    model: fastmlp.MLP | fastmlp.MLPEnsemble
+    rest: dict[str, Any] = {"activation": problem.activation, "bias": problem.bias, "device": problem.device}
+    rest["dtype"] = torch.float64 if problem.dtype == "float64" else torch.float32
+    if isinstance(problem, MembersProblem):
+        model = fastmlp.MLPEnsemble(problem.sizes, problem.members, **rest)
+    else:
+        model = fastmlp.MLP(problem.sizes, **rest)
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), problem.parameters(), strict=True):
             parameter.copy_(value)
     return model
+
+
+def train_step(model: fastmlp.MLP | fastmlp.MLPEnsemble, problem: TrainingProblem) -> fastmlp.TrainStep:
+    """A TrainStep with the problem's settings."""
+    settings: dict[str, Any] = OPTIMIZERS[problem.optimizer]
+    return fastmlp.TrainStep(
+        model,
+        "adamw" if problem.optimizer == "adamw" else "sgd",
+        loss=problem.loss,
+        dtype=problem.torch_dtype,
+        **settings,
+    )
 
 
 class _StepRun(TrainingRun):
@@ -29,14 +46,7 @@ class _StepRun(TrainingRun):
         super().__init__(problem)
         model = _model(problem)
         self.params = list(model.parameters())
-        settings: dict[str, Any] = OPTIMIZERS[problem.optimizer]
-        self.train = fastmlp.TrainStep(
-            model,
-            "adamw" if problem.optimizer == "adamw" else "sgd",
-            loss=problem.loss,
-            dtype=problem.torch_dtype,
-            **settings,
-        )
+        self.train = train_step(model, problem)
 
     def step(self, x: Tensor, y: Tensor) -> object:
         return self.train(x, y)
@@ -77,6 +87,21 @@ class FastMLP:
 
     def build(self, problem: Problem) -> Run:
         return (_StepRun if problem.kind == "step" else _EpochRun)(problem)  # type: ignore[arg-type]
+
+
+class FastMLPEnsemble:
+    """fastmlp.TrainStep of a fastmlp.MLPEnsemble: all members in one call."""
+
+    name = "fastmlp"
+    label = "fastmlp TrainStep(MLPEnsemble)"
+    kinds = frozenset({"members"})
+    notes = "one TrainStep call for all members"
+
+    def available(self, problem: Problem) -> Availability:
+        return OK
+
+    def build(self, problem: Problem) -> Run:
+        return _StepRun(problem)  # type: ignore[arg-type]
 
 
 class FastMLPOneByOne:

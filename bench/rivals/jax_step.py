@@ -12,7 +12,7 @@ from bench.problems import OPTIMIZERS, Problem, Results
 from bench.rivals.protocol import Availability, Run, installed, needs
 from bench.rivals.training import TrainingProblem
 
-__all__ = ["JaxStep", "import_jax"]
+__all__ = ["JaxStep", "as_array", "computes_there", "import_jax", "loss_function"]
 
 
 def import_jax() -> Any:
@@ -30,6 +30,42 @@ def activation(jax: Any, name: str) -> Any:
     return jax.numpy.tanh if name == "tanh" else getattr(jax.nn, name)
 
 
+def loss_function(jax: Any, problem: TrainingProblem) -> Any:
+    """A function of (parameters, X, Y) that returns the mean loss of one network."""
+    jnp = jax.numpy
+    f = activation(jax, problem.activation)
+    compute = jnp.dtype(problem.dtype)
+    precision = jax.lax.Precision.HIGHEST if problem.dtype == "float32" else None
+
+    def loss_of(params: Any, x: Any, y: Any) -> Any:
+        a = x.astype(compute)
+        for i in range(0, len(params), 2):
+            w, b = params[i].astype(compute), params[i + 1].astype(compute)
+            a = jax.lax.dot_general(a, w, (((1,), (1,)), ((), ())), precision=precision) + b
+            a = f(a) if i < len(params) - 2 else a
+        a = a.astype(jnp.float32)
+        if problem.loss == "mse":
+            return ((a - y) ** 2).mean()
+        log_p = jax.nn.log_softmax(a)
+        return -jnp.take_along_axis(log_p, y[:, None], 1).mean()
+
+    return loss_of
+
+
+def as_array(jax: Any, t: torch.Tensor) -> Any:
+    """The same values as JAX's array; int64 as int32."""
+    return jax.numpy.array((t if t.is_floating_point() else t.int()).numpy())
+
+
+def computes_there(problem: Problem) -> Availability:
+    """Whether JAX is installed and computes on the problem's device."""
+    here = installed("jax")
+    if not here.ok:
+        return here
+    platform = import_jax().default_backend()
+    return needs(((platform == "gpu") == problem.device.startswith("cuda"), f"this JAX computes on the {platform}"))
+
+
 class _JaxRun:
     def __init__(self, problem: TrainingProblem) -> None:
         self.jax = jax = import_jax()
@@ -37,28 +73,11 @@ class _JaxRun:
         self.params = [jnp.array(p.numpy()) for p in problem.parameters()]
         self.velocity = [jnp.zeros_like(p) for p in self.params] if problem.optimizer == "nesterov" else []
 
-        def array(t: torch.Tensor) -> Any:
-            return jnp.array((t if t.is_floating_point() else t.int()).numpy())
-
-        self.sets = [tuple(map(array, problem.make_inputs(i))) for i in range(problem.input_sets)]
+        self.sets = [tuple(as_array(jax, t) for t in problem.make_inputs(i)) for i in range(problem.input_sets)]
         self.count = 0
         settings = OPTIMIZERS[problem.optimizer]
         lr, momentum = settings["lr"], settings.get("momentum", 0.0)
-        f = activation(jax, problem.activation)
-        compute = jnp.dtype(problem.dtype)
-        precision = jax.lax.Precision.HIGHEST if problem.dtype == "float32" else None
-
-        def loss_of(params: Any, x: Any, y: Any) -> Any:
-            a = x.astype(compute)
-            for i in range(0, len(params), 2):
-                w, b = params[i].astype(compute), params[i + 1].astype(compute)
-                a = jax.lax.dot_general(a, w, (((1,), (1,)), ((), ())), precision=precision) + b
-                a = f(a) if i < len(params) - 2 else a
-            a = a.astype(jnp.float32)
-            if problem.loss == "mse":
-                return ((a - y) ** 2).mean()
-            log_p = jax.nn.log_softmax(a)
-            return -jnp.take_along_axis(log_p, y[:, None], 1).mean()
+        loss_of = loss_function(jax, problem)
 
         def step(params: Any, velocity: Any, x: Any, y: Any) -> Any:
             loss, grads = jax.value_and_grad(loss_of)(params, x, y)
@@ -113,14 +132,9 @@ class JaxStep:
     notes = "value_and_grad and update in one jit, parameters donated, XLA's own threads; online and epoch: lax.scan"
 
     def available(self, problem: Problem) -> Availability:
-        here = installed("jax")
-        if not here.ok:
-            return here
-        on_gpu = problem.device.startswith("cuda")
-        platform = import_jax().default_backend()
         return needs(
+            computes_there(problem),
             (getattr(problem, "bias", True), "written with biases"),
-            ((platform == "gpu") == on_gpu, f"this JAX computes on the {platform}"),
             (problem.dtype in ("float32", "bfloat16"), "written without a loss scale"),
             (getattr(problem, "optimizer", "") in ("sgd", "nesterov"), "its AdamW is Optax's, not JAX's"),
         )

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.problems import OPTIMIZERS, EpochProblem, OnlineProblem, Results, StepProblem
+from bench.problems import OPTIMIZERS, EpochProblem, MembersProblem, OnlineProblem, Results, StepProblem
 from bench.rivals.protocol import OpRun
 from fastmlp.activations import ACTIVATIONS
 
 __all__ = ["TrainingProblem", "TrainingRun", "loss_module", "optimizer_of", "torch_network"]
 
-TrainingProblem = StepProblem | OnlineProblem | EpochProblem
+TrainingProblem = StepProblem | OnlineProblem | EpochProblem | MembersProblem
 
 
-def torch_network(problem: TrainingProblem, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """nn.Linear layers and activations with the problem's starting values, on its device."""
+def torch_network(
+    problem: TrainingProblem, dtype: torch.dtype = torch.float32, values: Sequence[Tensor] | None = None
+) -> nn.Sequential:
+    """nn.Linear layers and activations on the problem's device, with its starting values or with ``values``."""
     modules: list[nn.Module] = []
     module = ACTIVATIONS[problem.activation].module
     assert module is not None
@@ -27,7 +30,7 @@ def torch_network(problem: TrainingProblem, dtype: torch.dtype = torch.float32) 
         modules += [nn.Linear(k, n, bias=problem.bias), activation()]
     network = nn.Sequential(*modules[:-1])
     with torch.no_grad():
-        for parameter, value in zip(network.parameters(), problem.parameters(), strict=True):
+        for parameter, value in zip(network.parameters(), values or problem.parameters(), strict=True):
             parameter.copy_(value)
     return network.to(problem.device, dtype)
 
@@ -47,7 +50,7 @@ class TrainingRun(OpRun):
     """A run that trains ``params`` (W_1, b_1, ...) in place; ``step(x, y)`` is one step on a batch.
 
     Unless ``compute`` is overridden, online problems take the samples of a call one by one, and epochs gather the rows
-    of each batch first.
+    of each batch first. With members every tensor of ``params`` begins with them, as x and y do.
     """
 
     params: list[Tensor]
@@ -57,7 +60,7 @@ class TrainingRun(OpRun):
         self.problem = problem
         x, y = self.sets[0][:2]
         #: A batch as a step gets it, for contenders that need their inputs before the first step.
-        self.example = x[: problem.batch], y[: problem.batch]
+        self.example = x[: problem.leading], y[: problem.leading]
 
     def step(self, x: Tensor, y: Tensor) -> object:
         """Forward, loss, backward and update."""
@@ -74,7 +77,7 @@ class TrainingRun(OpRun):
         if order:
             for rows in order[0].split(self.problem.batch):
                 last = self.gathered_step(x, y, rows)
-        elif x.shape[0] == self.problem.batch:
+        elif x.shape[0] == self.problem.leading:
             last = self.step(x, y)
         else:
             for i in range(x.shape[0]):
@@ -82,5 +85,6 @@ class TrainingRun(OpRun):
         return last
 
     def results(self) -> Results:
-        """The parameters."""
-        return {f"parameter {i}": p.detach().double().cpu().clone() for i, p in enumerate(self.params)}
+        """The parameters, as far as the gate compares them."""
+        compared = map(self.problem.compared, self.params)
+        return {f"parameter {i}": p.detach().double().cpu().clone() for i, p in enumerate(compared)}

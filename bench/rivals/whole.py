@@ -47,7 +47,7 @@ class WholeStepRun(TrainingRun):
         torch.compiler.reset()
         dtype = torch.float64 if problem.dtype == "float64" else torch.float32
         self.params = params = [p.to(problem.device, dtype) for p in problem.parameters()]
-        gradients = loss_and_gradients(problem)
+        gradients = self.gradients_of(problem)
         update, state = _updating(problem, params)
 
         def whole(x: Tensor, y: Tensor) -> Tensor:
@@ -60,6 +60,10 @@ class WholeStepRun(TrainingRun):
         self.replay: Replay | None = None
         if graph:
             self.replay = capture(self.compiled, self.example, params, lambda: state)
+
+    def gradients_of(self, problem: TrainingProblem) -> Callable[..., Any]:
+        """A function of (parameters, X, Y) that returns (gradients, loss)."""
+        return loss_and_gradients(problem)
 
     def step(self, x: Tensor, y: Tensor) -> object:
         return self.compiled(x, y) if self.replay is None else self.replay(x, y)

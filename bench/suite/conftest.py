@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             name = getattr(rival, "name", "")
             if smoke and name in LONG:
                 item.add_marker(long)
-            elif smoke and name in ("compile_default", "whole_default"):
+            elif smoke and name in ("compile_default", "whole_default", "vmap_compiled"):
                 what = item.nodeid.partition("[")[0] if name == "compile_default" else name
                 if what in compiled:
                     item.add_marker(once)

@@ -191,7 +191,7 @@ def test_units_at_a_kink_may_have_either_derivative():
 def test_presets_have_a_baseline_and_ours_in_every_case(processor, name, device):
     cases = preset(name, device).cases
     halves = {case.problem.dtype for case in cases} - {"float32"}
-    assert bool(halves) == (name != "online" and (processor or device != "cpu"))
+    assert bool(halves) == (name not in ("online", "members") and (processor or device != "cpu"))
     assert len({(case.problem, case.axis) for case in cases}) == len(cases)
     for case in cases:
         contenders = {rival.name for rival in rivals_for(case.problem)} - case.leave_out
@@ -200,6 +200,8 @@ def test_presets_have_a_baseline_and_ours_in_every_case(processor, name, device)
         assert {case.value for case in cases if case.axis == "batch"} >= {1, 65536}
         assert {case.value for case in cases if case.axis == "width"} >= {64, 4096}
         assert {case.value for case in cases if case.axis == "depth"} >= {1, 16}
+    if name == "members":
+        assert {(case.value, case.problem.optimizer) for case in cases} >= {(1, "sgd"), (1000, "adamw")}
 
 
 # Two runs beside each other

@@ -17,11 +17,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from bench.measure.gate import judge
 from bench.measure.runner import prepare
 from bench.presets import NAMES, Case, preset
-from bench.problems import GATE_CALLS, EpochProblem, OnlineProblem, StepProblem
+from bench.problems import GATE_CALLS, EpochProblem, MembersProblem, OnlineProblem, StepProblem
 from bench.rivals import rivals_for
 from bench.rivals.cuda_graph import CudaGraph
 from bench.rivals.eager import Eager
 from bench.rivals.train_kernel import TrainKernel
+from bench.rivals.vmap import VmapCompiledRun
 from bench.rivals.whole import WholeStep, WholeStepRun
 from tests.support.steps import one_thread  # noqa: F401
 
@@ -167,6 +168,16 @@ def test_the_whole_step_is_one_graph_of_the_compiler_and_right(problem, graph, g
     assert found.passed, str(found)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+    assert len(graphs) == graph
+
+
+@pytest.mark.parametrize(("optimizer", "graph"), [("adamw", True), ("sgd", False)])
+def test_the_mapped_step_is_one_graph_of_the_compiler_and_right(optimizer, graph, graphs):
+    counters.clear()
+    problem = MembersProblem(SIZES, 8, optimizer=optimizer, members=3)
+    found = verdict(problem, VmapCompiledRun(problem, backend="aot_eager", graph=graph))
+    assert found.passed, str(found)
+    assert counters["stats"]["unique_graphs"] == 1
     assert len(graphs) == graph
 
 

@@ -128,7 +128,7 @@ def test_only_single_operations_on_a_gpu_are_flushed():
     for name in NAMES:
         for device in ("cpu", "cuda:0"):
             for case in preset(name, device).cases:
-                trains = case.problem.kind in ("step", "online", "epoch")
+                trains = case.problem.kind in ("step", "online", "epoch", "members")
                 assert case.problem.timing == ("chain" if trains or device == "cpu" else "flushed")
 
 
