@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from .cpu_optimizer import TorchOptimizer
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 from .parameters import Copies
+
+if TYPE_CHECKING:
+    from .data_parallel import DataParallel
 
 
 class Layer:
@@ -48,13 +52,24 @@ class Layer:
 class Network:
     """The tensors of an MLP and of its optimizer, which the plans of all batch sizes share."""
 
-    def __init__(self, modules: Sequence[Linear], rule: Optimizer, loss: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        modules: Sequence[Linear],
+        rule: Optimizer,
+        loss: str,
+        dtype: torch.dtype,
+        parallel: DataParallel | None = None,
+        *,
+        late: bool = False,
+    ) -> None:
         self.modules, self.rule, self.loss, self.dtype = modules, rule, loss, dtype
         self.device = modules[0].weight.device
+        #: Whether something comes between the gradients and the update.
+        self.late = late or parallel is not None
         loss_scale = LossScale(self.device) if dtype == torch.float16 else None
         self.scale = None if loss_scale is None else loss_scale.scale
         #: Gradients and optimizer state exist only where the optimizer needs them all at once.
-        self.plain = rule.is_plain_sgd and loss_scale is None
+        self.plain = rule.is_plain_sgd and loss_scale is None and not self.late
         self.layers: list[Layer] = []
         masters: list[Tensor] = []
         for module in modules:
@@ -62,7 +77,7 @@ class Network:
             masters += [c.master for c in layer.copies if c.trained]
             self.layers.append(layer)
         self.lowest = next(i for i, layer in enumerate(self.layers) if layer.train_w or layer.train_b)
-        self.optimizer = TorchOptimizer(masters, rule, loss_scale)
+        self.optimizer = TorchOptimizer(masters, rule, loss_scale, parallel)
         #: Parameters that are not their own master, or not what the products read.
         self.copies = [c for layer in self.layers for c in layer.copies if not c.is_one]
         self.trained_copies = [c for c in self.copies if c.trained]
@@ -84,6 +99,7 @@ class Network:
         sizes = [str(module.out_features) for module in self.modules]
         names = sorted({module.activation for module in self.modules})
         optimizer = f"{self.rule.name}{' momentum' if 'momentum_buffer' in self.rule.states else ''}"
+        optimizer += " late" * self.late
         return f"step to {'-'.join(sizes)} {' '.join(names)} {self.loss} {optimizer}"
 
     def scratch(self) -> Network:
@@ -97,7 +113,7 @@ class Network:
                     torch.nn.init.constant_(own, 1 / k)
                     own.requires_grad_(param.requires_grad)
             modules.append(copy)
-        return Network(modules, replace(self.rule, lr=1e-3), self.loss, self.dtype)
+        return Network(modules, replace(self.rule, lr=1e-3), self.loss, self.dtype, late=self.late)
 
     def batch(self, m: int) -> tuple[Tensor, Tensor, Tensor]:
         """X of ones, a target for the loss, and where the loss goes."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from ..online import online_epoch
 from .cpu_plan import Layer, Network, Plan
 from .optimizers import Optimizer
 
+if TYPE_CHECKING:
+    from .data_parallel import DataParallel
+
 #: Batch sizes whose plans are kept; a further one takes the place of the first.
 _PLANS = 8
 
@@ -28,8 +32,15 @@ _PLANS = 8
 class TorchStep:
     """Forward, backward and update of an MLP in torch operations; ``fastmlp.TrainStep`` is the public way to it."""
 
-    def __init__(self, layers: list[Linear], rule: Optimizer, loss: str, dtype: torch.dtype) -> None:
-        self.network = Network(layers, rule, loss, dtype)
+    def __init__(
+        self,
+        layers: list[Linear],
+        rule: Optimizer,
+        loss: str,
+        dtype: torch.dtype,
+        parallel: DataParallel | None = None,
+    ) -> None:
+        self.network = Network(layers, rule, loss, dtype, parallel)
         self.optimizer = self.network.optimizer
         self._plans: dict[int, Callable[..., None]] = {}
 
@@ -165,6 +176,7 @@ def _step(
         if products.dgrad is not None:  # before the weight changes
             da = products.dgrad(dz)
         consume(net, net.layers[i], products, dz, inputs[i])
+    net.optimizer.reduce(out, a.shape[0])
     if update:
         if not net.plain:
             net.optimizer.update(scaled=True)

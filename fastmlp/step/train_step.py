@@ -21,6 +21,9 @@ from .settings import StepOptimizer
 from .validation import Batches, check_batch_size, check_dtype, check_is_mlp, check_loss, learning_rates
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .data_parallel import DataParallel
     from .triton_step import TritonStep
 
 #: Attributes that stay, and settings that are no attributes.
@@ -61,6 +64,10 @@ class TrainStep:
         dtype: of the products: default the parameters' own; float32 parameters with float16 or bfloat16 products are
             mixed precision with float32 masters. torch.autocast does not change it.
         cuda_graph: capture steps in CUDA graphs at their second use (default True; only with backend "triton").
+        process_group: of ``torch.distributed``, such as ``torch.distributed.group.WORLD``: each process gives a part of
+            every batch, of one row or more, and all make the update of the whole batch. The parameters of the group's
+            first process are given to all when the step is made. Losses and gradients are those of the whole batch.
+            Default None, one process.
 
     Attributes:
         lr: the learning rate of the next step.
@@ -91,6 +98,7 @@ class TrainStep:
         loss: str = "cross_entropy",
         dtype: torch.dtype | None = None,
         cuda_graph: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         check_is_mlp(model)
         check_loss(loss)
@@ -118,6 +126,12 @@ class TrainStep:
         self._on_device: AbstractContextManager[object] = nullcontext()
         if self.device.type == "cuda":
             self._on_device = torch.cuda.device(self.device)
+        self._parallel: DataParallel | None = None
+        if process_group is not None:
+            from .data_parallel import DataParallel
+
+            self._parallel = DataParallel(process_group, self.device)
+            self._parallel.start(self._binding.parameters, repr(self))
         self._engine = self._new_engine(self._binding, self.rule)
 
     def _new_engine(self, binding: Binding, rule: Optimizer) -> TorchStep | TritonStep:
@@ -126,8 +140,8 @@ class TrainStep:
             if self.backend == "triton":
                 from .triton_step import TritonStep
 
-                return TritonStep(binding.layers, rule, loss, self.dtype, cuda_graph=self._cuda_graph)
-            return TorchStep(binding.layers, rule, loss, self.dtype)
+                return TritonStep(binding.layers, rule, loss, self.dtype, self._parallel, cuda_graph=self._cuda_graph)
+            return TorchStep(binding.layers, rule, loss, self.dtype, self._parallel)
 
     @property
     def lr(self) -> float:
@@ -156,6 +170,11 @@ class TrainStep:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The model, the arguments and the state."""
+        if self._parallel is not None:
+            raise TypeError(
+                "a TrainStep with a process_group cannot be copied or pickled, because a group belongs to its process; "
+                "make a new TrainStep and load step.state_dict()"
+            )
         group = self.optimizer.param_groups[0]
         arguments = {name: group[name] for name in self.rule.settings}
         arguments |= {"optimizer": self.rule.name, "loss": self.loss, "dtype": self.dtype}
@@ -181,6 +200,8 @@ class TrainStep:
         loss = self._next_loss()
         with self._on_device:
             if x.shape[0] == 0:
+                if self._parallel is not None:
+                    raise ValueError("expected at least one row in every process of the process_group, got none")
                 loss.fill_(float("nan"))
             else:
                 self._engine.step(x, y, loss)
@@ -216,6 +237,9 @@ class TrainStep:
         n = order.shape[0]
         steps = -(-n // batch_size)
         lrs = learning_rates(self.rule.lr, lr_factors, steps)
+        full, last = batch_size, n - (steps - 1) * batch_size
+        if self._parallel is not None:
+            full, last, n = self._parallel.check_epoch(steps, batch_size, n, last)
         self.forget_gradients()
         self.losses = losses = torch.full((steps,), float("nan"), dtype=self.losses.dtype, device=self.device)
         if not steps:
@@ -226,8 +250,7 @@ class TrainStep:
             if outside is not None:
                 losses.masked_fill_(outside, float("nan"))
             self._updated()
-            last = n - (steps - 1) * batch_size
-            return ((losses[:-1].sum() * batch_size + losses[-1] * last) / n).float()
+            return ((losses[:-1].sum() * full + losses[-1] * last) / n).float()
 
     def gradients(self, x: Tensor, y: Tensor, *, accumulate: bool = False) -> dict[str, Tensor]:
         """Gradients of the mean loss by parameter name, in float32 or wider; the parameters stay as they are.

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,6 +52,9 @@ from .late_update import LateUpdate
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 from .parameters import Copies
+
+if TYPE_CHECKING:
+    from .data_parallel import DataParallel, Sums
 
 #: Steps of one captured graph.
 CHUNK = 512
@@ -85,7 +88,14 @@ class TritonStep:
     """Forward, backward and update of an MLP with the kernels; ``fastmlp.TrainStep`` is the public way to it."""
 
     def __init__(
-        self, layers: list[Linear], rule: Optimizer, loss: str, dtype: torch.dtype, *, cuda_graph: bool
+        self,
+        layers: list[Linear],
+        rule: Optimizer,
+        loss: str,
+        dtype: torch.dtype,
+        parallel: DataParallel | None = None,
+        *,
+        cuda_graph: bool,
     ) -> None:
         self.layers, self.rule, self.loss, self.dtype = layers, rule, loss, dtype
         self.device = layers[0].weight.device
@@ -109,6 +119,11 @@ class TritonStep:
         zeros = torch.zeros(self.layout.total, dtype=torch.float32, device=self.device)
         self.states = [zeros.clone() for _ in rule.states]
         self.grads: Tensor | None = None if rule.max_grad_norm is None else zeros
+        self._sums: Sums | None = None
+        if parallel is not None:
+            self._sums = parallel.sums([self.layout.total], torch.float32)
+            self.grads = self._sums.flat
+            cuda_graph = cuda_graph and parallel.capturable
         self.loss_scale = LossScale(self.device) if dtype == torch.float16 else None
         self._scale = None if self.loss_scale is None else self.loss_scale.scale
         self._unscale = None if self.loss_scale is None else self.loss_scale.inverse
@@ -194,7 +209,7 @@ class TritonStep:
             [buffer(n) if saved_for_grad(f) == "z" else None for n, f in zip(outputs, self.activations, strict=True)],
             dz,
             torch.empty(m * elements, dtype=torch.float32, device=self.device),
-            workspace(self.layout, m, self.dtype, self.device, direct=self.late is None),
+            workspace(self.layout, m, self.dtype, self.device, direct=self.late is None and self._sums is None),
             sums,
         )
 
@@ -329,7 +344,11 @@ class TritonStep:
         """The whole step as launches on the current stream."""
         self._forward_backward(plan, x, y, rows)
         late = self.late
-        if late is None:
+        if self._sums is not None:
+            self._weights_step(plan, x, rows, row, loss, grads=self._sums.flat)
+            self._sums.reduce(loss, plan.m)
+            self._apply(self._sums.flat, row)
+        elif late is None:
             self._weights_step(plan, x, rows, row, loss)
         elif late.squares is None:
             assert plan.partial is not None
@@ -428,8 +447,14 @@ class TritonStep:
         partial = plan.partial
         if partial is None:
             plan.partial = workspace(self.layout, plan.m, self.dtype, self.device, direct=False)
+        kept = self.grads.clone() if accumulate and self._sums is not None else None
         self._forward_backward(plan, x, y, None)
-        self._weights_step(plan, x, None, self._row(), out, grads=self.grads, accumulate=accumulate)
+        adds = accumulate and kept is None
+        self._weights_step(plan, x, None, self._row(), out, grads=self.grads, accumulate=adds)
+        if self._sums is not None:
+            self._sums.reduce(out, plan.m)
+        if kept is not None:
+            self.grads.add_(kept)
         plan.partial = partial
         return self.layout.views(self.grads)
 
@@ -438,6 +463,10 @@ class TritonStep:
         row, grads = self._row(), self.grads
         assert grads is not None
         self.steps += 1
+        self._apply(grads, row)
+
+    def _apply(self, grads: Tensor, row: Tensor) -> None:
+        """Update by gradients that are complete."""
         if self.late is None:
             reduce_update(self.layout, grads, 1, self.rule.kernel, row, states=self.states)
         else:
