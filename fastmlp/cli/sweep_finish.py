@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastmlp.train.scores import takes_values
 
 from . import common
-from .report import device_name
+from .progress import device_name
 from .run_folder import WEIGHTS
 from .sweep_folder import PICTURE, RESULTS, TABLE, SweepFolder, group_file
 

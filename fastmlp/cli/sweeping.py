@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import common
+from .progress import Reporter, device_name
 from .ranks import Ranks
-from .report import Reporter, device_name
 from .run_folder import WEIGHTS
 from .sweep_finish import best_line, finish, lines
 from .sweep_folder import PICTURE, TABLE, SweepFolder, check_sweep_folder, group_file, read_plan

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .groups import Groups
 from .loss_scale import LossScale
 from .optimizers import Optimizer
+
+if TYPE_CHECKING:
+    from .data_parallel import DataParallel, Sums
 
 
 class TorchOptimizer:
@@ -18,15 +23,24 @@ class TorchOptimizer:
         rule: the update; ``rule.lr`` is read every time.
         loss_scale: float16's; a step whose gradients overflow is skipped.
         groups: of the params; None: all have the rule.
+        parallel: the processes whose gradients are added up, or None.
 
     Attributes:
         states: what the rule keeps of each parameter, live, by name.
     """
 
     def __init__(
-        self, params: list[Tensor], rule: Optimizer, loss_scale: LossScale | None, groups: Groups | None = None
+        self,
+        params: list[Tensor],
+        rule: Optimizer,
+        loss_scale: LossScale | None,
+        groups: Groups | None = None,
+        parallel: DataParallel | None = None,
     ) -> None:
         self.params, self.rule, self.loss_scale = params, rule, loss_scale
+        self._sums: Sums | None = None
+        if parallel is not None:
+            self._sums = parallel.sums([t.numel() for t in params], params[0].dtype)
         first = params[0]
         self._grads: list[Tensor] | None = None
         self.states = {name: [torch.zeros_like(t) for t in params] for name in rule.kept}
@@ -55,6 +69,15 @@ class TorchOptimizer:
         if self._grads is None:
             self._grads = [torch.zeros_like(t) for t in self.params]
         return self._grads
+
+    def reduce(self, loss: Tensor, rows: int | Tensor) -> None:
+        """Make ``grads`` and ``loss``, means over ``rows`` (a sum of weights), those over the rows of all processes."""
+        assert self._sums is not None
+        grads, parts = self.grads, self._sums.parts
+        own = [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)]
+        torch._foreach_copy_(own, grads)  # a product may have left a gradient in a buffer of its own
+        self._sums.reduce(loss, rows)
+        grads[:] = own
 
     def settings_changed(self) -> None:
         """Take up a changed ``rule.max_grad_norm``; every other setting is read at each update."""

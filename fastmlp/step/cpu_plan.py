@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from .loss_options import PLAIN, LossOptions
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 from .parameters import Copies
+
+if TYPE_CHECKING:
+    from .data_parallel import DataParallel
 
 
 class Layer:
@@ -61,15 +65,20 @@ class Network:
         dtype: torch.dtype,
         groups: Groups | None = None,
         options: LossOptions = PLAIN,
+        parallel: DataParallel | None = None,
+        *,
+        late: bool = False,
     ) -> None:
         self.groups, self.rules = groups, [rule] if groups is None else groups.rules
         self.modules, self.rule, self.loss, self.dtype = modules, rule, loss, dtype
-        self.options = options
+        self.options, self.parallel = options, parallel
         self.device = modules[0].weight.device
+        #: Whether something comes between the gradients and the update.
+        self.late = late or parallel is not None
         loss_scale = LossScale(self.device) if dtype == torch.float16 else None
         self.scale = None if loss_scale is None else loss_scale.scale
         #: Gradients and optimizer state exist only where the optimizer needs them all at once.
-        self.plain = all(r.is_plain_sgd for r in self.rules) and loss_scale is None
+        self.plain = all(r.is_plain_sgd for r in self.rules) and loss_scale is None and not self.late
         self.averages = rule.ema_decay is not None
         trained = [p for module in modules for p in module.parameters() if p.requires_grad]
         rules = [rule] * len(trained) if groups is None else [groups.rules[i] for i in groups.numbers]
@@ -80,7 +89,7 @@ class Network:
             masters += [c.master for c in layer.copies if c.trained]
             self.layers.append(layer)
         self.lowest = next(i for i, layer in enumerate(self.layers) if layer.train_w or layer.train_b)
-        self.optimizer = TorchOptimizer(masters, rule, loss_scale, groups)
+        self.optimizer = TorchOptimizer(masters, rule, loss_scale, groups, parallel)
         #: Parameters that are not their own master, or not what the products read.
         self.copies = [c for layer in self.layers for c in layer.copies if not c.is_one]
         self.trained_copies = [c for c in self.copies if c.trained]
@@ -102,6 +111,7 @@ class Network:
         sizes = [str(module.out_features) for module in self.modules]
         names = sorted({module.activation for module in self.modules})
         optimizer = f"{self.rule.name}{' momentum' if 'momentum_buffer' in self.rule.states else ''}"
+        optimizer += " late" * self.late
         return f"step to {'-'.join(sizes)} {' '.join(names)} {self.loss} {optimizer}"
 
     def scratch(self) -> Network:
@@ -116,7 +126,7 @@ class Network:
                     own.requires_grad_(param.requires_grad)
             modules.append(copy)
         rule = next((rule for rule in self.rules if not rule.is_plain_sgd), self.rule)
-        return Network(modules, replace(rule, lr=1e-3), self.loss, self.dtype, options=self.options)
+        return Network(modules, replace(rule, lr=1e-3), self.loss, self.dtype, options=self.options, late=self.late)
 
     def batch(self, m: int) -> tuple[Tensor, Tensor, Tensor]:
         """X of ones, a target for the loss, and where the loss goes."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from .cpu_plan import Layer, Network, Plan
 from .groups import Groups
 from .loss_options import PLAIN, LossOptions
 from .optimizers import Optimizer
+
+if TYPE_CHECKING:
+    from .data_parallel import DataParallel
 
 #: Batch sizes whose plans are kept; a further one takes the place of the first.
 _PLANS = 8
@@ -39,8 +43,9 @@ class TorchStep:
         *,
         groups: Groups | None = None,
         options: LossOptions = PLAIN,
+        parallel: DataParallel | None = None,
     ) -> None:
-        self.network = Network(layers, rule, loss, dtype, groups, options)
+        self.network = Network(layers, rule, loss, dtype, groups, options, parallel)
         self.optimizer = self.network.optimizer
         self._plans: dict[int, Callable[..., None]] = {}
 
@@ -214,6 +219,8 @@ def _step(
         if products.dgrad is not None:  # before the weight changes
             da = products.dgrad(dz)
         consume(net, net.layers[i], products, dz, inputs[i])
+    if net.parallel is not None:
+        net.optimizer.reduce(out, net.parallel.counted_rows(net.loss, y, weight, net.options))
     if update:
         if not net.plain:
             net.optimizer.update(scaled=True)

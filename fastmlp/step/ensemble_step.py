@@ -49,7 +49,7 @@ class EnsembleStep(TrainStep):
         self._members: int = model.members
         device = next(model.parameters()).device
         self._active = torch.ones(self._members, dtype=torch.bool, device=device)
-        for name in ("param_groups", "ema_decay", *DEFAULTS):
+        for name in ("param_groups", "ema_decay", "process_group", *DEFAULTS):
             if kwargs.get(name) is not None and kwargs[name] not in DEFAULTS.get(name, ()):
                 raise NotImplementedError(
                     f"a TrainStep of an ensemble has no {name}; train the members one by one, or train with autograd"

@@ -26,6 +26,9 @@ from .validation import Batches, MemberBatches, check_batch_size, check_dtype, c
 from .values import check_setting
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .data_parallel import DataParallel
     from .triton_step import TritonStep
 
 #: Attributes that stay, and settings that are no attributes.
@@ -88,6 +91,10 @@ class TrainStep:
         dtype: of the products: default the parameters' own; float32 parameters with float16 or bfloat16 products are
             mixed precision with float32 masters. torch.autocast does not change it.
         cuda_graph: capture steps in CUDA graphs at their second use (default True; only with backend "triton").
+        process_group: of ``torch.distributed``, such as ``torch.distributed.group.WORLD``: each process gives a part of
+            every batch, of one row or more, and all make the update of the whole batch. The parameters of the group's
+            first process are given to all when the step is made. Losses and gradients are those of the whole batch.
+            Default None, one process.
 
     Attributes:
         lr: the learning rate of the next step.
@@ -144,6 +151,7 @@ class TrainStep:
         delta: float = 1.0,
         dtype: torch.dtype | None = None,
         cuda_graph: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         check_is_mlp(model)
         check_loss(loss)
@@ -191,6 +199,12 @@ class TrainStep:
         self._on_device: AbstractContextManager[object] = nullcontext()
         if self.device.type == "cuda":
             self._on_device = torch.cuda.device(self.device)
+        self._parallel: DataParallel | None = None
+        if process_group is not None:
+            from .data_parallel import DataParallel
+
+            self._parallel = DataParallel(process_group, self.device)
+            self._parallel.start(self._binding.parameters, repr(self))
         #: Whether the average has still to begin with the parameters.
         self._ema_waits = rule.ema_decay is not None
         self._engine = self._new_engine(self._binding, self._rules)
@@ -216,8 +230,11 @@ class TrainStep:
                     cuda_graph=self._cuda_graph,
                     groups=groups,
                     options=self._options,
+                    parallel=self._parallel,
                 )
-            return TorchStep(binding.layers, rule, loss, self.dtype, groups=groups, options=self._options)
+            return TorchStep(
+                binding.layers, rule, loss, self.dtype, groups=groups, options=self._options, parallel=self._parallel
+            )
 
     @property
     def lr(self) -> float | list[float]:
@@ -255,6 +272,11 @@ class TrainStep:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The model, the arguments and the state."""
+        if self._parallel is not None:
+            raise TypeError(
+                "a TrainStep with a process_group cannot be copied or pickled, because a group belongs to its process; "
+                "make a new TrainStep and load step.state_dict()"
+            )
         groups = self.optimizer.param_groups
         arguments = {name: groups[0][name] for name in self.rule.settings}
         if len(groups) > 1:
@@ -290,6 +312,8 @@ class TrainStep:
         loss = self._next_loss()
         with self._on_device:
             if x.shape[-2] == 0:
+                if self._parallel is not None:
+                    raise ValueError("expected at least one row in every process of the process_group, got none")
                 loss.fill_(float("nan"))
             else:
                 if self._ema_waits:
@@ -336,6 +360,9 @@ class TrainStep:
             sample_weight = self._batches.checked_weight(sample_weight, images.shape[0])
         steps = -(-n // batch_size)
         lrs = learning_rates([rule.lr for rule in self._rules], lr_factors, steps)
+        full, last = batch_size, n - (steps - 1) * batch_size
+        if self._parallel is not None:
+            full, last, n = self._parallel.check_epoch(steps, batch_size, n, last)
         self.forget_gradients()
         self.losses = losses = torch.full((steps,), float("nan"), dtype=self.losses.dtype, device=self.device)
         if not steps:
@@ -351,8 +378,7 @@ class TrainStep:
             if outside is not None:
                 losses.masked_fill_(outside, float("nan"))
             self._updated()
-            last = n - (steps - 1) * batch_size
-            return ((losses[:-1].sum() * batch_size + losses[-1] * last) / n).float()
+            return ((losses[:-1].sum() * full + losses[-1] * last) / n).float()
 
     def gradients(
         self, x: Tensor, y: Tensor, *, accumulate: bool = False, sample_weight: Tensor | None = None

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ from .optimizers import Optimizer
 from .parameters import Copies
 from .step_rows import StepRows
 from .triton_loss import RowWeights, StepLoss
+
+if TYPE_CHECKING:
+    from .data_parallel import DataParallel, Sums
 
 #: Steps of one captured graph.
 CHUNK = 512
@@ -104,6 +107,7 @@ class TritonStep:
         cuda_graph: bool,
         groups: Groups | None = None,
         options: LossOptions = PLAIN,
+        parallel: DataParallel | None = None,
         members: int | None = None,
         active: Tensor | None = None,
     ) -> None:
@@ -136,6 +140,11 @@ class TritonStep:
         zeros = torch.zeros(self.layout.flat_shape, dtype=torch.float32, device=self.device)
         self.states = [zeros.clone() for _ in rule.kept]
         self.grads: Tensor | None = None if rule.max_grad_norm is None else zeros
+        self._sums: Sums | None = None
+        if parallel is not None:
+            self._sums = parallel.sums([self.layout.total], torch.float32)
+            self.grads = self._sums.flat
+            cuda_graph = cuda_graph and parallel.capturable
         self.loss_scale = LossScale(self.device, members) if dtype == torch.float16 else None
         self._scale = None if self.loss_scale is None else self.loss_scale.scale
         self._step_loss = StepLoss(loss, options, self._scale, self.device)
@@ -220,7 +229,7 @@ class TritonStep:
             dz,
             torch.empty((*self._of, m * elements), dtype=torch.float32, device=self.device),
             torch.empty(self._of, dtype=torch.float32, device=self.device),
-            workspace(self.layout, m, self.dtype, self.device, direct=self.late is None),
+            workspace(self.layout, m, self.dtype, self.device, direct=self.late is None and self._sums is None),
             sums,
         )
 
@@ -346,7 +355,11 @@ class TritonStep:
         divisor = weights.divisor
         self._forward_backward(plan, x, y, rows, weights)
         late, updates = self.late, self.rows.updates
-        if late is None:
+        if self._sums is not None:
+            self._weights_step(plan, x, rows, row, loss, updates, divisor, grads=self._sums.flat)
+            self._sums.reduce(loss, plan.m if divisor is None else divisor)
+            self._apply(self._sums.flat, row)
+        elif late is None:
             self._weights_step(plan, x, rows, row, loss, updates, divisor)
         elif late.squares is None:
             assert plan.partial is not None
@@ -484,9 +497,14 @@ class TritonStep:
         if partial is None:
             plan.partial = workspace(self.layout, plan.m, self.dtype, self.device, direct=False)
         weights = self._step_loss.weights(y, weight, plan.divisor)
+        kept = self.grads.clone() if accumulate and self._sums is not None else None
         self._forward_backward(plan, x, y, None, weights)
-        row, divisor = self.rows.next(), weights.divisor
-        self._weights_step(plan, x, None, row, out, None, divisor, grads=self.grads, accumulate=accumulate)
+        row, divisor, adds = self.rows.next(), weights.divisor, accumulate and kept is None
+        self._weights_step(plan, x, None, row, out, None, divisor, grads=self.grads, accumulate=adds)
+        if self._sums is not None:
+            self._sums.reduce(out, plan.m if divisor is None else divisor)
+        if kept is not None:
+            self.grads.add_(kept)
         plan.partial = partial
         return self.layout.views(self.grads)
 
@@ -495,6 +513,10 @@ class TritonStep:
         row, grads = self.rows.next(), self.grads
         assert grads is not None
         self.rows.applied()
+        self._apply(grads, row)
+
+    def _apply(self, grads: Tensor, row: Tensor) -> None:
+        """Update by gradients that are complete."""
         if self.late is None:
             reduce_update(self.layout, grads, 1, self.rule.kernel, row, states=self.states, active=self.active)
         else:

@@ -23,7 +23,10 @@ def check_is_mlp(model: nn.Module) -> None:
         return
     advice = "convert a torch module with fastmlp.MLP.from_torch(module), which shares its parameters"
     if is_parallel(model):
-        advice = "a step would not communicate; train such a module with autograd"
+        advice = (
+            "a step does not call it; train the MLP itself with TrainStep(mlp, process_group="
+            "torch.distributed.group.WORLD), which adds up the gradients of all processes, or train with autograd"
+        )
     raise TypeError(f"TrainStep trains a fastmlp.MLP, got {type(model).__name__}; {advice}")
 
 
