@@ -190,7 +190,9 @@ class _HeadTile(NamedTuple):
     num_stages: int
 
 
-def _tile(M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: bool, device: Device) -> _HeadTile:
+def _tile(
+    M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: bool, device: Device, weighted: bool = False
+) -> _HeadTile:  # fmt: skip
     """16 rows per program, or more as long as every multiprocessor gets a program; columns are split when some do not.
 
     Slices are 256 bytes deep, which the counts of the simulated GPU show to read shared memory without bank
@@ -201,7 +203,8 @@ def _tile(M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: boo
     classes = max(16, triton.next_power_of_2(C))
     if device.backend == "interpreter":
         return _HeadTile(32, classes, 2, 16, 32, min(2, cdiv(K, 32)) if writes_prev and K else 1, 1, 1)
-    rows = 1024 // classes
+    # The rows' weights take registers: blocks of 64 rows would spill.
+    rows = 16 if weighted else 1024 // classes
     if cdiv(M, rows) < device.multiprocessors:
         rows = 16
     slices, depth, cols, num_warps, num_stages = 4, 256 // itemsize, 64, 4, 2
@@ -221,10 +224,10 @@ def _tile(M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: boo
     return _HeadTile(rows, classes, slices, depth, cols, splits, num_warps, num_stages)
 
 
-def _tile_of(h: Tensor, weight: Tensor, M: int, writes_prev: bool, device: Device) -> _HeadTile:
+def _tile_of(h: Tensor, weight: Tensor, M: int, writes_prev: bool, device: Device, weighted: bool) -> _HeadTile:
     C, K = weight.shape
     aligned = K % 16 == 0 and all(t.stride(1) == 1 and t.stride(0) % 16 == 0 for t in (h, weight))
-    return _tile(M, C, K, weight.element_size(), aligned, writes_prev, device)
+    return _tile(M, C, K, weight.element_size(), aligned, writes_prev, device, weighted)
 
 
 @remembered
@@ -239,7 +242,7 @@ def _launch(
     M = dz.shape[0]
     C, K = weight.shape
     device = current_device()
-    tile = _tile_of(h, weight, M, dz_prev is not None, device)
+    tile = _tile_of(h, weight, M, dz_prev is not None, device, divisor is not None)
     probs = target.is_floating_point()
     return call(
         _head_kernel, (cdiv(M, tile.rows) * tile.splits,),
@@ -317,7 +320,7 @@ def head(
         return loss, dz, dz_prev
     device = current_device()
     if sums is not None or prev_sums is not None:
-        blocks = cdiv(M, _tile_of(h, weight, M, dz_prev is not None, device).rows)
+        blocks = cdiv(M, _tile_of(h, weight, M, dz_prev is not None, device, divisor is not None).rows)
         for of in (sums, prev_sums):
             if of is not None:
                 of.written(blocks)
