@@ -241,8 +241,9 @@ class _HeadTile(NamedTuple):
 
 
 def _tile(
-    M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: bool, device: Device, members: int
-) -> _HeadTile:
+    M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: bool, device: Device, members: int,
+    weighted: bool = False,
+) -> _HeadTile:  # fmt: skip
     """16 rows per program, or more as long as every multiprocessor gets a program; columns are split when some do not.
 
     Slices are 256 bytes deep, which the counts of the simulated GPU show to read shared memory without bank
@@ -253,7 +254,8 @@ def _tile(
     classes = max(16, triton.next_power_of_2(C))
     if device.backend == "interpreter":
         return _HeadTile(32, classes, 2, 16, 32, min(2, cdiv(K, 32)) if writes_prev and K else 1, 1, 1)
-    rows = 1024 // classes
+    # The rows' weights take registers: blocks of 64 rows would spill.
+    rows = 16 if weighted else 1024 // classes
     if members * cdiv(M, rows) < device.multiprocessors or (members > 1 and rows >= 2 * M):
         rows = 16
     slices, depth, cols, num_warps, num_stages = 4, 256 // itemsize, 64, 4, 2
@@ -273,12 +275,12 @@ def _tile(
     return _HeadTile(rows, classes, slices, depth, cols, splits, num_warps, num_stages)
 
 
-def _tile_of(h: Tensor, weight: Tensor, M: int, writes_prev: bool, device: Device) -> _HeadTile:
+def _tile_of(h: Tensor, weight: Tensor, M: int, writes_prev: bool, device: Device, weighted: bool) -> _HeadTile:
     C, K = weight.shape[-2:]
     aligned = K % 16 == 0 and all(
         t.stride(-1) == 1 and t.stride(-2) % 16 == 0 and stride_of(t, 2) % 16 == 0 for t in (h, weight)
     )
-    return _tile(M, C, K, weight.element_size(), aligned, writes_prev, device, count_of(weight) or 1)
+    return _tile(M, C, K, weight.element_size(), aligned, writes_prev, device, count_of(weight) or 1, weighted)
 
 
 def _plan(
@@ -292,7 +294,7 @@ def _plan(
     M = dz.shape[-2]
     C, K = weight.shape[-2:]
     device = current_device()
-    tile = _tile_of(h, weight, M, dz_prev is not None, device)
+    tile = _tile_of(h, weight, M, dz_prev is not None, device, divisor is not None)
     count, members = count_of(weight), None
     probs = target.is_floating_point()
     if count is not None:
@@ -393,7 +395,7 @@ def head(
         return loss, dz, dz_prev
     device = current_device()
     if sums is not None or prev_sums is not None:
-        blocks = cdiv(M, _tile_of(h, weight, M, dz_prev is not None, device).rows)
+        blocks = cdiv(M, _tile_of(h, weight, M, dz_prev is not None, device, divisor is not None).rows)
         for of in (sums, prev_sums):
             if of is not None:
                 of.written(blocks)

@@ -85,7 +85,7 @@ def _softmax_cases(variants: dict[str, Launcher], shapes: tuple[Logits, ...]) ->
         tiles=lambda dtype, device, variant: shapes,
         variants=variants,
         force=lambda tile: nullcontext(),
-        aligned=lambda variant, dtype, tile: tile.classes * dtype.itemsize % 16 == 0,
+        aligned=lambda variant, dtype, tile: tile.classes * dtype.itemsize % 16 == 0 and "weighted" not in variant,
     )
 
 

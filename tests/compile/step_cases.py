@@ -173,7 +173,7 @@ KERNELS = {
             "pixels-gather-weighted": _head("identity", pixels=True, weighted=True),
         },
         force=lambda tile: nullcontext(),
-        aligned=lambda variant, dtype, tile: not variant.startswith("odd"),
+        aligned=lambda variant, dtype, tile: not variant.startswith("odd") and "weighted" not in variant,
         gemm=("_head_kernel",),
     ),
     "wgrad_update": KernelCases(

@@ -148,11 +148,12 @@ def test_cross_entropy(lane, monkeypatch, case, how, whole):
 def test_weights_are_gathered_like_targets(lane, monkeypatch, case, how, launcher):
     options, m = OPTIONS[case], sums(monkeypatch, how)
     z, y, class_weight, s = problem(m, options)
-    rows = torch.randperm(m, generator=torch.Generator().manual_seed(5))
-    back = torch.empty_like(rows).scatter_(0, rows, torch.arange(m))  # the row of the data of each row of Z
+    back = torch.randperm(2 * m, generator=torch.Generator().manual_seed(5))[:m]  # the row of the data of each row of Z
+    all_s, all_y = torch.full((2 * m,), 3.0), torch.ones((2 * m, *y.shape[1:]), dtype=y.dtype)
+    all_s[back], all_y[back] = s, y
     out = outputs(lane, m, CLASSES, torch.float32)
-    stored = {"sample_weight": poisoned(s[rows], layout="spread").to(lane), "rows": back.to(lane), "smoothing": 0.2}
-    target, weight = poisoned(y[rows]).to(lane), class_weight.to(lane)
+    stored = {"sample_weight": poisoned(all_s, layout="spread").to(lane), "rows": back.to(lane), "smoothing": 0.2}
+    target, weight = poisoned(all_y).to(lane), class_weight.to(lane)
     if launcher == "head":
         unit = torch.eye(CLASSES).to(lane)
         head(z.to(lane), unit, None, target, want_dz_prev=False, class_weight=weight, **stored, **out)
@@ -181,9 +182,10 @@ def test_elementwise_loss(lane, monkeypatch, loss, gathered, how):
         value = (rows.mean(1) * sd).sum() / sd.sum()
         return value.detach(), torch.autograd.grad(value, ad)[0], 7 * sd.sum()
 
-    rows = torch.randperm(m, generator=torch.Generator().manual_seed(5)) if gathered else None
-    stored_y, stored_s = (y, s) if rows is None else (torch.empty_like(y), torch.empty_like(s))
+    rows = torch.randperm(2 * m, generator=torch.Generator().manual_seed(5))[:m] if gathered else None
+    stored_y, stored_s = y, s
     if rows is not None:
+        stored_y, stored_s = torch.ones(2 * m, 7), torch.full((2 * m,), 3.0)
         stored_y[rows], stored_s[rows] = y, s
     divisor, da = nan_like((), torch.float32).to(lane), nan_like((m, 7), torch.float32).to(lane)
     values, _ = elementwise_loss(
