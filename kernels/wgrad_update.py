@@ -55,7 +55,7 @@ GROUP_N = 8
 LOSS_BLOCK = 1024
 #: Elements per warp that an epilogue takes at a time. The optimizer's states lie in registers beside the gradient.
 UPDATED_AT_ONCE, STORED_AT_ONCE = 512, 1024
-#: The same with more than two states.
+#: The same with more than two states, or with an average.
 MANY_AT_ONCE = 128
 
 
@@ -460,7 +460,7 @@ def gradient_call(
         tiles += cdiv(layer.N, tile.rows) * cdiv(layer.K, tile.cols)
         sum_programs += cdiv(layer.N, SUM_COLS) if layer.b_segment >= 0 else 0
     at_once = STORED_AT_ONCE if optimizer == "none" or partial is not None else UPDATED_AT_ONCE
-    if len(states) > 2 and partial is None:
+    if partial is None and (len(states) > 2 or "ema" in optimizer.split()):
         at_once = MANY_AT_ONCE
     members = None
     if count is not None:
