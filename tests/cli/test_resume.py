@@ -24,6 +24,12 @@ OPTIMIZERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch):
+    """No time for drawing."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, buffer, format: buffer.write(b"a picture"))
+
+
 def table(folder: Path, rows: int = 120) -> Path:
     """Three classes that overlap, with a test set."""
     rng = np.random.default_rng(0)

@@ -141,7 +141,7 @@ def image_of(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-@pytest.mark.parametrize("classes", [2, 30, 80])
+@pytest.mark.parametrize("classes", [3, 80], ids=["with counts", "without names"])
 def test_confusion(tmp_path, classes):
     x = torch.eye(classes).repeat(3, 1)
     judged = judge(one_hot_model(classes), (x, torch.randint(0, classes, (3 * classes,))), "test", "cross_entropy")
@@ -149,15 +149,17 @@ def test_confusion(tmp_path, classes):
     assert len(image_of(tmp_path / "x.png").getcolors(1 << 24)) > 10
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (1, 2, 3)])
-def test_mistakes_and_weights(tmp_path, shape):
+def test_mistakes_and_weights(tmp_path):
+    """Gray images and colours."""
     torch.manual_seed(0)
     model, x = one_hot_model(6), torch.randint(0, 256, (40, 6), dtype=torch.uint8)
     judged = judge(model, (x, torch.randint(0, 6, (40,))), "validation", "cross_entropy")
-    plot_mistakes(judged, "abcdef", shape, tmp_path / "mistakes.png", "title")
-    plot_weights(model.layers[0].weight, shape, tmp_path / "weights.png")
-    for name in ("mistakes", "weights"):
+    judged = dataclasses.replace(judged, labels=judged.labels[:7], inputs=judged.inputs[:7])
+    plot_mistakes(judged, "abcdef", (1, 2, 3), tmp_path / "mistakes.png", "title")
+    plot_weights(model.layers[0].weight, (2, 3), tmp_path / "gray.png", "title")
+    plot_weights(model.layers[0].weight, (1, 2, 3), tmp_path / "colour.png")
+    for name in ("mistakes", "gray", "colour"):
         assert len(image_of(tmp_path / f"{name}.png").getcolors(1 << 24)) > 10
     few = dataclasses.replace(judged, labels=judged.labels[:0])
     with pytest.raises(ValueError, match="the model made no mistake"):
-        plot_mistakes(few, "abcdef", shape, tmp_path / "none.png")
+        plot_mistakes(few, "abcdef", (1, 2, 3), tmp_path / "none.png")
