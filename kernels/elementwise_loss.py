@@ -106,9 +106,8 @@ def _loss_target_grad(a, y, delta, LOSS: tl.constexpr):
 
 
 class _Members(NamedTuple):
-    """Which members are active, and elements from one member to the next."""
+    """Elements from one member to the next."""
 
-    active_ptr: Tensor | None
     a: int
     y: int
     rows: int
@@ -116,14 +115,14 @@ class _Members(NamedTuple):
 
 @triton.jit
 def _elementwise_loss_kernel(
-    a_ptr, y_ptr, rows_ptr, g_ptr, loss_ptr, partial_ptr, da_ptr, dy_ptr, members,
+    a_ptr, y_ptr, rows_ptr, g_ptr, loss_ptr, partial_ptr, da_ptr, dy_ptr, members, active_ptr,
     scale, delta, total, C, stride_am, stride_ac, stride_ym, stride_yc, stride_gm, stride_gc,
     LOSS: tl.constexpr, DENSE: tl.constexpr, G_NUMBER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
     if members is not None:
         member = tl.program_id(2).to(tl.int64)
-        if inactive(members.active_ptr, member):
+        if inactive(active_ptr, member):
             return
         a_ptr += member * members.a
         y_ptr += member * members.y
@@ -181,13 +180,13 @@ def _plan(
         number = g is not None and not any(g.stride())  # 0-d, or expanded from one number
         dense = rows is None and all(t.is_contiguous() for t in (a, y, *(() if g is None or number else (g,))))
     else:
-        members = _Members(active, stride_of(a, 2), stride_of(y, 2), stride_of(rows, 1))
+        members = _Members(stride_of(a, 2), stride_of(y, 2), stride_of(rows, 1))
         number = g is not None
         dense = rows is None and all((t if t.dim() == 2 else t[0]).is_contiguous() for t in (a, y))
     stride_g = (0, 0) if g is None or number else g.stride()
     return call(
         _elementwise_loss_kernel, (cdiv(total, BLOCK), 1, count or 1),
-        a, y, rows, g, loss, partial, da, dy, members,
+        a, y, rows, g, loss, partial, da, dy, members, active,
         scale, delta, total, C, *a.stride()[-2:], *y.stride()[-2:], *stride_g,
         LOSS=loss_name, DENSE=dense, G_NUMBER=number, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
