@@ -30,21 +30,20 @@ BLOCK = 1024
 
 
 class _Members(NamedTuple):
-    """Which members are active, and elements from one member's dA to the next."""
+    """Elements from one member to the next."""
 
-    active_ptr: Tensor | None
     da: int
 
 
 @triton.jit
 def _activation_bwd_kernel(
-    da_ptr, saved_ptr, dz_ptr, members, total, N, stride_am, stride_an,
+    da_ptr, saved_ptr, dz_ptr, members, active_ptr, total, N, stride_am, stride_an,
     ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
     if members is not None:
         member = tl.program_id(2).to(tl.int64)
-        if inactive(members.active_ptr, member):
+        if inactive(active_ptr, member):
             return
         da_ptr += member * members.da
         dz_ptr += member * total
@@ -70,11 +69,11 @@ def _plan(da: Tensor, saved: Tensor | None, dz: Tensor, activation: str, active:
     if da.dim() == 3 and not (dense and active is None):
         count = da.shape[0]
         total //= count
-        members = _Members(active, da.stride(0))
+        members = _Members(da.stride(0))
         dense = da[0].is_contiguous()
     return call(
         _activation_bwd_kernel, (cdiv(total, BLOCK), 1, count),
-        da, saved, dz, members, total, da.shape[-1], da.stride(-2), da.stride(-1),
+        da, saved, dz, members, active, total, da.shape[-1], da.stride(-2), da.stride(-1),
         ACTIVATION=activation, HAS_SAVED=saved is not None, DENSE=dense, BLOCK=BLOCK,
     )  # fmt: skip
 

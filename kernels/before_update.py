@@ -56,23 +56,22 @@ def mark_overflow(g, mask, overflow_ptr):
 
 
 class _Members(NamedTuple):
-    """Which members are active, and elements from one member to the next."""
+    """Elements from one member to the next."""
 
-    active_ptr: Tensor | None
     hyper: int
     squares: int
 
 
 @triton.jit
 def _before_update_kernel(
-    hyper_ptr, squares_ptr, factor_ptr, loss_scale, count_ptr, decays_ptr, row_ptr, members, blocks,
+    hyper_ptr, squares_ptr, factor_ptr, loss_scale, count_ptr, decays_ptr, row_ptr, members, active_ptr, blocks,
     OPTIMIZER: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
     member = 0
     if members is not None:
         member = tl.program_id(2).to(tl.int64)
-        if inactive(members.active_ptr, member):
+        if inactive(active_ptr, member):
             return
         hyper_ptr += member * members.hyper
         factor_ptr += member
@@ -140,10 +139,10 @@ def before_update(
     """
     members = None
     if factor.dim() == 1:
-        members = _Members(active, stride_of(hyper_row, 1), stride_of(squares, 1))
+        members = _Members(stride_of(hyper_row, 1), stride_of(squares, 1))
     launch_plainly(call(
         _before_update_kernel, (1, 1, factor.numel()),
-        hyper_row, squares, factor, loss_scale, count, decays, counted_row, members,
+        hyper_row, squares, factor, loss_scale, count, decays, counted_row, members, active,
         0 if squares is None else squares.shape[-1],
         OPTIMIZER=optimizer, SCALED=scaled, COLUMNS=hyper_row.shape[-1],
         ROWS=1 if members is not None or hyper_row.dim() == 1 else len(hyper_row), BLOCK=BLOCK, num_warps=1,

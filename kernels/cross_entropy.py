@@ -62,9 +62,8 @@ def _by_lane(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 
 class _Members(NamedTuple):
-    """Which members are active, and elements from one member to the next."""
+    """Elements from one member to the next."""
 
-    active_ptr: Tensor | None
     target: int
     rows: int
 
@@ -72,7 +71,7 @@ class _Members(NamedTuple):
 @triton.jit(do_not_specialize=["ignore_index", "M"])
 def _cross_entropy_kernel(
     z_ptr, target_ptr, w_ptr, sample_ptr, divisor_ptr, rows_ptr, scale_ptr,
-    loss_ptr, stats_ptr, partial_ptr, denominator_ptr, dz_ptr, correct_ptr, members,
+    loss_ptr, stats_ptr, partial_ptr, denominator_ptr, dz_ptr, correct_ptr, members, active_ptr,
     scale, smoothing, ignore_index: tl.int64,
     P, C, M,
     stride_zb, stride_zc, stride_zp, stride_tb, stride_tc, stride_tp, stride_w, stride_s,
@@ -86,7 +85,7 @@ def _cross_entropy_kernel(
     b = tl.program_id(0) // tiles
     if members is not None:
         member = b.to(tl.int64)
-        if inactive(members.active_ptr, member):
+        if inactive(active_ptr, member):
             return
         target_ptr += member * members.target
         if rows_ptr is not None:
@@ -341,7 +340,7 @@ def _plan(
     whole = call(
         _cross_entropy_kernel, (programs,),
         logits, target, weight, sample_weight, divisor, rows, factor,
-        loss, stats, partial, denominator, dz, correct, None,
+        loss, stats, partial, denominator, dz, correct, None, None,
         scale, smoothing, ignore_index,
         shape.positions, shape.classes, shape.rows,
         *shape.strides, *stride_t, 0 if weight is None else weight.stride(0),
@@ -386,11 +385,11 @@ def _members_plan(
     """As ``_plan`` for labels: the members of logits [E, M, C] are a batch with M positions each."""
     shape, stride_d = (_members_shape(of) for of in (logits, dz))
     tile = fwd_tile(shape, logits.element_size(), False, False, current_device())
-    members = _Members(active, stride_of(target, 1), stride_of(rows, 1))
+    members = _Members(stride_of(target, 1), stride_of(rows, 1))
     return call(
         _cross_entropy_kernel, (shape.batch * cdiv(shape.positions, tile.rows),),
         logits, target, None, None, None, rows, factor,
-        loss, None, None, None, dz, None, members,
+        loss, None, None, None, dz, None, members, active,
         scale, 0.0, ignore_index,
         shape.positions, shape.classes, shape.rows,
         *shape.strides, 0, 0, target.stride(-1), 0, None, *stride_d.strides,

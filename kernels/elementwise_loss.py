@@ -113,9 +113,8 @@ def _loss_target_grad(a, y, delta, LOSS: tl.constexpr):
 
 
 class _Members(NamedTuple):
-    """Which members are active, and elements from one member to the next."""
+    """Elements from one member to the next."""
 
-    active_ptr: Tensor | None
     a: int
     y: int
     rows: int
@@ -136,13 +135,14 @@ def _positive_loss_grad(a, y, p):
 @triton.jit
 def _elementwise_loss_kernel(
     a_ptr, y_ptr, rows_ptr, g_ptr, pos_ptr, sample_ptr, divisor_ptr, loss_ptr, partial_ptr, da_ptr, dy_ptr, members,
+    active_ptr,
     scale, delta, total, C, stride_am, stride_ac, stride_ym, stride_yc, stride_gm, stride_gc, stride_p, stride_s, M,
     LOSS: tl.constexpr, DENSE: tl.constexpr, G_NUMBER: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
     if members is not None:
         member = tl.program_id(2).to(tl.int64)
-        if inactive(members.active_ptr, member):
+        if inactive(active_ptr, member):
             return
         a_ptr += member * members.a
         y_ptr += member * members.y
@@ -228,13 +228,13 @@ def _plan(
         number = g is not None and not any(g.stride())  # 0-d, or expanded from one number
         dense = rows is None and all(t.is_contiguous() for t in (a, y, *(() if g is None or number else (g,))))
     else:
-        members = _Members(active, stride_of(a, 2), stride_of(y, 2), stride_of(rows, 1), stride_of(sample_weight, 1))
+        members = _Members(stride_of(a, 2), stride_of(y, 2), stride_of(rows, 1), stride_of(sample_weight, 1))
         number = g is not None
         dense = rows is None and all((t if t.dim() == 2 else t[0]).is_contiguous() for t in (a, y))
     stride_g = (0, 0) if g is None or number else g.stride()
     return call(
         _elementwise_loss_kernel, (cdiv(total, BLOCK), 1, count or 1),
-        a, y, rows, g, pos_weight, sample_weight, divisor, loss, partial, da, dy, members,
+        a, y, rows, g, pos_weight, sample_weight, divisor, loss, partial, da, dy, members, active,
         scale, delta, total, C, *a.stride()[-2:], *y.stride()[-2:], *stride_g,
         *[None if t is None else t.stride(-1) for t in (pos_weight, sample_weight)],
         None if divisor is None else a.shape[-2],

@@ -51,9 +51,8 @@ MAX_CLASSES = 64
 
 
 class _Members(NamedTuple):
-    """Which members are active, and elements from one member to the next."""
+    """Elements from one member to the next."""
 
-    active_ptr: Tensor | None
     h: int
     w: int
     b: int
@@ -69,7 +68,7 @@ class _Members(NamedTuple):
 @triton.jit(do_not_specialize=["ignore_index", "M"])
 def _head_kernel(
     h_ptr, w_ptr, b_ptr, target_ptr, rows_ptr, class_weight_ptr, sample_ptr, divisor_ptr, saved_ptr, scale_ptr,
-    loss_ptr, dz_ptr, dz_prev_ptr, z_ptr, correct_ptr, sums_ptr, prev_sums_ptr, members,
+    loss_ptr, dz_ptr, dz_prev_ptr, z_ptr, correct_ptr, sums_ptr, prev_sums_ptr, members, active_ptr,
     scale, smoothing, ignore_index: tl.int64,
     M, C, K,
     stride_hm, stride_hk, stride_wc, stride_wk, stride_b, stride_t, stride_tc, stride_cw, stride_s, stride_sm,
@@ -82,7 +81,7 @@ def _head_kernel(
     wait_for_previous()
     if members is not None:
         member = tl.program_id(2).to(tl.int64)
-        if inactive(members.active_ptr, member):
+        if inactive(active_ptr, member):
             return
         h_ptr += member * members.h
         w_ptr += member * members.w
@@ -310,11 +309,11 @@ def _plan(
             (sums, 2),
             (prev_sums, 2),
         )
-        members = _Members(active, *[stride_of(*of) for of in of_members])
+        members = _Members(*[stride_of(*of) for of in of_members])
     return call(
         _head_kernel, (cdiv(M, tile.rows) * tile.splits, 1, count or 1),
         h, weight, bias, target, rows, class_weight, sample_weight, divisor, saved, factor,
-        loss, dz, dz_prev, logits, correct, sums, prev_sums, members,
+        loss, dz, dz_prev, logits, correct, sums, prev_sums, members, active,
         scale, smoothing, ignore_index,
         M, C, K,
         h.stride(-2), h.stride(-1), weight.stride(-2), weight.stride(-1), 0 if bias is None else bias.stride(-1),

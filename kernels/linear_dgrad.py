@@ -48,9 +48,8 @@ GROUP_M = 8
 
 
 class _Members(NamedTuple):
-    """Which members are active, and elements from one member to the next."""
+    """Elements from one member to the next."""
 
-    active_ptr: Tensor | None
     dz: int
     w: int
     dx: int
@@ -59,7 +58,7 @@ class _Members(NamedTuple):
 
 @triton.jit
 def _linear_dgrad_kernel(
-    dz_ptr, w_ptr, saved_ptr, dx_ptr, sums_ptr, members,
+    dz_ptr, w_ptr, saved_ptr, dx_ptr, sums_ptr, members, active_ptr,
     M, N, K,
     stride_zm, stride_zn, stride_wn, stride_wk, stride_sums,
     ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr,
@@ -69,7 +68,7 @@ def _linear_dgrad_kernel(
     wait_for_previous()
     if members is not None:
         member = tl.program_id(2).to(tl.int64)
-        if inactive(members.active_ptr, member):
+        if inactive(active_ptr, member):
             return
         dz_ptr += member * members.dz
         w_ptr += member * members.w
@@ -151,10 +150,10 @@ def plan(
     tile = _tile(dz, weight, gemm_tile)
     count, members = count_of(weight), None
     if count is not None:
-        members = _Members(active, *[stride_of(of, 2) for of in (dz, weight, dx, sums)])
+        members = _Members(*[stride_of(of, 2) for of in (dz, weight, dx, sums)])
     return call(
         _linear_dgrad_kernel, (cdiv(M, tile.rows) * cdiv(K, tile.cols), 1, count or 1),
-        dz, weight, saved, dx, sums, members,
+        dz, weight, saved, dx, sums, members, active,
         M, N, K,
         dz.stride(-2), dz.stride(-1), weight.stride(-2), weight.stride(-1), 0 if sums is None else sums.stride(-2),
         ACTIVATION=activation, HAS_SAVED=saved is not None,

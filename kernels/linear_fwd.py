@@ -35,9 +35,8 @@ GROUP_M = 8
 
 
 class _Members(NamedTuple):
-    """Which members are active, and elements from one member to the next."""
+    """Elements from one member to the next."""
 
-    active_ptr: Tensor | None
     x: int
     w: int
     b: int
@@ -47,7 +46,7 @@ class _Members(NamedTuple):
 
 @triton.jit
 def _linear_fwd_kernel(
-    x_ptr, w_ptr, b_ptr, a_ptr, z_ptr, rows_ptr, members,
+    x_ptr, w_ptr, b_ptr, a_ptr, z_ptr, rows_ptr, members, active_ptr,
     M, N, K,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
     ACTIVATION: tl.constexpr,
@@ -58,7 +57,7 @@ def _linear_fwd_kernel(
     wait_for_previous()
     if members is not None:
         member = tl.program_id(2).to(tl.int64)
-        if inactive(members.active_ptr, member):
+        if inactive(active_ptr, member):
             return
         x_ptr += member * members.x
         w_ptr += member * members.w
@@ -152,11 +151,11 @@ def plan(
     count, members = count_of(weight), None
     if count is not None:
         strides = [stride_of(*of) for of in ((x, 2), (weight, 2), (bias, 1), (a, 2), (rows, 1))]
-        members = _Members(active, *strides)
+        members = _Members(*strides)
     tile = gemm_tile("fwd", M, N, K, weight.dtype, device, wide=loads_wide(x, weight), members=count or 1)
     return call(
         _linear_fwd_kernel, (cdiv(M, tile.rows) * cdiv(N, tile.cols), 1, count or 1),
-        x, weight, bias, a, z, rows, members,
+        x, weight, bias, a, z, rows, members, active,
         M, N, K,
         x.stride(-2), x.stride(-1), weight.stride(-2), weight.stride(-1), 0 if bias is None else bias.stride(-1),
         ACTIVATION=activation,

@@ -6,7 +6,8 @@ of elements from one member to the next, and moves its pointers in its first sta
 place of the tuple, which is no argument and no code.
 
 ``active_ptr`` points to one bool per member, or is None. Programs of a member that is not active return at once: they
-read and write nothing, so that the member stays as it is bit by bit, and costs next to nothing.
+read and write nothing, so that the member stays as it is bit by bit, and costs next to nothing. The pointer is no part
+of the tuple, because Triton 3.6 cannot compare a tuple that has None in it with None.
 
 Member strides are multiplied in int64. A grid has at most ``MOST`` programs along z.
 """

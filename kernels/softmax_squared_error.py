@@ -51,9 +51,8 @@ def _error_block(p, z_mask, y, y_ptrs, offs_c, LABELS: tl.constexpr):
 
 
 class _Members(NamedTuple):
-    """Which members are active, and elements from one member to the next."""
+    """Elements from one member to the next."""
 
-    active_ptr: Tensor | None
     z: int
     y: int
     rows: int
@@ -63,7 +62,7 @@ class _Members(NamedTuple):
 
 @triton.jit(do_not_specialize=["M"])
 def _softmax_squared_error_kernel(
-    z_ptr, y_ptr, rows_ptr, g_ptr, sample_ptr, divisor_ptr, loss_ptr, dz_ptr, dy_ptr, members,
+    z_ptr, y_ptr, rows_ptr, g_ptr, sample_ptr, divisor_ptr, loss_ptr, dz_ptr, dy_ptr, members, active_ptr,
     scale, M, C,
     stride_zm, stride_zc, stride_ym, stride_yc, stride_g, stride_s, stride_dm, stride_dc,
     LABELS: tl.constexpr, SUM: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -71,7 +70,7 @@ def _softmax_squared_error_kernel(
     wait_for_previous()
     if members is not None:
         member = tl.program_id(2).to(tl.int64)
-        if inactive(members.active_ptr, member):
+        if inactive(active_ptr, member):
             return
         z_ptr += member * members.z
         y_ptr += member * members.y
@@ -224,10 +223,10 @@ def _plan(
     count, members = count_of(logits), None
     if count is not None:
         of_members = (logits, 2), (target, 1 if labels else 2), (taken, 1), (sample_weight, 1), (dz, 2)
-        members = _Members(active, *[stride_of(*of) for of in of_members])
+        members = _Members(*[stride_of(*of) for of in of_members])
     return call(
         _softmax_squared_error_kernel, (cdiv(M, rows), 1, count or 1),
-        logits, target, taken, g, sample_weight, divisor, loss, dz, dy, members,
+        logits, target, taken, g, sample_weight, divisor, loss, dz, dy, members, active,
         scale, M, C,
         *logits.stride()[-2:], *((target.stride(-1), 0) if labels else target.stride()[-2:]),
         0 if g is None or g.dim() == 0 or members is not None else g.stride(0),

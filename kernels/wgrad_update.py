@@ -61,15 +61,15 @@ MANY_AT_ONCE = 128
 
 @triton.jit
 def _finish(
-    g, w_ptr, low_ptr, segment, offs, mask, states, partial_ptr, slice_start, hyper_ptr, first, first_flat,
+    g, w_ptr, low_ptr, segment, offs, mask, states, partial_ptr, slice_start, hyper_ptr, members, first, first_flat,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr,
 ):  # fmt: skip
     """Update the parameters at ``offs`` of a weight or bias, or store the split's part of their gradient.
 
     Without an optimizer ("none") and without partial sums the gradient takes the place of the parameters. A member's
-    parameters begin at ``first`` of all members', and in flat buffers at ``first_flat``; both are None without members.
+    parameters begin at ``first`` of all members', and in flat buffers at ``first_flat``.
     """
-    if first is not None:
+    if members is not None:
         w_ptr += first
         if low_ptr is not None:
             low_ptr += first
@@ -85,19 +85,19 @@ def _finish(
 
 @triton.jit
 def _finish_tile(
-    dw, layer, offs_n, first_k, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr, first, first_flat,
+    dw, layer, offs_n, first_k, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr, members, first, first_flat,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """``_finish`` for a block of dW, halved until it has at most AT_ONCE elements."""
     if dw.numel > AT_ONCE:
         left, right = halves(dw)
         _finish_tile(
-            left, layer, offs_n, first_k, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr, first, first_flat,
-            OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
+            left, layer, offs_n, first_k, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
+            members, first, first_flat, OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
         )  # fmt: skip
         _finish_tile(
             right, layer, offs_n, first_k + left.shape[1], states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
-            first, first_flat, OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
+            members, first, first_flat, OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
         )  # fmt: skip
     else:
         offs_k = first_k + tl.arange(0, dw.shape[1])
@@ -105,7 +105,7 @@ def _finish_tile(
         mask = (offs_n < layer.N)[:, None] & (offs_k < layer.K)[None, :]
         _finish(
             dw, layer.w_ptr, layer.low_w_ptr, layer.w_segment, offs, mask, states, partial_ptr, slice_start, hyper_ptr,
-            first, first_flat, OPTIMIZER, LOW_IS_PARAM,
+            members, first, first_flat, OPTIMIZER, LOW_IS_PARAM,
         )  # fmt: skip
         if overflow_ptr is not None:
             # An element of dZ that is infinite or NaN makes a whole row of dW so, and db cannot overflow float32.
@@ -114,7 +114,7 @@ def _finish_tile(
 
 @triton.jit
 def _wgrad_layer(
-    operands, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr, member, first_flat,
+    operands, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr, members, member, first_flat,
     pid, split, M, m_per_split,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
@@ -128,8 +128,9 @@ def _wgrad_layer(
     m_begin = split * m_per_split
     m_end = tl.minimum(m_begin + m_per_split, M)
     PIXELS: tl.constexpr = operands.x_ptr.dtype.element_ty == tl.uint8
-    dz_ptr, x_ptr, first = operands.dz_ptr, operands.x_ptr, None
-    if member is not None:
+    dz_ptr, x_ptr = operands.dz_ptr, operands.x_ptr
+    first = 0
+    if members is not None:
         dz_ptr += member * operands.dz_member
         x_ptr += member * operands.x_member
         first = member * layer.N * K
@@ -140,13 +141,13 @@ def _wgrad_layer(
     )  # fmt: skip
     _finish_tile(
         dw, layer, pid_n * BLOCK_N + tl.arange(0, BLOCK_N), pid_k * BLOCK_K, states, partial_ptr, slice_start,
-        overflow_ptr, hyper_ptr, first, first_flat, OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
+        overflow_ptr, hyper_ptr, members, first, first_flat, OPTIMIZER, LOW_IS_PARAM, AT_ONCE,
     )  # fmt: skip
 
 
 @triton.jit
 def _bias_layer(
-    sums, layer, states, partial_ptr, slice_start, hyper_ptr, member, first_flat, pid, split, n_splits,
+    sums, layer, states, partial_ptr, slice_start, hyper_ptr, members, member, first_flat, pid, split, n_splits,
     OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, ROWS: tl.constexpr, SUM_COLS: tl.constexpr,
 ):  # fmt: skip
     """Columns number ``pid`` of one layer's db, of the split's share of the rows: update or partial sums."""
@@ -156,14 +157,15 @@ def _bias_layer(
     per_split = tl.cdiv(sums.rows, n_splits)
     first = split * per_split
     end = tl.minimum(first + per_split, sums.rows)
-    ptr, first_bias = sums.ptr, None
-    if member is not None:
+    ptr = sums.ptr
+    first_bias = 0
+    if members is not None:
         ptr += member * sums.member
         first_bias = member * layer.N
     db = column_sums(ptr, first, end, sums.stride, 1, offs, offs < sums.stride, ROWS)
     _finish(
         db, layer.b_ptr, layer.low_b_ptr, layer.b_segment, offs, offs < layer.N, states, partial_ptr, slice_start,
-        hyper_ptr, first_bias, first_flat, OPTIMIZER, LOW_IS_PARAM,
+        hyper_ptr, members, first_bias, first_flat, OPTIMIZER, LOW_IS_PARAM,
     )  # fmt: skip
 
 
@@ -203,10 +205,8 @@ class _Sums(NamedTuple):
 
 
 class _Members(NamedTuple):
-    """Which members are active, how many updates each had, and elements from one member to the next."""
+    """Elements from one member to the next."""
 
-    active_ptr: Tensor | None
-    count_ptr: Tensor | None
     rows: int
     flat: int
     hyper: int
@@ -215,7 +215,8 @@ class _Members(NamedTuple):
 @triton.jit
 def _wgrad_update_kernel(
     operands, sums, layers, rows_ptr, states, partial_ptr, overflow_ptr, hyper_ptr, loss_rows_ptr, loss_ptr,
-    divisor_ptr, members, M, loss_count, sum_programs, tiles, m_per_split, stride_split,
+    divisor_ptr, members, active_ptr, updates_ptr,
+    M, loss_count, sum_programs, tiles, m_per_split, stride_split,
     LAYERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
@@ -224,7 +225,8 @@ def _wgrad_update_kernel(
     wait_for_previous()
     split = tl.program_id(1)
     slice_start = split.to(tl.int64) * stride_split
-    member, first_flat = None, None
+    member = 0
+    first_flat = 0
     if members is not None:
         member = tl.program_id(2).to(tl.int64)
         first_flat = member * members.flat
@@ -233,7 +235,7 @@ def _wgrad_update_kernel(
             loss_rows_ptr += member * loss_count
             if divisor_ptr is not None:
                 divisor_ptr += member
-        if inactive(members.active_ptr, member):
+        if inactive(active_ptr, member):
             if loss_ptr is not None:
                 tl.store(loss_ptr, float("nan"), mask=(tl.program_id(0) == 0) & (split == 0))
             return
@@ -254,7 +256,7 @@ def _wgrad_update_kernel(
             if pid < operands[1].first_tile:
                 _wgrad_layer(
                     operands[0], layers[0], rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
-                    member, first_flat, pid, split, M, m_per_split,
+                    members, member, first_flat, pid, split, M, m_per_split,
                     OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
                     AT_ONCE,
                 )  # fmt: skip
@@ -270,7 +272,7 @@ def _wgrad_update_kernel(
                         layer = layers[i]
                 _wgrad_layer(
                     factors, layer, None, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
-                    member, first_flat, pid - factors.first_tile, split, M, m_per_split,
+                    members, member, first_flat, pid - factors.first_tile, split, M, m_per_split,
                     OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
                     AT_ONCE,
                 )  # fmt: skip
@@ -283,7 +285,7 @@ def _wgrad_update_kernel(
                     layer = layers[i]
             _wgrad_layer(
                 factors, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,
-                member, first_flat, pid - factors.first_tile, split, M, m_per_split,
+                members, member, first_flat, pid - factors.first_tile, split, M, m_per_split,
                 OPTIMIZER, LOW_IS_PARAM, EVEN_M, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_N,
                 AT_ONCE,
             )  # fmt: skip
@@ -296,7 +298,7 @@ def _wgrad_update_kernel(
                 of = sums[i]
                 layer = layers[i]
         _bias_layer(
-            of, layer, states, partial_ptr, slice_start, hyper_ptr, member, first_flat,
+            of, layer, states, partial_ptr, slice_start, hyper_ptr, members, member, first_flat,
             pid - of.first_program, split, tl.num_programs(1),
             OPTIMIZER, LOW_IS_PARAM, BLOCK_M * BLOCK_N // SUM_COLS, SUM_COLS,
         )  # fmt: skip
@@ -304,14 +306,13 @@ def _wgrad_update_kernel(
         if split == 0:
             _mean_loss(loss_rows_ptr, loss_ptr, divisor_ptr, loss_count, LOSS_BLOCK)
             if members is not None:
-                if members.count_ptr is not None:
-                    tl.store(members.count_ptr + member, tl.load(members.count_ptr + member) + 1)
+                if updates_ptr is not None:
+                    tl.store(updates_ptr + member, tl.load(updates_ptr + member) + 1)
 
 
 class _ReduceMembers(NamedTuple):
-    """Which members are active, and elements from one member to the next."""
+    """Elements from one member to the next."""
 
-    active_ptr: Tensor | None
     flat: int
     squares: int
     hyper: int
@@ -319,15 +320,15 @@ class _ReduceMembers(NamedTuple):
 
 @triton.jit
 def _reduce_update_kernel(
-    partial_ptr, parameters, grad_ptr, squares_ptr, overflow_ptr, states, hyper_ptr, scale_ptr, skip_ptr, members,
-    n_splits, stride_split,
+    partial_ptr, parameters, grad_ptr, squares_ptr, overflow_ptr, states, hyper_ptr, scale_ptr, skip_ptr,
+    members, active_ptr, n_splits, stride_split,
     PARAMETERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
     if members is not None:
         member = tl.program_id(2).to(tl.int64)
-        if inactive(members.active_ptr, member):
+        if inactive(active_ptr, member):
             return
         hyper_ptr += member * members.hyper
         if squares_ptr is not None:
@@ -466,11 +467,11 @@ def gradient_call(
     if count is not None:
         of_flat = next((t for t in (partial, *states) if t is not None), None)
         flat = 0 if of_flat is None else of_flat.stride(-2)
-        members = _Members(active, updates, stride_of(rows, 1), flat, stride_of(hyper_row, 1))
+        members = _Members(stride_of(rows, 1), flat, stride_of(hyper_row, 1))
     return call(
         _wgrad_update_kernel, ((loss is not None) + sum_programs + tiles, n_splits, count or 1),
         tuple(operands), tuple(added), tuple(layers), rows, tuple(states), partial, overflow, hyper_row, loss_rows,
-        loss, divisor, members,
+        loss, divisor, members, active, updates,
         m, 0 if loss_rows is None else loss_rows.numel() // (count or 1), sum_programs, tiles, m_per_split,
         stride_split,
         LAYERS=len(operands), OPTIMIZER=optimizer, LOW_IS_PARAM=low_is_param, EVEN_M=m % tile.depth == 0,
@@ -573,11 +574,11 @@ def reduce_update(
     """
     count, members = layout.members, None
     if count is not None:
-        members = _ReduceMembers(active, layout.total, stride_of(squares, 1), stride_of(hyper_row, 1))
+        members = _ReduceMembers(layout.total, stride_of(squares, 1), stride_of(hyper_row, 1))
     launch_plainly(call(
         _reduce_update_kernel, (layout.total // SEGMENT, 1, count or 1),
-        partial, layout.of_parameters, grads, squares, overflow, tuple(states), hyper_row, unscale, skip, members,
-        n_splits, math.prod(layout.flat_shape),
+        partial, layout.of_parameters, grads, squares, overflow, tuple(states), hyper_row, unscale, skip,
+        members, active, n_splits, math.prod(layout.flat_shape),
         PARAMETERS=len(layout.of_parameters), OPTIMIZER=optimizer, LOW_IS_PARAM=layout.low_is_param,
         ACCUMULATE=accumulate, BLOCK=SEGMENT,
     ))  # fmt: skip

@@ -326,16 +326,16 @@ _UPDATE = (
         "wgrad_update",
         "wrong layer",
         "factors, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,\n"
-        "                member, first_flat, pid - factors.first_tile, split,",
+        "                members, member, first_flat, pid - factors.first_tile, split,",
         "factors, layer, rows_ptr, states, partial_ptr, slice_start, overflow_ptr, hyper_ptr,\n"
-        "                member, first_flat, pid, split,",
+        "                members, member, first_flat, pid, split,",
         (UPDATE, "depths_and_no_bias"),
     ),
     Mutant(
         "wgrad_update",
         "wrong layer",
-        "                    member, first_flat, pid - factors.first_tile, split,",
-        "                    member, first_flat, pid - operands[1].first_tile, split,",
+        "                    members, member, first_flat, pid - factors.first_tile, split,",
+        "                    members, member, first_flat, pid - operands[1].first_tile, split,",
         (UPDATE, "mean_loss"),
     ),
     Mutant(

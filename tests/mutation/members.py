@@ -75,9 +75,9 @@ MUTANTS = (
     Mutant(
         "wgrad_update",
         "the number of updates of a member that is not active",
-        "        if inactive(members.active_ptr, member):\n            if loss_ptr is not None:",
-        "        if inactive(members.active_ptr, member):\n"
-        "            tl.store(members.count_ptr + member, 0)\n"
+        "        if inactive(active_ptr, member):\n            if loss_ptr is not None:",
+        "        if inactive(active_ptr, member):\n"
+        "            tl.store(updates_ptr + member, 0)\n"
         "            if loss_ptr is not None:",
         (MEMBERS, "test_wgrad_update and direct"),
     ),
