@@ -14,7 +14,7 @@ from fastmlp.train.checkpoint import CheckpointError
 from fastmlp.train.initial import initialize_
 from fastmlp.train.scores import takes_values
 from fastmlp.train.split import fold, held_out
-from fastmlp.train.sweep.group import Result, evaluate_members, train_group
+from fastmlp.train.sweep.group import Held, Result, evaluate_members, train_group
 from fastmlp.train.sweep.plan import Data, Training, division_bytes, grouped, member_bytes, members_of
 from fastmlp.train.sweep.results import as_csv, as_row, bests, load_group, ranked, save_group
 
@@ -131,20 +131,26 @@ def test_an_exploded_loss_diverges_as_in_fit():
 
 
 @pytest.mark.parametrize("loss", STEP_LOSSES)
-def test_members_are_evaluated_as_models(loss, monkeypatch):
+@pytest.mark.parametrize("divisions", [1, 2])
+def test_members_are_evaluated_as_models(loss, divisions, monkeypatch):
+    """Members 0 and 2 have the first division, member 1 has the last one, and member 2 is left out."""
     monkeypatch.setattr("fastmlp.train.sweep.group.MOST_ROWS", 16)
     x, y = rows(loss=loss)
     models = [fastmlp.MLP(SIZES, "relu", dtype=torch.float64) for _ in range(3)]
-    ensemble = fastmlp.MLPEnsemble.stack(models)
+    parts = torch.stack([torch.randperm(len(y))[:30] for _ in range(divisions)])
+    of = torch.tensor([0, divisions - 1, 0])
     for target in (y, torch.ones_like(y)):
-        shuffled = torch.randperm(len(y))
-        inputs = x[shuffled], target[shuffled]
-        losses, metrics = evaluate_members(ensemble, *inputs, loss, torch.tensor([2, 0]), shuffled.argsort()[:30])
-        for place, number in enumerate((2, 0)):
-            value, metric = evaluate(models[number], (x[:30], target[:30]), loss=loss)
-            assert losses[place].item() == pytest.approx(value, rel=1e-6)
-            found = metrics[place].item()
+        held = Held.made(x, target, parts, of, loss)
+        active = torch.tensor([True, True, False])
+        losses, metrics = evaluate_members(fastmlp.MLPEnsemble.stack(models), held, loss, active)
+        for number in (0, 1):
+            part = parts[of[number]]
+            value, metric = evaluate(models[number], (x[part], target[part]), loss=loss)
+            assert losses[number].item() == pytest.approx(value, rel=1e-6)
+            found = metrics[number].item()
             assert math.isnan(found) if metric is None else found == pytest.approx(metric, rel=1e-6)
+        assert losses[2].isnan()
+        assert metrics[2].isnan()
 
 
 @pytest.mark.parametrize(("n", "count"), [(7, 7), (20, 3), (41, 5)])

@@ -72,38 +72,65 @@ class EpochOfGroup:
     images_per_second: float
 
 
+@dataclass(frozen=True)
+class Held:
+    """The rows that validate the members, all on the device.
+
+    Attributes:
+        x, y: inputs and targets.
+        rows: int64 [divisions, m], the validation rows of each division.
+        of: int64 [E], the division of each member.
+        reference: float64 [divisions], what the metric divides by: the variance for R2, and the number of targets for
+            the accuracy; NaN where there is no metric.
+    """
+
+    x: Tensor
+    y: Tensor
+    rows: Tensor
+    of: Tensor
+    reference: Tensor
+
+    @classmethod
+    def made(cls, x: Tensor, y: Tensor, rows: Tensor, of: Tensor, loss: str) -> Held:
+        """With the reference."""
+        found = torch.full((len(rows),), rows.shape[1] * y[0].numel(), dtype=torch.float64, device=x.device)
+        for number in range(len(rows) if takes_values(loss) else 0):
+            wide = y[rows[number]].double()
+            if metric_of(loss) == "r2":
+                variance = (wide - wide.mean(0)).square().sum()
+                found[number] = torch.where(variance > 0, variance, float("nan"))
+            elif not bool(((wide == 0) | (wide == 1)).all()):
+                found[number] = float("nan")
+        return cls(x, y, rows.to(x.device), of.to(x.device), found)
+
+
 class _Rows:
     """The inputs of a group, and each division's rows of them.
 
     Attributes:
+        seeds: of the divisions.
         x, y: training inputs and targets of all divisions.
         rows: int64 [divisions, n] on the CPU, the training rows of each division.
         of: int64 [E] on the CPU, the division of each member.
-        held: by division, the members that it validates; inputs and targets; and the validation rows of these, or None
-            where all are.
+        held: what validates the members.
     """
 
-    def __init__(self, members: Sequence[Member], data: Data) -> None:
+    def __init__(self, members: Sequence[Member], data: Data, loss: str) -> None:
         divisions = list(dict.fromkeys(member.division for member in members))
+        self.seeds = [seed for seed, _ in divisions]
         self.of = torch.tensor([divisions.index(member.division) for member in members])
         divided = [data.divided(*division) for division in divisions]
-        self.seeds = [seed for seed, _ in divisions]
-        device = data.x.device
-        kept, held = [[rows[part].to(device) for rows in divided] for part in (0, 1)]
-        self.x, self.y = data.x, data.y
-        self.rows = torch.stack([rows for rows, _ in divided])
-        if data.prepare is not None:
-            inputs = [data.prepare(data.x[rows]) for rows in kept]
-            self.x = torch.cat([f(data.x[rows]) for f, rows in zip(inputs, kept, strict=True)])
-            self.y = torch.cat([data.y[rows] for rows in kept])
-            self.rows = torch.arange(self.rows.numel()).view(self.rows.shape)
-        self.held: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
-        for number, rows in enumerate(held):
-            own = (self.of == number).nonzero().flatten().to(device)
-            if data.prepare is None:  # rows of pixels are many times as large as their numbers
-                self.held.append((own, data.x, data.y, rows))
-            else:
-                self.held.append((own, inputs[number](data.x[rows]), data.y[rows], None))
+        self.rows, held = (torch.stack([rows[part] for rows in divided]) for part in (0, 1))
+        if data.prepare is None:
+            self.x, self.y = data.x, data.y
+            self.held = Held.made(data.x, data.y, held, self.of, loss)
+            return
+        kept, out = ([rows.to(data.x.device) for rows in part] for part in (self.rows, held))
+        inputs = [data.prepare(data.x[rows]) for rows in kept]
+        self.x, x = (torch.cat([f(data.x[rows]) for f, rows in zip(inputs, part, strict=True)]) for part in (kept, out))
+        self.y, y = (torch.cat([data.y[rows] for rows in part]) for part in (kept, out))
+        self.rows, held = (torch.arange(part.numel()).view(part.shape) for part in (self.rows, held))
+        self.held = Held.made(x, y, held, self.of, loss)
 
     def first(self, division: int, count: int) -> tuple[Tensor, Tensor]:
         """The first training rows of a division, as inputs and targets."""
@@ -123,7 +150,7 @@ def train_group(
     Returns:
         The result of each member, and by name the parameters [E, ...] of each member's best epoch.
     """
-    rows, device = _Rows(members, data), data.x.device
+    rows, device = _Rows(members, data, training.loss), data.x.device
     ensemble, highest = _started(members, rows, training, device)
     step = TrainStep(ensemble, training.optimizer, loss=training.loss, **_settings(members, training))
     n, batch_size = rows.rows.shape[1], training.batch_size
@@ -163,7 +190,7 @@ def train_group(
                 on_progress(Progress(epoch, training.epochs, last, steps, _median(means[active])))
         stop(~_finite(ensemble), epoch)
         seconds = time.perf_counter() - start
-        losses, metrics = _evaluated(ensemble, rows, training.loss, active)
+        losses, metrics = evaluate_members(ensemble, rows.held, training.loss, active)
         stop(~losses.isfinite() | (torch.minimum(means, losses) > highest), epoch)
         if not active.any():
             return results, best
@@ -196,13 +223,14 @@ def _started(
     model = MLP(first.sizes, first.activation, device=device, dtype=training.dtype)
     highest = torch.zeros(len(members), dtype=torch.float64)
     own = dict(model.named_parameters())
-    for division, (seed, (numbers, *_)) in enumerate(zip(rows.seeds, rows.held, strict=True)):
+    for division, seed in enumerate(rows.seeds):
+        numbers = (rows.of == division).nonzero().flatten()
         initialize_(model, seed)
         guess = loss_of_a_guess(model, *rows.first(division, _GUESS_ROWS), training.loss)
-        highest[numbers.cpu()] = EXPLODED * guess
+        highest[numbers] = EXPLODED * guess
         with torch.no_grad():
             for name, parameter in ensemble.named_parameters():
-                parameter[numbers] = own[name]
+                parameter[numbers.to(device)] = own[name]
     return ensemble, highest
 
 
@@ -233,62 +261,40 @@ def _keep(best: Mapping[str, Tensor], ensemble: MLPEnsemble, improved: Tensor) -
 
 
 @torch.no_grad()
-def _evaluated(ensemble: MLPEnsemble, rows: _Rows, loss: str, active: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 [E] on the CPU each: validation losses and metrics; NaN where there is none."""
-    losses, metrics = torch.full((2, len(active)), float("nan"), dtype=torch.float64).unbind()
-    for numbers, x, y, part in rows.held:
-        own = numbers.cpu()
-        own = own[active[own]]
-        if not len(own):
-            continue
-        some = None if len(own) == len(active) else own.to(x.device)
-        losses[own], metrics[own] = (of.cpu() for of in evaluate_members(ensemble, x, y, loss, some, part))
-    return losses, metrics
-
-
-@torch.no_grad()
-def evaluate_members(
-    ensemble: MLPEnsemble,
-    x: Tensor,
-    y: Tensor,
-    loss: str,
-    members: Tensor | None = None,
-    rows: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Mean losses and metrics of members on the same rows, float64 [e] each, as `fastmlp.evaluate` of each member.
+def evaluate_members(ensemble: MLPEnsemble, held: Held, loss: str, members: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean losses and metrics of members on their own rows, as `fastmlp.evaluate` of each member.
 
     Args:
-        members: int64 [e], numbers of members; default: all.
-        rows: int64 [m], the rows of x and y; default: all.
+        members: bool [E] on the CPU, the members to evaluate.
+
+    Returns:
+        Two times float64 [E] on the CPU; NaN for the other members, and where there is no metric.
     """
+    numbers = members.nonzero().flatten()
+    some, e = numbers.to(held.x.device), len(numbers)
     layers = ensemble._linears()
     weights: list[Tensor] = [layer.weight for layer in layers]
     biases: list[Tensor | None] = [layer.bias for layer in layers]
-    if members is not None:
-        weights = [weight.index_select(0, members) for weight in weights]
-        biases = [None if bias is None else bias.index_select(0, members) for bias in biases]
-    activations, e = list(ensemble.activations), len(weights[0])
+    if e < len(members):
+        weights = [weight.index_select(0, some) for weight in weights]
+        biases = [None if bias is None else bias.index_select(0, some) for bias in biases]
+    of, activations = held.of[some], list(ensemble.activations)
     function, values = loss_function(loss), takes_values(loss)
-    total, right, residual = torch.zeros((3, e), dtype=torch.float64, device=x.device).unbind()
-    batch_size = min(MOST_ROWS, max(FEWEST, EVALUATED // e))
-    y = y if rows is None else y[rows]
-    batches = x.split(batch_size) if rows is None else (x[part] for part in rows.split(batch_size))
-    for inputs, targets in zip(batches, y.split(batch_size), strict=True):
-        outputs = functional.mlp(inputs, weights, biases, activations, e)
+    total, right, residual = torch.zeros((3, e), dtype=torch.float64, device=held.x.device).unbind()
+    for part in held.rows.split(min(MOST_ROWS, max(FEWEST, EVALUATED // e)), 1):
+        rows = part[0] if len(part) == 1 else part.index_select(0, of)
+        outputs, targets = functional.mlp(held.x[rows], weights, biases, activations, e), held.y[rows]
         outputs = outputs.double() if values else outputs.float()
-        targets = targets.double() if values else targets
-        repeated = targets.repeat(e, *[1] * (targets.dim() - 1))
-        total += function(outputs.flatten(0, 1), repeated, reduction="none").view(e, -1).sum(1, dtype=torch.float64)
+        targets = (targets.double() if values else targets).expand(e, part.shape[1], *targets.shape[rows.dim() :])
+        terms = function(outputs.flatten(0, 1), targets.flatten(0, 1), reduction="none")
+        total += terms.view(e, -1).sum(1, dtype=torch.float64)
         if values:
             residual += (outputs - targets).square().sum((1, 2))
             right += ((outputs > 0) == (targets > 0.5)).sum((1, 2))
         else:
             right += (outputs.argmax(2) == targets).sum(1)
-    losses, metrics = total / y.numel(), right / y.numel()
-    if metric_of(loss) == "r2":
-        wide = y.double()
-        variance = (wide - wide.mean(0)).square().sum()
-        metrics = torch.where(variance > 0, 1 - residual / variance, float("nan"))
-    elif values and not bool(((y == 0) | (y == 1)).all()):
-        metrics = torch.full_like(losses, float("nan"))
+    reference = held.reference[of]
+    losses, metrics = torch.full((2, len(members)), float("nan"), dtype=torch.float64).unbind()
+    losses[numbers] = (total / (held.rows.shape[1] * held.y[0].numel())).cpu()
+    metrics[numbers] = (1 - residual / reference if metric_of(loss) == "r2" else right / reference).cpu()
     return losses, metrics
