@@ -66,9 +66,11 @@ def tile_of(launch: Launch, kind: str, dtype: torch.dtype, target: Target) -> Ti
 
 def cases(launches: list[Launch], dtype: torch.dtype, target: Target) -> Iterator[tuple[Case, Launch]]:
     for launch in launches:
-        if launch.name in CASES:
+        # The table's heads have 512 inputs, for which sm_100 has a deeper step of the main loop than for 64.
+        if launch.name in CASES and (target.name, launch.name) != ("sm_100", "_head_kernel"):
             name, variant = CASES[launch.name]
-            tile = Head(BATCH, SIZES[-1], SIZES[-2])
+            # Programs of 64 rows are those of a single model's large batches, whose exceptions are named so.
+            tile = Head(16384 if launch.constexprs["BLOCK_M"] > 16 else BATCH, SIZES[-1], SIZES[-2])
             if name != "head":
                 kind = {"linear_fwd": "fwd", "linear_dgrad": "dgrad"}.get(name, "update")
                 tile = tile_of(launch, kind, dtype, target)
