@@ -381,7 +381,7 @@ def head(
         sums, prev_sums: take the sums of the rows of dz and of dz_prev.
         active: a bool per member; nothing is written for members that are not active.
     """
-    M = target.shape[-1] if rows is None else rows.shape[-1]
+    M = target.shape[-2 if target.is_floating_point() else -1] if rows is None else rows.shape[-1]
     C, K = weight.shape[-2:]
     leading = weight.shape[:-2]
     if loss is None:
