@@ -49,7 +49,7 @@ class TorchOptimizer:
         self._lists = [self.states[name] for name in rule.states]
         self._averages = self.states.get("ema", [])
         if rule.spare:
-            self._lists += [[torch.empty_like(t) for t in params], [self._one]]
+            self._lists += [[torch.empty_like(t) for t in params], [first.new_ones(())]]
         #: Per group its rule, the places of its parameters, the parameters, and their part of the lists.
         self._groups: list[tuple[Optimizer, list[int], list[Tensor], list[list[Tensor]]]] = []
         for number, of_group in enumerate(groups.rules if groups is not None else ()):
