@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmlp import kernels
 from fastmlp.kernels.before_update import LossScaleState, before_update
 from fastmlp.kernels.layout import SEGMENT, Layer, Layout
+from fastmlp.kernels.row_weights import total_weight
 from fastmlp.kernels.wgrad_update import wgrad_update
 
 __all__ = ["LAUNCHES", "SINGLE_PROGRAM", "kernel_names"]
@@ -98,6 +99,16 @@ def _head(device: torch.device) -> list[Tensor | None]:
     return [*kernels.head(h, w.to(device), b.to(device), y.to(device), activation="tanh", saved=h, logits=z), z]
 
 
+def _row_weights(device: torch.device) -> list[Tensor | None]:
+    """The weight of a batch by every program of the head, and by a launch of its own."""
+    h, w, y, sample = _draw(70, 70), _draw(10, 70, seed=1), _labels((70,), 10).to(device), _draw(70, seed=2).abs()
+    summed, launched = torch.full((2,), math.nan, device=device).unbind()
+    weights = {"sample_weight": sample.to(device), "ignore_index": 3}
+    results = kernels.head(h.to(device), w.to(device), None, y, divisor=summed, want_dz_prev=False, **weights)
+    total_weight(launched, 70, target=y, classes=10, **weights)
+    return [*results, summed, launched]
+
+
 def _wgrad_update(device: torch.device) -> list[Tensor | None]:
     """Several layers updated directly, and one whose batch is split over programs; the first layer gathers pixels."""
     results: list[Tensor | None] = []
@@ -154,6 +165,7 @@ LAUNCHES: dict[str, Callable[[torch.device], list[Tensor | None]]] = {
     "cross_entropy_two_passes": _cross_entropy_two_passes,
     "elementwise_loss": _elementwise_loss,
     "head": _head,
+    "row_weights": _row_weights,
     "softmax_squared_error": _softmax_squared_error,
     "wgrad_update": _wgrad_update,
     "late_update": _late_update,

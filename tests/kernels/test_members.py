@@ -350,13 +350,17 @@ def test_network(unsimulated):
     assert outputs is not None
     a1, z1, a2 = outputs
     dz = draw(E, 17, SIZES[-1], seed=7).to(unsimulated)
-    gradients = kernels.network_bwd(dz, [x, a1, *weights, z1, a2], activations, (True,) * 5)
+    of_network = activations, ("z", "a"), (True,) * 5
+    gradients = kernels.network_bwd(dz, [x, a1, a2, *weights, z1, None], *of_network)
     assert gradients is not None
     singles = []
     for e in range(E):
         single = kernels.network_fwd(x, of_member(e, params), activations, saves_z)
-        tensors = [x, single[0], *of_member(e, weights), *single[1:]]
-        back = kernels.network_bwd(dz[e].clone(), tensors, activations, (True,) * 5)
+        assert single is not None
+        own_a1, own_z1, own_a2 = single
+        tensors = [x, own_a1, own_a2, *of_member(e, weights), own_z1, None]
+        back = kernels.network_bwd(dz[e].clone(), tensors, *of_network)
+        assert back is not None
         singles.append([*single, *back[:5]])
     assert_members([*outputs, *gradients[:5]], singles)
 
