@@ -253,7 +253,8 @@ def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     start = (problem.weight.float(), problem.bias.float())
     for rule, torchs in rules:
         settings = dataclasses.asdict(rule)
-        del settings["max_grad_norm"]
+        for of_step in ("max_grad_norm", "ema_decay", "ema_warmup"):
+            del settings[of_step]
         (row,) = rule.rows(first * rule.lr, first).to(problem.device)
         actual = [p.clone() for p in start]
         layout = Layout([Layer(*actual)])

@@ -124,13 +124,18 @@ def total_weight(
     rows: Tensor | None = None,
     scale: float = 1.0,
 ) -> None:
-    """Launch divisor = scale * D of ``m`` rows, by one program.
+    """Launch divisor = scale * D of ``m`` rows, by one program. A single model's only: ``divisor`` [E] is an error.
 
     Args:
         divisor: float32, 0-d.
         target: labels of ``classes`` classes; None: w_m is 1.
         rows: int64 [m], contiguous; row m has then the label target[rows[m]] and the weight sample_weight[rows[m]].
     """
+    if divisor.dim():
+        raise NotImplementedError(
+            f"the rows of members have weights in batches of up to {SUMMED_HERE:,} rows, got {m:,}; use smaller "
+            "batches, or backend 'torch'"
+        )
     _launch(
         (divisor, target, rows, class_weight, sample_weight), (ignore_index, m, classes), (float(scale),)
     )  # fmt: skip

@@ -213,6 +213,12 @@ def _before_update(a: Arguments, grid: tuple[int, ...]) -> Work:
     )
 
 
+def _total_weight(a: Arguments, grid: tuple[int, ...]) -> Work:
+    m = a["M"]
+    rows = sum(m * t.element_size() for t in (a["target_ptr"], a["rows_ptr"], a["sample_ptr"]) if t is not None)
+    return Work(vector_flops=2 * m, read=rows + touched(a["w_ptr"]), written=touched(a["divisor_ptr"]), outputs=1)
+
+
 def _head(a: Arguments, grid: tuple[int, ...]) -> Work:
     m, c, k = grid[2] * a["M"], a["C"], a["K"]
     h, saved, previous = a["h_ptr"], a["saved_ptr"], a["dz_prev_ptr"]
@@ -318,4 +324,5 @@ WORK: dict[str, Callable[[Arguments, tuple[int, ...]], Work]] = {
     "_elementwise_loss_kernel": _elementwise_loss,
     "_reduce_sum_kernel": _reduce_sum,
     "_activation_bwd_kernel": _activation_bwd,
+    "_total_weight_kernel": _total_weight,
 }

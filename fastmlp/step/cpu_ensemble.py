@@ -22,6 +22,7 @@ from .. import cpu
 from ..base.losses import takes_classes
 from .cpu_member_span import MemberLayer, Packed, Span
 from .cpu_members import Piece
+from .loss_options import PLAIN, LossOptions
 from .loss_scale import START
 from .optimizers import Optimizer
 from .per_member import SETTINGS, PerMember
@@ -42,8 +43,17 @@ class TorchEnsemble:
         active: bool [E], read at every step.
     """
 
-    def __init__(self, layers: Sequence[Any], rule: Optimizer, loss: str, dtype: torch.dtype, active: Tensor) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        rule: Optimizer,
+        loss: str,
+        dtype: torch.dtype,
+        active: Tensor,
+        options: LossOptions = PLAIN,
+    ) -> None:
         self._modules, self.rule, self.loss, self.dtype, self.active = layers, rule, loss, dtype, active
+        self.options = options
         first = layers[0].weight
         self.device, self.members = first.device, first.shape[0]
         self.target_dims = 1 if takes_classes(loss) else 2
@@ -125,21 +135,23 @@ class TorchEnsemble:
             self._grads = [torch.zeros_like(t) for t in self.masters]
         return self._grads
 
-    def step(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
+    def step(self, x: Tensor, y: Tensor, out: Tensor, weight: Tensor | None = None) -> None:
         """One step on x [M, K] or [E, M, K] (float or uint8) and targets; writes the losses into ``out`` [E].
 
-        ``rows`` int64 [M] or [E, M] takes those rows of x and y.
+        ``weight`` are sample weights [M] or [E, M].
         """
         self._set_rate(self.rule.lr)
-        self._run(x, y, out, rows, update=True)
+        self._run(x, y, out, None, weight, update=True)
         self._publish()
 
-    def gradients(self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> list[Tensor]:
+    def gradients(
+        self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False, weight: Tensor | None = None
+    ) -> list[Tensor]:
         """Gradients of the trained masters, in the order of the parameters; parameters stay as they are."""
         kept = [g.clone() for g in self.grads] if accumulate else None
         for grad in self.grads:
             grad.zero_()
-        self._run(x, y, out, None, update=False)
+        self._run(x, y, out, None, weight, update=False)
         if kept is not None:
             torch._foreach_add_(self.grads, kept)
         return self.grads
@@ -153,22 +165,38 @@ class TorchEnsemble:
         self._publish()
 
     def epoch(
-        self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lrs: Tensor, losses: Tensor
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        order: Tensor,
+        lrs: Tensor,
+        losses: Tensor,
+        weight: Tensor | None = None,
     ) -> None:
-        """Steps over ``order`` [n] or [E, n], with learning rates [steps, E]; writes the losses [steps, E]."""
+        """Steps over ``order`` [n] or [E, n], with learning rates [steps, E]; writes the losses [steps, E].
+
+        ``weight`` are sample weights [N] or [E, N] of all rows.
+        """
         for rows, rates, out in zip(order.split(batch_size, -1), lrs.tolist(), losses.unbind(), strict=True):
             self._set_rate(rates[0] if len(set(rates)) == 1 else PerMember(rates))
-            self._run(images, labels, out, rows, update=True)
+            self._run(images, labels, out, rows, weight, update=True)
             self._publish()
 
-    def _run(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None, *, update: bool) -> None:
+    def _run(
+        self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None, weight: Tensor | None, *, update: bool
+    ) -> None:
         self._follow()
         x, y = self._batch(x, y, rows)
+        if weight is not None and rows is not None:
+            weight = self._rows_of("weight", weight, rows, 1)
         self._rows = x.shape[-2]
         way, pieces = self._planned(self._rows)
         if len(self._ids) < self.members:
             out.fill_(nan)
-        self._spread(way, [partial(_each, [partial(p.run, x, y, out, update) for p in part]) for part in pieces])
+        self._spread(
+            way, [partial(_each, [partial(p.run, x, y, out, update, weight) for p in part]) for part in pieces]
+        )
 
     def _spread(self, way: str, parts: list[Callable[[], None]]) -> None:
         if way in ("batched", "each"):
@@ -277,7 +305,7 @@ class TorchEnsemble:
         modules = [_Scratch(layer, members) for layer in self._modules]
         own: dict[str, Any] = {name: 1e-3 for name in SETTINGS if isinstance(getattr(self.rule, name, None), PerMember)}
         rule = replace(self.rule, **own)
-        net = TorchEnsemble(modules, rule, self.loss, self.dtype, self.active.new_ones(members))
+        net = TorchEnsemble(modules, rule, self.loss, self.dtype, self.active.new_ones(members), self.options)
         net._way = way
         x = self.layers[0].weight.new_ones((m, self.layers[0].weight.shape[2]))
         y = torch.zeros(m, dtype=torch.int64, device=self.device)

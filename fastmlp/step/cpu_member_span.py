@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .loss_options import LossOptions
 from .optimizers import Optimizer
 from .parameters import Copies
 
@@ -40,6 +41,7 @@ class Ensemble(Protocol):
     version: int  #: raised when pieces must group their members anew
     rule: Optimizer
     loss: str
+    options: LossOptions
     dtype: torch.dtype
     device: torch.device
     target_dims: int

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..base.losses import takes_classes
-from .cpu_losses import cross_entropy_terms, loss_function
+from .cpu_losses import LossFunction, cross_entropy_terms, loss_function, weighted_loss_function
 from .cpu_member_products import Batched, Each
 from .cpu_member_span import Ensemble, Span
 from .cpu_member_update import MemberUpdate
+from .cpu_row_weights import WeightedLoss
+from .loss_options import LossOptions
 
 
 class Piece:
@@ -31,7 +33,7 @@ class Piece:
         self._scales = None if net.scales is None else tuple(span.take(t) for t in net.scales)
         self._rate = span.take(net.rates).view(e, 1, 1) if net.plain else None
         c = layers[-1].weight.shape[1]
-        self._loss = MemberLoss(net.loss, e, m, c, net.dtype, net.device)
+        self._loss = MemberLoss(net.loss, e, m, c, net.dtype, net.device, net.options)
         products = Each if each else Batched
         self._biases: list[Tensor | None] = []
         self._products: list[Batched] = []
@@ -57,10 +59,11 @@ class Piece:
         self._update = None if net.plain else MemberUpdate(net, span)
         self._gradients: list[Tensor] | None = None
 
-    def run(self, x: Tensor, y: Tensor, out: Tensor, update: bool) -> None:
+    def run(self, x: Tensor, y: Tensor, out: Tensor, update: bool, weight: Tensor | None = None) -> None:
         """One step on X [M, K] or [E, M, K] in the compute dtype; writes the members' losses into ``out`` [E].
 
-        Without ``update`` the gradients are stored, and the parameters stay as they are.
+        ``weight`` are sample weights [M] or [E, M]. Without ``update`` the gradients are stored, and the parameters
+        stay as they are.
         """
         net, span = self._net, self.span
         span.load()
@@ -70,6 +73,7 @@ class Piece:
             span.load()
         a = x.expand(len(self.ids), -1, -1) if x.dim() == 2 else span.batch("x", x)
         y = y if y.dim() == net.target_dims else span.batch("y", y)
+        weight = weight if weight is None or weight.dim() == 1 else span.batch("weight", weight)
         inputs, saved = [], []
         for f, products, kept in zip(self._fs, self._products, self._kept, strict=True):
             inputs.append(a)
@@ -77,7 +81,7 @@ class Piece:
             a = f.overwrite(z) if kept is None else f.into(z, kept)
             saved.append(z if f.saved == "z" else a)
         losses = span.put(out)
-        da = self._loss(a, y, losses, None if self._scales is None else self._scales[0])
+        da = self._loss(a, y, losses, None if self._scales is None else self._scales[0], weight)
         span.landed(out)
         rate = 1.0
         if plain:
@@ -143,9 +147,11 @@ class Piece:
 
 
 class MemberLoss:
-    """Each member's loss and dA [e, M, C], in buffers; cross-entropy for all members together."""
+    """Each member's loss and dA [e, M, C], in buffers; cross-entropy without options for all members together."""
 
-    def __init__(self, loss: str, e: int, m: int, c: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, loss: str, e: int, m: int, c: int, dtype: torch.dtype, device: torch.device, options: LossOptions
+    ) -> None:
         wide = torch.promote_types(dtype, torch.float32)
         self.da = torch.empty((e, m, c), dtype=dtype, device=device)
         self._a = None if wide == dtype else torch.empty((e, m, c), dtype=wide, device=device)
@@ -154,24 +160,35 @@ class MemberLoss:
         self._classes = takes_classes(loss)
         self._y = torch.empty((e, m), dtype=torch.int64, device=device)
         self._together: Callable[..., None] | None = None
-        if loss == "cross_entropy":
+        self._of_one = loss, m, c, wide, device, None, options
+        self._one: LossFunction | None = None
+        self._weighted: WeightedLoss | None = None
+        if loss == "cross_entropy" and options.is_plain:
             self._together = cross_entropy_terms(e, m, c, self._wide_da)
-        else:
-            self._one = loss_function(loss, m, c, wide, device)
 
-    def __call__(self, a: Tensor, y: Tensor, out: Tensor, scale: Tensor | None) -> Tensor:
+    def __call__(self, a: Tensor, y: Tensor, out: Tensor, scale: Tensor | None, weight: Tensor | None = None) -> Tensor:
         """DA for A [e, M, C], multiplied by ``scale`` [e]; writes the losses into ``out`` [e].
 
-        Y is [M] or [e, M] class numbers, or values [M, C] or [e, M, C].
+        Y is [M] or [e, M] class numbers, or values [M, C] or [e, M, C]. The sample weights are [M] or [e, M].
         """
         a = a if self._a is None else self._a.copy_(a)
-        if self._together is not None:
+        if self._together is not None and weight is None:
             self._together(a, self._y.copy_(y), out)
         else:
-            shared = y.dim() == (1 if self._classes else 2)
-            ys = [y] * len(self._each) if shared else y.unbind()
-            for into, of_member, target, loss in zip(self._each, a.unbind(), ys, out.unbind(), strict=True):
-                into.copy_(self._one(of_member, target, loss))
+            count = len(self._each)
+            ys = [y] * count if y.dim() == (1 if self._classes else 2) else y.unbind()
+            weights = [weight] * count if weight is None or weight.dim() == 1 else weight.unbind()
+            for into, of_member, target, loss, own in zip(
+                self._each, a.unbind(), ys, out.unbind(), weights, strict=True
+            ):
+                into.copy_(self._of_member(of_member, target, loss, own))
         if scale is not None:
             self._wide_da.mul_(scale.view(-1, 1, 1))
         return self.da if self._a is None else self.da.copy_(self._wide_da)
+
+    def _of_member(self, a: Tensor, y: Tensor, out: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            self._one = self._one or loss_function(*self._of_one)
+            return self._one(a, y, out)
+        self._weighted = self._weighted or weighted_loss_function(*self._of_one)
+        return self._weighted(a, y, out, weight)

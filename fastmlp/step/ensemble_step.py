@@ -13,9 +13,8 @@ from ..base.losses import STEP_LOSSES
 from ..ensemble import MLPEnsemble
 from .binding import Binding
 from .cpu_ensemble import TorchEnsemble
-from .loss_options import DEFAULTS
 from .optimizers import Optimizer
-from .train_step import TrainStep
+from .train_step import TrainStep, _given
 from .validation import MemberBatches, check_batch_size, member_learning_rates
 from .values import check_setting
 
@@ -35,6 +34,8 @@ class EnsembleStep(TrainStep):
       LambdaLR, LinearLR, CosineAnnealingLR, ...). ReduceLROnPlateau with several rates raises TypeError, and
       OneCycleLR and CyclicLR set one rate for all members.
     - x is [B, K], the same for all members, or [E, B, K]; y likewise [B] or [E, B] (values: [B, C] or [E, B, C]).
+    - Sample weights are [B] or [E, B]; the options of the loss are the same for all members. Labels that count for
+      nothing need ``ignore_index`` by name. Probabilities are no targets.
     - A step returns the losses [E], and ``losses`` of an epoch is [steps, E].
 
     Attributes:
@@ -49,8 +50,8 @@ class EnsembleStep(TrainStep):
         self._members: int = model.members
         device = next(model.parameters()).device
         self._active = torch.ones(self._members, dtype=torch.bool, device=device)
-        for name in ("param_groups", "ema_decay", "process_group", *DEFAULTS):
-            if kwargs.get(name) is not None and kwargs[name] not in DEFAULTS.get(name, ()):
+        for name in ("param_groups", "ema_decay", "process_group"):
+            if kwargs.get(name) is not None:
                 raise NotImplementedError(
                     f"a TrainStep of an ensemble has no {name}; train the members one by one, or train with autograd"
                 )
@@ -75,10 +76,11 @@ class EnsembleStep(TrainStep):
                     loss,
                     self.dtype,
                     cuda_graph=self._cuda_graph,
+                    options=self._options,
                     members=self._members,
                     active=active,
                 )
-        return TorchEnsemble(binding.layers, rule, loss, self.dtype, active)
+        return TorchEnsemble(binding.layers, rule, loss, self.dtype, active, self._options)
 
     @property
     def active(self) -> Tensor:
@@ -128,7 +130,7 @@ class EnsembleStep(TrainStep):
             batch_size: rows of a step; the last step takes what is left.
             order: int64 [n], the rows of all members in the order of use, or [E, n]; default all rows in order.
             lr_factors: factors of ``lr``: [steps], or [steps, E] for each member its own; default all 1.
-            sample_weight: a NotImplementedError, unless None.
+            sample_weight: [N] or [E, N], the weight of each row of the data; see ``TrainStep.epoch``.
 
         Returns:
             The mean losses of the n rows, float32 [E]. ``losses`` [steps, E] has the losses of each step.
@@ -136,7 +138,7 @@ class EnsembleStep(TrainStep):
         images, labels = self._checked(images, labels, in_range=True)
         batch_size = check_batch_size(batch_size)
         if sample_weight is not None:
-            self._batches.checked_weight(sample_weight, images.shape[-2])
+            sample_weight = self._batches.checked_weight(sample_weight, images.shape[-2])
         order = self._batches.checked_order(order, images)
         n = order.shape[-1]
         steps = -(-n // batch_size)
@@ -148,7 +150,9 @@ class EnsembleStep(TrainStep):
             return torch.full((self._members,), float("nan"), dtype=torch.float32, device=self.device)
         with self._on_device:
             order, outside = self._batches.readable(order, images, batch_size)
-            self._engine.epoch(images, labels, batch_size, order, lrs, losses)
+            if sample_weight is not None:
+                self._batches.check_weighed(sample_weight, order, batch_size)
+            self._engine.epoch(images, labels, batch_size, order, lrs, losses, **_given(weight=sample_weight))
             if outside is not None:
                 losses.masked_fill_(outside, float("nan"))
             self._updated()

@@ -308,7 +308,7 @@ class TrainStep:
         """
         x, y = self._checked(x, y, in_range=self._checks_classes)
         if sample_weight is not None:
-            sample_weight = self._batches.checked_weight(sample_weight, x.shape[0])
+            sample_weight = self._batches.checked_weight(sample_weight, x.shape[-2])
         loss = self._next_loss()
         with self._on_device:
             if x.shape[-2] == 0:
@@ -405,7 +405,7 @@ class TrainStep:
         if x.shape[-2] == 0:
             raise ValueError("expected at least one row; the mean loss of an empty batch has no gradient")
         if sample_weight is not None:
-            sample_weight = self._batches.checked_weight(sample_weight, x.shape[0])
+            sample_weight = self._batches.checked_weight(sample_weight, x.shape[-2])
         adds = accumulate and self._has_gradients
         with self._on_device:
             grads = self._engine.gradients(x, y, self._next_loss(), accumulate=adds, **_given(weight=sample_weight))

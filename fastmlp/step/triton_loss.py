@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..base.losses import IGNORED, LOSSES, NO_CLASS
 from ..kernels import cross_entropy, cross_entropy_of_members, elementwise_loss, softmax_squared_error
+from ..kernels.head import MAX_CLASSES
 from .loss_options import LossOptions
 
 
@@ -85,6 +86,11 @@ class StepLoss:
         """DZ from the network's output A [M, C] or [E, M, C], and the loss of every row or element."""
         options = self.options
         if self.name == "cross_entropy" and a.dim() == 3:
+            if weights.divisor is not None or options.label_smoothing:
+                raise NotImplementedError(
+                    "an ensemble on the kernels has options of cross_entropy and sample weights for up to "
+                    f"{MAX_CLASSES} classes without an activation behind the last layer; use backend 'torch'"
+                )
             scale = 1 / a.shape[1]
             cross_entropy_of_members(
                 a, y, ignore_index=NO_CLASS, scale=scale, factor=self._factor, rows=rows, loss=loss_rows, dz=dz,

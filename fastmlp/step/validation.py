@@ -90,6 +90,7 @@ class Batches:
     ) -> None:
         (self._features, self._classes), self._name, self._dtype = ends, name, dtype
         self._takes_classes, self._like, self._device = takes_classes(loss), like, like.device
+        self._is_plain = options.is_plain
         self._takes_probabilities = "probabilities" in LOSSES[loss].options
         self._ignored = options.ignored if "ignore_index" in LOSSES[loss].options else None
         self._inputs = {dtype, own, torch.uint8}
@@ -260,14 +261,32 @@ class MemberBatches(Batches):
         first = x if x.dim() == 2 else x[0], y if y.dim() == dims else y[0]
         _, converted = super().checked(*first, in_range=False)
         if in_range and rows and self._takes_classes and self._device.type == "cpu":
-            check_classes(y, self._classes)
+            check_classes(y, self._classes, ignore_index=None if self._is_plain else self._ignored)
         return x.detach(), y.detach().to(converted.dtype)
 
-    def checked_weight(self, weight: object, rows: int) -> Tensor:
-        """A NotImplementedError."""
-        raise NotImplementedError(
-            "a TrainStep of an ensemble has no sample_weight; train the members one by one, or train with autograd"
-        )
+    def checked_weight(self, weight: Tensor, rows: int) -> Tensor:
+        """Sample weights [rows], the same for all members, or [E, rows]."""
+        check_tensor(weight, "sample_weight")
+        if weight.dim() != 2:
+            return super().checked_weight(weight, rows)
+        if weight.shape[0] != self.members:
+            raise RuntimeError(
+                f"expected sample_weight of shape [{rows}], or [{self.members}, {rows}] for {self.members} members, "
+                f"got {list(weight.shape)}"
+            )
+        for of_member in weight.unbind():
+            super().checked_weight(of_member, rows)
+        return weight.detach()
+
+    def check_weighed(self, weight: Tensor, order: Tensor, batch_size: int) -> None:
+        """On a CPU, ValueError for a batch of a member whose sample weights are all 0."""
+        if weight.dim() == order.dim() == 1:
+            super().check_weighed(weight, order, batch_size)
+        elif self._device.type == "cpu":
+            for of_member, own in zip(
+                weight.expand(self.members, -1).unbind(), order.expand(self.members, -1).unbind(), strict=True
+            ):
+                super().check_weighed(of_member, own, batch_size)
 
     def checked_order(self, order: Tensor | None, images: Tensor) -> Tensor:
         """``order`` [n] or [E, n], or all rows of the images in order."""

@@ -101,7 +101,7 @@ def test_values(capsys, sets, tmp_path, loss):
     out = tmp_path / "run"
     summary = trained(capsys, data, out, "--loss", loss, "--sizes", "5-8-1", "--validation", 0.25, "--epochs", 9)
     assert summary["config"]["loss"] == loss
-    assert summary["config"]["engine"] == ("autograd" if loss == "huber" else "step")
+    assert summary["config"]["engine"] == "step"
     assert {f"test_{metric}", f"validation_{metric}", "test_loss", "validation_loss"} <= summary.keys()
     assert ("test_accuracy" in summary) == (metric == "accuracy")
     assert summary[f"validation_{metric}"] > 0.1
@@ -245,7 +245,6 @@ MISTAKES = [
     ),
     (["--data", "{}/values.npz", "--loss", "bce"], "expected targets from 0 to 1 for bce, got -"),
     (["--data", "{}/values.npz", "--loss", "msee"], "Did you mean 'mse'?"),
-    (["--data", "{}/values.npz", "--loss", "huber", "--engine", "step"], "--engine step does not have the loss huber"),
     (["--data", "{}/values.npz", "--loss", "mse", "--sizes", "5-2"], "5-2 must start with 5 (features) and end with 1"),
     (["--data", "{}/pictures", "--sizes", "784-10"], "--sizes 784-10 must start with 64 (8 x 8 pixels) and end with 4"),
     (
