@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastmlp.base.losses import STEP_LOSSES
 from fastmlp.step.optimizers import OPTIMIZERS
 from fastmlp.train.scores import takes_values, tensors
 
@@ -77,8 +76,6 @@ def prepared(config: dict[str, Any], ranks: Ranks) -> Sweep:
 
     loss, optimizer, dtype = config["loss"], config["optimizer"], getattr(torch, config["dtype"])
     shapes = [tuple(sizes) for sizes in config["sizes"]]
-    if loss not in STEP_LOSSES:
-        raise common.UserError(f"a sweep does not have the loss {loss}; expected one of {', '.join(STEP_LOSSES)}")
     if config["folds"] is not None and config["validation"] is not None:
         raise common.UserError("--folds holds out each part in turn, so --validation has no rows; give one of the two")
     if len(set(shapes)) < len(shapes):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmlp.base.losses import STEP_LOSSES
 from fastmlp.step.optimizers import OPTIMIZERS
 from fastmlp.train.scores import takes_values
 
@@ -65,13 +64,11 @@ def train(options: dict[str, Any], resume: str | None, given: Mapping[str, Any])
     activation, engine = options["activation"], options["engine"]
     if sizes is not None and data in (None, DEFAULT, BUNDLED):
         check_sizes(sizes, "--sizes", FASHION_MNIST)
-    if engine == "step" and loss not in STEP_LOSSES:
-        raise common.UserError(f"--engine step does not have the loss {loss}; use --engine autograd, or leave it out")
     rule = checked_settings(optimizer, {name: options[name] for name in settings()})
     of_loss = checked_loss_settings(loss, {name: options[name] for name in loss_settings()})
-    engine = engine or ("step" if loss in STEP_LOSSES else "autograd")
+    engine = engine or "step"
     if engine == "autograd" and torch_optimizer_class(optimizer) is None:
-        raise common.UserError(f"--optimizer {optimizer} needs --engine step and a --loss that TrainStep has")
+        raise common.UserError(f"--optimizer {optimizer} needs --engine step")
     if options["log"] == "tensorboard":
         with common.user_errors((ModuleNotFoundError,)):
             check_tensorboard()

@@ -262,7 +262,7 @@ def test_the_default_folder_and_its_claim(capsys, sets, tmp_path, monkeypatch):
         (["--sizes", "5-4-3"], "--sizes 5-4-3 must start with 4 (features) and end with 3 classes"),
         (["--sizes", "4-5-3", "--sizes", "4-5-3"], "--sizes has the same sizes twice"),
         (["--optimizer", "adamw", "--momentum", "0.9"], "--optimizer adamw has no --momentum"),
-        (["--loss", "huber"], "'huber' is not one of"),
+        (["--loss", "hubert"], "Did you mean 'huber'?"),
         (["--resume", "nowhere"], "leave out --data"),
     ],
 )
