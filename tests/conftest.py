@@ -51,6 +51,7 @@ ON_THE_PROCESSOR = (
     "tests/test_online.py",
     "tests/step/test_train_step.py",
     "tests/step/test_dtypes.py",
+    "tests/step/test_ensemble_step.py",
     "tests/step/test_epoch.py",
     "tests/ops/test_torch_products.py",
     "tests/autograd/test_transforms.py",
