@@ -81,7 +81,8 @@ class _Pointer:
 
     def _successor(self) -> torch.UntypedStorage:
         """The memory of a tensor of this dtype that was made at the address after the first one was freed."""
-        for t in (o for o in gc.get_objects() if isinstance(o, Tensor) and o.dtype == self.dtype):
+            # The type itself: a proxy of an object that is gone raises an error when it is asked for its class.
+        for t in (o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.dtype == self.dtype):
             storage = t.untyped_storage()
             if storage.data_ptr() <= self.address < storage.data_ptr() + storage.nbytes():
                 return storage

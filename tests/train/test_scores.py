@@ -114,9 +114,9 @@ def test_squared_errors_of_probabilities_are_a_loss_of_classes(engine):
     assert history.last.test_accuracy == (p.argmax(1) == given[1]).double().mean().item()
 
 
-def test_auto_is_autograd_for_a_loss_without_a_step():
-    assert engine_for(model_of(), "huber") == "autograd"
-    assert engine_for(model_of(), "mse") == "step"
+def test_auto_is_the_step_of_an_mlp_and_autograd_of_other_modules():
+    assert engine_for(model_of(), "huber") == "step"
+    assert engine_for(model_of().to_torch(), "huber") == "autograd"
 
 
 # Validation
