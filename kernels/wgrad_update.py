@@ -39,7 +39,7 @@ from torch import Tensor
 
 from .before_update import mark_overflow
 from .column_sums import SUM_COLS, ColumnSums, column_sums
-from .configs import Shapes, Tile, TileRule, cdiv, gemm_tile, loads_wide, splits
+from .configs import Shapes, Tile, TileRule, cdiv, gemm_tile, loads_wide, register_limit, splits
 from .dependent import wait_for_previous
 from .device import current_device, input_precision
 from .launch import Call, call, launch_plainly
@@ -463,6 +463,11 @@ def gradient_call(
     at_once = STORED_AT_ONCE if optimizer == "none" or partial is not None else UPDATED_AT_ONCE
     if partial is None and (len(states) > 2 or "ema" in optimizer.split()):
         at_once = MANY_AT_ONCE
+    options = tile.compile_options
+    if low_is_param and optimizer.startswith("rmsprop"):
+        # Of its own accord ptxas takes 128 registers and spills one, where 146 hold everything.
+        most = 65536 // (32 * tile.num_warps * tile.resident)
+        options = register_limit(min(255, most), current_device()) | options
     members = None
     if count is not None:
         of_flat = next((t for t in (partial, *states) if t is not None), None)
@@ -477,7 +482,7 @@ def gradient_call(
         LAYERS=len(operands), OPTIMIZER=optimizer, LOW_IS_PARAM=low_is_param, EVEN_M=m % tile.depth == 0,
         INPUT_PRECISION=input_precision(current_device(), dzs[0].dtype),
         BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, LOSS_BLOCK=LOSS_BLOCK,
-        SUM_COLS=SUM_COLS, AT_ONCE=at_once * tile.num_warps, **tile.compile_options,
+        SUM_COLS=SUM_COLS, AT_ONCE=at_once * tile.num_warps, **options,
     )  # fmt: skip
 
 

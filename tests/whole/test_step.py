@@ -26,7 +26,8 @@ SETTINGS = {
     "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
     "clipped": {"lr": 0.1, "max_grad_norm": 0.05},
     "adam": {"optimizer": "adam", "lr": 0.01, "amsgrad": True, "weight_decay": 0.1, "max_grad_norm": 0.05},
-    "rmsprop": {"optimizer": "rmsprop", "lr": 0.003, "momentum": 0.5, "centered": True, "maximize": True},
+    # With a tiny eps a gradient near 0 moves its parameter as far as any other, and so do its rounding errors.
+    "rmsprop": {"optimizer": "rmsprop", "lr": 0.003, "eps": 0.01, "momentum": 0.5, "centered": True, "maximize": True},
     "lion": {"optimizer": "lion", "lr": 0.003, "weight_decay": 0.1},
     "groups": {
         "lr": 0.1,
