@@ -136,11 +136,17 @@ EXCEPTIONS: tuple[LimitException, ...] = (
             ("sm_90/wgrad_update/*/narrow-*", "sm_90/wgrad_update/float32/64x64x16-4w4s/narrow-adamw-pixels"),
         )
     ),
-    LimitException(
-        "barriers",
-        "sm_90/*float16/*/*pixels*",
-        "sm_90/linear_fwd/bfloat16/128x256x64-8w3s/pixels-step",
-        "pixels are widened in registers and written to shared memory, behind a barrier of their own",
+    *(
+        LimitException(
+            "barriers",
+            cases,
+            witness,
+            "pixels are widened in registers and written to shared memory, behind a barrier of their own",
+        )
+        for cases, witness in (
+            ("sm_90/*float16/*/*pixels*", "sm_90/linear_fwd/bfloat16/128x256x64-8w3s/pixels-step"),
+            ("sm_90/wgrad_update/float32/*pixels*", "sm_90/wgrad_update/float32/128x128x32-8w3s/split-pixels-gather"),
+        )
     ),
     LimitException(
         "barriers",
