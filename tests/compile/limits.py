@@ -65,6 +65,12 @@ def _narrow(cases: str, witness: str, reason: str) -> LimitException:
 
 EXCEPTIONS: tuple[LimitException, ...] = (
     _narrow(
+        "sm_*/wgrad_update/float32/*x32x32-2w4s/adamw-params",
+        "sm_100/wgrad_update/float32/16x32x32-2w4s/adamw-params",
+        "on two warps Triton updates in the layout of the product, where a thread has two neighbouring parameters, "
+        "which are 4 bytes of 16-bit parameters",
+    ),
+    _narrow(
         "*pixels*",
         "sm_80/linear_wgrad/float32/64x64x32-4w3s/split-k784-pixels-gather",
         "pixels are widened in registers and take the layout of W's dtype, 4 or 8 values per thread; a warp still "
