@@ -127,7 +127,7 @@ def y_dims(case: Ensemble) -> int:
     return 1 if case.loss in ("cross_entropy", "softmax_squared_error") else 2
 
 
-@fuzz(5, ensembles())
+@fuzz(3, ensembles())
 def test_members_are_single_models(case: Ensemble):
     torch.manual_seed(case.seed)
     each, (x, y, order) = each_setting(case), data(case)

@@ -159,7 +159,7 @@ def by_torch(training: Reference, data: list[Batch], size: float = 0.0, seed: in
     return [torch.tensor(training.losses[-1], dtype=torch.float64), *(p.detach() for p in training.params.values())]
 
 
-@fuzz(15, trainings())
+@fuzz(8, trainings())
 def test_train_step(case: Training):
     start = network(case.sizes, case.activations, bias=case.bias, seed=case.seed)
     x, *targets = case.data()
