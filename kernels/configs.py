@@ -258,7 +258,7 @@ _WIDE_GRADIENT_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
             Tile(128, 128, 64, 8, 3, resident=1),
             Tile(64, 128, 64, 8, 3, 255, resident=1),
             Tile(64, 64, 64, 4, 4, resident=3),
-            Tile(32, 64, 64, 4, 4, resident=4),
+            Tile(32, 64, 64, 4, 4, 168, resident=4),
             Tile(32, 32, 64, 4, 4, resident=4),
         ),
     ),
