@@ -7,9 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastmlp.base.losses import STEP_LOSSES
 from fastmlp.data.described import numbers, shown
 from fastmlp.data.fashion_mnist import CLASSES, IMAGE_SIZE
-from fastmlp.train.scores import FIT_LOSSES, takes_values, tensors
+from fastmlp.train.scores import takes_values, tensors
 
 from .common import UserError
 
@@ -81,8 +82,8 @@ class Format:
 
         loss, scale, shape = config.get("loss", "cross_entropy"), config.get("standardization"), config.get("shape")
         wrong = f"the configuration of the checkpoint {path} is damaged"
-        if not isinstance(loss, str) or loss not in FIT_LOSSES:
-            raise UserError(f"{wrong}: its loss is {loss!r}; expected one of {', '.join(FIT_LOSSES)}")
+        if not isinstance(loss, str) or loss not in STEP_LOSSES:
+            raise UserError(f"{wrong}: its loss is {loss!r}; expected one of {', '.join(STEP_LOSSES)}")
         classes = None if takes_values(loss) else config.get("classes", list(CLASSES))
         if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
             raise UserError(f"{wrong}: expected classes to be a list of names")

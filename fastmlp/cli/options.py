@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 
 import click
 
-from fastmlp.base.losses import LOSSES
+from fastmlp.base.losses import LOSSES, STEP_LOSSES
 from fastmlp.step.optimizers import OPTIMIZERS, Optimizer, check_setting
 from fastmlp.train.engines import step_options, usual_rule
-from fastmlp.train.scores import FIT_LOSSES
 
 from . import common
 
@@ -139,7 +138,7 @@ def loss_options(command: Command) -> Command:
 
 def checked_loss_settings(loss: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the loss that are given; UserError for one that the loss does not have."""
-    has = getattr(LOSSES[FIT_LOSSES[loss]], "options", ())
+    has = getattr(LOSSES[STEP_LOSSES[loss]], "options", ())
     values = {name: value for name, value in given.items() if value is not None}
     for name in values:
         if name not in has:

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import click
 
 from fastmlp.activations import ACTIVATIONS
+from fastmlp.base.losses import STEP_LOSSES
 from fastmlp.step.optimizers import OPTIMIZERS
-from fastmlp.train.scores import FIT_LOSSES
 
 from . import common
 from .config_file import config_option, config_text, given
@@ -98,7 +98,7 @@ def _option(name: str, type: Any, default: object, help: str) -> Callable[[Comma
     f"at most {VALUES_LR}; for others 0.001]",
 )
 @optimizer_options
-@_option("--loss", common.Choice(tuple(FIT_LOSSES)), "cross_entropy", LOSS_HELP)
+@_option("--loss", common.Choice(tuple(STEP_LOSSES)), "cross_entropy", LOSS_HELP)
 @loss_options
 @_option("--schedule", common.Choice(SCHEDULES), "linear", SCHEDULE_HELP)
 @_option("--warmup", common.Number(0, 1), 0.05, "Share of the steps to warm up in.")

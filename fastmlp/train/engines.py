@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..base.losses import STEP_LOSSES
 from ..base.names import unknown
 from ..nn import MLP
 from ..step import TrainStep
@@ -99,7 +98,7 @@ class AutogradEngine:
         model: maps [B, features] to logits [B, classes], or to values [B, outputs].
         optimizer: a name that `TrainStep` takes, of an optimizer that torch.optim has too; default "sgd".
         lr: base learning rate, above 0.
-        loss: a name of ``fastmlp.train.scores.FIT_LOSSES``.
+        loss: a name of ``fastmlp.base.losses.STEP_LOSSES``.
         settings: of the optimizer, by `TrainStep`'s names and with its defaults.
 
     Raises:
@@ -221,9 +220,9 @@ ENGINES: Mapping[str, Callable[..., Engine]] = {"step": StepEngine, "autograd": 
 """Every engine of `fit` by name: (model, *, optimizer, loss, lr, and settings of the optimizer) -> `Engine`."""
 
 
-def engine_for(model: nn.Module, loss: str = "cross_entropy") -> str:
-    """The name of the fastest engine: "step" for an MLP with a loss that a step has, else "autograd"."""
-    return "step" if isinstance(model, MLP) and loss in STEP_LOSSES else "autograd"
+def engine_for(model: nn.Module) -> str:
+    """The name of the fastest engine: "step" for an MLP, else "autograd"."""
+    return "step" if isinstance(model, MLP) else "autograd"
 
 
 @functools.cache

@@ -142,7 +142,7 @@ def fit(
         raise ValueError("patience needs validation data to judge the epochs by; add validation=0.1, or a data set")
     settings |= {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
     if isinstance(engine, str):
-        engine = engine_for(model, loss) if engine == "auto" else engine
+        engine = engine_for(model) if engine == "auto" else engine
         if engine not in ENGINES:
             raise ValueError(unknown("engine", engine, ("auto", *ENGINES)))
         options = {name: settings.pop(name) for name in step_options() if name in settings}

@@ -19,11 +19,6 @@ from ..base.arguments import check_classes
 from ..base.losses import LOSSES, STEP_LOSSES, Loss
 from ..base.names import unknown
 
-FIT_LOSSES = STEP_LOSSES | {
-    name: name for name, loss in LOSSES.items() if loss.step is None and loss.input == loss.target == "values"
-}
-"""The names of losses that `fit` takes: those of a step, and the losses of values that only autograd has."""
-
 
 class LabeledImages(Protocol):
     """A data set with images and labels, such as a `fastmlp.data.ImageDataset`."""
@@ -54,9 +49,9 @@ Samples = LabeledImages | Rows | tuple[Tensor, Tensor]
 
 def record(loss: str) -> Loss:
     """The record of a loss; ValueError for an unknown name."""
-    if loss not in FIT_LOSSES:
-        raise ValueError(unknown("loss", loss, FIT_LOSSES))
-    return LOSSES[FIT_LOSSES[loss]]
+    if loss not in STEP_LOSSES:
+        raise ValueError(unknown("loss", loss, STEP_LOSSES))
+    return LOSSES[STEP_LOSSES[loss]]
 
 
 def takes_values(loss: str) -> bool:

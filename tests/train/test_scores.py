@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import fastmlp
-from fastmlp.base.losses import LOSSES
+from fastmlp.base.losses import LOSSES, STEP_LOSSES
 from fastmlp.data import ImageDataset, Table
 from fastmlp.train import evaluate, fit, held_out
 from fastmlp.train.engines import engine_for
 from fastmlp.train.initial import initialize_
-from fastmlp.train.scores import FIT_LOSSES, metric_of, record
+from fastmlp.train.scores import metric_of, record
 
-VALUES = [name for name in FIT_LOSSES if record(name).target == "values"]
+VALUES = [name for name in STEP_LOSSES if record(name).target == "values"]
 
 
 def smooth(n: int = 64, outputs: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def model_of(outputs: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
 
 def test_the_losses_of_values():
     assert set(VALUES) == {"mse", "l1", "huber", "bce"}
-    assert {metric_of(name) for name in set(FIT_LOSSES) - set(VALUES)} == {"accuracy"}
+    assert {metric_of(name) for name in set(STEP_LOSSES) - set(VALUES)} == {"accuracy"}
     assert {name for name in VALUES if metric_of(name) == "accuracy"} == {"bce"}
 
 
@@ -41,7 +41,7 @@ def test_the_losses_of_values():
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_losses_and_metrics_are_torchs(loss, outputs):
     model, (x, y) = model_of(outputs), smooth(50, outputs)
-    function = LOSSES[FIT_LOSSES[loss]].torch
+    function = LOSSES[STEP_LOSSES[loss]].torch
     with torch.no_grad():
         a = model(x).double()
     value, metric = evaluate(model, (x, y), 16, loss=loss)
@@ -76,9 +76,8 @@ def test_fit_learns_values(loss, dtype):
 @pytest.mark.parametrize("loss", VALUES)
 def test_engines_take_torchs_steps(loss):
     x, y = smooth(32, 2)
-    function = LOSSES[FIT_LOSSES[loss]].torch
-    engines = ("autograd", "step") if engine_for(model_of(), loss) == "step" else ("autograd",)
-    for engine in engines:
+    function = LOSSES[STEP_LOSSES[loss]].torch
+    for engine in ("autograd", "step"):
         model = model_of(2, torch.float64)
         plain = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
         for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
@@ -115,8 +114,8 @@ def test_squared_errors_of_probabilities_are_a_loss_of_classes(engine):
 
 
 def test_auto_is_the_step_of_an_mlp_and_autograd_of_other_modules():
-    assert engine_for(model_of(), "huber") == "step"
-    assert engine_for(model_of().to_torch(), "huber") == "autograd"
+    assert engine_for(model_of()) == "step"
+    assert engine_for(model_of().to_torch()) == "autograd"
 
 
 # Validation
