@@ -46,14 +46,8 @@ def loss_function(
 
     dA comes multiplied by ``scale`` (0-d), before it is rounded to 16 bits.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    compute = FUNCTIONS[loss](torch.empty((m, c), dtype=wide, device=device), options)
-    if wide == dtype:
-        return compute
-    a_wide, da_narrow = torch.empty((m, c), dtype=wide, device=device), torch.empty((m, c), dtype=dtype, device=device)
-    if scale is None:
-        return lambda a, y, out: da_narrow.copy_(compute(a_wide.copy_(a), y, out))
-    return lambda a, y, out: da_narrow.copy_(compute(a_wide.copy_(a), y, out).mul_(scale))
+    terms = torch.empty((m, c), dtype=torch.promote_types(dtype, torch.float32), device=device)
+    return _in_dtype(FUNCTIONS[loss](terms, options), terms, dtype, scale)
 
 
 def weighted_loss_function(
@@ -66,18 +60,24 @@ def weighted_loss_function(
     options: LossOptions = PLAIN,
 ) -> WeightedLoss:
     """``loss_function`` with sample weights."""
-    wide = torch.promote_types(dtype, torch.float32)
+    terms = torch.empty((m, c), dtype=torch.promote_types(dtype, torch.float32), device=device)
     if loss == "cross_entropy":
-        compute = weighted_cross_entropy(m, c, wide, device, options)
+        compute = weighted_cross_entropy(m, c, terms.dtype, device, options)
     else:
-        terms = torch.empty((m, c), dtype=wide, device=device)
         compute = weighted_rows(loss, FUNCTIONS[loss](terms, options), terms)
-    if wide == dtype:
+    return _in_dtype(compute, terms, dtype, scale)
+
+
+def _in_dtype(
+    compute: Callable[..., Tensor], like: Tensor, dtype: torch.dtype, scale: Tensor | None
+) -> Callable[..., Tensor]:
+    """``compute``, which works in the dtype of ``like`` [M, C], for A and dA in ``dtype``; dA comes times ``scale``."""
+    if like.dtype == dtype:
         return compute
-    a_wide, da_narrow = torch.empty((m, c), dtype=wide, device=device), torch.empty((m, c), dtype=dtype, device=device)
+    a_wide, da_narrow = torch.empty_like(like), torch.empty_like(like, dtype=dtype)
     if scale is None:
-        return lambda a, y, out, weight: da_narrow.copy_(compute(a_wide.copy_(a), y, out, weight))
-    return lambda a, y, out, weight: da_narrow.copy_(compute(a_wide.copy_(a), y, out, weight).mul_(scale))
+        return lambda a, *rest: da_narrow.copy_(compute(a_wide.copy_(a), *rest))
+    return lambda a, *rest: da_narrow.copy_(compute(a_wide.copy_(a), *rest).mul_(scale))
 
 
 def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
