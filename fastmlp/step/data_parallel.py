@@ -58,7 +58,6 @@ class DataParallel:
                 "initialize it with one, such as gloo for a CPU and nccl for a GPU"
             )
         self.group, self.device = group, device
-        self.size: int = dist.get_world_size(group)
         #: Whether the all-reduce can be part of a CUDA graph.
         self.capturable = backend == "nccl"
 

@@ -14,8 +14,8 @@ from ..ensemble import MLPEnsemble
 from .binding import Binding
 from .cpu_ensemble import TorchEnsemble
 from .optimizers import Optimizer
-from .train_step import TrainStep, _given
-from .validation import MemberBatches, check_batch_size, member_learning_rates
+from .train_step import TrainStep
+from .validation import MemberBatches, member_learning_rates
 from .values import check_setting
 
 #: Losses that are allocated together.
@@ -36,7 +36,9 @@ class EnsembleStep(TrainStep):
     - x is [B, K], the same for all members, or [E, B, K]; y likewise [B] or [E, B] (values: [B, C] or [E, B, C]).
     - Sample weights are [B] or [E, B]; the options of the loss are the same for all members. Labels that count for
       nothing need ``ignore_index`` by name. Probabilities are no targets.
-    - A step returns the losses [E], and ``losses`` of an epoch is [steps, E].
+    - The data of an epoch and its sample weights are those of a batch with N rows, order is [n] or [E, n], and
+      lr_factors are [steps] or [steps, E].
+    - A step and an epoch return losses [E], and ``losses`` of an epoch is [steps, E].
 
     Attributes:
         active: bool [E], on the model's device. ``step.active[3] = False`` or ``step.active = mask`` stops members.
@@ -113,51 +115,8 @@ class EnsembleStep(TrainStep):
     def __setstate__(self, state: Tensor) -> None:
         self._active.copy_(state)
 
-    def epoch(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        order: Tensor | None = None,
-        lr_factors: Any = None,
-        sample_weight: Tensor | None = None,
-    ) -> Tensor:
-        """One pass over device-resident data, one step for each ``batch_size`` rows.
-
-        Args:
-            images: [N, sizes[0]], the same for all members, or [E, N, sizes[0]]; uint8 or floating point.
-            labels: int64 [N] or [E, N] (values: [N, C] or [E, N, C]), on the same device.
-            batch_size: rows of a step; the last step takes what is left.
-            order: int64 [n], the rows of all members in the order of use, or [E, n]; default all rows in order.
-            lr_factors: factors of ``lr``: [steps], or [steps, E] for each member its own; default all 1.
-            sample_weight: [N] or [E, N], the weight of each row of the data; see ``TrainStep.epoch``.
-
-        Returns:
-            The mean losses of the n rows, float32 [E]. ``losses`` [steps, E] has the losses of each step.
-        """
-        images, labels = self._checked(images, labels, in_range=True)
-        batch_size = check_batch_size(batch_size)
-        if sample_weight is not None:
-            sample_weight = self._batches.checked_weight(sample_weight, images.shape[-2])
-        order = self._batches.checked_order(order, images)
-        n = order.shape[-1]
-        steps = -(-n // batch_size)
-        lrs = member_learning_rates(self.rule.lr, lr_factors, steps, self._members)
-        self.forget_gradients()
-        shape = (steps, self._members)
-        self.losses = losses = torch.full(shape, float("nan"), dtype=self.losses.dtype, device=self.device)
-        if not steps:
-            return torch.full((self._members,), float("nan"), dtype=torch.float32, device=self.device)
-        with self._on_device:
-            order, outside = self._batches.readable(order, images, batch_size)
-            if sample_weight is not None:
-                self._batches.check_weighed(sample_weight, order, batch_size)
-            self._engine.epoch(images, labels, batch_size, order, lrs, losses, **_given(weight=sample_weight))
-            if outside is not None:
-                losses.masked_fill_(outside, float("nan"))
-            self._updated()
-            last = n - (steps - 1) * batch_size
-            return ((losses[:-1].sum(0) * batch_size + losses[-1] * last) / n).float()
+    def _learning_rates(self, factors: Any, steps: int) -> Tensor:
+        return member_learning_rates(self.rule.lr, factors, steps, self._members)
 
     def state_dict(self) -> dict[str, Tensor]:
         """As ``TrainStep``'s: states [E, ...] by the names of the parameters, and counters float64 [E].

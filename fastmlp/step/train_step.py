@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -204,7 +204,7 @@ class TrainStep:
             from .data_parallel import DataParallel
 
             self._parallel = DataParallel(process_group, self.device)
-            self._parallel.start(self._binding.parameters, repr(self))
+            self._parallel.start(list(model.parameters()), repr(self))
         #: Whether the average has still to begin with the parameters.
         self._ema_waits = rule.ema_decay is not None
         self._engine = self._new_engine(self._binding, self._rules)
@@ -317,8 +317,7 @@ class TrainStep:
                 loss.fill_(float("nan"))
             else:
                 if self._ema_waits:
-                    self._begin_ema()
-                    self._ema_waits = False
+                    self._begin_ema(update=True)
                 if sample_weight is None:
                     self._engine.step(x, y, loss)
                 else:
@@ -333,7 +332,7 @@ class TrainStep:
         labels: Tensor,
         batch_size: int,
         order: Tensor | None = None,
-        lr_factors: Sequence[float] | None = None,
+        lr_factors: Any = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """One pass over device-resident data, one step for each ``batch_size`` rows.
@@ -344,7 +343,7 @@ class TrainStep:
             batch_size: rows of a step; the last step takes what is left.
             order: int64 [n], the rows in the order of use; default all rows in order. On a CPU a row out of range is
                 an IndexError. On a GPU it makes its step's loss NaN, and the nearest row takes its place.
-            lr_factors: one factor of ``lr`` (of every param group's) for each step; default all 1.
+            lr_factors: a sequence, one factor of ``lr`` (of every param group's) for each step; default all 1.
             sample_weight: [N], the weight of each row of the data, as ``step(x, y, sample_weight)`` takes them. A batch
                 whose weights are all 0 is a ValueError on a CPU.
 
@@ -355,21 +354,21 @@ class TrainStep:
         images, labels = self._checked(images, labels, in_range=True)
         batch_size = check_batch_size(batch_size)
         order = self._batches.checked_order(order, images)
-        n = order.shape[0]
+        n = order.shape[-1]
         if sample_weight is not None:
-            sample_weight = self._batches.checked_weight(sample_weight, images.shape[0])
+            sample_weight = self._batches.checked_weight(sample_weight, images.shape[-2])
         steps = -(-n // batch_size)
-        lrs = learning_rates([rule.lr for rule in self._rules], lr_factors, steps)
+        lrs = self._learning_rates(lr_factors, steps)
         full, last = batch_size, n - (steps - 1) * batch_size
         if self._parallel is not None:
             full, last, n = self._parallel.check_epoch(steps, batch_size, n, last)
         self.forget_gradients()
-        self.losses = losses = torch.full((steps,), float("nan"), dtype=self.losses.dtype, device=self.device)
+        each = self.losses.shape[1:]
+        self.losses = losses = torch.full((steps, *each), float("nan"), dtype=self.losses.dtype, device=self.device)
         if not steps:
-            return torch.full((), float("nan"), dtype=torch.float32, device=self.device)
+            return torch.full(each, float("nan"), dtype=torch.float32, device=self.device)
         if self._ema_waits:
-            self._begin_ema()
-            self._ema_waits = False
+            self._begin_ema(update=True)
         with self._on_device:
             order, outside = self._batches.readable(order, images, batch_size)
             if sample_weight is not None:
@@ -378,7 +377,11 @@ class TrainStep:
             if outside is not None:
                 losses.masked_fill_(outside, float("nan"))
             self._updated()
-            return ((losses[:-1].sum() * full + losses[-1] * last) / n).float()
+            return ((losses[:-1].sum(0) * full + losses[-1] * last) / n).float()
+
+    def _learning_rates(self, factors: Any, steps: int) -> Tensor:
+        """Of every step, float64 on the host."""
+        return learning_rates([rule.lr for rule in self._rules], factors, steps)
 
     def gradients(
         self, x: Tensor, y: Tensor, *, accumulate: bool = False, sample_weight: Tensor | None = None
@@ -424,8 +427,7 @@ class TrainStep:
         self.forget_gradients()
         with self._on_device:
             if self._ema_waits:
-                self._begin_ema()
-                self._ema_waits = False
+                self._begin_ema(update=True)
             self._engine.update()
         self._updated()
 
@@ -445,7 +447,7 @@ class TrainStep:
         """
         self._follow()
         if self._ema_waits:
-            self._begin_ema()
+            self._begin_ema(update=False)
         counters = self._engine.counters().items()
         state = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in counters}
         return state | {name: tensor.clone() for name, tensor in self._parameter_state().items()}
@@ -465,15 +467,16 @@ class TrainStep:
         if self.rule.ema_decay is None:
             raise RuntimeError("this TrainStep keeps no average of the parameters; make it with ema_decay=0.999")
         if self._ema_waits:
-            self._begin_ema()
+            self._begin_ema(update=False)
         kept = self._parked | self._parameter_state()
         return {
             name: kept.get(f"{name}.ema", parameter).detach().clone()
             for name, parameter in self.model.named_parameters()
         }
 
-    def _begin_ema(self) -> None:
-        """The average becomes the parameters as they are."""
+    def _begin_ema(self, *, update: bool) -> None:
+        """The average becomes the parameters as they are; it waits no longer if an update follows."""
+        self._ema_waits = not update
         state = self._engine.parameter_state()
         with torch.no_grad():
             for average, parameter in zip(state["ema"], state.get("master", self._binding.parameters), strict=True):
@@ -564,7 +567,7 @@ class TrainStep:
         self._lost_gradients |= self._has_gradients
         self._engine, self._binding, self._rules, self._has_gradients = engine, binding, rules, False
         if rules[0].ema_decay is not None:
-            self._begin_ema()
+            self._begin_ema(update=False)
         own = self._parameter_state()
         self._parked = {name: tensor for name, tensor in state.items() if name not in own}
         for name, tensor in own.items():

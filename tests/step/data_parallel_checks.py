@@ -151,10 +151,24 @@ def dtypes(rank: int, pair: Any) -> None:
     train(part, 16, lr=0.1, loss="softmax_squared_error")
 
 
+def frozen(rank: int, pair: Any) -> None:
+    """Frozen parameters are the first process's too."""
+    torch.manual_seed(rank)
+    model = fastmlp.MLP(SIZES)
+    model.layers[0].requires_grad_(False)
+    TrainStep(model, process_group=dist.group.WORLD)
+    for p in model.parameters():
+        first = p.detach().clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, p)
+
+
 def differences(rank: int, pair: Any) -> None:
     model, _, _ = problem(1)
     with pytest.raises(RuntimeError, match="differ in their model and settings"):
         TrainStep(model, lr=0.1 * (1 + rank), process_group=dist.group.WORLD)
 
 
-CHECKS = {f.__name__: f for f in (steps, unequal_parts, weights, epochs, gradients, overflow, dtypes, differences)}
+CHECKS = {
+    f.__name__: f for f in (steps, unequal_parts, weights, epochs, gradients, overflow, dtypes, frozen, differences)
+}

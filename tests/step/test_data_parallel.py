@@ -64,7 +64,18 @@ def run(backend: str, *names: str, environment: dict[str, str] | None = None) ->
 
 
 def test_processes_together_do_what_one_does():
-    run("torch", "steps", "unequal_parts", "weights", "epochs", "gradients", "overflow", "differences", "dtypes")
+    run(
+        "torch",
+        "steps",
+        "unequal_parts",
+        "weights",
+        "epochs",
+        "gradients",
+        "overflow",
+        "frozen",
+        "differences",
+        "dtypes",
+    )
 
 
 @pytest.mark.interpret
