@@ -265,9 +265,9 @@ def test_with_onednn_nothing_is_left_allocated(name, epoch):
     """oneDNN's results are new tensors; each is released when the next step has its own result."""
     fastmlp.set_cpu_gemm("onednn")
     step = one_step(epoch=epoch, **OPTIMIZERS[name])
-    few, many = allocations(step, steps=2), allocations(step, steps=12)
-    assert sum(many) <= max(0, sum(few))
-    assert max(many) > 0
+    seen = allocations(step)
+    assert max(seen) > 0
+    assert sum(seen) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -282,8 +282,7 @@ def test_in_16_bits_nothing_is_left_allocated(monkeypatch, mode, native, dtype):
         have_16_bit_products(monkeypatch, native)
     fastmlp.set_cpu_gemm(mode)
     step = one_step(dtype, momentum=0.9)
-    few, many = allocations(step, steps=2), allocations(step, steps=12)
-    assert sum(many) <= max(0, sum(few))
+    assert sum(allocations(step)) == 0
 
 
 def test_choices_of_another_process_hold(tmp_path, monkeypatch):
