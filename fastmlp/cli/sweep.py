@@ -61,10 +61,12 @@ Several processes, also on several machines with one file system, divide the gro
     help="Peak learning rates.  [default for sgd by activation: sigmoid 0.5, relu 0.1; for values 1 / last hidden "
     f"size, at most {VALUES_LR}; for others 0.001]",
 )
-@click.option("--momentum", type=Several(common.Number(0, 1), "0,0.9"), help="SGD's momenta.  [default: 0.9]")
+@click.option(
+    "--momentum", type=Several(common.Number(0, 1), "0,0.9"), help="Momenta of sgd and rmsprop.  [default: 0.9 or 0]"
+)
 @click.option("--weight-decay", type=Several(common.Number(0), "0,1e-4"), help="Weight decays.  [default: 0]")
 @_option("--seeds", Seeds(), "1", "How many seeds, from 0 on, or a list of seeds such as 3,7.")
-@click.option("--folds", type=click.IntRange(2), help="Parts for cross-validation: a member per part, held out of it.")
+@click.option("--folds", type=click.IntRange(2), help="Folds: a member for each, trained on the others.")
 @click.option(
     "--validation",
     type=common.Number(0, 1, least_is_open=True),

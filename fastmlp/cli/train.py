@@ -40,8 +40,8 @@ PATIENCE_HELP = (
     "[default: never]"
 )
 ENGINE_HELP = (
-    "What runs the steps: TrainStep, each step as one operation, or modules, autograd and torch.optim.  "
-    "[default: step, or autograd for a loss that TrainStep does not have]"
+    "What runs the steps: TrainStep, each step as one operation, or modules, autograd and torch.optim, which have no "
+    "options of the loss.  [default: step]"
 )
 LOG_HELP = f"{HISTORY} alone, or also events for TensorBoard, in the run folder's {TENSORBOARD}/."
 RESUME_HELP = (

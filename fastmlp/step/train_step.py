@@ -41,7 +41,8 @@ _BLOCK = 256
 class TrainStep:
     """The whole training step of an MLP: ``loss = step(x, y)`` updates the model's own parameters in place.
 
-    On a GPU (backend "triton") a step of an L-layer network is at most 2L - 1 kernel launches, captured in a CUDA
+    On a GPU (backend "triton") a step of an L-layer network is a few kernel launches, 2L - 1 for L > 1, cross-entropy
+    of up to 64 classes and up to 1,024 rows (kernels/README.md has the other cases), captured in a CUDA
     graph; on a CPU it is in-place BLAS on buffers allocated once. Results agree with autograd and torch.optim to
     rounding.
 
@@ -557,7 +558,7 @@ class TrainStep:
         """A new engine, with the state of the old one as far as both have it."""
         state, counters = self._parked | self._parameter_state(), self._engine.counters()
         thawed = [name for name in binding.trained if name not in self._binding.trained]
-        updates = float(torch.as_tensor(counters.get("step", 0.0)).max())
+        updates = float(torch.as_tensor(counters.get("step", 0.0), device="cpu").max())
         if thawed and updates and self.rule.corrected:
             raise RuntimeError(
                 f"{', '.join(thawed)} cannot be thawed after {updates:.0f} updates: {self.rule.name} counts the "

@@ -106,14 +106,14 @@ def fit(
         warmup: share of all steps to warm up in, [0, 1); "constant" has no warm-up.
         seed: of the order of the rows.
         engine: what runs the steps: "step" (`fastmlp.TrainStep`, for MLPs), "autograd", "auto" ("step" for a
-            fastmlp.MLP with a loss of a step, "autograd" for all else), or a ready `fastmlp.train.engines.Engine`. A
+            fastmlp.MLP, "autograd" for all else), or a ready `fastmlp.train.engines.Engine`. A
             ready engine has its own optimizer and loss, so the arguments about the optimizer have no effect.
         patience: end the training when so many epochs in a row had no validation loss below the best, at least 1;
             default: never. It needs ``validation``.
         checkpoint: a file that gets the state of the run, or a function that is called with it; default: none.
         resume: a file that ``checkpoint`` wrote, or a state, to go on from. Data, model and all other arguments must be
             those of the run, but ``epochs`` and ``patience`` may be larger. A schedule that depends on the number of
-            steps follows the new number from there on. Default: begin anew.
+            steps follows the new number from there on. A file that is not there is an error. Default: begin anew.
         on_epoch: called with the result after each epoch, when the model has the parameters of this epoch. If it
             returns True, the training ends.
         on_progress: called every `CHECK_EVERY` steps and at the end of each epoch. If it returns True, the training
