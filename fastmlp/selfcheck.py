@@ -79,18 +79,18 @@ class Problem:
     def __init__(self, M: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> None:
         self.M, self.K, self.N, self.dtype, self.device = M, K, N, dtype, device
         self.x = self.normal(M, K, seed=0)
-        self.pixels = torch.randint(0, 256, (M, K), generator=_seeded(1), dtype=torch.uint8).to(device)
+        self.pixels = torch.randint(0, 256, (M, K), generator=_seeded(1), dtype=torch.uint8, device="cpu").to(device)
         self.weight = self.normal(N, K, seed=2, scale=K**-0.5)
         self.bias = self.normal(N, seed=3)
         self.dz = self.normal(M, N, seed=4)
 
     def normal(self, *shape: int, seed: int, scale: float = 1.0) -> Tensor:
         """Normally distributed values in the problem's dtype."""
-        return (torch.randn(*shape, generator=_seeded(seed)) * scale).to(self.dtype).to(self.device)
+        return (torch.randn(*shape, generator=_seeded(seed), device="cpu") * scale).to(self.dtype).to(self.device)
 
     def labels(self, classes: int) -> Tensor:
         """Labels [M], int64 in [0, classes)."""
-        return torch.randint(0, classes, (self.M,), generator=_seeded(6)).to(self.device)
+        return torch.randint(0, classes, (self.M,), generator=_seeded(6), device="cpu").to(self.device)
 
 
 #: Nearer to 0 than this, the rounding of Z in float32 decides on which side of its jump the step function is.
@@ -200,7 +200,7 @@ def cross_entropy(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
 
 def elementwise_loss(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     """The losses of values and of independent logits, M x N elements."""
-    y = torch.rand(problem.M, problem.N, generator=_seeded(7)).to(problem.dtype).to(problem.device)
+    y = torch.rand(problem.M, problem.N, generator=_seeded(7), device="cpu").to(problem.dtype).to(problem.device)
     for loss in LOSSES.values():
         if loss.kernel == "elementwise_loss" and loss.input != "probabilities":
             assert loss.torch is not None
@@ -248,7 +248,7 @@ def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
         # AdamW's first step is the gradient's sign unless eps is of the gradient's size.
         (AdamW(0.1, 0.02, eps=0.1), torch.optim.AdamW),
     )
-    first = torch.ones(1, dtype=torch.float64)
+    first = torch.ones(1, dtype=torch.float64, device="cpu")
     dz, x = problem.dz / problem.M**0.5, problem.x
     start = (problem.weight.float(), problem.bias.float())
     for rule, torchs in rules:

@@ -124,7 +124,7 @@ def _image(form: Format, name: str, invert: bool | None) -> tuple[torch.Tensor, 
         raise common.UserError(
             f"the model takes rows of {form.inputs} features, not images like {name}; give an .npz file"
         )
-    values = torch.tensor(load_pixels(Path(name), form.shape)).flatten()
+    values = torch.tensor(load_pixels(Path(name), form.shape), device="cpu").flatten()
     return 255 - values if invert else values, {"inverted": bool(invert)}
 
 

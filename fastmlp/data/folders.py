@@ -76,7 +76,10 @@ def _load_idx(folder: Path) -> tuple[ImageDataset, ImageDataset]:
                 f"{paths[image_file.name]} has images {list(images.shape)} and {paths[label_file.name].name} has "
                 f"labels {list(labels.shape)}; expected [N, height, width] and [N] with the same N of at least 1"
             )
-        splits[split] = torch.tensor(images.reshape(len(images), -1)), torch.tensor(labels, dtype=torch.int64)
+        splits[split] = (
+            torch.tensor(images.reshape(len(images), -1), device="cpu"),
+            torch.tensor(labels, dtype=torch.int64, device="cpu"),
+        )
     (train, train_labels), (test, test_labels) = splits["train"], splits["test"]
     if train.shape[1] != test.shape[1]:
         raise DataIntegrityError(
@@ -162,6 +165,6 @@ def _read(
     images = np.empty((len(labelled), *shape), dtype=np.uint8)
     for image, (path, _) in zip(images, labelled, strict=True):
         image[...] = load_pixels(path, shape)
-    labels = torch.tensor([label for _, label in labelled], dtype=torch.int64)
+    labels = torch.tensor([label for _, label in labelled], dtype=torch.int64, device="cpu")
     pixels = torch.from_numpy(images.reshape(len(images), -1))
     return ImageDataset(pixels, labels, folder.absolute().name, split, os.fspath(folder.absolute()), classes, shape)

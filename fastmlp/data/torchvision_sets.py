@@ -141,7 +141,7 @@ def _read(kind: Any, folder: Path, options: dict[str, str]) -> tuple[Any, Any] |
 
 
 def _dataset(part: Any, name: str, title: str, split: str, folder: Path) -> ImageDataset:
-    images, labels = torch.as_tensor(part.data), torch.as_tensor(part.targets)
+    images, labels = torch.as_tensor(part.data, device="cpu"), torch.as_tensor(part.targets, device="cpu")
     if name == "QMNIST":  # the other columns say who wrote the digit
         labels = labels[:, 0]
     if name == "EMNIST":  # whose files have rows and columns exchanged

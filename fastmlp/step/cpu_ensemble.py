@@ -338,10 +338,10 @@ class TorchEnsemble:
     def set_counters(self, counters: dict[str, list[float]]) -> None:
         """What ``counters`` returned; call it after ``parameter_state`` was written to."""
         if "step" in counters:
-            self.counts.copy_(torch.tensor(counters["step"]))
+            self.counts.copy_(torch.tensor(counters["step"], device="cpu"))
         if self.scales is not None and "loss_scale" in counters:
-            self.scales[0].copy_(torch.tensor(counters["loss_scale"]))
-            self.scales[1].copy_(torch.tensor(counters["loss_scale_good_steps"]))
+            self.scales[0].copy_(torch.tensor(counters["loss_scale"], device="cpu"))
+            self.scales[1].copy_(torch.tensor(counters["loss_scale_good_steps"], device="cpu"))
         self.version += 1
         self._publish()
 

@@ -81,13 +81,13 @@ class DataParallel:
             RuntimeError: the processes would do different numbers of steps, and wait for each other forever.
         """
         self._same("number of steps", steps, f"{rows} rows in steps of {batch_size}")
-        counts = torch.tensor((batch_size, last, rows), dtype=torch.int64).to(self.device)
+        counts = torch.tensor((batch_size, last, rows), dtype=torch.int64, device="cpu").to(self.device)
         dist.all_reduce(counts, group=self.group)
         full, last, rows = counts.tolist()
         return full, last, rows
 
     def _same(self, what: str, number: int, description: str) -> None:
-        ends = torch.tensor((number, -number), dtype=torch.int64).to(self.device)
+        ends = torch.tensor((number, -number), dtype=torch.int64, device="cpu").to(self.device)
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
         most, least = ends.tolist()
         if most != -least:

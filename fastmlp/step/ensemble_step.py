@@ -34,10 +34,14 @@ class EnsembleStep(TrainStep):
       LambdaLR, LinearLR, CosineAnnealingLR, ...). ReduceLROnPlateau with several rates raises TypeError, and
       OneCycleLR and CyclicLR set one rate for all members.
     - x is [B, K], the same for all members, or [E, B, K]; y likewise [B] or [E, B] (values: [B, C] or [E, B, C]).
-    - Sample weights are [B] or [E, B]; the options of the loss are the same for all members. Labels that count for
-      nothing need ``ignore_index`` by name. Probabilities are no targets.
-    - The data of an epoch and its sample weights are those of a batch with N rows, order is [n] or [E, n], and
-      lr_factors are [steps] or [steps, E].
+      Images have to be flattened.
+    - Sample weights are [B] or [E, B]; the options of the loss are the same for all members. To ignore rows labelled
+      -100, pass ``ignore_index=-100``; there is no default. Class probabilities are not accepted as y.
+    - ``epoch`` takes x [N, K] or [E, N, K], y [N] or [E, N] (values: [N, C] or [E, N, C]), sample_weight [N] or [E, N],
+      order [n] or [E, n], and lr_factors [steps] or [steps, E].
+    - ``param_groups``, ``ema_decay`` and ``process_group`` are a NotImplementedError. On the kernels so are options of
+      cross-entropy and sample weights without the head (up to 64 classes, no activation behind the last layer), and
+      sample weights of more than 2,048 rows.
     - A step and an epoch return losses [E], and ``losses`` of an epoch is [steps, E].
 
     Attributes:
@@ -91,7 +95,8 @@ class EnsembleStep(TrainStep):
 
     @active.setter
     def active(self, mask: Any) -> None:
-        mask = torch.as_tensor(mask)
+        if not isinstance(mask, Tensor):
+            mask = torch.as_tensor(mask, device="cpu")
         if mask.dtype != torch.bool or mask.shape not in ((), self._active.shape):
             raise ValueError(
                 f"expected active to be bool [{self._members}], one for each member, got {mask.dtype} "

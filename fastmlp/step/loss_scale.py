@@ -56,6 +56,6 @@ class LossScale:
 
     def set_counters(self, counters: dict[str, Any]) -> None:
         """What ``counters`` returned."""
-        self.scale.copy_(torch.tensor(counters["loss_scale"]))
-        self.good_steps.copy_(torch.tensor(counters["loss_scale_good_steps"]))
+        for tensor, name in ((self.scale, "loss_scale"), (self.good_steps, "loss_scale_good_steps")):
+            tensor.copy_(torch.tensor(counters[name], device="cpu"))
         torch.reciprocal(self.scale, out=self.inverse)

@@ -124,7 +124,9 @@ class StepRows:
         numbers = [int(number) for number in value] if isinstance(value, list) else [int(value)]
         count = self.updates if self._count is None else self._count
         if count is not None:
-            count.copy_(torch.tensor(numbers if self._members is not None else numbers[0], dtype=torch.int32))
+            count.copy_(
+                torch.tensor(numbers if self._members is not None else numbers[0], dtype=torch.int32, device="cpu")
+            )
         elif len(set(numbers)) > 1:
             raise ValueError(f"members that cannot pause have one number of updates, got {numbers}")
         self.steps = max(numbers)

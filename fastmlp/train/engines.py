@@ -135,7 +135,9 @@ class AutogradEngine:
         if self.has_masters:
             state |= {f"{name}.master": master.clone() for name, master in zip(self.names, self.masters, strict=True)}
         counters = {} if self.loss_scale is None else self.loss_scale.counters()
-        return state | {name: torch.tensor(value, dtype=torch.float64) for name, value in counters.items()}
+        return state | {
+            name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in counters.items()
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

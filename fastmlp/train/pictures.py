@@ -121,7 +121,9 @@ def plot_weights(weight: Tensor, shape: Sequence[int], path: str | os.PathLike[s
     columns = math.ceil(math.sqrt(len(chosen)))
     rows = -(-len(chosen) // columns)
     height, width, *colors = shape
-    sheet = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1, *colors), math.nan, dtype=torch.float64)
+    sheet = torch.full(
+        (rows * (height + 1) + 1, columns * (width + 1) + 1, *colors), math.nan, dtype=torch.float64, device="cpu"
+    )
     for number, tile in enumerate(tiles):
         top, left = 1 + number // columns * (height + 1), 1 + number % columns * (width + 1)
         sheet[top : top + height, left : left + width] = tile

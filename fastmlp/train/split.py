@@ -25,7 +25,7 @@ def held_out(y: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     n = len(y)
     order = _drawn(y, seed)
     # Every 1 / share-th row of this order is held out.
-    counts = (torch.arange(n + 1, dtype=torch.float64) * share + 0.5).floor()
+    counts = (torch.arange(n + 1, dtype=torch.float64, device="cpu") * share + 0.5).floor()
     held = order[counts.diff() > 0].sort().values
     if not 0 < len(held) < n:
         raise ValueError(
@@ -63,4 +63,4 @@ def _drawn(y: Tensor, seed: int) -> Tensor:
 
 def _other_rows(n: int, rows: Tensor) -> Tensor:
     """The rows of ``n`` that are not in ``rows``, ascending."""
-    return torch.ones(n, dtype=torch.bool).scatter_(0, rows, False).nonzero().flatten()
+    return torch.ones(n, dtype=torch.bool, device="cpu").scatter_(0, rows, False).nonzero().flatten()

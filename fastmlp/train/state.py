@@ -121,7 +121,10 @@ def save_state(path: str | os.PathLike[str], state: RunState) -> None:
     rows = [
         [math.nan if value is None else value for value in vars(result).values()] for result in state.history.epochs
     ]
-    tensors = {"order": state.order, "history": torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names))}
+    tensors = {
+        "order": state.order,
+        "history": torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(-1, len(names)),
+    }
     for part in ("model", "engine", "best"):
         tensors |= {f"{part}.{name}": tensor for name, tensor in (getattr(state, part) or {}).items()}
     rest = {name: getattr(state, name) for name in _TEXTS} | {"settings": _plain(state.settings)}

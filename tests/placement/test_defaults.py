@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from fastmlp.train import fit
 from fastmlp.train.initial import initialize_
 from tests.placement.test_step import OPTIMIZERS, PRECISIONS, ROWS, SIZES, batch, every_call
 from tests.placement.test_tape import loss_and_backward
+from tests.test_layout import sources
 
 pytestmark = pytest.mark.placement
 
@@ -144,3 +146,51 @@ def test_initial_weights_and_online_training_on_a_cpu(machine, setting):
         actual = trained()
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("setting", DEFAULTS.values(), ids=DEFAULTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_ensemble_on_a_cpu(machine, dtype, setting):
+    """The parameters are the same, bit for bit."""
+
+    def trained() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        ensemble = fastmlp.MLPEnsemble(SIZES, 3, device="cpu", dtype=dtype)
+        step = TrainStep(ensemble, lr=[0.1, 0.2, 0.3], optimizer="adamw")
+        g = torch.Generator("cpu").manual_seed(1)
+        x = torch.rand(2 * ROWS, SIZES[0], generator=g, device="cpu", dtype=torch.float32).to(dtype)
+        y = torch.randint(0, SIZES[-1], (2 * ROWS,), generator=g, device="cpu")
+        step(x, y)
+        step.active = [True, False, True]
+        step.epoch(x, y, ROWS)
+        step.gradients(x, y)
+        step.update()
+        step.load_state_dict(step.state_dict())
+        step(x, y)
+        return [p.detach() for p in ensemble.parameters()]
+
+    expected = trained()
+    with defaults(*setting):
+        actual = trained()
+    for a, b in zip(actual, expected, strict=True):
+        assert a.device.type == "cpu"
+        assert torch.equal(a, b)
+
+
+#: The functions of torch that make a tensor on the default device, if no other is named.
+FACTORIES = {"tensor", "as_tensor", "asarray", "scalar_tensor", "zeros", "ones", "empty", "full", "arange", "linspace"}
+FACTORIES |= {"eye", "rand", "randn", "randint", "randperm"}
+
+
+def test_every_new_tensor_names_its_device():
+    """The recipes are scripts with a device of their own: the default."""
+    found = []
+    for name, source in sources().items():
+        for node in ast.walk(ast.parse(source)):
+            if name.startswith("recipes/") or not isinstance(node, ast.Call):
+                continue
+            function = ast.unparse(node.func)
+            named = any(keyword.arg in ("device", None) for keyword in node.keywords)
+            if function.startswith("torch.") and function[6:] in FACTORIES and not named:
+                found.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
+    assert found == []

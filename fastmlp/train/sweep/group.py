@@ -118,7 +118,7 @@ class _Rows:
     def __init__(self, members: Sequence[Member], data: Data, loss: str) -> None:
         divisions = list(dict.fromkeys(member.division for member in members))
         self.seeds = [seed for seed, _ in divisions]
-        self.of = torch.tensor([divisions.index(member.division) for member in members])
+        self.of = torch.tensor([divisions.index(member.division) for member in members], device="cpu")
         divided = [data.divided(*division) for division in divisions]
         self.rows, held = (torch.stack([rows[part] for rows in divided]) for part in (0, 1))
         if data.prepare is None:
@@ -129,7 +129,7 @@ class _Rows:
         inputs = [data.prepare(data.x[rows]) for rows in kept]
         self.x, x = (torch.cat([f(data.x[rows]) for f, rows in zip(inputs, part, strict=True)]) for part in (kept, out))
         self.y, y = (torch.cat([data.y[rows] for rows in part]) for part in (kept, out))
-        self.rows, held = (torch.arange(part.numel()).view(part.shape) for part in (self.rows, held))
+        self.rows, held = (torch.arange(part.numel(), device="cpu").view(part.shape) for part in (self.rows, held))
         self.held = Held.made(x, y, held, self.of, loss)
 
     def first(self, division: int, count: int) -> tuple[Tensor, Tensor]:
@@ -159,8 +159,8 @@ def train_group(
     generators = [torch.Generator().manual_seed(seed) for seed in rows.seeds]
     results = [Result() for _ in members]
     best = {name: parameter.detach().clone() for name, parameter in ensemble.named_parameters()}
-    least = torch.full((len(members),), float("inf"), dtype=torch.float64)
-    active = torch.ones(len(members), dtype=torch.bool)
+    least = torch.full((len(members),), float("inf"), dtype=torch.float64, device="cpu")
+    active = torch.ones(len(members), dtype=torch.bool, device="cpu")
 
     def stop(bad: Tensor, epoch: int) -> None:
         """Of the active members, those that are ``bad`` have diverged."""
@@ -174,7 +174,7 @@ def train_group(
     for epoch in range(1, training.epochs + 1):
         permutations = [torch.randperm(n, generator=generator, device="cpu") for generator in generators]
         orders = rows.rows.gather(1, torch.stack(permutations))
-        sums = torch.zeros(len(members), dtype=torch.float64)
+        sums = torch.zeros(len(members), dtype=torch.float64, device="cpu")
         start = time.perf_counter()
         for first in range(0, steps, CHECK_EVERY):
             last = min(first + CHECK_EVERY, steps)
@@ -221,7 +221,7 @@ def _started(
     empty = MLPEnsemble(first.sizes, len(members), first.activation, device="meta", dtype=training.dtype)
     ensemble: MLPEnsemble = empty.to_empty(device=device)
     model = MLP(first.sizes, first.activation, device=device, dtype=training.dtype)
-    highest = torch.zeros(len(members), dtype=torch.float64)
+    highest = torch.zeros(len(members), dtype=torch.float64, device="cpu")
     own = dict(model.named_parameters())
     for division, seed in enumerate(rows.seeds):
         numbers = (rows.of == division).nonzero().flatten()
@@ -294,7 +294,7 @@ def evaluate_members(ensemble: MLPEnsemble, held: Held, loss: str, members: Tens
         else:
             right += (outputs.argmax(2) == targets).sum(1)
     reference = held.reference[of]
-    losses, metrics = torch.full((2, len(members)), float("nan"), dtype=torch.float64).unbind()
+    losses, metrics = torch.full((2, len(members)), float("nan"), dtype=torch.float64, device="cpu").unbind()
     losses[numbers] = (total / (held.rows.shape[1] * held.y[0].numel())).cpu()
     metrics[numbers] = (1 - residual / reference if metric_of(loss) == "r2" else right / reference).cpu()
     return losses, metrics
