@@ -7,7 +7,7 @@ from .cache import about_choices
 from .choose import adopt_choices, get_cpu_gemm, named_choices, set_cpu_gemm
 from .ensembles import MEMBER_WAYS, member_way
 from .few_rows import Products, layer_products, sample_blocks
-from .native import LayerParts, NativeNetwork
+from .native import LayerParts, NativeNetwork, unit_names
 from .native import Parameter as NativeParameter
 from .native import Units as NativeUnits
 from .native import layout as native_layout
@@ -41,5 +41,6 @@ __all__ = [
     "product_dtype",
     "sample_blocks",
     "set_cpu_gemm",
+    "unit_names",
     "wgrad",
 ]

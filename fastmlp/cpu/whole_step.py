@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +35,16 @@ _LONG = 1 << 25
 _NATIVE_ROWS = 128
 
 Step = Callable[..., None]
-#: The machine code, and what plans the step that does what the machine code does not have -> the step.
-NativePlan = Callable[[native.Units, Callable[[], Step]], Step]
+
+
+class NativePlan(NamedTuple):
+    """A step by machine code."""
+
+    needs: Sequence[str]  #: units of machine code
+    #: The units, and what plans the step that does what the machine code does not have -> the step.
+    step: Callable[[native.Units, Callable[[], Step]], Step]
+
+
 #: A number of rows -> what plans their step on a network of scratch data, and the arguments of that step.
 Scratch = Callable[[int], tuple[Callable[[], Step], NativePlan | None, tuple[Tensor, ...]]]
 
@@ -69,7 +78,7 @@ def plan_step(
     units: native.Units | None = None
     products = [m * weight.numel() for weight in weights]
     if by_native is not None and native_rows(m) and (sum(products) < _LONG or choose.get_cpu_gemm() == "native"):
-        units = native.units(dtype, ())
+        units = native.units(dtype, by_native.needs)
     if by_native is None or units is None:
         if by_native is not None and choose.get_cpu_gemm() == "native":
             raise RuntimeError(f"{native.missing(dtype)}, or use set_cpu_gemm('auto')")
@@ -81,7 +90,7 @@ def plan_step(
         way = _step_way(f"{kind} or native", m, weights, dtype, scratch, units)
         if way != "native":
             return _in_way(way, plan)
-    return by_native(units, partial(plan_step, kind, m, weights, dtype, plan, scratch))
+    return by_native.step(units, partial(plan_step, kind, m, weights, dtype, plan, scratch))
 
 
 def _step_way(
@@ -103,7 +112,7 @@ def _step_way(
         plan, by_native, batch = scratch(rows)
         steps: dict[Choice, Callable[[], object]] = {way: partial(_in_way(way, plan), *batch) for way in ways}
         if units is not None and by_native is not None:
-            steps["native"] = partial(by_native(units, plan), *batch)
+            steps["native"] = partial(by_native.step(units, plan), *batch)
         return steps
 
     k, n = weights[0].shape[1], weights[-1].shape[0]

@@ -8,6 +8,7 @@ share the parameters and all state, so they may take turns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,15 @@ def has_native(net: Network) -> bool:
     )
 
 
+def native_plan(net: Network, m: int) -> cpu.NativePlan | None:
+    """What plans steps of ``m`` rows by machine code; None where the machine code lacks what the network needs."""
+    if not has_native(net):
+        return None
+    activations, clips = [layer.activation for layer in net.layers], net.rule.max_grad_norm is not None
+    names = cpu.unit_names(activations, net.loss, net.rule.name, clips=clips, averages=net.averages)
+    return cpu.NativePlan(names, partial(NativeStep, net, m))
+
+
 class NativeStep:
     """Steps of up to ``m`` rows; called as ``TorchStep.step`` is.
 
@@ -47,7 +57,8 @@ class NativeStep:
     """
 
     def __init__(self, net: Network, m: int, units: cpu.NativeUnits, plan: Callable[[], Callable[..., None]]) -> None:
-        self._net, self._plan, self._today = net, plan, None
+        self._net, self._plan = net, plan
+        self._operators: Callable[..., None] | None = None
         optimizer = net.optimizer
         clips = net.rule.max_grad_norm is not None
         self._gradients = [torch.zeros_like(t) for t in optimizer.params] if clips else []
@@ -95,7 +106,7 @@ class NativeStep:
         hyper[layout.DELTA] = net.options.delta
         hyper[layout.MAX_NORM] = 0.0 if rule.max_grad_norm is None else rule.max_grad_norm
         hyper[layout.SIGN] = -1.0 if rule.maximize else 1.0
-        hyper[layout.NUMBERS : layout.NUMBERS + len(numbers)] = numbers
+        hyper[layout.NUMBERS : layout.NUMBERS + len(numbers)] = list(numbers)
         hyper[layout.EMA] = 0.0 if rule.ema_decay is None else 1 - rule.ema_decay
         hyper[layout.EMA_WARMS] = float(rule.ema_warmup)
         for place, of_group in self._rates:
@@ -118,17 +129,17 @@ class NativeStep:
             native, one = self._native, out if out.dtype == self._net.dtype else None
             if one is not None and (native.step(x, y, out) if rows is None else self._at(x, y, out, rows)):
                 return
-        self.today(x, y, out, rows, weight, **kwargs)
+        self.by_operators(x, y, out, rows, weight, **kwargs)
 
     def _at(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor) -> bool:
         return self._native.steps(x, y, rows.contiguous(), rows.shape[0], None, out)
 
     @property
-    def today(self) -> Callable[..., None]:
+    def by_operators(self) -> Callable[..., None]:
         """The step on torch's operators."""
-        if self._today is None:
-            self._today = self._plan()
-        return self._today
+        if self._operators is None:
+            self._operators = self._plan()
+        return self._operators
 
     def epoch(self, x: Tensor, y: Tensor, batch: int, order: Tensor, rates: Tensor, losses: Tensor) -> bool:
         """``TorchStep.epoch``; False where the machine code does not have it, and nothing has changed then."""

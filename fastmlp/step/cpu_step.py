@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import cpu
 from ..nn import Linear
 from ..online import online_epoch
-from .cpu_native import NativeStep, has_native
+from .cpu_native import NativeStep, has_native, native_plan
 from .cpu_plan import Layer, Network, Plan
 from .groups import Groups
 from .loss_options import PLAIN, LossOptions
@@ -65,21 +65,15 @@ class TorchStep:
                 del self._plans[next(iter(self._plans))]
             net = self.network
             weights = [layer.weight for layer in net.layers]
-            plan, native = self._planners(net, m)
+            plan, native = partial(_plan, net, m), native_plan(net, m)
             planned = cpu.plan_step(net.kind(), m, weights, net.dtype, plan, self._scratch, native)
             self._plans[m] = planned
         return planned
 
-    @staticmethod
-    def _planners(net: Network, m: int) -> tuple[Callable[[], Callable[..., None]], cpu.NativePlan | None]:
-        """What plans steps on torch's operators, and on machine code if it has what the network needs."""
-        plan = partial(_plan, net, m)
-        return plan, partial(NativeStep, net, m) if has_native(net) else None
-
     def _scratch(self, m: int) -> tuple[Callable[[], Callable[..., None]], cpu.NativePlan | None, tuple[Tensor, ...]]:
         """What plans steps on a network to measure with, and a batch for them."""
         net = self.network.scratch()
-        return *self._planners(net, m), net.batch(m)
+        return partial(_plan, net, m), native_plan(net, m), net.batch(m)
 
     def gradients(
         self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False, weight: Tensor | None = None

@@ -1,11 +1,31 @@
-"""What describes a network to the compiled step: the places of its numbers in two arrays.
+"""What describes a network and a call to the compiled step: the places of numbers in three arrays.
 
-``net`` is int64: a header, then a record per layer. It has sizes, codes, and the addresses of parameters, optimizer
-states and buffers. ``hyper`` is float64: numbers of the loss and the rule, then ``lr`` and ``weight_decay`` per group.
-The compiled code and the code that fills the arrays both read this file.
+``call`` is int64: where the other two are, and what to train on. ``net`` is int64 too: a header, then a record per
+layer, with sizes, and addresses of units, parameters, optimizer states and buffers. ``hyper`` is float64: numbers of
+the loss and the rule, then ``lr`` and ``weight_decay`` per group. The compiled code and the code that fills the arrays
+both read this file.
 """
 
 from __future__ import annotations
+
+# ``call``.
+STATUS = 0  #: written: 0, or 1 where a class number is out of range, and nothing has changed
+INPUTS = 1  #: address of X
+TARGETS = 2
+LOSSES = 3  #: where the loss of each step goes
+ORDER = 4  #: address of the numbers of the rows, int64; 0: rows in order
+RATES = 5  #: address of the learning rates of each step and group, float64; 0: those in ``hyper``
+ROWS = 6
+BATCH = 7  #: rows of a step
+HOW = 8  #: how the inputs come
+X_ROW = 9  #: strides in elements
+X_COLUMN = 10
+Y_ROW = 11
+Y_COLUMN = 12
+NET = 13  #: addresses of the other arrays
+HYPER = 14
+COUNT = 15  #: address of the number of updates, float32
+CALL = 16
 
 # The header of ``net``.
 LAYERS = 0
@@ -21,13 +41,15 @@ DA_NEXT = 9
 DW = 10  #: the gradient of a block of rows of a weight
 DB = 11  #: [largest N]
 COUNTS = 12  #: whether the number of updates counts
-CLIPS = 13  #: whether the norm of all gradients is needed before the update
-AVERAGES = 14  #: whether there is a moving average of the parameters
+CLIPS = 13  #: address of ``whole.clipped``, where gradients are clipped; else 0
+AVERAGES = 14  #: address of ``whole.averaged``, where there is a moving average; else 0
 PLAIN = 15  #: whether the update is W -= lr dW and nothing else
 CLASSES = 16  #: whether the targets are class numbers
 FORWARD = 17  #: addresses of the units of ``products``
 PRODUCTS = 18
-HEADER = 19
+GATHER = 19  #: of ``whole``
+BACKWARD = 20
+HEADER = 21
 
 # A layer's record.
 N = 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -36,8 +37,14 @@ _ARGUMENTS = {
     "rules": "V V V V V i d d d d D",
     "products.product": "V i i V i i V i i i v i",
     "products.forward": "i V V V i V i i i V V",
-    "whole": "I D F V B i i i I V i i I i i i D i V",
+    "whole.gathered": "V V B i i i I i i i",
+    "whole.backward": "I D V i d",
+    "whole.clipped": "I D V d",
+    "whole.averaged": "I D V d",
+    "whole.run": "I V",
 }
+#: The units of every step.
+_ALWAYS = "whole.run", "whole.backward", "whole.gathered", "products.forward", "products.product"
 #: Why there is no machine code, by dtype, where it could not be made.
 _broken: dict[torch.dtype, str] = {}
 #: The machine code lives as long as these.
@@ -55,16 +62,14 @@ class Units:
     """The addresses of units for tensors of one dtype.
 
     Attributes:
-        run: ``whole.run``: (where the result goes, where an error would go, *arguments) -> status, all of them
-            addresses or numbers.
+        run: ``whole.run``, a function of addresses: where its result and an error would go, and its two arguments.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._addresses: dict[str, int] = {}
-        self.load(("whole.run", "products.forward", "products.product"))
-        arguments = len(_ARGUMENTS["whole"].split())
-        self.run = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * (2 + arguments))(self["whole.run"])
+        self.load(_ALWAYS)
+        self.run = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 4)(self["whole.run"])
 
     def load(self, names: Iterable[str]) -> None:
         """Have the units of these names, which are FILE.FUNCTION."""
@@ -180,6 +185,12 @@ def _compiled(unit: str, dtype: torch.dtype) -> tuple[str, bytes]:
     of |= {"i": types.int64, "d": types.float64, "v": own}
     arguments = tuple(of[letter] for letter in (_ARGUMENTS.get(unit) or _ARGUMENTS[file]).split())
     source = getattr(importlib.import_module(f".{file}", __package__), function)
-    dispatcher = njit(arguments, **OPTIONS)(source)
+    collects = gc.isenabled()
+    gc.disable()  # numba makes many objects and keeps them: a third of the time would go into looking for garbage
+    try:
+        dispatcher = njit(arguments, **OPTIONS)(source)
+    finally:
+        if collects:
+            gc.enable()
     (result,) = dispatcher.overloads.values()
     return result.fndesc.llvm_func_name, result.library._get_compiled_object()

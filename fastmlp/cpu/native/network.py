@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from . import layout
 from .machine_code import Units
 
+_INPUTS, _TARGETS, _LOSSES = layout.INPUTS, layout.TARGETS, layout.LOSSES
+_ORDER, _RATES, _ROWS, _BATCH = layout.ORDER, layout.RATES, layout.ROWS, layout.BATCH
 #: Bytes of a block of rows of a weight, which stays in the first cache from its part of dX to its update.
 _BLOCK_BYTES = 16_384
 #: More than a vector has elements.
@@ -42,19 +44,24 @@ class LayerParts(NamedTuple):
     activation: str
     saves_z: bool
 
-    @property
-    def units(self) -> tuple[str, ...]:
-        """The units of f and f'."""
-        if self.activation == "identity":
-            return ()
-        return f"activations.{self.activation}", f"activations.{self.activation}_grad"
+
+def _functions(activation: str) -> list[str]:
+    """The units of f and f'."""
+    return [f"activations.{activation}{end}" for end in ("", "_grad") if activation != "identity"]
+
+
+def unit_names(activations: Iterable[str], loss: str, rule: str, *, clips: bool, averages: bool) -> list[str]:
+    """The units that a network needs beside those of every step."""
+    names = [f"losses.{loss}", f"rules.{rule}"]
+    names += ["whole.clipped"] * clips + ["whole.averaged"] * averages
+    return names + [name for activation in dict.fromkeys(activations) for name in _functions(activation)]
 
 
 class NativeNetwork:
     """A network with buffers for batches of up to ``m`` rows.
 
     Args:
-        units: the machine code; what it lacks for this network is loaded or compiled.
+        units: the machine code, with the ``unit_names`` of the network.
         loss, rule: their names.
         lowest: the first layer with something to train.
         groups: number of param groups.
@@ -88,39 +95,52 @@ class NativeNetwork:
         padded = m + _PADDING
         blocks = [max(8, _BLOCK_BYTES // (k * like.element_size()) // 8 * 8) for _, k in sizes]
         largest = max(min(n, block) * k for (n, k), block in zip(sizes, blocks, strict=True))
-        self._entry, self._m, self._layers, self._count, self._like = units.run, m, layers, count, like
+        self._run, self._m, self._layers, self._count, self._like = units.run, m, layers, count, like
         self._dtype, self._features, self._classes = like.dtype, sizes[0][1], classes
         of_da = m * max(most_n, most_k)
         #: In the order of ``layout.X`` to ``layout.DB``.
         scratch = m * sizes[0][1], most_k * padded, most_n * padded, of_da, of_da, largest, most_n
         self._buffers = [like.new_zeros(size) for size in scratch]
         head = [0] * layout.HEADER
-        loss, rule = f"losses.{loss}", f"rules.{rule}"
-        units.load((loss, rule, *(name for layer in layers for name in layer.units)))
-        head[: layout.GROUPS + 1] = [len(layers), units[loss], units[rule], lowest, groups]
+        head[: layout.GROUPS + 1] = [len(layers), units[f"losses.{loss}"], units[f"rules.{rule}"], lowest, groups]
         head[layout.FORWARD], head[layout.PRODUCTS] = units["products.forward"], units["products.product"]
         head[layout.X : layout.DB + 1] = map(_address, self._buffers)
-        head[layout.COUNTS], head[layout.CLIPS], head[layout.AVERAGES] = int(counts), int(clips), int(averages)
-        head[layout.CLASSES] = int(classes)
+        head[layout.GATHER], head[layout.BACKWARD] = units["whole.gathered"], units["whole.backward"]
+        head[layout.CLIPS] = units["whole.clipped"] if clips else 0
+        head[layout.AVERAGES] = units["whole.averaged"] if averages else 0
+        head[layout.COUNTS], head[layout.CLASSES] = int(counts), int(classes)
         numbers = head
         for layer, (n, k), block in zip(layers, sizes, blocks, strict=True):
             a = like.new_zeros(m * n)
             z = like.new_zeros(m * n) if layer.saves_z else a
             self._buffers += [a, z]
-            functions = [units[name] for name in layer.units] or [0, 0]
+            functions = [units[name] for name in _functions(layer.activation)] or [0, 0]
             record = [n, k, *functions, block, _address(a), _address(z)]
             numbers += record + layer.weight.record() + layer.bias.record()
         self.net = (ctypes.c_int64 * len(numbers))(*numbers)
         self.hyper = (ctypes.c_double * (layout.OF_GROUPS + 2 * groups))()
-        self._result, self._error = ctypes.c_int64(), ctypes.c_void_p()
-        self._places = [ctypes.addressof(place) for place in (self._result, self._error, self.net, self.hyper)] + [
-            count.data_ptr()
+        self._call = (ctypes.c_int64 * layout.CALL)()
+        self._call[layout.NET : layout.COUNT + 1] = [
+            ctypes.addressof(self.net),
+            ctypes.addressof(self.hyper),
+            count.data_ptr(),
         ]
+        self._nothing = ctypes.c_int64()
+        nothing = ctypes.addressof(self._nothing)
+        self._arguments = nothing, nothing, ctypes.addressof(self._call), nothing
+        self._is_plain = False
 
     def step(self, x: Tensor, y: Tensor, losses: Tensor) -> bool:
         """One step on X [m, K], Y [m] or [m, N]; writes the loss. False where a class number is out of range."""
-        m = x.shape[0]
-        return self._run(x, y, 0, 0, m, m, 0, 0, losses)
+        call = self._call
+        if not (self._is_plain and x.dtype is self._dtype and x.is_contiguous() and y.is_contiguous()):
+            self._say_how(x, y)
+            call[_ORDER] = call[_RATES] = 0
+            call[_ROWS] = call[_BATCH] = self._m
+            self._is_plain = call[layout.HOW] == layout.READY and y.is_contiguous()
+        call[_INPUTS], call[_TARGETS], call[_LOSSES] = x.data_ptr(), y.data_ptr(), losses.data_ptr()
+        self._run(*self._arguments)
+        return not call[0]
 
     def steps(self, x: Tensor, y: Tensor, order: Tensor, batch: int, rates: Tensor | None, losses: Tensor) -> bool:
         """Steps on the rows ``order`` of X and Y, ``batch`` <= m at a time.
@@ -128,27 +148,22 @@ class NativeNetwork:
         ``rates`` are float64 [steps, groups], or None for the rates that are in ``hyper``.
         """
         assert batch <= self._m
-        address, rated = (0, 0) if rates is None else (rates.data_ptr(), 1)
-        return self._run(x, y, order.data_ptr(), 1, order.shape[0], batch, address, rated, losses)
+        call, self._is_plain = self._call, False
+        self._say_how(x, y)
+        call[_INPUTS], call[_TARGETS], call[_LOSSES] = x.data_ptr(), y.data_ptr(), losses.data_ptr()
+        call[_ORDER], call[_RATES] = order.data_ptr(), _address(rates)
+        call[_ROWS], call[_BATCH] = order.shape[0], batch
+        self._run(*self._arguments)
+        return not call[layout.STATUS]
 
-    def _run(
-        self, x: Tensor, y: Tensor, order: int, ordered: int, n: int, batch: int, rates: int, rated: int, losses: Tensor
-    ) -> bool:
-        x_row, x_column = x.stride()
-        values, pixels = x.data_ptr(), 0
-        if x.dtype != self._dtype:
-            values, pixels, how = 0, values, layout.PIXELS
-        elif x_column == 1 and x_row == self._features:
-            how = layout.READY
-        else:
-            how = layout.VALUES
-        if self._classes:
-            targets = y.data_ptr(), 0, y.stride(0), 1
-        else:
-            targets = 0, y.data_ptr(), *y.stride()
-        where = values, pixels, how, x_row, x_column, *targets
-        self._entry(*self._places, *where, order, ordered, n, batch, rates, rated, losses.data_ptr())
-        return self._result.value == 0
+    def _say_how(self, x: Tensor, y: Tensor) -> None:
+        """Write the dtype of the inputs and all strides."""
+        call, (x_row, x_column) = self._call, x.stride()
+        how = layout.VALUES if x.dtype == self._dtype else layout.PIXELS
+        if how == layout.VALUES and x.is_contiguous():
+            how, x_row, x_column = layout.READY, self._features, 1
+        y_row, y_column = (y.stride(0), 1) if self._classes else y.stride()
+        call[layout.HOW : layout.Y_COLUMN + 1] = [how, x_row, x_column, y_row, y_column]
 
 
 def _address(tensor: Tensor | None) -> int:

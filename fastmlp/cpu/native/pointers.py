@@ -48,6 +48,22 @@ def pointer(typingctx: Any, address: Any, like: Any) -> Any:
     return like(types.int64, like), generate
 
 
+def _pointer_to(kind: Any) -> Any:
+    """A function that makes an address a pointer to numbers of that kind."""
+
+    @intrinsic
+    def pointer_to(typingctx: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return pointer_to
+
+
+int64_at, float64_at, float32_at, uint8_at = map(_pointer_to, (types.int64, types.float64, types.float32, types.uint8))
+
+
 @intrinsic
 def moved(typingctx: Any, start: Any, elements: Any) -> Any:
     """The pointer so many elements further on."""

@@ -13,10 +13,13 @@ from .layout import (
     ACTIVATE,
     AVERAGE,
     AVERAGES,
+    BACKWARD,
+    BATCH,
     BIAS,
     BLOCK,
     CLASSES,
     CLIPS,
+    COUNT,
     COUNTS,
     DA,
     DA_NEXT,
@@ -27,47 +30,59 @@ from .layout import (
     EMA,
     EMA_WARMS,
     FORWARD,
+    GATHER,
     GRADIENT,
     GROUP,
     GROUPS,
     HEADER,
+    HOW,
+    HYPER,
+    INPUTS,
     LAYERS,
     LOSS,
+    LOSSES,
     LOWEST,
     MAX_NORM,
+    NET,
     NUMBERS,
     OF_GROUPS,
+    ORDER,
     PARAMETER,
     PIXELS,
     PLAIN,
     PRODUCT,
     PRODUCTS,
+    RATES,
     READY,
     RECORD,
+    ROWS,
     RULE,
     SIGN,
     STATES,
+    STATUS,
+    TARGETS,
     TRAINED,
     TRANSPOSED,
     WEIGHT,
+    X_COLUMN,
+    X_ROW,
+    Y_COLUMN,
+    Y_ROW,
     A,
     K,
     N,
     X,
     Z,
 )
-from .pointers import call, inlined, moved, number, part, pointer
+from .pointers import call, float32_at, float64_at, int64_at, moved, number, part, pointer, uint8_at
 from .tiles import dots_1
 
 
-@part
 def gathered(
-    net: Any, x: Any, pixels: Any, how: int, row: int, column: int, order: Any, ordered: int, m: int, k: int
-) -> Any:
-    """X [m, k] with contiguous rows: ``x`` itself, or a copy of the ordered rows, pixels scaled."""
-    if how == READY and ordered == 0:
-        return x
-    into, scale = pointer(net[X], x), number(1.0 / 255.0, x)
+    into: Any, x: Any, pixels: Any, how: int, row: int, column: int, order: Any, ordered: int, m: int, k: int
+) -> None:
+    """Copy the ordered rows of x or pixels to ``into`` [m, k], pixels scaled."""
+    scale = number(1.0 / 255.0, x)
     for i in range(m):
         start = (order[i] if ordered else i) * row
         to = moved(into, i * k)
@@ -87,7 +102,6 @@ def gathered(
             else:
                 for j in range(k):
                     to[j] = of_x[j * column]
-    return into
 
 
 @part
@@ -103,7 +117,6 @@ def update(net: Any, hyper: Any, of: Any, g: Any, first: int, count: int, scale:
     call(net[RULE], (w, g, one, two, three, count, scale * hyper[SIGN], hyper[group], hyper[group + 1], t, numbers))
 
 
-@part
 def clipped(net: Any, hyper: Any, zero: Any, t: float) -> None:
     """The update of all parameters by gradients whose common norm is at most ``MAX_NORM``."""
     squares, partial = 0.0, pointer(net[DB], zero)
@@ -123,7 +136,6 @@ def clipped(net: Any, hyper: Any, zero: Any, t: float) -> None:
             update(net, hyper, of, pointer(of[GRADIENT], zero), 0, layer[N] * (1 if i % 2 else layer[K]), scale, t)
 
 
-@part
 def averaged(net: Any, hyper: Any, zero: Any, t: float) -> None:
     """Move the averages towards the parameters."""
     weight = hyper[EMA]
@@ -139,7 +151,6 @@ def averaged(net: Any, hyper: Any, zero: Any, t: float) -> None:
                 average[j] = average[j] + share * (w[j] - average[j])
 
 
-@inlined
 def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
     """From dA of the last layer down to the lowest trained one; updates the parameters unless gradients are clipped."""
     da, below = pointer(net[DA], x), pointer(net[DA_NEXT], x)
@@ -188,118 +199,58 @@ def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
         da, below = below, da
         i -= 1
     if clips:
-        clipped(net, hyper, x, t)
+        call(clips, (net, hyper, x, t))
     if net[AVERAGES]:
-        averaged(net, hyper, x, t)
+        call(net[AVERAGES], (net, hyper, x, t))
 
 
-@inlined
-def one_step(
-    net: Any,
-    hyper: Any,
-    count: Any,
-    x: Any,
-    pixels: Any,
-    how: int,
-    x_row: int,
-    x_column: int,
-    classes: Any,
-    values: Any,
-    y_row: int,
-    y_column: int,
-    order: Any,
-    ordered: int,
-    m: int,
-) -> float:
-    """One training step of m rows; returns the loss."""
-    layers = net[LAYERS]
-    inputs = gathered(net, x, pixels, how, x_row, x_column, order, ordered, m, net[HEADER + K])
-    a = inputs
-    x_t, z_t = pointer(net[TRANSPOSED], x), pointer(net[PRODUCT], x)
-    for i in range(layers):
-        layer = moved(net, HEADER + i * RECORD)
-        n, k = layer[N], layer[K]
-        z, w, bias = pointer(layer[Z], x), pointer(layer[WEIGHT + PARAMETER], x), layer[BIAS + PARAMETER]
-        call(net[FORWARD], (net[PRODUCTS], a, w, pointer(bias, x), bias, z, m, n, k, x_t, z_t))
-        a = pointer(layer[A], x)
-        if layer[ACTIVATE]:
-            call(layer[ACTIVATE], (z, a, m * n))
-    c, da = net[HEADER + (layers - 1) * RECORD + N], pointer(net[DA], x)
-    loss = call(net[LOSS], (a, classes, values, y_row, y_column, order, ordered, m, c, da, hyper[DELTA]))
-    t = 0.0
-    if net[COUNTS]:
-        count[0] += 1
-        t = float(count[0])
-    backward(net, hyper, inputs, m, t)
-    return loss
-
-
-def run(
-    net: Any,
-    hyper: Any,
-    count: Any,
-    x: Any,
-    pixels: Any,
-    how: int,
-    x_row: int,
-    x_column: int,
-    classes: Any,
-    values: Any,
-    y_row: int,
-    y_column: int,
-    order: Any,
-    ordered: int,
-    n: int,
-    batch: int,
-    rates: Any,
-    rated: int,
-    losses: Any,
-) -> int:
-    """Steps over n rows, ``batch`` at a time; writes the loss of each.
-
-    Args:
-        count: the number of updates, float32.
-        x, pixels: the inputs, of which ``how`` says what they are, with their strides in elements.
-        classes, values: the targets, one or the other, with their strides.
-        order: the numbers of the rows, where ``ordered``.
-        rates: the learning rates of each step and group, where ``rated``.
-
-    Returns:
-        0, or 1 where a class number is out of range; nothing has changed then.
-    """
+def run(call_: Any, like: Any) -> None:
+    """Steps over ``ROWS`` rows, ``BATCH`` at a time; ``like`` is any pointer to values."""
+    net, hyper, count = int64_at(call_[NET]), float64_at(call_[HYPER]), float32_at(call_[COUNT])
+    x, pixels, rates = pointer(call_[INPUTS], like), uint8_at(call_[INPUTS]), float64_at(call_[RATES])
+    classes, values, losses = int64_at(call_[TARGETS]), pointer(call_[TARGETS], like), pointer(call_[LOSSES], like)
+    order, ordered, rated = int64_at(call_[ORDER]), call_[ORDER], call_[RATES]
+    how, x_row, x_column, y_row, y_column = call_[HOW], call_[X_ROW], call_[X_COLUMN], call_[Y_ROW], call_[Y_COLUMN]
+    n, layers, groups = call_[ROWS], net[LAYERS], net[GROUPS]
+    k, c = net[HEADER + K], net[HEADER + (layers - 1) * RECORD + N]
+    x_t, z_t, da = pointer(net[TRANSPOSED], like), pointer(net[PRODUCT], like), pointer(net[DA], like)
+    call_[STATUS] = 0
     if net[CLASSES]:
-        c = net[HEADER + (net[LAYERS] - 1) * RECORD + N]
         for i in range(n):
             label = classes[(order[i] if ordered else i) * y_row]
             if label < 0 or label >= c:
-                return 1
-    done, step, groups = 0, 0, net[GROUPS]
+                call_[STATUS] = 1
+                return
+    done, step = 0, 0
     while done < n:
-        m = min(batch, n - done)
+        m = min(call_[BATCH], n - done)
         if rated:
             for group in range(groups):
                 hyper[OF_GROUPS + 2 * group] = rates[step * groups + group]
-        of_x, of_pixels, of_classes, of_values = x, pixels, classes, values
-        if not ordered:
-            of_x, of_pixels = moved(x, done * x_row), moved(pixels, done * x_row)
-            of_classes, of_values = moved(classes, done * y_row), moved(values, done * y_row)
-        losses[step] = one_step(
-            net,
-            hyper,
-            count,
-            of_x,
-            of_pixels,
-            how,
-            x_row,
-            x_column,
-            of_classes,
-            of_values,
-            y_row,
-            y_column,
-            moved(order, done),
-            ordered,
-            m,
-        )
+        inputs = x
+        if how != READY or ordered:
+            inputs = pointer(net[X], like)
+            call(net[GATHER], (inputs, x, pixels, how, x_row, x_column, order, ordered, m, k))
+        a = inputs
+        for i in range(layers):
+            layer = moved(net, HEADER + i * RECORD)
+            z, w, bias = pointer(layer[Z], like), pointer(layer[WEIGHT + PARAMETER], like), layer[BIAS + PARAMETER]
+            rows, columns = layer[N], layer[K]
+            call(net[FORWARD], (net[PRODUCTS], a, w, pointer(bias, like), bias, z, m, rows, columns, x_t, z_t))
+            a = pointer(layer[A], like)
+            if layer[ACTIVATE]:
+                call(layer[ACTIVATE], (z, a, m * rows))
+        numbers = (a, classes, values, y_row, y_column, order, ordered, m, c, da, hyper[DELTA])
+        losses[step] = call(net[LOSS], numbers)
+        t = 0.0
+        if net[COUNTS]:
+            count[0] += 1
+            t = float(count[0])
+        call(net[BACKWARD], (net, hyper, inputs, m, t))
+        if ordered:
+            order = moved(order, m)
+        else:
+            x, pixels = moved(x, m * x_row), moved(pixels, m * x_row)
+            classes, values = moved(classes, m * y_row), moved(values, m * y_row)
         done += m
         step += 1
-    return 0
