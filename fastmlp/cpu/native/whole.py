@@ -141,14 +141,15 @@ def averaged(net: Any, hyper: Any, zero: Any, t: float) -> None:
     weight = hyper[EMA]
     if hyper[EMA_WARMS] != 0.0 and 9.0 / (10.0 + t) > weight:
         weight = 9.0 / (10.0 + t)
-    share = number(weight, zero)
+    share, rest, more = number(weight, zero), number(1.0 - weight, zero), weight >= 0.5
     for i in range(2 * net[LAYERS]):
         layer = moved(net, HEADER + i // 2 * RECORD)
         of = moved(layer, BIAS if i % 2 else WEIGHT)
         if of[TRAINED]:
             average, w = pointer(of[AVERAGE], zero), pointer(of[PARAMETER], zero)
             for j in range(layer[N] * (1 if i % 2 else layer[K])):
-                average[j] = average[j] + share * (w[j] - average[j])
+                difference = w[j] - average[j]
+                average[j] = w[j] - rest * difference if more else average[j] + share * difference
 
 
 def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
