@@ -199,8 +199,13 @@ def steps_on_operators(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     """
     base = tmp_path_factory.getbasetemp()
     folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def installed() -> bool:
+        """No."""
+        return False
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "installed", lambda: False)
+        patch.setattr(native, "installed", installed)
         patch.setattr(machine_code, "cache_folder", lambda: folder / "machine-code")
         yield
 
