@@ -7,18 +7,19 @@ from .cache import about_choices
 from .choose import adopt_choices, get_cpu_gemm, named_choices, set_cpu_gemm
 from .ensembles import MEMBER_WAYS, member_way
 from .few_rows import Products, layer_products, sample_blocks
-from .native import LayerParts, NativeNetwork, unit_names
+from .native import LayerParts, NativeMembers, NativeNetwork, unit_names
 from .native import Parameter as NativeParameter
 from .native import Units as NativeUnits
 from .native import layout as native_layout
 from .processor import instruction_set, processor_name, product_dtype
 from .products import dgrad, linear, wgrad
 from .threads import at_once
-from .whole_step import NativePlan, native_rows, plan_step
+from .whole_step import NativePlan, native_rows, native_units, plan_step
 
 __all__ = [
     "MEMBER_WAYS",
     "LayerParts",
+    "NativeMembers",
     "NativeNetwork",
     "NativeParameter",
     "NativePlan",
@@ -36,6 +37,7 @@ __all__ = [
     "named_choices",
     "native_layout",
     "native_rows",
+    "native_units",
     "plan_step",
     "processor_name",
     "product_dtype",

@@ -54,6 +54,21 @@ def native_rows(m: int) -> bool:
     return native.installed() and (choose.get_cpu_gemm() == "native" or (m <= _NATIVE_ROWS and choose.measures()))
 
 
+def native_units(m: int, multiplications: int, dtype: torch.dtype, needs: Sequence[str]) -> native.Units | None:
+    """The machine code, if steps of ``m`` rows and so many multiplications may be machine code.
+
+    Raises:
+        RuntimeError: the machine code was asked for, and could not be compiled.
+    """
+    asked = choose.get_cpu_gemm() == "native"
+    if not native_rows(m) or (multiplications >= _LONG and not asked):
+        return None
+    units = native.units(dtype, needs)
+    if asked and units is None:
+        raise RuntimeError(f"{native.missing(dtype)}, or use set_cpu_gemm('auto')")
+    return units
+
+
 def plan_step(
     kind: str,
     m: int,
@@ -75,13 +90,10 @@ def plan_step(
     Raises:
         RuntimeError: the machine code was asked for, and could not be compiled.
     """
-    units: native.Units | None = None
-    products = [m * weight.numel() for weight in weights]
-    if by_native is not None and native_rows(m) and (sum(products) < _LONG or choose.get_cpu_gemm() == "native"):
-        units = native.units(dtype, by_native.needs)
+    units = None
+    if by_native is not None:
+        units = native_units(m, m * sum(weight.numel() for weight in weights), dtype, by_native.needs)
     if by_native is None or units is None:
-        if by_native is not None and choose.get_cpu_gemm() == "native":
-            raise RuntimeError(f"{native.missing(dtype)}, or use set_cpu_gemm('auto')")
         way: Choice = "aten"
         if weights[0].device.type == "cpu":
             way = _step_way(kind, m, weights, dtype, scratch)

@@ -7,7 +7,7 @@ share the parameters and all state, so they may take turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from .. import cpu
 from ..base.losses import takes_classes
 from ..cpu import native_layout as layout
 from .cpu_plan import Layer, Network
+from .optimizers import Optimizer
 
 if TYPE_CHECKING:
     from ..cpu import NativeParameter
@@ -46,6 +47,22 @@ def native_plan(net: Network, m: int) -> cpu.NativePlan | None:
     activations, clips = [layer.activation for layer in net.layers], net.rule.max_grad_norm is not None
     names = cpu.unit_names(activations, net.loss, net.rule.name, clips=clips, averages=net.averages)
     return cpu.NativePlan(names, partial(NativeStep, net, m))
+
+
+def write_settings(
+    native: cpu.NativeNetwork, rule: Optimizer, of_groups: Sequence[Optimizer], delta: float, *, plain: bool
+) -> None:
+    """Write the settings for the machine code, except the learning rates."""
+    hyper, numbers = native.hyper, rule.numbers
+    hyper[layout.DELTA] = delta
+    hyper[layout.MAX_NORM] = 0.0 if rule.max_grad_norm is None else rule.max_grad_norm
+    hyper[layout.SIGN] = -1.0 if rule.maximize else 1.0
+    hyper[layout.NUMBERS : layout.NUMBERS + len(numbers)] = list(numbers)
+    hyper[layout.EMA] = 0.0 if rule.ema_decay is None else 1 - rule.ema_decay
+    hyper[layout.EMA_WARMS] = float(rule.ema_warmup)
+    for i, of_group in enumerate(of_groups):
+        hyper[layout.OF_GROUPS + 2 * i + 1] = of_group.weight_decay
+    native.net[layout.PLAIN] = int(plain)
 
 
 class NativeStep:
@@ -101,17 +118,8 @@ class NativeStep:
 
     def _take_settings(self) -> None:
         """Write the settings for the machine code."""
-        net, hyper, rule = self._net, self._hyper, self._net.rule
-        numbers = rule.numbers
-        hyper[layout.DELTA] = net.options.delta
-        hyper[layout.MAX_NORM] = 0.0 if rule.max_grad_norm is None else rule.max_grad_norm
-        hyper[layout.SIGN] = -1.0 if rule.maximize else 1.0
-        hyper[layout.NUMBERS : layout.NUMBERS + len(numbers)] = list(numbers)
-        hyper[layout.EMA] = 0.0 if rule.ema_decay is None else 1 - rule.ema_decay
-        hyper[layout.EMA_WARMS] = float(rule.ema_warmup)
-        for place, of_group in self._rates:
-            hyper[place + 1] = of_group.weight_decay
-        self._native.net[layout.PLAIN] = int(net.plain)
+        net = self._net
+        write_settings(self._native, net.rule, net.rules, net.options.delta, plain=net.plain)
         self._changes = net.changes
 
     def _write_rates(self) -> None:

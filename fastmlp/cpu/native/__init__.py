@@ -17,6 +17,17 @@ threads is. Another processor may have other instructions and so other roundings
 
 from . import layout
 from .machine_code import Units, installed, missing, units
-from .network import LayerParts, NativeNetwork, Parameter, unit_names
+from .network import LayerParts, NativeMembers, NativeNetwork, Parameter, unit_names
 
-__all__ = ["LayerParts", "NativeNetwork", "Parameter", "Units", "installed", "layout", "missing", "unit_names", "units"]
+__all__ = [
+    "LayerParts",
+    "NativeMembers",
+    "NativeNetwork",
+    "Parameter",
+    "Units",
+    "installed",
+    "layout",
+    "missing",
+    "unit_names",
+    "units",
+]

@@ -25,7 +25,8 @@ Y_COLUMN = 12
 NET = 13  #: addresses of the other arrays
 HYPER = 14
 COUNT = 15  #: address of the number of updates, float32
-CALL = 16
+MEMBER = 16  #: the number of the member in its ensemble
+CALL = 17
 
 # The header of ``net``.
 LAYERS = 0

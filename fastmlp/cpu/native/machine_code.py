@@ -42,6 +42,7 @@ _ARGUMENTS = {
     "whole.clipped": "I D V d",
     "whole.averaged": "I D V d",
     "whole.run": "I V",
+    "whole.members": "I i i i i i i i i",
 }
 #: The units of every step.
 _ALWAYS = "whole.run", "whole.backward", "whole.gathered", "products.forward", "products.product"
@@ -69,13 +70,18 @@ class Units:
         self._dtype = dtype
         self._addresses: dict[str, int] = {}
         self.load(_ALWAYS)
-        self.run = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 4)(self["whole.run"])
+        self.run = self.function("whole.run")
 
     def load(self, names: Iterable[str]) -> None:
         """Have the units of these names, which are FILE.FUNCTION."""
         for name in names:
             if name not in self._addresses:
                 self._addresses[name] = _loaded(name, self._dtype)
+
+    def function(self, name: str) -> Callable[..., int]:
+        """A unit as a function of addresses and whole numbers."""
+        arguments = len(_ARGUMENTS[name].split())
+        return ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * (2 + arguments))(self[name])
 
     def __getitem__(self, name: str) -> int:
         return self._addresses[name]

@@ -15,6 +15,8 @@ _INPUTS, _TARGETS, _LOSSES = layout.INPUTS, layout.TARGETS, layout.LOSSES
 _ORDER, _RATES, _ROWS, _BATCH = layout.ORDER, layout.RATES, layout.ROWS, layout.BATCH
 #: Bytes of a block of rows of a weight, which stays in the first cache from its part of dX to its update.
 _BLOCK_BYTES = 16_384
+#: The number of buffers before those of the layers.
+_OF_LAYERS = layout.DB - layout.X + 1
 #: More than a vector has elements.
 _PADDING = 16
 
@@ -69,6 +71,7 @@ class NativeNetwork:
         clips: whether gradients are clipped; every trained parameter then has a place for its gradient.
         averages: whether there is a moving average.
         classes: whether targets are class numbers.
+        beside: a network of the same sizes whose buffers this one uses too, because they never run at once.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class NativeNetwork:
         clips: bool,
         averages: bool,
         classes: bool,
+        beside: NativeNetwork | None = None,
     ) -> None:
         weights = [layer.weight.data for layer in layers]
         like = weights[0]
@@ -98,22 +102,24 @@ class NativeNetwork:
         self._run, self._m, self._layers, self._count, self._like = units.run, m, layers, count, like
         self._dtype, self._features, self._classes = like.dtype, sizes[0][1], classes
         of_da = m * max(most_n, most_k)
-        #: In the order of ``layout.X`` to ``layout.DB``.
-        scratch = m * sizes[0][1], most_k * padded, most_n * padded, of_da, of_da, largest, most_n
-        self._buffers = [like.new_zeros(size) for size in scratch]
+        #: In the order of ``layout.X`` to ``layout.DB``, then A and Z of each layer.
+        scratch = [m * sizes[0][1], most_k * padded, most_n * padded, of_da, of_da, largest, most_n]
+        for n, _ in sizes:
+            scratch += [m * n, m * n]
+        self._buffers: list[Tensor] = []
+        self._buffers = [like.new_empty(size) for size in scratch] if beside is None else beside._buffers
         head = [0] * layout.HEADER
         head[: layout.GROUPS + 1] = [len(layers), units[f"losses.{loss}"], units[f"rules.{rule}"], lowest, groups]
         head[layout.FORWARD], head[layout.PRODUCTS] = units["products.forward"], units["products.product"]
-        head[layout.X : layout.DB + 1] = map(_address, self._buffers)
+        head[layout.X : layout.DB + 1] = map(_address, self._buffers[:_OF_LAYERS])
         head[layout.GATHER], head[layout.BACKWARD] = units["whole.gathered"], units["whole.backward"]
         head[layout.CLIPS] = units["whole.clipped"] if clips else 0
         head[layout.AVERAGES] = units["whole.averaged"] if averages else 0
         head[layout.COUNTS], head[layout.CLASSES] = int(counts), int(classes)
         numbers = head
-        for layer, (n, k), block in zip(layers, sizes, blocks, strict=True):
-            a = like.new_zeros(m * n)
-            z = like.new_zeros(m * n) if layer.saves_z else a
-            self._buffers += [a, z]
+        pairs = zip(self._buffers[_OF_LAYERS::2], self._buffers[_OF_LAYERS + 1 :: 2], strict=True)
+        for layer, (n, k), block, (a, z) in zip(layers, sizes, blocks, pairs, strict=True):
+            z = z if layer.saves_z else a
             functions = [units[name] for name in _functions(layer.activation)] or [0, 0]
             record = [n, k, *functions, block, _address(a), _address(z)]
             numbers += record + layer.weight.record() + layer.bias.record()
@@ -129,6 +135,18 @@ class NativeNetwork:
         nothing = ctypes.addressof(self._nothing)
         self._arguments = nothing, nothing, ctypes.addressof(self._call), nothing
         self._is_plain = False
+
+    @property
+    def address(self) -> int:
+        """Of the array ``call``."""
+        return ctypes.addressof(self._call)
+
+    def prepare(self, member: int, x: Tensor, y: Tensor) -> None:
+        """Have ``whole.members`` call the step as this member of an ensemble, on batches like x [m, K] and y."""
+        self._say_how(x, y)
+        self._call[layout.MEMBER] = member
+        self._call[_ORDER] = self._call[_RATES] = 0
+        self._call[_ROWS] = self._call[_BATCH] = self._m
 
     def step(self, x: Tensor, y: Tensor, losses: Tensor) -> bool:
         """One step on X [m, K], Y [m] or [m, N]; writes the loss. False where a class number is out of range."""
@@ -168,3 +186,28 @@ class NativeNetwork:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+class NativeMembers:
+    """Networks that are members of an ensemble, which one call steps one after the other."""
+
+    def __init__(self, units: Units, networks: Sequence[NativeNetwork], members: Sequence[int]) -> None:
+        self._networks, self._members = networks, members
+        self._function, self._run = units.function("whole.members"), units["whole.run"]
+        self._calls = (ctypes.c_int64 * len(networks))(*[network.address for network in networks])
+        self._nothing = ctypes.c_int64()
+        nothing = ctypes.addressof(self._nothing)
+        self._first = nothing, nothing, ctypes.addressof(self._calls), len(networks)
+        self._like: tuple[object, ...] = ()
+
+    def step(self, x: Tensor, y: Tensor, losses: Tensor, *, own_x: bool, own_y: bool) -> None:
+        """One step on X [m, K] and Y, or where members have their own, [E, m, K] and [E, ...]; losses are [E]."""
+        like = x.dtype, x.stride(), y.stride()
+        if like != self._like:
+            for member, network in zip(self._members, self._networks, strict=True):
+                network.prepare(member, x[0] if own_x else x, y[0] if own_y else y)
+            self._like = like
+        of_x, of_y = (t.stride(0) * t.element_size() if own else 0 for t, own in ((x, own_x), (y, own_y)))
+        of_losses = losses.stride(0) * losses.element_size()
+        places = x.data_ptr(), of_x, y.data_ptr(), of_y, losses.data_ptr(), of_losses
+        self._function(*self._first, *places, self._run)

@@ -43,6 +43,7 @@ from .layout import (
     LOSSES,
     LOWEST,
     MAX_NORM,
+    MEMBER,
     NET,
     NUMBERS,
     OF_GROUPS,
@@ -255,3 +256,19 @@ def run(call_: Any, like: Any) -> None:
             classes, values = moved(classes, m * y_row), moved(values, m * y_row)
         done += m
         step += 1
+
+
+def members(
+    calls: Any, count: int, x: int, x_step: int, y: int, y_step: int, losses: int, step: int, run_: int
+) -> None:
+    """Call ``run``, whose address is ``run_``, for members of an ensemble, whose ``call``s are at the addresses.
+
+    The inputs, targets and losses of member 0 have the addresses x, y, losses; those of the next one are so many bytes
+    further on.
+    """
+    for i in range(count):
+        of_member = int64_at(calls[i])
+        member = of_member[MEMBER]
+        of_member[INPUTS], of_member[TARGETS] = x + member * x_step, y + member * y_step
+        of_member[LOSSES] = losses + member * step
+        call(run_, (of_member, of_member))
