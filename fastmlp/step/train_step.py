@@ -458,8 +458,7 @@ class TrainStep:
 
         A frozen parameter has the average of the time before, or itself. To evaluate the average:
 
-            averaged = copy.deepcopy(step.model)
-            averaged.load_state_dict(step.ema_state_dict())
+            fastmlp.train.evaluate(step.model, (x_test, y_test), parameters=step.ema_state_dict())
 
         Raises:
             RuntimeError: the step keeps no average.
@@ -472,7 +471,7 @@ class TrainStep:
         kept = self._parked | self._parameter_state()
         return {
             name: kept.get(f"{name}.ema", parameter).detach().clone()
-            for name, parameter in self.model.named_parameters()
+            for name, parameter in self.model.state_dict().items()
         }
 
     def _begin_ema(self, *, update: bool) -> None:
