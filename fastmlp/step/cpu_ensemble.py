@@ -70,8 +70,8 @@ class TorchEnsemble:
             scale = torch.full((self.members,), START, dtype=torch.float32, device=self.device)
             self.scales = scale, torch.zeros_like(scale, dtype=torch.int32)
         #: Gradients and optimizer state exist only where the optimizer needs them all at once.
-        self.plain = rule.is_plain_sgd and self.scales is None
-        self.states = {name: [torch.zeros_like(t) for t in self.masters] for name in rule.states}
+        self.plain = rule.is_plain_sgd and self.scales is None and rule.ema_decay is None
+        self.states = {name: [torch.zeros_like(t) for t in self.masters] for name in rule.kept}
         self.counts = torch.zeros(self.members, dtype=torch.float32, device=self.device)
         self.zero = torch.zeros((), dtype=torch.float32, device=self.device)
         self._grads: list[Tensor] | None = None

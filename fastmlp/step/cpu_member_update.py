@@ -54,12 +54,14 @@ class MemberUpdate:
         if self._version != self._net.version or bad is not None:
             self._group(bad)
         rate = self._net.rate
-        for rule, params, grads, states, count, counts in self._groups:
+        for rule, params, grads, states, count, counts, averages in self._groups:
             if counts is not None:
                 counts.add_(self._one)
             if rate == rate:
                 rule.lr = rate
             rule.update(params, grads, states, count, None)
+            if averages:
+                torch._foreach_lerp_(averages, params, rule.ema_weight(count))
         if bad is not None:
             self._adjust(finite)
             self._version = -1
@@ -93,7 +95,9 @@ class MemberUpdate:
                 states = [[t[part] for t in self._states[name]] for name in rule.states]
                 if rule.spare:
                     states += [[torch.empty_like(param) for param in params], [self._one]]
-                self._groups.append((rule, params, grads, states, net.zero if count is None else count, counted))
+                averages = [t[part] for t in self._states.get("ema", ())]
+                count = net.zero if count is None else count
+                self._groups.append((rule, params, grads, states, count, counted, averages))
             start = i
         self._version = net.version
 

@@ -39,9 +39,9 @@ class EnsembleStep(TrainStep):
       -100, pass ``ignore_index=-100``; there is no default. Class probabilities are not accepted as y.
     - ``epoch`` takes x [N, K] or [E, N, K], y [N] or [E, N] (values: [N, C] or [E, N, C]), sample_weight [N] or [E, N],
       order [n] or [E, n], and lr_factors [steps] or [steps, E].
-    - ``param_groups``, ``ema_decay`` and ``process_group`` are a NotImplementedError. On the kernels so are options of
-      cross-entropy and sample weights without the head (up to 64 classes, no activation behind the last layer), and
-      sample weights of more than 2,048 rows.
+    - ``param_groups`` and ``process_group`` are a NotImplementedError. On the kernels so are options of cross-entropy
+      and sample weights without the head (up to 64 classes, no activation behind the last layer), and sample weights of
+      more than 2,048 rows.
     - A step and an epoch return losses [E], and ``losses`` of an epoch is [steps, E].
 
     Attributes:
@@ -56,7 +56,7 @@ class EnsembleStep(TrainStep):
         self._members: int = model.members
         device = next(model.parameters()).device
         self._active = torch.ones(self._members, dtype=torch.bool, device=device)
-        for name in ("param_groups", "ema_decay", "process_group"):
+        for name in ("param_groups", "process_group"):
             if kwargs.get(name) is not None:
                 raise NotImplementedError(
                     f"a TrainStep of an ensemble has no {name}; train the members one by one, or train with autograd"
@@ -70,8 +70,6 @@ class EnsembleStep(TrainStep):
 
     def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> Any:
         loss, active, (rule,) = STEP_LOSSES[self.loss], self._active, rules
-        if rule.ema_decay is not None:
-            raise NotImplementedError("a TrainStep of an ensemble has no ema_decay; take it back")
         if self.backend == "triton":
             from .triton_step import TritonStep
 

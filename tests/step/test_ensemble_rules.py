@@ -37,6 +37,35 @@ def test_members_are_mlps(name):
         torch.testing.assert_close(flat(member), flat(model), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("warmup", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw"])
+def test_averages_are_those_of_mlps(name, warmup):
+    """Steps, an epoch, a state taken up by another step, and a member that pauses."""
+    alone = [network(SIZES, seed=seed) for seed in range(3)]
+    together = fastmlp.MLPEnsemble.stack(alone)
+    settings = {**OPTIMIZERS[name], "ema_decay": 0.8, "ema_warmup": warmup}
+    step = fastmlp.TrainStep(together, **{**settings, "lr": RATES})
+    singles = [fastmlp.TrainStep(m, **{**settings, "lr": lr}) for m, lr in zip(alone, RATES, strict=True)]
+    for i in range(4):
+        x, y = problem(SIZES, 8, seed=i)
+        step.active = torch.tensor([True, i != 1, True])
+        take = [s for s, active in zip(singles, step.active, strict=True) if active]
+        if i < 3:
+            [of(x, y) for of in (step, *take)]
+        else:
+            other = fastmlp.TrainStep(together, **{**settings, "lr": RATES})
+            other.load_state_dict(step.state_dict())
+            step = other
+            [of.epoch(x, y, 3, torch.arange(8)) for of in (step, *take)]
+    average = step.ema_state_dict()
+    copy = fastmlp.MLPEnsemble(SIZES, 3, dtype=average["layers.0.weight"].dtype)
+    copy.load_state_dict(average)
+    for member, single in zip(copy.unstack(), singles, strict=True):
+        for own, expected in zip(member.state_dict().values(), single.ema_state_dict().values(), strict=True):
+            torch.testing.assert_close(own, expected, rtol=1e-11, atol=1e-13)
+        assert not torch.allclose(flat(member), flat(single.model), rtol=1e-4)
+
+
 def test_an_ensemble_has_no_groups():
     ensemble = fastmlp.MLPEnsemble.stack([network(SIZES)] * 2)
     with pytest.raises(NotImplementedError, match="an ensemble has no param_groups"):

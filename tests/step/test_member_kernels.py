@@ -93,12 +93,22 @@ def assert_same(ensemble, singles, together, alone) -> None:
 
 CASES = {
     "sgd": (SGD(PerMember(RATES)), "cross_entropy", torch.float32, True),
-    "adamw": (AdamW(PerMember(RATES), weight_decay=PerMember((0.0, 0.1))), "cross_entropy", torch.float32, False),
+    "adamw": (
+        AdamW(PerMember(RATES), weight_decay=PerMember((0.0, 0.1)), ema_decay=0.9, ema_warmup=True),
+        "cross_entropy",
+        torch.float32,
+        False,
+    ),
     "momentum bfloat16": (SGD(0.1, momentum=PerMember((0.1, 0.9)), max_grad_norm=0.5), "mse", torch.bfloat16, False),
-    "adamw float16 clipped": (AdamW(PerMember(RATES), max_grad_norm=0.1), "cross_entropy", torch.float16, True),
+    "adamw float16 clipped": (
+        AdamW(PerMember(RATES), max_grad_norm=0.1, ema_decay=0.9, ema_warmup=True),
+        "cross_entropy",
+        torch.float16,
+        True,
+    ),
     "lion": (Lion(PerMember(RATES), weight_decay=PerMember((0.0, 0.1))), "cross_entropy", torch.float32, False),
     "rmsprop": (RMSprop(0.01, momentum=0.5, centered=True, maximize=True), "mse", torch.float32, True),
-    "squared error": (SGD(0.1, weight_decay=0.1), "softmax_squared_error", torch.float32, False),
+    "squared error": (SGD(0.1, weight_decay=0.1, ema_decay=0.9), "softmax_squared_error", torch.float32, False),
 }
 
 
