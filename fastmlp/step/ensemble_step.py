@@ -40,8 +40,7 @@ class EnsembleStep(TrainStep):
     - ``epoch`` takes x [N, K] or [E, N, K], y [N] or [E, N] (values: [N, C] or [E, N, C]), sample_weight [N] or [E, N],
       order [n] or [E, n], and lr_factors [steps] or [steps, E].
     - ``param_groups`` and ``process_group`` are a NotImplementedError. On the kernels so are options of cross-entropy
-      and sample weights without the head (up to 64 classes, no activation behind the last layer), and sample weights of
-      more than 2,048 rows.
+      and sample weights without the head (up to 64 classes, no activation behind the last layer).
     - A step and an epoch return losses [E], and ``losses`` of an epoch is [steps, E].
 
     Attributes:
