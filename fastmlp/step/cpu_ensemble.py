@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import cpu
 from ..base.losses import takes_classes
-from .cpu_member_span import MemberLayer, Packed, Span
+from .cpu_member_span import MemberLayer, Packed, Span, target_dims
 from .cpu_members import Piece
 from .loss_options import PLAIN, LossOptions
 from .loss_scale import START
@@ -56,7 +56,6 @@ class TorchEnsemble:
         self.options = options
         first = layers[0].weight
         self.device, self.members = first.device, first.shape[0]
-        self.target_dims = 1 if takes_classes(loss) else 2
         self.layers: list[MemberLayer] = []
         self.masters: list[Tensor] = []
         for module in layers:
@@ -221,7 +220,7 @@ class TorchEnsemble:
     def _batch(self, x: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """X in the compute dtype and Y, of the given rows."""
         if rows is not None:
-            x, y = self._rows_of("x", x, rows, 2), self._rows_of("y", y, rows, self.target_dims)
+            x, y = self._rows_of("x", x, rows, 2), self._rows_of("y", y, rows, target_dims(y))
         if x.dtype == self.dtype:
             return x, y
         into = self._buffer("converted", x.shape, self.dtype).copy_(x)
@@ -309,7 +308,7 @@ class TorchEnsemble:
         net._way = way
         x = self.layers[0].weight.new_ones((m, self.layers[0].weight.shape[2]))
         y = torch.zeros(m, dtype=torch.int64, device=self.device)
-        if self.target_dims == 2:
+        if not takes_classes(self.loss):
             y = x.new_zeros((m, self.layers[-1].weight.shape[1]))
         return partial(net.step, x, y, x.new_empty(members, dtype=torch.promote_types(self.dtype, torch.float32)))
 

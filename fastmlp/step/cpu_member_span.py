@@ -28,6 +28,11 @@ class MemberLayer:
         self.grad_w, self.grad_b = index, index + self.train_w
 
 
+def target_dims(y: Tensor) -> int:
+    """Dimensions of one model's targets: 1 of class numbers, 2 of values and of probabilities."""
+    return 2 if y.is_floating_point() else 1
+
+
 class Ensemble(Protocol):
     """What a piece reads of the ensemble that it is a part of."""
 
@@ -44,7 +49,6 @@ class Ensemble(Protocol):
     options: LossOptions
     dtype: torch.dtype
     device: torch.device
-    target_dims: int
     lowest: int
     plain: bool
     zero: Tensor

@@ -33,14 +33,14 @@ class EnsembleStep(TrainStep):
       torch work that compute a rate from the present or the initial one by such operations (StepLR, ExponentialLR,
       LambdaLR, LinearLR, CosineAnnealingLR, ...). ReduceLROnPlateau with several rates raises TypeError, and
       OneCycleLR and CyclicLR set one rate for all members.
-    - x is [B, K], the same for all members, or [E, B, K]; y likewise [B] or [E, B] (values: [B, C] or [E, B, C]).
-      Images have to be flattened.
+    - x is [B, K], the same for all members, or [E, B, K]; y likewise [B] or [E, B] (values and probabilities: [B, C]
+      or [E, B, C]). Images have to be flattened.
     - Sample weights are [B] or [E, B]; the options of the loss are the same for all members. To ignore rows labelled
-      -100, pass ``ignore_index=-100``; there is no default. Class probabilities are not accepted as y.
+      -100, pass ``ignore_index=-100``; there is no default.
     - ``epoch`` takes x [N, K] or [E, N, K], y [N] or [E, N] (values: [N, C] or [E, N, C]), sample_weight [N] or [E, N],
       order [n] or [E, n], and lr_factors [steps] or [steps, E].
-    - ``param_groups`` and ``process_group`` are a NotImplementedError. On the kernels so are options of cross-entropy
-      and sample weights without the head (up to 64 classes, no activation behind the last layer).
+    - ``param_groups`` and ``process_group`` are a NotImplementedError. On the kernels so are options of cross-entropy,
+      probabilities and sample weights without the head (up to 64 classes, no activation behind the last layer).
     - A step and an epoch return losses [E], and ``losses`` of an epoch is [steps, E].
 
     Attributes:

@@ -37,6 +37,30 @@ def test_members_are_mlps(name):
         torch.testing.assert_close(flat(member), flat(model), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own", "the same"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}], ids=["", "smoothing"])
+def test_probabilities(options, own):
+    """As targets of a step, of a step with sample weights and of an epoch."""
+    alone = [network(SIZES, seed=seed) for seed in range(3)]
+    together = fastmlp.MLPEnsemble.stack(alone)
+    step = fastmlp.TrainStep(together, lr=0.1, **options)
+    singles = [fastmlp.TrainStep(model, lr=0.1, **options) for model in alone]
+    x = torch.stack([problem(SIZES, 8, seed=e)[0] for e in range(3)])
+    y = torch.rand(3, 8, SIZES[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(2)
+    y = y if own else y[0]
+    of = list(y) if own else [y] * 3
+    weight = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(2))
+    for losses, expected in (
+        (step(x, y), [single(*batch) for single, *batch in zip(singles, x, of, strict=True)]),
+        (step(x, y, weight), [single(*batch, weight) for single, *batch in zip(singles, x, of, strict=True)]),
+        (step.epoch(x, y, 3, order), [s.epoch(*batch, 3, order) for s, *batch in zip(singles, x, of, strict=True)]),
+    ):
+        torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-12, atol=0)
+    for member, model in zip(together.unstack(), alone, strict=True):
+        torch.testing.assert_close(flat(member), flat(model), rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("warmup", [False, True])
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adamw"])
 def test_averages_are_those_of_mlps(name, warmup):

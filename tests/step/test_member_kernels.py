@@ -149,6 +149,20 @@ def check_steps(lane, case):
 
 
 @UNSIMULATED
+@pytest.mark.parametrize("own", [True, False], ids=["own", "the same"])
+def test_probabilities(unsimulated, own):
+    ensemble, singles, together, alone = engines(unsimulated, SGD(0.1), "cross_entropy", torch.float32)
+    x, y = batch(unsimulated, "mse", 0, own=own)
+    out = torch.zeros(E, device=unsimulated)
+    ensemble.step(x, y, out)
+    for e, engine in enumerate(singles):
+        want = torch.zeros((), device=unsimulated)
+        engine.step(of(x, e, 2), of(y, e, 2), want)
+        torch.testing.assert_close(out[e], want, atol=0 if INTERPRETING else 1e-4, rtol=1e-5)
+    assert_same(ensemble, singles, together, alone)
+
+
+@UNSIMULATED
 @pytest.mark.parametrize("own_order", [True, False], ids=["own order", "one order"])
 def test_epochs(unsimulated, own_order):
     """Orders of each member or one for all, rates of each step and member, a shorter last batch, the same pixels."""
