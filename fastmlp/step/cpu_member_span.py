@@ -45,6 +45,7 @@ class Ensemble(Protocol):
     rate: float  #: the learning rate of all members; NaN where they have their own
     version: int  #: raised when pieces must group their members anew
     rule: Optimizer
+    group_of: list[int] | None  #: the param group of each master
     loss: str
     options: LossOptions
     dtype: torch.dtype
@@ -57,11 +58,11 @@ class Ensemble(Protocol):
     def grads(self) -> list[Tensor]:
         """The gradients of the masters."""
 
-    def settings_of(self, member: int) -> tuple[tuple[str, float], ...]:
-        """Those settings of a member that may be its own."""
+    def settings_of(self, member: int) -> tuple[tuple[tuple[str, float], ...], ...]:
+        """Those settings of a member that may be its own, of each param group."""
 
-    def rule_with(self, settings: tuple[tuple[str, float], ...]) -> Optimizer:
-        """The rule with a member's settings."""
+    def rules_with(self, settings: tuple[tuple[tuple[str, float], ...], ...]) -> list[Optimizer]:
+        """The rule of each param group with a member's settings."""
 
 
 class Span:

@@ -39,7 +39,7 @@ class EnsembleStep(TrainStep):
       -100, pass ``ignore_index=-100``; there is no default.
     - ``epoch`` takes x [N, K] or [E, N, K], y [N] or [E, N] (values: [N, C] or [E, N, C]), sample_weight [N] or [E, N],
       order [n] or [E, n], and lr_factors [steps] or [steps, E].
-    - ``param_groups`` and ``process_group`` are a NotImplementedError. On the kernels so are options of cross-entropy,
+    - ``process_group`` is a NotImplementedError. On the kernels so are options of cross-entropy,
       probabilities and sample weights without the head (up to 64 classes, no activation behind the last layer).
     - A step and an epoch return losses [E], and ``losses`` of an epoch is [steps, E].
 
@@ -55,11 +55,11 @@ class EnsembleStep(TrainStep):
         self._members: int = model.members
         device = next(model.parameters()).device
         self._active = torch.ones(self._members, dtype=torch.bool, device=device)
-        for name in ("param_groups", "process_group"):
-            if kwargs.get(name) is not None:
-                raise NotImplementedError(
-                    f"a TrainStep of an ensemble has no {name}; train the members one by one, or train with autograd"
-                )
+        if kwargs.get("process_group") is not None:
+            raise NotImplementedError(
+                "a TrainStep of an ensemble has no process_group; divide the members among the processes, or train "
+                "with autograd"
+            )
         super().__init__(model, *args, **kwargs)
         assert isinstance(self._batches, MemberBatches)
         self._batches.members = self._members
@@ -68,7 +68,8 @@ class EnsembleStep(TrainStep):
         self.losses = self.losses.new_zeros((0, self._members))
 
     def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> Any:
-        loss, active, (rule,) = STEP_LOSSES[self.loss], self._active, rules
+        loss, active, rule = STEP_LOSSES[self.loss], self._active, rules[0]
+        groups = self._groups(binding, rules)
         if self.backend == "triton":
             from .triton_step import TritonStep
 
@@ -79,11 +80,12 @@ class EnsembleStep(TrainStep):
                     loss,
                     self.dtype,
                     cuda_graph=self._cuda_graph,
+                    groups=groups,
                     options=self._options,
                     members=self._members,
                     active=active,
                 )
-        return TorchEnsemble(binding.layers, rule, loss, self.dtype, active, self._options)
+        return TorchEnsemble(binding.layers, rule, loss, self.dtype, active, self._options, groups)
 
     @property
     def active(self) -> Tensor:
@@ -103,12 +105,15 @@ class EnsembleStep(TrainStep):
 
     @property
     def lr(self) -> Any:
-        """Learning rate of the next step: a float, or one per member."""
-        return check_setting("lr", self.optimizer.param_groups[0]["lr"], self._members)
+        """Learning rate of the next step: a float, or one per member; a list where param groups have different ones."""
+        rates = [check_setting("lr", group["lr"], self._members) for group in self.optimizer.param_groups]
+        return rates[0] if len(set(rates)) == 1 else rates
 
     @lr.setter
     def lr(self, value: Any) -> None:
-        self.optimizer.param_groups[0]["lr"] = check_setting("lr", value, self._members)
+        rate = check_setting("lr", value, self._members)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As ``TrainStep``'s."""
@@ -118,7 +123,8 @@ class EnsembleStep(TrainStep):
         self._active.copy_(state)
 
     def _learning_rates(self, factors: Any, steps: int) -> Tensor:
-        return member_learning_rates(self.rule.lr, factors, steps, self._members)
+        rates = [member_learning_rates(rule.lr, factors, steps, self._members) for rule in self._rules]
+        return rates[0] if len(rates) == 1 else torch.stack(rates, -1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """As ``TrainStep``'s: states [E, ...] by the names of the parameters, and counters float64 [E].

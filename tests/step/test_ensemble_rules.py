@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -90,7 +92,37 @@ def test_averages_are_those_of_mlps(name, warmup):
         assert not torch.allclose(flat(member), flat(single.model), rtol=1e-4)
 
 
-def test_an_ensemble_has_no_groups():
-    ensemble = fastmlp.MLPEnsemble.stack([network(SIZES)] * 2)
-    with pytest.raises(NotImplementedError, match="an ensemble has no param_groups"):
-        fastmlp.TrainStep(ensemble, param_groups=[{"params": "*.bias"}])
+@pytest.mark.parametrize("average", [False, True], ids=["", "average"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_param_groups_are_those_of_mlps(name, average):
+    """Groups with rates per member, a changed rate, a scheduler, an epoch, and a member that pauses."""
+    alone = [network(SIZES, seed=seed) for seed in range(3)]
+    together = fastmlp.MLPEnsemble.stack(alone)
+    settings = {**OPTIMIZERS[name], "lr": 0.02} | ({"ema_decay": 0.5} if average else {})
+    groups = [{"params": "*.bias", "weight_decay": 0.0, "lr": RATES}, {"params": "layers.2.weight", "lr": 0.03}]
+    step = fastmlp.TrainStep(together, **settings, param_groups=groups)
+    each = [[{**group, "lr": lr} if group is groups[0] else group for group in groups] for lr in RATES]
+    singles = [fastmlp.TrainStep(m, **settings, param_groups=own) for m, own in zip(alone, each, strict=True)]
+    every = [step, *singles]
+    schedulers = [torch.optim.lr_scheduler.StepLR(of.optimizer, 1, 0.5) for of in every]
+    for i in range(4):
+        x, y = problem(SIZES, 8, seed=i)
+        step.active = torch.tensor([True, i != 1, True])
+        for of in every:
+            if of is step or step.active[singles.index(of)]:
+                of.epoch(x, y, 3, lr_factors=[1.0, 0.5, 2.0]) if i == 3 else of(x, y)
+            if i == 0:
+                of.optimizer.param_groups[2]["lr"] = 0.01
+        if i == 2:
+            for scheduler in schedulers:
+                scheduler.step()
+    step = pickle.loads(pickle.dumps(step))
+    x, y = problem(SIZES, 8, seed=9)
+    for of in (step, *singles):
+        of.gradients(x, y)
+        of.update()
+    for e, (member, single) in enumerate(zip(step.model.unstack(), singles, strict=True)):
+        torch.testing.assert_close(flat(member), flat(single.model), rtol=1e-11, atol=1e-13)
+        if average:
+            for key, value in single.ema_state_dict().items():
+                torch.testing.assert_close(step.ema_state_dict()[key][e], value, rtol=1e-11, atol=1e-13)

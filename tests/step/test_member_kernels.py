@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastmlp.step.groups import Groups
 from fastmlp.step.optimizers import SGD, AdamW, Lion, Optimizer, RMSprop
 from fastmlp.step.per_member import PerMember
 from fastmlp.step.triton_step import TritonStep
@@ -146,6 +147,29 @@ def check_steps(lane, case):
         assert_same(ensemble, singles, together, alone)
     for name, numbers in ensemble.counters().items():
         assert numbers == [engine.counters()[name] for engine in singles]
+
+
+@UNSIMULATED
+@pytest.mark.parametrize("case", ["adamw", "adamw float16 clipped"])
+def test_param_groups(unsimulated, case):
+    """Weights and biases have settings of their own, and the second group a rate for each member."""
+    rule, loss, dtype, _ = CASES[case]
+    rules = [dataclasses.replace(rule, lr=0.05), dataclasses.replace(rule, weight_decay=0.0)]
+    numbers = [0, 1, 0, 1]
+    together, alone = layers(unsimulated, None), [layers(unsimulated, e) for e in range(E)]
+    options = {"cuda_graph": False, "groups": Groups(rules, numbers)}
+    active = torch.ones(E, dtype=torch.bool, device=unsimulated)
+    ensemble = TritonStep(together, rules[0], loss, dtype, members=E, active=active, **options)
+    singles = []
+    for e, own in enumerate(alone):
+        options["groups"] = Groups([single_rule(of_group, e) for of_group in rules], numbers)
+        singles.append(TritonStep(own, options["groups"].rules[0], loss, dtype, **options))
+    for step in range(3):
+        x, y = batch(unsimulated, loss, step)
+        ensemble.step(x, y, torch.zeros(E, device=unsimulated))
+        for e, engine in enumerate(singles):
+            engine.step(x[e], y[e], torch.zeros((), device=unsimulated))
+    assert_same(ensemble, singles, together, alone)
 
 
 @UNSIMULATED
