@@ -67,9 +67,8 @@ class Piece:
         net, span = self._net, self.span
         span.load()
         plain = net.plain and update
-        if not plain and self._gradients is None:
-            self._gradients = [span.take(grad) for grad in net.grads]
-            span.load()
+        if not plain:
+            self._take_gradients()
         a = x.expand(len(self.ids), -1, -1) if x.dim() == 2 else span.batch("x", x)
         y = y if y.dim() == target_dims(y) else span.batch("y", y)
         weight = weight if weight is None or weight.dim() == 1 else span.batch("weight", weight)
@@ -105,9 +104,16 @@ class Piece:
                 self._update.unscale()
         span.store()
 
+    def _take_gradients(self) -> None:
+        """Those of the span's members, where the gradients are."""
+        if self._gradients is None:
+            self._gradients = [self.span.take(grad) for grad in self._net.grads]
+            self.span.load()
+
     def update(self) -> None:
         """Apply the optimizer to the gradients that are stored."""
         self.span.load()
+        self._take_gradients()
         if self._update is None:
             self._plain_update()
         else:

@@ -392,6 +392,9 @@ class TrainStep:
 
         ``sample_weight`` is as that of a step.
 
+        With float16 products a gradient that the loss scale makes too large for them is infinite, until ``update``
+        has lowered the scale.
+
         The tensors are the step's own buffers, valid until the next call of the step. ``accumulate=True`` adds to the
         gradients that were computed since the last update; ``update`` then applies the optimizer to them:
 
@@ -557,6 +560,8 @@ class TrainStep:
     def _rebuild(self, binding: Binding, rules: list[Optimizer]) -> None:
         """A new engine, with the state of the old one as far as both have it."""
         state, counters = self._parked | self._parameter_state(), self._engine.counters()
+        if self._ema_waits:  # there is no average yet
+            state = {name: tensor for name, tensor in state.items() if not name.endswith(".ema")}
         thawed = [name for name in binding.trained if name not in self._binding.trained]
         updates = float(torch.as_tensor(counters.get("step", 0.0), device="cpu").max())
         if thawed and updates and self.rule.corrected:
@@ -568,7 +573,7 @@ class TrainStep:
         self._lost_gradients |= self._has_gradients
         self._engine, self._binding, self._rules, self._has_gradients = engine, binding, rules, False
         if rules[0].ema_decay is not None:
-            self._begin_ema(update=False)
+            self._begin_ema(update=any(name.endswith(".ema") for name in state))
         own = self._parameter_state()
         self._parked = {name: tensor for name, tensor in state.items() if name not in own}
         for name, tensor in own.items():

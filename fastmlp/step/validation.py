@@ -173,11 +173,17 @@ class Batches:
         if weight.device != self._device:
             check_same_device((("the parameters", self._like), ("sample_weight", weight)))
         if rows and self._device.type == "cpu":
-            least, most = (float(value) for value in torch.aminmax(weight.detach()))
+            dtype = self._like.dtype  # in which the step computes with them
+            least, most = (float(value) for value in torch.aminmax(weight.detach().to(dtype)))
             if not (least >= 0 and most < math.inf):
-                raise ValueError(f"expected finite sample weights of at least 0, got values from {least:g} to {most:g}")
+                raise ValueError(
+                    f"expected finite sample weights of at least 0, got values from {least:g} to {most:g} in {dtype}"
+                )
             if most == 0:
-                raise ValueError("every sample weight is 0, so the weighted mean has no value; leave the batch out")
+                raise ValueError(
+                    f"every sample weight is 0 in {dtype}, so the weighted mean has no value; leave the batch out, or "
+                    "divide the weights by the largest one"
+                )
         return weight.detach()
 
     def check_weighed(self, weight: Tensor, order: Tensor, batch_size: int) -> None:
@@ -185,7 +191,7 @@ class Batches:
         if self._device.type != "cpu" or not order.shape[0]:
             return
         padding = -order.shape[0] % batch_size
-        used = torch.nn.functional.pad(weight[order], (0, padding)).view(-1, batch_size)
+        used = torch.nn.functional.pad(weight[order].to(self._like.dtype), (0, padding)).view(-1, batch_size)
         empty = (used == 0).all(1)
         if empty.any():
             raise ValueError(

@@ -153,7 +153,8 @@ class AutogradEngine:
         half = any(p.dtype == torch.float16 for p in self.params)
         self.loss_scale = LossScale(self.params[0].device) if half else None
         self.has_masters = any(p.dtype.itemsize < 4 for p in self.params)
-        self.masters = [Copies(p, p.dtype).master for p in self.params] if self.has_masters else self.params
+        self.copies = [Copies(p, p.dtype) for p in self.params] if self.has_masters else []
+        self.masters = [c.master for c in self.copies] if self.has_masters else self.params
         self.max_grad_norm = rule.max_grad_norm
         self.optimizer = _torch_optimizer(rule, self.masters)
 
@@ -196,6 +197,8 @@ class AutogradEngine:
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]
     ) -> Tensor:
         """As `Engine.epoch`."""
+        for copies in self.copies:
+            copies.follow()  # anybody may have written to the parameters since the last epoch
         total = torch.zeros((), dtype=torch.float32, device=images.device)
         for rows, factor in zip(order.split(batch_size), lr_factors, strict=True):
             loss = self.loss(self.model(images.index_select(0, rows)), labels.index_select(0, rows))
@@ -224,6 +227,8 @@ class AutogradEngine:
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(self.params, self.masters)
+        for copies in self.copies:
+            copies.published()
 
     def _clip(self) -> None:
         if self.max_grad_norm is not None:

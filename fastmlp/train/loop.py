@@ -213,8 +213,9 @@ def fit(
             return
         other = best if chosen and best is not parameters else None
         kept = runner.state_dict()  # type: ignore[attr-defined]
+        so_far = dataclasses.replace(history, epochs=[*history.epochs])
         now = RunState(
-            parameters, kept, order, history, about, highest_loss, other, step, loss_sum, spent, named_choices()
+            parameters, kept, order, so_far, about, highest_loss, other, step, loss_sum, spent, named_choices()
         )
         if callable(checkpoint):
             checkpoint(now)

@@ -261,10 +261,11 @@ def loss_of_a_guess(model: nn.Module, inputs: Tensor, targets: Tensor, loss: str
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards in its own mode."""
-    was_training = model.training
+    """The model in evaluation mode, and afterwards each of its modules in its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training

@@ -75,6 +75,7 @@ def test_processes_together_do_what_one_does():
         "frozen",
         "differences",
         "dtypes",
+        "nothing_counts",
     )
 
 

@@ -92,6 +92,21 @@ def test_averages_are_those_of_mlps(name, warmup):
         assert not torch.allclose(flat(member), flat(single.model), rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_members_that_stop_between_gradients_and_update(name):
+    alone = [network(SIZES, seed=seed) for seed in range(3)]
+    together = fastmlp.MLPEnsemble.stack(alone)
+    step = fastmlp.TrainStep(together, **OPTIMIZERS[name])
+    x, y = problem(SIZES, 8)
+    step.gradients(x, y)
+    step.active[1] = False
+    step.update()
+    for e, (member, model) in enumerate(zip(together.unstack(), alone, strict=True)):
+        if e != 1:
+            fastmlp.TrainStep(model, **OPTIMIZERS[name])(x, y)
+        torch.testing.assert_close(flat(member), flat(model), rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("average", [False, True], ids=["", "average"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_param_groups_are_those_of_mlps(name, average):
