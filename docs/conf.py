@@ -31,6 +31,7 @@ nb_execution_mode, nb_execution_raise_on_error, nb_merge_streams = "force", True
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 100
+smartquotes = False  # a quote is part of a name in code
 default_role = "py:obj"  # a name in single backquotes is a link where the name has a description
 
 
@@ -47,8 +48,10 @@ def markdown_to_rst(app: Any, what: str, name: str, obj: object, options: object
                 found += [f"{' ' * indent}::", ""]
             else:
                 indent = width
-        parts = re.split(r"(``.*?``|`.*?`)", line) if code < 0 else [line]
-        found.append("".join(part if part[:1] == "`" else re.sub(r"([*|])", r"\\\1", part) for part in parts))
+        if code < 0:
+            parts = re.split(r"(``.*?``|`.*?`)", line)
+            line = "".join(part if part[:1] == "`" else re.sub(r"([*|])", r"\\\1", part) for part in parts)
+        found.append(line)
     lines[:] = found
 
 
