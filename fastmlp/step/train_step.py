@@ -169,7 +169,7 @@ class TrainStep:
         self.model, self.loss = model, loss
         self.device, self.dtype = first.device, dtype
         self.backend = resolve(first, dtype)
-        groups, self._group_of = grouped(param_groups, dict(model.named_parameters()))
+        groups, self._group_of = grouped(param_groups, dict(model.named_parameters()), members)
         self.optimizer = StepOptimizer(self, groups, rule, members)
         #: One rule per param group.
         self._rules = self.optimizer.rules_of_groups(rule)
@@ -216,9 +216,7 @@ class TrainStep:
         return self._rules[0]
 
     def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> TorchStep | TritonStep:
-        loss, rule, groups = STEP_LOSSES[self.loss], rules[0], None
-        if len(rules) > 1:
-            groups = Groups(rules, [self._group_of[name] for name in binding.trained])
+        loss, rule, groups = STEP_LOSSES[self.loss], rules[0], self._groups(binding, rules)
         with self._on_device:
             if self.backend == "triton":
                 from .triton_step import TritonStep
@@ -236,6 +234,9 @@ class TrainStep:
             return TorchStep(
                 binding.layers, rule, loss, self.dtype, groups=groups, options=self._options, parallel=self._parallel
             )
+
+    def _groups(self, binding: Binding, rules: list[Optimizer]) -> Groups | None:
+        return None if len(rules) == 1 else Groups(rules, [self._group_of[name] for name in binding.trained])
 
     @property
     def lr(self) -> float | list[float]:
@@ -458,8 +459,7 @@ class TrainStep:
 
         A frozen parameter has the average of the time before, or itself. To evaluate the average:
 
-            averaged = copy.deepcopy(step.model)
-            averaged.load_state_dict(step.ema_state_dict())
+            fastmlp.train.evaluate(step.model, (x_test, y_test), parameters=step.ema_state_dict())
 
         Raises:
             RuntimeError: the step keeps no average.
@@ -472,7 +472,7 @@ class TrainStep:
         kept = self._parked | self._parameter_state()
         return {
             name: kept.get(f"{name}.ema", parameter).detach().clone()
-            for name, parameter in self.model.named_parameters()
+            for name, parameter in self.model.state_dict().items()
         }
 
     def _begin_ema(self, *, update: bool) -> None:

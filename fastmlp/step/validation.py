@@ -241,7 +241,8 @@ class MemberBatches(Batches):
         """X [B, K] or [E, B, K], and Y [B, ...] or [E, B, ...]; as ``Batches.checked``."""
         check_tensor(x, "the input")
         check_tensor(y, "the target")
-        e, dims = self.members, 1 if self._takes_classes else 2
+        of_classes = self._takes_classes and not (self._takes_probabilities and y.is_floating_point())
+        e, dims = self.members, 1 if of_classes else 2
         if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != e):
             raise RuntimeError(
                 f"expected an input of shape [batch, {self._features}], the same for all members, or [{e}, batch, "
@@ -260,7 +261,7 @@ class MemberBatches(Batches):
         # All else is checked as for an MLP: the batches of all members have one dtype and device.
         first = x if x.dim() == 2 else x[0], y if y.dim() == dims else y[0]
         _, converted = super().checked(*first, in_range=False)
-        if in_range and rows and self._takes_classes and self._device.type == "cpu":
+        if in_range and rows and of_classes and self._device.type == "cpu":
             check_classes(y, self._classes, ignore_index=None if self._is_plain else self._ignored)
         return x.detach(), y.detach().to(converted.dtype)
 

@@ -28,7 +28,8 @@ from .scores import loss_function
 class Engine(Protocol):
     """Runs training steps, which update the model's parameters in place.
 
-    An engine may also have ``step_losses``, a tensor of the loss of each step of the last ``epoch``. An engine of a run
+    An engine may also have ``step_losses``, a tensor of the loss of each step of the last ``epoch``, and ``average()``,
+    which returns parameters by name for `fit` to judge and keep in place of the model's, or None. An engine of a run
     that can be resumed has ``state_dict()``, which returns tensors by name, and ``load_state_dict(state)``.
     """
 
@@ -53,6 +54,8 @@ class Engine(Protocol):
 class StepEngine:
     """``fastmlp.TrainStep``: gather, forward, loss, backward and update as one operation, without the tape.
 
+    With ``process_group``, all its processes are given the same rows, and divide each batch.
+
     Args:
         model: an MLP.
         loss: a name that `TrainStep` takes.
@@ -67,6 +70,9 @@ class StepEngine:
     def __init__(self, model: nn.Module, *, loss: str = "cross_entropy", **settings: Any) -> None:
         checked_rule(**{name: value for name, value in settings.items() if name not in step_options()})
         self.step = TrainStep(model, loss=loss, **settings)  # type: ignore[arg-type]
+        group = settings.get("process_group")
+        #: (the number of this process, the number of processes)
+        self.share = (0, 1) if group is None else (group.rank(), group.size())
 
     def state_dict(self) -> dict[str, Tensor]:
         """``TrainStep.state_dict``."""
@@ -81,11 +87,38 @@ class StepEngine:
         """The loss of each step of the last `epoch`, on the device."""
         return self.step.losses
 
+    def average(self) -> dict[str, Tensor] | None:
+        """The moving average of the parameters, in their dtypes; None without ``ema_decay``."""
+        if self.step.rule.ema_decay is None:
+            return None
+        own = self.step.model.state_dict()
+        return {name: tensor.to(own[name].dtype) for name, tensor in self.step.ema_state_dict().items()}
+
     def epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]
     ) -> Tensor:
         """As `Engine.epoch`."""
+        rank, count = self.share
+        if count > 1:
+            check_shares(batch_size, len(order), count)
+            full = len(order) - len(order) % batch_size
+            whole, last = order[:full].view(-1, batch_size), order[full:]
+            order, batch_size = torch.cat((whole[:, rank::count].flatten(), last[rank::count])), batch_size // count
         return self.step.epoch(images, labels, batch_size, order, lr_factors)
+
+
+def check_shares(batch_size: int, rows: int, count: int) -> None:
+    """ValueError unless each of ``count`` processes has rows of each batch, and as many of each whole batch."""
+    if batch_size % count:
+        raise ValueError(
+            f"batches of {batch_size} rows cannot be divided among {count} processes; choose a batch_size that is a "
+            f"multiple of {count}, such as {-(-batch_size // count) * count}"
+        )
+    if 0 < rows % batch_size < count:
+        raise ValueError(
+            f"the last batch of {rows} rows in batches of {batch_size} has {rows % batch_size}, fewer than the {count} "
+            "processes; choose another batch_size"
+        )
 
 
 class AutogradEngine:

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..base.names import unknown
 from ..cpu import adopt_choices, named_choices
-from .engines import ENGINES, Engine, checked_rule, engine_for, step_options, usual_rule
+from .engines import ENGINES, Engine, check_shares, checked_rule, engine_for, step_options, usual_rule
 from .results import EXPLODED, DivergenceError, EpochResult, History, Progress
 from .schedules import Schedule, lr_factor
 from .scores import LabeledImages, Samples, checked, evaluate, loss_of_a_guess, metric_of
@@ -75,6 +75,9 @@ def fit(
     the epoch with the least validation loss, and the test data is looked at once, with these parameters. Without
     ``validation``, every epoch is evaluated on the test data, and the model keeps the parameters of the last epoch.
 
+    With ``ema_decay=0.999``, the moving average of the parameters is what is evaluated and what the model gets at the
+    end, with ``validation`` the average of the best epoch.
+
     With ``checkpoint``, the state of the run is written after every epoch, to one file that changes as a whole. A run
     that was killed goes on from its last finished epoch, and gives the parameters and the history of the run that was
     never stopped, bit for bit:
@@ -121,7 +124,8 @@ def fit(
             stops at once: ``checkpoint`` gets the steps of the unfinished epoch, the model keeps its parameters, and
             the test data is not looked at. Default: none.
         settings: further settings of the optimizer, by `TrainStep`'s names: betas, eps, max_grad_norm, ... With engine
-            "step" also its further options, such as dtype. The losses of evaluations do not have these options.
+            "step" also its further options, such as dtype. The losses of evaluations do not have these options. With
+            ``process_group``, all processes call `fit` with the same arguments, and divide each batch.
 
     Returns:
         The results of all epochs; ``history.best`` is the best epoch's.
@@ -131,8 +135,8 @@ def fit(
             argument that differs from that of the run to resume.
         RuntimeError: inputs, targets and model do not fit, or are on two devices.
         IndexError: a label outside [0, classes).
-        TypeError: data of another kind, engine "step" for a model that is not an MLP, an unknown setting, or an engine
-            without ``state_dict`` where ``checkpoint`` or ``resume`` is given.
+        TypeError: data of another kind, an ensemble, engine "step" for a model that is not an MLP, an unknown setting,
+            or an engine without ``state_dict`` where ``checkpoint`` or ``resume`` is given.
         OSError: ``checkpoint`` cannot be written or ``resume`` cannot be read. (A damaged file is a RuntimeError.)
         DivergenceError: the loss or a parameter became NaN or infinite, or the loss exploded (a RuntimeError).
     """
@@ -151,11 +155,6 @@ def fit(
             raise ValueError(f"{', '.join(options)} needs engine 'step', got engine {engine!r}")
         rule = usual_rule(optimizer=optimizer, lr=lr, **settings)
         settings = {name: getattr(rule, name) for name in rule.settings} | options
-        if settings.get("ema_decay") is not None:
-            raise ValueError(
-                "fit judges and keeps the parameters, not an average of them; pass engine=StepEngine(model, ...) with "
-                "ema_decay, and take its step.ema_state_dict()"
-            )
     else:
         checked_rule(lr=lr)
         settings = {"lr": lr}
@@ -178,6 +177,7 @@ def fit(
         about |= {"schedule": schedule if isinstance(schedule, str) else getattr(schedule, "__name__", "")}
         about |= {"warmup": warmup, "patience": patience, "validation": validation is not None}
         about |= {"data": fingerprint(x, y)}
+        about.pop("process_group", None)  # the run may go on with another number of processes
     if resume is not None:
         state = resume if isinstance(resume, RunState) else load_state(resume)
         state.check(about, model)
@@ -193,8 +193,11 @@ def fit(
             f"checkpoint and resume need an engine with state_dict and load_state_dict, got {type(runner).__name__}"
         )
 
+    check_shares(batch_size, n, getattr(runner, "share", (0, 1))[1])
     generator = torch.Generator().manual_seed(seed)
     history = History(loss=loss)
+    average: Callable[[], dict[str, Tensor] | None] = getattr(runner, "average", lambda: None)
+    chosen = validation is not None or average() is not None
     good = best = _snapshot(model)
     if state is None:
         highest_loss = EXPLODED * loss_of_a_guess(model, x[:_GUESS_ROWS], y[:_GUESS_ROWS], loss)
@@ -209,7 +212,7 @@ def fit(
         """Give the state of the run to ``checkpoint``."""
         if checkpoint is None:
             return
-        other = None if validation is None or best is parameters else best
+        other = best if chosen and best is not parameters else None
         kept = runner.state_dict()  # type: ignore[attr-defined]
         now = RunState(
             parameters, kept, order, history, about, highest_loss, other, step, loss_sum, spent, named_choices()
@@ -259,7 +262,8 @@ def fit(
         if not _all_finite(model):
             raise stop("a parameter became NaN or infinite", epoch, first, last)
         seconds = time.perf_counter() - start
-        scores = {} if judge is None else _scores(model, judge, split, loss)
+        averaged = average()
+        scores = {} if judge is None else _scores(model, judge, split, loss, averaged)
         judged = scores.get(f"{split}_loss")
         if judged is not None and not math.isfinite(judged):
             raise stop(f"the loss on the {split} data became {judged}", epoch, first, last)
@@ -269,23 +273,25 @@ def fit(
         history.epochs.append(dataclasses.replace(result, **scores))
         good = _snapshot(model)
         if history.best is history.last:
-            best = good
+            best = good if averaged is None else averaged
         keep(good, generator.get_state())
         if on_epoch is not None and on_epoch(history.last) is True:
             break
         if stopped:
             return history
-    if validation is not None and history.epochs:
+    if chosen and history.epochs:
         model.load_state_dict(best)
-        if test is not None:
+        if validation is not None and test is not None:
             place = history.epochs.index(history.best)
             history.epochs[place] = dataclasses.replace(history.best, **_scores(model, test, "test", loss))
     return history
 
 
-def _scores(model: nn.Module, data: Samples, split: str, loss: str) -> dict[str, Any]:
+def _scores(
+    model: nn.Module, data: Samples, split: str, loss: str, parameters: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
     """Loss and metric on some data, as the fields of an `EpochResult`."""
-    value, metric = evaluate(model, data, loss=loss)
+    value, metric = evaluate(model, data, loss=loss, parameters=parameters)
     return {f"{split}_loss": value, f"{split}_{metric_of(loss)}": metric}
 
 

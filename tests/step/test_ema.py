@@ -210,11 +210,12 @@ def test_wrong_settings(settings, error, message):
         fastmlp.TrainStep(network(SIZES), **settings)
 
 
-def test_an_ensemble_has_no_average():
+def test_the_average_of_an_ensemble_may_begin_later():
     ensemble = fastmlp.MLPEnsemble.stack([network(SIZES)] * 2)
-    with pytest.raises(NotImplementedError, match="an ensemble has no ema_decay"):
-        fastmlp.TrainStep(ensemble, ema_decay=0.9)
-    step = fastmlp.TrainStep(ensemble)
-    step.optimizer.param_groups[0]["ema_decay"] = 0.9
-    with pytest.raises(NotImplementedError, match="an ensemble has no ema_decay"):
-        step(*problem(SIZES, 8))
+    step = fastmlp.TrainStep(ensemble, lr=0.1)
+    step(*problem(SIZES, 8))
+    before = ensemble.layers[0].weight.detach().clone()
+    step.optimizer.param_groups[0]["ema_decay"] = 0.75
+    step(*problem(SIZES, 8))
+    expected = torch.lerp(before, ensemble.layers[0].weight.detach(), 0.25)
+    torch.testing.assert_close(step.ema_state_dict()["layers.0.weight"], expected)
