@@ -25,7 +25,7 @@ import fastmlp
 from fastmlp.train.schedules import lr_factors
 
 EDGE, FREQUENCIES, SCALE = 96, 64, 6.0
-EPOCHS, BATCH, LR = 40, 256, 0.005
+EPOCHS, BATCH, LR = 25, 256, 0.005
 
 
 def points(edge: int) -> Tensor:

@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import os
 import pkgutil
 import re
 import subprocess
@@ -133,7 +134,10 @@ def test_the_notebook_runs():
     """In a process of its own, because it asks for Triton's interpreter before it imports triton."""
     if triton_available() and version("triton") < (3, 7) and version("numpy") >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 needs numpy below 2.4")
-    done = subprocess.run([sys.executable, "-c", EXECUTE, NOTEBOOK], capture_output=True, text=True, cwd=ROOT)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests run beside it
+    done = subprocess.run(
+        [sys.executable, "-c", EXECUTE, NOTEBOOK], capture_output=True, text=True, cwd=ROOT, env=one_thread
+    )
     assert done.returncode == 0, done.stderr
     assert ("right: three steps on the kernels" in done.stdout) == triton_available()
 

@@ -124,8 +124,9 @@ def fit(
             stops at once: ``checkpoint`` gets the steps of the unfinished epoch, the model keeps its parameters, and
             the test data is not looked at. Default: none.
         settings: further settings of the optimizer, by `TrainStep`'s names: betas, eps, max_grad_norm, ... With engine
-            "step" also its further options, such as dtype. The losses of evaluations do not have these options. With
-            ``process_group``, all processes call `fit` with the same arguments, and divide each batch.
+            "step" also its further options, such as class_weight, label_smoothing, param_groups and dtype. Evaluations,
+            and so ``patience``, take the plain loss without these options. With ``process_group``, all processes call
+            `fit` with the same arguments, and divide each batch.
 
     Returns:
         The results of all epochs; ``history.best`` is the best epoch's.
