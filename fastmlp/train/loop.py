@@ -96,21 +96,22 @@ def fit(
         test: data to evaluate on; default: none.
         validation: data that chooses the best epoch, or the share of the training rows to hold out for this, drawn
             with ``seed`` and from all classes alike; default: none.
-        epochs: at least 1.
-        batch_size: rows per step, at least 1.
-        optimizer: a name that `TrainStep` takes. Engine "autograd" takes those that torch.optim has.
-        lr: base learning rate, above 0.
+        epochs: passes over the training data, at least 1; default 10. The training may end earlier (``patience``).
+        batch_size: rows per step, at least 1; default 128.
+        optimizer: a name that `TrainStep` takes; default "sgd". Engine "autograd" takes those that torch.optim has.
+        lr: base learning rate, above 0. It has no default, since the best one depends on data and model.
         loss: "cross_entropy" or "softmax_squared_error" (class numbers), "mse", "l1", "huber" or "bce" (values; the
-            last one takes logits and targets from 0 to 1).
+            last one takes logits and targets from 0 to 1); default "cross_entropy".
         momentum: in [0, 1); default: 0.9 for "sgd", else as `TrainStep`.
         weight_decay: at least 0; default: 0.
         nesterov: Nesterov's momentum; default: True for "sgd"; without effect when momentum is 0.
-        schedule: "constant", "linear", "cosine", or a function; see `fastmlp.train.schedules`.
-        warmup: share of all steps to warm up in, [0, 1); "constant" has no warm-up.
-        seed: of the order of the rows.
-        engine: what runs the steps: "step" (`fastmlp.TrainStep`, for MLPs), "autograd", "auto" ("step" for a
-            fastmlp.MLP, "autograd" for all else), or a ready `fastmlp.train.engines.Engine`. A
-            ready engine has its own optimizer and loss, so the arguments about the optimizer have no effect.
+        schedule: "constant", "linear" (default), "cosine", or a function; see `fastmlp.train.schedules`.
+            With "linear" and "cosine" the learning rate falls towards 0 over all ``epochs``.
+        warmup: share of all steps to warm up in, [0, 1); default 0.05; "constant" has no warm-up.
+        seed: of the order of the rows and of the held-out share; default 0. The starting weights are the model's.
+        engine: what runs the steps: "step" (`fastmlp.TrainStep`, for MLPs), "autograd", "auto" (default: "step" for a
+            fastmlp.MLP, "autograd" for all else), or a ready `fastmlp.train.engines.Engine`. A ready engine has its own
+            optimizer and loss, so the arguments about the optimizer have no effect.
         patience: end the training when so many epochs in a row had no validation loss below the best, at least 1;
             default: never. It needs ``validation``.
         checkpoint: a file that gets the state of the run, or a function that is called with it; default: none.
@@ -118,13 +119,14 @@ def fit(
             those of the run, but ``epochs`` and ``patience`` may be larger. A schedule that depends on the number of
             steps follows the new number from there on. A file that is not there is an error. Default: begin anew.
         on_epoch: called with the result after each epoch, when the model has the parameters of this epoch. If it
-            returns True, the training ends.
+            returns True, the training ends. Default: none.
         on_progress: called every `CHECK_EVERY` steps and at the end of each epoch. If it returns True, the training
             stops at once: ``checkpoint`` gets the steps of the unfinished epoch, the model keeps its parameters, and
-            the test data is not looked at.
+            the test data is not looked at. Default: none.
         settings: further settings of the optimizer, by `TrainStep`'s names: betas, eps, max_grad_norm, ... With engine
-            "step" also its further options, such as dtype. The losses of evaluations do not have these options. With
-            ``process_group``, all processes call `fit` with the same arguments, and divide each batch.
+            "step" also its further options, such as class_weight, label_smoothing, param_groups and dtype. Evaluations,
+            and so ``patience``, take the plain loss without these options. With ``process_group``, all processes call
+            `fit` with the same arguments, and divide each batch.
 
     Returns:
         The results of all epochs; ``history.best`` is the best epoch's.
