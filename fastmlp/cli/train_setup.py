@@ -156,7 +156,7 @@ def prepared(options: dict[str, Any], resume: str | None, given: Mapping[str, An
                 raise
             raise common.UserError(f"{device} has no memory for such a network; use smaller --sizes") from error
         for part in parts:
-            checked(model, part, loss)
+            checked(model, part, loss, of_loss.get("ignore_index"))
         tensors = {name: torch.tensor(of_loss[name], dtype=dtype, device=device) for name in _vectors(of_loss)}
         if of_loss:
             if engine != "step":
@@ -179,7 +179,7 @@ def prepared(options: dict[str, Any], resume: str | None, given: Mapping[str, An
     if held_out is not None:
         about["validation_dataset"] = held_out.published
     entries = {**model_config, **form.as_config(), "training": {**arguments, **about}}
-    if data is not None and data.startswith(TORCHVISION) and "@" not in data:
+    if data == BUNDLED or (data is not None and data.startswith(TORCHVISION) and "@" not in data):
         entries["data"] = data
     kept = options_of(options, {**model_config, **arguments}, device.type, backend, share)
     return Ready(
