@@ -386,7 +386,7 @@ def _activation_name(module: nn.Module) -> str:
         if type(module) is kind and all(getattr(module, key) == value for key, value in settings.items()):
             return name
     raise TypeError(
-        f"an MLP has no place for {module}; expected nn.Linear, nn.Flatten, nn.Dropout or one of "
-        f"{', '.join(kind.__name__ for kind, _ in _TORCH_MODULES.values())}, Softmax "
+        f"an MLP has no place for {module}; expected nn.Linear, nn.Flatten or one of "
+        f"{', '.join(kind.__name__ for kind, _ in _TORCH_MODULES.values())}, Softmax, Dropout "
         f"(LeakyReLU with slope {LEAKY_SLOPE}, exact GELU, Softmax over the features)"
     )
