@@ -23,17 +23,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Columns that share one counter.
-GROUP = 16
+from ..base.dropout import GROUP, threshold
+
 #: Multipliers of the first and the third counter word, and what each round adds to the key.
 _MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 _KEY_STEPS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
 _LOW = 0xFFFFFFFF
-
-
-def threshold(p: float) -> int:
-    """The least 16-bit number whose element is kept, for 0 < p < 1."""
-    return min(max(round(p * 65536), 1), 65535)
 
 
 def philox(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
@@ -70,10 +65,19 @@ def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 def numbers(seed: int, step: int, layer: int, rows: int, columns: int, stream: int = 0) -> Tensor:
     """The random numbers of a layer's output, int64 [rows, columns] from 0 to 65,535."""
+    state = torch.tensor([_signed(seed % (1 << 64)), step], dtype=torch.int64, device="cpu")
+    return numbers_of(state, layer, rows, columns, stream)
+
+
+def numbers_of(state: Tensor, layer: int, rows: int, columns: int, stream: int = 0) -> Tensor:
+    """``numbers`` of the state (seed, step), int64 [2], on the state's device."""
     groups = -(-columns // GROUP)
-    first = torch.arange(1, 1 + rows * groups, device="cpu")
-    counter = torch.stack([first, *(torch.full_like(first, word) for word in (step, layer, stream))], -1)
-    words = philox(counter, torch.tensor([_signed(seed % (1 << 64)), 0], device="cpu"))
+    seed, step = state.unbind()
+    first = torch.arange(1, 1 + rows * groups, device=state.device)
+    counter = torch.stack(
+        [first, step.expand_as(first), torch.full_like(first, layer), torch.full_like(first, stream)], -1
+    )
+    words = philox(counter, torch.stack([seed, torch.zeros_like(seed)]))
     pieces = torch.stack([(words >> shift) & 0xFFFF for shift in (0, 16, 32, 48)], -1)
     return pieces.reshape(rows, groups * GROUP)[:, :columns]
 
@@ -95,4 +99,4 @@ def keep_mask(seed: int, step: int, layer: int, rows: int, columns: int, p: floa
 
 def dropout(a: Tensor, keep: Tensor, p: float) -> Tensor:
     """A_out = keep * A / (1 - p), as a product, so that a dropped NaN or infinity is NaN, as torch's is."""
-    return a * (keep.to(a.dtype) * (1 / (1 - p)))
+    return a * keep.to(a.dtype) * (1 / (1 - p))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..base.names import unknown
 from ..cpu import adopt_choices, named_choices
+from ..nn import MLP
 from .engines import ENGINES, Engine, checked_rule, engine_for, step_options, usual_rule
 from .results import EXPLODED, DivergenceError, EpochResult, History, Progress
 from .schedules import Schedule, lr_factor
@@ -177,6 +178,7 @@ def fit(
         about |= {"schedule": schedule if isinstance(schedule, str) else getattr(schedule, "__name__", "")}
         about |= {"warmup": warmup, "patience": patience, "validation": validation is not None}
         about |= {"data": fingerprint(x, y)}
+        about |= {"dropout": model.dropout} if isinstance(model, MLP) and model.dropout else {}
     if resume is not None:
         state = resume if isinstance(resume, RunState) else load_state(resume)
         state.check(about, model)
