@@ -52,6 +52,7 @@ from ..kernels.layout import Layer, Layout
 from ..kernels.optimizer import EMA_COLUMNS, HYPER_COLUMNS
 from ..kernels.wgrad_update import reduce_update, wgrad_update, workspace
 from ..nn import Linear
+from .cpu_dropout import StepDropout
 from .graphs import GraphCache, GraphEntry, can_capture, refuse_capture
 from .groups import Groups
 from .late_update import LateUpdate
@@ -174,16 +175,14 @@ class TritonStep:
         self._widened = [c for c in self._copied if c.master is not c.data]
 
     @property
-    def dropout(self) -> tuple[Tensor, tuple[float, ...], int] | None:
-        """What the next steps drop: (state, rate of each hidden layer, stream); None: nothing.
-
-        ``state`` is int64 [2] on the device, seed and step. Each step adds 1 to the latter, and so does each call of
-        ``gradients``.
+    def dropout(self) -> StepDropout | None:
+        """What the next steps drop; it may be assigned between steps. Each step, and each call of ``gradients``, adds 1
+        to the step of the state.
         """
         return self._dropout
 
     @dropout.setter
-    def dropout(self, of: tuple[Tensor, tuple[float, ...], int] | None) -> None:
+    def dropout(self, of: StepDropout | None) -> None:
         self._dropout = of
         self._drops: list[Dropout | None] = [None] * len(self.layers)
         self._drawn: tuple[object, ...] | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastmlp import reference
 from fastmlp.reference.dropout import keep_mask
+from fastmlp.step.cpu_dropout import StepDropout
 from fastmlp.step.optimizers import SGD, AdamW
 from fastmlp.step.triton_step import TritonStep
 from tests.conftest import UNSIMULATED
@@ -98,7 +99,7 @@ def test_steps_are_those_of_autograd(lane, loss, activation, frozen):
     """Each step has the next number; a frozen layer drops too."""
     made = layers(lane, torch.float32, activation, frozen=frozen)
     engine, given = TritonStep(made, SGD(0.1), loss, torch.float32, cuda_graph=False), state(lane, 5)
-    engine.dropout = given, RATES, 0
+    engine.dropout = StepDropout(given, RATES)
     batches = [batch(loss, seed) for seed in range(2)]
     out = torch.zeros((), device=lane)
     for x, y in batches:
@@ -117,7 +118,7 @@ def test_16_bits(unsimulated, dtype):
     """float16 has a loss scale, whose update comes later; what the number counts are forward passes."""
     made = layers(unsimulated, dtype, "tanh")
     engine, given = TritonStep(made, SGD(0.1), "cross_entropy", dtype, cuda_graph=False), state(unsimulated)
-    engine.dropout = given, RATES, 0
+    engine.dropout = StepDropout(given, RATES)
     batches, out = [batch("cross_entropy", seed) for seed in range(2)], torch.zeros((), device=unsimulated)
     for x, y in batches:
         engine.step(x.to(unsimulated, dtype), y.to(unsimulated), out)
@@ -137,7 +138,7 @@ def test_an_epoch_is_its_steps(unsimulated):
     """The numbers belong to rows of the batch; the last batch is shorter."""
     made = layers(unsimulated, torch.float32, "sigmoid")
     engine, given = TritonStep(made, SGD(0.1), "cross_entropy", torch.float32, cuda_graph=False), state(unsimulated)
-    engine.dropout = given, RATES, 0
+    engine.dropout = StepDropout(given, RATES)
     x, y = draw(M, SIZES[0], seed=1), torch.arange(M) % SIZES[-1]
     order, losses = torch.tensor([3, 1, 6, 2, 0]), torch.zeros(2, device=unsimulated)
     rates = torch.full((2,), 0.1, dtype=torch.float64)
@@ -157,7 +158,7 @@ def test_accumulated_gradients(unsimulated, loss):
     """Each forward pass has a number of its own, and the update has none."""
     made = layers(unsimulated, torch.float32, "relu")
     engine, given = TritonStep(made, AdamW(0.01), loss, torch.float32, cuda_graph=False), state(unsimulated)
-    engine.dropout = given, RATES, 0
+    engine.dropout = StepDropout(given, RATES)
     batches, out = [batch(loss, seed) for seed in range(2)], torch.zeros((), device=unsimulated)
     for i, (x, y) in enumerate(batches):
         grads = engine.gradients(x.to(unsimulated), y.to(unsimulated), out, accumulate=i > 0)
@@ -180,7 +181,7 @@ def test_members_drop_different_elements(unsimulated):
     active = torch.ones(E, dtype=torch.bool, device=unsimulated)
     engine = TritonStep(made, SGD(0.1), "cross_entropy", torch.float32, cuda_graph=False, members=E, active=active)
     given, out = state(unsimulated), torch.zeros(E, device=unsimulated)
-    engine.dropout = given, RATES, 0
+    engine.dropout = StepDropout(given, RATES)
     batches = [batch("cross_entropy", seed) for seed in range(2)]
     for x, y in batches:
         engine.step(x.to(unsimulated), y.to(unsimulated), out)
@@ -204,7 +205,7 @@ def test_rates_of_0_drop_nothing(unsimulated):
         made, out = layers(unsimulated, torch.float32, "sigmoid"), torch.zeros((), device=unsimulated)
         engine, given = TritonStep(made, SGD(0.1), "mse", torch.float32, cuda_graph=False), state(unsimulated)
         for seed in range(2):
-            engine.dropout = (given, (0.0, 0.0), 0) if drops and seed == 0 else None
+            engine.dropout = StepDropout(given, (0.0, 0.0)) if drops and seed == 0 else None
             engine.step(*(t.to(unsimulated) for t in batch("mse", seed)), out)
         results.append([out, *parameters(made)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -70,12 +70,8 @@ def test_groups_and_averages_launch_nothing_more():
 
 @pytest.mark.launch
 def test_dropout_launches_nothing_more():
-    """Nor does it take another tile: only the arguments differ."""
-    for layers in (1, 2, 4):
-        sizes = (784, *[64] * (layers - 1), 10)
-        assert one_step(sizes, 64, 80, dropout=0.5 if layers > 1 else 0.0) == one_step(sizes, 64, 80)
-    assert captured_step(dropout=0.5) == captured_step(dropout=0.5, epoch=True) == FIVE
-    assert len(captured_step(dropout=0.5, max_grad_norm=1.0)) == len(captured_step(max_grad_norm=1.0))
+    """Nothing of torch's either, which would draw numbers or count the passes."""
+    assert captured_step(dropout=0.5) == captured_step(dropout=(0.0, 0.5), epoch=True) == FIVE
 
 
 @pytest.mark.launch
