@@ -218,10 +218,6 @@ class TrainStep:
         dropout = binding.dropout
         if dropout is not None and self._parallel is not None:
             dropout = dropout._replace(stream=self._parallel.rank)
-        if dropout is not None and self.backend == "triton":
-            raise NotImplementedError(
-                "a TrainStep on the kernels has no dropout; use fastmlp.set_backend('torch'), or train with autograd"
-            )
         engine: Any = self._engine
         engine.dropout = dropout
 
