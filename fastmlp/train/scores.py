@@ -7,17 +7,20 @@ values are judged by R2 = 1 - sum (a - y)^2 / sum (y - mean y)^2, over all outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .. import functional
 from ..base.arguments import check_classes
 from ..base.losses import LOSSES, STEP_LOSSES, Loss
 from ..base.names import unknown
+from ..ensemble import MLPEnsemble
 
 
 class LabeledImages(Protocol):
@@ -94,6 +97,11 @@ def checked(model: nn.Module, data: Samples, loss: str = "cross_entropy") -> tup
 
     What is checked here, once, is checked by no step, since a check of labels on a GPU makes the host wait.
     """
+    if isinstance(model, MLPEnsemble):
+        raise TypeError(
+            f"expected one model, got an MLPEnsemble of {model.members}; look at each of ensemble.unstack(), or train "
+            "all with fastmlp.TrainStep(ensemble)"
+        )
     x, y = tensors(data)
     if x.dim() < 2:
         raise ValueError(f"expected inputs [N, features] or [N, ...], got {list(x.shape)}")
@@ -140,38 +148,70 @@ def _checked_values(y: Tensor, outputs: int, loss: str, *, probabilities: bool) 
 
 
 @overload
-def evaluate(model: nn.Module, dataset: Samples, batch_size: int = ...) -> tuple[float, float]: ...
+def evaluate(
+    model: nn.Module, dataset: Samples, batch_size: int = ..., *, parameters: Mapping[str, Tensor] | None = ...
+) -> tuple[float, float]: ...
 
 
 @overload
-def evaluate(model: nn.Module, dataset: Samples, batch_size: int = ..., *, loss: str) -> tuple[float, float | None]: ...
+def evaluate(
+    model: nn.Module,
+    dataset: Samples,
+    batch_size: int = ...,
+    *,
+    loss: str,
+    parameters: Mapping[str, Tensor] | None = ...,
+) -> tuple[float, float | None]: ...
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: Samples, batch_size: int = 2048, *, loss: str = "cross_entropy"
+    model: nn.Module,
+    dataset: Samples,
+    batch_size: int = 2048,
+    *,
+    loss: str = "cross_entropy",
+    parameters: Mapping[str, Tensor] | None = None,
 ) -> tuple[float, float | None]:
     """(mean loss, metric) of ``model`` on ``dataset``, without autograd, in evaluation mode.
 
     The metric is the accuracy, 0 to 1, or for the losses of values mse, l1 and huber R2. It is None where the targets
     have no variance (R2), or are not all 0 or 1 (accuracy of "bce").
 
+    With ``parameters``, by name as in a state_dict, these are used in place of the model's own, in the dtypes of those.
+    ``parameters=step.ema_state_dict()`` evaluates the moving average that a `TrainStep` keeps.
+
     Raises:
-        TypeError: ``dataset`` is no pair of tensors and no data set.
+        TypeError: ``dataset`` is no pair of tensors and no data set, or ``model`` is an ensemble.
         ValueError: an empty data set, a batch size below 1, an unknown loss, or targets of another shape.
-        RuntimeError: inputs and model do not fit, or are on two devices.
+        RuntimeError: inputs or parameters do not fit the model, or are on another device.
         IndexError: a label outside [0, classes).
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     inputs, targets = checked(model, dataset, loss)
+    forward: Callable[[Tensor], Tensor] = model
+    if parameters is not None:
+        own = model.state_dict()
+        _check_names(own, parameters)
+        cast = {name: tensor.to(own[name].dtype) for name, tensor in parameters.items()}
+        forward = functools.partial(functional_call, model, cast)
     with evaluation_mode(model):
         kind = _evaluate_values if takes_values(loss) else _evaluate_classes
-        return kind(model, inputs, targets, batch_size, loss)
+        return kind(forward, inputs, targets, batch_size, loss)
+
+
+def _check_names(own: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    for name, tensor in parameters.items():
+        if name not in own or own[name].shape != tensor.shape:
+            expected = f"{list(own[name].shape)}" if name in own else f"one of {', '.join(own)}"
+            raise RuntimeError(
+                f"the parameter {name!r} {list(tensor.shape)} does not fit the model; expected {expected}"
+            )
 
 
 def _evaluate_classes(
-    model: nn.Module, inputs: Tensor, targets: Tensor, batch_size: int, loss: str
+    model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, batch_size: int, loss: str
 ) -> tuple[float, float]:
     function = loss_function(loss)
     total = torch.zeros((), dtype=torch.float32, device=inputs.device)
@@ -184,7 +224,7 @@ def _evaluate_classes(
 
 
 def _evaluate_values(
-    model: nn.Module, inputs: Tensor, targets: Tensor, batch_size: int, loss: str
+    model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, batch_size: int, loss: str
 ) -> tuple[float, float | None]:
     function = loss_function(loss)
     total, residual, variance, correct = torch.zeros(4, dtype=torch.float64, device=inputs.device).unbind()
@@ -221,10 +261,11 @@ def loss_of_a_guess(model: nn.Module, inputs: Tensor, targets: Tensor, loss: str
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards in its own mode."""
-    was_training = model.training
+    """The model in evaluation mode, and afterwards each of its modules in its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training

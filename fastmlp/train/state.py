@@ -44,7 +44,7 @@ class RunState:
         history: the finished epochs.
         settings: the arguments of `fit` that make the run what it is, and the fingerprint of the data.
         highest_loss: the loss that counts as exploded.
-        best: parameters of the best epoch where they are not the model's; only with validation data.
+        best: parameters of the best epoch where they are not the model's: with validation data, or with an average.
         step: steps of the unfinished epoch that are done; 0 between epochs.
         loss_sum, seconds: the sum of the losses of these steps' rows, and the time that they took.
         choices: what `fastmlp.cpu` chose by measuring, which is a part of the result.

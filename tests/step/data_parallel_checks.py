@@ -199,5 +199,27 @@ def differences(rank: int, pair: Any) -> None:
         TrainStep(model, lr=0.1 * (1 + rank), process_group=dist.group.WORLD)
 
 
-_ALL = (steps, unequal_parts, weights, epochs, gradients, overflow, dtypes, frozen, dropout, differences)
+def nothing_counts(rank: int, pair: dist.ProcessGroup) -> None:
+    """Labels that are all ignored: the loss is NaN and nothing changes, as in one process."""
+    model, x, _ = problem(8)
+    before = [p.detach().clone() for p in model.parameters()]
+    step = TrainStep(model, lr=0.1, process_group=dist.group.WORLD, ignore_index=-100)
+    assert step(x[2 * rank : 2 * rank + 2], torch.full((2,), -100)).isnan()
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert_within_budget(p.detach(), was.double(), was, reduction=1)
+
+
+_ALL = (
+    differences,
+    nothing_counts,
+    steps,
+    unequal_parts,
+    weights,
+    epochs,
+    gradients,
+    overflow,
+    dtypes,
+    frozen,
+    dropout,
+)
 CHECKS = {f.__name__: f for f in _ALL}

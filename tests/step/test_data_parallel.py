@@ -76,6 +76,7 @@ def test_processes_together_do_what_one_does():
         "dropout",
         "differences",
         "dtypes",
+        "nothing_counts",
     )
 
 

@@ -19,7 +19,7 @@ import fastmlp
 from fastmlp.train import CHECK_EVERY, History, fit
 from fastmlp.train.checkpoint import CheckpointError
 from fastmlp.train.initial import initialize_
-from fastmlp.train.state import FORMAT, load_state, save_state
+from fastmlp.train.state import FORMAT, RunState, load_state, save_state
 from fastmlp.train.tensor_file import read_tensors, write_tensors
 from tests.support.faults import KINDS, every_kill, every_point
 
@@ -198,6 +198,17 @@ def test_wrong_arguments(tmp_path):
 def small_state(tmp_path: Path) -> Path:
     fit(new_model(), blobs(), epochs=1, lr=0.1, checkpoint=tmp_path / "state", validation=0.5)
     return tmp_path / "state"
+
+
+def test_kept_states_are_those_of_their_epochs():
+    """A function that gets the states may keep them: the run goes on with a history of its own."""
+    kept: list[RunState] = []
+    whole, again = new_model(), new_model()
+    fit(whole, blobs(), lr=0.1, epochs=3, checkpoint=kept.append)
+    assert [state.epoch for state in kept] == [1, 2, 3]
+    fit(again, blobs(), lr=0.1, epochs=3, resume=kept[0])
+    for ours, theirs in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_file_is_safetensors(tmp_path):

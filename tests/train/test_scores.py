@@ -142,7 +142,7 @@ def scripted(monkeypatch):
     script = {"validation": iter([3.0, 1.0, 2.0, 1.0]), "test": iter([0.5] * 9)}
     names: dict[int, str] = {}
 
-    def scored(model: nn.Module, data: tuple[Tensor, Tensor], loss: str) -> tuple[float, float]:
+    def scored(model: nn.Module, data: tuple[Tensor, Tensor], loss: str, parameters: None) -> tuple[float, float]:
         name = names.get(id(data), "validation")
         looks.append(name)
         return next(script[name]), 0.25
