@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import cpu
 from ..base.losses import takes_classes
+from .cpu_dropout import StepDropout, advance, numbers
 from .cpu_member_span import MemberLayer, Packed, Span, target_dims
 from .cpu_members import Piece
 from .groups import Groups
@@ -56,6 +57,8 @@ class TorchEnsemble:
     ) -> None:
         self._modules, self.rule, self.loss, self.dtype, self.active = layers, rule, loss, dtype, active
         self.options = options
+        #: What a pass drops; it may be assigned between steps.
+        self.dropout: StepDropout | None = None
         #: The rules of the param groups, and the group of each master.
         self.rules = [rule] if groups is None else groups.rules
         self.group_of: list[int] | None = None if groups is None else groups.numbers
@@ -203,9 +206,16 @@ class TorchEnsemble:
         way, pieces = self._planned(self._rows)
         if len(self._ids) < self.members:
             out.fill_(nan)
+        if self.dropout is None:
+            self._spread(
+                way, [partial(_each, [partial(p.run, x, y, out, update, weight) for p in part]) for part in pieces]
+            )
+            return
+        of_pass = numbers(self.dropout)
         self._spread(
-            way, [partial(_each, [partial(p.run, x, y, out, update, weight) for p in part]) for part in pieces]
+            way, [partial(_each, [partial(p.run, x, y, out, update, weight, of_pass) for p in part]) for part in pieces]
         )
+        advance(self.dropout)
 
     def _spread(self, way: str, parts: list[Callable[[], None]]) -> None:
         if way in ("batched", "each"):

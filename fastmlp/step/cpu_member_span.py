@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .cpu_dropout import StepDropout
 from .loss_options import LossOptions
 from .optimizers import Optimizer
 from .parameters import Copies
@@ -48,6 +49,8 @@ class Ensemble(Protocol):
     group_of: list[int] | None  #: the param group of each master
     loss: str
     options: LossOptions
+    dropout: StepDropout | None
+    members: int
     dtype: torch.dtype
     device: torch.device
     lowest: int

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
+from .cpu_dropout import Mask, StepDropout, masks
 from .cpu_losses import LossFunction, cross_entropy_terms, loss_function, weighted_loss_function
 from .cpu_member_products import Batched, Each
 from .cpu_member_span import Ensemble, Span, target_dims
@@ -55,16 +56,42 @@ class Piece:
             self._db.insert(0, torch.empty_like(master_b) if net.plain and master_b is not None else None)
             self._dz.insert(0, dz)
             dz = dz if dx is None else dx
+        self._dropout: StepDropout | None = None
+        self._masks: list[Mask | None] = [None] * len(layers)
         self._update = None if net.plain else MemberUpdate(net, span)
         self._gradients: list[Tensor] | None = None
 
-    def run(self, x: Tensor, y: Tensor, out: Tensor, update: bool, weight: Tensor | None = None) -> None:
+    def _masks_of(self, dropout: StepDropout | None) -> list[Mask | None]:
+        """Of each layer that drops."""
+        if self._dropout is not dropout:
+            m, net, ids = self.m, self._net, self.ids
+            self._masks = [None] * len(net.layers)
+            if dropout is not None:
+                shapes = [(len(ids), m, layer.weight.shape[1]) for layer in net.layers]
+                # Masks of members side by side are made at once.
+                first = [i for i, member in enumerate(ids) if not i or ids[i - 1] != member - 1]
+                ends = [*first[1:], len(ids)]
+                runs = [(ids[i] * m, (end - i) * m) for i, end in zip(first, ends, strict=True)]
+                self._masks = masks(dropout, shapes, net.zero.new_empty(0, dtype=net.dtype), runs, net.members * m)
+            self._dropout = dropout
+        return self._masks
+
+    def run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        out: Tensor,
+        update: bool,
+        weight: Tensor | None = None,
+        of_pass: tuple[int, int] = (0, 0),
+    ) -> None:
         """One step on X [M, K] or [E, M, K] in the compute dtype; writes the members' losses into ``out`` [E].
 
         ``weight`` are sample weights [M] or [E, M]. Without ``update`` the gradients are stored, and the parameters
-        stay as they are.
+        stay as they are. ``of_pass`` are the values of the state of dropout.
         """
         net, span = self._net, self.span
+        masks = self._masks if net.dropout is self._dropout else self._masks_of(net.dropout)
         span.load()
         plain = net.plain and update
         if not plain:
@@ -73,11 +100,13 @@ class Piece:
         y = y if y.dim() == target_dims(y) else span.batch("y", y)
         weight = weight if weight is None or weight.dim() == 1 else span.batch("weight", weight)
         inputs, saved = [], []
-        for f, products, kept in zip(self._fs, self._products, self._kept, strict=True):
+        for f, products, kept, mask in zip(self._fs, self._products, self._kept, masks, strict=True):
             inputs.append(a)
             z = products.linear(a)
             a = f.overwrite(z) if kept is None else f.into(z, kept)
             saved.append(z if f.saved == "z" else a)
+            if mask is not None:
+                a = mask.forward(a, of_pass)
         losses = span.put(out)
         da = self._loss(a, y, losses, None if self._scales is None else self._scales[0], weight)
         span.landed(out)
@@ -89,6 +118,8 @@ class Piece:
                 da.mul_(self._rate)
                 rate = 1.0
         for i in range(len(inputs) - 1, net.lowest - 1, -1):
+            if (mask := masks[i]) is not None:
+                mask.backward(da)
             da = self._fs[i].backward(da, saved[i], inplace=True)
             below = self._products[i].dgrad() if i > net.lowest else None  # before the weight changes
             if plain:

@@ -58,6 +58,7 @@ class DataParallel:
                 "initialize it with one, such as gloo for a CPU and nccl for a GPU"
             )
         self.group, self.device = group, device
+        self.rank = dist.get_rank(group)
         #: Whether the all-reduce can be part of a CUDA graph.
         self.capturable = backend == "nccl"
 

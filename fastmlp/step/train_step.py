@@ -46,8 +46,10 @@ class TrainStep:
     graph; on a CPU it is in-place BLAS on buffers allocated once. Results agree with autograd and torch.optim to
     rounding.
 
-    A step does what the model says when it is called. It follows parameters that are frozen or thawed, activations that
-    are changed, values that anybody writes into parameters, and settings that are assigned or scheduled. Where it
+    A step does what the model says when it is called. It follows parameters that are frozen or thawed, activations and
+    dropout that are changed, ``model.train()`` and ``model.eval()``, values that anybody writes into parameters, and
+    settings that are assigned or scheduled. It drops what autograd would drop: in training mode, with the masks of the
+    model's ``dropout_state``, whose number of passes each step and each call of ``gradients`` raises by 1. Where it
     cannot follow (hooks, a ``forward`` of the model's own, other layers or parameters) the call raises an error and
     changes nothing. A frozen parameter keeps its optimizer state for the time after. Every update raises the version
     counter of the parameters, so that autograd finds what it saved changed.
@@ -205,10 +207,21 @@ class TrainStep:
             from .data_parallel import DataParallel
 
             self._parallel = DataParallel(process_group, self.device)
-            self._parallel.start(list(model.parameters()), repr(self))
+            self._parallel.start([*model.parameters(), *model.buffers()], f"{self!r}, dropout={model.dropout}")
         #: Whether the average has still to begin with the parameters.
         self._ema_waits = rule.ema_decay is not None
         self._engine = self._new_engine(self._binding, self._rules)
+        self._take_up_dropout(self._binding)
+
+    def _take_up_dropout(self, binding: Binding) -> None:
+        """What the model drops now: nothing in evaluation mode. Each process of a group has masks of its own."""
+        dropout, engine = binding.dropout, self._engine
+        if dropout is not None and self._parallel is not None:
+            dropout = dropout._replace(stream=self._parallel.rank)
+            before = engine.dropout
+            if before is not None and before.state is dropout.state and before[1:] == dropout[1:]:
+                return
+        engine.dropout = dropout
 
     @property
     def rule(self) -> Optimizer:
@@ -560,6 +573,7 @@ class TrainStep:
                 vars(rule).update(vars(new))
             self._engine.settings_changed()
         self._binding = binding
+        self._take_up_dropout(binding)
 
     def _rebuild(self, binding: Binding, rules: list[Optimizer]) -> None:
         """A new engine, with the state of the old one as far as both have it."""

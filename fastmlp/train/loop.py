@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..base.names import unknown
 from ..cpu import adopt_choices, named_choices
+from ..nn import MLP
 from .engines import ENGINES, Engine, check_shares, checked_rule, engine_for, step_options, usual_rule
 from .results import EXPLODED, DivergenceError, EpochResult, History, Progress
 from .schedules import Schedule, lr_factor
@@ -180,6 +181,7 @@ def fit(
         about |= {"warmup": warmup, "patience": patience, "model": repr(model)}
         about |= {"validation": None if validation is None else fingerprint(*tensors(validation))}
         about |= {"data": fingerprint(x, y)}
+        about |= {"dropout": model.dropout} if isinstance(model, MLP) and model.dropout else {}
         about.pop("process_group", None)  # the run may go on with another number of processes
     if resume is not None:
         state = resume if isinstance(resume, RunState) else load_state(resume)
