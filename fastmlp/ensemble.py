@@ -21,7 +21,7 @@ class MLPEnsemble(Network):
     """E multilayer perceptrons of one shape, each with parameters of its own, computed together.
 
     Args:
-        sizes, activation, bias, device, dtype: of every member, as for an ``MLP``.
+        sizes, activation, bias, device, dtype, dropout: of every member, as for an ``MLP``.
         members: the number E of members, at least 1.
 
     ``layers[i].weight`` is [E, n_i, n_{i-1}] and ``layers[i].bias`` is [E, n_i]; state_dict has the names of an MLP's.
@@ -32,12 +32,16 @@ class MLPEnsemble(Network):
     Each member is initialized like an MLP: after one seed, ``MLPEnsemble(sizes, 3)`` has the values of three MLPs that
     are made one after the other. ``MLPEnsemble.stack`` makes an ensemble of given MLPs, ``unstack`` the MLPs of one.
 
+    With dropout each member has masks of its own, all from the seed and the number of the pass in ``dropout_state``.
+    Ensembles that ``stack`` makes, and MLPs that ``unstack`` makes, draw new seeds.
+
     The forward pass is one node of the tape. Gradients, transforms, torch.compile and torch.export are those of an MLP;
     what is backpropagated may combine members, such as their minimum. ``fastmlp.TrainStep`` trains all members at once.
 
     Raises:
-        TypeError: sizes that are no sequence of ints, members that is no int.
-        ValueError: fewer than two sizes or one below 1, members below 1, unknown activations, a wrong number of them.
+        TypeError: sizes that are no sequence of ints, members that is no int, dropout that is no number.
+        ValueError: fewer than two sizes or one below 1, members below 1, unknown activations, a wrong number of them,
+            or of dropout probabilities, or a probability below 0 or from 1 on.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class MLPEnsemble(Network):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        dropout: float | Sequence[float] = 0.0,
     ) -> None:
         super().__init__()
         self.sizes, self.members = _checked_sizes(sizes), _checked_members(members)
@@ -57,6 +62,7 @@ class MLPEnsemble(Network):
             for n_in, n_out, f in zip(self.sizes[:-1], self.sizes[1:], activations, strict=True)
         )
         self.reset_parameters()
+        self.dropout = dropout
 
     def reset_parameters(self) -> None:
         """Draw new values, member by member, each as an MLP of its own would."""
@@ -73,11 +79,14 @@ class MLPEnsemble(Network):
             return self._in_turn(x)
         weights = [_parameter(layer, "weight") for layer in layers]
         biases = [_parameter(layer, "bias") for layer in layers]
-        return functional.mlp(x, weights, biases, [layer._slot.activation for layer in layers], self.members)  # type: ignore[arg-type]
+        activations = [layer._slot.activation for layer in layers]
+        if self._dropout and self.training:
+            return functional.mlp(x, weights, biases, activations, self.members, self._dropout, self.dropout_state)  # type: ignore[arg-type]
+        return functional.mlp(x, weights, biases, activations, self.members)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """The sizes and the number of members; the layers print themselves."""
-        return f"sizes={self.sizes}, members={self.members}"
+        return f"sizes={self.sizes}, members={self.members}{self._repr_of_dropout()}"
 
     @classmethod
     def stack(cls, models: Iterable[MLP]) -> MLPEnsemble:
@@ -85,7 +94,7 @@ class MLPEnsemble(Network):
 
         Raises:
             TypeError: an element that is no MLP, or an MLP with a replaced layer or another ``forward``.
-            ValueError: no models, or models of different sizes, activations, biases or frozen parameters.
+            ValueError: no models, or models of different sizes, activations, dropout, biases or frozen parameters.
             RuntimeError: models of different dtypes or devices.
         """
         models = list(models) if isinstance(models, Iterable) else models
@@ -110,6 +119,7 @@ class MLPEnsemble(Network):
                     continue
                 stacked = torch.stack([parameter.detach() for parameter in parameters])
                 setattr(layer, name, nn.Parameter(stacked, parameters[0].requires_grad))
+        ensemble.dropout = first.dropout
         return ensemble.train(first.training)
 
     def unstack(self) -> list[MLP]:
@@ -132,6 +142,8 @@ class MLPEnsemble(Network):
                     else:
                         own = nn.Parameter(parameter.detach()[member].clone(), parameter.requires_grad)
                         setattr(model.layers[i], name, own)
+        for model in models:
+            model.dropout = self.dropout
         return [model.train(self.training) for model in models]
 
 
@@ -153,6 +165,7 @@ def _about(model: MLP) -> tuple[dict[str, object], dict[str, object]]:
     return {
         "sizes": model.sizes,
         "activations": model.activations,
+        "dropout": model._rates(),
         "parameters": {name: tuple(parameter.shape) for name, parameter in parameters.items()},
         "frozen parameters": [name for name, parameter in parameters.items() if not parameter.requires_grad],
     }, {"dtype": first.dtype, "device": first.device}

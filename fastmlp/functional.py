@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import ops, reference
 from .autograd.elementwise import bce_loss, bce_with_logits, huber_loss, l1_loss, mse_loss, multiclass_nll
 from .autograd.linear import LinearAct, MLPFunction
 from .autograd.softmax import softmax, softmax_squared_error
 from .autograd.transforms import transformed
-from .backend import Runs, kernels_alone, on_tape, runs
+from .backend import Runs, functorch_active, kernels_alone, on_tape, runs
 from .base.arguments import (
     MOST,
     check_activation,
@@ -26,8 +27,10 @@ from .base.arguments import (
     check_tensor,
 )
 from .base.compat import is_autocast_enabled
+from .base.dropout import Dropout, checked_rates
 from .losses import cross_entropy
 from .ops import triton_ops
+from .ops.dropout import dropped
 
 __all__ = [
     "bce_loss",
@@ -129,6 +132,8 @@ def mlp(
     biases: Sequence[Tensor | None],
     activations: Sequence[str],
     members: int | None = None,
+    dropout: float | Sequence[float] | Drops | None = None,
+    dropout_state: Tensor | None = None,
 ) -> Tensor:
     """A whole multilayer perceptron as one node of the tape: A_l = f_l(A_{l-1} W_l^T + b_l), A_0 = x.
 
@@ -140,6 +145,10 @@ def mlp(
             begins after a softmax.
         members: None for one network, or the number E of networks of one shape, whose weights are [E, n_l, n_{l-1}] and
             biases [E, n_l]. Then x is [B, in_features], the same for all members, or [E, B, in_features].
+        dropout: the probability p of an element of a hidden layer's output to be dropped, or one for each hidden layer:
+            A_l becomes keep * A_l / (1 - p). Default None, no dropout.
+        dropout_state: int64 [2] on x's device, the seed and the number of the pass, from which the masks are computed
+            (``fastmlp.reference.keep_mask``). The call adds 1 to the number of the pass, in place. Needed with dropout.
 
     Returns:
         A_L [B, n_L], or [E, B, n_L].
@@ -148,12 +157,13 @@ def mlp(
     part of the matrix product above the layer. Layers below the lowest one that needs a gradient cost nothing.
 
     Raises:
-        ValueError: no layers, or not as many weights as biases and activations.
+        ValueError: no layers, or not as many weights as biases and activations; a probability below 0, or 1 and above.
+        RuntimeError: dropout inside a transform of torch.func, or when a backward pass computes the forward pass again.
     """
     for activation in activations:
         check_activation(activation)
     known = None
-    if members is None and len(weights) == len(biases):
+    if members is None and dropout is None and len(weights) == len(biases):
         tensors: tuple[Any, ...] = (x, *[p for pair in zip(weights, biases, strict=True) for p in pair])
         if kernels_alone(*tensors):
             known = triton_ops.signature(tensors)
@@ -175,13 +185,23 @@ def mlp(
     else:
         check_members(weights, biases, activations, members)
         check_members_input(x, weights[0])
+    drops = None if dropout is None else begin_dropout(dropout, dropout_state, len(weights) - 1, x)
     if "softmax" in activations:
         end = list(activations).index("softmax") + 1
-        a = softmax(mlp(x, weights[:end], biases[:end], [*activations[: end - 1], "identity"], members))
-        return a if end == len(weights) else mlp(a, weights[end:], biases[end:], activations[end:], members)
+        first = None if drops is None else Drops((*drops[: end - 1], None))
+        a = softmax(mlp(x, weights[:end], biases[:end], [*activations[: end - 1], "identity"], members, first))
+        if drops is not None and (own := drops[end - 1]) is not None:
+            a = dropped(a, own)
+        rest = None if drops is None else Drops(drops[end:])
+        return a if end == len(weights) else mlp(a, weights[end:], biases[end:], activations[end:], members, rest)
     backend = runs(weights[0].dtype, x, *weights, *biases)
     if backend == "formula" or transformed(x, *weights, *biases):
-        return reference.mlp(x, weights, biases, activations)
+        if drops is None:
+            return reference.mlp(x, weights, biases, activations)
+        places = drops
+        return reference.mlp(
+            x, weights, biases, activations, lambda a, i: a if (own := places[i]) is None else dropped(a, own)
+        )
     if members is not None:
         backend = "members" if backend == "torch" else backend
         if x.requires_grad and x.dim() == 2:
@@ -190,7 +210,48 @@ def mlp(
         if len(_checked) >= MOST:
             _checked.clear()
         _checked.add((*activations, known))
-    return _on_tape(x, [p for pair in zip(weights, biases, strict=True) for p in pair], tuple(activations), backend)
+    params = [p for pair in zip(weights, biases, strict=True) for p in pair]
+    return _on_tape(x, params, tuple(activations), backend, drops=drops)
+
+
+class Drops(tuple[Dropout | None, ...]):
+    """The dropout of each layer's output in one pass, or None for a layer without; the last layer never has any."""
+
+
+def begin_dropout(dropout: object, state: Tensor | None, hidden: int, x: Tensor) -> Drops | None:
+    """What one pass drops, with the state as it was; the state goes on to the next pass. None if nothing is dropped.
+
+    The state is copied, because the backward pass needs the numbers of its forward pass.
+    """
+    if isinstance(dropout, Drops):
+        return dropout if any(dropout) else None
+    rates = checked_rates(dropout, hidden)
+    rates = (rates,) * hidden if isinstance(rates, float) else rates
+    if not any(rates):
+        return None
+    if state is None:
+        raise ValueError(
+            "dropout needs a dropout_state, int64 [2] with a seed and 0; such as torch.tensor([seed, 0], device=...)"
+        )
+    check_tensor(state, "dropout_state")
+    if state.dtype != torch.int64 or state.shape != (2,) or state.device != x.device:
+        raise RuntimeError(
+            f"expected dropout_state to be int64 [2] on {x.device}, got {state.dtype} {list(state.shape)} on "
+            f"{state.device}"
+        )
+    if functorch_active():
+        raise RuntimeError(
+            "dropout counts its passes in place, which a transform of torch.func (vmap, grad, jvp, ...) cannot do; "
+            "call model.eval() before the transform, or use autograd"
+        )
+    if not is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a forward pass with dropout runs inside a backward pass, as torch.utils.checkpoint does to compute it "
+            "again; its masks would be those of another pass. Leave the checkpoint out, or set model.dropout = 0"
+        )
+    now = state.clone()
+    state.select(0, 1).add_(1)
+    return Drops((*(Dropout(now, layer, p) if p else None for layer, p in enumerate(rates)), None))
 
 
 def _on_tape(
@@ -199,6 +260,7 @@ def _on_tape(
     activations: tuple[str, ...],
     backend: Runs,
     known: triton_ops.Signature | None = None,
+    drops: Drops | None = None,
 ) -> Tensor:
     """``mlp`` of what was checked, with W_1, b_1, W_2, ... and the signature of all tensors if it is known."""
     # Layers below the lowest one that needs a gradient run off the tape and leave nothing behind.
@@ -209,11 +271,20 @@ def _on_tape(
         while first < count and not (_needs_grad(params[2 * first]) or _needs_grad(params[2 * first + 1])):
             first += 1
     if first:
-        for w, b, activation in zip(params[0 : 2 * first : 2], params[1::2], activations, strict=False):
+        for i, (w, b, activation) in enumerate(zip(params[0 : 2 * first : 2], params[1::2], activations, strict=False)):
             assert w is not None
-            x, _ = ops.on(backend).linear_fwd(x, w, b, activation)
+            if drops is None:
+                x, _ = ops.on(backend).linear_fwd(x, w, b, activation)
+            else:
+                x, _ = ops.on(backend).linear_fwd(x, w, b, activation, dropout=drops[i])
         if first == count:
             return x
         params, activations, known = params[2 * first :], activations[first:], None
-    a, *_ = MLPFunction.apply(x, (activations, backend, known), *params)
+        drops = None if drops is None else Drops(drops[first:])
+    if drops is None or not any(drops):
+        a, *_ = MLPFunction.apply(x, (activations, backend, known, None), *params)
+        return a
+    state = next(own.state for own in drops if own is not None)
+    places = tuple(None if own is None else own._replace(state=None) for own in drops)  # type: ignore[arg-type]
+    a, *_ = MLPFunction.apply(x, (activations, backend, None, places), *params, state)
     return a

@@ -17,6 +17,7 @@ The operators, with M batch, K inputs, N outputs and C classes:
         -> (dZ, dTarget)
     loss_fwd(a, y, loss, reduction, delta=1.0) -> loss              a loss of ``fastmlp.base.losses``
     loss_bwd(g, a, y, loss, reduction, want_da, want_dy, delta=1.0) -> (dA, dY)
+    dropout_keep(state, layer, rows, columns, p, stream=0) -> bool [rows, columns]    which elements dropout keeps
 
 The first four also take the members of an ensemble, as one dimension more in front of W, b, dZ, dA and ``saved``; X is
 [E, M, K], or [M, K] for all members.
@@ -24,17 +25,17 @@ The first four also take the members of an ensemble, as one dimension more in fr
 ``saved`` is what f' is computed from: A for "sigmoid", "relu", "tanh" and "leaky_relu", Z for "gelu" and "silu", else
 None. Every operator has an autograd formula and knows the shapes of its results. Shapes, dtypes and devices that do not
 fit raise RuntimeError (ValueError for names), also while a program is traced. Nothing that an operator returns shares
-memory with its arguments. The operators need tensors on a GPU, or Triton's interpreter.
+memory with its arguments. The operators need tensors on a GPU, or Triton's interpreter; dropout_keep needs neither.
 """
 
-from .ops import compiled, compiled_losses
+from .ops import compiled, compiled_losses, dropout
 
 __all__ = ["OPERATORS"]
 
 #: The operators by name.
 OPERATORS = {
     name.removesuffix("_operator"): operator
-    for module in (compiled, compiled_losses)
+    for module in (compiled, compiled_losses, dropout)
     for name, operator in vars(module).items()
     if name.endswith("_operator")
 }

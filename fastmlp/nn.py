@@ -13,7 +13,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import functional, reference
 from .activations import ACTIVATIONS, LEAKY_SLOPE
 from .base.arguments import check_activation, check_batch
+from .base.dropout import checked_rates
+from .functional import Drops, begin_dropout
 from .layers import Affine, EnsembleLinear, LayerList, Linear, activate
+from .ops.dropout import dropped
 
 __all__ = ["MLP", "Linear"]
 
@@ -22,10 +25,34 @@ _TORCH_MODULES = {name: f.module for name, f in ACTIVATIONS.items() if f.module 
 
 
 class Network(nn.Module):
-    """What an MLP and an MLPEnsemble have in common: ``layers``, and the activation that belongs to each place."""
+    """What an MLP and an MLPEnsemble have in common: ``layers``, the activation of each place, and dropout."""
 
     sizes: tuple[int, ...]
     layers: LayerList
+    #: int64 [2] on the model's device, the seed and the number of training passes; there if something is dropped.
+    dropout_state: Tensor
+    _dropout: float | tuple[float, ...] = 0.0
+
+    @property
+    def dropout(self) -> float | tuple[float, ...]:
+        """The probability of an element of a hidden layer's output to be dropped, or one for each hidden layer.
+
+        Another value takes effect in the next training pass. The first value above 0 draws the seed of the masks from
+        torch's default generator.
+        """
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, value: float | Sequence[float]) -> None:
+        rates = checked_rates(value, len(self.layers) - 1)
+        drops = any(rates) if isinstance(rates, tuple) else rates > 0 and len(self.layers) > 1
+        self._dropout = rates if drops else 0.0
+        if not drops:
+            self._buffers.pop("dropout_state", None)
+        elif "dropout_state" not in self._buffers:
+            seed = torch.randint((1 << 63) - 1, (1,), dtype=torch.int64, device="cpu")
+            device = next((t.device for t in self.parameters()), "cpu")
+            self.register_buffer("dropout_state", torch.cat([seed, torch.zeros_like(seed)]).to(device))
 
     @property
     def activations(self) -> tuple[str, ...]:
@@ -37,14 +64,28 @@ class Network(nn.Module):
         return list(self._modules["layers"]._modules.values())  # type: ignore[union-attr, arg-type]
 
     def _in_turn(self, x: Tensor) -> Tensor:
-        """A call of each layer, followed by its activation."""
+        """A call of each layer, followed by its activation and by dropout."""
+        drops: Drops | None = None
+        if self._dropout and self.training:
+            drops = begin_dropout(self._dropout, self.dropout_state, len(self.layers) - 1, x)
         for i, (layer, slot) in enumerate(zip(self.layers, self.layers.slots(), strict=True)):
             if i == 0 and x.dtype == torch.uint8:  # no other module knows what the pixels mean
                 x = reference.pixels(x, _floating_dtype(layer))
             x = layer(x)
             if not isinstance(layer, Linear):
                 x = activate(x, slot.activation)
+            if drops is not None and (own := drops[i]) is not None:
+                x = dropped(x, own)
         return x
+
+    def _rates(self) -> tuple[float, ...]:
+        """The dropout of each hidden layer; ValueError where layers were added or deleted since it was given."""
+        hidden = len(self.layers) - 1
+        rates = checked_rates(self._dropout, hidden)
+        return rates if isinstance(rates, tuple) else (rates,) * hidden
+
+    def _repr_of_dropout(self) -> str:
+        return f", dropout={self.dropout}" if self.dropout else ""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "layers" and isinstance(value, (nn.ModuleList, nn.Sequential)) and not isinstance(value, LayerList):
@@ -67,6 +108,12 @@ class MLP(Network):
             including the last. Default "sigmoid".
         bias: whether the layers have biases.
         device, dtype: of the parameters; default torch's.
+        dropout: the probability p, at least 0 and below 1, of an element of a hidden layer's output to be dropped, or a
+            sequence with one for each hidden layer. Default 0. In training mode A becomes keep * A / (1 - p) after the
+            activation, in evaluation mode (``model.eval()``) nothing is dropped.
+
+    The parameters start as those of nn.Linear. `fastmlp.train.initial.initialize_` gives them values that suit the
+    activation. With nn.Linear's, sigmoid layers hardly tell one input from another at first.
 
     ``layers`` is an nn.ModuleList of nn.Linear modules, so state_dict has ``layers.{i}.weight`` [out, in] and
     ``layers.{i}.bias`` [out]. Input is [B, sizes[0]] or [B, ...] flattened from dimension 1, of the parameters' dtype
@@ -81,9 +128,17 @@ class MLP(Network):
     layers are called one by one, each followed by its activation, where one of ``layers`` (or all modules) has a hook,
     and where one was replaced by another module or has another ``forward``.
 
+    With dropout the model has a buffer ``dropout_state``, int64 [2]: a seed from torch's default generator, and the
+    number of training passes so far. Each pass computes its masks from the two (``fastmlp.reference.keep_mask``), so
+    ``torch.manual_seed`` before the construction and a saved state_dict give the same masks again, on every backend and
+    in a TrainStep. A mask is a function of the place in the batch: processes of DistributedDataParallel, whose buffers
+    are those of the first process, share their masks. ``model.dropout`` may be assigned. Dropout inside a transform of
+    torch.func or torch.utils.checkpoint is a RuntimeError.
+
     Raises:
-        TypeError: sizes that are no sequence of ints (a bool is none).
-        ValueError: fewer than two sizes or one below 1, unknown activations, a wrong number of them.
+        TypeError: sizes that are no sequence of ints (a bool is none), dropout that is no number.
+        ValueError: fewer than two sizes or one below 1, unknown activations, a wrong number of them, or of dropout
+            probabilities, or a probability below 0 or from 1 on.
     """
 
     def __init__(
@@ -93,6 +148,7 @@ class MLP(Network):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        dropout: float | Sequence[float] = 0.0,
     ) -> None:
         super().__init__()
         self.sizes = _checked_sizes(sizes)
@@ -101,6 +157,7 @@ class MLP(Network):
             Affine(n_in, n_out, bias, f, device, dtype)
             for n_in, n_out, f in zip(self.sizes[:-1], self.sizes[1:], activations, strict=True)
         )
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, sizes[0]] (or [B, ...]) to [B, sizes[-1]]."""
@@ -109,7 +166,10 @@ class MLP(Network):
             return self._one_by_one(x)
         weights = [_parameter(layer, "weight") for layer in layers]
         biases = [_parameter(layer, "bias") for layer in layers]
-        return functional.mlp(x, weights, biases, [layer._slot.activation for layer in layers])  # type: ignore[arg-type]
+        activations = [layer._slot.activation for layer in layers]
+        if self._dropout and self.training:
+            return functional.mlp(x, weights, biases, activations, None, self._dropout, self.dropout_state)  # type: ignore[arg-type]
+        return functional.mlp(x, weights, biases, activations)  # type: ignore[arg-type]
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         check_batch(x, self.sizes[0])
@@ -117,7 +177,7 @@ class MLP(Network):
 
     def extra_repr(self) -> str:
         """The sizes; the layers print themselves."""
-        return f"sizes={self.sizes}"
+        return f"sizes={self.sizes}{self._repr_of_dropout()}"
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles, because TorchScript cannot read ``forward``."""
@@ -129,8 +189,9 @@ class MLP(Network):
 
         Accepts an nn.Sequential (nested ones too) or a module whose children, in order, form one: an optional
         nn.Flatten, then nn.Linear layers, each followed by at most one activation: nn.Softmax(-1), or the module of an
-        activation in ``fastmlp.activations``, with the same settings. An optimizer that was made for the module goes
-        on working, because the parameters are shared.
+        activation in ``fastmlp.activations``, with the same settings. An nn.Dropout may follow the activation of a
+        hidden layer; its masks become those of an MLP, with a new seed. An optimizer that was made for the module goes
+        on working, because the parameters are shared. The MLP is in training mode if the module is.
 
         Raises:
             TypeError: a child that an MLP has no place for, or one whose weight is computed by a parametrization; a
@@ -139,6 +200,7 @@ class MLP(Network):
         """
         linears: list[nn.Linear] = []
         activations: list[str] = []
+        rates: list[float | None] = []
         for child, activation in _leaves(module):
             if isinstance(child, nn.Flatten):
                 if linears or child.start_dim != 1 or child.end_dim != -1:
@@ -151,10 +213,21 @@ class MLP(Network):
                     raise TypeError(f"the weight of {child} is computed, not a parameter; remove its parametrization")
                 linears.append(child)  # type: ignore[arg-type]
                 activations.append(activation)
+                rates.append(None)
+            elif type(child) is nn.Dropout:
+                if child.p and (not rates or rates[-1] is not None):
+                    where = "before the first layer" if not rates else "after another one"
+                    raise ValueError(
+                        f"{child} {where}: an MLP drops the outputs of hidden layers, each once; remove it"
+                    )
+                if child.p:
+                    rates[-1] = child.p
             else:
                 name = _activation_name(child)
                 if not linears or (activations[-1] != "identity" and name != "identity"):
                     raise ValueError(f"{child} does not follow a linear layer; remove it or compose two modules")
+                if rates[-1] is not None and name != "identity":
+                    raise ValueError(f"{child} follows a Dropout, which an MLP applies after the activation; swap them")
                 activations[-1] = activations[-1] if name == "identity" else name
         if not linears:
             raise ValueError(f"found no nn.Linear in {type(module).__name__}")
@@ -166,35 +239,46 @@ class MLP(Network):
         model = cls(sizes, activations, device="meta")
         for ours, theirs in zip(model._linears(), linears, strict=True):
             ours.weight, ours.bias = theirs.weight, theirs.bias
-        return model
+        if rates[-1] is not None:
+            raise ValueError(f"Dropout of {rates[-1]} after the last layer: an MLP drops the outputs of hidden layers")
+        model.dropout = [rate or 0.0 for rate in rates[:-1]]
+        return model.train(module.training)
 
     def to_torch(self) -> nn.Sequential:
-        """An nn.Sequential of nn.Flatten, nn.Linear and activation modules; it shares the parameters.
+        """An nn.Sequential of nn.Flatten, nn.Linear, activation modules and nn.Dropout; it shares the parameters.
 
-        A layer that somebody replaced, hooked or parametrized is itself in the nn.Sequential.
+        The masks of nn.Dropout are those of torch's generator. A layer that somebody replaced, hooked or parametrized
+        is itself in the nn.Sequential, which is in training mode if the MLP is.
 
         Raises:
             ValueError: the activation "step", for which torch has no module.
         """
         modules: list[nn.Module] = [nn.Flatten()]
-        for layer, activation in zip(self._linears(), self.activations, strict=True):
-            if _only_computes(layer) and isinstance(layer.weight, nn.Parameter):
+        rates = (*self._rates(), 0.0)
+        for layer, activation, p in zip(self._linears(), self.activations, rates, strict=True):
+            own = _only_computes(layer) and isinstance(layer.weight, nn.Parameter)
+            if own:
                 k, n, bias = layer.in_features, layer.out_features, layer.bias is not None
                 plain = nn.Linear(k, n, bias, "meta", layer.weight.dtype)
                 plain.weight, plain.bias = layer.weight, layer.bias
                 modules.append(plain)
             else:
                 modules.append(layer)
-                if isinstance(layer, Linear):  # applies its activation itself
-                    continue
-            if activation == "softmax":
-                modules.append(nn.Softmax(-1))
-            elif activation not in _TORCH_MODULES:
-                raise ValueError(f"torch has no module for the activation {activation!r}")
-            elif activation != "identity":
-                kind, settings = _TORCH_MODULES[activation]
-                modules.append(kind(**settings))
-        return nn.Sequential(*modules)
+            if own or not isinstance(layer, Linear):  # a Linear applies its activation itself
+                modules += _torch_activation(activation)
+            if p:
+                modules.append(nn.Dropout(p))
+        return nn.Sequential(*modules).train(self.training)
+
+
+def _torch_activation(activation: str) -> list[nn.Module]:
+    """torch's module of an activation, none for the identity; ValueError if torch has none."""
+    if activation == "softmax":
+        return [nn.Softmax(-1)]
+    if activation not in _TORCH_MODULES:
+        raise ValueError(f"torch has no module for the activation {activation!r}")
+    kind, settings = _TORCH_MODULES[activation]
+    return [] if activation == "identity" else [kind(**settings)]
 
 
 def _checked_sizes(sizes: object) -> tuple[int, ...]:
@@ -284,11 +368,11 @@ def _leaves(module: nn.Module) -> list[tuple[nn.Module, str]]:
             raise TypeError(f"{type(module).__name__} has another forward than MLP, which from_torch cannot read")
         if replaced := [layer for layer in module.layers if not _is_linear(layer)]:
             raise TypeError(f"an MLP from from_torch has no place for the replaced layer {replaced[0]}")
-        return [
-            (leaf, name)
-            for layer, name in zip(module.layers, module.activations, strict=True)
-            for leaf, _ in _leaves(layer)
-        ]
+        pairs: list[tuple[nn.Module, str]] = []
+        for layer, name, p in zip(module.layers, module.activations, (*module._rates(), 0.0), strict=True):
+            pairs += [(leaf, name) for leaf, _ in _leaves(layer)]
+            pairs += [(nn.Dropout(p), "identity")] if p else []
+        return pairs
     if isinstance(module, Linear):
         return [(module, module.activation)]
     # Not children(), which leaves out a module's second appearance, such as one nn.ReLU used after every layer.
@@ -306,6 +390,6 @@ def _activation_name(module: nn.Module) -> str:
             return name
     raise TypeError(
         f"an MLP has no place for {module}; expected nn.Linear, nn.Flatten or one of "
-        f"{', '.join(kind.__name__ for kind, _ in _TORCH_MODULES.values())}, Softmax "
+        f"{', '.join(kind.__name__ for kind, _ in _TORCH_MODULES.values())}, Softmax, Dropout "
         f"(LeakyReLU with slope {LEAKY_SLOPE}, exact GELU, Softmax over the features)"
     )

@@ -6,6 +6,7 @@ nothing of autograd. Import them from here (or through ``fastmlp.functional``, w
 
 from .activation_bwd import activation_bwd
 from .cross_entropy import cross_entropy, cross_entropy_bwd, cross_entropy_fwd, cross_entropy_of_members
+from .dropout import Dropout
 from .elementwise_loss import elementwise_loss, elementwise_loss_bwd, elementwise_loss_fwd
 from .head import head
 from .launch import signature as signature
@@ -16,6 +17,7 @@ from .network import network_bwd, network_fwd
 from .softmax_squared_error import softmax_squared_error, softmax_squared_error_bwd, softmax_squared_error_fwd
 
 __all__ = [
+    "Dropout",
     "activation_bwd",
     "cross_entropy",
     "cross_entropy_bwd",

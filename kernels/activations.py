@@ -75,3 +75,11 @@ def activation_grad(da, saved, ACTIVATION: tl.constexpr):
         s = tl.sigmoid(saved)
         dz = da * (s * (1.0 + saved * (1.0 - s)))
     return dz
+
+
+@triton.jit
+def unscaled(saved, factor, ACTIVATION: tl.constexpr):
+    """``saved`` times ``factor`` where f' depends on the value of the output a, and not only on its sign."""
+    if ACTIVATION == "sigmoid" or ACTIVATION == "tanh":
+        saved = saved * factor
+    return saved

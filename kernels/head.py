@@ -5,6 +5,7 @@
     dZ_L      = scale dloss/dZ_L                 = (softmax(Z_L) - onehot) scale without weights and smoothing
                                                  divided by the weight of the batch on demand (``row_weights``)
     dZ_{L-1}  = (dZ_L W) * f'_{L-1}              optional: a network of one layer, or frozen layers below, has none
+                                                 times F with dropout of the layer below (``dropout``)
 
 Shapes: H [M, K] (the output A_{L-1} of the layer below), W [C, K], b [C]; dZ_L and Z_L [M, C], dZ_{L-1} and
 ``saved`` [M, K]; loss [M]. Any strides for H, W, b and saved; outputs contiguous; dZ_L may have more columns.
@@ -26,7 +27,7 @@ Source: delta_L = p - y and delta_{L-1} = (W^T delta_L) f'(Z_{L-1}) (notes 7.5),
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,7 +39,8 @@ from .column_sums import ColumnSums, store_block_sums
 from .configs import cdiv
 from .dependent import wait_for_previous
 from .device import Device, current_device, input_precision
-from .launch import Call, call, remembered, with_active
+from .dropout import Dropout, arguments_of, dropout_key, factor_of_block, grad_of_dropped
+from .launch import Call, call, remembered, with_active, with_dropout
 from .members import count_of, inactive, stride_of
 from .row_weights import batch_weight, load_sample_weights, summed_block, total_weight
 from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
@@ -65,11 +67,11 @@ class _Members(NamedTuple):
     prev_sums: int
 
 
-@triton.jit(do_not_specialize=["ignore_index", "M"])
+@triton.jit(do_not_specialize=["ignore_index", "M", "dropout"])
 def _head_kernel(
     h_ptr, w_ptr, b_ptr, target_ptr, rows_ptr, class_weight_ptr, sample_ptr, divisor_ptr, saved_ptr, scale_ptr,
     loss_ptr, dz_ptr, dz_prev_ptr, z_ptr, correct_ptr, sums_ptr, prev_sums_ptr, members, active_ptr,
-    scale, smoothing, ignore_index: tl.int64,
+    dropout, scale, smoothing, ignore_index: tl.int64,
     M, C, K,
     stride_hm, stride_hk, stride_wc, stride_wk, stride_b, stride_t, stride_tc, stride_cw, stride_s, stride_sm,
     stride_sk, stride_zm, stride_sums, stride_prev_sums,
@@ -205,6 +207,8 @@ def _head_kernel(
     if dz_prev_ptr is not None:
         # Padded classes and rows beyond the last must add 0, even where their p is NaN.
         dz = tl.where(mask, dz, 0.0).to(dz_ptr.dtype.element_ty)
+        if dropout is not None:
+            key = dropout_key(dropout)
         for k in range(split * COLS, K, SPLITS * COLS):
             cols = k + tl.arange(0, COLS)
             mask_w = mask_c[:, None]
@@ -220,7 +224,12 @@ def _head_kernel(
             if saved_ptr is not None:
                 saved_ptrs = saved_ptr + row_m[:, None] * stride_sm + cols * stride_sk
                 saved = tl.load(saved_ptrs, mask=mask_p, other=0.0).to(tl.float32)
-            dz_prev = activation_grad(da, saved, ACTIVATION).to(dz_prev_ptr.dtype.element_ty)
+            if dropout is not None:
+                factor = factor_of_block(dropout, key, offs_m, k, M, K, COLS)
+                dz_prev = grad_of_dropped(dropout, da, saved, factor, ACTIVATION)
+            else:
+                dz_prev = activation_grad(da, saved, ACTIVATION)
+            dz_prev = dz_prev.to(dz_prev_ptr.dtype.element_ty)
             tl.store(dz_prev_ptr + row_m[:, None] * K + cols, dz_prev, mask=mask_p)
             if prev_sums_ptr is not None:
                 offs_k = k + tl.arange(0, COLS)
@@ -289,6 +298,7 @@ def _plan(
     sums: Tensor | None, prev_sums: Tensor | None,
     scale: float, smoothing: float,
     ignore_index: int, activation: str, smooth: bool, summed: int, gather_h: bool, active: Tensor | None = None,
+    dropout: tuple[Any, ...] | None = None,
 ) -> Call:  # fmt: skip
     M = dz.shape[-2]
     C, K = weight.shape[-2:]
@@ -314,7 +324,7 @@ def _plan(
         _head_kernel, (cdiv(M, tile.rows) * tile.splits, 1, count or 1),
         h, weight, bias, target, rows, class_weight, sample_weight, divisor, saved, factor,
         loss, dz, dz_prev, logits, correct, sums, prev_sums, members, active,
-        scale, smoothing, ignore_index,
+        arguments_of(dropout), scale, smoothing, ignore_index,
         M, C, K,
         h.stride(-2), h.stride(-1), weight.stride(-2), weight.stride(-1), 0 if bias is None else bias.stride(-1),
         target.stride(-2 if probs else -1), target.stride(-1) if probs else None,
@@ -333,6 +343,7 @@ def _plan(
 
 _launch = remembered(_plan)
 _launch_active = remembered(with_active(_plan))
+_launch_dropping = remembered(with_dropout(_plan))
 
 
 def head(
@@ -361,6 +372,7 @@ def head(
     sums: ColumnSums | None = None,
     prev_sums: ColumnSums | None = None,
     active: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch the head: (loss of each row, dZ_L, dZ_{L-1} or None).
 
@@ -380,6 +392,7 @@ def head(
         correct: output [M], contiguous, any dtype: 1 where the label is the first largest logit, else 0.
         sums, prev_sums: take the sums of the rows of dz and of dz_prev.
         active: a bool per member; nothing is written for members that are not active.
+        dropout: of the layer below, for dZ_{L-1}; h, and ``saved`` that is A_{L-1}, is what dropout made of A_{L-1}.
     """
     M = target.shape[-2 if target.is_floating_point() else -1] if rows is None else rows.shape[-1]
     C, K = weight.shape[-2:]
@@ -408,7 +421,10 @@ def head(
     )  # fmt: skip
     settings = ignore_index, activation, smoothing != 0.0, summed, gather_h
     numbers = float(scale), float(smoothing)
-    if active is None:
+    if dropout is not None and dz_prev is not None:
+        state, *drawn = dropout
+        _launch_dropping((state, active, *tensors), (*settings, tuple(drawn)), numbers)
+    elif active is None:
         _launch(tensors, settings, numbers)
     else:
         _launch_active((active, *tensors), settings, numbers)

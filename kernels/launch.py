@@ -43,7 +43,18 @@ from triton.runtime import driver
 from .dependent import launch_options, launches_dependent
 from .device import interpreting
 
-__all__ = ["Call", "Launches", "New", "call", "forget", "launch_plainly", "remembered", "signature", "with_active"]
+__all__ = [
+    "Call",
+    "Launches",
+    "New",
+    "call",
+    "forget",
+    "launch_plainly",
+    "remembered",
+    "signature",
+    "with_active",
+    "with_dropout",
+]
 
 #: Launches that are remembered per driver. One more, and all are forgotten.
 MOST = 4096
@@ -237,6 +248,19 @@ def with_active(plan: Plan) -> Plan:
 
     def planned(active: Tensor, *rest: Any) -> Call | Launches | None:
         return plan(*rest, active=active)
+
+    return planned
+
+
+def with_dropout(plan: Plan) -> Plan:
+    """The plan with dropout, whose state and ``active`` (or None) are tensors in front; the settings end with the rest.
+
+    Keys of launches without dropout have no such places.
+    """
+
+    def planned(state: Tensor, active: Tensor | None, *given: Any) -> Call | Launches | None:
+        *rest, drawn = given
+        return plan(*rest, active=active, dropout=(state, *drawn))
 
     return planned
 

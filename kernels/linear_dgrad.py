@@ -7,7 +7,8 @@ Shapes: dZ [M, N], W [N, K], dX and ``saved`` [M, K]; any strides for dZ and W, 
 ``saved`` is what f' is computed from: A_{l-1}, or Z_{l-1}, or None (see ``activations``).
 Dtypes: float32, float16 or bfloat16, all alike, accumulated in float32.
 Members: W [E, N, K], and dZ, dX and ``saved`` with an axis E in front.
-Optional: ``sums`` takes the sums of the rows of dX, a row per block of rows (see ``column_sums``).
+Optional: ``sums`` takes the sums of the rows of dX, a row per block of rows (see ``column_sums``); ``dropout`` of the
+layer below multiplies dX by F, and ``saved`` is what that layer put out (see ``dropout``).
 Bytes: reads dZ once per column of tiles, W once per row of tiles and saved once; writes dX. The least possible:
 (M N + N K + 2 M K) items.
 Source: dL/dA_{l-1} = dL/dZ_l W_l and dL/dZ = f'(Z) * dL/dA (lecture notes 7.5; the notebook's g1, g2).
@@ -15,7 +16,7 @@ Source: dL/dA_{l-1} = dL/dZ_l W_l and dL/dZ = f'(Z) * dL/dA (lecture notes 7.5; 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,7 +28,8 @@ from .column_sums import ColumnSums, store_block_sums
 from .configs import Tile, TileRule, cdiv, gemm_tile, loads_wide
 from .dependent import wait_for_previous
 from .device import current_device, input_precision
-from .launch import Call, call, remembered, with_active
+from .dropout import Dropout, arguments_of, dropout_key, factor_of_block, grad_of_dropped
+from .launch import Call, call, remembered, with_active, with_dropout
 from .members import count_of, inactive, stride_of
 from .tiling import (
     EPILOGUE_SIZE,
@@ -56,9 +58,9 @@ class _Members(NamedTuple):
     sums: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dropout"])
 def _linear_dgrad_kernel(
-    dz_ptr, w_ptr, saved_ptr, dx_ptr, sums_ptr, members, active_ptr,
+    dz_ptr, w_ptr, saved_ptr, dx_ptr, sums_ptr, members, active_ptr, dropout,
     M, N, K,
     stride_zm, stride_zn, stride_wn, stride_wk, stride_sums,
     ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr,
@@ -106,12 +108,16 @@ def _linear_dgrad_kernel(
     row_ptr = sums_ptr
     if sums_ptr is not None:
         row_ptr += pid_m.to(tl.int64) * stride_sums
-    _store_dx(acc, saved_ptr, dx_ptr, row_ptr, offs_m, pid_k * BLOCK_K, M, K, ACTIVATION, HAS_SAVED)
+    key = 0
+    if dropout is not None:
+        key = dropout_key(dropout)
+    _store_dx(acc, saved_ptr, dx_ptr, row_ptr, dropout, key, offs_m, pid_k * BLOCK_K, M, K, ACTIVATION, HAS_SAVED)
 
 
 @triton.jit
 def _store_dx(
-    acc, saved_ptr, dx_ptr, row_ptr, offs_m, first_k, M, K, ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr
+    acc, saved_ptr, dx_ptr, row_ptr, dropout, key, offs_m, first_k, M, K,
+    ACTIVATION: tl.constexpr, HAS_SAVED: tl.constexpr,
 ):  # fmt: skip
     """The epilogue: multiply a block of dZ W by f' and store it, and the sums of its rows at row_ptr, if not None.
 
@@ -119,8 +125,9 @@ def _store_dx(
     """
     if acc.numel > EPILOGUE_SIZE:
         left, right = halves(acc)
-        _store_dx(left, saved_ptr, dx_ptr, row_ptr, offs_m, first_k, M, K, ACTIVATION, HAS_SAVED)
-        _store_dx(right, saved_ptr, dx_ptr, row_ptr, offs_m, first_k + left.shape[1], M, K, ACTIVATION, HAS_SAVED)
+        _store_dx(left, saved_ptr, dx_ptr, row_ptr, dropout, key, offs_m, first_k, M, K, ACTIVATION, HAS_SAVED)
+        first_k += left.shape[1]
+        _store_dx(right, saved_ptr, dx_ptr, row_ptr, dropout, key, offs_m, first_k, M, K, ACTIVATION, HAS_SAVED)
     else:
         offs_k = first_k + tl.arange(0, acc.shape[1])
         offs_x = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
@@ -128,7 +135,12 @@ def _store_dx(
         saved = acc
         if HAS_SAVED:
             saved = tl.load(saved_ptr + offs_x, mask=mask_x, other=0.0).to(tl.float32)
-        dx = activation_grad(acc, saved, ACTIVATION).to(dx_ptr.dtype.element_ty)
+        if dropout is not None:
+            factor = factor_of_block(dropout, key, offs_m, first_k, M, K, acc.shape[1])
+            dx = grad_of_dropped(dropout, acc, saved, factor, ACTIVATION)
+        else:
+            dx = activation_grad(acc, saved, ACTIVATION)
+        dx = dx.to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + offs_x, dx, mask=mask_x)
         if row_ptr is not None:
             store_block_sums(dx, offs_m < M, row_ptr, offs_k, offs_k < K)
@@ -142,7 +154,7 @@ def _tile(dz: Tensor, weight: Tensor, gemm_tile: TileRule) -> Tile:
 
 def plan(
     dz: Tensor, weight: Tensor, saved: Tensor | None, dx: Tensor, sums: Tensor | None, activation: str,
-    gemm_tile: TileRule, active: Tensor | None = None,
+    gemm_tile: TileRule, active: Tensor | None = None, dropout: tuple[Any, ...] | None = None,
 ) -> Call:  # fmt: skip
     """What ``linear_dgrad`` launches."""
     M = dz.shape[-2]
@@ -153,7 +165,7 @@ def plan(
         members = _Members(*[stride_of(of, 2) for of in (dz, weight, dx, sums)])
     return call(
         _linear_dgrad_kernel, (cdiv(M, tile.rows) * cdiv(K, tile.cols), 1, count or 1),
-        dz, weight, saved, dx, sums, members, active,
+        dz, weight, saved, dx, sums, members, active, arguments_of(dropout),
         M, N, K,
         dz.stride(-2), dz.stride(-1), weight.stride(-2), weight.stride(-1), 0 if sums is None else sums.stride(-2),
         ACTIVATION=activation, HAS_SAVED=saved is not None,
@@ -165,6 +177,7 @@ def plan(
 
 _launch = remembered(plan)
 _launch_active = remembered(with_active(plan))
+_launch_dropping = remembered(with_dropout(plan))
 
 
 def linear_dgrad(
@@ -176,8 +189,9 @@ def linear_dgrad(
     dx: Tensor | None = None,
     sums: ColumnSums | None = None,
     active: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
-    """Launch dX = (dZ W) * f'; ``activation`` is that of the layer below.
+    """Launch dX = (dZ W) * f'; ``activation`` and ``dropout`` are those of the layer below.
 
     ``dx``: output to reuse, contiguous. ``sums``: takes the sums of the rows of dX. ``active``: a bool per member;
     dX of members that are not active is not written.
@@ -188,7 +202,11 @@ def linear_dgrad(
         if sums is not None:
             sums.written(cdiv(dz.shape[-2], _tile(dz, weight, gemm_tile).rows))
         values = None if sums is None else sums.values
-        if active is None:
+        if dropout is not None:
+            state, *drawn = dropout
+            settings = (activation, gemm_tile, tuple(drawn))
+            _launch_dropping((state, active, dz, weight, saved, dx, values), settings)
+        elif active is None:
             _launch((dz, weight, saved, dx, values), (activation, gemm_tile))
         else:
             _launch_active((active, dz, weight, saved, dx, values), (activation, gemm_tile))

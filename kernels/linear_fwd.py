@@ -6,7 +6,8 @@ X / 255: the integers are exact in every dtype, so they go through the product a
 is scaled once.
 Members: W [E, N, K], b [E, N], A and Z [E, M, N]; X [M, K] and ``rows`` [M] for all members, or [E, M, K] and [E, M].
 Optional: ``rows`` int64 [M], any stride, gathers the rows of X inside the kernel (row m of the product is X[rows[m]]);
-``save_z`` also writes Z = X W^T + b, for activations whose derivative needs it.
+``save_z`` also writes Z = X W^T + b, for activations whose derivative needs it; ``dropout`` multiplies A (not Z) by F
+(see ``dropout``).
 Bytes: reads X once per column of tiles and W once per row of tiles (neighbours share them in the L2 cache by the
 grouped order); reads b; writes A (and Z) once. The least possible: (M K + N K + N + M N) items.
 Source: the layer equations of all four source documents, in row-vector form with torch's [out, in] weight.
@@ -14,7 +15,7 @@ Source: the layer equations of all four source documents, in row-vector form wit
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,7 +26,8 @@ from .activations import activate
 from .configs import TileRule, cdiv, gemm_tile, loads_wide
 from .dependent import wait_for_previous
 from .device import current_device, input_precision
-from .launch import Call, call, remembered, with_active
+from .dropout import Dropout, arguments_of, dropout_key, factor_of_block
+from .launch import Call, call, remembered, with_active, with_dropout
 from .members import count_of, inactive, stride_of
 from .tiling import EPILOGUE_SIZE, accumulated, accumulator, as_column, dot, grouped_tile, halves, reduced, transposed
 
@@ -44,9 +46,9 @@ class _Members(NamedTuple):
     rows: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dropout"])
 def _linear_fwd_kernel(
-    x_ptr, w_ptr, b_ptr, a_ptr, z_ptr, rows_ptr, members, active_ptr,
+    x_ptr, w_ptr, b_ptr, a_ptr, z_ptr, rows_ptr, members, active_ptr, dropout,
     M, N, K,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
     ACTIVATION: tl.constexpr,
@@ -121,28 +123,34 @@ def _linear_fwd_kernel(
     if HAS_BIAS:
         acc += tl.load(b_ptr + offs_n.to(tl.int64) * stride_b, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 
-    _store_a(acc, a_ptr, z_ptr, offs_m, pid_n * BLOCK_N, M, N, ACTIVATION, SAVE_Z)
+    key = 0
+    if dropout is not None:
+        key = dropout_key(dropout)
+    _store_a(acc, a_ptr, z_ptr, dropout, key, offs_m, pid_n * BLOCK_N, M, N, ACTIVATION, SAVE_Z)
 
 
 @triton.jit
-def _store_a(z, a_ptr, z_ptr, offs_m, first_n, M, N, ACTIVATION: tl.constexpr, SAVE_Z: tl.constexpr):
+def _store_a(z, a_ptr, z_ptr, dropout, key, offs_m, first_n, M, N, ACTIVATION: tl.constexpr, SAVE_Z: tl.constexpr):
     """The epilogue: store a block of A = f(Z), and of Z. Blocks above ``EPILOGUE_SIZE`` are halved."""
     if z.numel > EPILOGUE_SIZE:
         left, right = halves(z)
-        _store_a(left, a_ptr, z_ptr, offs_m, first_n, M, N, ACTIVATION, SAVE_Z)
-        _store_a(right, a_ptr, z_ptr, offs_m, first_n + left.shape[1], M, N, ACTIVATION, SAVE_Z)
+        _store_a(left, a_ptr, z_ptr, dropout, key, offs_m, first_n, M, N, ACTIVATION, SAVE_Z)
+        _store_a(right, a_ptr, z_ptr, dropout, key, offs_m, first_n + left.shape[1], M, N, ACTIVATION, SAVE_Z)
     else:
         offs_n = first_n + tl.arange(0, z.shape[1])
         offs_a = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
         mask_a = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         if SAVE_Z:
             tl.store(z_ptr + offs_a, z.to(z_ptr.dtype.element_ty), mask=mask_a)
-        tl.store(a_ptr + offs_a, activate(z, ACTIVATION).to(a_ptr.dtype.element_ty), mask=mask_a)
+        a = activate(z, ACTIVATION)
+        if dropout is not None:
+            a = a * factor_of_block(dropout, key, offs_m, first_n, M, N, z.shape[1])
+        tl.store(a_ptr + offs_a, a.to(a_ptr.dtype.element_ty), mask=mask_a)
 
 
 def plan(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, z: Tensor | None, rows: Tensor | None,
-    activation: str, gemm_tile: TileRule, active: Tensor | None = None,
+    activation: str, gemm_tile: TileRule, active: Tensor | None = None, dropout: tuple[Any, ...] | None = None,
 ) -> Call:  # fmt: skip
     """What ``linear_fwd`` launches."""
     M = a.shape[-2]
@@ -155,7 +163,7 @@ def plan(
     tile = gemm_tile("fwd", M, N, K, weight.dtype, device, wide=loads_wide(x, weight), members=count or 1)
     return call(
         _linear_fwd_kernel, (cdiv(M, tile.rows) * cdiv(N, tile.cols), 1, count or 1),
-        x, weight, bias, a, z, rows, members, active,
+        x, weight, bias, a, z, rows, members, active, arguments_of(dropout),
         M, N, K,
         x.stride(-2), x.stride(-1), weight.stride(-2), weight.stride(-1), 0 if bias is None else bias.stride(-1),
         ACTIVATION=activation,
@@ -168,6 +176,7 @@ def plan(
 
 _launch = remembered(plan)
 _launch_active = remembered(with_active(plan))
+_launch_dropping = remembered(with_dropout(plan))
 
 
 def linear_fwd(
@@ -181,10 +190,12 @@ def linear_fwd(
     a: Tensor | None = None,
     z: Tensor | None = None,
     active: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch A = f(X W^T + b); returns (A, Z or None). ``a`` and ``z`` are outputs to reuse, contiguous [M, N].
 
-    ``active`` is a bool per member; A of members that are not active is not written.
+    ``active`` is a bool per member; A of members that are not active is not written. ``dropout`` is that of A; Z is
+    never dropped.
     """
     M = x.shape[-2] if rows is None else rows.shape[-1]
     N = weight.shape[-2]
@@ -196,7 +207,10 @@ def linear_fwd(
         return a, z
     if rows is not None and rows.stride(-1) != 1:
         rows = rows.contiguous()
-    if active is None:
+    if dropout is not None:
+        state, *drawn = dropout
+        _launch_dropping((state, active, x, weight, bias, a, z, rows), (activation, gemm_tile, tuple(drawn)))
+    elif active is None:
         _launch((x, weight, bias, a, z, rows), (activation, gemm_tile))
     else:
         _launch_active((active, x, weight, bias, a, z, rows), (activation, gemm_tile))

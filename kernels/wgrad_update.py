@@ -42,6 +42,7 @@ from .column_sums import SUM_COLS, ColumnSums, column_sums
 from .configs import Shapes, Tile, TileRule, cdiv, gemm_tile, loads_wide, register_limit, splits
 from .dependent import wait_for_previous
 from .device import current_device, input_precision
+from .dropout import next_step
 from .launch import Call, call, launch_plainly
 from .layout import SEGMENT, LayerArguments, Layout
 from .linear_wgrad import sum_slices, wgrad_tile
@@ -215,7 +216,7 @@ class _Members(NamedTuple):
 @triton.jit
 def _wgrad_update_kernel(
     operands, sums, layers, rows_ptr, states, partial_ptr, overflow_ptr, hyper_ptr, loss_rows_ptr, loss_ptr,
-    divisor_ptr, members, active_ptr, updates_ptr,
+    divisor_ptr, members, active_ptr, updates_ptr, dropout_ptr,
     M, loss_count, sum_programs, tiles, m_per_split, stride_split,
     LAYERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, EVEN_M: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -223,6 +224,9 @@ def _wgrad_update_kernel(
     LOSS_BLOCK: tl.constexpr, SUM_COLS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
+    if dropout_ptr is not None:
+        # Also where the member of the first program is not active.
+        next_step(dropout_ptr)
     split = tl.program_id(1)
     slice_start = split.to(tl.int64) * stride_split
     member = 0
@@ -438,6 +442,7 @@ def gradient_call(
     count: int | None = None,
     active: Tensor | None = None,
     updates: Tensor | None = None,
+    dropout_state: Tensor | None = None,
 ) -> Call:
     """The launch of ``wgrad_update`` for a tile and ``split``: (splits, samples a split, elements of partial sums).
 
@@ -476,7 +481,7 @@ def gradient_call(
     return call(
         _wgrad_update_kernel, ((loss is not None) + sum_programs + tiles, n_splits, count or 1),
         tuple(operands), tuple(added), tuple(layers), rows, tuple(states), partial, overflow, hyper_row, loss_rows,
-        loss, divisor, members, active, updates,
+        loss, divisor, members, active, updates, dropout_state,
         m, 0 if loss_rows is None else loss_rows.numel() // (count or 1), sum_programs, tiles, m_per_split,
         stride_split,
         LAYERS=len(operands), OPTIMIZER=optimizer, LOW_IS_PARAM=low_is_param, EVEN_M=m % tile.depth == 0,
@@ -507,6 +512,7 @@ def wgrad_update(
     sums: Sequence[ColumnSums | None] = (),
     active: Tensor | None = None,
     updates: Tensor | None = None,
+    dropout_state: Tensor | None = None,
 ) -> None:
     """Launch gradient and update of every layer: dzs[l] [M, N_l] and xs[l] [M, K_l], inner stride 1, dZ contiguous.
 
@@ -524,6 +530,7 @@ def wgrad_update(
     With members every tensor has an axis of members in front, behind that of the splits in ``partial``; xs[0] and
     ``rows`` may do without. ``hyper_row`` [8] is that of all members. ``active`` is a bool per member, and ``updates``
     int32 numbers that grow by 1 for each active member.
+    ``dropout_state`` is int64 [2], seed and step of ``dropout``, whose step grows by 1.
     """
     m = dzs[0].shape[-2]
     dtype = dzs[0].dtype
@@ -539,7 +546,7 @@ def wgrad_update(
         low_is_param=layout.low_is_param, hyper_row=hyper_row, states=states, rows=rows,
         partial=None if direct else partial, overflow=overflow if grads is None else None,
         loss_rows=loss_rows, loss=loss, divisor=divisor, sums=sums, count=layout.members, active=active,
-        updates=updates,
+        updates=updates, dropout_state=dropout_state,
     )  # fmt: skip
     launch_plainly(launch)
     if not direct and (grads is not None or optimizer != "none"):

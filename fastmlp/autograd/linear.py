@@ -29,7 +29,9 @@ from .. import ops, reference
 from ..activations import ACTIVATIONS, saved_for_grad
 from ..backend import Runs
 from ..base.compat import is_autocast_enabled
+from ..base.dropout import Dropout
 from ..ops import BackwardOperations, torch_ops, triton_ops
+from ..ops.dropout import before_dropout, dropped, kept_layers
 from ..ops.triton_ops import Signature
 from .transforms import differentiable, launches_alone
 
@@ -51,8 +53,10 @@ class _Differentiable:
     """The operations of a backward pass as torch sees them: see ``fastmlp.autograd.transforms.differentiable``."""
 
     @staticmethod
-    def activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
+    def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, dropout: Dropout | None = None) -> Tensor:
         """DZ = dA * f'."""
+        if dropout is not None:
+            da, saved = dropped(da, dropout), before_dropout(saved, activation, dropout.p)
         if not ACTIVATIONS[activation].twice:
             assert saved is not None
             return da * reference.activation_grad(saved, activation)
@@ -61,9 +65,16 @@ class _Differentiable:
         return torch_ops.activation_bwd(da, saved, activation)
 
     @staticmethod
-    def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
+    def linear_dgrad(
+        dz: Tensor,
+        weight: Tensor,
+        saved: Tensor | None = None,
+        activation: str = "identity",
+        *,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
         """DX = (dZ W) * f'."""
-        return _Differentiable.activation_bwd(reference.linear_dgrad(dz, weight), saved, activation)
+        return _Differentiable.activation_bwd(reference.linear_dgrad(dz, weight), saved, activation, dropout=dropout)
 
     @staticmethod
     def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -128,6 +139,19 @@ class LinearAct(Function):
         return dx, dw, db, None, None
 
 
+#: The dropout of each layer's output.
+Drops = tuple[Dropout | None, ...]
+_NO_DROPOUT: Drops = ()
+
+
+def _drops(places: Sequence[Dropout | None], state: Any, x: Tensor, params: Sequence[Any], backend: Runs) -> Drops:
+    """The layers' dropout with the state and, on all but the kernels, with the masks."""
+    if backend == "triton":
+        return tuple([None if place is None else place._replace(state=state) for place in places])
+    rows = (*params[0].shape[:-2], x.shape[-2])
+    return kept_layers(places, state, [(*rows, weight.shape[-2]) for weight in params[::2]])
+
+
 class _Books(NamedTuple):
     """What the node of a network keeps and returns; ``_books`` makes one for the activations and wanted gradients.
 
@@ -182,7 +206,9 @@ _remembered_books = lru_cache(1024)(_books)
 class MLPFunction(Function):
     """The whole network A_l = f_l(A_{l-1} W_l^T + b_l) as one node: ``apply(x, call, W_1, b_1, ...)``.
 
-    The call is the activations, the backend, and the signature of X and the parameters if it is known.
+    The call is the activations, the backend, the signature of X and the parameters if it is known, and None. With
+    dropout the last of these is a ``Dropout`` without state, or None, of each layer, and the state follows the
+    parameters as one more argument.
     Returns A_L, and of A_1, Z_1, A_2, Z_2, ..., Z_L those that the backward pass reads; they are there for it only.
 
     Epilogue fusion crosses layers: each dgrad also multiplies by the derivative of the layer below. The first
@@ -192,27 +218,37 @@ class MLPFunction(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, call: tuple[tuple[str, ...], Runs, Signature | None], *params: Tensor | None
+        ctx: Any, x: Tensor, call: tuple[tuple[str, ...], Runs, Signature | None, Any], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Keep what ``_books`` says."""
-        activations, backend, known = call
+        """Keep what ``_books`` says, and of dropout the state and the masks, which the kernels do without."""
+        activations, backend, known, places = call
         need_x, _, *needs = ctx.needs_input_grad
+        params, drops = tensors, _NO_DROPOUT
+        if places is not None:
+            params, needs = params[:-1], needs[:-1]
+            drops = _drops(places, tensors[-1], x, params, backend)
         # A compiler warns of a cache that it does not see.
         books = (_books if is_compiling() else _remembered_books)(activations, (need_x, *needs))
         do = triton_ops if known is not None else ops.on(backend)
         outputs: Any = None
-        if do is triton_ops:
+        if do is triton_ops and places is None:
             outputs = triton_ops.network_fwd(x, params, activations, books.saves_z, known)
         if outputs is None:
             outputs, a = [], x
             for layer, (activation, save_z) in enumerate(zip(activations, books.saves_z, strict=True)):
                 weight = params[2 * layer]
                 assert weight is not None
-                a, z = do.linear_fwd(a, weight, params[2 * layer + 1], activation, save_z=save_z)
+                if drops is not _NO_DROPOUT and (dropout := drops[layer]) is not None:
+                    a, z = do.linear_fwd(a, weight, params[2 * layer + 1], activation, save_z=save_z, dropout=dropout)
+                else:
+                    a, z = do.linear_fwd(a, weight, params[2 * layer + 1], activation, save_z=save_z)
                 outputs += [a] if z is None else [a, z]
         pool = (None, x, *params, *outputs)
-        ctx.save_for_backward(*books.kept(pool))
-        ctx.call = activations, backend, books
+        if places is None:
+            ctx.save_for_backward(*books.kept(pool))
+        else:
+            ctx.save_for_backward(*books.kept(pool), tensors[-1], *[None if d is None else d.keep for d in drops])
+        ctx.call = activations, backend, books, places
         ctx.set_materialize_grads(False)
         returned = books.returned(pool)
         return returned[:1] if _one_output(backend) else returned
@@ -224,12 +260,14 @@ class MLPFunction(Function):
         In a second derivative dA_l and dZ_l also receive what flows into the saved A_l and Z_l; such a layer takes
         the product and the derivative apart.
         """
-        activations, backend, books = ctx.call
+        activations, backend, books, places = ctx.call
         tensors = ctx.saved_tensors
         need_x, _, *needs = ctx.needs_input_grad
-        wanted = (need_x, *needs)
         do = _backward_operations(backend, *grads)
         dz, *others = grads
+        if places is not None:
+            return _backward_of_dropout(do, ctx.call, tensors, dz, others, (need_x, *needs[:-1]))
+        wanted = (need_x, *needs)
         if do is triton_ops and dz is not None and _NOTHING.issuperset(map(type, others)):  # launches know no autocast
             dz = do.activation_bwd(dz, _saved(tensors, books.kinds, len(activations)), activations[-1])
             at_once = triton_ops.network_bwd(dz, tensors, activations, books.kinds, wanted)
@@ -246,6 +284,25 @@ class MLPFunction(Function):
         return dx, None, *gradients
 
 
+def _backward_of_dropout(
+    do: BackwardOperations, call: tuple[Any, ...], tensors: Sequence[Tensor | None], dz: Tensor | None,
+    others: Sequence[Tensor | None], wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """``MLPFunction.backward`` with dropout; the last of the gradients is that of the state."""
+    activations, _, books, places = call
+    *rest, state = tensors[: -len(activations)]
+    drops = tuple(
+        place and place._replace(state=state, keep=keep)
+        for place, keep in zip(places, tensors[-len(activations) :], strict=True)
+    )
+    with _outside_autocast(dz, *others):
+        if dz is not None:
+            dz = do.activation_bwd(dz, _saved(rest, books.kinds, len(activations)), activations[-1])
+        hidden = dict(zip(books.hidden, others, strict=False))
+        dx, *gradients = _layer_by_layer(do, dz, hidden, rest, activations, books.kinds, wanted, drops)
+    return dx, None, *gradients, None
+
+
 def _saved(tensors: Sequence[Tensor | None], kinds: Sequence[Literal["a", "z"] | None], layer: int) -> Tensor | None:
     """Of what an MLPFunction keeps, what f' of the layer is computed from; layers count from 1."""
     kind = kinds[layer - 1]
@@ -255,7 +312,7 @@ def _saved(tensors: Sequence[Tensor | None], kinds: Sequence[Literal["a", "z"] |
 def _layer_by_layer(
     do: BackwardOperations, dz: Tensor | None, hidden: dict[tuple[str, int], Tensor | None],
     tensors: Sequence[Tensor | None], activations: tuple[str, ...], kinds: Sequence[Literal["a", "z"] | None],
-    wanted: tuple[bool, ...],
+    wanted: tuple[bool, ...], drops: Drops = _NO_DROPOUT,
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients of X, W_1, b_1, W_2, ... from dZ_L without the gradient that flows into a returned Z_L."""
     count = len(activations)
@@ -277,11 +334,12 @@ def _layer_by_layer(
             break
         assert weight is not None
         below, kept, da_extra = activations[layer - 2], _saved(tensors, kinds, layer - 1), hidden.get(("a", layer - 1))
+        own: dict[str, Any] = {} if drops is _NO_DROPOUT or drops[layer - 2] is None else {"dropout": drops[layer - 2]}
         if da_extra is None:
-            dz = None if dz is None else do.linear_dgrad(dz, weight, kept, below)
+            dz = None if dz is None else do.linear_dgrad(dz, weight, kept, below, **own)
         else:
             da = da_extra if dz is None else do.linear_dgrad(dz, weight) + da_extra
-            dz = do.activation_bwd(da, kept, below)
+            dz = do.activation_bwd(da, kept, below, **own)
     if wanted[0] and dz is not None:
         assert weight is not None
         out[0] = do.linear_dgrad(dz, weight)

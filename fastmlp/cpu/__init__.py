@@ -1,10 +1,11 @@
-"""How matrix products run on a CPU: which library multiplies, with how many threads, in which dtype.
+"""How matrix products run on a CPU: which library multiplies, with how many threads, in which dtype; dropout's masks.
 
 These names are all that the rest of fastmlp uses.
 """
 
 from .cache import about_choices
 from .choose import adopt_choices, get_cpu_gemm, named_choices, set_cpu_gemm
+from .dropout import dropout_factors, dropout_keep, times_kept
 from .ensembles import MEMBER_WAYS, member_way
 from .few_rows import Products, layer_products, sample_blocks
 from .native import LayerParts, NativeMembers, NativeNetwork, unit_names
@@ -29,6 +30,8 @@ __all__ = [
     "adopt_choices",
     "at_once",
     "dgrad",
+    "dropout_factors",
+    "dropout_keep",
     "get_cpu_gemm",
     "instruction_set",
     "layer_products",
@@ -43,6 +46,7 @@ __all__ = [
     "product_dtype",
     "sample_blocks",
     "set_cpu_gemm",
+    "times_kept",
     "unit_names",
     "wgrad",
 ]

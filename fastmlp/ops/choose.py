@@ -17,22 +17,35 @@ from typing import Protocol
 from torch import Tensor
 
 from ..backend import Runs, watched
+from ..base.dropout import Dropout
 from . import compiled, torch_members, torch_ops, triton_ops
 from .torch_losses import Gradients, Rows, Settings
 
 
 class BackwardOperations(Protocol):
-    """DZ [M, N], X [M, K], W [N, K]; ``saved`` is what f' needs (``fastmlp.activations.saved_for_grad``)."""
+    """DZ [M, N], X [M, K], W [N, K]; ``saved`` is what f' needs (``fastmlp.activations.saved_for_grad``).
+
+    ``dropout`` is that of the output of the layer whose f' it is. dA is then the gradient of the dropped output, and a
+    saved A is that output: A_out = keep * A / (1 - p), dZ = dA * keep / (1 - p) * f'.
+    """
 
     def linear_dgrad(
-        self, dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity"
+        self,
+        dz: Tensor,
+        weight: Tensor,
+        saved: Tensor | None = None,
+        activation: str = "identity",
+        *,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """DX = (dZ W) * f' with f the activation of the layer below."""
 
     def linear_wgrad(self, dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
         """(dW, db or None) of a linear layer with input X."""
 
-    def activation_bwd(self, da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
+    def activation_bwd(
+        self, da: Tensor, saved: Tensor | None, activation: str, *, dropout: Dropout | None = None
+    ) -> Tensor:
         """DZ = dA * f'."""
 
 
@@ -44,7 +57,14 @@ class Operations(BackwardOperations, Protocol):
     """
 
     def linear_fwd(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, save_z: bool = False
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        *,
+        save_z: bool = False,
+        dropout: Dropout | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(A, Z or None) of A = f(X W^T + b)."""
 

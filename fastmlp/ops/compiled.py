@@ -21,8 +21,10 @@ from torch import Tensor
 from .. import backend, reference
 from ..activations import ACTIVATIONS, saved_for_grad
 from ..base.arguments import check_activation, check_input, check_layer, check_members, check_members_input
+from ..base.dropout import Dropout
 from . import triton_ops
 from .compiled_losses import cross_entropy_bwd, cross_entropy_fwd, loss_bwd, loss_fwd  # noqa: F401
+from .dropout import before_dropout, dropped
 from .operators import check_dtype, check_like, check_shape, derivatives, or_empty, or_none
 
 
@@ -217,15 +219,33 @@ activation_bwd_operator.register_autograd(_activation_bwd_backward, setup_contex
 
 
 def linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, save_z: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    *,
+    save_z: bool = False,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N]."""
+    """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N].
+
+    ``dropout`` is of this layer's output. It is a product with a mask beside the operator, which a compiler fuses.
+    """
     a, z = linear_fwd_operator(x, weight, bias, activation, save_z)
-    return a, or_none(z, save_z)
+    return a if dropout is None else dropped(a, dropout), or_none(z, save_z)
 
 
-def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
+def linear_dgrad(
+    dz: Tensor,
+    weight: Tensor,
+    saved: Tensor | None = None,
+    activation: str = "identity",
+    *,
+    dropout: Dropout | None = None,
+) -> Tensor:
     """DX = (dZ W) * f' with f the activation of the layer below and ``saved`` what its derivative needs."""
+    if dropout is not None:
+        return activation_bwd(linear_dgrad_operator(dz, weight, None, "identity"), saved, activation, dropout=dropout)
     return linear_dgrad_operator(dz, weight, saved, activation)
 
 
@@ -235,6 +255,8 @@ def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, T
     return dw, or_none(db, bias)
 
 
-def activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
+def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, dropout: Dropout | None = None) -> Tensor:
     """DZ = dA * f'."""
+    if dropout is not None:
+        da, saved = dropped(da, dropout), before_dropout(saved, activation, dropout.p)
     return da if activation == "identity" else activation_bwd_operator(da, saved, activation)

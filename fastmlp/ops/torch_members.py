@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
+from ..base.dropout import Dropout
 from . import torch_products
+from .dropout import overwritten
 from .torch_losses import cross_entropy_bwd, cross_entropy_fwd, loss_bwd, loss_fwd  # noqa: F401
 from .torch_ops import activation_bwd
 
@@ -31,17 +33,33 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, save_z: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    *,
+    save_z: bool = False,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(A, Z or None) of A = f(X W^T + b)."""
+    """(A, Z or None) of A = f(X W^T + b). ``dropout`` is of this layer's output."""
     z = _product(_own(x, weight.shape[0], weight.dtype), weight.mT, bias)
     f = ACTIVATIONS[activation]
-    return (f.new(z), z) if save_z else (f.overwrite(z), None)
+    a, kept_z = (f.new(z), z) if save_z else (f.overwrite(z), None)
+    return a if dropout is None else overwritten(a, dropout), kept_z
 
 
-def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
-    """DX [E, M, K] = (dZ W) * f' with f the activation of the layer below."""
+def linear_dgrad(
+    dz: Tensor,
+    weight: Tensor,
+    saved: Tensor | None = None,
+    activation: str = "identity",
+    *,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """DX [E, M, K] = (dZ W) * f' with f the activation of the layer below, and ``dropout`` that of its output."""
     da = _product(dz, weight)
+    if dropout is not None:
+        return activation_bwd(da, saved, activation, inplace=True, dropout=dropout)
     return da if activation == "identity" else activation_bwd(da, saved, activation, inplace=True)
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
+from ..base.dropout import Dropout
 from . import torch_products
+from .dropout import before_dropout, dropped, overwritten
 from .torch_losses import cross_entropy_bwd, cross_entropy_fwd, loss_bwd, loss_fwd  # noqa: F401
 
 
@@ -19,9 +21,18 @@ def _scaled(pixels: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, save_z: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    *,
+    save_z: bool = False,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N]."""
+    """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N]. ``dropout`` is of this layer's output."""
+    if dropout is not None:
+        a, z = linear_fwd(x, weight, bias, activation, save_z=save_z)
+        return overwritten(a, dropout), z
     if x.dtype == torch.uint8:
         x = _scaled(x, weight.dtype)
     f = ACTIVATIONS[activation]
@@ -31,14 +42,31 @@ def linear_fwd(
     return (f.new(z), z) if save_z else (f.overwrite(z), None)
 
 
-def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, inplace: bool = False) -> Tensor:
-    """DZ = dA * f'; ``saved`` is what f' needs (``fastmlp.activations``). ``inplace`` may overwrite dA."""
+def activation_bwd(
+    da: Tensor, saved: Tensor | None, activation: str, *, inplace: bool = False, dropout: Dropout | None = None
+) -> Tensor:
+    """DZ = dA * f'; ``saved`` is what f' needs (``fastmlp.activations``). ``inplace`` may overwrite dA.
+
+    After ``dropout`` dA is of the dropped output, and so is a ``saved`` A.
+    """
+    if dropout is not None:
+        da = overwritten(da, dropout) if inplace else dropped(da, dropout)
+        return activation_bwd(da, before_dropout(saved, activation, dropout.p), activation, inplace=True)
     return ACTIVATIONS[activation].backward(da, saved, inplace=inplace)
 
 
-def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
-    """DX = (dZ W) * f' with f the activation of the layer below."""
+def linear_dgrad(
+    dz: Tensor,
+    weight: Tensor,
+    saved: Tensor | None = None,
+    activation: str = "identity",
+    *,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """DX = (dZ W) * f' with f the activation of the layer below, and ``dropout`` that of its output."""
     da = torch_products.dgrad(dz, weight)
+    if dropout is not None:
+        return activation_bwd(da, saved, activation, inplace=True, dropout=dropout)
     return da if activation == "identity" else activation_bwd(da, saved, activation, inplace=True)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.dropout import Dropout
 from ..base.losses import LOSSES
 from .torch_losses import Gradients, Rows, Settings, mean_factor
 
@@ -45,16 +46,36 @@ def _dense(saved: Tensor | None) -> Tensor | None:
 
 
 def linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, save_z: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    *,
+    save_z: bool = False,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N]."""
+    """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N]. ``dropout`` is of this layer's output."""
     with device_of(x):
+        if dropout is not None:
+            return _kernels().linear_fwd(x, weight, bias, activation, save_z=save_z, dropout=dropout[:4])
         return _kernels().linear_fwd(x, weight, bias, activation, save_z=save_z)
 
 
-def linear_dgrad(dz: Tensor, weight: Tensor, saved: Tensor | None = None, activation: str = "identity") -> Tensor:
-    """DX = (dZ W) * f' with f the activation of the layer below and ``saved`` what its derivative needs."""
+def linear_dgrad(
+    dz: Tensor,
+    weight: Tensor,
+    saved: Tensor | None = None,
+    activation: str = "identity",
+    *,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """DX = (dZ W) * f' with f the activation of the layer below and ``saved`` what its derivative needs.
+
+    ``dropout`` is that of the layer below; its output is ``saved`` as it went on, after dropout.
+    """
     with device_of(dz):
+        if dropout is not None:
+            return _kernels().linear_dgrad(dz, weight, _dense(saved), activation, dropout=dropout[:4])
         return _kernels().linear_dgrad(dz, weight, _dense(saved), activation)
 
 
@@ -91,11 +112,13 @@ def network_bwd(
         return _kernels().network_bwd(dz, tensors, activations, kinds, wanted)
 
 
-def activation_bwd(da: Tensor, saved: Tensor | None, activation: str) -> Tensor:
+def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, dropout: Dropout | None = None) -> Tensor:
     """DZ = dA * f'."""
-    if activation == "identity":
+    if activation == "identity" and dropout is None:
         return da
     with device_of(da):
+        if dropout is not None:
+            return _kernels().activation_bwd(da, _dense(saved), activation, dropout=dropout[:4])
         return _kernels().activation_bwd(da, _dense(saved), activation)
 
 

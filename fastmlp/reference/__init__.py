@@ -1,5 +1,6 @@
 """Every fused operation in plain differentiable torch: what tests and ``fastmlp doctor`` compare with."""
 
+from .dropout import keep_mask
 from .linear import (
     activate,
     activation_grad,
@@ -36,6 +37,7 @@ __all__ = [
     "elementwise_loss_grad",
     "elementwise_loss_target_grad",
     "head",
+    "keep_mask",
     "linear_act",
     "linear_act_backward",
     "linear_dgrad",

@@ -9,7 +9,7 @@ working dtype where torch must see every operation: for second derivatives and i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -112,11 +112,22 @@ def linear_act_backward(
     return linear_dgrad(dz, weight), *linear_wgrad(dz, x)
 
 
-def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str]) -> Tensor:
-    """The whole network: A_l = f_l(A_{l-1} W_l^T + b_l), A_0 = X; returns A_L."""
+def mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    dropped: Callable[[Tensor, int], Tensor] | None = None,
+) -> Tensor:
+    """The whole network: A_l = f_l(A_{l-1} W_l^T + b_l), A_0 = X; returns A_L.
+
+    ``dropped(A, layer)``, if there is dropout, is the output that goes on; layers count from 0.
+    """
     a = pixels(x, weights[0].dtype)
-    for w, b, activation in zip(weights, biases, activations, strict=True):
+    for layer, (w, b, activation) in enumerate(zip(weights, biases, activations, strict=True)):
         a = linear_act(a, w, b, activation)
+        if dropped is not None:
+            a = dropped(a, layer)
     return a
 
 

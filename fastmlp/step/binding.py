@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ..base.arguments import check_members, check_network, check_same_device
 from ..ensemble import MLPEnsemble
 from ..nn import MLP, _has_hooks, _only_computes
+from .cpu_dropout import StepDropout
 
 _FORWARD, _ENSEMBLE_FORWARD = MLP.forward, MLPEnsemble.forward
 _numel, _is_contiguous = Tensor.numel, Tensor.is_contiguous
@@ -34,6 +35,7 @@ class Binding:
         parameters: the parameters of these names.
         ends: features of the model's input and output.
         kind: what an engine is built for: the names of the trained parameters, and the activations.
+        dropout: what a step drops; None in evaluation mode and without dropout.
 
     Raises:
         ValueError: the model computes something else than its layers' parameters say, or has nothing to train.
@@ -45,6 +47,10 @@ class Binding:
         self._modules, self._container = model._modules, model.layers
         self.layers = model._linears()
         self._handles = -1
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise RuntimeError(
+                "the model was made in torch.inference_mode(), so nothing can train it; make the model outside of it"
+            )
         _check_model(model, self._has_hooks())
         named = [
             (f"layers.{i}.{name}", parameter)
@@ -60,6 +66,10 @@ class Binding:
             check_members(weights, biases, activations, model.members)
         else:
             check_network(weights, biases, activations)
+        self._rates, self._training = self._attributes.get("_dropout"), model.training
+        self._state = model._buffers.get("dropout_state")
+        self._has_dropout = bool(self._rates)
+        self.dropout = self._dropped(model)
         self.ends = weights[0].shape[-1], weights[-1].shape[-2]
         trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         if not trained:
@@ -90,6 +100,12 @@ class Binding:
         # torch numbers the handles of all hooks, so that one number tells whether there can be new ones.
         if RemovableHandle.next_id - _probes != self._handles and self._has_hooks():
             return False
+        if self._attributes.get("_dropout") is not self._rates:
+            return False
+        if self._has_dropout and (
+            self._model.training is not self._training or self._model._buffers.get("dropout_state") is not self._state
+        ):
+            return False
         for table, name, parameter in self._places:
             if table.get(name) is not parameter:
                 return False
@@ -112,6 +128,18 @@ class Binding:
             and "forward" not in self._attributes
             and type(self._model).forward is self._forward
         )
+
+    def _dropped(self, model: MLP | MLPEnsemble) -> StepDropout | None:
+        if not (self._has_dropout and model.training):
+            return None
+        state, rates, device = self._state, model._rates(), self.layers[0].weight.device
+        if state is None or state.dtype != torch.int64 or state.shape != (2,) or state.device != device:
+            got = "nothing" if state is None else f"{state.dtype} {list(state.shape)} on {state.device}"
+            raise RuntimeError(
+                f"expected the model's dropout_state to be int64 [2] on {device}, got {got}; assign "
+                "model.dropout, or load a state_dict that has it"
+            )
+        return StepDropout(state, rates) if any(rates) else None
 
     def _has_hooks(self) -> bool:
         """Whether a call of the model, or a gradient of a parameter, would run a hook; no is remembered."""

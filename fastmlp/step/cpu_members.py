@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..base.losses import takes_classes
+from .cpu_dropout import Mask, StepDropout, masks
 from .cpu_losses import LossFunction, cross_entropy_terms, loss_function, weighted_loss_function
 from .cpu_member_products import Batched, Each
-from .cpu_member_span import Ensemble, Span
+from .cpu_member_span import Ensemble, Span, target_dims
 from .cpu_member_update import MemberUpdate
 from .cpu_row_weights import WeightedLoss
 from .loss_options import LossOptions
@@ -56,30 +56,57 @@ class Piece:
             self._db.insert(0, torch.empty_like(master_b) if net.plain and master_b is not None else None)
             self._dz.insert(0, dz)
             dz = dz if dx is None else dx
+        self._dropout: StepDropout | None = None
+        self._masks: list[Mask | None] = [None] * len(layers)
         self._update = None if net.plain else MemberUpdate(net, span)
         self._gradients: list[Tensor] | None = None
 
-    def run(self, x: Tensor, y: Tensor, out: Tensor, update: bool, weight: Tensor | None = None) -> None:
+    def _masks_of(self, dropout: StepDropout | None) -> list[Mask | None]:
+        """Of each layer that drops."""
+        if self._dropout is not dropout:
+            m, net, ids = self.m, self._net, self.ids
+            self._masks = [None] * len(net.layers)
+            if dropout is not None:
+                shapes = [(len(ids), m, layer.weight.shape[1]) for layer in net.layers]
+                # Masks of members side by side are made at once.
+                first = [i for i, member in enumerate(ids) if not i or ids[i - 1] != member - 1]
+                ends = [*first[1:], len(ids)]
+                runs = [(ids[i] * m, (end - i) * m) for i, end in zip(first, ends, strict=True)]
+                self._masks = masks(dropout, shapes, net.zero.new_empty(0, dtype=net.dtype), runs, net.members * m)
+            self._dropout = dropout
+        return self._masks
+
+    def run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        out: Tensor,
+        update: bool,
+        weight: Tensor | None = None,
+        of_pass: tuple[int, int] = (0, 0),
+    ) -> None:
         """One step on X [M, K] or [E, M, K] in the compute dtype; writes the members' losses into ``out`` [E].
 
         ``weight`` are sample weights [M] or [E, M]. Without ``update`` the gradients are stored, and the parameters
-        stay as they are.
+        stay as they are. ``of_pass`` are the values of the state of dropout.
         """
         net, span = self._net, self.span
+        masks = self._masks if net.dropout is self._dropout else self._masks_of(net.dropout)
         span.load()
         plain = net.plain and update
-        if not plain and self._gradients is None:
-            self._gradients = [span.take(grad) for grad in net.grads]
-            span.load()
+        if not plain:
+            self._take_gradients()
         a = x.expand(len(self.ids), -1, -1) if x.dim() == 2 else span.batch("x", x)
-        y = y if y.dim() == net.target_dims else span.batch("y", y)
+        y = y if y.dim() == target_dims(y) else span.batch("y", y)
         weight = weight if weight is None or weight.dim() == 1 else span.batch("weight", weight)
         inputs, saved = [], []
-        for f, products, kept in zip(self._fs, self._products, self._kept, strict=True):
+        for f, products, kept, mask in zip(self._fs, self._products, self._kept, masks, strict=True):
             inputs.append(a)
             z = products.linear(a)
             a = f.overwrite(z) if kept is None else f.into(z, kept)
             saved.append(z if f.saved == "z" else a)
+            if mask is not None:
+                a = mask.forward(a, of_pass)
         losses = span.put(out)
         da = self._loss(a, y, losses, None if self._scales is None else self._scales[0], weight)
         span.landed(out)
@@ -91,6 +118,8 @@ class Piece:
                 da.mul_(self._rate)
                 rate = 1.0
         for i in range(len(inputs) - 1, net.lowest - 1, -1):
+            if (mask := masks[i]) is not None:
+                mask.backward(da)
             da = self._fs[i].backward(da, saved[i], inplace=True)
             below = self._products[i].dgrad() if i > net.lowest else None  # before the weight changes
             if plain:
@@ -106,9 +135,16 @@ class Piece:
                 self._update.unscale()
         span.store()
 
+    def _take_gradients(self) -> None:
+        """Those of the span's members, where the gradients are."""
+        if self._gradients is None:
+            self._gradients = [self.span.take(grad) for grad in self._net.grads]
+            self.span.load()
+
     def update(self) -> None:
         """Apply the optimizer to the gradients that are stored."""
         self.span.load()
+        self._take_gradients()
         if self._update is None:
             self._plain_update()
         else:
@@ -157,7 +193,6 @@ class MemberLoss:
         self._a = None if wide == dtype else torch.empty((e, m, c), dtype=wide, device=device)
         self._wide_da = self.da if wide == dtype else torch.empty((e, m, c), dtype=wide, device=device)
         self._each = list(self._wide_da.unbind())
-        self._classes = takes_classes(loss)
         self._y = torch.empty((e, m), dtype=torch.int64, device=device)
         self._together: Callable[..., None] | None = None
         self._of_one = loss, m, c, wide, device, None, options
@@ -169,14 +204,15 @@ class MemberLoss:
     def __call__(self, a: Tensor, y: Tensor, out: Tensor, scale: Tensor | None, weight: Tensor | None = None) -> Tensor:
         """DA for A [e, M, C], multiplied by ``scale`` [e]; writes the losses into ``out`` [e].
 
-        Y is [M] or [e, M] class numbers, or values [M, C] or [e, M, C]. The sample weights are [M] or [e, M].
+        Y is [M] or [e, M] class numbers, or [M, C] or [e, M, C] floating-point: values, or probabilities. The sample
+        weights are [M] or [e, M].
         """
         a = a if self._a is None else self._a.copy_(a)
-        if self._together is not None and weight is None:
+        if self._together is not None and weight is None and not y.is_floating_point():
             self._together(a, self._y.copy_(y), out)
         else:
             count = len(self._each)
-            ys = [y] * count if y.dim() == (1 if self._classes else 2) else y.unbind()
+            ys = [y] * count if y.dim() == target_dims(y) else y.unbind()
             weights = [weight] * count if weight is None or weight.dim() == 1 else weight.unbind()
             for into, of_member, target, loss, own in zip(
                 self._each, a.unbind(), ys, out.unbind(), weights, strict=True

@@ -1,8 +1,8 @@
 """A training step as one call of machine code (``fastmlp.cpu.native``), for what the machine code has.
 
-What it does not have goes to the step on torch's operators, which is planned when it is first needed: sample weights,
-targets that are probabilities or of another dtype, class numbers out of range, and gradients without an update. Both
-share the parameters and all state, so they may take turns.
+What it does not have goes to the step on torch's operators, which is planned when it is first needed: dropout, sample
+weights, targets that are probabilities or of another dtype, class numbers out of range, and gradients without an
+update. Both share the parameters and all state, so they may take turns.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def has_native(net: Network) -> bool:
         and not net.copies
         and net.parallel is None
         and not net.late
+        and net.dropout is None
         and options.class_weight is None
         and options.pos_weight is None
         and not options.label_smoothing
@@ -132,7 +133,7 @@ class NativeStep:
         self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None, weight: Tensor | None = None, **kwargs: Any
     ) -> None:
         """``TorchStep.step``, and ``update`` as the step on operators takes it."""
-        if weight is None and y.dtype == self._target and not kwargs:
+        if weight is None and y.dtype == self._target and not kwargs and self._net.dropout is None:
             self._write_rates()
             native, one = self._native, out if out.dtype == self._net.dtype else None
             if one is not None and (native.step(x, y, out) if rows is None else self._at(x, y, out, rows)):
@@ -151,7 +152,7 @@ class NativeStep:
 
     def epoch(self, x: Tensor, y: Tensor, batch: int, order: Tensor, rates: Tensor, losses: Tensor) -> bool:
         """``TorchStep.epoch``; False where the machine code does not have it, and nothing has changed then."""
-        if y.dtype != self._target:
+        if y.dtype != self._target or self._net.dropout is not None:
             return False
         self._write_rates()
         return self._native.steps(x, y, order.contiguous(), batch, rates.contiguous(), losses)

@@ -15,7 +15,7 @@ from .. import cpu
 from ..activations import ACTIVATIONS
 from ..base.losses import takes_classes
 from ..cpu import native_layout as layout
-from .cpu_member_span import Ensemble, MemberLayer
+from .cpu_member_span import Ensemble, MemberLayer, target_dims
 from .cpu_members import Piece
 from .cpu_native import write_settings
 
@@ -25,6 +25,7 @@ def native_units(net: Ensemble, m: int) -> cpu.NativeUnits | None:
     options, outputs = net.options, net.layers[-1].weight.shape[1]
     if (
         net.device.type != "cpu"
+        or net.dropout is not None
         or net.dtype not in (torch.float32, torch.float64)
         or any(not copies.is_one for layer in net.layers for copies in layer.copies)
         or options.class_weight is not None
@@ -35,7 +36,7 @@ def native_units(net: Ensemble, m: int) -> cpu.NativeUnits | None:
     ):
         return None
     activations, clips = [layer.activation for layer in net.layers], net.rule.max_grad_norm is not None
-    names = cpu.unit_names(activations, net.loss, net.rule.name, clips=clips, averages=False)
+    names = cpu.unit_names(activations, net.loss, net.rule.name, clips=clips, averages=net.rule.ema_decay is not None)
     work = m * sum(layer.weight[0].numel() for layer in net.layers)
     return cpu.native_units(m, work, net.dtype, ["whole.members", *names])
 
@@ -71,11 +72,11 @@ class NativePiece:
                     loss=net.loss,
                     rule=net.rule.name,
                     lowest=net.lowest,
-                    groups=1,
+                    groups=len(net.rules),
                     count=net.counts[e],
                     counts=net.rule.counted,
                     clips=clips,
-                    averages=False,
+                    averages=net.rule.ema_decay is not None,
                     classes=classes,
                     beside=self._networks[0] if self._networks else None,
                 )
@@ -88,23 +89,34 @@ class NativePiece:
         net = self._net
         if self._version != net.version:
             for e, network in zip(self._ids, self._networks, strict=True):
-                rule = net.rule_with(net.settings_of(e))
-                write_settings(network, rule, [rule], net.options.delta, plain=net.plain)
-                network.hyper[layout.OF_GROUPS] = rule.lr
+                rules = net.rules_with(net.settings_of(e))
+                write_settings(network, rules[0], rules, net.options.delta, plain=net.plain)
+                for i, rule in enumerate(rules):
+                    network.hyper[layout.OF_GROUPS + 2 * i] = rule.lr
             self._version, self._rate = net.version, float("nan")
         if net.rate == net.rate and net.rate != self._rate:
             self._rate = net.rate
             for network in self._networks:
                 network.hyper[layout.OF_GROUPS] = net.rate
 
-    def run(self, x: Tensor, y: Tensor, out: Tensor, update: bool, weight: Tensor | None = None) -> None:
+    def run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        out: Tensor,
+        update: bool,
+        weight: Tensor | None = None,
+        of_pass: tuple[int, int] = (0, 0),
+    ) -> None:
         """``Piece.run``."""
-        if weight is not None or not update or y.dtype != self._target or out.dtype != self._net.dtype:
+        net = self._net
+        has = weight is None and net.dropout is None and y.dtype == self._target and out.dtype == net.dtype
+        if not (update and has):
             for piece in self._operators():
-                piece.run(x, y, out, update, weight)
+                piece.run(x, y, out, update, weight, of_pass)
             return
         self._take_settings()
-        self._members.step(x, y, out, own_x=x.dim() == 3, own_y=y.dim() > self._net.target_dims)
+        self._members.step(x, y, out, own_x=x.dim() == 3, own_y=y.dim() > target_dims(y))
 
     def update(self) -> None:
         """``Piece.update``."""
@@ -124,7 +136,9 @@ def _parts(net: Ensemble, layer: MemberLayer, e: int, gradients: Sequence[Tensor
         if data is None or not trained:
             return cpu.NativeParameter(None if data is None else data[e])
         states = [net.states[name][place][e] for name in net.rule.states]
-        return cpu.NativeParameter(data[e], True, 0, states, gradients[place] if gradients else None)
+        group = 0 if net.group_of is None else net.group_of[place]
+        average = None if net.rule.ema_decay is None else net.states["ema"][place][e]
+        return cpu.NativeParameter(data[e], True, group, states, gradients[place] if gradients else None, average)
 
     return cpu.LayerParts(
         parameter(layer.weight, layer.train_w, layer.grad_w),

@@ -16,6 +16,7 @@ from .. import cpu
 from ..activations import ACTIVATIONS
 from ..base.losses import takes_classes
 from ..nn import Linear
+from .cpu_dropout import Mask, StepDropout, masks
 from .cpu_losses import loss_function, weighted_loss_function
 from .cpu_optimizer import TorchOptimizer
 from .cpu_row_weights import WeightedLoss
@@ -72,6 +73,8 @@ class Network:
         self.groups, self.rules = groups, [rule] if groups is None else groups.rules
         self.modules, self.rule, self.loss, self.dtype = modules, rule, loss, dtype
         self.options, self.parallel = options, parallel
+        #: What a pass drops; it may change between steps.
+        self.dropout: StepDropout | None = None
         self.device = modules[0].weight.device
         #: Whether something comes between the gradients and the update.
         self.late = late or parallel is not None
@@ -147,6 +150,9 @@ class Plan:
         self._of_loss = (net.loss, m, n, net.dtype, net.device, net.scale, net.options)
         self.loss = loss_function(*self._of_loss)
         self._weighted_loss: WeightedLoss | None = None
+        self._outputs = [module.out_features for module in net.modules]
+        self._dropout: StepDropout | None = None
+        self._masks: list[Mask | None] = []
         #: The sample weights of gathered rows.
         self.weight: Tensor | None = None
         self.x = new((m, k))
@@ -166,6 +172,14 @@ class Plan:
             products = cpu.layer_products(m, layer.weight, layer.bias, fused, out, dx, update=update, dw=dw, wide=wide)
             self.products.append(products)
             self.kept_a.append(None if layer.f.epilogue else new((m, n)))
+
+    def masks(self, dropout: StepDropout) -> list[Mask | None]:
+        """Of each layer that drops."""
+        if self._dropout is not dropout:
+            m = self.x.shape[0]
+            self._masks = masks(dropout, [(m, n) for n in self._outputs], self.x, [(0, m)], m)
+            self._dropout = dropout
+        return self._masks
 
     @property
     def weighted_loss(self) -> WeightedLoss:

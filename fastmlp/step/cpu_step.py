@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import cpu
 from ..nn import Linear
 from ..online import online_epoch
+from .cpu_dropout import Mask, StepDropout, advance, numbers
 from .cpu_native import NativeStep, has_native, native_plan
 from .cpu_plan import Layer, Network, Plan
 from .groups import Groups
@@ -56,6 +57,15 @@ class TorchStep:
         ``rows`` int64 [M] takes those rows of x, y and the sample weights.
         """
         self._planned(x.shape[0] if rows is None else rows.shape[0])(x, y, out, rows, weight)
+
+    @property
+    def dropout(self) -> StepDropout | None:
+        """What a pass drops; it may be assigned between steps."""
+        return self.network.dropout
+
+    @dropout.setter
+    def dropout(self, dropout: StepDropout | None) -> None:
+        self.network.dropout = dropout
 
     def _planned(self, m: int) -> Callable[..., None]:
         """``_step`` with the plan of ``m`` rows."""
@@ -178,6 +188,7 @@ class TorchStep:
             and net.device.type == "cpu"
             and net.loss == "cross_entropy"
             and net.options.is_plain
+            and net.dropout is None
             and not labels.is_floating_point()
             and net.dtype in (torch.float32, torch.float64)
             and images.dtype in (net.dtype, torch.uint8)
@@ -213,15 +224,22 @@ def _step(
             weight = torch.index_select(weight, 0, rows, out=plan.weight)
     a = _input(net, plan, x, rows)
     inputs, saved = [], []
-    for layer, products, kept in zip(net.layers, plan.products, plan.kept_a, strict=True):
-        inputs.append(a)
-        z = products.linear(a)
-        a = z if kept is None else layer.f.into(z, kept)
-        saved.append(z if layer.saves_z else a)
+    dropout, masks = net.dropout, None
+    if dropout is None:
+        for layer, products, kept in zip(net.layers, plan.products, plan.kept_a, strict=True):
+            inputs.append(a)
+            z = products.linear(a)
+            a = z if kept is None else layer.f.into(z, kept)
+            saved.append(z if layer.saves_z else a)
+    else:
+        masks = plan.masks(dropout)
+        a = _forward_with_dropout(net, plan, a, inputs, saved, masks, numbers(dropout))
     da = plan.loss(a, y, out) if weight is None else plan.weighted_loss(a, y, out, weight)
     consume = _apply if update and net.plain else _store
     for i in range(len(inputs) - 1, net.lowest - 1, -1):
         products = plan.products[i]
+        if masks is not None and (mask := masks[i]) is not None:
+            mask.backward(da)
         dz = net.layers[i].f.backward(da, saved[i], inplace=True)
         if products.dgrad is not None:  # before the weight changes
             da = products.dgrad(dz)
@@ -234,6 +252,23 @@ def _step(
         elif net.averages:
             net.optimizer.updated()
         net.publish()
+    if dropout is not None:
+        advance(dropout)
+
+
+def _forward_with_dropout(
+    net: Network, plan: Plan, a: Tensor, inputs: list[Tensor], saved: list[Tensor],
+    masks: list[Mask | None], of_pass: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """The network's output; ``inputs`` get the layers' inputs, and ``saved`` what their derivatives need."""
+    for layer, products, kept, mask in zip(net.layers, plan.products, plan.kept_a, masks, strict=True):
+        inputs.append(a)
+        z = products.linear(a)
+        a = z if kept is None else layer.f.into(z, kept)
+        saved.append(z if layer.saves_z else a)
+        if mask is not None:
+            a = mask.forward(a, of_pass)
+    return a
 
 
 def _input(net: Network, plan: Plan, x: Tensor, rows: Tensor | None) -> Tensor:

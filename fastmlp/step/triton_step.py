@@ -21,6 +21,11 @@ targets and the order may do without. Each member has its own settings, loss, no
 ``active`` are left out by the kernels, which read the flags at every step, so that one graph serves all. The update
 counts the updates of each member for AdamW (``step_rows``).
 
+Dropout (``dropout``) adds nothing to the launches. The kernels that make A_l and dZ_l of a hidden layer make the mask,
+each for itself, from the seed and the step in the device's memory. wgrad_update raises the step: it is the one launch
+that every forward pass of a step or of ``gradients`` has after all that read the number. An update that is skipped or
+that comes later does not matter there.
+
 Buffers are allocated once per batch size, and given up when many sizes would hold too much memory. An epoch is captured
 in graphs of at most ``CHUNK`` steps. Each step has its own places in static tables of row numbers, learning rates and
 losses, which are filled before a replay: one capture serves every epoch and any order.
@@ -37,7 +42,7 @@ from torch import Tensor
 
 from ..activations import saved_for_grad
 from ..base.losses import takes_classes
-from ..kernels import activation_bwd, head, linear_dgrad, linear_fwd
+from ..kernels import Dropout, activation_bwd, head, linear_dgrad, linear_fwd
 from ..kernels.column_sums import ColumnSums, padded
 from ..kernels.configs import cdiv
 from ..kernels.dependent import launches_dependent
@@ -47,6 +52,7 @@ from ..kernels.layout import Layer, Layout
 from ..kernels.optimizer import EMA_COLUMNS, HYPER_COLUMNS
 from ..kernels.wgrad_update import reduce_update, wgrad_update, workspace
 from ..nn import Linear
+from .cpu_dropout import StepDropout
 from .graphs import GraphCache, GraphEntry, can_capture, refuse_capture
 from .groups import Groups
 from .late_update import LateUpdate
@@ -160,12 +166,31 @@ class TritonStep:
             and self.activations[-1] == "identity"
             and layers[-1].weight.shape[-2] <= MAX_CLASSES
         )
+        self.dropout = None
         self._plans: OrderedDict[int, _Plan] = OrderedDict()
         self._converted: Tensor | None = None
         self.graphs = GraphCache(self.device) if cuda_graph and can_capture(self.device) else None
         self._copied = [c for c in (*self._weights, *self._biases) if c is not None and not c.is_one]
         self._narrowed = [c for c in self._copied if c.master is c.data]
         self._widened = [c for c in self._copied if c.master is not c.data]
+
+    @property
+    def dropout(self) -> StepDropout | None:
+        """What the next steps drop; it may be assigned between steps. Each step, and each call of ``gradients``, adds 1
+        to the step of the state.
+        """
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, of: StepDropout | None) -> None:
+        self._dropout = of
+        self._drops: list[Dropout | None] = [None] * len(self.layers)
+        self._drawn: tuple[object, ...] | None = None
+        if of is not None:
+            state, rates, stream = of
+            for i, p in enumerate(rates):
+                self._drops[i] = Dropout(state, i, p, stream) if p else None
+            self._drawn = state.data_ptr(), rates, stream
 
     @staticmethod
     def structure(rule: Optimizer) -> tuple[object, ...]:
@@ -253,6 +278,7 @@ class TritonStep:
                 a=plan.a[i],
                 z=z,
                 active=self.active,
+                dropout=self._drops[i],
             )
             a = plan.a[i]
         return a
@@ -280,6 +306,7 @@ class TritonStep:
                 prev_sums=None if below is None else plan.sums[below],
                 **self._step_loss.of_cross_entropy(plan.m, rows, weights),
                 active=self.active,
+                dropout=None if below is None else self._drops[below],
             )
             top = last - 1
         else:
@@ -297,6 +324,7 @@ class TritonStep:
                 dx=plan.dz[i - 1],
                 sums=plan.sums[i - 1],
                 active=self.active,
+                dropout=self._drops[i - 1],
             )
 
     def _loss_gradient(self, plan: _Plan, a: Tensor, y: Tensor, rows: Tensor | None, weights: RowWeights) -> None:
@@ -338,6 +366,7 @@ class TritonStep:
             sums=[plan.sums[i] for i in self.trained],
             active=self.active,
             updates=updates,
+            dropout_state=None if self._dropout is None else self._dropout[0],
             **outputs,
         )
 
@@ -411,7 +440,7 @@ class TritonStep:
 
     def _baked(self) -> tuple[object, ...]:
         """What a graph keeps of the settings at its capture."""
-        return tf32_allowed(), launches_dependent()
+        return tf32_allowed(), launches_dependent(), self._drawn
 
     def epoch(
         self,

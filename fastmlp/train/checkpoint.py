@@ -93,7 +93,7 @@ def save_checkpoint(
         model: any module whose state_dict holds tensors only; on any device, shared and strided tensors allowed.
         config: what the model is built from, in JSON's types (a tuple comes back as a list); for an MLP sizes,
             activation and bias, and for an MLPEnsemble members too. The parameters' dtype, such as "float32", is added
-            as ``dtype`` if absent.
+            as ``dtype`` if absent, and so is the ``dropout`` of a model that has some.
         metrics: results, for people and scripts. A number that is not finite becomes null, since JSON has no word
             for it.
 
@@ -107,6 +107,8 @@ def save_checkpoint(
     config = dict(config)
     if "dtype" not in config and (dtypes := {p.dtype for p in model.parameters()}):
         config["dtype"] = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    if getattr(model, "dropout", None) and "dropout_state" in getattr(model, "_buffers", ()):
+        config.setdefault("dropout", model.dropout)
     document = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

@@ -8,18 +8,21 @@ from contextlib import nullcontext
 import torch
 
 from fastmlp.activations import ACTIVATIONS, saved_for_grad
-from fastmlp.kernels import activation_bwd
+from fastmlp.kernels import Dropout, activation_bwd
 
 from .cases import KernelCases
 
 __all__ = ["KERNELS"]
 
 
-def _activation_bwd(activation: str, rows: int, cols: int, *, columns: bool) -> Callable[[torch.dtype, None], object]:
+def _activation_bwd(
+    activation: str, rows: int, cols: int, *, columns: bool, drops: bool = False
+) -> Callable[[torch.dtype, None], object]:
     def launch(dtype: torch.dtype, tile: None) -> object:
         da = torch.zeros((cols, rows), dtype=dtype).t() if columns else torch.zeros((rows, cols), dtype=dtype)
         saved = None if saved_for_grad(activation) is None else torch.zeros((rows, cols), dtype=dtype)
-        return activation_bwd(da, saved, activation)
+        dropout = Dropout(torch.zeros(2, dtype=torch.int64), 0, 0.1) if drops else None
+        return activation_bwd(da, saved, activation, dropout=dropout)
 
     return launch
 
@@ -30,6 +33,8 @@ def _variants() -> dict[str, Callable[[torch.dtype, None], object]]:
     variants["odd-sigmoid"] = _activation_bwd("sigmoid", 7, 77, columns=False)
     variants["columns-gelu"] = _activation_bwd("gelu", 64, 512, columns=True)
     variants["odd-columns-silu"] = _activation_bwd("silu", 7, 77, columns=True)
+    variants["dense-dropout-sigmoid"] = _activation_bwd("sigmoid", 64, 512, columns=False, drops=True)
+    variants["odd-columns-dropout-gelu"] = _activation_bwd("gelu", 7, 77, columns=True, drops=True)
     return variants
 
 

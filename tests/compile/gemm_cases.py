@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastmlp.kernels import linear_dgrad, linear_fwd, linear_wgrad
+from fastmlp.kernels import Dropout, linear_dgrad, linear_fwd, linear_wgrad
 from fastmlp.kernels.configs import Tile, all_tiles
 from fastmlp.kernels.device import Device
 
@@ -20,6 +20,7 @@ __all__ = ["KERNELS"]
 
 # Every dimension is a multiple of every tile's. The dimensions are so large that wgrad splits BATCH, not SHORT_BATCH.
 BATCH, SHORT_BATCH, IN, OUT = 512, 256, 1024, 512
+DROPOUT = Dropout(torch.zeros(2, dtype=torch.int64), 0, 0.1)
 
 
 Launcher = Callable[[torch.dtype, Tile], object]
@@ -35,7 +36,7 @@ def _pixels(rows: int, cols: int) -> Tensor:
 
 def _fwd(
     activation: str, *, k: int = IN, bias: bool = True, pixels: bool = False, gather: bool = False,
-    columns: bool = False, save_z: bool = False,
+    columns: bool = False, save_z: bool = False, drops: bool = False,
 ) -> Launcher:  # fmt: skip
     def launch(dtype: torch.dtype, tile: Tile) -> object:
         x = _pixels(BATCH, k) if pixels else _values(BATCH, k, dtype=dtype)
@@ -43,18 +44,19 @@ def _fwd(
         if columns:
             x, w = _values(k, BATCH, dtype=dtype).t(), _values(k, OUT, dtype=dtype).t()
         rows = torch.zeros(BATCH, dtype=torch.int64) if gather else None
-        return linear_fwd(x, w, _values(OUT, dtype=dtype) if bias else None, activation, save_z=save_z, rows=rows)
+        b = _values(OUT, dtype=dtype) if bias else None
+        return linear_fwd(x, w, b, activation, save_z=save_z, rows=rows, dropout=DROPOUT if drops else None)
 
     return launch
 
 
-def _dgrad(activation: str, *, n: int = OUT, columns: bool = False) -> Launcher:
+def _dgrad(activation: str, *, n: int = OUT, columns: bool = False, drops: bool = False) -> Launcher:
     def launch(dtype: torch.dtype, tile: Tile) -> object:
         dz, w = _values(BATCH, n, dtype=dtype), _values(n, IN, dtype=dtype)
         if columns:
             dz, w = _values(n, BATCH, dtype=dtype).t(), _values(IN, n, dtype=dtype).t()
         saved = None if activation in ("identity", "step") else _values(BATCH, IN, dtype=dtype)
-        return linear_dgrad(dz, w, saved, activation)
+        return linear_dgrad(dz, w, saved, activation, dropout=DROPOUT if drops else None)
 
     return launch
 
@@ -121,6 +123,8 @@ KERNELS = {
             "columns-identity-nobias": _fwd("identity", columns=True, bias=False),
             "gather-silu-z": _fwd("silu", gather=True, save_z=True),
             "odd-pixels-leaky_relu-nobias": _fwd("leaky_relu", k=783, pixels=True, bias=False),
+            "sigmoid-dropout": _fwd("sigmoid", drops=True),
+            "k784-pixels-gather-gelu-z-dropout": _fwd("gelu", k=784, pixels=True, gather=True, save_z=True, drops=True),
         },
     ),
     "linear_dgrad": _gemm(
@@ -135,6 +139,8 @@ KERNELS = {
             "n48-silu": _dgrad("silu", n=48),
             "leaky_relu": _dgrad("leaky_relu"),
             "step": _dgrad("step"),
+            "sigmoid-dropout": _dgrad("sigmoid", drops=True),
+            "n10-gelu-dropout": _dgrad("gelu", n=10, drops=True),
         },
     ),
     "linear_wgrad": _gemm(

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from fastmlp.kernels import head
+from fastmlp.kernels import Dropout, head
 from fastmlp.kernels.before_update import LossScaleState, before_update
 from fastmlp.kernels.column_sums import ColumnSums
 from fastmlp.kernels.configs import LARGEST_UPDATED, Tile, all_tiles
@@ -41,7 +41,7 @@ HEADS = (Head(64, 2), Head(64, 10), Head(16384, 10), Head(64, 50), Head(16384, 6
 
 def _head(
     activation: str, *, odd: bool = False, pixels: bool = False, weighted: bool = False, probabilities: bool = False,
-    **options: Any,
+    drops: bool = False, **options: Any,
 ) -> Launcher:  # fmt: skip
     def launch(dtype: torch.dtype, shape: Head) -> object:
         inputs = shape.inputs + 5 if odd else shape.inputs
@@ -55,6 +55,8 @@ def _head(
             options.update(rows=torch.zeros(shape.rows, dtype=torch.int64), gather_h=True, want_dz_prev=False)
         if weighted:
             options.update(sample_weight=torch.zeros(shape.rows), divisor=torch.zeros(()))
+        if drops:
+            options.update(dropout=Dropout(torch.zeros(2, dtype=torch.int64), 1, 0.1))
         weight = torch.zeros(shape.classes) if options.get("smoothing") else None
         correct = torch.zeros(shape.rows, dtype=torch.int32)
         return head(
@@ -88,7 +90,7 @@ def _layout(dtype: torch.dtype, widths: tuple[int, ...], params: bool, groups: b
 
 def _update(
     optimizer: str, *, batch: int = 64, widths: tuple[int, ...] = WIDTHS, pixels: bool = False, params: bool = False,
-    overflow: bool = False, summed: bool = True, groups: bool = False,
+    overflow: bool = False, summed: bool = True, groups: bool = False, drops: bool = False,
 ) -> Launcher:  # fmt: skip
     def launch(dtype: torch.dtype, tile: Tile) -> object:
         layout = _layout(dtype, widths, params, groups)
@@ -109,6 +111,7 @@ def _update(
             overflow=torch.zeros((), dtype=torch.int32) if overflow and dtype == torch.float16 else None,
             loss_rows=torch.zeros(batch), loss=torch.zeros(()), divisor=torch.zeros(()) if overflow else None,
             grads=torch.zeros(layout.total) if optimizer == "none" and not overflow else None, sums=sums,
+            dropout_state=torch.zeros(2, dtype=torch.int64) if drops else None,
         )  # fmt: skip
 
     return launch
@@ -170,6 +173,8 @@ KERNELS = {
             "pixels-gather": _head("identity", pixels=True),
             "relu-weighted-smoothing": _head("relu", weighted=True, smoothing=0.1),
             "sigmoid-weighted-probabilities": _head("sigmoid", weighted=True, probabilities=True),
+            "sigmoid-dropout": _head("sigmoid", drops=True),
+            "odd-gelu-dropout": _head("gelu", odd=True, drops=True),
             "pixels-gather-weighted": _head("identity", pixels=True, weighted=True),
         },
         force=lambda tile: nullcontext(),
@@ -189,6 +194,7 @@ KERNELS = {
             "rmsprop-params": _update("rmsprop centered momentum maximize ema", params=True),
             "narrow-lion": _update("lion ema", widths=NARROW, summed=False, groups=True),
             "none-overflow": _update("none", overflow=True),
+            "momentum-dropout": _update("momentum", drops=True),
             "narrow-none-odd": _update("none", batch=77, widths=(77, 33, 10)),
         },
         force=_force,

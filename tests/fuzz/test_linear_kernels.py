@@ -11,13 +11,41 @@ from torch import Tensor
 
 from fastmlp import reference
 from fastmlp.activations import saved_for_grad
-from fastmlp.kernels import activation_bwd, linear_dgrad, linear_fwd, linear_wgrad
+from fastmlp.kernels import Dropout, activation_bwd, linear_dgrad, linear_fwd, linear_wgrad
 from fastmlp.ops import torch_ops
+from fastmlp.reference.dropout import keep_mask
 from tests.fuzz.cases import Spec, activations, dims, dtypes, fuzz, root, specs
 from tests.support.harness import assert_within_budget, nan_like, poisoned
 
 # Triton's interpreter is numpy, which warns where e^z becomes infinite on the way to a finite result.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+@dataclass(frozen=True)
+class Drops:
+    """Dropout of a layer; ``state`` is the seed and the step."""
+
+    state: tuple[int, int]
+    layer: int
+    p: float
+    stream: int
+
+    def build(self, lane: torch.device) -> Dropout:
+        return Dropout(torch.tensor(self.state).to(lane), self.layer, self.p, self.stream)
+
+    def factor(self, rows: int, cols: int) -> Tensor:
+        """What dropout multiplies by, in float64."""
+        return keep_mask(*self.state, self.layer, rows, cols, self.p, self.stream).double() / (1 - self.p)
+
+
+_int64 = st.integers(-(2**63), 2**63 - 1)
+_drops = st.builds(
+    Drops,
+    state=st.tuples(_int64, st.integers(0, 2**63 - 1)),
+    layer=st.sampled_from([0, 1, 2, 16, 99]),
+    p=st.sampled_from([1e-6, 0.1, 0.25, 0.5, 0.9]),
+    stream=st.sampled_from([0, 1, 7]),
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +56,7 @@ class Forward:
     activation: str
     save_z: bool
     rows: Spec | None  #: seed of the rows to gather; the shape is [M]
+    dropout: Drops | None = None
 
 
 @st.composite
@@ -44,6 +73,7 @@ def forwards(draw: st.DrawFn) -> Forward:
         activation=draw(activations),
         save_z=draw(st.booleans()),
         rows=draw(specs((M,), torch.int64, dense=True)) if gathered else None,
+        dropout=draw(st.none() | _drops),
     )
 
 
@@ -78,6 +108,7 @@ def test_linear_fwd(lane, case: Forward):
         save_z=case.save_z,
         rows=None if rows is None else rows.to(lane),
         a=a,
+        dropout=None if case.dropout is None else case.dropout.build(lane),
     )
     K = w.shape[1]
     wide = [reference.pixels(taken, torch.float64).double(), w.double(), None if b is None else b.double()]
@@ -90,6 +121,14 @@ def test_linear_fwd(lane, case: Forward):
         assert_within_budget(z.cpu(), z64, own, reduction=K, magnitude=magnitude, what="Z")
     expected, torchs = reference.activate(z64, case.activation), reference.linear_act(taken, w, b, case.activation)
     got = a.cpu()
+    if case.dropout is not None:
+        factor = case.dropout.factor(*shape)
+        assert (got[factor == 0] == 0).all()
+        expected, torchs = expected * factor, torchs * factor.to(torchs.dtype)
+        magnitude /= 1 - case.dropout.p
+        if case.activation == "step":
+            got = got * (1 - case.dropout.p)
+            got, expected = got.round(), expected * (1 - case.dropout.p)
     if case.activation == "step":
         # 0 and 1 are both right where rounding can move Z over the jump.
         assert ((got == 0) | (got == 1)).all()
@@ -105,6 +144,7 @@ class InputGradient:
     weight: Spec
     z: Spec  #: pre-activation of the layer below
     activation: str
+    dropout: Drops | None = None
 
 
 @st.composite
@@ -116,15 +156,19 @@ def input_gradients(draw: st.DrawFn) -> InputGradient:
         weight=draw(specs((N, K), dtype, expanded=True, scale=root(N))),
         z=draw(specs((M, K), dtype, dense=True, scales=(1.0, 4.0))),
         activation=draw(activations),
+        dropout=draw(st.none() | _drops),
     )
 
 
-def kept(z: Tensor, activation: str) -> Tensor | None:
+def kept(z: Tensor, activation: str, factor: Tensor | None = None) -> Tensor | None:
     """The tensor that the forward pass would have kept for f', in poisoned storage."""
     kind = saved_for_grad(activation)
     if kind is None:
         return None
-    return poisoned(z if kind == "z" else reference.activate(z, activation), layout="dense")
+    a = reference.activate(z, activation)
+    if factor is not None:
+        a = a * factor.to(a.dtype)
+    return poisoned(z if kind == "z" else a, layout="dense")
 
 
 def derivative(saved: Tensor | None, activation: str) -> Tensor | float:
@@ -139,26 +183,48 @@ def derivative(saved: Tensor | None, activation: str) -> Tensor | float:
 @fuzz(20, input_gradients(), launches=True)
 def test_linear_dgrad(lane, case: InputGradient):
     dz, w = case.dz.build(), case.weight.build()
-    saved = kept(case.z.values(), case.activation)
+    factor, drops, scale = dropped(case, lane)
+    saved = kept(case.z.values(), case.activation, factor)
     moved = None if saved is None else saved.to(lane)
     dx = nan_like((dz.shape[0], w.shape[1]), w.dtype).to(lane)
-    assert linear_dgrad(dz.to(lane), w.to(lane), moved, case.activation, dx=dx) is dx
-    expected = (dz.double() @ w.double()) * derivative(saved, case.activation)
-    torchs = torch_ops.linear_dgrad(dz, w, saved, case.activation)
+    assert linear_dgrad(dz.to(lane), w.to(lane), moved, case.activation, dx=dx, dropout=drops) is dx
+    expected, torchs = gradients(dz.double() @ w.double(), dz @ w, saved, case, factor)
     adz, aw = absolute(dz, w)
-    assert_within_budget(dx.cpu(), expected, torchs, reduction=w.shape[0], magnitude=largest(adz @ aw), what="dX")
+    assert_within_budget(
+        dx.cpu(), expected, torchs, reduction=w.shape[0], magnitude=scale * largest(adz @ aw), what="dX"
+    )
+
+
+def dropped(case: InputGradient, lane: torch.device) -> tuple[Tensor | None, Dropout | None, float]:
+    """(what dropout multiplies by, what the launcher takes, the scale)."""
+    if case.dropout is None:
+        return None, None, 1.0
+    return case.dropout.factor(*case.z.shape), case.dropout.build(lane), 1 / (1 - case.dropout.p)
+
+
+def gradients(
+    exact: Tensor, own: Tensor, saved: Tensor | None, case: InputGradient, factor: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dZ of the exact dA and of torch's."""
+    if case.dropout is not None and factor is not None:
+        exact, own = exact * factor, own * factor.to(own.dtype)
+        if saved_for_grad(case.activation) == "a" and saved is not None:
+            kept_share = 1 - case.dropout.p
+            exact = exact * derivative(saved.double() * kept_share, case.activation)
+            return exact, torch_ops.activation_bwd(own, saved * kept_share, case.activation)
+    return exact * derivative(saved, case.activation), torch_ops.activation_bwd(own, saved, case.activation)
 
 
 @fuzz(10, input_gradients(), launches=True)
 def test_activation_bwd(lane, case: InputGradient):
     da = Spec(case.z.shape, case.z.dtype, case.dz.layout, case.dz.pad, case.dz.scale, case.dz.seed).build()
-    saved = kept(case.z.values(), case.activation)
+    factor, drops, scale = dropped(case, lane)
+    saved = kept(case.z.values(), case.activation, factor)
     dz = nan_like(tuple(da.shape), da.dtype).to(lane)
     moved = None if saved is None else saved.to(lane)
-    assert activation_bwd(da.to(lane), moved, case.activation, dz=dz) is dz
-    expected = da.double() * derivative(saved, case.activation)
-    torchs = torch_ops.activation_bwd(da, saved, case.activation)
-    magnitude = largest(da.double().abs())
+    assert activation_bwd(da.to(lane), moved, case.activation, dz=dz, dropout=drops) is dz
+    expected, torchs = gradients(da.double(), da, saved, case, factor)
+    magnitude = scale * largest(da.double().abs())
     assert_within_budget(dz.cpu(), expected, torchs, reduction=1, magnitude=magnitude, what="dZ")
 
 

@@ -156,6 +156,22 @@ def _late_update(device: torch.device) -> list[Tensor | None]:
     return [flag, factor, scale, integers]
 
 
+def _dropout(device: torch.device) -> list[Tensor | None]:
+    """Forward and backward pass of a layer with dropout, and the step's number after the update."""
+    state = torch.tensor([3, 1 << 40]).to(device)
+    drops = kernels.Dropout(state, 1, 0.25)
+    x, w = _draw(40, 17).to(device), _draw(70, 17, seed=1).to(device)
+    a, _ = kernels.linear_fwd(x, w, None, "sigmoid", dropout=drops)
+    h, v = _draw(40, 70, seed=2).to(device), _draw(10, 70, seed=3).to(device)
+    y = _labels((40,), 10).to(device)
+    dz = kernels.head(a, v, None, y, activation="sigmoid", saved=a, dropout=drops)[2]
+    below = kernels.linear_dgrad(dz, w.t().contiguous().t(), x, "tanh", dropout=drops)
+    alone = kernels.activation_bwd(h, a, "sigmoid", dropout=drops)
+    layout = Layout([Layer(w, None)])
+    wgrad_update(layout, [dz], [x], "sgd", torch.ones(8, device=device), dropout_state=state)
+    return [a, dz, below, alone, w, state]
+
+
 LAUNCHES: dict[str, Callable[[torch.device], list[Tensor | None]]] = {
     "linear_fwd": _linear_fwd,
     "linear_dgrad": _linear_dgrad,
@@ -169,4 +185,5 @@ LAUNCHES: dict[str, Callable[[torch.device], list[Tensor | None]]] = {
     "softmax_squared_error": _softmax_squared_error,
     "wgrad_update": _wgrad_update,
     "late_update": _late_update,
+    "dropout": _dropout,
 }

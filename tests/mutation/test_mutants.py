@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import HAS_GPU, INTERPRETING
-from tests.mutation import linear, losses, members, optimizers
+from tests.mutation import dropout, linear, losses, members, optimizers
 from tests.mutation.harness import KERNELS, Mutant, check, plant
 
-MUTANTS = (*linear.MUTANTS, *losses.MUTANTS, *members.MUTANTS, *optimizers.MUTANTS)
+MUTANTS = (*dropout.MUTANTS, *linear.MUTANTS, *losses.MUTANTS, *members.MUTANTS, *optimizers.MUTANTS)
 LANE = "interpret" if INTERPRETING else "execute"
 #: The kinds of bug that must be among the planted ones.
 KINDS = {

@@ -84,16 +84,18 @@ def run(
     precision: tuple[torch.dtype, torch.dtype | None] = (torch.float32, None),
     frozen: tuple[int, ...] = (),
     execute: bool = True,
+    dropout: float = 0.0,
     **settings,
 ) -> tuple[list[Tensor], SimulatedCuda]:
     """(results, GPU). The results are the script's tensors, followed by the parameters and the state."""
     torch.manual_seed(0)
     with SimulatedCuda(execute=execute) as cuda:
-        model = fastmlp.MLP(sizes, "relu", dtype=precision[0])
+        model = fastmlp.MLP(sizes, "relu", dtype=precision[0], dropout=dropout)
         for layer in frozen:
             model.layers[layer].requires_grad_(False)
         step = cuda.keep_state(TrainStep(model, dtype=precision[1], cuda_graph=cuda_graph, **settings))
         results = [t.clone() for t in script(step)]
+        results += [t.clone() for t in model.buffers()]
         results += [p.detach().clone() for p in model.parameters()] + list(step.state_dict().values())
     return results, cuda
 
@@ -153,6 +155,33 @@ def test_steps(settings):
 def test_epochs(optimizer):
     """Two full batches and a short one."""
     _, cuda = check(epochs(3, 2 * ROWS + 5, pixels=True), replays=4, **SETTINGS[optimizer])
+    assert len(cuda.captures) == 2
+
+
+def test_dropout():
+    """Every replay drops what the plain step with the same number drops, and no two drop the same."""
+    _, cuda = check(both(3), replays=4, dropout=0.5, **SETTINGS["sgd"])
+    assert len(cuda.captures) == 2
+
+    def script(step: TrainStep) -> Iterator[Tensor]:
+        for _ in range(4):
+            yield step(*batch(0))
+
+    losses, cuda = run(script, cuda_graph=True, dropout=0.5, **{**SETTINGS["sgd"], "lr": 0.0})
+    assert cuda.replays == 3
+    assert len({float(loss) for loss in losses[:4]}) == 4
+
+
+def test_dropout_is_switched_off_and_on():
+    """Each mode has a graph; the step without dropout has no number."""
+
+    def script(step: TrainStep) -> Iterator[Tensor]:
+        for i in range(6):
+            step.model.train(i % 2 == 0)
+            yield step(*batch(i))
+        assert step.model.dropout_state[1] == 3
+
+    _, cuda = check(script, replays=4, dropout=0.5, **SETTINGS["sgd"])
     assert len(cuda.captures) == 2
 
 

@@ -267,7 +267,7 @@ class SimulatedCuda(StandIn):
         engine = step._engine
 
         def state() -> Iterable[Tensor]:
-            yield from (*step.model.parameters(), *engine.layout.params)
+            yield from (*step.model.parameters(), *step.model.buffers(), *engine.layout.params)
             yield from (p.low_ptr for p in engine.layout.of_parameters if p.low_ptr is not None)
             counts = engine.rows.updates, None if engine.late is None else engine.late.count
             yield from (t for t in (*engine.states, *counts) if t is not None)

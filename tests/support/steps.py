@@ -127,7 +127,8 @@ def network(
 
 def converted(model: fastmlp.MLP, dtype: torch.dtype) -> fastmlp.MLP:
     """A copy with parameters of another dtype."""
-    other = fastmlp.MLP(model.sizes, model.activations, bias=model.layers[0].bias is not None, dtype=dtype)
+    bias = model.layers[0].bias is not None
+    other = fastmlp.MLP(model.sizes, model.activations, bias=bias, dtype=dtype, dropout=model.dropout)
     other.load_state_dict(model.state_dict())
     for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)
@@ -181,7 +182,10 @@ def weighted_torch_loss(loss: str, a: Tensor, y: Tensor, weight: Tensor, options
 
 @dataclass
 class Reference:
-    """Training by autograd and torch.optim on the reference network: masters in ``master``, products in ``compute``."""
+    """Training by autograd and torch.optim on the reference network: masters in ``master``, products in ``compute``.
+
+    The masks of dropout are those of the model's ``dropout_state``, computed again.
+    """
 
     model: fastmlp.MLP
     settings: dict[str, Any]
@@ -198,6 +202,8 @@ class Reference:
             name: p.detach().to(self.master, copy=True).requires_grad_(p.requires_grad)
             for name, p in self.model.named_parameters()
         }
+        self.rates = (*self.model._rates(), 0.0)
+        self.seed, self.passes = self.model.dropout_state.tolist() if any(self.rates) else (0, 0)
         self.device = next(iter(self.params.values())).device.type
         trained = [p for p in self.params.values() if p.requires_grad]
         self.optimizer = torch_optimizer(trained, self.settings)
@@ -211,13 +217,18 @@ class Reference:
         x = reference.pixels(x, self.master) if x.dtype == torch.uint8 else x.to(self.master)
         a, distances = x, []
         with torch.autocast(self.device, self.compute, enabled=self.compute is not None):
-            for w, b, activation in zip(weights, biases, self.model.activations, strict=True):
+            layers = zip(weights, biases, self.model.activations, self.rates, strict=True)
+            for i, (w, b, activation, p) in enumerate(layers):
                 z = F.linear(a, w, b)
                 a = reference.activate(z, activation)
+                if p:
+                    keep = reference.keep_mask(self.seed, self.passes, i, *a.shape, p).to(a.device)
+                    a = a * keep * (1 / (1 - p))
                 if has_kink(activation) or activation == "step":
                     distances.append(z.detach().abs())
         if self.loss == "l1":
             distances.append((a - y).detach().abs())
+        self.passes += 1
         # A value that is exactly 0, as after units that are all off, is 0 on every processor.
         self.nearest.append(min((d.where(d > 0, math.inf).min().item() for d in distances), default=math.inf))
         return torch_loss(self.loss, a if self.compute is None else a.float(), y, weight, **self.options)
@@ -293,6 +304,7 @@ def trained_by_torch(
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     options = options or {}
     about = [model.sizes, model.activations, trained, sorted(settings.items()), loss, str(dtype), str(options)]
+    about += [model.dropout, model.dropout_state.tolist()] if model.dropout else []
     tensors = [t.numpy().tobytes() for t in (flat(model), *(t for batch in data for t in batch))]
     key = hashlib.sha256(pickle.dumps([about, tensors])).digest()
     if key not in _trained:

@@ -17,26 +17,27 @@ pytestmark = pytest.mark.skipif(INTERPRETING, reason="the simulated GPU runs com
 TARGETS = [75, 80, 86, 89, 90, 100, 120, ("hip", "gfx90a"), ("hip", "gfx942"), ("hip", "gfx1100")]
 
 
-def one_step(sizes, batch, target, **settings):
+def one_step(sizes, batch, target, dropout=0.0, **settings):
     """Names of the kernels of one recorded step."""
     from tests.ptxsim import SimulatedGPU
 
     images = torch.zeros(batch, sizes[0], dtype=torch.uint8)
     labels = torch.zeros(batch, dtype=torch.int64)
     with SimulatedGPU(target, execute=False) as gpu, use_backend("triton"):
-        TrainStep(fastmlp.MLP(sizes), **{"lr": 0.1, **settings}).epoch(images, labels, batch)
+        model = fastmlp.MLP(sizes, dropout=dropout)
+        TrainStep(model, **{"lr": 0.1, **settings}).epoch(images, labels, batch)
     return [launch.name for launch in gpu.launches]
 
 
 FIVE = ["_linear_fwd_kernel"] * 2 + ["_head_kernel", "_linear_dgrad_kernel", "_wgrad_update_kernel"]
 
 
-def captured_step(*, batch=64, epoch=False, loss="cross_entropy", **settings):
+def captured_step(*, batch=64, epoch=False, loss="cross_entropy", dropout=0.0, **settings):
     """Names of all nodes of one step's CUDA graph: kernels, and operations of torch."""
     from tests.support.cuda_graph import KernelNode, SimulatedCuda
 
     with SimulatedCuda(execute=False):
-        step = TrainStep(fastmlp.MLP((64, 64, 64, 10)), lr=0.1, loss=loss, **settings)
+        step = TrainStep(fastmlp.MLP((64, 64, 64, 10), dropout=dropout), lr=0.1, loss=loss, **settings)
         x, y = torch.zeros(batch, 64), torch.zeros(batch, 10)
         if loss != "mse":
             y = torch.zeros(batch, dtype=torch.int64)
@@ -65,6 +66,12 @@ def test_groups_and_averages_launch_nothing_more():
     options = {"ema_decay": 0.9, "ema_warmup": True, "param_groups": [{"params": "*.bias", "weight_decay": 0.1}]}
     for optimizer in ("sgd", "rmsprop", "lion", "adam"):
         assert captured_step(optimizer=optimizer, **options) == FIVE
+
+
+@pytest.mark.launch
+def test_dropout_launches_nothing_more():
+    """Nothing of torch's either, which would draw numbers or count the passes."""
+    assert captured_step(dropout=0.5) == captured_step(dropout=(0.0, 0.5), epoch=True) == FIVE
 
 
 @pytest.mark.launch
