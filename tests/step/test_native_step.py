@@ -308,3 +308,23 @@ def test_batches_of_several_sizes():
         assert torch.equal(a(x, y), b(x, y))
     by_machine(a, 40)
     assert a.state_dict()["step"] == 5
+
+
+def test_dropout_goes_to_the_operators():
+    """In training mode; in evaluation mode the machine code may take the steps, and nothing is dropped."""
+    x, y = data_of(8, dtype=torch.float64)[0]
+    models = []
+    for mode in ("native", "aten"):
+        fastmlp.set_cpu_gemm(mode)
+        torch.manual_seed(5)
+        model = fastmlp.MLP(SIZES, "tanh", dtype=torch.float64, dropout=0.5)
+        model.eval()
+        step = fastmlp.TrainStep(model, lr=0.1)
+        step(x, y)
+        model.train()
+        step(x, y)
+        step.epoch(x, y, 8)
+        model.eval()
+        step(x, y)
+        models.append(flat(model))
+    torch.testing.assert_close(*models, rtol=1e-12, atol=1e-14)
