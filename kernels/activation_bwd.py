@@ -54,7 +54,7 @@ def _activation_bwd_kernel(
     if dropout is not None:
         # Groups of random numbers in place of elements, a group per row of the block; the last of a row may be shorter.
         # 2^32 groups are more than a GPU's memory has room for, and numbers of 64 bits take long to divide.
-        groups = tl.cdiv(N, GROUP).to(tl.uint32)
+        groups = tl.cast(tl.cdiv(N, GROUP), tl.uint32)
         group = tl.program_id(0).to(tl.uint32) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
         col = (group % groups).to(tl.int32)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         offs = (group // groups).to(tl.int64)[:, None] * N + col

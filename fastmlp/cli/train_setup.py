@@ -150,13 +150,13 @@ def prepared(options: dict[str, Any], resume: str | None, given: Mapping[str, An
     parts = [part for part in (train, held_out, test) if part is not None]
     with common.user_errors():
         try:
-            model = fastmlp.MLP(sizes, activation, device=device, dtype=dtype)
+            model = fastmlp.MLP(sizes, activation, device=device, dtype=dtype, dropout=options["dropout"])
         except (RuntimeError, MemoryError) as error:
             if not common.is_out_of_memory(error):
                 raise
             raise common.UserError(f"{device} has no memory for such a network; use smaller --sizes") from error
         for part in parts:
-            checked(model, part, loss)
+            checked(model, part, loss, of_loss.get("ignore_index"))
         tensors = {name: torch.tensor(of_loss[name], dtype=dtype, device=device) for name in _vectors(of_loss)}
         if of_loss:
             if engine != "step":
@@ -168,6 +168,7 @@ def prepared(options: dict[str, Any], resume: str | None, given: Mapping[str, An
     initialize_(model, options["seed"])
 
     model_config = {"sizes": list(sizes), "activation": activation, "bias": True, "dtype": options["dtype"]}
+    model_config |= {"dropout": options["dropout"]} if options["dropout"] else {}
     about: dict[str, Any] = {
         "device": str(device),
         "device_name": device_name(device),
@@ -179,7 +180,7 @@ def prepared(options: dict[str, Any], resume: str | None, given: Mapping[str, An
     if held_out is not None:
         about["validation_dataset"] = held_out.published
     entries = {**model_config, **form.as_config(), "training": {**arguments, **about}}
-    if data is not None and data.startswith(TORCHVISION) and "@" not in data:
+    if data == BUNDLED or (data is not None and data.startswith(TORCHVISION) and "@" not in data):
         entries["data"] = data
     kept = options_of(options, {**model_config, **arguments}, device.type, backend, share)
     return Ready(

@@ -156,7 +156,11 @@ def _finish(ready: Ready, run: Run, history: History, start: float) -> dict[str,
         "pictures": {},
     }
     looked_at, split = (ready.held_out, "validation") if ready.test is None else (ready.test, "test")
-    judged = None if looked_at is None else judge(ready.model, looked_at, split, loss)
+    judged = (
+        None
+        if looked_at is None
+        else judge(ready.model, looked_at, split, loss, ignore_index=ready.arguments.get("ignore_index"))
+    )
     run.finish(ready.model, ready.form, history, summary, judged)
     return summary
 

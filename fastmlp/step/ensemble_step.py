@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class EnsembleStep(TrainStep):
     - x is [B, K], the same for all members, or [E, B, K]; y likewise [B] or [E, B] (values and probabilities: [B, C]
       or [E, B, C]). Images have to be flattened.
     - Sample weights are [B] or [E, B]; the options of the loss are the same for all members. To ignore rows labelled
-      -100, pass ``ignore_index=-100``; there is no default.
+      -100, pass ``ignore_index=-100``; without it, or another option of cross-entropy, -100 is no class.
     - ``epoch`` takes x [N, K] or [E, N, K], y [N] or [E, N] (values: [N, C] or [E, N, C]), sample_weight [N] or [E, N],
       order [n] or [E, n], and lr_factors [steps] or [steps, E].
     - ``process_group`` is a NotImplementedError. On the kernels so are options of cross-entropy,
@@ -135,7 +135,9 @@ class EnsembleStep(TrainStep):
 
     def load_state_dict(self, state_dict: Any) -> None:
         """As ``TrainStep``'s."""
-        check_tensor(state_dict.get("active"), "active")
+        if not isinstance(state_dict, Mapping) or "active" not in state_dict:
+            return super().load_state_dict(state_dict)  # says what is missing
+        check_tensor(state_dict["active"], "active")
         if state_dict["active"].shape != self._active.shape:
             raise ValueError(f"expected active of shape [{self._members}], got {list(state_dict['active'].shape)}")
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "active"})

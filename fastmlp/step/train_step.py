@@ -332,7 +332,7 @@ class TrainStep:
                 loss.fill_(float("nan"))
             else:
                 if self._ema_waits:
-                    self._begin_ema(update=True)
+                    self._begin_ema()
                 if sample_weight is None:
                     self._engine.step(x, y, loss)
                 else:
@@ -383,7 +383,7 @@ class TrainStep:
         if not steps:
             return torch.full(each, float("nan"), dtype=torch.float32, device=self.device)
         if self._ema_waits:
-            self._begin_ema(update=True)
+            self._begin_ema()
         with self._on_device:
             order, outside = self._batches.readable(order, images, batch_size)
             if sample_weight is not None:
@@ -445,7 +445,7 @@ class TrainStep:
         self.forget_gradients()
         with self._on_device:
             if self._ema_waits:
-                self._begin_ema(update=True)
+                self._begin_ema()
             self._engine.update()
         self._updated()
 
@@ -465,7 +465,7 @@ class TrainStep:
         """
         self._follow()
         if self._ema_waits:
-            self._begin_ema(update=False)
+            self._begin_ema()
         counters = self._engine.counters().items()
         state = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in counters}
         return state | {name: tensor.clone() for name, tensor in self._parameter_state().items()}
@@ -484,16 +484,15 @@ class TrainStep:
         if self.rule.ema_decay is None:
             raise RuntimeError("this TrainStep keeps no average of the parameters; make it with ema_decay=0.999")
         if self._ema_waits:
-            self._begin_ema(update=False)
+            self._begin_ema()
         kept = self._parked | self._parameter_state()
         return {
             name: kept.get(f"{name}.ema", parameter).detach().clone()
             for name, parameter in self.model.state_dict().items()
         }
 
-    def _begin_ema(self, *, update: bool) -> None:
-        """The average becomes the parameters as they are; it waits no longer if an update follows."""
-        self._ema_waits = not update
+    def _begin_ema(self) -> None:
+        """The average becomes the parameters as they are; it waits until an update has followed."""
         state = self._engine.parameter_state()
         with torch.no_grad():
             for average, parameter in zip(state["ema"], state.get("master", self._binding.parameters), strict=True):
@@ -506,6 +505,8 @@ class TrainStep:
             ValueError: names or shapes are not those of this step (another optimizer, another model); nothing has
                 changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"expected the dict that state_dict() returned, got {type(state_dict).__name__}")
         self._follow()
         own, counters = self._parameter_state(), self._engine.counters()
         expected = own.keys() | counters.keys()
@@ -537,6 +538,9 @@ class TrainStep:
 
     def _counter(self, name: str, value: Tensor) -> Any:
         """What ``counters`` of the engine returned, of a state."""
+        check_tensor(value, name)
+        if value.numel() != 1 or not value.isfinite().all():
+            raise ValueError(f"expected {name} to be one finite number, got {value}")
         return float(value)
 
     def _next_loss(self) -> Tensor:
@@ -587,7 +591,8 @@ class TrainStep:
         self._lost_gradients |= self._has_gradients
         self._engine, self._binding, self._rules, self._has_gradients = engine, binding, rules, False
         if rules[0].ema_decay is not None:
-            self._begin_ema(update=any(name.endswith(".ema") for name in state))
+            self._ema_waits = not any(name.endswith(".ema") for name in state)
+            self._begin_ema()
         own = self._parameter_state()
         self._parked = {name: tensor for name, tensor in state.items() if name not in own}
         for name, tensor in own.items():
@@ -599,6 +604,7 @@ class TrainStep:
     def _updated(self) -> None:
         """Tell autograd that the parameters changed, and torch's schedulers that an update came before theirs."""
         increment_version(self._binding.parameters)
+        self._ema_waits = False
         self._engine.updated()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
 

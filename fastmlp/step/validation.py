@@ -114,6 +114,8 @@ class Batches:
                 f"expected an input with {self._features} features, got {x.shape[1]}; reshape the input or build "
                 f"the model with sizes[0]={x.shape[1]}"
             )
+        if x.layout != torch.strided:
+            raise RuntimeError(f"expected a dense input, got one of layout {x.layout}; use x.to_dense()")
         if x.dtype not in self._inputs:
             raise RuntimeError(
                 f"expected an input of dtype {self._dtype} or uint8 pixels, got {x.dtype}; convert it with "

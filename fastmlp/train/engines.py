@@ -22,6 +22,7 @@ from ..step import TrainStep
 from ..step.loss_scale import LossScale
 from ..step.optimizers import OPTIMIZERS, Optimizer, optimizer_of
 from ..step.parameters import Copies
+from ..step.values import check_setting
 from .scores import loss_function
 
 
@@ -285,7 +286,9 @@ def checked_rule(*, lr: float, optimizer: str = "sgd", **settings: Any) -> Optim
     for name in settings:
         if name not in known:
             raise TypeError(unknown("setting of an optimizer", name, known))
-    if not (isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0):
+    if not isinstance(lr, (int, float)):
+        lr = check_setting("lr", lr)
+    if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be a finite number above 0, got {lr}")
     momentum, weight_decay = settings.get("momentum"), settings.get("weight_decay")
     if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:

@@ -26,7 +26,7 @@ from ..nn import MLP
 from .engines import ENGINES, Engine, check_shares, checked_rule, engine_for, step_options, usual_rule
 from .results import EXPLODED, DivergenceError, EpochResult, History, Progress
 from .schedules import Schedule, lr_factor
-from .scores import LabeledImages, Samples, checked, evaluate, loss_of_a_guess, metric_of
+from .scores import LabeledImages, Samples, checked, evaluate, loss_of_a_guess, metric_of, tensors
 from .split import held_out
 from .state import RunState, fingerprint, load_state, save_state
 
@@ -160,13 +160,14 @@ def fit(
     else:
         checked_rule(lr=lr)
         settings = {"lr": lr}
-    x, y = checked(model, train, loss)
+    ignored = settings.get("ignore_index")
+    x, y = checked(model, train, loss, ignored)
     if isinstance(validation, (int, float)):
         kept, held = (rows.to(x.device) for rows in held_out(y, validation, seed))
         x, y, validation = x[kept], y[kept], (x[held], y[held])
     for dataset in (test, validation):
         if dataset is not None:
-            checked(model, dataset, loss)
+            checked(model, dataset, loss, ignored)
     judge, split = (test, "test") if validation is None else (validation, "validation")
     n = len(y)
     steps = -(-n // batch_size)
@@ -177,7 +178,8 @@ def fit(
         kinds = {"optimizer": optimizer, "engine": engine} if isinstance(engine, str) else {}
         about = {"epochs": epochs, "batch_size": batch_size, "loss": loss, **kinds, **settings, "seed": seed}
         about |= {"schedule": schedule if isinstance(schedule, str) else getattr(schedule, "__name__", "")}
-        about |= {"warmup": warmup, "patience": patience, "validation": validation is not None}
+        about |= {"warmup": warmup, "patience": patience, "model": repr(model)}
+        about |= {"validation": None if validation is None else fingerprint(*tensors(validation))}
         about |= {"data": fingerprint(x, y)}
         about |= {"dropout": model.dropout} if isinstance(model, MLP) and model.dropout else {}
         about.pop("process_group", None)  # the run may go on with another number of processes
@@ -203,7 +205,7 @@ def fit(
     chosen = validation is not None or average() is not None
     good = best = _snapshot(model)
     if state is None:
-        highest_loss = EXPLODED * loss_of_a_guess(model, x[:_GUESS_ROWS], y[:_GUESS_ROWS], loss)
+        highest_loss = EXPLODED * loss_of_a_guess(model, x[:_GUESS_ROWS], y[:_GUESS_ROWS], loss, ignored)
     else:
         highest_loss = state.highest_loss
         runner.load_state_dict(state.engine)  # type: ignore[attr-defined]
@@ -227,7 +229,11 @@ def fit(
             save_state(checkpoint, now)
 
     def factors(epoch: int, first: int, last: int) -> list[float]:
-        return [factor((epoch - 1) * steps + step) for step in range(first, last)]
+        of_steps = [factor((epoch - 1) * steps + step) for step in range(first, last)]
+        bad = next((value for value in of_steps if not (math.isfinite(value) and value >= 0)), None)
+        if bad is not None:
+            raise ValueError(f"expected the schedule to return finite numbers of at least 0, got {bad}")
+        return of_steps
 
     def stop(what: str, epoch: int, first: int, last: int) -> DivergenceError:
         model.load_state_dict(good)
@@ -267,7 +273,7 @@ def fit(
             raise stop("a parameter became NaN or infinite", epoch, first, last)
         seconds = time.perf_counter() - start
         averaged = average()
-        scores = {} if judge is None else _scores(model, judge, split, loss, averaged)
+        scores = {} if judge is None else _scores(model, judge, split, loss, averaged, ignored)
         judged = scores.get(f"{split}_loss")
         if judged is not None and not math.isfinite(judged):
             raise stop(f"the loss on the {split} data became {judged}", epoch, first, last)
@@ -287,15 +293,22 @@ def fit(
         model.load_state_dict(best)
         if validation is not None and test is not None:
             place = history.epochs.index(history.best)
-            history.epochs[place] = dataclasses.replace(history.best, **_scores(model, test, "test", loss))
+            history.epochs[place] = dataclasses.replace(
+                history.best, **_scores(model, test, "test", loss, None, ignored)
+            )
     return history
 
 
 def _scores(
-    model: nn.Module, data: Samples, split: str, loss: str, parameters: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    data: Samples,
+    split: str,
+    loss: str,
+    parameters: Mapping[str, Tensor] | None,
+    ignored: int | None,
 ) -> dict[str, Any]:
     """Loss and metric on some data, as the fields of an `EpochResult`."""
-    value, metric = evaluate(model, data, loss=loss, parameters=parameters)
+    value, metric = evaluate(model, data, loss=loss, parameters=parameters, ignore_index=ignored)
     return {f"{split}_loss": value, f"{split}_{metric_of(loss)}": metric}
 
 

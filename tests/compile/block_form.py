@@ -185,10 +185,14 @@ class BlockLoop:
 
 @lru_cache(maxsize=2)
 def block_loops(ttgir: str) -> tuple[BlockLoop, ...]:
-    """Every ``scf.for`` that has no other inside it, in the order of the text."""
+    """Every ``scf.for`` that has no other inside it, in the order of the text.
+
+    Loops without products do not count as others inside a loop that has products.
+    """
     layouts = dict(_LAYOUT.findall(ttgir))
     found: list[BlockLoop] = []
     open_loops: list[tuple[int, str, list[Operation]]] = []
+    inner_products = 0  # of the loops inside the outermost one
     open_branches: list[tuple[int, int, bool]] = []
     for number, line in enumerate(ttgir.splitlines()):
         indent = len(line) - len(line.lstrip())
@@ -199,9 +203,12 @@ def block_loops(ttgir: str) -> tuple[BlockLoop, ...]:
                     open_branches.append((indent, condition, False))
             elif open_loops and indent == open_loops[-1][0]:
                 _, head, body = open_loops.pop()
-                if not any(operation.name == "scf.for" for operation in body):
+                products = sum(operation.name in _PRODUCTS for operation in body)
+                inside = any(operation.name == "scf.for" for operation in body)
+                if not inside or (products and not inner_products):
                     branches = {condition: side for _, condition, side in open_branches}
                     found.append(BlockLoop(head, tuple(body), layouts, branches))
+                inner_products = inner_products + products if open_loops else 0
         elif " scf.if " in line:
             open_branches.append((indent, number, True))
         elif (open_loops or "scf.for " in line) and (operation := _operation(line)):

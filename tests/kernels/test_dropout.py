@@ -63,7 +63,7 @@ def saved_of(z: Tensor, activation: str, f: Tensor, lane: torch.device) -> Tenso
 
 @pytest.mark.covering
 @pytest.mark.parametrize(("shape", "p"), [*zip([(1, 1), (17, 63), (33, 130), (64, 64)], RATES, strict=True)], ids=str)
-def test_forward_shapes(lane, shape, p):
+def test_forward(lane, shape, p):
     """What is kept is the reference's mask, times the scale in float32, for rows that no group fits into."""
     M, N = shape
     x, w, b = draw(M, 20).to(lane), draw(N, 20, seed=1).to(lane), draw(N, seed=2).to(lane)
@@ -149,7 +149,7 @@ def test_activation_bwd(lane, activation, dtype, layout):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (130, 17), (64, 48), (3, 1030)], ids=str)
-def test_activation_bwd_shapes(lane, shape):
+def test_activation_bwd_of_groups(lane, shape):
     """Groups that several programs share, with rows of one element and of many groups."""
     da = draw(*shape).to(lane)
     dz = activation_bwd(da, None, "identity", dropout=Dropout(state(lane), 0, 0.5))
@@ -178,9 +178,10 @@ def test_head(lane, activation, dtype):
     assert (dz_prev.cpu()[f == 0] == 0).all()
 
 
-def test_members_have_rows_of_their_own(lane):
+@UNSIMULATED
+def test_members_have_rows_of_their_own(unsimulated):
     """Member e has the rows from e M on, in every kernel, whether the others are active or not."""
-    M, N, K, p = 17, 40, 20, 0.5
+    M, N, K, p, lane = 17, 40, 20, 0.5, unsimulated
     drops, active = Dropout(state(lane), 1, p), torch.tensor([True, False, True], device=lane)
     keep = keep_mask(SEED, STEP, 1, E * M, N, p).view(E, M, N)
     da, w = draw(E, M, N).to(lane), draw(E, N, K, seed=1).to(lane)
@@ -202,8 +203,8 @@ def test_members_have_rows_of_their_own(lane):
 def test_dropped_values_that_are_not_finite_are_nan(lane):
     """As in torch, whose dropout multiplies by 0."""
     keep = keep_mask(SEED, STEP, 0, 4, 40, 0.5)
-    x, w = torch.full((4, 1), math.inf).to(lane), torch.ones(40, 1).to(lane)
-    a, _ = linear_fwd(x, w, None, "relu", dropout=Dropout(state(lane), 0, 0.5))
+    x, w, b = torch.zeros(4, 1).to(lane), torch.ones(40, 1).to(lane), torch.full((40,), math.inf).to(lane)
+    a, _ = linear_fwd(x, w, b, "relu", dropout=Dropout(state(lane), 0, 0.5))
     assert torch.equal(a.cpu().isnan(), ~keep)
     assert (a.cpu()[keep] == math.inf).all()
 

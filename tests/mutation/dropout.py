@@ -28,14 +28,14 @@ MUTANTS = (
         "half of the numbers used twice",
         "(word << 16) >= threshold",
         "word >= threshold",
-        (DROPOUT, "test_forward_shapes and 130"),
+        (DROPOUT, "test_forward and 130"),
     ),
     Mutant(
         "dropout",
         "a group across two rows",
         "group = row[:, None] * tl.cdiv(N, GROUP) + groups[None, :]",
         "group = row[:, None] * (N // GROUP) + groups[None, :]",
-        (DROPOUT, "test_forward_shapes and 130"),
+        (DROPOUT, "test_forward and 130"),
     ),
     Mutant(
         "dropout",
@@ -44,7 +44,7 @@ MUTANTS = (
         "row = offs_m.to(tl.int64)",
         (DROPOUT, "test_members"),
     ),
-    Mutant("dropout", "scale dropped", "dropout.scale, 0.0", "1.0, 0.0", (DROPOUT, "test_forward_shapes and 130")),
+    Mutant("dropout", "scale dropped", "dropout.scale, 0.0", "1.0, 0.0", (DROPOUT, "test_forward and 130")),
     Mutant(
         "dropout",
         "the step raised by two",
@@ -80,14 +80,14 @@ MUTANTS = (
         "        if dropout is not None:\n"
         "            z = z * factor_of_block(dropout, key, offs_m, first_n, M, N, z.shape[1])\n"
         "        if SAVE_Z:\n            tl.store(z_ptr + offs_a, z.to(",
-        (DROPOUT, "test_forward_shapes and 130"),
+        (DROPOUT, "test_forward and 130"),
     ),
     Mutant(
         "linear_fwd",
         "the mask of the first columns for all",
         "factor_of_block(dropout, key, offs_m, first_n, M",
         "factor_of_block(dropout, key, offs_m, 0, M",
-        (DROPOUT, "test_forward_shapes and 130"),
+        (DROPOUT, "test_forward and 130"),
     ),
     Mutant(
         "linear_dgrad",
@@ -106,15 +106,15 @@ MUTANTS = (
     Mutant(
         "activation_bwd",
         "the mask of the first member for all",
-        "group += tl.program_id(2) * (total // N * groups)",
-        "group += tl.program_id(2) * 0",
+        "group += member * (total // N",
+        "group += 0 * (total // N",
         (DROPOUT, "test_members"),
     ),
     Mutant(
         "activation_bwd",
         "mask dropped in a store",
         "mask = (col < N) & (offs < total)",
-        "mask = offs < total",
+        "mask = col < N",
         (DROPOUT, "test_activation_bwd and float32 and relu"),
     ),
     Mutant(

@@ -208,6 +208,19 @@ def test_a_parameter_that_was_never_trained_is_its_average():
     torch.testing.assert_close(step.ema_state_dict()["layers.0.weight"], expected, rtol=1e-12, atol=1e-14)
 
 
+def test_a_call_that_raises_does_not_begin_the_average():
+    model = network(SIZES)
+    step = fastmlp.TrainStep(model, lr=0.1, ema_decay=0.9)
+    x, y = problem(SIZES, 24)
+    for call in (lambda: step(x, y + SIZES[-1]), lambda: step.epoch(x, y, 8, torch.tensor([24]))):
+        with pytest.raises(IndexError):
+            call()
+    model.load_state_dict(network(SIZES, seed=5).state_dict())
+    before = flat(model)
+    step(x, y)
+    torch.testing.assert_close(averaged(step), before.lerp(flat(model), 0.1), rtol=1e-12, atol=1e-14)
+
+
 def test_frozen_parameters_and_changed_settings():
     model = network(SIZES)
     step = fastmlp.TrainStep(model, lr=0.1, ema_decay=0.5)

@@ -56,6 +56,9 @@ def test_evaluate_with_other_parameters():
     assert evaluate(model, data, parameters=rest) == evaluate(half, data)
     with pytest.raises(RuntimeError, match=r"'layers.0.weight' \[3\] does not fit the model; expected \["):
         evaluate(model, data, parameters={first: torch.zeros(3)})
+    for parameters in ([*other.state_dict()], {first: other.state_dict()[first].numpy()}):
+        with pytest.raises(TypeError, match=r"expected .*parameter"):
+            evaluate(model, data, parameters=parameters)
     with pytest.raises(RuntimeError, match=r"'weight' .* does not fit the model; expected one of layers.0.weight"):
         evaluate(model, data, parameters={"weight": torch.zeros(3)})
 
