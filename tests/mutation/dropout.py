@@ -99,8 +99,8 @@ MUTANTS = (
     Mutant(
         "head",
         "the mask of the first columns for all",
-        "factor_of_block(dropout, key, offs_m, k, M",
-        "factor_of_block(dropout, key, offs_m, 0, M",
+        "dropout_key(dropout), offs_m, k, M",
+        "dropout_key(dropout), offs_m, 0, M",
         (DROPOUT, "test_head and sigmoid and float32"),
     ),
     Mutant(
