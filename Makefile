@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python || command -v python3)
 PYTEST = $(PYTHON) -m pytest -q -n 2 --dist worksteal
 
-.PHONY: test lint types unit lesser-cpus interpret compile compile-all launch execute placement bench-smoke fuzz test-gpu
+.PHONY: test lint types unit lesser-cpus interpret compile compile-all launch execute placement bench-smoke fuzz docs test-gpu
 
 # Only test-gpu is about the GPU at hand: the rest does what it does on a machine without one, where lanes simulate it.
 test unit lesser-cpus interpret compile compile-all launch execute placement: export CUDA_VISIBLE_DEVICES =
@@ -46,6 +46,9 @@ placement:  ## lane 5: what only CUDA does, on fake CUDA tensors
 
 bench-smoke:  ## every benchmark built, judged against float64 and called once; no times
 	$(PYTEST) bench --benchmark-disable
+
+docs:  ## the pages of docs/ and the API as HTML in build/docs; needs `pip install -e '.[docs]'`, and warnings are errors
+	$(PYTHON) -m sphinx --fail-on-warning --keep-going --quiet --conf-dir docs . build/docs
 
 fuzz:  ## a night's worth of drawn cases
 	TRITON_INTERPRET=1 $(PYTEST) tests/fuzz --hypothesis-profile=night

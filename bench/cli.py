@@ -70,13 +70,21 @@ def _device(name: str, threads: int | None) -> str:
 _PLACES = ("--out", "--data")
 
 
-def _command_line(ctx: click.Context) -> str:
-    """The command as given, without the places of files, for captions."""
-    words, given = [], iter(ctx.meta[_ARGUMENTS])
+def _command_line(ctx: click.Context, part: str | None = None) -> str:
+    """The command as given, without the places of files, for captions.
+
+    ``part`` is a command that ``full`` runs. Its results name the command that repeats them alone.
+    """
+    name, *arguments = ctx.meta[_ARGUMENTS]
+    left_out: tuple[str, ...] = _PLACES
+    if part is not None and part != name:
+        left_out = (*_PLACES, "--rounds" if part == "accuracy" else "--seeds")
+        name = part
+    words, given = [name], iter(arguments)
     for word in given:
-        if word in _PLACES:
+        if word in left_out:
             next(given)
-        elif not word.startswith(tuple(f"{option}=" for option in _PLACES)):
+        elif not word.startswith(tuple(f"{option}=" for option in left_out)):
             words.append(word)
     group = ctx.parent
     assert group is not None
@@ -132,7 +140,7 @@ def _run(name: str, ctx: click.Context, device: str, rounds: int | None, out: Pa
 
     from .presets import preset
 
-    document = run_preset(preset(name, device), device, _command_line(ctx), _log, rounds=rounds)
+    document = run_preset(preset(name, device), device, _command_line(ctx, name), _log, rounds=rounds)
     print_run(document)
     _finish(document, out, report)
 
@@ -226,7 +234,8 @@ def _run_accuracy(
         loaded = load_data(data, device)
     except (OSError, RuntimeError, ValueError) as error:
         raise _Error(str(error)) from error
-    document = run_accuracy(loaded, _command_line(ctx), _log, seeds=seeds, targets=targets or TARGETS, epochs=epochs)
+    command = _command_line(ctx, "accuracy")
+    document = run_accuracy(loaded, command, _log, seeds=seeds, targets=targets or TARGETS, epochs=epochs)
     print_accuracy(document)
     _finish(document, out, report)
 

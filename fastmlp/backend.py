@@ -85,7 +85,11 @@ def _known(name: str) -> Backend:
 
 
 def set_backend(name: Backend) -> None:
-    """Choose the backend of every following operation in this process: "auto", "triton" or "torch".
+    """Choose the backend of every following operation in this process.
+
+    Args:
+        name: "auto" (what a process begins with): the kernels where they can run, else plain torch; "torch": plain
+            torch; "triton": the kernels, or an error.
 
     Raises:
         ValueError: unknown name.

@@ -112,6 +112,9 @@ class MLP(Network):
             sequence with one for each hidden layer. Default 0. In training mode A becomes keep * A / (1 - p) after the
             activation, in evaluation mode (``model.eval()``) nothing is dropped.
 
+    The parameters start as those of nn.Linear. `fastmlp.train.initial.initialize_` gives them values that suit the
+    activation. With nn.Linear's, sigmoid layers hardly tell one input from another at first.
+
     ``layers`` is an nn.ModuleList of nn.Linear modules, so state_dict has ``layers.{i}.weight`` [out, in] and
     ``layers.{i}.bias`` [out]. Input is [B, sizes[0]] or [B, ...] flattened from dimension 1, of the parameters' dtype
     or uint8 (pixels, scaled by 1/255 in the first kernel); output [B, sizes[-1]].

@@ -79,7 +79,7 @@ def _before_update_kernel(
             squares_ptr += member * members.squares
         if count_ptr is not None:
             count_ptr += member
-            row_ptr += member * COLUMNS
+            row_ptr += member * COLUMNS * ROWS
     factor = 1.0
     if SCALED:
         factor = tl.load(loss_scale.inverse + member)
@@ -135,9 +135,10 @@ def before_update(
         count: int32, 0-d: the number of updates so far. ``decays``, float64, are the rule's numbers whose powers the
             count is of, and ``counted_row`` is an output like ``hyper_row``, corrected by the count.
         active: with members, a bool per member. ``factor`` and all other numbers are [E] then, ``squares`` [E, blocks]
-            and ``counted_row`` [E, 8]; ``hyper_row`` may be that of all members.
+            and ``counted_row`` [E, columns] or [E, G, columns]; ``hyper_row`` [columns] may be that of all members.
     """
     members = None
+    has_groups = hyper_row.dim() == factor.dim() + 2
     if factor.dim() == 1:
         members = _Members(stride_of(hyper_row, 1), stride_of(squares, 1))
     launch_plainly(call(
@@ -145,5 +146,5 @@ def before_update(
         hyper_row, squares, factor, loss_scale, count, decays, counted_row, members, active,
         0 if squares is None else squares.shape[-1],
         OPTIMIZER=optimizer, SCALED=scaled, COLUMNS=hyper_row.shape[-1],
-        ROWS=1 if members is not None or hyper_row.dim() == 1 else len(hyper_row), BLOCK=BLOCK, num_warps=1,
+        ROWS=hyper_row.shape[-2] if has_groups else 1, BLOCK=BLOCK, num_warps=1,
     ))  # fmt: skip

@@ -11,11 +11,14 @@ Longer batches cost one launch more, of ``total_weight``. Either way the additio
 programs have the same bits, and so do two runs.
 
 Shapes: labels [M] (int64 or uint8), sample weights [M] (any float dtype), both of any number of rows with ``rows``,
-and of any stride; class weights [C]; D float32 0-d. Accumulated in float32.
+and of any stride; class weights [C]; D float32 0-d. Accumulated in float32. With members D is [E], and labels, row
+numbers and sample weights have an axis of members in front, or do without.
 Bytes: reads 8 bytes per label, 8 per row number, and the sample weights, once per program.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from .dependent import wait_for_previous
 from .launch import Call, call, remembered
+from .members import stride_of
 from .softmax import load_labels
 
 __all__ = ["SUMMED_HERE", "summed_block", "total_weight"]
@@ -87,11 +91,28 @@ def batch_weight(
     return divisor
 
 
+class _Members(NamedTuple):
+    """Elements from one member to the next."""
+
+    target: int
+    rows: int
+    sample: int
+
+
 @triton.jit(do_not_specialize=["ignore_index", "M"])
 def _total_weight_kernel(
     divisor_ptr, target_ptr, rows_ptr, w_ptr, sample_ptr, scale, ignore_index: tl.int64,
-    M, C, stride_t, stride_w, stride_s, LABELS: tl.constexpr, BLOCK: tl.constexpr,
+    M, C, stride_t, stride_w, stride_s, members, LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    if members is not None:
+        member = tl.program_id(2).to(tl.int64)
+        divisor_ptr += member
+        if target_ptr is not None:
+            target_ptr += member * members.target
+        if rows_ptr is not None:
+            rows_ptr += member * members.rows
+        if sample_ptr is not None:
+            sample_ptr += member * members.sample
     wait_for_previous()
     total = sum_of_weights(
         target_ptr, rows_ptr, w_ptr, sample_ptr, stride_t, stride_w, stride_s, M, C, ignore_index, LABELS, BLOCK
@@ -104,10 +125,13 @@ def _launch(
     divisor: Tensor, target: Tensor | None, rows: Tensor | None, class_weight: Tensor | None,
     sample_weight: Tensor | None, scale: float, ignore_index: int, m: int, classes: int,
 ) -> Call:  # fmt: skip
+    members = None
+    if divisor.dim():
+        members = _Members(*(stride_of(t, 1) for t in (target, rows, sample_weight)))
     return call(
-        _total_weight_kernel, (1,),
+        _total_weight_kernel, (1,) if members is None else (1, 1, divisor.shape[0]),
         divisor, target, rows, class_weight, sample_weight, scale, ignore_index,
-        m, classes, *[None if t is None else t.stride(0) for t in (target, class_weight, sample_weight)],
+        m, classes, *[None if t is None else t.stride(-1) for t in (target, class_weight, sample_weight)], members,
         LABELS=target is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
 
@@ -124,18 +148,13 @@ def total_weight(
     rows: Tensor | None = None,
     scale: float = 1.0,
 ) -> None:
-    """Launch divisor = scale * D of ``m`` rows, by one program. A single model's only: ``divisor`` [E] is an error.
+    """Launch divisor = scale * D of ``m`` rows, by one program, or one per member.
 
     Args:
-        divisor: float32, 0-d.
+        divisor: float32, 0-d or [E].
         target: labels of ``classes`` classes; None: w_m is 1.
         rows: int64 [m], contiguous; row m has then the label target[rows[m]] and the weight sample_weight[rows[m]].
     """
-    if divisor.dim():
-        raise NotImplementedError(
-            f"the rows of members have weights in batches of up to {SUMMED_HERE:,} rows, got {m:,}; use smaller "
-            "batches, or backend 'torch'"
-        )
     _launch(
         (divisor, target, rows, class_weight, sample_weight), (ignore_index, m, classes), (float(scale),)
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.support.steps import one_thread  # noqa: F401
 
@@ -22,9 +23,9 @@ def _seed() -> Any:
     torch.set_rng_state(state)
 
 
-def main(name: str) -> Any:
+def main(name: str, *arguments: str) -> Any:
     """The result of an example's ``main``, which ends with SystemExit if its own check fails."""
-    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](*arguments)
 
 
 def test_every_example_has_a_test_and_a_row():
@@ -48,3 +49,18 @@ def test_ensemble_of_critics(capsys):
     assert costs["best"] <= costs["learned"] < 1.1 * costs["best"]
     assert costs["learned"] < costs["no action"] / 4
     assert "most pessimistic" in capsys.readouterr().out
+
+
+def test_tabular(capsys):
+    recalls = main("tabular")
+    assert recalls["plain"] + 0.05 <= recalls["weighted"]
+    assert recalls["weighted"] > 0.7
+    assert "stopped after" in capsys.readouterr().out
+
+
+def test_neural_field(tmp_path, capsys):
+    psnr = main("neural_field", str(tmp_path / "field.png"))
+    assert psnr["coordinates"] + 3 < psnr["sines and cosines"]
+    with Image.open(tmp_path / "field.png") as image:
+        assert image.size == (384, 384)
+    assert "PSNR" in capsys.readouterr().out

@@ -31,7 +31,7 @@ from ..backend import Runs
 from ..base.compat import is_autocast_enabled
 from ..base.dropout import Dropout
 from ..ops import BackwardOperations, torch_ops, triton_ops
-from ..ops.dropout import before_dropout, dropped, kept
+from ..ops.dropout import before_dropout, dropped, kept_layers
 from ..ops.triton_ops import Signature
 from .transforms import differentiable, launches_alone
 
@@ -146,13 +146,10 @@ _NO_DROPOUT: Drops = ()
 
 def _drops(places: Sequence[Dropout | None], state: Any, x: Tensor, params: Sequence[Any], backend: Runs) -> Drops:
     """The layers' dropout with the state and, on all but the kernels, with the masks."""
-    drops = []
-    for place, weight in zip(places, params[::2], strict=True):
-        drop = None if place is None else place._replace(state=state)
-        if drop is not None and backend != "triton":
-            drop = kept(drop, (*weight.shape[:-2], x.shape[-2], weight.shape[-2]))
-        drops.append(drop)
-    return tuple(drops)
+    if backend == "triton":
+        return tuple([None if place is None else place._replace(state=state) for place in places])
+    rows = (*params[0].shape[:-2], x.shape[-2])
+    return kept_layers(places, state, [(*rows, weight.shape[-2]) for weight in params[::2]])
 
 
 class _Books(NamedTuple):

@@ -41,6 +41,8 @@ def checked_rates(dropout: object, hidden: int) -> float | tuple[float, ...]:
         TypeError: something else than numbers.
         ValueError: a probability below 0, or 1 and above; another number of them than of hidden layers.
     """
+    if type(dropout) is float and 0 <= dropout < 1:  # what a model has checked before
+        return dropout
     if isinstance(dropout, Iterable) and not isinstance(dropout, (str, bytes, Tensor)):
         rates = tuple(_checked_rate(p) for p in dropout)
         if len(rates) != hidden:
@@ -53,6 +55,8 @@ def checked_rates(dropout: object, hidden: int) -> float | tuple[float, ...]:
 
 
 def _checked_rate(p: object) -> float:
+    if type(p) is float and 0 <= p < 1:
+        return p
     if isinstance(p, bool) or not isinstance(p, (int, float)):
         raise TypeError(
             f"expected dropout to be a number of at least 0 and below 1, or one for each hidden layer, got {p!r} of "

@@ -110,17 +110,18 @@ class Stopping:
     """While its context lasts, the first Ctrl-C or SIGTERM asks the work to stop, and the second interrupts the work.
 
     Attributes:
-        asked: whether a signal has come.
+        signal: the number of the signal that has come, or 0.
+        asked: whether one has come.
     """
 
     def __init__(self) -> None:
-        self._signal: int | None = None
+        self.signal = 0
         self._before: dict[int, Any] = {}
 
     @property
     def asked(self) -> bool:
         """Whether a signal has come."""
-        return self._signal is not None
+        return bool(self.signal)
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():
@@ -135,14 +136,14 @@ class Stopping:
             signal.signal(number, before)
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self._signal is not None:
+        if self.signal:
             self._before[number](number, frame)
-        self._signal = number
+        self.signal = number
 
     def interrupt(self) -> None:
         """Interrupt the work now, if a signal has come."""
-        if self._signal is not None:
-            raise Terminated if self._signal == signal.SIGTERM else KeyboardInterrupt
+        if self.signal:
+            raise Terminated if self.signal == signal.SIGTERM else KeyboardInterrupt
 
 
 class Suggesting(click.Group):

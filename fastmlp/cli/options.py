@@ -36,10 +36,12 @@ _HELP = {
     "ignore_index": "Class number of rows that do not count.",
     "label_smoothing": "Share of each target that is spread over all classes.",
     "pos_weight": "Factors of the terms with y of each output, such as 1,5.",
+    "ema_decay": "Keep a moving average of the parameters with this decay, such as 0.999, and judge and keep it.",
+    "ema_warmup": "Average over fewer steps at the beginning.",
     "delta": "Distance at which the loss huber becomes linear.",
 }
 #: Arguments of TrainStep without an option: of the machine, or of what a run would also have to judge and to keep.
-_OTHERS = ("dtype", "cuda_graph", "param_groups", "process_group", "ema_decay", "ema_warmup")
+_OTHERS = ("dtype", "cuda_graph", "param_groups", "process_group")
 
 
 def defaults(rule: type[Optimizer]) -> dict[str, Any]:

@@ -21,19 +21,20 @@ class Reporter:
     Args:
         epochs: of the run.
         to_stderr: write to stderr instead of stdout.
+        hidden: show nothing.
     """
 
-    def __init__(self, epochs: int, to_stderr: bool) -> None:
+    def __init__(self, epochs: int, to_stderr: bool, *, hidden: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         self.epochs = epochs
-        self.to_stderr = to_stderr
+        self.to_stderr, self.hidden = to_stderr, hidden
         stream = sys.stderr if to_stderr else sys.stdout
         self.bar: Bar | None = None
         # rich's own test for a terminal obeys FORCE_COLOR, and a bar does not belong into a log file.
-        if stream.isatty():
+        if stream.isatty() and not hidden:
             columns = (
                 TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
                 BarColumn(),
@@ -60,6 +61,8 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """One line of its own."""
+        if self.hidden:
+            return
         with contextlib.suppress(OSError):  # a log on a full disk, or a pipe without a reader, ends no training
             if self.bar is not None:
                 self.bar.console.print(text, markup=False, soft_wrap=True)

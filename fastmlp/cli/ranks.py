@@ -1,4 +1,7 @@
-"""The processes that divide a sweep: this one alone, or those that ``torchrun`` started, which talk over gloo."""
+"""The processes that divide a sweep or a training: this one alone, or those that ``torchrun`` started.
+
+They talk over gloo. The gradients of a training on GPUs go over nccl.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from . import common
 
+if TYPE_CHECKING:
+    import torch
+
 Value = TypeVar("Value")
-#: A process may wait for the groups of another one for so long.
+#: A process of a sweep may wait for the groups of another one for so long.
 TIMEOUT = timedelta(days=30)
 
 
@@ -38,7 +44,7 @@ class Ranks:
             from torch import distributed
 
             try:
-                distributed.init_process_group("gloo", timeout=TIMEOUT)
+                distributed.init_process_group(_backends(), timeout=TIMEOUT)
             except (RuntimeError, ValueError) as error:
                 raise common.UserError(
                     f"process {self.rank} of {self.count} does not find the others ({error}); start the processes with "
@@ -53,6 +59,29 @@ class Ranks:
             with contextlib.suppress(RuntimeError):
                 distributed.destroy_process_group()
 
+    @property
+    def group(self) -> Any:
+        """The process group of all processes."""
+        from torch import distributed
+
+        return distributed.group.WORLD
+
+    def device_of(self, device: torch.device) -> torch.device:
+        """The device of this process: of the GPUs, if none is named, the next one for each process of a machine."""
+        import torch
+
+        if device.type == "cuda" and device.index is None and self.count > 1:
+            return torch.device("cuda", self.local % torch.cuda.device_count())
+        return device
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether an error says that another process no longer answers."""
+        if self.count == 1 or not isinstance(error, RuntimeError):
+            return False
+        from torch import distributed
+
+        return isinstance(error, distributed.DistError) or "gloo" in str(error)
+
     def gather(self, value: Value) -> list[Value]:
         """The values of all processes, in their order; Failure if one of them has ended."""
         if self.count == 1:
@@ -63,7 +92,7 @@ class Ranks:
         try:
             distributed.all_gather_object(values, value)
         except RuntimeError as error:
-            raise common.Failure(f"another process of the sweep has ended ({error})") from error
+            raise common.Failure(f"another process has ended ({error})") from error
         return values
 
     @contextlib.contextmanager
@@ -84,6 +113,14 @@ class Ranks:
                     raise click.exceptions.Exit(code)
                 kind = common.UserError if code == 2 else common.Failure
                 raise kind(f"process {rank}: {message}")
+
+
+def _backends() -> str:
+    import torch
+    from torch import distributed
+
+    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    return "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
 
 
 def _number(name: str, default: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from . import common
 from .drawing import PICTURES, draw
 from .inputs import Format
 from .run_folder import EVALUATION, HISTORY, SUMMARY
+from .sweep_folder import PLAN
 
 if TYPE_CHECKING:
     from fastmlp.train import History
@@ -36,6 +38,11 @@ def command(run: str, as_json: bool) -> int:
     folder = Path(run)
     if not folder.is_dir():
         raise common.UserError(f"{run} is no folder; expected a run folder of 'fastmlp train'")
+    if (folder / PLAN).exists():
+        raise common.UserError(
+            f"{run} is the folder of a sweep; 'fastmlp sweep --resume {shlex.quote(run)}' writes its tables and its "
+            "picture anew"
+        )
     model, config = common.load_model(run, torch.device("cpu"))
     form = Format.of_checkpoint(config, model.sizes, run)
     with common.user_errors():

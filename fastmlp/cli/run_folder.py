@@ -7,6 +7,7 @@ After an epoch, the state to resume from is written first (`LAST`, one file), th
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shlex
@@ -123,8 +124,8 @@ class Run:
             self.wrote = True
             if state.step:
                 return
-            if state.best is None:
-                self.save(model, config, state.history)
+            if state.history.best is state.history.last:
+                self.save(model if state.best is None else _with(model, state.best), config, state.history)
             if self.is_logged:
                 self.log(state.history.last)
             else:
@@ -201,6 +202,13 @@ class Run:
         from fastmlp.base.atomic import atomic_write
 
         atomic_write(self.folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def _with(model: Any, parameters: dict[str, Any]) -> Any:
+    """A copy of the model with other parameters."""
+    model = copy.deepcopy(model)
+    model.load_state_dict(parameters)
+    return model
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -101,7 +101,8 @@ def _drawn(files: SweepFolder, standings: list[Standing], ready: Sweep) -> bool:
     from fastmlp.train.sweep.picture import draw
 
     try:
-        caption = f"{ready.train.published}\n{len(ready.members)} networks, {ready.config['epochs']} epochs"
+        epochs = ready.config["epochs"]
+        caption = f"{ready.train.published}\n{len(ready.members):,} networks, {epochs} epoch{'s' if epochs > 1 else ''}"
         draw(standings, files.folder / PICTURE, ready.config["loss"], caption)
     except Exception as error:
         common.say("warning", f"the scores were not drawn ({type(error).__name__}: {error})")

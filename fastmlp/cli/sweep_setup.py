@@ -15,7 +15,7 @@ from fastmlp.train.scores import takes_values, tensors
 from . import common
 from .inputs import DEFAULT_SHARE, FASHION_MNIST, Format, check_sizes
 from .ranks import Ranks
-from .train import VALUES_LR
+from .train_setup import VALUES_LR
 
 if TYPE_CHECKING:
     import torch
@@ -87,9 +87,7 @@ def prepared(config: dict[str, Any], ranks: Ranks) -> Sweep:
     if config["data"] in (None, DEFAULT, BUNDLED):
         for sizes in shapes:
             check_sizes(sizes, "--sizes", FASHION_MNIST)
-    device = common.select_device(config["device"])
-    if device.type == "cuda" and device.index is None and ranks.count > 1:
-        device = torch.device("cuda", ranks.local % torch.cuda.device_count())
+    device = ranks.device_of(common.select_device(config["device"]))
     backend = common.select_backend(config["backend"], device, dtype)
     train, test = common.load_data(config["data"], device, loss)
     form = Format.of(train, loss)

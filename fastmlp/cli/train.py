@@ -20,8 +20,10 @@ from .config_file import config_option, config_text, given
 from .drawing import PICTURES
 from .inputs import DEFAULT_SHARE, FASHION_MNIST
 from .options import loss_options, optimizer_options
+from .ranks import Ranks
 from .run_folder import CONFIG, EVALUATION, HISTORY, LAST, SUMMARY, TENSORBOARD, WEIGHTS
-from .training import VALUES_LR, train
+from .train_setup import VALUES_LR
+from .training import train
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 # fastmlp.train.schedules and fastmlp.train.engines have the same names, but importing them imports torch.
@@ -122,4 +124,5 @@ def command(ctx: click.Context, resume: str | None, config: str | None, print_co
     if print_config:
         click.echo(config_text(ctx))
         return 0
-    return train(options, resume, given(ctx))
+    with Ranks() as ranks:
+        return train(options, resume, given(ctx), ranks)

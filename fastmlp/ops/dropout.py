@@ -19,7 +19,7 @@ from ..base.dropout import Dropout, threshold
 from ..reference.dropout import dropout, numbers_of
 from . import triton_ops
 
-__all__ = ["before_dropout", "dropout_keep_operator", "dropped", "kept", "overwritten"]
+__all__ = ["before_dropout", "dropout_keep_operator", "dropped", "kept", "kept_layers", "overwritten"]
 
 
 def _check_keep(state: Tensor, layer: int, rows: int, columns: int, p: float) -> None:
@@ -54,15 +54,31 @@ def kept(d: Dropout, shape: Sequence[int]) -> Dropout:
     """With the mask of an output [*, N], unless it has one."""
     if d.keep is not None:
         return d
-    state, layer, p, stream, _ = d
-    columns = shape[-1]
-    rows = math.prod(shape[:-1])
+    (found,) = kept_layers([d], d.state, [shape])
+    assert found is not None
+    return found
+
+
+def kept_layers(
+    layers: Sequence[Dropout | None], state: Tensor, shapes: Sequence[Sequence[int]]
+) -> tuple[Dropout | None, ...]:
+    """Of each layer, with this state and the mask of an output of the shape [*, N]."""
+    values: list[int] | None = None
     if state.device.type == "cpu" and not (watched(state) or functorch_active()):
-        seed, step = state.tolist()
-        keep = cpu.dropout_keep(seed, step, layer, rows, columns, p, stream)
-    else:
-        keep = dropout_keep_operator(state, layer, rows, columns, p, stream)
-    return d._replace(keep=keep.view(shape))
+        values = state.tolist()
+    found: list[Dropout | None] = []
+    for d, (*lead, columns) in zip(layers, shapes, strict=True):
+        if d is None:
+            found.append(None)
+            continue
+        _, layer, p, stream, _ = d
+        rows = lead[0] if len(lead) == 1 else math.prod(lead)
+        if values is None:
+            keep = dropout_keep_operator(state, layer, rows, columns, p, stream)
+        else:
+            keep = cpu.dropout_keep(values[0], values[1], layer, rows, columns, p, stream)
+        found.append(Dropout(state, layer, p, stream, keep if len(lead) == 1 else keep.view(*lead, columns)))
+    return tuple(found)
 
 
 def _unseen(a: Tensor, keep: Tensor) -> bool:

@@ -45,11 +45,6 @@ def _dense(saved: Tensor | None) -> Tensor | None:
     return None if saved is None else saved.contiguous()
 
 
-def _of(dropout: Dropout | None) -> dict[str, Any]:
-    """The kernels' argument, which is the dropout without a mask."""
-    return {} if dropout is None else {"dropout": dropout[:4]}
-
-
 def linear_fwd(
     x: Tensor,
     weight: Tensor,
@@ -61,7 +56,9 @@ def linear_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N]. ``dropout`` is of this layer's output."""
     with device_of(x):
-        return _kernels().linear_fwd(x, weight, bias, activation, save_z=save_z, **_of(dropout))
+        if dropout is not None:
+            return _kernels().linear_fwd(x, weight, bias, activation, save_z=save_z, dropout=dropout[:4])
+        return _kernels().linear_fwd(x, weight, bias, activation, save_z=save_z)
 
 
 def linear_dgrad(
@@ -77,7 +74,9 @@ def linear_dgrad(
     ``dropout`` is that of the layer below; its output is ``saved`` as it went on, after dropout.
     """
     with device_of(dz):
-        return _kernels().linear_dgrad(dz, weight, _dense(saved), activation, **_of(dropout))
+        if dropout is not None:
+            return _kernels().linear_dgrad(dz, weight, _dense(saved), activation, dropout=dropout[:4])
+        return _kernels().linear_dgrad(dz, weight, _dense(saved), activation)
 
 
 def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -118,7 +117,9 @@ def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, dropout
     if activation == "identity" and dropout is None:
         return da
     with device_of(da):
-        return _kernels().activation_bwd(da, _dense(saved), activation, **_of(dropout))
+        if dropout is not None:
+            return _kernels().activation_bwd(da, _dense(saved), activation, dropout=dropout[:4])
+        return _kernels().activation_bwd(da, _dense(saved), activation)
 
 
 def cross_entropy_fwd(

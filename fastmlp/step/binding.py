@@ -47,6 +47,10 @@ class Binding:
         self._modules, self._container = model._modules, model.layers
         self.layers = model._linears()
         self._handles = -1
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise RuntimeError(
+                "the model was made in torch.inference_mode(), so nothing can train it; make the model outside of it"
+            )
         _check_model(model, self._has_hooks())
         named = [
             (f"layers.{i}.{name}", parameter)

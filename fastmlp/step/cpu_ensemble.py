@@ -21,8 +21,9 @@ from torch import Tensor
 from .. import cpu
 from ..base.losses import takes_classes
 from .cpu_dropout import StepDropout, advance, numbers
-from .cpu_member_span import MemberLayer, Packed, Span
+from .cpu_member_span import MemberLayer, Packed, Span, target_dims
 from .cpu_members import Piece
+from .groups import Groups
 from .loss_options import PLAIN, LossOptions
 from .loss_scale import START
 from .optimizers import Optimizer
@@ -52,14 +53,17 @@ class TorchEnsemble:
         dtype: torch.dtype,
         active: Tensor,
         options: LossOptions = PLAIN,
+        groups: Groups | None = None,
     ) -> None:
         self._modules, self.rule, self.loss, self.dtype, self.active = layers, rule, loss, dtype, active
         self.options = options
         #: What a pass drops; it may be assigned between steps.
         self.dropout: StepDropout | None = None
+        #: The rules of the param groups, and the group of each master.
+        self.rules = [rule] if groups is None else groups.rules
+        self.group_of: list[int] | None = None if groups is None else groups.numbers
         first = layers[0].weight
         self.device, self.members = first.device, first.shape[0]
-        self.target_dims = 1 if takes_classes(loss) else 2
         self.layers: list[MemberLayer] = []
         self.masters: list[Tensor] = []
         for module in layers:
@@ -73,8 +77,8 @@ class TorchEnsemble:
             scale = torch.full((self.members,), START, dtype=torch.float32, device=self.device)
             self.scales = scale, torch.zeros_like(scale, dtype=torch.int32)
         #: Gradients and optimizer state exist only where the optimizer needs them all at once.
-        self.plain = rule.is_plain_sgd and self.scales is None
-        self.states = {name: [torch.zeros_like(t) for t in self.masters] for name in rule.states}
+        self.plain = rule.is_plain_sgd and self.scales is None and rule.ema_decay is None and groups is None
+        self.states = {name: [torch.zeros_like(t) for t in self.masters] for name in rule.kept}
         self.counts = torch.zeros(self.members, dtype=torch.float32, device=self.device)
         self.zero = torch.zeros((), dtype=torch.float32, device=self.device)
         self._grads: list[Tensor] | None = None
@@ -83,7 +87,7 @@ class TorchEnsemble:
         #: The learning rate of all members, NaN where they have their own, which ``rates`` has.
         self.rate = nan
         self.rates = torch.zeros(self.members, dtype=self.masters[0].dtype, device=self.device)
-        self._rate_now: Any = nan
+        self._rates_now: list[Any] = []
         #: Raised when pieces must group their members anew.
         self.version = 0
         self._seen = torch.ones_like(active)
@@ -98,35 +102,39 @@ class TorchEnsemble:
     def settings_changed(self) -> None:
         """Take up the rule's settings; those of its ``structure`` are as they were."""
         self.version += 1
-        self._rate_now = nan
+        self._rates_now = []
 
     @staticmethod
     def structure(rule: Optimizer) -> tuple[object, ...]:
         """What the engine is built for."""
         return *rule.structure, rule.is_plain_sgd
 
-    def settings_of(self, member: int) -> tuple[tuple[str, float], ...]:
-        """Those settings of a member that may be its own."""
-        rule = self.rule
-        values = [(field.name, getattr(rule, field.name)) for field in fields(rule) if field.name in SETTINGS]
-        own = [(name, value[member] if isinstance(value, PerMember) else value) for name, value in values]
-        rate = self._rate_now[member] if isinstance(self._rate_now, PerMember) else self._rate_now
-        return tuple((name, rate if name == "lr" else value) for name, value in own)
+    def settings_of(self, member: int) -> tuple[tuple[tuple[str, float], ...], ...]:
+        """Those settings of a member that may be its own, of each param group."""
+        return tuple(self._settings_of(member, *of) for of in zip(self.rules, self._rates_now, strict=True))
 
-    def rule_with(self, settings: tuple[tuple[str, float], ...]) -> Optimizer:
-        """The rule with a member's settings."""
-        rule = copy(self.rule)  # a tenth of the time of dataclasses.replace
-        vars(rule).update(settings)
-        return rule
+    @staticmethod
+    def _settings_of(member: int, rule: Optimizer, rate: Any) -> tuple[tuple[str, float], ...]:
+        values = {field.name: getattr(rule, field.name) for field in fields(rule) if field.name in SETTINGS}
+        values["lr"] = rate
+        return tuple((name, value[member] if isinstance(value, PerMember) else value) for name, value in values.items())
 
-    def _set_rate(self, rate: Any) -> None:
-        if rate is self._rate_now or rate == self._rate_now:
+    def rules_with(self, settings: tuple[tuple[tuple[str, float], ...], ...]) -> list[Optimizer]:
+        """The rule of each param group with a member's settings."""
+        rules = [copy(rule) for rule in self.rules]  # a tenth of the time of dataclasses.replace
+        for rule, own in zip(rules, settings, strict=True):
+            vars(rule).update(own)
+        return rules
+
+    def _set_rates(self, rates: list[Any]) -> None:
+        """Take up the learning rate of each param group."""
+        if rates == self._rates_now:
             return
-        same = not isinstance(rate, PerMember)
-        if not same or isinstance(self._rate_now, PerMember):
-            self.version += 1  # the groups were made by the rates
-        self._rate_now, self.rate = rate, rate if same else nan
-        if not same:
+        rate, same = rates[0], len(rates) == 1 and not isinstance(rates[0], PerMember)
+        if not (same and self.rate == self.rate):
+            self.version += 1  # the groups of members were made by the rates
+        self._rates_now, self.rate = rates, rate if same else nan
+        if isinstance(rate, PerMember):
             self.rates.copy_(torch.tensor(rate, dtype=self.rates.dtype, device="cpu"))
 
     # Steps
@@ -143,7 +151,7 @@ class TorchEnsemble:
 
         ``weight`` are sample weights [M] or [E, M].
         """
-        self._set_rate(self.rule.lr)
+        self._set_rates([rule.lr for rule in self.rules])
         self._run(x, y, out, None, weight, update=True)
         self._publish()
 
@@ -161,7 +169,7 @@ class TorchEnsemble:
 
     def update(self) -> None:
         """Apply the optimizer to what ``gradients`` left."""
-        self._set_rate(self.rule.lr)
+        self._set_rates([rule.lr for rule in self.rules])
         self._follow()
         way, pieces = self._planned(self._rows)
         self._spread(way, [partial(_each, [piece.update for piece in part]) for part in pieces])
@@ -177,12 +185,13 @@ class TorchEnsemble:
         losses: Tensor,
         weight: Tensor | None = None,
     ) -> None:
-        """Steps over ``order`` [n] or [E, n], with learning rates [steps, E]; writes the losses [steps, E].
+        """Steps over ``order`` [n] or [E, n], with learning rates [steps, E] or [steps, E, G]; losses are [steps, E].
 
         ``weight`` are sample weights [N] or [E, N] of all rows.
         """
-        for rows, rates, out in zip(order.split(batch_size, -1), lrs.tolist(), losses.unbind(), strict=True):
-            self._set_rate(rates[0] if len(set(rates)) == 1 else PerMember(rates))
+        of_groups = lrs.view(len(lrs), self.members, -1).movedim(-1, 1).tolist()
+        for rows, rates, out in zip(order.split(batch_size, -1), of_groups, losses.unbind(), strict=True):
+            self._set_rates([each[0] if len(set(each)) == 1 else PerMember(each) for each in rates])
             self._run(images, labels, out, rows, weight, update=True)
             self._publish()
 
@@ -231,7 +240,7 @@ class TorchEnsemble:
     def _batch(self, x: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """X in the compute dtype and Y, of the given rows."""
         if rows is not None:
-            x, y = self._rows_of("x", x, rows, 2), self._rows_of("y", y, rows, self.target_dims)
+            x, y = self._rows_of("x", x, rows, 2), self._rows_of("y", y, rows, target_dims(y))
         if x.dtype == self.dtype:
             return x, y
         into = self._buffer("converted", x.shape, self.dtype).copy_(x)
@@ -319,7 +328,7 @@ class TorchEnsemble:
         net._way = way
         x = self.layers[0].weight.new_ones((m, self.layers[0].weight.shape[2]))
         y = torch.zeros(m, dtype=torch.int64, device=self.device)
-        if self.target_dims == 2:
+        if not takes_classes(self.loss):
             y = x.new_zeros((m, self.layers[-1].weight.shape[1]))
         return partial(net.step, x, y, x.new_empty(members, dtype=torch.promote_types(self.dtype, torch.float32)))
 

@@ -29,6 +29,11 @@ class MemberLayer:
         self.grad_w, self.grad_b = index, index + self.train_w
 
 
+def target_dims(y: Tensor) -> int:
+    """Dimensions of one model's targets: 1 of class numbers, 2 of values and of probabilities."""
+    return 2 if y.is_floating_point() else 1
+
+
 class Ensemble(Protocol):
     """What a piece reads of the ensemble that it is a part of."""
 
@@ -41,13 +46,13 @@ class Ensemble(Protocol):
     rate: float  #: the learning rate of all members; NaN where they have their own
     version: int  #: raised when pieces must group their members anew
     rule: Optimizer
+    group_of: list[int] | None  #: the param group of each master
     loss: str
     options: LossOptions
     dropout: StepDropout | None
     members: int
     dtype: torch.dtype
     device: torch.device
-    target_dims: int
     lowest: int
     plain: bool
     zero: Tensor
@@ -56,11 +61,11 @@ class Ensemble(Protocol):
     def grads(self) -> list[Tensor]:
         """The gradients of the masters."""
 
-    def settings_of(self, member: int) -> tuple[tuple[str, float], ...]:
-        """Those settings of a member that may be its own."""
+    def settings_of(self, member: int) -> tuple[tuple[tuple[str, float], ...], ...]:
+        """Those settings of a member that may be its own, of each param group."""
 
-    def rule_with(self, settings: tuple[tuple[str, float], ...]) -> Optimizer:
-        """The rule with a member's settings."""
+    def rules_with(self, settings: tuple[tuple[tuple[str, float], ...], ...]) -> list[Optimizer]:
+        """The rule of each param group with a member's settings."""
 
 
 class Span:

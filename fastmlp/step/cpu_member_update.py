@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .cpu_member_span import Ensemble, Span
 from .loss_scale import BACKOFF, GROWTH, GROWTH_STEPS, LEAST
+from .optimizers import Optimizer
 
 
 class MemberUpdate:
@@ -54,12 +55,14 @@ class MemberUpdate:
         if self._version != self._net.version or bad is not None:
             self._group(bad)
         rate = self._net.rate
-        for rule, params, grads, states, count, counts in self._groups:
+        for rule, params, grads, states, count, counts, averages in self._groups:
             if counts is not None:
                 counts.add_(self._one)
             if rate == rate:
                 rule.lr = rate
             rule.update(params, grads, states, count, None)
+            if averages:
+                torch._foreach_lerp_(averages, params, rule.ema_weight(count))
         if bad is not None:
             self._adjust(finite)
             self._version = -1
@@ -83,19 +86,26 @@ class MemberUpdate:
             if not split:
                 continue
             if bad is None or not bad[start]:
-                part = slice(start, i)
-                count = counted = None
-                if self._counts is not None:
-                    counted = self._counts[part]
-                    count = counted[0]
-                rule = net.rule_with(keys[start][0])
-                params, grads = [t[part] for t in self._params], [t[part] for t in self._grads]
-                states = [[t[part] for t in self._states[name]] for name in rule.states]
-                if rule.spare:
-                    states += [[torch.empty_like(param) for param in params], [self._one]]
-                self._groups.append((rule, params, grads, states, net.zero if count is None else count, counted))
+                self._take(slice(start, i), net.rules_with(keys[start][0]))
             start = i
         self._version = net.version
+
+    def _take(self, part: slice, rules: list[Optimizer]) -> None:
+        """Members side by side, whose param groups have these rules, take a call for each."""
+        counted = None if self._counts is None else self._counts[part]
+        count = self._net.zero if counted is None else counted[0]
+        numbers = self._net.group_of or [0] * len(self._params)
+        for number, rule in enumerate(rules):
+            places = [i for i, of in enumerate(numbers) if of == number]
+            if not places:
+                continue
+            params, grads = ([tensors[i][part] for i in places] for tensors in (self._params, self._grads))
+            states = [[self._states[name][i][part] for i in places] for name in rule.states]
+            if rule.spare:
+                states += [[torch.empty_like(param) for param in params], [self._one]]
+            averages = [self._states["ema"][i][part] for i in places] if "ema" in self._states else []
+            self._groups.append((rule, params, grads, states, count, counted, averages))
+            counted = None  # counted once
 
     def _adjust(self, finite: Tensor) -> None:
         """Move the members' scales as ``LossScale.adjust`` does."""

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..base.losses import takes_classes
 from .cpu_dropout import Mask, StepDropout, masks
 from .cpu_losses import LossFunction, cross_entropy_terms, loss_function, weighted_loss_function
 from .cpu_member_products import Batched, Each
-from .cpu_member_span import Ensemble, Span
+from .cpu_member_span import Ensemble, Span, target_dims
 from .cpu_member_update import MemberUpdate
 from .cpu_row_weights import WeightedLoss
 from .loss_options import LossOptions
@@ -95,11 +94,10 @@ class Piece:
         masks = self._masks if net.dropout is self._dropout else self._masks_of(net.dropout)
         span.load()
         plain = net.plain and update
-        if not plain and self._gradients is None:
-            self._gradients = [span.take(grad) for grad in net.grads]
-            span.load()
+        if not plain:
+            self._take_gradients()
         a = x.expand(len(self.ids), -1, -1) if x.dim() == 2 else span.batch("x", x)
-        y = y if y.dim() == net.target_dims else span.batch("y", y)
+        y = y if y.dim() == target_dims(y) else span.batch("y", y)
         weight = weight if weight is None or weight.dim() == 1 else span.batch("weight", weight)
         inputs, saved = [], []
         for f, products, kept, mask in zip(self._fs, self._products, self._kept, masks, strict=True):
@@ -137,9 +135,16 @@ class Piece:
                 self._update.unscale()
         span.store()
 
+    def _take_gradients(self) -> None:
+        """Those of the span's members, where the gradients are."""
+        if self._gradients is None:
+            self._gradients = [self.span.take(grad) for grad in self._net.grads]
+            self.span.load()
+
     def update(self) -> None:
         """Apply the optimizer to the gradients that are stored."""
         self.span.load()
+        self._take_gradients()
         if self._update is None:
             self._plain_update()
         else:
@@ -188,7 +193,6 @@ class MemberLoss:
         self._a = None if wide == dtype else torch.empty((e, m, c), dtype=wide, device=device)
         self._wide_da = self.da if wide == dtype else torch.empty((e, m, c), dtype=wide, device=device)
         self._each = list(self._wide_da.unbind())
-        self._classes = takes_classes(loss)
         self._y = torch.empty((e, m), dtype=torch.int64, device=device)
         self._together: Callable[..., None] | None = None
         self._of_one = loss, m, c, wide, device, None, options
@@ -200,14 +204,15 @@ class MemberLoss:
     def __call__(self, a: Tensor, y: Tensor, out: Tensor, scale: Tensor | None, weight: Tensor | None = None) -> Tensor:
         """DA for A [e, M, C], multiplied by ``scale`` [e]; writes the losses into ``out`` [e].
 
-        Y is [M] or [e, M] class numbers, or values [M, C] or [e, M, C]. The sample weights are [M] or [e, M].
+        Y is [M] or [e, M] class numbers, or [M, C] or [e, M, C] floating-point: values, or probabilities. The sample
+        weights are [M] or [e, M].
         """
         a = a if self._a is None else self._a.copy_(a)
-        if self._together is not None and weight is None:
+        if self._together is not None and weight is None and not y.is_floating_point():
             self._together(a, self._y.copy_(y), out)
         else:
             count = len(self._each)
-            ys = [y] * count if y.dim() == (1 if self._classes else 2) else y.unbind()
+            ys = [y] * count if y.dim() == target_dims(y) else y.unbind()
             weights = [weight] * count if weight is None or weight.dim() == 1 else weight.unbind()
             for into, of_member, target, loss, own in zip(
                 self._each, a.unbind(), ys, out.unbind(), weights, strict=True

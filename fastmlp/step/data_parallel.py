@@ -133,5 +133,5 @@ class Sums:
         if isinstance(rows, Tensor):
             self._loss.masked_fill_(self._rows == 0, 0)  # the mean over no rows is NaN
         dist.all_reduce(self._all, group=self._group)
-        self.flat.div_(self._rows)
+        self.flat.div_(self._rows.masked_fill(self._rows == 0, 1))  # no row counts: the gradient is 0, as in torch
         loss.copy_(self._loss.div_(self._rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,15 +33,14 @@ class EnsembleStep(TrainStep):
       torch work that compute a rate from the present or the initial one by such operations (StepLR, ExponentialLR,
       LambdaLR, LinearLR, CosineAnnealingLR, ...). ReduceLROnPlateau with several rates raises TypeError, and
       OneCycleLR and CyclicLR set one rate for all members.
-    - x is [B, K], the same for all members, or [E, B, K]; y likewise [B] or [E, B] (values: [B, C] or [E, B, C]).
-      Images have to be flattened.
+    - x is [B, K], the same for all members, or [E, B, K]; y likewise [B] or [E, B] (values and probabilities: [B, C]
+      or [E, B, C]). Images have to be flattened.
     - Sample weights are [B] or [E, B]; the options of the loss are the same for all members. To ignore rows labelled
-      -100, pass ``ignore_index=-100``; there is no default. Class probabilities are not accepted as y.
+      -100, pass ``ignore_index=-100``; without it, or another option of cross-entropy, -100 is no class.
     - ``epoch`` takes x [N, K] or [E, N, K], y [N] or [E, N] (values: [N, C] or [E, N, C]), sample_weight [N] or [E, N],
       order [n] or [E, n], and lr_factors [steps] or [steps, E].
-    - ``param_groups``, ``ema_decay`` and ``process_group`` are a NotImplementedError. On the kernels so are options of
-      cross-entropy and sample weights without the head (up to 64 classes, no activation behind the last layer), and
-      sample weights of more than 2,048 rows.
+    - ``process_group`` is a NotImplementedError. On the kernels so are options of cross-entropy,
+      probabilities and sample weights without the head (up to 64 classes, no activation behind the last layer).
     - A step and an epoch return losses [E], and ``losses`` of an epoch is [steps, E].
 
     Attributes:
@@ -56,11 +55,11 @@ class EnsembleStep(TrainStep):
         self._members: int = model.members
         device = next(model.parameters()).device
         self._active = torch.ones(self._members, dtype=torch.bool, device=device)
-        for name in ("param_groups", "ema_decay", "process_group"):
-            if kwargs.get(name) is not None:
-                raise NotImplementedError(
-                    f"a TrainStep of an ensemble has no {name}; train the members one by one, or train with autograd"
-                )
+        if kwargs.get("process_group") is not None:
+            raise NotImplementedError(
+                "a TrainStep of an ensemble has no process_group; divide the members among the processes, or train "
+                "with autograd"
+            )
         super().__init__(model, *args, **kwargs)
         assert isinstance(self._batches, MemberBatches)
         self._batches.members = self._members
@@ -69,9 +68,8 @@ class EnsembleStep(TrainStep):
         self.losses = self.losses.new_zeros((0, self._members))
 
     def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> Any:
-        loss, active, (rule,) = STEP_LOSSES[self.loss], self._active, rules
-        if rule.ema_decay is not None:
-            raise NotImplementedError("a TrainStep of an ensemble has no ema_decay; take it back")
+        loss, active, rule = STEP_LOSSES[self.loss], self._active, rules[0]
+        groups = self._groups(binding, rules)
         if self.backend == "triton":
             from .triton_step import TritonStep
 
@@ -82,11 +80,12 @@ class EnsembleStep(TrainStep):
                     loss,
                     self.dtype,
                     cuda_graph=self._cuda_graph,
+                    groups=groups,
                     options=self._options,
                     members=self._members,
                     active=active,
                 )
-        return TorchEnsemble(binding.layers, rule, loss, self.dtype, active, self._options)
+        return TorchEnsemble(binding.layers, rule, loss, self.dtype, active, self._options, groups)
 
     @property
     def active(self) -> Tensor:
@@ -106,12 +105,15 @@ class EnsembleStep(TrainStep):
 
     @property
     def lr(self) -> Any:
-        """Learning rate of the next step: a float, or one per member."""
-        return check_setting("lr", self.optimizer.param_groups[0]["lr"], self._members)
+        """Learning rate of the next step: a float, or one per member; a list where param groups have different ones."""
+        rates = [check_setting("lr", group["lr"], self._members) for group in self.optimizer.param_groups]
+        return rates[0] if len(set(rates)) == 1 else rates
 
     @lr.setter
     def lr(self, value: Any) -> None:
-        self.optimizer.param_groups[0]["lr"] = check_setting("lr", value, self._members)
+        rate = check_setting("lr", value, self._members)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As ``TrainStep``'s."""
@@ -121,7 +123,8 @@ class EnsembleStep(TrainStep):
         self._active.copy_(state)
 
     def _learning_rates(self, factors: Any, steps: int) -> Tensor:
-        return member_learning_rates(self.rule.lr, factors, steps, self._members)
+        rates = [member_learning_rates(rule.lr, factors, steps, self._members) for rule in self._rules]
+        return rates[0] if len(rates) == 1 else torch.stack(rates, -1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """As ``TrainStep``'s: states [E, ...] by the names of the parameters, and counters float64 [E].
@@ -132,7 +135,9 @@ class EnsembleStep(TrainStep):
 
     def load_state_dict(self, state_dict: Any) -> None:
         """As ``TrainStep``'s."""
-        check_tensor(state_dict.get("active"), "active")
+        if not isinstance(state_dict, Mapping) or "active" not in state_dict:
+            return super().load_state_dict(state_dict)  # says what is missing
+        check_tensor(state_dict["active"], "active")
         if state_dict["active"].shape != self._active.shape:
             raise ValueError(f"expected active of shape [{self._members}], got {list(state_dict['active'].shape)}")
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "active"})

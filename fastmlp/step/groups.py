@@ -30,12 +30,15 @@ class Groups:
     numbers: list[int]
 
     def rows(self, lrs: Tensor, count: Tensor | None) -> Tensor:
-        """``Optimizer.rows`` of each group: float32 [steps, G, columns]; ``lrs`` is [steps, G]."""
-        return torch.stack([rule.rows(lrs[:, i], count) for i, rule in enumerate(self.rules)], 1)
+        """``Optimizer.rows`` of each group: float32 [steps, G, columns] or [steps, E, G, columns].
+
+        ``lrs`` is [steps, G], or with members [steps, E, G].
+        """
+        return torch.stack([rule.rows(lrs[..., i], count) for i, rule in enumerate(self.rules)], -2)
 
 
 def grouped(
-    param_groups: Iterable[Mapping[str, Any]] | None, named: Mapping[str, Tensor]
+    param_groups: Iterable[Mapping[str, Any]] | None, named: Mapping[str, Tensor], members: int | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The groups as torch.optim takes them, and the number of each parameter's group.
 
@@ -45,6 +48,7 @@ def grouped(
         param_groups: of each group "params", a name, a pattern of names as in fnmatch, a parameter or a list of these,
             and perhaps settings of ``OWN``.
         named: all parameters of the model.
+        members: of an ensemble, whose groups may have a number per member.
 
     Raises:
         TypeError: what is no group, no parameter or no number.
@@ -68,7 +72,7 @@ def grouped(
             if name in numbers:
                 raise ValueError(f"{name} is in param groups {numbers[name]} and {i}; name each parameter once")
             numbers[name] = i
-        own = {key: check_setting(key, group[key]) for key in OWN if key in group}
+        own = {key: check_setting(key, group[key], members) for key in OWN if key in group}
         groups.append({"params": [named[name] for name, number in numbers.items() if number == i], **own})
     rest = [name for name in named if name not in numbers]
     if rest or not groups:

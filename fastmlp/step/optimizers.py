@@ -112,7 +112,7 @@ class Optimizer:
         """float32 [steps, 8], with an average [steps, 16]: settings as ``kernels/optimizer.py`` reads them.
 
         Args:
-            lrs: float64 [steps], or [steps, E] for the members of an ensemble, which makes [steps, E, 8].
+            lrs: float64 [steps], or [steps, E] for the members of an ensemble, which makes [steps, E, 8 or 16].
             count: float64 [steps] or [steps, E], the number of each update, from 1 on; None leaves out what depends on
                 it.
         """
@@ -122,20 +122,21 @@ class Optimizer:
         if lrs.dim() == 2:
             columns = [across(value, lrs) for value in (*changing, *constants, *unused, max_norm)]
             of_members = [c.expand(lrs.shape) if isinstance(c, Tensor) else torch.full_like(lrs, c) for c in columns]
-            return torch.stack(of_members, 2).float()
-        rest = torch.tensor((*constants, *unused, max_norm), dtype=lrs.dtype, device=lrs.device)
-        table = torch.cat((torch.stack(changing, 1), rest.expand(len(lrs), -1)), 1)
-        return (table if self.ema_decay is None else torch.cat((table, self._ema_columns(lrs, count)), 1)).float()
+            table = torch.stack(of_members, 2)
+        else:
+            rest = torch.tensor((*constants, *unused, max_norm), dtype=lrs.dtype, device=lrs.device)
+            table = torch.cat((torch.stack(changing, 1), rest.expand(len(lrs), -1)), 1)
+        return (table if self.ema_decay is None else torch.cat((table, self._ema_columns(lrs, count)), -1)).float()
 
     def _ema_columns(self, lrs: Tensor, count: Tensor | None) -> Tensor:
         """The weight of the present parameters in their average, and columns that complete the row."""
         assert self.ema_decay is not None
-        table = lrs.new_zeros((len(lrs), _COLUMNS))
-        table[:, 0] = 1 - self.ema_decay
+        table = lrs.new_zeros((*lrs.shape, _COLUMNS))
+        table[..., 0] = 1 - self.ema_decay
         if self.ema_warmup and count is None:
-            table[:, 1] = _EMA_NUMERATOR
+            table[..., 1] = _EMA_NUMERATOR
         elif self.ema_warmup and count is not None:
-            table[:, 0].clamp_(min=_EMA_NUMERATOR / (10 + count))
+            table[..., 0].clamp_(min=_EMA_NUMERATOR / (10 + count))
         return table
 
     def ema_weight(self, count: Tensor) -> Any:

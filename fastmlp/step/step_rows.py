@@ -8,6 +8,8 @@ member alone, so rows are computed ahead for as long as nobody writes to ``activ
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ class StepRows:
         members: the number of members; None for a single model.
         active: bool [E] on the device: the members that are trained; None where all of them are, always.
         count: the number of updates on the device, where ``late_update`` counts them and corrects the rows.
-        groups: of a single model's parameters; None: all have the rule.
+        groups: of the parameters; None: all have the rule.
 
     Attributes:
         steps: the number of updates as far as the host knows.
@@ -59,18 +61,20 @@ class StepRows:
         self._version = -1 if self._active is None else self._active._version
 
     def of(self, lrs: Tensor) -> Tensor:
-        """The rows of the next steps, [steps, HYPER_COLUMNS] or [steps, E or G, HYPER_COLUMNS] on the device.
+        """The rows of the next steps, [steps, columns] on the device, with members and groups [steps, E, G, columns].
 
-        ``lrs`` is float64 [steps] or [steps, E or G] on the host. Where ``late_update`` counts, it corrects the row.
+        ``lrs`` is float64 [steps], [steps, E], [steps, G] or [steps, E, G] on the host. Where ``late_update`` counts,
+        it corrects the row.
         """
-        rule, count = self._rule, None
+        rule: Optimizer | Groups = self._rule if self._groups is None else self._groups
+        count = None
         if self.updates is not None:
             after = torch.arange(1, 1 + lrs.shape[0], dtype=torch.float64, device=self._device)
             return rule.rows(self._there(lrs), self.updates.double() + after[:, None])
         if self._changes:
             count = torch.arange(self.steps + 1, self.steps + 1 + lrs.shape[0], dtype=torch.float64, device="cpu")
             count = count if self._members is None else count[:, None]
-        return self._there((rule if self._groups is None else self._groups).rows(lrs, count))
+        return self._there(rule.rows(lrs, count))
 
     def _there(self, values: Tensor) -> Tensor:
         if self._device.type == "cuda":
@@ -92,10 +96,11 @@ class StepRows:
         return rows[i]
 
     def _rates(self, steps: int) -> Tensor:
-        lr = self._rule.lr
         if self._groups is not None:
-            rates = [rule.lr for rule in self._groups.rules]
-            return torch.tensor(rates, dtype=torch.float64, device="cpu").expand(steps, -1)
+            return torch.stack([self._rates_of(rule.lr, steps) for rule in self._groups.rules], -1)
+        return self._rates_of(self._rule.lr, steps)
+
+    def _rates_of(self, lr: Any, steps: int) -> Tensor:
         if isinstance(lr, PerMember):
             return torch.tensor(lr, dtype=torch.float64, device="cpu").expand(steps, -1)
         shape = (steps,) if self._members is None else (steps, self._members)

@@ -171,7 +171,7 @@ class TrainStep:
         self.model, self.loss = model, loss
         self.device, self.dtype = first.device, dtype
         self.backend = resolve(first, dtype)
-        groups, self._group_of = grouped(param_groups, dict(model.named_parameters()))
+        groups, self._group_of = grouped(param_groups, dict(model.named_parameters()), members)
         self.optimizer = StepOptimizer(self, groups, rule, members)
         #: One rule per param group.
         self._rules = self.optimizer.rules_of_groups(rule)
@@ -215,10 +215,12 @@ class TrainStep:
 
     def _take_up_dropout(self, binding: Binding) -> None:
         """What the model drops now: nothing in evaluation mode. Each process of a group has masks of its own."""
-        dropout = binding.dropout
+        dropout, engine = binding.dropout, self._engine
         if dropout is not None and self._parallel is not None:
             dropout = dropout._replace(stream=self._parallel.rank)
-        engine: Any = self._engine
+            before = engine.dropout
+            if before is not None and before.state is dropout.state and before[1:] == dropout[1:]:
+                return
         engine.dropout = dropout
 
     @property
@@ -227,9 +229,7 @@ class TrainStep:
         return self._rules[0]
 
     def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> TorchStep | TritonStep:
-        loss, rule, groups = STEP_LOSSES[self.loss], rules[0], None
-        if len(rules) > 1:
-            groups = Groups(rules, [self._group_of[name] for name in binding.trained])
+        loss, rule, groups = STEP_LOSSES[self.loss], rules[0], self._groups(binding, rules)
         with self._on_device:
             if self.backend == "triton":
                 from .triton_step import TritonStep
@@ -247,6 +247,9 @@ class TrainStep:
             return TorchStep(
                 binding.layers, rule, loss, self.dtype, groups=groups, options=self._options, parallel=self._parallel
             )
+
+    def _groups(self, binding: Binding, rules: list[Optimizer]) -> Groups | None:
+        return None if len(rules) == 1 else Groups(rules, [self._group_of[name] for name in binding.trained])
 
     @property
     def lr(self) -> float | list[float]:
@@ -329,7 +332,7 @@ class TrainStep:
                 loss.fill_(float("nan"))
             else:
                 if self._ema_waits:
-                    self._begin_ema(update=True)
+                    self._begin_ema()
                 if sample_weight is None:
                     self._engine.step(x, y, loss)
                 else:
@@ -380,7 +383,7 @@ class TrainStep:
         if not steps:
             return torch.full(each, float("nan"), dtype=torch.float32, device=self.device)
         if self._ema_waits:
-            self._begin_ema(update=True)
+            self._begin_ema()
         with self._on_device:
             order, outside = self._batches.readable(order, images, batch_size)
             if sample_weight is not None:
@@ -401,6 +404,9 @@ class TrainStep:
         """Gradients of the mean loss by parameter name, in float32 or wider; the parameters stay as they are.
 
         ``sample_weight`` is as that of a step.
+
+        With float16 products a gradient that the loss scale makes too large for them is infinite, until ``update``
+        has lowered the scale.
 
         The tensors are the step's own buffers, valid until the next call of the step. ``accumulate=True`` adds to the
         gradients that were computed since the last update; ``update`` then applies the optimizer to them:
@@ -439,7 +445,7 @@ class TrainStep:
         self.forget_gradients()
         with self._on_device:
             if self._ema_waits:
-                self._begin_ema(update=True)
+                self._begin_ema()
             self._engine.update()
         self._updated()
 
@@ -459,7 +465,7 @@ class TrainStep:
         """
         self._follow()
         if self._ema_waits:
-            self._begin_ema(update=False)
+            self._begin_ema()
         counters = self._engine.counters().items()
         state = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in counters}
         return state | {name: tensor.clone() for name, tensor in self._parameter_state().items()}
@@ -469,8 +475,7 @@ class TrainStep:
 
         A frozen parameter has the average of the time before, or itself. To evaluate the average:
 
-            averaged = copy.deepcopy(step.model)
-            averaged.load_state_dict(step.ema_state_dict())
+            fastmlp.train.evaluate(step.model, (x_test, y_test), parameters=step.ema_state_dict())
 
         Raises:
             RuntimeError: the step keeps no average.
@@ -479,16 +484,15 @@ class TrainStep:
         if self.rule.ema_decay is None:
             raise RuntimeError("this TrainStep keeps no average of the parameters; make it with ema_decay=0.999")
         if self._ema_waits:
-            self._begin_ema(update=False)
+            self._begin_ema()
         kept = self._parked | self._parameter_state()
         return {
             name: kept.get(f"{name}.ema", parameter).detach().clone()
-            for name, parameter in self.model.named_parameters()
-        } | {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+            for name, parameter in self.model.state_dict().items()
+        }
 
-    def _begin_ema(self, *, update: bool) -> None:
-        """The average becomes the parameters as they are; it waits no longer if an update follows."""
-        self._ema_waits = not update
+    def _begin_ema(self) -> None:
+        """The average becomes the parameters as they are; it waits until an update has followed."""
         state = self._engine.parameter_state()
         with torch.no_grad():
             for average, parameter in zip(state["ema"], state.get("master", self._binding.parameters), strict=True):
@@ -501,6 +505,8 @@ class TrainStep:
             ValueError: names or shapes are not those of this step (another optimizer, another model); nothing has
                 changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"expected the dict that state_dict() returned, got {type(state_dict).__name__}")
         self._follow()
         own, counters = self._parameter_state(), self._engine.counters()
         expected = own.keys() | counters.keys()
@@ -532,6 +538,9 @@ class TrainStep:
 
     def _counter(self, name: str, value: Tensor) -> Any:
         """What ``counters`` of the engine returned, of a state."""
+        check_tensor(value, name)
+        if value.numel() != 1 or not value.isfinite().all():
+            raise ValueError(f"expected {name} to be one finite number, got {value}")
         return float(value)
 
     def _next_loss(self) -> Tensor:
@@ -569,6 +578,8 @@ class TrainStep:
     def _rebuild(self, binding: Binding, rules: list[Optimizer]) -> None:
         """A new engine, with the state of the old one as far as both have it."""
         state, counters = self._parked | self._parameter_state(), self._engine.counters()
+        if self._ema_waits:  # there is no average yet
+            state = {name: tensor for name, tensor in state.items() if not name.endswith(".ema")}
         thawed = [name for name in binding.trained if name not in self._binding.trained]
         updates = float(torch.as_tensor(counters.get("step", 0.0), device="cpu").max())
         if thawed and updates and self.rule.corrected:
@@ -580,7 +591,8 @@ class TrainStep:
         self._lost_gradients |= self._has_gradients
         self._engine, self._binding, self._rules, self._has_gradients = engine, binding, rules, False
         if rules[0].ema_decay is not None:
-            self._begin_ema(update=False)
+            self._ema_waits = not any(name.endswith(".ema") for name in state)
+            self._begin_ema()
         own = self._parameter_state()
         self._parked = {name: tensor for name, tensor in state.items() if name not in own}
         for name, tensor in own.items():
@@ -592,6 +604,7 @@ class TrainStep:
     def _updated(self) -> None:
         """Tell autograd that the parameters changed, and torch's schedulers that an update came before theirs."""
         increment_version(self._binding.parameters)
+        self._ema_waits = False
         self._engine.updated()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
 

@@ -86,10 +86,11 @@ class StepLoss:
         """DZ from the network's output A [M, C] or [E, M, C], and the loss of every row or element."""
         options = self.options
         if self.name == "cross_entropy" and a.dim() == 3:
-            if weights.divisor is not None or options.label_smoothing:
+            if weights.divisor is not None or options.label_smoothing or y.is_floating_point():
                 raise NotImplementedError(
-                    "an ensemble on the kernels has options of cross_entropy and sample weights for up to "
-                    f"{MAX_CLASSES} classes without an activation behind the last layer; use backend 'torch'"
+                    "an ensemble on the kernels has options of cross_entropy, probabilities as targets and sample "
+                    f"weights for up to {MAX_CLASSES} classes without an activation behind the last layer; use "
+                    "backend 'torch'"
                 )
             scale = 1 / a.shape[1]
             cross_entropy_of_members(

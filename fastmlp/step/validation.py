@@ -114,6 +114,8 @@ class Batches:
                 f"expected an input with {self._features} features, got {x.shape[1]}; reshape the input or build "
                 f"the model with sizes[0]={x.shape[1]}"
             )
+        if x.layout != torch.strided:
+            raise RuntimeError(f"expected a dense input, got one of layout {x.layout}; use x.to_dense()")
         if x.dtype not in self._inputs:
             raise RuntimeError(
                 f"expected an input of dtype {self._dtype} or uint8 pixels, got {x.dtype}; convert it with "
@@ -173,11 +175,17 @@ class Batches:
         if weight.device != self._device:
             check_same_device((("the parameters", self._like), ("sample_weight", weight)))
         if rows and self._device.type == "cpu":
-            least, most = (float(value) for value in torch.aminmax(weight.detach()))
+            dtype = self._like.dtype  # in which the step computes with them
+            least, most = (float(value) for value in torch.aminmax(weight.detach().to(dtype)))
             if not (least >= 0 and most < math.inf):
-                raise ValueError(f"expected finite sample weights of at least 0, got values from {least:g} to {most:g}")
+                raise ValueError(
+                    f"expected finite sample weights of at least 0, got values from {least:g} to {most:g} in {dtype}"
+                )
             if most == 0:
-                raise ValueError("every sample weight is 0, so the weighted mean has no value; leave the batch out")
+                raise ValueError(
+                    f"every sample weight is 0 in {dtype}, so the weighted mean has no value; leave the batch out, or "
+                    "divide the weights by the largest one"
+                )
         return weight.detach()
 
     def check_weighed(self, weight: Tensor, order: Tensor, batch_size: int) -> None:
@@ -185,7 +193,7 @@ class Batches:
         if self._device.type != "cpu" or not order.shape[0]:
             return
         padding = -order.shape[0] % batch_size
-        used = torch.nn.functional.pad(weight[order], (0, padding)).view(-1, batch_size)
+        used = torch.nn.functional.pad(weight[order].to(self._like.dtype), (0, padding)).view(-1, batch_size)
         empty = (used == 0).all(1)
         if empty.any():
             raise ValueError(
@@ -241,7 +249,8 @@ class MemberBatches(Batches):
         """X [B, K] or [E, B, K], and Y [B, ...] or [E, B, ...]; as ``Batches.checked``."""
         check_tensor(x, "the input")
         check_tensor(y, "the target")
-        e, dims = self.members, 1 if self._takes_classes else 2
+        of_classes = self._takes_classes and not (self._takes_probabilities and y.is_floating_point())
+        e, dims = self.members, 1 if of_classes else 2
         if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != e):
             raise RuntimeError(
                 f"expected an input of shape [batch, {self._features}], the same for all members, or [{e}, batch, "
@@ -260,7 +269,7 @@ class MemberBatches(Batches):
         # All else is checked as for an MLP: the batches of all members have one dtype and device.
         first = x if x.dim() == 2 else x[0], y if y.dim() == dims else y[0]
         _, converted = super().checked(*first, in_range=False)
-        if in_range and rows and self._takes_classes and self._device.type == "cpu":
+        if in_range and rows and of_classes and self._device.type == "cpu":
             check_classes(y, self._classes, ignore_index=None if self._is_plain else self._ignored)
         return x.detach(), y.detach().to(converted.dtype)
 

@@ -22,13 +22,15 @@ from ..step import TrainStep
 from ..step.loss_scale import LossScale
 from ..step.optimizers import OPTIMIZERS, Optimizer, optimizer_of
 from ..step.parameters import Copies
+from ..step.values import check_setting
 from .scores import loss_function
 
 
 class Engine(Protocol):
     """Runs training steps, which update the model's parameters in place.
 
-    An engine may also have ``step_losses``, a tensor of the loss of each step of the last ``epoch``. An engine of a run
+    An engine may also have ``step_losses``, a tensor of the loss of each step of the last ``epoch``, and ``average()``,
+    which returns parameters by name for `fit` to judge and keep in place of the model's, or None. An engine of a run
     that can be resumed has ``state_dict()``, which returns tensors by name, and ``load_state_dict(state)``.
     """
 
@@ -53,6 +55,8 @@ class Engine(Protocol):
 class StepEngine:
     """``fastmlp.TrainStep``: gather, forward, loss, backward and update as one operation, without the tape.
 
+    With ``process_group``, all its processes are given the same rows, and divide each batch.
+
     Args:
         model: an MLP.
         loss: a name that `TrainStep` takes.
@@ -67,6 +71,9 @@ class StepEngine:
     def __init__(self, model: nn.Module, *, loss: str = "cross_entropy", **settings: Any) -> None:
         checked_rule(**{name: value for name, value in settings.items() if name not in step_options()})
         self.step = TrainStep(model, loss=loss, **settings)  # type: ignore[arg-type]
+        group = settings.get("process_group")
+        #: (the number of this process, the number of processes)
+        self.share = (0, 1) if group is None else (group.rank(), group.size())
 
     def state_dict(self) -> dict[str, Tensor]:
         """``TrainStep.state_dict``."""
@@ -81,11 +88,38 @@ class StepEngine:
         """The loss of each step of the last `epoch`, on the device."""
         return self.step.losses
 
+    def average(self) -> dict[str, Tensor] | None:
+        """The moving average of the parameters, in their dtypes; None without ``ema_decay``."""
+        if self.step.rule.ema_decay is None:
+            return None
+        own = self.step.model.state_dict()
+        return {name: tensor.to(own[name].dtype) for name, tensor in self.step.ema_state_dict().items()}
+
     def epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]
     ) -> Tensor:
         """As `Engine.epoch`."""
+        rank, count = self.share
+        if count > 1:
+            check_shares(batch_size, len(order), count)
+            full = len(order) - len(order) % batch_size
+            whole, last = order[:full].view(-1, batch_size), order[full:]
+            order, batch_size = torch.cat((whole[:, rank::count].flatten(), last[rank::count])), batch_size // count
         return self.step.epoch(images, labels, batch_size, order, lr_factors)
+
+
+def check_shares(batch_size: int, rows: int, count: int) -> None:
+    """ValueError unless each of ``count`` processes has rows of each batch, and as many of each whole batch."""
+    if batch_size % count:
+        raise ValueError(
+            f"batches of {batch_size} rows cannot be divided among {count} processes; choose a batch_size that is a "
+            f"multiple of {count}, such as {-(-batch_size // count) * count}"
+        )
+    if 0 < rows % batch_size < count:
+        raise ValueError(
+            f"the last batch of {rows} rows in batches of {batch_size} has {rows % batch_size}, fewer than the {count} "
+            "processes; choose another batch_size"
+        )
 
 
 class AutogradEngine:
@@ -120,7 +154,8 @@ class AutogradEngine:
         half = any(p.dtype == torch.float16 for p in self.params)
         self.loss_scale = LossScale(self.params[0].device) if half else None
         self.has_masters = any(p.dtype.itemsize < 4 for p in self.params)
-        self.masters = [Copies(p, p.dtype).master for p in self.params] if self.has_masters else self.params
+        self.copies = [Copies(p, p.dtype) for p in self.params] if self.has_masters else []
+        self.masters = [c.master for c in self.copies] if self.has_masters else self.params
         self.max_grad_norm = rule.max_grad_norm
         self.optimizer = _torch_optimizer(rule, self.masters)
 
@@ -163,6 +198,8 @@ class AutogradEngine:
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]
     ) -> Tensor:
         """As `Engine.epoch`."""
+        for copies in self.copies:
+            copies.follow()  # anybody may have written to the parameters since the last epoch
         total = torch.zeros((), dtype=torch.float32, device=images.device)
         for rows, factor in zip(order.split(batch_size), lr_factors, strict=True):
             loss = self.loss(self.model(images.index_select(0, rows)), labels.index_select(0, rows))
@@ -191,6 +228,8 @@ class AutogradEngine:
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(self.params, self.masters)
+        for copies in self.copies:
+            copies.published()
 
     def _clip(self) -> None:
         if self.max_grad_norm is not None:
@@ -247,7 +286,9 @@ def checked_rule(*, lr: float, optimizer: str = "sgd", **settings: Any) -> Optim
     for name in settings:
         if name not in known:
             raise TypeError(unknown("setting of an optimizer", name, known))
-    if not (isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0):
+    if not isinstance(lr, (int, float)):
+        lr = check_setting("lr", lr)
+    if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be a finite number above 0, got {lr}")
     momentum, weight_decay = settings.get("momentum"), settings.get("weight_decay")
     if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:

@@ -38,11 +38,21 @@ class Judged:
 
 
 @torch.no_grad()
-def judge(model: nn.Module, data: Samples, split: str, loss: str, batch_size: int = 2048) -> Judged | None:
+def judge(
+    model: nn.Module,
+    data: Samples,
+    split: str,
+    loss: str,
+    batch_size: int = 2048,
+    *,
+    ignore_index: int | None = None,
+) -> Judged | None:
     """Look at the model's classes of the data; None for a loss of values. Errors as `fastmlp.train.evaluate`."""
     if takes_values(loss):
         return None
-    x, y = checked(model, data, loss)
+    x, y = checked(model, data, loss, ignore_index)
+    if ignore_index is not None:
+        x, y = x[y != ignore_index], y[y != ignore_index]
     with evaluation_mode(model):
         outputs = torch.cat([model(rows).float() for rows in x.split(batch_size)])
     classes, predicted = outputs.shape[1], outputs.argmax(1)

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from ..base.names import unknown
 from ..cpu import adopt_choices, named_choices
 from ..nn import MLP
-from .engines import ENGINES, Engine, checked_rule, engine_for, step_options, usual_rule
+from .engines import ENGINES, Engine, check_shares, checked_rule, engine_for, step_options, usual_rule
 from .results import EXPLODED, DivergenceError, EpochResult, History, Progress
 from .schedules import Schedule, lr_factor
-from .scores import LabeledImages, Samples, checked, evaluate, loss_of_a_guess, metric_of
+from .scores import LabeledImages, Samples, checked, evaluate, loss_of_a_guess, metric_of, tensors
 from .split import held_out
 from .state import RunState, fingerprint, load_state, save_state
 
@@ -76,6 +76,9 @@ def fit(
     the epoch with the least validation loss, and the test data is looked at once, with these parameters. Without
     ``validation``, every epoch is evaluated on the test data, and the model keeps the parameters of the last epoch.
 
+    With ``ema_decay=0.999``, the moving average of the parameters is what is evaluated and what the model gets at the
+    end, with ``validation`` the average of the best epoch.
+
     With ``checkpoint``, the state of the run is written after every epoch, to one file that changes as a whole. A run
     that was killed goes on from its last finished epoch, and gives the parameters and the history of the run that was
     never stopped, bit for bit:
@@ -94,21 +97,22 @@ def fit(
         test: data to evaluate on; default: none.
         validation: data that chooses the best epoch, or the share of the training rows to hold out for this, drawn
             with ``seed`` and from all classes alike; default: none.
-        epochs: at least 1.
-        batch_size: rows per step, at least 1.
-        optimizer: a name that `TrainStep` takes. Engine "autograd" takes those that torch.optim has.
-        lr: base learning rate, above 0.
+        epochs: passes over the training data, at least 1; default 10. The training may end earlier (``patience``).
+        batch_size: rows per step, at least 1; default 128.
+        optimizer: a name that `TrainStep` takes; default "sgd". Engine "autograd" takes those that torch.optim has.
+        lr: base learning rate, above 0. It has no default, since the best one depends on data and model.
         loss: "cross_entropy" or "softmax_squared_error" (class numbers), "mse", "l1", "huber" or "bce" (values; the
-            last one takes logits and targets from 0 to 1).
+            last one takes logits and targets from 0 to 1); default "cross_entropy".
         momentum: in [0, 1); default: 0.9 for "sgd", else as `TrainStep`.
         weight_decay: at least 0; default: 0.
         nesterov: Nesterov's momentum; default: True for "sgd"; without effect when momentum is 0.
-        schedule: "constant", "linear", "cosine", or a function; see `fastmlp.train.schedules`.
-        warmup: share of all steps to warm up in, [0, 1); "constant" has no warm-up.
-        seed: of the order of the rows.
-        engine: what runs the steps: "step" (`fastmlp.TrainStep`, for MLPs), "autograd", "auto" ("step" for a
-            fastmlp.MLP, "autograd" for all else), or a ready `fastmlp.train.engines.Engine`. A
-            ready engine has its own optimizer and loss, so the arguments about the optimizer have no effect.
+        schedule: "constant", "linear" (default), "cosine", or a function; see `fastmlp.train.schedules`.
+            With "linear" and "cosine" the learning rate falls towards 0 over all ``epochs``.
+        warmup: share of all steps to warm up in, [0, 1); default 0.05; "constant" has no warm-up.
+        seed: of the order of the rows and of the held-out share; default 0. The starting weights are the model's.
+        engine: what runs the steps: "step" (`fastmlp.TrainStep`, for MLPs), "autograd", "auto" (default: "step" for a
+            fastmlp.MLP, "autograd" for all else), or a ready `fastmlp.train.engines.Engine`. A ready engine has its own
+            optimizer and loss, so the arguments about the optimizer have no effect.
         patience: end the training when so many epochs in a row had no validation loss below the best, at least 1;
             default: never. It needs ``validation``.
         checkpoint: a file that gets the state of the run, or a function that is called with it; default: none.
@@ -116,12 +120,14 @@ def fit(
             those of the run, but ``epochs`` and ``patience`` may be larger. A schedule that depends on the number of
             steps follows the new number from there on. A file that is not there is an error. Default: begin anew.
         on_epoch: called with the result after each epoch, when the model has the parameters of this epoch. If it
-            returns True, the training ends.
+            returns True, the training ends. Default: none.
         on_progress: called every `CHECK_EVERY` steps and at the end of each epoch. If it returns True, the training
             stops at once: ``checkpoint`` gets the steps of the unfinished epoch, the model keeps its parameters, and
-            the test data is not looked at.
+            the test data is not looked at. Default: none.
         settings: further settings of the optimizer, by `TrainStep`'s names: betas, eps, max_grad_norm, ... With engine
-            "step" also its further options, such as dtype. The losses of evaluations do not have these options.
+            "step" also its further options, such as class_weight, label_smoothing, param_groups and dtype. Evaluations,
+            and so ``patience``, take the plain loss without these options. With ``process_group``, all processes call
+            `fit` with the same arguments, and divide each batch.
 
     Returns:
         The results of all epochs; ``history.best`` is the best epoch's.
@@ -131,8 +137,8 @@ def fit(
             argument that differs from that of the run to resume.
         RuntimeError: inputs, targets and model do not fit, or are on two devices.
         IndexError: a label outside [0, classes).
-        TypeError: data of another kind, engine "step" for a model that is not an MLP, an unknown setting, or an engine
-            without ``state_dict`` where ``checkpoint`` or ``resume`` is given.
+        TypeError: data of another kind, an ensemble, engine "step" for a model that is not an MLP, an unknown setting,
+            or an engine without ``state_dict`` where ``checkpoint`` or ``resume`` is given.
         OSError: ``checkpoint`` cannot be written or ``resume`` cannot be read. (A damaged file is a RuntimeError.)
         DivergenceError: the loss or a parameter became NaN or infinite, or the loss exploded (a RuntimeError).
     """
@@ -151,21 +157,17 @@ def fit(
             raise ValueError(f"{', '.join(options)} needs engine 'step', got engine {engine!r}")
         rule = usual_rule(optimizer=optimizer, lr=lr, **settings)
         settings = {name: getattr(rule, name) for name in rule.settings} | options
-        if settings.get("ema_decay") is not None:
-            raise ValueError(
-                "fit judges and keeps the parameters, not an average of them; pass engine=StepEngine(model, ...) with "
-                "ema_decay, and take its step.ema_state_dict()"
-            )
     else:
         checked_rule(lr=lr)
         settings = {"lr": lr}
-    x, y = checked(model, train, loss)
+    ignored = settings.get("ignore_index")
+    x, y = checked(model, train, loss, ignored)
     if isinstance(validation, (int, float)):
         kept, held = (rows.to(x.device) for rows in held_out(y, validation, seed))
         x, y, validation = x[kept], y[kept], (x[held], y[held])
     for dataset in (test, validation):
         if dataset is not None:
-            checked(model, dataset, loss)
+            checked(model, dataset, loss, ignored)
     judge, split = (test, "test") if validation is None else (validation, "validation")
     n = len(y)
     steps = -(-n // batch_size)
@@ -176,9 +178,11 @@ def fit(
         kinds = {"optimizer": optimizer, "engine": engine} if isinstance(engine, str) else {}
         about = {"epochs": epochs, "batch_size": batch_size, "loss": loss, **kinds, **settings, "seed": seed}
         about |= {"schedule": schedule if isinstance(schedule, str) else getattr(schedule, "__name__", "")}
-        about |= {"warmup": warmup, "patience": patience, "validation": validation is not None}
+        about |= {"warmup": warmup, "patience": patience, "model": repr(model)}
+        about |= {"validation": None if validation is None else fingerprint(*tensors(validation))}
         about |= {"data": fingerprint(x, y)}
         about |= {"dropout": model.dropout} if isinstance(model, MLP) and model.dropout else {}
+        about.pop("process_group", None)  # the run may go on with another number of processes
     if resume is not None:
         state = resume if isinstance(resume, RunState) else load_state(resume)
         state.check(about, model)
@@ -194,11 +198,14 @@ def fit(
             f"checkpoint and resume need an engine with state_dict and load_state_dict, got {type(runner).__name__}"
         )
 
+    check_shares(batch_size, n, getattr(runner, "share", (0, 1))[1])
     generator = torch.Generator().manual_seed(seed)
     history = History(loss=loss)
+    average: Callable[[], dict[str, Tensor] | None] = getattr(runner, "average", lambda: None)
+    chosen = validation is not None or average() is not None
     good = best = _snapshot(model)
     if state is None:
-        highest_loss = EXPLODED * loss_of_a_guess(model, x[:_GUESS_ROWS], y[:_GUESS_ROWS], loss)
+        highest_loss = EXPLODED * loss_of_a_guess(model, x[:_GUESS_ROWS], y[:_GUESS_ROWS], loss, ignored)
     else:
         highest_loss = state.highest_loss
         runner.load_state_dict(state.engine)  # type: ignore[attr-defined]
@@ -210,10 +217,11 @@ def fit(
         """Give the state of the run to ``checkpoint``."""
         if checkpoint is None:
             return
-        other = None if validation is None or best is parameters else best
+        other = best if chosen and best is not parameters else None
         kept = runner.state_dict()  # type: ignore[attr-defined]
+        so_far = dataclasses.replace(history, epochs=[*history.epochs])
         now = RunState(
-            parameters, kept, order, history, about, highest_loss, other, step, loss_sum, spent, named_choices()
+            parameters, kept, order, so_far, about, highest_loss, other, step, loss_sum, spent, named_choices()
         )
         if callable(checkpoint):
             checkpoint(now)
@@ -221,7 +229,11 @@ def fit(
             save_state(checkpoint, now)
 
     def factors(epoch: int, first: int, last: int) -> list[float]:
-        return [factor((epoch - 1) * steps + step) for step in range(first, last)]
+        of_steps = [factor((epoch - 1) * steps + step) for step in range(first, last)]
+        bad = next((value for value in of_steps if not (math.isfinite(value) and value >= 0)), None)
+        if bad is not None:
+            raise ValueError(f"expected the schedule to return finite numbers of at least 0, got {bad}")
+        return of_steps
 
     def stop(what: str, epoch: int, first: int, last: int) -> DivergenceError:
         model.load_state_dict(good)
@@ -260,7 +272,8 @@ def fit(
         if not _all_finite(model):
             raise stop("a parameter became NaN or infinite", epoch, first, last)
         seconds = time.perf_counter() - start
-        scores = {} if judge is None else _scores(model, judge, split, loss)
+        averaged = average()
+        scores = {} if judge is None else _scores(model, judge, split, loss, averaged, ignored)
         judged = scores.get(f"{split}_loss")
         if judged is not None and not math.isfinite(judged):
             raise stop(f"the loss on the {split} data became {judged}", epoch, first, last)
@@ -270,23 +283,32 @@ def fit(
         history.epochs.append(dataclasses.replace(result, **scores))
         good = _snapshot(model)
         if history.best is history.last:
-            best = good
+            best = good if averaged is None else averaged
         keep(good, generator.get_state())
         if on_epoch is not None and on_epoch(history.last) is True:
             break
         if stopped:
             return history
-    if validation is not None and history.epochs:
+    if chosen and history.epochs:
         model.load_state_dict(best)
-        if test is not None:
+        if validation is not None and test is not None:
             place = history.epochs.index(history.best)
-            history.epochs[place] = dataclasses.replace(history.best, **_scores(model, test, "test", loss))
+            history.epochs[place] = dataclasses.replace(
+                history.best, **_scores(model, test, "test", loss, None, ignored)
+            )
     return history
 
 
-def _scores(model: nn.Module, data: Samples, split: str, loss: str) -> dict[str, Any]:
+def _scores(
+    model: nn.Module,
+    data: Samples,
+    split: str,
+    loss: str,
+    parameters: Mapping[str, Tensor] | None,
+    ignored: int | None,
+) -> dict[str, Any]:
     """Loss and metric on some data, as the fields of an `EpochResult`."""
-    value, metric = evaluate(model, data, loss=loss)
+    value, metric = evaluate(model, data, loss=loss, parameters=parameters, ignore_index=ignored)
     return {f"{split}_loss": value, f"{split}_{metric_of(loss)}": metric}
 
 

@@ -7,17 +7,20 @@ values are judged by R2 = 1 - sum (a - y)^2 / sum (y - mean y)^2, over all outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .. import functional
-from ..base.arguments import check_classes
+from ..base.arguments import check_classes, check_tensor
 from ..base.losses import LOSSES, STEP_LOSSES, Loss
 from ..base.names import unknown
+from ..ensemble import MLPEnsemble
 
 
 class LabeledImages(Protocol):
@@ -89,11 +92,19 @@ def tensors(data: Samples) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def checked(model: nn.Module, data: Samples, loss: str = "cross_entropy") -> tuple[Tensor, Tensor]:
+def checked(
+    model: nn.Module, data: Samples, loss: str = "cross_entropy", ignore_index: int | None = None
+) -> tuple[Tensor, Tensor]:
     """(x, y) of data that fit the model and the loss: class numbers as int64, values as [N, outputs].
 
+    A class number may also be ``ignore_index``, but not all of them.
     What is checked here, once, is checked by no step, since a check of labels on a GPU makes the host wait.
     """
+    if isinstance(model, MLPEnsemble):
+        raise TypeError(
+            f"expected one model, got an MLPEnsemble of {model.members}; look at each of ensemble.unstack(), or train "
+            "all with fastmlp.TrainStep(ensemble)"
+        )
     x, y = tensors(data)
     if x.dim() < 2:
         raise ValueError(f"expected inputs [N, features] or [N, ...], got {list(x.shape)}")
@@ -112,16 +123,19 @@ def checked(model: nn.Module, data: Samples, loss: str = "cross_entropy") -> tup
         outputs = model(x[:1]).shape[1]
     if takes_values(loss):
         return x, _checked_values(y, outputs, loss, probabilities=about.input == "logits")
-    return x, _checked_classes(y, outputs, loss)
+    return x, _checked_classes(y, outputs, loss, ignore_index)
 
 
-def _checked_classes(y: Tensor, outputs: int, loss: str) -> Tensor:
+def _checked_classes(y: Tensor, outputs: int, loss: str, ignore_index: int | None) -> Tensor:
     if y.dtype not in (torch.int64, torch.uint8) or y.dim() != 1:
         values = "; for values, take a loss of values, such as mse" if y.is_floating_point() else ""
         raise RuntimeError(
             f"expected labels for {loss} as class numbers int64 [{len(y)}], got {y.dtype} {list(y.shape)}{values}"
         )
-    check_classes(y, outputs, "labels must be from 0 to {last} for a model of {classes} classes, got {low} to {high}")
+    message = "labels must be from 0 to {last} for a model of {classes} classes, got {low} to {high}"
+    check_classes(y, outputs, message, ignore_index=ignore_index)
+    if ignore_index is not None and bool((y == ignore_index).all()):
+        raise ValueError(f"every label is {ignore_index}, which is ignored, so no row counts; give rows with classes")
     return y.long()
 
 
@@ -140,51 +154,117 @@ def _checked_values(y: Tensor, outputs: int, loss: str, *, probabilities: bool) 
 
 
 @overload
-def evaluate(model: nn.Module, dataset: Samples, batch_size: int = ...) -> tuple[float, float]: ...
+def evaluate(
+    model: nn.Module,
+    dataset: Samples,
+    batch_size: int = ...,
+    *,
+    parameters: Mapping[str, Tensor] | None = ...,
+    ignore_index: int | None = ...,
+) -> tuple[float, float]: ...
 
 
 @overload
-def evaluate(model: nn.Module, dataset: Samples, batch_size: int = ..., *, loss: str) -> tuple[float, float | None]: ...
+def evaluate(
+    model: nn.Module,
+    dataset: Samples,
+    batch_size: int = ...,
+    *,
+    loss: str,
+    parameters: Mapping[str, Tensor] | None = ...,
+    ignore_index: int | None = ...,
+) -> tuple[float, float | None]: ...
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: Samples, batch_size: int = 2048, *, loss: str = "cross_entropy"
+    model: nn.Module,
+    dataset: Samples,
+    batch_size: int = 2048,
+    *,
+    loss: str = "cross_entropy",
+    parameters: Mapping[str, Tensor] | None = None,
+    ignore_index: int | None = None,
 ) -> tuple[float, float | None]:
     """(mean loss, metric) of ``model`` on ``dataset``, without autograd, in evaluation mode.
 
     The metric is the accuracy, 0 to 1, or for the losses of values mse, l1 and huber R2. It is None where the targets
     have no variance (R2), or are not all 0 or 1 (accuracy of "bce").
 
+    With ``parameters``, by name as in a state_dict, these are used in place of the model's own, in the dtypes of those.
+    ``parameters=step.ema_state_dict()`` evaluates the moving average that a `TrainStep` keeps.
+
+    Rows with the label ``ignore_index``, of a loss of classes, count neither for the loss nor for the accuracy.
+
     Raises:
-        TypeError: ``dataset`` is no pair of tensors and no data set.
-        ValueError: an empty data set, a batch size below 1, an unknown loss, or targets of another shape.
-        RuntimeError: inputs and model do not fit, or are on two devices.
+        TypeError: ``dataset`` is no pair of tensors and no data set, ``model`` is an ensemble, or ``parameters`` are no
+            dict of tensors.
+        ValueError: an empty data set, a batch size below 1, an unknown loss, targets of another shape, or labels that
+            are all ignored.
+        RuntimeError: inputs or parameters do not fit the model, or are on another device.
         IndexError: a label outside [0, classes).
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    inputs, targets = checked(model, dataset, loss)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    inputs, targets = checked(model, dataset, loss, ignore_index)
+    forward: Callable[[Tensor], Tensor] = model
+    if parameters is not None:
+        own = model.state_dict()
+        _check_names(own, parameters)
+        cast = {name: tensor.to(own[name].dtype) for name, tensor in parameters.items()}
+        forward = functools.partial(functional_call, model, cast)
     with evaluation_mode(model):
-        kind = _evaluate_values if takes_values(loss) else _evaluate_classes
-        return kind(model, inputs, targets, batch_size, loss)
+        if takes_values(loss):
+            return _evaluate_values(forward, inputs, targets, batch_size, loss)
+        return _evaluate_classes(forward, inputs, targets, batch_size, loss, ignore_index)
+
+
+def _check_names(own: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    if not isinstance(parameters, Mapping):
+        raise TypeError(f"expected parameters as a dict of tensors by name, got {type(parameters).__name__}")
+    for name, tensor in parameters.items():
+        check_tensor(tensor, f"the parameter {name!r}")
+        if name not in own or own[name].shape != tensor.shape:
+            expected = f"{list(own[name].shape)}" if name in own else f"one of {', '.join(own)}"
+            raise RuntimeError(
+                f"the parameter {name!r} {list(tensor.shape)} does not fit the model; expected {expected}"
+            )
 
 
 def _evaluate_classes(
-    model: nn.Module, inputs: Tensor, targets: Tensor, batch_size: int, loss: str
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    batch_size: int,
+    loss: str,
+    ignore_index: int | None,
 ) -> tuple[float, float]:
-    function = loss_function(loss)
-    total = torch.zeros((), dtype=torch.float32, device=inputs.device)
+    function = _with_ignored(loss, ignore_index)
+    total = torch.zeros((), dtype=torch.float64, device=inputs.device)
     correct = torch.zeros((), dtype=torch.int64, device=inputs.device)
     for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-        logits = model(x)
-        total += function(logits.float(), y, reduction="sum")
-        correct += (logits.argmax(1) == y).sum()
-    return total.item() / len(targets), correct.item() / len(targets)
+        logits = _widened(model(x))
+        total += function(logits, y, reduction="sum")
+        correct += (logits.argmax(1) == y).sum()  # an ignored label that is a class counts below
+        if ignore_index is not None:
+            correct -= ((logits.argmax(1) == y) & (y == ignore_index)).sum()
+    count = len(targets) if ignore_index is None else int((targets != ignore_index).sum())
+    return total.item() / count, correct.item() / count
+
+
+def _widened(outputs: Tensor) -> Tensor:
+    """Outputs of 16 bits in float32, others as they are."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def _with_ignored(loss: str, ignore_index: int | None) -> Callable[..., Tensor]:
+    """The function of a loss, which leaves out the rows of an ignored label."""
+    function = loss_function(loss)
+    return function if ignore_index is None else functools.partial(function, ignore_index=ignore_index)
 
 
 def _evaluate_values(
-    model: nn.Module, inputs: Tensor, targets: Tensor, batch_size: int, loss: str
+    model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, batch_size: int, loss: str
 ) -> tuple[float, float | None]:
     function = loss_function(loss)
     total, residual, variance, correct = torch.zeros(4, dtype=torch.float64, device=inputs.device).unbind()
@@ -203,12 +283,17 @@ def _evaluate_values(
 
 
 @torch.no_grad()
-def loss_of_a_guess(model: nn.Module, inputs: Tensor, targets: Tensor, loss: str) -> float:
+def loss_of_a_guess(
+    model: nn.Module, inputs: Tensor, targets: Tensor, loss: str, ignore_index: int | None = None
+) -> float:
     """The loss of a guess that ignores the inputs, or that of ``model``, whichever is larger.
 
     The guess is equal probabilities for all classes, or the mean of the values.
     """
-    function = loss_function(loss)
+    function = _with_ignored(loss, ignore_index)
+    if ignore_index is not None:
+        counts = targets != ignore_index
+        inputs, targets = inputs[counts], targets[counts]
     with evaluation_mode(model):
         outputs = model(inputs).float()
     guess = torch.zeros_like(outputs)
@@ -221,10 +306,11 @@ def loss_of_a_guess(model: nn.Module, inputs: Tensor, targets: Tensor, loss: str
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards in its own mode."""
-    was_training = model.training
+    """The model in evaluation mode, and afterwards each of its modules in its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training

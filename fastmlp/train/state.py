@@ -44,7 +44,7 @@ class RunState:
         history: the finished epochs.
         settings: the arguments of `fit` that make the run what it is, and the fingerprint of the data.
         highest_loss: the loss that counts as exploded.
-        best: parameters of the best epoch where they are not the model's; only with validation data.
+        best: parameters of the best epoch where they are not the model's: with validation data, or with an average.
         step: steps of the unfinished epoch that are done; 0 between epochs.
         loss_sum, seconds: the sum of the losses of these steps' rows, and the time that they took.
         choices: what `fastmlp.cpu` chose by measuring, which is a part of the result.
@@ -74,9 +74,7 @@ class RunState:
         before_all = _plain(self.settings)
         for name, value in _plain(settings).items():
             before = before_all.get(name)
-            if extends(name, value, before):
-                continue
-            if value != before:
+            if name != "model" and not extends(name, value, before) and value != before:
                 raise ValueError(_different(name, value, before))
         own = {name: (list(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
         theirs = {name: (list(tensor.shape), tensor.dtype) for name, tensor in self.model.items()}
@@ -84,6 +82,9 @@ class RunState:
             if own.get(name) != theirs.get(name):
                 have, had = (f"{of[name][0]} {of[name][1]}" if name in of else "nothing" for of in (own, theirs))
                 raise ValueError(f"the run to resume is of another model: {name} is {have}, and was {had}")
+        now, was = settings.get("model"), before_all.get("model")
+        if now != was:
+            raise ValueError(f"the run to resume is of another model: it is {now}, and was {was}")
 
 
 def extends(name: str, value: object, before: object) -> bool:
@@ -94,8 +95,11 @@ def extends(name: str, value: object, before: object) -> bool:
 
 
 def _different(name: str, value: object, before: object) -> str:
-    if name == "data":
-        return "the training data are not those of the run to resume: other rows, or rows in another order"
+    if name in ("data", "validation") and value is not None and before is not None:
+        kind = "training" if name == "data" else name
+        return f"the {kind} data are not those of the run to resume: other rows, or rows in another order"
+    if name == "validation":
+        return f"the run to resume was given validation data: {before is not None}, and now: {value is not None}"
     if name in EXTENDED and before is not None:
         return f"{name}={value} is less than the {before} of the run to resume"
     return f"{name}={value!r} differs from the {before!r} of the run to resume"

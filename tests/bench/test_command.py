@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 
+import click
 import pytest
 import torch
 
@@ -214,6 +215,24 @@ def test_table_fits_eighty_columns(results, capsys):
     assert "apex.mlp: not installed (1 of 1 problems)" in out
     print_accuracy(load(results / MACHINE["slug"] / "accuracy.json"))
     assert "5.0 ± 1.0 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "part", "named"),
+    [
+        ("full --rounds 5 --out x", "full", "full --rounds 5"),
+        ("full --rounds 5 --seeds=3", "scaling", "scaling --rounds 5"),
+        ("full --threads 2 --rounds 5 --seeds 3", "accuracy", "accuracy --threads 2 --seeds 3"),
+        ("full --rounds=5", "accuracy", "accuracy"),
+        ("quick --rounds 5 --data=x", "quick", "quick --rounds 5"),
+    ],
+)
+def test_the_parts_of_full_name_the_commands_that_repeat_them(given, part, named):
+    words = given.split()
+    group = click.Context(bench_cli.cli, info_name="fastmlp bench")
+    context = click.Context(bench_cli.cli.commands[words[0]], parent=group, info_name=words[0])
+    context.meta[bench_cli._ARGUMENTS] = words
+    assert bench_cli._command_line(context, part) == f"fastmlp bench {named}"
 
 
 def test_without_a_checkout(monkeypatch, capsys, tmp_path):

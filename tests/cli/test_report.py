@@ -88,3 +88,9 @@ def test_tensorboard(tmp_path, monkeypatch, capsys):
     assert train(tmp_path / "none", "--log", "tensorboard") == 2
     assert "install it with: pip install tensorboard" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_the_folder_of_a_sweep(tmp_path, capsys):
+    (tmp_path / "sweep.json").write_text("{}")
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert f"is the folder of a sweep; 'fastmlp sweep --resume {tmp_path}' writes its tables" in capsys.readouterr().err

@@ -21,6 +21,7 @@ OPTIMIZERS = {
     "sgd": ["--momentum", "0", "--no-nesterov"],
     "momentum": ["--weight-decay", "0.001", "--max-grad-norm", "2"],
     "adamw": ["--optimizer", "adamw", "--betas", "0.8", "0.99", "--weight-decay", "0.1"],
+    "average": ["--ema-decay", "0.9", "--ema-warmup"],
 }
 
 

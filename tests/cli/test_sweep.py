@@ -6,9 +6,7 @@ import csv
 import json
 import os
 import shutil
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from fastmlp import cli
 from fastmlp.cli.sweep_folder import CLAIM, group_file
 from fastmlp.train.checkpoint import read_checkpoint
 from fastmlp.train.sweep import group as group_module
+from tests.cli.processes import ended, started
 from tests.support.small_data import idx_folder, table
 
 FILES = ["groups", "model.json", "model.safetensors", "results.csv", "results.json", "results.png", "sweep.json"]
@@ -288,21 +287,7 @@ def test_a_variable_of_torchrun_that_is_no_number(capsys, sets, monkeypatch):
 
 
 def two_processes(*argv: object) -> list[subprocess.CompletedProcess]:
-    """The command in two processes, which have the variables that torchrun sets."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in (0, 1):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in variables.items()}}
-        command = [sys.executable, "-m", "fastmlp", *map(str, argv)]
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    done = [process.communicate(timeout=300) for process in started]
-    return [
-        subprocess.CompletedProcess((), process.returncode, *texts)
-        for process, texts in zip(started, done, strict=True)
-    ]
+    return ended(started(2, *argv))
 
 
 def test_two_processes(request, capsys, sets, tmp_path):

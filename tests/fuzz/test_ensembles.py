@@ -35,7 +35,7 @@ class Members:
 @st.composite
 def ensembles(draw: st.DrawFn) -> Members:
     return Members(
-        training=replace(draw(trainings()), weighted=False, options=()),
+        training=replace(draw(trainings()), weighted=False, options=(), dropout=()),
         active=tuple(draw(st.lists(st.booleans(), min_size=1, max_size=5))),
         rates=draw(st.booleans()),
         own_data=draw(st.booleans()),

@@ -65,7 +65,15 @@ class Training:
     epoch: bool  #: one epoch in random order instead of two single steps
     weighted: bool  #: sample weights, some of which are 0
     options: tuple[str, ...]  #: of the loss; "probabilities" are the targets'
+    dropout: tuple[float, ...]  #: of each hidden layer
     seed: int
+
+    def network(self) -> fastmlp.MLP:
+        """The network to train, float64."""
+        start = network(self.sizes, self.activations, bias=self.bias, seed=self.seed)
+        torch.manual_seed(self.seed)
+        start.dropout = self.dropout
+        return start
 
     def loss_options(self) -> dict[str, Any]:
         """The arguments of TrainStep, tensors in float64."""
@@ -115,6 +123,7 @@ def trainings(draw: st.DrawFn) -> Training:
         epoch=epoch,
         weighted=draw(st.booleans()),
         options=tuple(sorted(options)),
+        dropout=tuple(draw(st.sampled_from([0.0, 0.0, 0.25, 0.5])) for _ in sizes[2:]),
         seed=draw(st.integers(0, 99)),
     )
 
@@ -161,7 +170,7 @@ def by_torch(training: Reference, data: list[Batch], size: float = 0.0, seed: in
 
 @fuzz(8, trainings())
 def test_train_step(case: Training):
-    start = network(case.sizes, case.activations, bias=case.bias, seed=case.seed)
+    start = case.network()
     x, *targets = case.data()
     order = torch.randperm(case.rows, generator=torch.Generator().manual_seed(case.seed))
     got = trained(case, start, (x, *targets), order)

@@ -252,3 +252,25 @@ def test_two_runs_are_bitwise_equal(lane, monkeypatch, how):
         loss, dz = cross_entropy(z, y, weight=class_weight, sample_weight=s, divisor=divisor)
         runs.append((loss, dz, divisor))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own rows", "one order"])
+@pytest.mark.covering
+def test_members_have_weights_of_their_own(lane, own):
+    """The launch for many rows. A member's weight is that of a single model, whose threads may add in another order."""
+    z, y, class_weight, s = zip(*(problem(ROWS, {"class_weight": True}) for _ in range(3)), strict=True)
+    g = torch.Generator().manual_seed(0)
+    labels = torch.stack([of[torch.randperm(ROWS, generator=g)] for of in y]).to(lane)
+    sample = torch.stack([of[torch.randperm(ROWS, generator=g)] for of in s]).to(lane)
+    rows = torch.stack([torch.randperm(ROWS, generator=g)[:21] for _ in z]).to(lane)
+    of_classes = class_weight[0].to(lane)
+    rows, labels = (rows, labels) if own else (rows[0], labels[0])
+    divisor = nan_like((3,), torch.float32).to(lane)
+    common = {"classes": CLASSES, "class_weight": of_classes}
+    row_weights.total_weight(divisor, 21, target=labels, sample_weight=sample, rows=rows, **common)
+    for e in range(3):
+        single = nan_like((), torch.float32).to(lane)
+        of = {"target": labels[e] if own else labels, "rows": rows[e] if own else rows, "sample_weight": sample[e]}
+        row_weights.total_weight(single, 21, **of, **common)
+        torch.testing.assert_close(divisor[e], single, rtol=1e-6, atol=0)
+    assert len(divisor.unique()) == 3

@@ -448,6 +448,13 @@ _ROW_WEIGHTS = (
     ),
     Mutant(
         "row_weights",
+        "member stride ignored",
+        "            sample_ptr += member * members.sample\n",
+        "            sample_ptr += 0\n",
+        (WEIGHTS, "test_members_have and own"),
+    ),
+    Mutant(
+        "row_weights",
         "no program writes the weight of the batch",
         "tl.store(divisor_ptr, divisor, mask=tl.program_id(0) == 0)",
         "tl.store(divisor_ptr, divisor, mask=tl.program_id(0) < 0)",

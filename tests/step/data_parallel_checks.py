@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastmlp
-from fastmlp import TrainStep, use_backend
+from fastmlp import TrainStep, reference, use_backend
 from tests.support.harness import assert_within_budget
 
 SIZES = (7, 9, 5)
@@ -163,12 +163,63 @@ def frozen(rank: int, pair: Any) -> None:
         assert torch.equal(first, p)
 
 
+def dropout(rank: int, pair: Any) -> None:
+    """The seed is the first process's, and each process has masks of its own."""
+    model, x, y = problem(16)
+    torch.manual_seed(rank)
+    model.dropout = 0.5
+    step = TrainStep(model, lr=0.1, process_group=dist.group.WORLD)
+    state = model.dropout_state.tolist()
+    truth, one = copy.deepcopy(model).double(), slice(rank * 4, rank * 4 + 4)
+    for passes in range(2):
+        expected = []
+        for process in range(4):
+            own = slice(process * 4, process * 4 + 4)
+            keep = reference.keep_mask(state[0], passes, 0, 4, SIZES[1], 0.5, process)
+            (w, b, w2, b2), linear = truth.parameters(), torch.nn.functional.linear
+            hidden = torch.tanh(linear(x[own].double(), w, b)) * keep * 2
+            expected.append(torch.nn.functional.cross_entropy(linear(hidden, w2, b2), y[own]))
+        loss = torch.stack(expected).mean()
+        grads = torch.autograd.grad(loss, list(truth.parameters()))
+        with torch.no_grad():
+            for p, grad in zip(truth.parameters(), grads, strict=True):
+                p -= 0.1 * grad
+        torch.testing.assert_close(step(x[one], y[one]).double(), loss.detach(), rtol=1e-5, atol=1e-6)
+    assert model.dropout_state.tolist() == [state[0], 2]
+    for p, q in zip(model.parameters(), truth.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=1e-4, atol=1e-6)
+    model.dropout = 0.1 * (1 + rank)
+    with pytest.raises(RuntimeError, match="differ in their model and settings"):
+        TrainStep(model, process_group=dist.group.WORLD)
+
+
 def differences(rank: int, pair: Any) -> None:
     model, _, _ = problem(1)
     with pytest.raises(RuntimeError, match="differ in their model and settings"):
         TrainStep(model, lr=0.1 * (1 + rank), process_group=dist.group.WORLD)
 
 
-CHECKS = {
-    f.__name__: f for f in (steps, unequal_parts, weights, epochs, gradients, overflow, dtypes, frozen, differences)
-}
+def nothing_counts(rank: int, pair: dist.ProcessGroup) -> None:
+    """Labels that are all ignored: the loss is NaN and nothing changes, as in one process."""
+    model, x, _ = problem(8)
+    before = [p.detach().clone() for p in model.parameters()]
+    step = TrainStep(model, lr=0.1, process_group=dist.group.WORLD, ignore_index=-100)
+    assert step(x[2 * rank : 2 * rank + 2], torch.full((2,), -100)).isnan()
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert_within_budget(p.detach(), was.double(), was, reduction=1)
+
+
+_ALL = (
+    differences,
+    nothing_counts,
+    steps,
+    unequal_parts,
+    weights,
+    epochs,
+    gradients,
+    overflow,
+    dtypes,
+    frozen,
+    dropout,
+)
+CHECKS = {f.__name__: f for f in _ALL}

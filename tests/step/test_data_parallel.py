@@ -73,14 +73,16 @@ def test_processes_together_do_what_one_does():
         "gradients",
         "overflow",
         "frozen",
+        "dropout",
         "differences",
         "dtypes",
+        "nothing_counts",
     )
 
 
 @pytest.mark.interpret
 def test_on_the_kernels():
-    run("triton", "gradients", "overflow", environment={"TRITON_INTERPRET": "1"})
+    run("triton", "gradients", "overflow", "dropout", environment={"TRITON_INTERPRET": "1"})
 
 
 def test_a_process_that_dies_ends_the_others():

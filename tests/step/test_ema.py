@@ -166,6 +166,61 @@ def test_begins_with_what_is_loaded_before_the_first_update():
     torch.testing.assert_close(averaged(step), flat(model), rtol=1e-15, atol=0)
 
 
+CHANGES = {
+    "frozen layer": lambda step: step.model.layers[1].requires_grad_(False),
+    "activation": lambda step: setattr(step.model.layers[0], "activation", "relu"),
+    "weight decay": lambda step: step.optimizer.param_groups[0].update(weight_decay=1e-4),
+    "clipping": lambda step: step.optimizer.param_groups[0].update(max_grad_norm=1.0),
+    "maximize": lambda step: step.optimizer.param_groups[0].update(maximize=True),
+}
+
+
+@pytest.mark.parametrize("saves", [False, True], ids=["", "saved in between"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_average_survives_a_change_of_the_step(change, saves):
+    """Every change for which a step builds its engine anew."""
+    model = network(SIZES)
+    step = fastmlp.TrainStep(model, lr=0.1, ema_decay=0.9)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for i in range(4):
+        if i == 2:
+            CHANGES[change](step)
+            if saves:
+                step.state_dict()
+        step(*problem(SIZES, 24, seed=i))
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                expected[name].lerp_(p.detach(), 0.1)
+    for name, average in step.ema_state_dict().items():
+        torch.testing.assert_close(average, expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_a_parameter_that_was_never_trained_is_its_average():
+    model = network(SIZES)
+    step = fastmlp.TrainStep(model, lr=0.1, ema_decay=0.9)
+    model.layers[0].requires_grad_(False)
+    step(*problem(SIZES, 24))
+    assert torch.equal(step.ema_state_dict()["layers.0.weight"], model.layers[0].weight)
+    model.layers[0].requires_grad_(True)
+    before = model.layers[0].weight.detach().clone()
+    step(*problem(SIZES, 24))
+    expected = before.lerp(model.layers[0].weight.detach(), 0.1)
+    torch.testing.assert_close(step.ema_state_dict()["layers.0.weight"], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_call_that_raises_does_not_begin_the_average():
+    model = network(SIZES)
+    step = fastmlp.TrainStep(model, lr=0.1, ema_decay=0.9)
+    x, y = problem(SIZES, 24)
+    for call in (lambda: step(x, y + SIZES[-1]), lambda: step.epoch(x, y, 8, torch.tensor([24]))):
+        with pytest.raises(IndexError):
+            call()
+    model.load_state_dict(network(SIZES, seed=5).state_dict())
+    before = flat(model)
+    step(x, y)
+    torch.testing.assert_close(averaged(step), before.lerp(flat(model), 0.1), rtol=1e-12, atol=1e-14)
+
+
 def test_frozen_parameters_and_changed_settings():
     model = network(SIZES)
     step = fastmlp.TrainStep(model, lr=0.1, ema_decay=0.5)
@@ -210,11 +265,12 @@ def test_wrong_settings(settings, error, message):
         fastmlp.TrainStep(network(SIZES), **settings)
 
 
-def test_an_ensemble_has_no_average():
+def test_the_average_of_an_ensemble_may_begin_later():
     ensemble = fastmlp.MLPEnsemble.stack([network(SIZES)] * 2)
-    with pytest.raises(NotImplementedError, match="an ensemble has no ema_decay"):
-        fastmlp.TrainStep(ensemble, ema_decay=0.9)
-    step = fastmlp.TrainStep(ensemble)
-    step.optimizer.param_groups[0]["ema_decay"] = 0.9
-    with pytest.raises(NotImplementedError, match="an ensemble has no ema_decay"):
-        step(*problem(SIZES, 8))
+    step = fastmlp.TrainStep(ensemble, lr=0.1)
+    step(*problem(SIZES, 8))
+    before = ensemble.layers[0].weight.detach().clone()
+    step.optimizer.param_groups[0]["ema_decay"] = 0.75
+    step(*problem(SIZES, 8))
+    expected = torch.lerp(before, ensemble.layers[0].weight.detach(), 0.25)
+    torch.testing.assert_close(step.ema_state_dict()["layers.0.weight"], expected)

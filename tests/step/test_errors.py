@@ -285,3 +285,10 @@ def test_a_diverging_run_gives_nan_or_infinity_not_an_exception():
     for _ in range(5):
         loss = step(X.float(), Y)
     assert not loss.isfinite()
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = fastmlp.MLP((3, 2))
+    with pytest.raises(RuntimeError, match=r"the model was made in torch.inference_mode\(\)"):
+        fastmlp.TrainStep(model, lr=0.1)

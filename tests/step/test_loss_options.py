@@ -317,6 +317,20 @@ def test_sample_weights_that_do_not_fit(weight, error, message):
     assert torch.equal(flat(model), flat(network(SIZES)))
 
 
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [(1e-60, "every sample weight .*is 0"), (1e60, r"finite sample weights .* in torch.float32")],
+)
+def test_sample_weights_beyond_the_range_of_the_step(weight, message):
+    """float64 weights of a step in float32."""
+    step = fastmlp.TrainStep(converted(network(SIZES), torch.float32), lr=0.1)
+    x, y = for_step(*problem(SIZES, SIZE), torch.float32)
+    weights = torch.full((SIZE,), weight, dtype=torch.float64)
+    for function in (step, step.gradients, lambda *a, **k: step.epoch(*a, 7, **k)):
+        with pytest.raises(ValueError, match=message):
+            function(x, y, sample_weight=weights)
+
+
 def test_a_batch_of_an_epoch_that_weighs_nothing():
     model = network(SIZES)
     step = fastmlp.TrainStep(model, lr=0.1)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastmlp.step.groups import Groups
 from fastmlp.step.optimizers import SGD, AdamW, Lion, Optimizer, RMSprop
 from fastmlp.step.per_member import PerMember
 from fastmlp.step.triton_step import TritonStep
@@ -93,12 +94,22 @@ def assert_same(ensemble, singles, together, alone) -> None:
 
 CASES = {
     "sgd": (SGD(PerMember(RATES)), "cross_entropy", torch.float32, True),
-    "adamw": (AdamW(PerMember(RATES), weight_decay=PerMember((0.0, 0.1))), "cross_entropy", torch.float32, False),
+    "adamw": (
+        AdamW(PerMember(RATES), weight_decay=PerMember((0.0, 0.1)), ema_decay=0.9, ema_warmup=True),
+        "cross_entropy",
+        torch.float32,
+        False,
+    ),
     "momentum bfloat16": (SGD(0.1, momentum=PerMember((0.1, 0.9)), max_grad_norm=0.5), "mse", torch.bfloat16, False),
-    "adamw float16 clipped": (AdamW(PerMember(RATES), max_grad_norm=0.1), "cross_entropy", torch.float16, True),
+    "adamw float16 clipped": (
+        AdamW(PerMember(RATES), max_grad_norm=0.1, ema_decay=0.9, ema_warmup=True),
+        "cross_entropy",
+        torch.float16,
+        True,
+    ),
     "lion": (Lion(PerMember(RATES), weight_decay=PerMember((0.0, 0.1))), "cross_entropy", torch.float32, False),
     "rmsprop": (RMSprop(0.01, momentum=0.5, centered=True, maximize=True), "mse", torch.float32, True),
-    "squared error": (SGD(0.1, weight_decay=0.1), "softmax_squared_error", torch.float32, False),
+    "squared error": (SGD(0.1, weight_decay=0.1, ema_decay=0.9), "softmax_squared_error", torch.float32, False),
 }
 
 
@@ -136,6 +147,43 @@ def check_steps(lane, case):
         assert_same(ensemble, singles, together, alone)
     for name, numbers in ensemble.counters().items():
         assert numbers == [engine.counters()[name] for engine in singles]
+
+
+@UNSIMULATED
+@pytest.mark.parametrize("case", ["adamw", "adamw float16 clipped"])
+def test_param_groups(unsimulated, case):
+    """Weights and biases have settings of their own, and the second group a rate for each member."""
+    rule, loss, dtype, _ = CASES[case]
+    rules = [dataclasses.replace(rule, lr=0.05), dataclasses.replace(rule, weight_decay=0.0)]
+    numbers = [0, 1, 0, 1]
+    together, alone = layers(unsimulated, None), [layers(unsimulated, e) for e in range(E)]
+    options = {"cuda_graph": False, "groups": Groups(rules, numbers)}
+    active = torch.ones(E, dtype=torch.bool, device=unsimulated)
+    ensemble = TritonStep(together, rules[0], loss, dtype, members=E, active=active, **options)
+    singles = []
+    for e, own in enumerate(alone):
+        options["groups"] = Groups([single_rule(of_group, e) for of_group in rules], numbers)
+        singles.append(TritonStep(own, options["groups"].rules[0], loss, dtype, **options))
+    for step in range(3):
+        x, y = batch(unsimulated, loss, step)
+        ensemble.step(x, y, torch.zeros(E, device=unsimulated))
+        for e, engine in enumerate(singles):
+            engine.step(x[e], y[e], torch.zeros((), device=unsimulated))
+    assert_same(ensemble, singles, together, alone)
+
+
+@UNSIMULATED
+@pytest.mark.parametrize("own", [True, False], ids=["own", "the same"])
+def test_probabilities(unsimulated, own):
+    ensemble, singles, together, alone = engines(unsimulated, SGD(0.1), "cross_entropy", torch.float32)
+    x, y = batch(unsimulated, "mse", 0, own=own)
+    out = torch.zeros(E, device=unsimulated)
+    ensemble.step(x, y, out)
+    for e, engine in enumerate(singles):
+        want = torch.zeros((), device=unsimulated)
+        engine.step(of(x, e, 2), of(y, e, 2), want)
+        torch.testing.assert_close(out[e], want, atol=0 if INTERPRETING else 1e-4, rtol=1e-5)
+    assert_same(ensemble, singles, together, alone)
 
 
 @UNSIMULATED

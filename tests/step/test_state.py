@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -93,3 +94,23 @@ def test_what_does_not_fit():
         step.load_state_dict(wrong)
     with pytest.raises(ValueError, match="unexpected more"):
         step.load_state_dict({**state, "more": torch.zeros(())})
+
+
+def test_what_is_no_state():
+    step = fastmlp.TrainStep(fastmlp.MLP((3, 2)), "adamw")
+    with pytest.raises(TypeError, match=r"expected the dict that state_dict\(\) returned, got NoneType"):
+        step.load_state_dict(None)
+    for number in (torch.tensor(math.nan), torch.ones(2)):
+        with pytest.raises(ValueError, match="expected step to be one finite number, got"):
+            step.load_state_dict({**step.state_dict(), "step": number})
+    together = fastmlp.TrainStep(fastmlp.MLPEnsemble((3, 2), 2), "adamw")
+    with pytest.raises(ValueError, match=r"the state does not fit this TrainStep .* missing|expected step of shape"):
+        together.load_state_dict(step.state_dict())
+
+
+def test_a_sparse_input():
+    step = fastmlp.TrainStep(fastmlp.MLP((3, 2)))
+    with pytest.raises(
+        RuntimeError, match=r"expected a dense input, got one of layout torch.sparse_coo; use x.to_dense"
+    ):
+        step(torch.eye(3).to_sparse(), torch.zeros(3, dtype=torch.int64))

@@ -383,6 +383,28 @@ def test_evaluate_restores_the_mode():
         assert model.training == training
 
 
+def test_evaluate_restores_the_mode_of_each_module():
+    model = nn.Sequential(nn.Linear(12, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model[1].eval()
+    x, y = blobs(10)
+    evaluate(model, (x.float(), y))
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("engine", ["step", "autograd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_callback_writes_into_parameters_stays(dtype, engine):
+    model, (x, y) = small_model(dtype=dtype), blobs()
+
+    def clear(result: EpochResult) -> None:
+        if result.epoch == 1:
+            with torch.no_grad():
+                [p.zero_() for p in model.parameters()]
+
+    fit(model, (x.to(dtype), y), lr=1e-9, epochs=2, engine=engine, on_epoch=clear)
+    assert max(p.abs().max() for p in model.parameters()) < 1e-3
+
+
 # Wrong input
 
 

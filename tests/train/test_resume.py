@@ -19,7 +19,7 @@ import fastmlp
 from fastmlp.train import CHECK_EVERY, History, fit
 from fastmlp.train.checkpoint import CheckpointError
 from fastmlp.train.initial import initialize_
-from fastmlp.train.state import FORMAT, load_state, save_state
+from fastmlp.train.state import FORMAT, RunState, load_state, save_state
 from fastmlp.train.tensor_file import read_tensors, write_tensors
 from tests.support.faults import KINDS, every_kill, every_point
 
@@ -156,11 +156,15 @@ def test_more_epochs(tmp_path):
         ({"seed": 1}, "seed=1 differs from the 0"),
         ({"schedule": "cosine"}, "schedule='cosine' differs"),
         ({"engine": "autograd"}, "engine='autograd' differs"),
-        ({"validation": 0.2}, "validation=True differs"),
+        ({"validation": 0.2}, "the run to resume was given validation data: False, and now: True"),
         ({"train": blobs(seed=3)}, "the training data are not those of the run to resume"),
         (
             {"model": fastmlp.MLP((12, 8, 3))},
             r"another model: layers.0.weight is \[8, 12\] torch.float32, and was \[16",
+        ),
+        (
+            {"model": fastmlp.MLP((12, 16, 3), "relu")},
+            r"another model: it is MLP(?s:.*)relu(?s:.*) and was MLP(?s:.*)tanh",
         ),
         ({"model": new_model(torch.float64)}, r"is \[16, 12\] torch.float64, and was \[16, 12\] torch.float32"),
     ],
@@ -198,6 +202,24 @@ def test_wrong_arguments(tmp_path):
 def small_state(tmp_path: Path) -> Path:
     fit(new_model(), blobs(), epochs=1, lr=0.1, checkpoint=tmp_path / "state", validation=0.5)
     return tmp_path / "state"
+
+
+def test_other_validation_data_are_refused(tmp_path):
+    options = {"lr": 0.1, "checkpoint": tmp_path / "state"}
+    fit(new_model(), blobs(), epochs=1, validation=blobs(seed=1), **options)
+    with pytest.raises(ValueError, match="the validation data are not those of the run to resume"):
+        fit(new_model(), blobs(), epochs=2, validation=blobs(seed=2), resume=tmp_path / "state", **options)
+
+
+def test_kept_states_are_those_of_their_epochs():
+    """A function that gets the states may keep them: the run goes on with a history of its own."""
+    kept: list[RunState] = []
+    whole, again = new_model(), new_model()
+    fit(whole, blobs(), lr=0.1, epochs=3, checkpoint=kept.append)
+    assert [state.epoch for state in kept] == [1, 2, 3]
+    fit(again, blobs(), lr=0.1, epochs=3, resume=kept[0])
+    for ours, theirs in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_file_is_safetensors(tmp_path):

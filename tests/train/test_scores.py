@@ -142,7 +142,7 @@ def scripted(monkeypatch):
     script = {"validation": iter([3.0, 1.0, 2.0, 1.0]), "test": iter([0.5] * 9)}
     names: dict[int, str] = {}
 
-    def scored(model: nn.Module, data: tuple[Tensor, Tensor], loss: str) -> tuple[float, float]:
+    def scored(model: nn.Module, data: tuple[Tensor, Tensor], loss: str, **rest: None) -> tuple[float, float]:
         name = names.get(id(data), "validation")
         looks.append(name)
         return next(script[name]), 0.25
@@ -296,3 +296,41 @@ def test_large_values_are_no_divergence():
     x, y = smooth(64)
     history = fit(model_of(), (x, 1e4 * y + 1e5), loss="mse", epochs=2, batch_size=16, lr=1e-3)
     assert history.last.train_loss < 1e10
+
+
+def test_ignored_rows_choose_no_epoch_and_count_for_nothing():
+    """In the loss and the accuracy of an evaluation, in the choice of the best epoch, and in the guess at the start."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 4, generator=g)
+    y = (x[:, 0] > 0).long() + 1
+    for ignored in (0, -100):
+        y[::2] = ignored
+        model = model_of(3)
+        history = fit(model, (x, y), validation=0.3, lr=0.3, epochs=6, batch_size=20, ignore_index=ignored)
+        assert history.best.epoch > 2
+        assert history.best.validation_accuracy > 0.9
+        counted = x[1::2], y[1::2]
+        assert evaluate(model, (x, y), ignore_index=ignored) == pytest.approx(evaluate(model, counted), rel=1e-6)
+    with pytest.raises(ValueError, match="every label is -100, which is ignored, so no row counts"):
+        evaluate(model, (x[::2], y[::2]), ignore_index=-100)
+
+
+def test_float64_is_evaluated_in_float64():
+    model = model_of(3, torch.float64)
+    with torch.no_grad():
+        model.layers[-1].weight.mul_(1e40)
+    x, y = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
+    assert evaluate(model, (x, y))[0] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [0, 2.5, "all"])
+def test_batch_sizes_of_evaluations(batch_size):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1, got"):
+        evaluate(model_of(3), data(), batch_size)
+
+
+def test_settings_of_other_types_and_schedules_that_go_below_0():
+    fit(model_of(3), data(), lr=torch.tensor(0.1), epochs=1)
+    for engine in ("step", "autograd"):
+        with pytest.raises(ValueError, match="expected the schedule to return finite numbers of at least 0, got -1"):
+            fit(model_of(3), data(), lr=0.1, epochs=1, schedule=lambda step, steps, warmup: -1, engine=engine)
