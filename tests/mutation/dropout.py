@@ -12,8 +12,8 @@ MUTANTS = (
     Mutant(
         "dropout",
         "the mask of the first layer for all",
-        "tl.to_tensor(dropout.layer).to(tl.uint64)",
-        "tl.to_tensor(0).to(tl.uint64)",
+        "tl.cast(dropout.layer, tl.uint64)",
+        "tl.cast(0, tl.uint64)",
         (DROPOUT, "every_number"),
     ),
     Mutant(
