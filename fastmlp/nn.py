@@ -110,7 +110,8 @@ class MLP(Network):
         device, dtype: of the parameters; default torch's.
         dropout: the probability p, at least 0 and below 1, of an element of a hidden layer's output to be dropped, or a
             sequence with one for each hidden layer. Default 0. In training mode A becomes keep * A / (1 - p) after the
-            activation, in evaluation mode (``model.eval()``) nothing is dropped.
+            activation, in evaluation mode (``model.eval()``) nothing is dropped. Masks have numbers of 16 bits, so the
+            share that is dropped is p rounded to a multiple of 1/65,536 above 0.
 
     The parameters start as those of nn.Linear. `fastmlp.train.initial.initialize_` gives them values that suit the
     activation. With nn.Linear's, sigmoid layers hardly tell one input from another at first.

@@ -75,7 +75,7 @@ def dropout_key(dropout):
     """Seed, step, layer and stream: what all elements of a program have in common, to be read once."""
     seed = tl.load(dropout.state_ptr).to(tl.uint64)
     step = tl.load(dropout.state_ptr + 1).to(tl.uint64)
-    return seed, step, tl.to_tensor(dropout.layer).to(tl.uint64), tl.to_tensor(dropout.stream).to(tl.uint64)
+    return seed, step, tl.cast(dropout.layer, tl.uint64), tl.cast(dropout.stream, tl.uint64)
 
 
 @triton.jit

@@ -207,8 +207,6 @@ def _head_kernel(
     if dz_prev_ptr is not None:
         # Padded classes and rows beyond the last must add 0, even where their p is NaN.
         dz = tl.where(mask, dz, 0.0).to(dz_ptr.dtype.element_ty)
-        if dropout is not None:
-            key = dropout_key(dropout)
         for k in range(split * COLS, K, SPLITS * COLS):
             cols = k + tl.arange(0, COLS)
             mask_w = mask_c[:, None]
@@ -225,7 +223,8 @@ def _head_kernel(
                 saved_ptrs = saved_ptr + row_m[:, None] * stride_sm + cols * stride_sk
                 saved = tl.load(saved_ptrs, mask=mask_p, other=0.0).to(tl.float32)
             if dropout is not None:
-                factor = factor_of_block(dropout, key, offs_m, k, M, K, COLS)
+                # Read in every round, since the products leave no registers to keep the key in.
+                factor = factor_of_block(dropout, dropout_key(dropout), offs_m, k, M, K, COLS)
                 dz_prev = grad_of_dropped(dropout, da, saved, factor, ACTIVATION)
             else:
                 dz_prev = activation_grad(da, saved, ACTIVATION)

@@ -142,10 +142,11 @@ def _store_a(z, a_ptr, z_ptr, dropout, key, offs_m, first_n, M, N, ACTIVATION: t
         mask_a = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         if SAVE_Z:
             tl.store(z_ptr + offs_a, z.to(z_ptr.dtype.element_ty), mask=mask_a)
+        a_ptrs = a_ptr + offs_a
         a = activate(z, ACTIVATION)
         if dropout is not None:
             a = a * factor_of_block(dropout, key, offs_m, first_n, M, N, z.shape[1])
-        tl.store(a_ptr + offs_a, a.to(a_ptr.dtype.element_ty), mask=mask_a)
+        tl.store(a_ptrs, a.to(a_ptr.dtype.element_ty), mask=mask_a)
 
 
 def plan(

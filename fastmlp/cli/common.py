@@ -339,12 +339,13 @@ def load_model(path: str, device: torch.device) -> tuple[MLP, dict[str, Any]]:
         dtype = getattr(torch, str(config["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
             raise UserError(f"the checkpoint {path} has dtype {config['dtype']!r}; expected one such as 'float32'")
-        return fastmlp.MLP(config["sizes"], config["activation"], config.get("bias", True), device=on, dtype=dtype)
+        rest = {"device": on, "dtype": dtype, "dropout": config.get("dropout", 0.0)}
+        return fastmlp.MLP(config["sizes"], config["activation"], config.get("bias", True), **rest)
 
     def check(config: dict[str, Any], found: Shapes) -> None:
         wrong = f"the weights of the checkpoint {path} do not fit its configuration"
         sizes = config.get("sizes")
-        if isinstance(sizes, list) and len(sizes) > len(found) + 1:
+        if isinstance(sizes, list) and len(sizes) > len(found) + 1:  # before a network of that size is made
             raise CheckpointError(f"{wrong}: {len(sizes)} sizes, but only {len(found)} tensors")
         # Tensors of the device "meta" have shapes and no memory.
         model = model_of(config, torch.device("meta"))

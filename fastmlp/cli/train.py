@@ -90,6 +90,7 @@ def _option(name: str, type: Any, default: object, help: str) -> Callable[[Comma
     help=f"Layer sizes.  [default: {'-'.join(map(str, FASHION_MNIST.sizes))}, with the data's own first and last size]",
 )
 @_option("--activation", common.Choice(tuple(ACTIVATIONS)), "sigmoid", "Activation of the hidden layers.")
+@_option("--dropout", common.Number(0, 1), 0.0, "Share of the hidden layers' outputs that each step drops.")
 @_option("--epochs", click.IntRange(1, 1_000_000), 10, "Passes over the data.")
 @_option("--batch-size", click.IntRange(1, 2**31 - 1), 128, "Images per step.")
 @_option("--optimizer", common.Choice(tuple(OPTIMIZERS)), "sgd", "Update rule.")

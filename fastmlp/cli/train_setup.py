@@ -150,7 +150,7 @@ def prepared(options: dict[str, Any], resume: str | None, given: Mapping[str, An
     parts = [part for part in (train, held_out, test) if part is not None]
     with common.user_errors():
         try:
-            model = fastmlp.MLP(sizes, activation, device=device, dtype=dtype)
+            model = fastmlp.MLP(sizes, activation, device=device, dtype=dtype, dropout=options["dropout"])
         except (RuntimeError, MemoryError) as error:
             if not common.is_out_of_memory(error):
                 raise
@@ -168,6 +168,7 @@ def prepared(options: dict[str, Any], resume: str | None, given: Mapping[str, An
     initialize_(model, options["seed"])
 
     model_config = {"sizes": list(sizes), "activation": activation, "bias": True, "dtype": options["dtype"]}
+    model_config |= {"dropout": options["dropout"]} if options["dropout"] else {}
     about: dict[str, Any] = {
         "device": str(device),
         "device_name": device_name(device),

@@ -20,7 +20,8 @@ def initialize_(model: MLP, seed: int | None = None) -> MLP:
 
     The weights are uniform, after Glorot and Bengio (2010), or after He et al. (2015) for activations that are near 0
     for half of their inputs (``Activation.gain``). With torch's default weights, sigmoid layers hardly tell one input
-    from another at first, and every network here is less accurate after the same epochs. Returns ``model``.
+    from another at first, and every network here is less accurate after the same epochs. Dropout, where the model has
+    some, begins anew with a seed that is drawn after the weights. Returns ``model``.
 
     Args:
         model: any MLP.
@@ -37,4 +38,7 @@ def initialize_(model: MLP, seed: int | None = None) -> MLP:
         layer.weight.copy_(values.uniform_(-bound, bound, generator=generator))
         if layer.bias is not None:
             layer.bias.zero_()
+    if model.dropout:
+        first = torch.randint(2**63 - 1, (), generator=generator, device="cpu")
+        model.dropout_state.copy_(torch.stack([first, torch.zeros_like(first)]))
     return model

@@ -63,7 +63,7 @@ def fit(
     on_progress: Callable[[Progress], object] | None = None,
     **settings: Any,
 ) -> History:
-    """Train ``model`` in place and evaluate it after every epoch.
+    """Train ``model`` in place and evaluate it after every epoch; dropout drops in the training only.
 
         model = fastmlp.MLP([20, 64, 3])
         history = fastmlp.fit(model, (x, y), validation=0.1, test=(x_test, y_test), lr=0.1, epochs=20)

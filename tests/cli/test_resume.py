@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastmlp import cli
+from fastmlp.cli import common
 from fastmlp.cli.run_folder import RESULTS
 from fastmlp.train.state import load_state, save_state
 from tests.cli.test_run_folder import small, train  # noqa: F401
@@ -21,7 +23,7 @@ OPTIMIZERS = {
     "sgd": ["--momentum", "0", "--no-nesterov"],
     "momentum": ["--weight-decay", "0.001", "--max-grad-norm", "2"],
     "adamw": ["--optimizer", "adamw", "--betas", "0.8", "0.99", "--weight-decay", "0.1"],
-    "average": ["--ema-decay", "0.9", "--ema-warmup"],
+    "average": ["--ema-decay", "0.9", "--ema-warmup", "--dropout", "0.3"],
 }
 
 
@@ -120,6 +122,23 @@ def test_a_finished_run_is_finished_again(tmp_path, small, capsys):  # noqa: F81
     again = json.loads(capsys.readouterr().out)
     assert outcome(out) == before
     assert again["history"] == summary["history"]
+
+
+def test_dropout(tmp_path, small, capsys):  # noqa: F811
+    """The seed gives the masks; the checkpoint keeps the probability, and is evaluated without dropout."""
+    for name in ("one", "two"):
+        assert train(tmp_path / name, "--dropout", 0.5) == 0
+    assert outcome(tmp_path / "one") == outcome(tmp_path / "two")
+    assert train(tmp_path / "without") == 0
+    summary = outcome(tmp_path / "one")[1]
+    assert summary["config"]["dropout"] == 0.5
+    assert summary["train_loss"] != outcome(tmp_path / "without")[1]["train_loss"]
+    capsys.readouterr()
+    assert run("predict", tmp_path / "one", "--help") == 0
+    model, config = common.load_model(str(tmp_path / "one"), torch.device("cpu"))
+    assert (model.dropout, model.training, config["dropout"]) == (0.5, False, 0.5)
+    assert run("train", "--resume", tmp_path / "one", "--dropout", 0.2) == 2
+    assert "--dropout 0.2 differs from the run to resume, which has --dropout 0.5" in capsys.readouterr().err
 
 
 def test_more_epochs(tmp_path, small):  # noqa: F811

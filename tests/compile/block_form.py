@@ -129,7 +129,9 @@ class BlockLoop:
     @property
     def loads(self) -> list[Operation]:
         """The loads of blocks that the program waits for, and not those of single rows or columns."""
-        return [o for o in self.body if o.name in ("tt.load", "amdg.buffer_load") and len(o.types[0][0]) > 1]
+        return [
+            o for o in self.body if o.name in ("tt.load", "amdg.buffer_load") and o.types and len(o.types[0][0]) > 1
+        ]
 
     @property
     def conversions(self) -> list[str]:

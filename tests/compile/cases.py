@@ -7,8 +7,9 @@ runs the package's own launcher on a simulated GPU that records the launch; only
 The covering set takes, for every target, every tile of every kernel with one variant. A tile of a matrix product is
 taken twice, for float32 and for a 16-bit dtype. The next target takes the next variant. Further cases are added until
 every variant and every dtype meets every target. The variant depends on the case alone, so a change to the tables
-leaves the other cases as they are. The ``HOT`` kernels take their first variant on one target of each family.
-``make compile-all`` compiles the full product.
+leaves the other cases as they are. The ``HOT`` kernels take their first variant on one target of each family. Of the
+``SIBLINGS``, whose matrix units are those of a family, every third case is taken, which are the cases of other kernels,
+tiles and variants for each of them. ``make compile-all`` compiles the full product.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from tests.ptxsim import Launch
 
 from .targets import TARGETS, Target
 
-__all__ = ["Case", "KernelCases", "covering", "full"]
+__all__ = ["SIBLINGS", "Case", "KernelCases", "covering", "full"]
 
 #: One target of each family of matrix units, and the kernels whose first variant matters most for speed.
 FAMILIES = ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
 HOT = ("linear_fwd", "linear_dgrad", "linear_wgrad")
+SIBLINGS = ("sm_86", "sm_89", "gfx90a", "gfx1100")
 
 Launcher = Callable[[torch.dtype, Any], object]
 
@@ -142,7 +144,8 @@ def covering() -> Iterator[Case]:
                 variant = _pick(variants, number, kernel, dtype)
                 tile = _pick(entry.tiles(dtype, device, variant), number, kernel, dtype)
                 chosen.add(Case(kernel, target, dtype, tile, variant))
-            yield from sorted(chosen, key=lambda case: case.name)
+            cases = sorted(chosen, key=lambda case: case.name)
+            yield from (cases[number % 3 :: 3] or cases[:1]) if target.name in SIBLINGS else cases
 
 
 def _pick(items: Sequence[Any], number: int, *what: object) -> Any:

@@ -12,8 +12,8 @@ MUTANTS = (
     Mutant(
         "dropout",
         "the mask of the first layer for all",
-        "tl.to_tensor(dropout.layer).to(tl.uint64)",
-        "tl.to_tensor(0).to(tl.uint64)",
+        "tl.cast(dropout.layer, tl.uint64)",
+        "tl.cast(0, tl.uint64)",
         (DROPOUT, "every_number"),
     ),
     Mutant(
@@ -99,8 +99,8 @@ MUTANTS = (
     Mutant(
         "head",
         "the mask of the first columns for all",
-        "factor_of_block(dropout, key, offs_m, k, M",
-        "factor_of_block(dropout, key, offs_m, 0, M",
+        "dropout_key(dropout), offs_m, k, M",
+        "dropout_key(dropout), offs_m, 0, M",
         (DROPOUT, "test_head and sigmoid and float32"),
     ),
     Mutant(
@@ -115,7 +115,7 @@ MUTANTS = (
         "mask dropped in a store",
         "mask = (col < N) & (offs < total)",
         "mask = col < N",
-        (DROPOUT, "test_activation_bwd and float32 and relu"),
+        (DROPOUT, "test_activation_bwd and relu"),
     ),
     Mutant(
         "wgrad_update",
