@@ -249,7 +249,7 @@ class _HeadTile(NamedTuple):
 
 def _tile(
     M: int, C: int, K: int, itemsize: int, aligned: bool, writes_prev: bool, device: Device, members: int,
-    weighted: bool = False,
+    weighted: bool = False, dropping: bool = False,
 ) -> _HeadTile:  # fmt: skip
     """16 rows per program, or more as long as every multiprocessor gets a program; columns are split when some do not.
 
@@ -263,6 +263,9 @@ def _tile(
         return _HeadTile(32, classes, 2, 16, 32, min(2, cdiv(K, 32)) if writes_prev and K else 1, 1, 1)
     # The rows' weights take registers: blocks of 64 rows would spill.
     rows = 16 if weighted else 1024 // classes
+    if dropping and device.has_tf32:
+        # So do random numbers. Blocks of 32 rows and 32 columns would compute some products twice.
+        rows = min(rows, 32 if aligned else 16)
     if members * cdiv(M, rows) < device.multiprocessors or (members > 1 and rows >= 2 * M):
         rows = 16
     slices, depth, cols, num_warps, num_stages = 4, 256 // itemsize, 64, 4, 2
@@ -270,7 +273,7 @@ def _tile(
         depth, cols, num_warps, num_stages = 16, 32, 4 if classes < 64 else 8, 1
     elif not aligned:
         depth, cols = 16, 32
-    elif itemsize == 4 and str(device.arch).startswith("10") and rows > 16:
+    elif itemsize == 4 and str(device.arch).startswith("10") and rows > 16 and not dropping:
         cols = 32
     if aligned and classes > 32 and itemsize == 4 and device.has_tf32:
         num_warps = 8
@@ -282,12 +285,15 @@ def _tile(
     return _HeadTile(rows, classes, slices, depth, cols, splits, num_warps, num_stages)
 
 
-def _tile_of(h: Tensor, weight: Tensor, M: int, writes_prev: bool, device: Device, weighted: bool) -> _HeadTile:
+def _tile_of(
+    h: Tensor, weight: Tensor, M: int, writes_prev: bool, device: Device, weighted: bool, dropping: bool
+) -> _HeadTile:
     C, K = weight.shape[-2:]
     aligned = K % 16 == 0 and all(
         t.stride(-1) == 1 and t.stride(-2) % 16 == 0 and stride_of(t, 2) % 16 == 0 for t in (h, weight)
     )
-    return _tile(M, C, K, weight.element_size(), aligned, writes_prev, device, count_of(weight) or 1, weighted)
+    members = count_of(weight) or 1
+    return _tile(M, C, K, weight.element_size(), aligned, writes_prev, device, members, weighted, dropping)
 
 
 def _plan(
@@ -302,7 +308,7 @@ def _plan(
     M = dz.shape[-2]
     C, K = weight.shape[-2:]
     device = current_device()
-    tile = _tile_of(h, weight, M, dz_prev is not None, device, divisor is not None)
+    tile = _tile_of(h, weight, M, dz_prev is not None, device, divisor is not None, dropout is not None)
     count, members = count_of(weight), None
     probs = target.is_floating_point()
     if count is not None:
@@ -406,7 +412,8 @@ def head(
         return loss, dz, dz_prev
     device = current_device()
     if sums is not None or prev_sums is not None:
-        blocks = cdiv(M, _tile_of(h, weight, M, dz_prev is not None, device, divisor is not None).rows)
+        options = dz_prev is not None, device, divisor is not None, dropout is not None and dz_prev is not None
+        blocks = cdiv(M, _tile_of(h, weight, M, *options).rows)
         for of in (sums, prev_sums):
             if of is not None:
                 of.written(blocks)
