@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -99,9 +100,18 @@ def test_training(machine, setting, backend):
             assert len(history.epochs) == 1
 
 
-@pytest.mark.parametrize("setting", DEFAULTS.values(), ids=DEFAULTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+#: Every dtype with every setting; the optimizers take turns.
+ON_A_CPU = [
+    pytest.param(optimizer, dtype, DEFAULTS[name], id=f"{optimizer}-{dtype}-{name}")
+    for (dtype, name), optimizer in zip(
+        itertools.product([torch.float32, torch.float64, torch.bfloat16, torch.float16], DEFAULTS),
+        itertools.cycle(OPTIMIZERS),
+        strict=False,
+    )
+]
+
+
+@pytest.mark.parametrize(("optimizer", "dtype", "setting"), ON_A_CPU)
 def test_a_step_on_a_cpu(machine, optimizer, dtype, setting):
     """The parameters are the same, bit for bit."""
 
