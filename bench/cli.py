@@ -160,6 +160,7 @@ _preset_command("quick", "The reference network at four batch sizes and one of e
 _preset_command("scaling", "A training step against batch size, width and depth: the curves of the report.")
 _preset_command("online", "60,000 samples one by one, in five stretches.")
 _preset_command("members", "One step of 1 to 1,000 networks, one after the other and all together.")
+_preset_command("shapes", "Steps of networks that people train on a CPU, with SGD and AdamW.")
 
 
 @cli.command("full")

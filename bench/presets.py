@@ -5,6 +5,7 @@
 - scaling: one training step against batch size, width and depth
 - online: 60,000 samples one by one, in five stretches
 - members: one step of 1 to 1,000 networks, in a loop and together
+- shapes: steps of networks that people train with, small ones and small batches, with SGD and AdamW
 
 On a GPU the presets also have epochs over data on the device, the whole step compiled and captured, and steps that
 TrainKernel can take (relu, squared errors).
@@ -41,7 +42,7 @@ BATCHES = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 DEPTHS = (1, 2, 4, 8, 16)
 
-NAMES = ("quick", "full", "scaling", "online", "members")
+NAMES = ("quick", "full", "scaling", "online", "members", "shapes")
 
 #: Numbers of networks, and their shapes with batch sizes.
 MEMBERS = (1, 4, 16, 64, 256, 1000)
@@ -49,6 +50,19 @@ MEMBER_SHAPES = (((4, 64, 64, 2), 64), ((54, 128, 128, 7), 256))
 #: Numbers of networks for which a step is compiled anew, which takes longer than all its turns.
 MEMBERS_COMPILED = (1, 16, 64, 1000)
 
+#: Networks of the preset shapes with their batch sizes: reinforcement learning, tables, teaching, and the reference.
+#: A single output is a regression.
+SHAPES: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    ((2, 8, 1), (4,)),
+    ((2, 16, 16, 1), (32,)),
+    ((4, 64, 64, 2), (64,)),
+    ((17, 64, 64, 6), (8,)),
+    ((17, 256, 256, 6), (256,)),
+    ((54, 256, 256, 256, 7), (256,)),
+    ((32, 64, 64, 64, 3), (16_384,)),
+    ((784, 128, 64, 10), (32,)),
+    (REFERENCE, (1, 8, 64)),
+)
 #: A network so small that a step fits one kernel.
 SMALL = (64, 64, 64, 10)
 
@@ -58,6 +72,8 @@ _TUNED = ("compile_reduce_overhead", "compile_max_autotune", "whole_max_autotune
 _CURVES = ("fastmlp", "eager", "eager_fused", "cuda_graph", "inplace", "jax", "compile_default")
 #: With bfloat16 products; only one eager contender, because the largest batches take long.
 _CURVES_HALF = ("fastmlp", "eager", "cuda_graph", "jax", "compile_default")
+#: The contenders of the shapes: what users of a CPU choose from.
+_SHAPES = ("fastmlp", "fastmlp_modules", "eager", "eager_fused", "cuda_graph", "compile_default", "jax")
 _ONLINE = ("fastmlp", "eager", "cuda_graph", "inplace", "jax", "numpy")
 
 
@@ -83,7 +99,7 @@ class Preset:
 def preset(name: str, device: str) -> Preset:
     """The preset of that name for a device; KeyError for an unknown name."""
     presets = {"quick": _quick, "full": _full, "scaling": _scaling, "online": _online, "members": _members}
-    return presets[name](device)
+    return (presets | {"shapes": _shapes})[name](device)
 
 
 def _cases(problems: Iterable[Problem], leave_out: Iterable[str] = ()) -> tuple[Case, ...]:
@@ -178,6 +194,17 @@ def _members(device: str) -> Preset:
         for problem in problems
     )
     return Preset("members", 5, tuple(cases))
+
+
+def _shapes(device: str) -> Preset:
+    leave_out = _all_but(*_SHAPES, *(("whole_default",) if device.startswith("cuda") else ()))
+    problems = [
+        StepProblem(sizes, batch, "relu", optimizer, loss="mse" if sizes[-1] == 1 else "cross_entropy", device=device)
+        for sizes, batches in SHAPES
+        for batch in batches
+        for optimizer in ("sgd", "adamw")
+    ]
+    return Preset("shapes", 5, _cases(problems, leave_out))
 
 
 def _scaling(device: str) -> Preset:

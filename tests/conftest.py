@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmlp.cpu import cache, choose
+from fastmlp.cpu import cache, choose, native
+from fastmlp.cpu.native import machine_code
 from tests.support.covering import SIMULATED, left_out
 
 pytest_plugins = ["tests.fuzz.plugin", "tests.support.precision"]
@@ -188,6 +189,36 @@ def own_cpu_choices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         cache.kept.cache_clear()
         yield path
     cache.kept.cache_clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def steps_on_operators(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Steps are those of an installation without numba, also where it is installed; ``native_code`` has its steps.
+
+    Machine code is kept in a folder that the workers of one run share.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def installed() -> bool:
+        """No."""
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "installed", installed)
+        patch.setattr(machine_code, "cache_folder", lambda: folder / "machine-code")
+        yield
+
+
+@pytest.fixture
+def native_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every training step that the machine code has is machine code."""
+    pytest.importorskip("numba", exc_type=ImportError)
+    monkeypatch.setattr(native, "installed", machine_code.installed)
+    mode = choose.get_cpu_gemm()
+    choose.set_cpu_gemm("native")
+    yield
+    choose.set_cpu_gemm(mode)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -221,6 +222,13 @@ class TestSources:
                 assert (ROOT / "tests" / "kernels" / f"test_{path.name}").is_file(), path.name
 
 
+#: The modules of the machine code, which are only imported to be compiled.
+COMPILED = [
+    f"fastmlp.cpu.native.{name}"
+    for name in ("activations", "losses", "pointers", "products", "rules", "tiles", "whole")
+]
+
+
 def modules() -> list[str]:
     names = [m.name for m in pkgutil.walk_packages(fastmlp.__path__, "fastmlp.")]
     return ["fastmlp", *(n for n in names if not n.endswith("__main__"))]
@@ -231,6 +239,8 @@ def test_public_names(name):
     """Each module is documented, names its public objects, has them, and documents every public class and function."""
     if name.startswith("fastmlp.kernels") and not triton_available():
         pytest.skip("triton is not installed")
+    if name in COMPILED and importlib.util.find_spec("numba") is None:
+        pytest.skip("numba is not installed")
     module = importlib.import_module(name)
     assert module.__doc__
     public = getattr(module, "__all__", [])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from bench.problems import OPTIMIZERS, Problem, Results
+from bench.problems.training import ADAM_BETA_2
 from bench.rivals.protocol import Availability, Run, installed, needs
 from bench.rivals.training import TrainingProblem
 
@@ -71,7 +72,12 @@ class _JaxRun:
         self.jax = jax = import_jax()
         jnp = jax.numpy
         self.params = [jnp.array(p.numpy()) for p in problem.parameters()]
-        self.velocity = [jnp.zeros_like(p) for p in self.params] if problem.optimizer == "nesterov" else []
+        #: Tensors like the parameters: none, the velocities, or both moments; and the number of updates of AdamW.
+        self.velocity: Any = []
+        if problem.optimizer != "sgd":
+            self.velocity = [jnp.zeros_like(p) for p in self.params]
+        if problem.optimizer == "adamw":
+            self.velocity = (self.velocity, [jnp.zeros_like(p) for p in self.params], jnp.zeros(()))
 
         self.sets = [tuple(as_array(jax, t) for t in problem.make_inputs(i)) for i in range(problem.input_sets)]
         self.count = 0
@@ -79,8 +85,22 @@ class _JaxRun:
         lr, momentum = settings["lr"], settings.get("momentum", 0.0)
         loss_of = loss_function(jax, problem)
 
+        def adamw(params: Any, state: Any, grads: Any) -> Any:
+            (first, second, count), (beta1, beta2, eps) = state, (0.9, ADAM_BETA_2, 1e-8)
+            count = count + 1
+            first = [m + (1 - beta1) * (g - m) for m, g in zip(first, grads, strict=True)]
+            second = [v + (1 - beta2) * (g * g - v) for v, g in zip(second, grads, strict=True)]
+            rate, root = lr / (1 - beta1**count), jnp.sqrt(1 - beta2**count)
+            moved = [
+                p * (1 - lr * settings["weight_decay"]) - rate * m / (jnp.sqrt(v) / root + eps)
+                for p, m, v in zip(params, first, second, strict=True)
+            ]
+            return moved, (first, second, count)
+
         def step(params: Any, velocity: Any, x: Any, y: Any) -> Any:
             loss, grads = jax.value_and_grad(loss_of)(params, x, y)
+            if isinstance(velocity, tuple):
+                return *adamw(params, velocity, grads), loss
             if not velocity:
                 return [p - lr * g for p, g in zip(params, grads, strict=True)], velocity, loss
             velocity = [momentum * v + g for v, g in zip(velocity, grads, strict=True)]
@@ -136,7 +156,6 @@ class JaxStep:
             computes_there(problem),
             (getattr(problem, "bias", True), "written with biases"),
             (problem.dtype in ("float32", "bfloat16"), "written without a loss scale"),
-            (getattr(problem, "optimizer", "") in ("sgd", "nesterov"), "its AdamW is Optax's, not JAX's"),
         )
 
     def build(self, problem: Problem) -> Run:

@@ -8,13 +8,23 @@ from .choose import adopt_choices, get_cpu_gemm, named_choices, set_cpu_gemm
 from .dropout import dropout_factors, dropout_keep, times_kept
 from .ensembles import MEMBER_WAYS, member_way
 from .few_rows import Products, layer_products, sample_blocks
+from .native import LayerParts, NativeMembers, NativeNetwork, unit_names
+from .native import Parameter as NativeParameter
+from .native import Units as NativeUnits
+from .native import layout as native_layout
 from .processor import instruction_set, processor_name, product_dtype
 from .products import dgrad, linear, wgrad
 from .threads import at_once
-from .whole_step import plan_step
+from .whole_step import NativePlan, native_rows, native_units, plan_step
 
 __all__ = [
     "MEMBER_WAYS",
+    "LayerParts",
+    "NativeMembers",
+    "NativeNetwork",
+    "NativeParameter",
+    "NativePlan",
+    "NativeUnits",
     "Products",
     "about_choices",
     "adopt_choices",
@@ -28,11 +38,15 @@ __all__ = [
     "linear",
     "member_way",
     "named_choices",
+    "native_layout",
+    "native_rows",
+    "native_units",
     "plan_step",
     "processor_name",
     "product_dtype",
     "sample_blocks",
     "set_cpu_gemm",
     "times_kept",
+    "unit_names",
     "wgrad",
 ]

@@ -18,12 +18,12 @@ from typing import Literal, cast, get_args
 import torch
 
 from ..base.names import unknown
-from . import cache, onednn
+from . import cache, native, onednn
 
-Choice = Literal["aten", "onednn", "addmm", "rows", "each", "alone", "wide", "batched", "spread", "small"]
+Choice = Literal["aten", "onednn", "addmm", "rows", "each", "alone", "wide", "batched", "spread", "small", "native"]
 #: Rows of scratch data to make -> the work on them, by choice.
 Trials = Callable[[int], dict[Choice, Callable[[], object]]]
-_MODES = ("auto", "aten", "onednn")
+_MODES = ("auto", "aten", "onednn", "native")
 
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 #: A measurement begins with calls that are not counted, because the first ones map memory. Then all ways take turns for
@@ -43,27 +43,31 @@ _adopted: dict[str, str] = {}
 
 
 def set_cpu_gemm(mode: str) -> None:
-    """Choose who multiplies matrices on a CPU: "auto" (measured per shape), "aten" or "onednn".
+    """Choose who multiplies matrices on a CPU: "auto" (measured per shape), "aten", "onednn" or "native".
 
-    With "auto", training steps of small networks are measured whole, and may run on one thread.
+    With "auto", training steps of small networks are measured whole, and may run on one thread or, where numba is
+    installed, as one call of machine code. "native" takes the machine code for every training step that it has, in
+    float32 and float64, without measuring; all else is as with "auto".
 
     Takes effect for following calls of modules and functions, and for training steps planned afterwards. Modules and
     functions leave to aten what is small, not contiguous, traced or watched (``fastmlp.ops.torch_products``).
 
     Raises:
         ValueError: unknown mode.
-        RuntimeError: "onednn" where torch was built without it.
+        RuntimeError: "onednn" where torch was built without it, "native" where numba is not installed.
     """
     global _mode
     if mode not in _MODES:
         raise ValueError(unknown("mode", mode, _MODES))
     if mode == "onednn" and not onednn.available():
         raise RuntimeError("this build of torch has no oneDNN linear operator; use 'auto' or 'aten'")
+    if mode == "native" and not native.installed():
+        raise RuntimeError(f"{native.missing(torch.float32)}, or use 'auto'")
     _mode = mode
 
 
 def get_cpu_gemm() -> str:
-    """The mode in force: "auto", "aten" or "onednn"."""
+    """The mode in force: "auto", "aten", "onednn" or "native"."""
     return _mode
 
 
@@ -102,14 +106,28 @@ def worth_measuring(multiplications: int) -> bool:
     return multiplications >= _WORTH_MEASURING
 
 
+def measures() -> bool:
+    """Whether ways to do the same work are measured."""
+    return _mode == "auto" and not torch.are_deterministic_algorithms_enabled()
+
+
 def choose(
-    kind: str, m: int, k: int, n: int, dtype: torch.dtype, trials: Trials, *, whatever_size: bool = False
+    kind: str,
+    m: int,
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+    trials: Trials,
+    *,
+    whatever_size: bool = False,
+    whatever_dtype: bool = False,
 ) -> Choice:
     """The fastest by its best of a few interleaved rounds.
 
-    aten, unmeasured, for products that are not ``worth_measuring``, unless ``whatever_size``.
+    aten, unmeasured, for products that are not ``worth_measuring``, unless ``whatever_size``, and for dtypes that
+    oneDNN does not have, unless ``whatever_dtype``.
     """
-    if dtype not in _ONEDNN_DTYPES or _mode == "aten" or not onednn.available():
+    if not (whatever_dtype or dtype in _ONEDNN_DTYPES) or _mode == "aten" or not onednn.available():
         return "aten"
     if _mode == "onednn":
         return "onednn"

@@ -5,6 +5,8 @@
     spread    an equal part of the members for each thread, in batched products that the thread makes alone
     each      the products of one member after the other, each by the library that is faster at it, as for an MLP
     small     as spread, but few members at a time, so that what one operation writes is in the cache for the next
+    native    an equal part of the members for each thread, whose steps are one call of machine code
+              (``fastmlp.cpu.native``), where numba is installed, for few rows
 
 A second thread has to be woken and waited for at every product. A thread that keeps its members finds their weights and
 activations in its own cache, and never waits for another thread within a step, but for Python between two operations.
@@ -22,8 +24,9 @@ import torch
 from . import choose, threads
 from .choose import Choice
 
-Way = Literal["batched", "alone", "spread", "small", "each"]
-MEMBER_WAYS: tuple[Way, ...] = get_args(Way)
+Way = Literal["batched", "alone", "spread", "small", "each", "native"]
+#: The ways that need nothing but torch.
+MEMBER_WAYS: tuple[Way, ...] = get_args(Way)[:-1]
 
 
 def member_way(
@@ -34,6 +37,8 @@ def member_way(
     device: torch.device,
     multiplications: int,
     trial: Callable[[Way, int], Callable[[], object]],
+    *,
+    by_native: bool = False,
 ) -> Way:
     """The fastest way to train steps of ``m`` rows per member, measured or known.
 
@@ -43,15 +48,22 @@ def member_way(
         kind: what the time of a step depends on, besides ``m``, the ends (inputs and outputs), dtype and threads.
         multiplications: those of a member's largest product.
         trial: a way and a number of rows -> a step to measure.
+        by_native: whether the machine code is there and has what the ensemble needs.
     """
+    if by_native and choose.get_cpu_gemm() == "native":
+        return "native"
     ways = MEMBER_WAYS[:-1] if threads.available() else MEMBER_WAYS[:1]
     if choose.worth_measuring(multiplications):
         ways = (*ways, "each")
+    if by_native:
+        kind, ways = f"{kind} or native", (*ways, "native")
     if device.type != "cpu" or len(ways) == 1:
         return "batched"
 
     def trials(rows: int) -> dict[Choice, Callable[[], object]]:
         return {way: trial(way, rows) for way in ways}
 
-    found = choose.choose(kind, m, *ends, dtype, trials, whatever_size=True)
-    return "each" if found == "onednn" else found if found in MEMBER_WAYS else "batched"
+    found = choose.choose(kind, m, *ends, dtype, trials, whatever_size=True, whatever_dtype=by_native)
+    if found == "onednn":
+        return "each"
+    return next((way for way in get_args(Way) if way == found), "batched")

@@ -8,6 +8,7 @@ same shape are timed, and the fastest way is taken:
     each    the products of each layer as ``fastmlp.cpu.few_rows`` chose them, all threads
     aten    every product by BLAS, all threads
     alone   every product by BLAS, every operation by the calling thread alone
+    native  the whole step by machine code (``fastmlp.cpu.native``), where numba is installed, for few rows
 
 Plain SGD with two threads of an AMD EPYC takes 139, 124 and 115 us in this order for 8 rows through 784-64-64-10; 504,
 571 and 736 us for 16 rows through 784-512-512-10; in hours when the two threads share no cache, 259, 311 and 153 us for
@@ -19,23 +20,63 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import choose, threads
+from . import choose, native, threads
 from .choose import Choice
 
 #: Multiplications of one pass through all layers from which on products are so long that each is best by itself.
 _LONG = 1 << 25
 
+#: Batch sizes up to which the machine code is one of the ways.
+_NATIVE_ROWS = 128
+
 Step = Callable[..., None]
+
+
+class NativePlan(NamedTuple):
+    """A step by machine code."""
+
+    needs: Sequence[str]  #: units of machine code
+    #: The units, and what plans the step that does what the machine code does not have -> the step.
+    step: Callable[[native.Units, Callable[[], Step]], Step]
+
+
 #: A number of rows -> what plans their step on a network of scratch data, and the arguments of that step.
-Scratch = Callable[[int], tuple[Callable[[], Step], tuple[Tensor, ...]]]
+Scratch = Callable[[int], tuple[Callable[[], Step], NativePlan | None, tuple[Tensor, ...]]]
+
+
+def native_rows(m: int) -> bool:
+    """Whether steps of ``m`` rows may be machine code."""
+    return native.installed() and (choose.get_cpu_gemm() == "native" or (m <= _NATIVE_ROWS and choose.measures()))
+
+
+def native_units(m: int, multiplications: int, dtype: torch.dtype, needs: Sequence[str]) -> native.Units | None:
+    """The machine code, if steps of ``m`` rows and so many multiplications may be machine code.
+
+    Raises:
+        RuntimeError: the machine code was asked for, and could not be compiled.
+    """
+    asked = choose.get_cpu_gemm() == "native"
+    if not native_rows(m) or (multiplications >= _LONG and not asked):
+        return None
+    units = native.units(dtype, needs)
+    if asked and units is None:
+        raise RuntimeError(f"{native.missing(dtype)}, or use set_cpu_gemm('auto')")
+    return units
 
 
 def plan_step(
-    kind: str, m: int, weights: Sequence[Tensor], dtype: torch.dtype, plan: Callable[[], Step], scratch: Scratch
+    kind: str,
+    m: int,
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
+    plan: Callable[[], Step],
+    scratch: Scratch,
+    by_native: NativePlan | None = None,
 ) -> Step:
     """The step of ``m`` rows that ``plan`` returns, planned and called in the fastest way.
 
@@ -44,28 +85,51 @@ def plan_step(
         weights: of all layers; on another device than a CPU aten makes all products, and nothing is measured.
         plan: asks for the products of the layers (``layer_products``).
         scratch: the same for a step to measure with, which must touch nothing of this one's.
+        by_native: plans the step on machine code; None: the machine code does not have it.
+
+    Raises:
+        RuntimeError: the machine code was asked for, and could not be compiled.
     """
-    way: Choice = "aten"
-    if weights[0].device.type == "cpu":
-        way = _step_way(kind, m, weights, dtype, scratch)
-    return _in_way(way, plan)
+    units = None
+    if by_native is not None:
+        units = native_units(m, m * sum(weight.numel() for weight in weights), dtype, by_native.needs)
+    if by_native is None or units is None:
+        way: Choice = "aten"
+        if weights[0].device.type == "cpu":
+            way = _step_way(kind, m, weights, dtype, scratch)
+        return _in_way(way, plan)
+    if choose.get_cpu_gemm() != "native":
+        way = _step_way(f"{kind} or native", m, weights, dtype, scratch, units)
+        if way != "native":
+            return _in_way(way, plan)
+    return by_native.step(units, partial(plan_step, kind, m, weights, dtype, plan, scratch))
 
 
-def _step_way(kind: str, m: int, weights: Sequence[Tensor], dtype: torch.dtype, scratch: Scratch) -> Choice:
-    """The fastest way, measured or known."""
+def _step_way(
+    kind: str,
+    m: int,
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
+    scratch: Scratch,
+    units: native.Units | None = None,
+) -> Choice:
+    """The fastest way, measured or known; with the machine code where there is one."""
     products = [m * weight.numel() for weight in weights]
     with_threads = threads.available()
-    if sum(products) >= _LONG or not (with_threads or choose.worth_measuring(max(products))):
+    if units is None and (sum(products) >= _LONG or not (with_threads or choose.worth_measuring(max(products)))):
         return "each"
     ways: tuple[Choice, ...] = ("each", "aten", "alone") if with_threads else ("each", "aten")
 
     def trials(rows: int) -> dict[Choice, Callable[[], object]]:
-        plan, batch = scratch(rows)
-        return {way: partial(_in_way(way, plan), *batch) for way in ways}
+        plan, by_native, batch = scratch(rows)
+        steps: dict[Choice, Callable[[], object]] = {way: partial(_in_way(way, plan), *batch) for way in ways}
+        if units is not None and by_native is not None:
+            steps["native"] = partial(by_native.step(units, plan), *batch)
+        return steps
 
     k, n = weights[0].shape[1], weights[-1].shape[0]
-    way = choose.choose(kind, m, k, n, dtype, trials, whatever_size=True)
-    return way if way in ("aten", "alone") else "each"
+    way = choose.choose(kind, m, k, n, dtype, trials, whatever_size=True, whatever_dtype=units is not None)
+    return way if way in ("aten", "alone", "native") else "each"
 
 
 def _in_way(way: Choice, plan: Callable[[], Step]) -> Step:

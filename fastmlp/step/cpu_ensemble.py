@@ -23,6 +23,7 @@ from ..base.losses import takes_classes
 from .cpu_dropout import StepDropout, advance, numbers
 from .cpu_member_span import MemberLayer, Packed, Span, target_dims
 from .cpu_members import Piece
+from .cpu_native_members import NativePiece, native_units
 from .groups import Groups
 from .loss_options import PLAIN, LossOptions
 from .loss_scale import START
@@ -92,7 +93,7 @@ class TorchEnsemble:
         self.version = 0
         self._seen = torch.ones_like(active)
         self._ids = list(range(self.members))
-        self._plans: dict[int, tuple[str, list[list[Piece]]]] = {}
+        self._plans: dict[int, tuple[str, Sequence[Sequence[Piece | NativePiece]]]] = {}
         self._rows = 0
         self._buffers: dict[tuple[object, ...], Tensor] = {}
         self._way: str | None = None
@@ -270,16 +271,32 @@ class TorchEnsemble:
 
     # Pieces
 
-    def _planned(self, m: int) -> tuple[str, list[list[Piece]]]:
+    def _planned(self, m: int) -> tuple[str, Sequence[Sequence[Piece | NativePiece]]]:
         """How the pieces run, and those of each thread."""
         if m not in self._plans:
             if len(self._plans) == _PLANS:
                 del self._plans[next(iter(self._plans))]
             way = self._way or self._measured(m)
-            each = way == "each"
-            parts = [[Piece(self, span, m, each=each) for span in part] for part in self._spans(way, m)]
-            self._plans[m] = way, parts
+            units = native_units(self, m) if way == "native" else None
+            if units is not None:
+                self._plans[m] = way, [[self._native(ids, m, units)] for ids in self._shares()]
+            else:
+                self._plans[m] = way, self._pieces(way, m)
         return self._plans[m]
+
+    def _pieces(self, way: str, m: int) -> list[list[Piece]]:
+        """Those on operators of each thread."""
+        each = way == "each"
+        return [[Piece(self, span, m, each=each) for span in part] for part in self._spans(way, m)]
+
+    def _shares(self) -> list[list[int]]:
+        """The active members of each thread."""
+        size = max(1, -(-len(self._ids) // torch.get_num_threads()))
+        return [self._ids[start : start + size] for start in range(0, len(self._ids), size)]
+
+    def _native(self, ids: list[int], m: int, units: cpu.NativeUnits) -> NativePiece:
+        """The piece of some members by machine code."""
+        return NativePiece(self, ids, m, units, lambda: [Piece(self, span, m) for span in self._span(ids)])
 
     def _spans(self, way: str, m: int) -> Iterator[list[Span]]:
         """The spans of active members of each thread."""
@@ -317,7 +334,8 @@ class TorchEnsemble:
         ends = self.layers[0].weight.shape[2], self.layers[-1].weight.shape[1]
         largest = m * max(layer.weight[0].numel() for layer in self.layers)
         trial = partial(self._trial, members)
-        return cpu.member_way(kind, m, ends, self.dtype, self.device, largest, trial)
+        by_native = native_units(self, m) is not None
+        return cpu.member_way(kind, m, ends, self.dtype, self.device, largest, trial, by_native=by_native)
 
     def _trial(self, members: int, way: str, m: int) -> Callable[[], object]:
         """A step of ``members`` like these on scratch data."""

@@ -45,7 +45,8 @@ class Ensemble(Protocol):
     rates: Tensor  #: [E] learning rates
     rate: float  #: the learning rate of all members; NaN where they have their own
     version: int  #: raised when pieces must group their members anew
-    rule: Optimizer
+    rule: Optimizer  #: of the first param group
+    rules: list[Optimizer]  #: of each param group
     group_of: list[int] | None  #: the param group of each master
     loss: str
     options: LossOptions

@@ -70,6 +70,11 @@ class TorchOptimizer:
             self._grads = [torch.zeros_like(t) for t in self.params]
         return self._grads
 
+    @property
+    def count(self) -> Tensor:
+        """0-d float32, live: the number of updates, if the rule counts."""
+        return self._step
+
     def reduce(self, loss: Tensor, rows: int | Tensor) -> None:
         """Make ``grads`` and ``loss``, means over ``rows`` (a sum of weights), those over the rows of all processes."""
         assert self._sums is not None

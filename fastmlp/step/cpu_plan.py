@@ -83,6 +83,8 @@ class Network:
         #: Gradients and optimizer state exist only where the optimizer needs them all at once.
         self.plain = all(r.is_plain_sgd for r in self.rules) and loss_scale is None and not self.late
         self.averages = rule.ema_decay is not None
+        #: How often settings have changed.
+        self.changes = 0
         trained = [p for module in modules for p in module.parameters() if p.requires_grad]
         rules = [rule] * len(trained) if groups is None else [groups.rules[i] for i in groups.numbers]
         self.layers: list[Layer] = []

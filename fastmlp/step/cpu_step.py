@@ -20,6 +20,7 @@ from .. import cpu
 from ..nn import Linear
 from ..online import online_epoch
 from .cpu_dropout import Mask, StepDropout, advance, numbers
+from .cpu_native import NativeStep, has_native, native_plan
 from .cpu_plan import Layer, Network, Plan
 from .groups import Groups
 from .loss_options import PLAIN, LossOptions
@@ -74,14 +75,15 @@ class TorchStep:
                 del self._plans[next(iter(self._plans))]
             net = self.network
             weights = [layer.weight for layer in net.layers]
-            planned = cpu.plan_step(net.kind(), m, weights, net.dtype, partial(_plan, net, m), self._scratch)
+            plan, native = partial(_plan, net, m), native_plan(net, m)
+            planned = cpu.plan_step(net.kind(), m, weights, net.dtype, plan, self._scratch, native)
             self._plans[m] = planned
         return planned
 
-    def _scratch(self, m: int) -> tuple[Callable[[], Callable[..., None]], tuple[Tensor, ...]]:
+    def _scratch(self, m: int) -> tuple[Callable[[], Callable[..., None]], cpu.NativePlan | None, tuple[Tensor, ...]]:
         """What plans steps on a network to measure with, and a batch for them."""
         net = self.network.scratch()
-        return partial(_plan, net, m), net.batch(m)
+        return partial(_plan, net, m), native_plan(net, m), net.batch(m)
 
     def gradients(
         self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False, weight: Tensor | None = None
@@ -110,6 +112,7 @@ class TorchStep:
     def settings_changed(self) -> None:
         """Take up the rule's settings; those of its ``structure`` are as they were."""
         self.optimizer.settings_changed()
+        self.network.changes += 1
 
     def updated(self) -> None:
         """The versions of the parameters are those of this engine's last update."""
@@ -148,6 +151,10 @@ class TorchStep:
         With groups ``lrs`` is [steps, G].
         """
         rules = self.network.rules
+        if weight is None and cpu.native_rows(batch_size) and has_native(self.network):
+            planned = self._planned(batch_size)
+            if isinstance(planned, NativeStep) and planned.epoch(images, labels, batch_size, order, lrs, losses):
+                return
         if batch_size == 1 and weight is None and self._is_online(images, labels):
             try:
                 self._online(images, labels, order, lrs, losses)

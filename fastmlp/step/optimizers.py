@@ -90,6 +90,11 @@ class Optimizer:
         """W -= lr dW and nothing else, so that gradient and update can be one product."""
         return False
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The rule's own settings as the compiled step of a CPU reads them (``fastmlp/cpu/native/rules.py``)."""
+        raise NotImplementedError
+
     #: What `fastmlp.fit` and ``fastmlp train`` take for settings that nobody gives; "lr" is absent where it depends on
     #: the model's activation. The other settings have the defaults above.
     usual: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}
@@ -199,6 +204,11 @@ class SGD(Optimizer):
         return (lrs,), (self.weight_decay, self.momentum)
 
     @property
+    def numbers(self) -> tuple[float, ...]:
+        """Momentum, and whether it is Nesterov's."""
+        return self.momentum, float(self.nesterov)
+
+    @property
     def is_plain_sgd(self) -> bool:
         """Without momentum, weight decay, clipping and ``maximize``."""
         return not (self.momentum or self.weight_decay or self.maximize) and self.max_grad_norm is None
@@ -232,6 +242,7 @@ class Adam(Optimizer):
     name: ClassVar[str] = "adam"
     corrected: ClassVar[bool] = True
     _fused: ClassVar[Callable[..., None]] = staticmethod(torch._fused_adam_)
+    _decoupled: ClassVar[bool] = False
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -259,6 +270,11 @@ class Adam(Optimizer):
     def decays(self) -> tuple[float, ...]:
         """Both betas."""
         return self.betas
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Both betas, epsilon, amsgrad, and whether the weight decay is no part of the gradient."""
+        return *self.betas, self.eps, float(self.amsgrad), float(self._decoupled)
 
     def update(
         self, params: Tensors, grads: Tensors, states: Sequence[Tensors], count: Tensor, skip: Tensor | None
@@ -289,6 +305,7 @@ class AdamW(Adam):
 
     name: ClassVar[str] = "adamw"
     _fused: ClassVar[Callable[..., None]] = staticmethod(torch._fused_adamw_)
+    _decoupled: ClassVar[bool] = True
 
     def _decay(self, lrs: Tensor) -> Tensor:
         return 1 - lrs * across(self.weight_decay, lrs)
@@ -320,6 +337,11 @@ class RMSprop(Optimizer):
     def columns(self, lrs: Tensor, count: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
         """The learning rate alone changes from step to step."""
         return (lrs,), (self.weight_decay, self.alpha, 1 - self.alpha, self.eps, self.momentum)
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Alpha, epsilon, momentum, and whether it is centered."""
+        return self.alpha, self.eps, self.momentum, float(self.centered)
 
     def update(
         self, params: Tensors, grads: Tensors, states: Sequence[Tensors], count: Tensor, skip: Tensor | None
@@ -367,6 +389,11 @@ class Lion(Optimizer):
     def columns(self, lrs: Tensor, count: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
         """Learning rate and weight decay change from step to step."""
         return (1 - lrs * across(self.weight_decay, lrs), lrs), (1 - self.betas[0], 1 - self.betas[1])
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Both betas."""
+        return self.betas
 
     def update(
         self, params: Tensors, grads: Tensors, states: Sequence[Tensors], count: Tensor, skip: Tensor | None

@@ -191,7 +191,7 @@ def test_units_at_a_kink_may_have_either_derivative():
 def test_presets_have_a_baseline_and_ours_in_every_case(processor, name, device):
     cases = preset(name, device).cases
     halves = {case.problem.dtype for case in cases} - {"float32"}
-    assert bool(halves) == (name not in ("online", "members") and (processor or device != "cpu"))
+    assert bool(halves) == (name not in ("online", "members", "shapes") and (processor or device != "cpu"))
     assert len({(case.problem, case.axis) for case in cases}) == len(cases)
     for case in cases:
         contenders = {rival.name for rival in rivals_for(case.problem)} - case.leave_out

@@ -1,0 +1,85 @@
+"""What describes a network and a call to the compiled step: the places of numbers in three arrays.
+
+``call`` is int64: where the other two are, and what to train on. ``net`` is int64 too: a header, then a record per
+layer, with sizes, and addresses of units, parameters, optimizer states and buffers. ``hyper`` is float64: numbers of
+the loss and the rule, then ``lr`` and ``weight_decay`` per group. The compiled code and the code that fills the arrays
+both read this file.
+"""
+
+from __future__ import annotations
+
+# ``call``.
+STATUS = 0  #: written: 0, or 1 where a class number is out of range, and nothing has changed
+INPUTS = 1  #: address of X
+TARGETS = 2
+LOSSES = 3  #: where the loss of each step goes
+ORDER = 4  #: address of the numbers of the rows, int64; 0: rows in order
+RATES = 5  #: address of the learning rates of each step and group, float64; 0: those in ``hyper``
+ROWS = 6
+BATCH = 7  #: rows of a step
+HOW = 8  #: how the inputs come
+X_ROW = 9  #: strides in elements
+X_COLUMN = 10
+Y_ROW = 11
+Y_COLUMN = 12
+NET = 13  #: addresses of the other arrays
+HYPER = 14
+COUNT = 15  #: address of the number of updates, float32
+MEMBER = 16  #: the number of the member in its ensemble
+CALL = 17
+
+# The header of ``net``.
+LAYERS = 0
+LOSS = 1  #: address of a unit of ``losses``
+RULE = 2  #: of ``rules``
+LOWEST = 3  #: the first layer with something to train
+GROUPS = 4
+X = 5  #: [M, K]: gathered, converted inputs
+TRANSPOSED = 6  #: [largest K, padded M]
+PRODUCT = 7  #: [largest N, padded M]
+DA = 8  #: [M, largest N]
+DA_NEXT = 9
+DW = 10  #: the gradient of a block of rows of a weight
+DB = 11  #: [largest N]
+COUNTS = 12  #: whether the number of updates counts
+CLIPS = 13  #: address of ``whole.clipped``, where gradients are clipped; else 0
+AVERAGES = 14  #: address of ``whole.averaged``, where there is a moving average; else 0
+PLAIN = 15  #: whether the update is W -= lr dW and nothing else
+CLASSES = 16  #: whether the targets are class numbers
+FORWARD = 17  #: addresses of the units of ``products``
+PRODUCTS = 18
+GATHER = 19  #: of ``whole``
+BACKWARD = 20
+HEADER = 21
+
+# A layer's record.
+N = 0
+K = 1
+ACTIVATE = 2  #: addresses of two units of ``activations``; 0: the identity
+DERIVE = 3
+BLOCK = 4  #: rows of W that the backward pass takes together
+A = 5  #: [M, N]
+Z = 6  #: [M, N], the same as A unless f' needs Z
+WEIGHT = 7  #: the records of the two parameters
+BIAS = 15
+RECORD = 23
+
+# A parameter's record.
+PARAMETER = 0  #: 0: there is none
+TRAINED = 1
+GROUP = 2
+STATES = 3  #: of three states
+GRADIENT = 6  #: where ``CLIPS``
+AVERAGE = 7  #: where ``AVERAGES``
+
+# ``hyper``.
+DELTA = 0  #: of huber's loss
+MAX_NORM = 1
+SIGN = 2  #: -1 to go up the gradient
+NUMBERS = 3  #: five numbers of the rule
+EMA = 8  #: weight of the parameters in their average
+EMA_WARMS = 9  #: whether the weight is larger at first
+OF_GROUPS = 10  #: lr and weight decay of each group
+
+# How the inputs come.
+READY, VALUES, PIXELS = 0, 1, 2

@@ -1,0 +1,191 @@
+"""The losses: the mean, and dA of the last layer. Terms are added up in float64, row by row.
+
+Each function takes A [m, c], the targets with their strides in elements, the numbers of their rows or null, where dA
+goes, and huber's delta. The formulas are those of ``fastmlp.step.cpu_losses``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .activations import exp, logistic
+from .pointers import inlined, moved
+
+
+@inlined
+def softmax_row(a: Any, p: Any, c: int) -> tuple[float, float]:
+    """Write softmax(a) times the returned sum; also returns the largest element."""
+    largest = float(a[0])
+    for j in range(1, c):
+        if a[j] > largest:
+            largest = float(a[j])
+    for j in range(c):
+        p[j] = exp(float(a[j]) - largest)
+    total = 0.0
+    for j in range(c):
+        total += p[j]
+    return total, largest
+
+
+def cross_entropy(
+    a: Any,
+    classes: Any,
+    values: Any,
+    row: int,
+    column: int,
+    order: Any,
+    ordered: int,
+    m: int,
+    c: int,
+    da: Any,
+    d: float,
+) -> float:
+    """-log softmax(A)[y], mean over rows."""
+    loss = 0.0
+    for i in range(m):
+        label = classes[(order[i] if ordered else i) * row]
+        of_a, of_da = moved(a, i * c), moved(da, i * c)
+        total, largest = softmax_row(of_a, of_da, c)
+        loss += (math.log(total) + largest) - of_a[label]
+        share = 1.0 / (total * m)
+        picked = of_da[label]
+        for j in range(c):
+            of_da[j] = of_da[j] * share
+        of_da[label] = (picked / total - 1.0) / m
+    return loss / m
+
+
+def softmax_squared_error(
+    a: Any,
+    classes: Any,
+    values: Any,
+    row: int,
+    column: int,
+    order: Any,
+    ordered: int,
+    m: int,
+    c: int,
+    da: Any,
+    d: float,
+) -> float:
+    """|softmax(A) - onehot(y)|^2, mean over rows."""
+    loss = 0.0
+    for i in range(m):
+        label = classes[(order[i] if ordered else i) * row]
+        of_a, of_da = moved(a, i * c), moved(da, i * c)
+        total, _ = softmax_row(of_a, of_da, c)
+        inner = 0.0
+        for j in range(c):
+            p = of_da[j] / total
+            g = p - (1.0 if j == label else 0.0)
+            loss += g * g
+            inner += g * p
+        for j in range(c):
+            p = of_da[j] / total
+            g = p - (1.0 if j == label else 0.0)
+            of_da[j] = p * (g - inner) * (2.0 / m)
+    return loss / m
+
+
+def mse(
+    a: Any,
+    classes: Any,
+    values: Any,
+    row: int,
+    column: int,
+    order: Any,
+    ordered: int,
+    m: int,
+    c: int,
+    da: Any,
+    d: float,
+) -> float:
+    """(A - y)^2, mean over elements."""
+    loss, count = 0.0, m * c
+    for i in range(m):
+        y = moved(values, (order[i] if ordered else i) * row)
+        of_a, of_da = moved(a, i * c), moved(da, i * c)
+        for j in range(c):
+            difference = float(of_a[j]) - y[j * column]
+            loss += difference * difference
+            of_da[j] = difference * (2.0 / count)
+    return loss / count
+
+
+def l1(
+    a: Any,
+    classes: Any,
+    values: Any,
+    row: int,
+    column: int,
+    order: Any,
+    ordered: int,
+    m: int,
+    c: int,
+    da: Any,
+    d: float,
+) -> float:
+    """|A - y|, mean over elements."""
+    loss, count = 0.0, m * c
+    for i in range(m):
+        y = moved(values, (order[i] if ordered else i) * row)
+        of_a, of_da = moved(a, i * c), moved(da, i * c)
+        for j in range(c):
+            difference = float(of_a[j]) - y[j * column]
+            loss += abs(difference)
+            of_da[j] = ((difference > 0.0) - (difference < 0.0)) / count
+    return loss / count
+
+
+def huber(
+    a: Any,
+    classes: Any,
+    values: Any,
+    row: int,
+    column: int,
+    order: Any,
+    ordered: int,
+    m: int,
+    c: int,
+    da: Any,
+    d: float,
+) -> float:
+    """Half the squared difference up to delta, linear beyond, mean over elements."""
+    loss, count = 0.0, m * c
+    for i in range(m):
+        y = moved(values, (order[i] if ordered else i) * row)
+        of_a, of_da = moved(a, i * c), moved(da, i * c)
+        for j in range(c):
+            difference = float(of_a[j]) - y[j * column]
+            clamped = d if difference > d else difference
+            clamped = -d if clamped < -d else clamped
+            loss += clamped * (difference - 0.5 * clamped)
+            of_da[j] = clamped / count
+    return loss / count
+
+
+def bce_with_logits(
+    a: Any,
+    classes: Any,
+    values: Any,
+    row: int,
+    column: int,
+    order: Any,
+    ordered: int,
+    m: int,
+    c: int,
+    da: Any,
+    d: float,
+) -> float:
+    """Sigmoid NLL of logits, mean over elements."""
+    loss, count = 0.0, m * c
+    for i in range(m):
+        y = moved(values, (order[i] if ordered else i) * row)
+        of_a, of_da = moved(a, i * c), moved(da, i * c)
+        for j in range(c):
+            logit, target = float(of_a[j]), float(y[j * column])
+            above = 0.0 if logit < 0.0 else logit
+            loss += (above - logit * target) + math.log1p(exp(-abs(logit)))
+            of_da[j] = (logistic(logit) - target) / count
+    return loss / count

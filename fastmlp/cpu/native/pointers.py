@@ -1,0 +1,123 @@
+"""What the compiled code does with addresses, and the decorators of its functions.
+
+A unit of machine code is one function, compiled and kept by itself (``machine_code``). Units call each other by
+addresses that the description of the network has. So a step needs only the units of its own activations, loss and
+optimizer, and no function is optimized again within each of its callers.
+
+The compiled code works on bare pointers (numba's ``CPointer``), which are indexed like arrays. Nothing in the code
+allocates, raises or touches a Python object, so that its machine code needs nothing of numba at run time.
+
+Sums are never reordered, so results do not depend on what LLVM finds profitable. Only a multiplication and an addition
+may become one fused operation ("contract").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+#: Bytes of the vectors that the code computes with.
+VECTOR_BYTES = 32
+
+#: Options of all functions. A function of a unit of machine code has no use for wrappers that Python or C could call.
+OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"contract"},
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+#: A function that is compiled into the unit that calls it.
+part = numba.njit(**OPTIONS)
+#: A function whose text takes the place of its call.
+inlined = numba.njit(inline="always", **OPTIONS)
+
+
+@intrinsic
+def pointer(typingctx: Any, address: Any, like: Any) -> Any:
+    """The address as a pointer of the type of ``like``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return like(types.int64, like), generate
+
+
+def _pointer_to(kind: Any) -> Any:
+    """A function that makes an address a pointer to numbers of that kind."""
+
+    @intrinsic
+    def pointer_to(typingctx: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return pointer_to
+
+
+int64_at, float64_at, float32_at, uint8_at = map(_pointer_to, (types.int64, types.float64, types.float32, types.uint8))
+
+
+@intrinsic
+def moved(typingctx: Any, start: Any, elements: Any) -> Any:
+    """The pointer so many elements further on."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return start(start, types.int64), generate
+
+
+@intrinsic
+def number(typingctx: Any, value: Any, like: Any) -> Any:
+    """The value in the dtype that ``like`` points to."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[0]
+
+    return like.dtype(like.dtype, like), generate
+
+
+@intrinsic
+def lanes(typingctx: Any, like: Any) -> Any:
+    """How many of what ``like`` points to are a vector."""
+    count = VECTOR_BYTES // (like.dtype.bitwidth // 8)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(ir.IntType(64), count)
+
+    return types.int64(like), generate
+
+
+@intrinsic
+def power_of_two(typingctx: Any, shifted: Any) -> Any:
+    """2^n of ``shifted`` = n + 1.5 * 2^52, float64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], ir.IntType(64))
+        exponent = builder.shl(bits, ir.Constant(bits.type, 52))
+        return builder.bitcast(builder.add(exponent, ir.Constant(bits.type, 1023 << 52)), ir.DoubleType())
+
+    return types.float64(types.float64), generate
+
+
+@intrinsic
+def call(typingctx: Any, address: Any, arguments: Any) -> Any:
+    """Call the unit of machine code at the address; its result, if it has one."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = cgutils.unpack_tuple(builder, args[1], len(signature.args[1]))
+        result = cgutils.alloca_once(builder, ir.DoubleType())
+        error = cgutils.alloca_once(builder, ir.IntType(8).as_pointer())
+        places = [result, error, *values]
+        kind = ir.FunctionType(ir.IntType(32), [place.type for place in places])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), places)
+        return builder.load(result)
+
+    return types.float64(types.int64, arguments), generate

@@ -1,0 +1,107 @@
+"""The three products of a layer, on matrices with contiguous rows.
+
+Z^T = W X^T        many rows: vectors over the rows of the batch, X transposed and padded to whole vectors
+Z = X W^T          few rows: inner products along K
+dX = dZ W          vectors along K
+dW = dZ^T X        vectors along K
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .pointers import call, lanes, moved, number
+from .tiles import dots_1, dots_4, tile_1, tile_1x1, tile_1x2, tile_4x2, tile_8, tile_8x1
+
+
+def product(
+    a: Any,
+    row_a: int,
+    step_a: int,
+    b: Any,
+    step_b: int,
+    steps: int,
+    c: Any,
+    row_c: int,
+    rows: int,
+    columns: int,
+    factor: Any,
+    keep: int,
+) -> None:
+    """C = keep C + factor A B, A [rows, steps] with any strides, B [steps, columns], C [rows, columns]."""
+    width = lanes(c)
+    j = 0
+    while j + 2 * width <= columns:
+        i = 0
+        while i + 4 <= rows:
+            of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
+            tile_4x2(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
+            i += 4
+        while i < rows:
+            of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
+            tile_1x2(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
+            i += 1
+        j += 2 * width
+    if j + width <= columns:
+        i = 0
+        while i + 8 <= rows:
+            of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
+            tile_8x1(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
+            i += 8
+        while i < rows:
+            of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
+            tile_1x1(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
+            i += 1
+        j += width
+    while j < columns:
+        i = 0
+        while i + 8 <= rows:
+            of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
+            tile_8(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
+            i += 8
+        while i < rows:
+            of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
+            tile_1(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
+            i += 1
+        j += 1
+
+
+def forward(
+    product: int, x: Any, w: Any, bias: Any, has_bias: int, z: Any, m: int, n: int, k: int, x_t: Any, z_t: Any
+) -> None:
+    """Z [m, n] = X W^T + b for X [m, k] and W [n, k]; ``product`` by its address, ``x_t`` and ``z_t`` to work in."""
+    width = lanes(x)
+    if m < width:
+        i = 0
+        while i + 4 <= n:
+            for row in range(m):
+                dots_4(moved(x, row * k), moved(w, i * k), k, k, moved(z, row * n + i))
+            i += 4
+        while i < n:
+            for row in range(m):
+                dots_1(moved(x, row * k), moved(w, i * k), k, k, moved(z, row * n + i))
+            i += 1
+        if has_bias:
+            for row in range(m):
+                of_row = moved(z, row * n)
+                for i in range(n):
+                    of_row[i] += bias[i]
+        return
+    padded = (m + width - 1) // width * width
+    zero = number(0.0, x)
+    for row in range(m):
+        of_row, column = moved(x, row * k), moved(x_t, row)
+        for i in range(k):
+            column[i * padded] = of_row[i]
+    for row in range(m, padded):
+        column = moved(x_t, row)
+        for i in range(k):
+            column[i * padded] = zero
+    call(product, (w, k, 1, x_t, padded, k, z_t, padded, n, padded, number(1.0, x), 0))
+    for i in range(n):
+        added = zero
+        if has_bias:
+            added = bias[i]
+        of_row, column = moved(z_t, i * padded), moved(z, i)
+        for row in range(m):
+            column[row * n] = of_row[row] + added

@@ -1,0 +1,148 @@
+"""A step of some members of an ensemble as one call of machine code, as ``cpu_members.Piece`` is one on operators.
+
+What the machine code does not have goes to pieces on operators, as in ``cpu_native``. The class numbers of all members
+were checked before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import cpu
+from ..activations import ACTIVATIONS
+from ..base.losses import takes_classes
+from ..cpu import native_layout as layout
+from .cpu_member_span import Ensemble, MemberLayer, target_dims
+from .cpu_members import Piece
+from .cpu_native import write_settings
+
+
+def native_units(net: Ensemble, m: int) -> cpu.NativeUnits | None:
+    """The machine code for steps of ``m`` rows; None where it lacks what the ensemble needs, or is not wanted."""
+    options, outputs = net.options, net.layers[-1].weight.shape[1]
+    if (
+        net.device.type != "cpu"
+        or net.dropout is not None
+        or net.dtype not in (torch.float32, torch.float64)
+        or any(not copies.is_one for layer in net.layers for copies in layer.copies)
+        or options.class_weight is not None
+        or options.pos_weight is not None
+        or options.label_smoothing
+        or options.ignore_index is not None
+        or not outputs
+    ):
+        return None
+    activations, clips = [layer.activation for layer in net.layers], net.rule.max_grad_norm is not None
+    names = cpu.unit_names(activations, net.loss, net.rule.name, clips=clips, averages=net.rule.ema_decay is not None)
+    work = m * sum(layer.weight[0].numel() for layer in net.layers)
+    return cpu.native_units(m, work, net.dtype, ["whole.members", *names])
+
+
+class NativePiece:
+    """Steps of the members ``ids`` with ``m`` rows each.
+
+    Args:
+        units: the machine code.
+        operators: makes the pieces on operators.
+    """
+
+    def __init__(
+        self,
+        net: Ensemble,
+        ids: Sequence[int],
+        m: int,
+        units: cpu.NativeUnits,
+        operators: Callable[[], list[Piece]],
+    ) -> None:
+        self._net, self._ids, self._make = net, ids, operators
+        self._pieces: list[Piece] | None = None
+        classes, clips = takes_classes(net.loss), net.rule.max_grad_norm is not None
+        self._target = torch.int64 if classes else net.dtype
+        gradients = [torch.zeros_like(t[0]) for t in net.masters] if clips else []
+        self._networks: list[cpu.NativeNetwork] = []
+        for e in ids:
+            self._networks.append(
+                cpu.NativeNetwork(
+                    units,
+                    [_parts(net, layer, e, gradients) for layer in net.layers],
+                    m,
+                    loss=net.loss,
+                    rule=net.rule.name,
+                    lowest=net.lowest,
+                    groups=len(net.rules),
+                    count=net.counts[e],
+                    counts=net.rule.counted,
+                    clips=clips,
+                    averages=net.rule.ema_decay is not None,
+                    classes=classes,
+                    beside=self._networks[0] if self._networks else None,
+                )
+            )
+        self._members = cpu.NativeMembers(units, self._networks, ids)
+        self._version, self._rate = -1, float("nan")
+
+    def _take_settings(self) -> None:
+        """Write the settings of every member, if any has changed."""
+        net = self._net
+        if self._version != net.version:
+            for e, network in zip(self._ids, self._networks, strict=True):
+                rules = net.rules_with(net.settings_of(e))
+                write_settings(network, rules[0], rules, net.options.delta, plain=net.plain)
+                for i, rule in enumerate(rules):
+                    network.hyper[layout.OF_GROUPS + 2 * i] = rule.lr
+            self._version, self._rate = net.version, float("nan")
+        if net.rate == net.rate and net.rate != self._rate:
+            self._rate = net.rate
+            for network in self._networks:
+                network.hyper[layout.OF_GROUPS] = net.rate
+
+    def run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        out: Tensor,
+        update: bool,
+        weight: Tensor | None = None,
+        of_pass: tuple[int, int] = (0, 0),
+    ) -> None:
+        """``Piece.run``."""
+        net = self._net
+        has = weight is None and net.dropout is None and y.dtype == self._target and out.dtype == net.dtype
+        if not (update and has):
+            for piece in self._operators():
+                piece.run(x, y, out, update, weight, of_pass)
+            return
+        self._take_settings()
+        self._members.step(x, y, out, own_x=x.dim() == 3, own_y=y.dim() > target_dims(y))
+
+    def update(self) -> None:
+        """``Piece.update``."""
+        for piece in self._operators():
+            piece.update()
+
+    def _operators(self) -> list[Piece]:
+        if self._pieces is None:
+            self._pieces = self._make()
+        return self._pieces
+
+
+def _parts(net: Ensemble, layer: MemberLayer, e: int, gradients: Sequence[Tensor]) -> cpu.LayerParts:
+    """A layer of member e."""
+
+    def parameter(data: Tensor | None, trained: bool, place: int) -> cpu.NativeParameter:
+        if data is None or not trained:
+            return cpu.NativeParameter(None if data is None else data[e])
+        states = [net.states[name][place][e] for name in net.rule.states]
+        group = 0 if net.group_of is None else net.group_of[place]
+        average = None if net.rule.ema_decay is None else net.states["ema"][place][e]
+        return cpu.NativeParameter(data[e], True, group, states, gradients[place] if gradients else None, average)
+
+    return cpu.LayerParts(
+        parameter(layer.weight, layer.train_w, layer.grad_w),
+        parameter(layer.bias, layer.train_b, layer.grad_b),
+        layer.activation,
+        ACTIVATIONS[layer.activation].saved == "z",
+    )

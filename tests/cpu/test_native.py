@@ -1,0 +1,183 @@
+"""Units of machine code: what they compute, the files in which they are kept, and machines without numba."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import warnings
+
+import pytest
+import torch
+
+import fastmlp
+from fastmlp.activations import ACTIVATIONS
+from fastmlp.base.losses import STEP_LOSSES
+from fastmlp.cpu import choose, native
+from fastmlp.cpu.native import machine_code
+from fastmlp.step.cpu_native import NativeStep
+from fastmlp.step.optimizers import OPTIMIZERS
+
+needs_numba = pytest.mark.usefixtures("native_code")
+
+
+def step_of(rows: int = 4) -> tuple[fastmlp.TrainStep, torch.Tensor]:
+    step = fastmlp.TrainStep(fastmlp.MLP((3, 4, 2)), lr=0.1)
+    return step, step(torch.ones(rows, 3), torch.zeros(rows, dtype=torch.int64))
+
+
+def elementwise(name: str, first: torch.Tensor, second: torch.Tensor) -> None:
+    """Call a unit of ``activations``."""
+    units = native.units(first.dtype, [f"activations.{name}"])
+    assert units is not None
+    function = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 5)(units[f"activations.{name}"])
+    place = ctypes.c_int64()
+    where = ctypes.addressof(place)
+    assert function(where, where, first.data_ptr(), second.data_ptr(), first.numel()) == 0
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "identity"])
+def test_activations(name, dtype):
+    """f and f' over all sizes of numbers: at most twice torch's own error, and one rounding of the largest term."""
+    f = ACTIVATIONS[name]
+    z = torch.cat([torch.linspace(-110, 110, 2001), torch.linspace(-3, 3, 2001), torch.logspace(-30, 2, 500)])
+    z = torch.cat((z, -z)).to(dtype)
+    dz = torch.linspace(-2, 2, len(z), dtype=dtype)
+    exact_z = z.double().requires_grad_()
+    exact = f.new(exact_z)
+    (exact_grad,) = torch.autograd.grad(exact, exact_z, dz.double()) if exact.requires_grad else (torch.zeros_like(dz),)
+    a, own = torch.empty_like(z), f.new(z.clone())
+    elementwise(name, z, a)
+    grad = dz.clone()
+    elementwise(f"{name}_grad", a if f.saved == "a" else z, grad)
+    own_grad = f.backward(dz, own if f.saved == "a" else z)
+    for ours, theirs, right in ((a, own, exact.detach()), (grad, own_grad, exact_grad)):
+        budget = 2 * (theirs - right).abs() + torch.finfo(dtype).eps * (4 * right.abs() + torch.finfo(dtype).tiny)
+        if f.saved == "a" or dtype == torch.float64:  # 1 - A has the rounding of A; torch's float64 is not exact
+            budget = budget + torch.finfo(dtype).eps * dz.abs()
+        if name in ("gelu", "silu"):  # f and f' are products of z, or of 1, with what is rounded where it is near 1
+            budget = budget + 2 * torch.finfo(dtype).eps * (1 + z.abs().clamp(max=8)) * dz.abs().clamp(min=1)
+        assert ((ours - right).abs() <= budget).all(), z[(ours - right).abs() > budget]
+
+
+@needs_numba
+def test_every_activation_loss_and_optimizer_has_its_unit():
+    from fastmlp.cpu.native import activations, losses, rules
+
+    for name in ACTIVATIONS:
+        assert name == "identity" or (hasattr(activations, name) and hasattr(activations, f"{name}_grad"))
+    assert all(hasattr(losses, name) for name in STEP_LOSSES.values())
+    assert all(hasattr(rules, name) for name in OPTIMIZERS)
+
+
+@needs_numba
+def test_units_are_kept_in_files(tmp_path, monkeypatch):
+    """The second process compiles nothing. A damaged file is compiled anew."""
+    compiled: list[str] = []
+    compile_ = machine_code._compiled
+    monkeypatch.setattr(machine_code, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(machine_code, "_compiled", lambda unit, dtype: compiled.append(unit) or compile_(unit, dtype))
+    name = "activations.relu_grad"
+    assert machine_code._loaded(name, torch.float32)
+    assert machine_code._loaded(name, torch.float32)
+    assert compiled == [name]
+    (path,) = (tmp_path / "native").glob("*.o")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert machine_code._loaded(name, torch.float32)
+    assert compiled == [name, name]
+    assert machine_code._read(path) is not None
+
+
+@needs_numba
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(machine_code, "cache_folder", lambda: tmp_path / "file")
+    assert machine_code._loaded("activations.relu_grad", torch.float32)
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Numba is there, and fails."""
+
+    def fails(dtype):
+        raise ImportError("numba needs another numpy")
+
+    monkeypatch.setattr(machine_code, "_broken", {})
+    monkeypatch.setattr(machine_code, "_units", fails)
+    monkeypatch.setattr(machine_code, "installed", lambda: True)
+    monkeypatch.setattr(native, "installed", lambda: True)
+
+
+def test_a_broken_numba_is_told_once(broken):
+    with pytest.warns(RuntimeWarning, match="numba needs another numpy"):
+        step, loss = step_of()
+    assert loss.isfinite()
+    assert not isinstance(step._engine._planned(4), NativeStep)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step_of()
+
+
+def test_a_broken_numba_that_was_asked_for_is_an_error(broken, fresh_mode):
+    fastmlp.set_cpu_gemm("native")
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="numba needs another numpy"):
+        step_of()
+
+
+@pytest.fixture
+def fresh_mode():
+    mode = fastmlp.get_cpu_gemm()
+    yield
+    fastmlp.set_cpu_gemm(mode)
+
+
+def test_without_numba(monkeypatch, fresh_mode):
+    """Steps run on operators. Who asks for machine code is told what to install."""
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(machine_code, "installed", lambda: False)
+    step, loss = step_of()
+    assert loss.isfinite()
+    assert not isinstance(step._engine._planned(4), NativeStep)
+    with pytest.raises(RuntimeError, match=r"fastmlp\[cpu\]"):
+        fastmlp.set_cpu_gemm("native")
+    assert native.units(torch.float32, []) is None
+
+
+@needs_numba
+def test_machine_code_is_one_of_the_ways(monkeypatch):
+    """It is measured beside the others, and chosen where it is the fastest."""
+    fastmlp.set_cpu_gemm("auto")
+    seen: list[str] = []
+
+    def fastest(candidates):
+        seen.extend(candidates)
+        for run in candidates.values():
+            run()
+        return "native" if "native" in candidates else next(iter(candidates))
+
+    monkeypatch.setattr(choose, "_fastest", fastest)
+    monkeypatch.setattr(choose, "_choices", {})
+    monkeypatch.setattr(choose.cache, "kept", lambda: {})
+    monkeypatch.setattr(choose.cache, "keep", lambda choices: None)
+    step, _ = step_of()
+    assert isinstance(step._engine._planned(4), NativeStep)
+    assert "native" in seen
+    for rows in (129, 1 << 20):
+        seen.clear()
+        step._engine.network.kind()
+        assert not fastmlp.cpu.native_rows(rows)
+
+
+@needs_numba
+def test_the_same_bits_where_the_user_wants_atens():
+    fastmlp.set_cpu_gemm("aten")
+    step, _ = step_of()
+    assert not isinstance(step._engine._planned(4), NativeStep)
+
+
+@needs_numba
+def test_other_dtypes_go_another_way():
+    step = fastmlp.TrainStep(fastmlp.MLP((3, 4, 2)), dtype=torch.bfloat16)
+    assert step(torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)).isfinite()
+    assert not isinstance(step._engine._planned(4), NativeStep)
