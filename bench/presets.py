@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -118,6 +119,12 @@ def _whole(device: str) -> tuple[str, ...]:
     return ("whole_default",) if device.startswith("cuda") else ()
 
 
+def _with_options(batch: int, device: str) -> list[Problem]:
+    """Steps of Adam with class weights, without and with dropout."""
+    options: dict[str, Any] = {"optimizer": "adam", "weighs_classes": True, "device": device}
+    return [StepProblem(REFERENCE, batch, "relu", dropout=dropout, **options) for dropout in (0.0, 0.2)]
+
+
 def _of_a_gpu(squared: Sequence[tuple[tuple[int, ...], int]], batches: Sequence[int], device: str) -> list[Problem]:
     """Steps with squared errors of networks and batches, and epochs in batches of the reference network; GPUs only."""
     if not device.startswith("cuda"):
@@ -152,6 +159,7 @@ def _full(device: str) -> Preset:
         steps += [StepProblem(REFERENCE, batch, optimizer=name, device=device) for name in ("nesterov", "adamw")]
         steps.append(StepProblem(REFERENCE, batch, activation="relu", device=device))
         steps += [StepProblem(REFERENCE, batch, dtype=dtype, device=device) for dtype in halves]
+        steps += _with_options(batch, device)
     steps.append(StepProblem((784, 128, 128, 10), 4096, activation="relu", device=device))
     if on_gpu:
         steps.append(StepProblem((784, 128, 128, 10), 4096, "relu", bias=False, dtype="float16", device=device))

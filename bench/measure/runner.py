@@ -33,16 +33,21 @@ def prepare(rival: Rival, case: Case) -> tuple[dict[str, Any], Run | None]:
     available = rival.available(case.problem)
     if not available.ok:
         return {**entry, "status": "unavailable", "reason": available.reason}, None
+    judged = case.problem.without_chance
     try:
         begin = time.perf_counter()
-        run = rival.build(case.problem)
+        run = rival.build(judged)
         run()
         run.finish()
         entry["setup_s"] = time.perf_counter() - begin
         for _ in range(GATE_CALLS - 1):
             run()
         run.finish()
-        verdict = judge(case.problem, run.results())
+        verdict = judge(judged, run.results())
+        if judged is not case.problem:
+            run = rival.build(case.problem)
+            run()
+            run.finish()
     except Exception as error:  # a contender that breaks must not end the run of the others
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         return {**entry, "status": "failed", "reason": reason[:300]}, None

@@ -79,6 +79,11 @@ class Problem:
         """Every input set on the device, floating-point tensors in ``input_dtype``; all contenders share them."""
         return _on_device(self)
 
+    @property
+    def without_chance(self) -> Problem:
+        """The problem whose results the gate compares: this one, without what contenders draw by chance."""
+        return self
+
     def judged(self, results: Results) -> Results:
         """What the gate compares: the results, or the changes that the calls made."""
         return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ ADAM_BETA_2 = 0.999
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.01},
     "nesterov": {"lr": 0.01, "momentum": 0.9, "nesterov": True},
+    "adam": {"lr": 1e-3},
     "adamw": {"lr": 1e-3, "weight_decay": 0.01},
 }
+#: Those that correct their moments by the number of updates.
+ADAMS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 #: torch's losses by the name of a problem's loss; "mse" compares the logits with one-hot rows.
@@ -35,7 +39,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cros
 
 @dataclass(frozen=True)
 class Training(Problem):
-    """What all trainings share: a network, a batch size, an optimizer and a loss."""
+    """What all trainings share: a network, a batch size, an optimizer and a loss.
+
+    With ``weighs_classes`` cross-entropy has class weights. ``dropout`` is the probability for all hidden layers.
+    """
 
     sizes: tuple[int, ...]
     batch: int
@@ -43,6 +50,17 @@ class Training(Problem):
     optimizer: str = "sgd"
     bias: bool = True
     loss: str = "cross_entropy"
+    weighs_classes: bool = False
+    dropout: float = 0.0
+
+    @property
+    def without_chance(self) -> Problem:
+        """The step without dropout, whose masks every contender draws in its own way."""
+        return dataclasses.replace(self, dropout=0.0) if self.dropout else self
+
+    def class_weight(self) -> Tensor | None:
+        """[C], from 1/2 to 3/2, or None."""
+        return torch.linspace(0.5, 1.5, self.sizes[-1]) if self.weighs_classes else None
 
     @property
     def timing(self) -> str:
@@ -87,7 +105,10 @@ class Training(Problem):
     def shape_words(self) -> list[str]:
         """The network in words."""
         words = ["-".join(map(str, self.sizes)), self.activation]
-        return [*words, *([] if self.bias else ["no bias"]), *(["mse"] if self.loss == "mse" else [])]
+        words += [] if self.bias else ["no bias"]
+        words += ["mse"] if self.loss == "mse" else []
+        words += ["class weights"] if self.weighs_classes else []
+        return words + ([f"dropout {self.dropout:g}"] if self.dropout else [])
 
     @property
     def weights(self) -> int:
@@ -103,7 +124,7 @@ class Training(Problem):
     def bytes(self) -> int:
         # W read forward, for dX and for the update, and written; optimizer state read and written; every activation
         # written once and read twice, every dZ written once and read twice.
-        state = {"sgd": 0, "nesterov": 2, "adamw": 4}[self.optimizer]
+        state = {"sgd": 0, "nesterov": 2, "adam": 4, "adamw": 4}[self.optimizer]
         passes = 4 * self.weights - self.sizes[0] * self.sizes[1] + state * self.weights
         return self.itemsize * (passes + self.batch * (2 * self.sizes[0] + 6 * sum(self.sizes[1:])))
 
@@ -121,7 +142,7 @@ class Training(Problem):
     def conditioning(self) -> float:
         # Adam divides by sqrt(1 - beta_2^t), which optimizers that keep t on the device compute in float32. 1 - x with
         # x near 1 has the rounding of x, eps / 2, against 1 - beta_2 at the first step; the root halves it.
-        return torch.finfo(torch.float32).eps / (4 * (1 - ADAM_BETA_2)) if self.optimizer == "adamw" else 0.0
+        return torch.finfo(torch.float32).eps / (4 * (1 - ADAM_BETA_2)) if self.optimizer in ADAMS else 0.0
 
     def judged(self, results: Results) -> Results:
         """The changes by training: the parameters less their starting values."""
@@ -138,7 +159,8 @@ class Training(Problem):
 
     def total_loss(self, a: Tensor, y: Tensor) -> Tensor:
         """What the oracle differentiates."""
-        return LOSSES[self.loss](a, y)
+        weight = self.class_weight()
+        return LOSSES[self.loss](a, y) if weight is None else F.cross_entropy(a, y, weight.to(a.dtype))
 
     def batches(self) -> Sequence[tuple[Tensor, Tensor]]:
         """The batches of all calls before the comparison."""
@@ -148,8 +170,7 @@ class Training(Problem):
         """``kink`` is the z at which the derivative of relu or leaky_relu steps."""
         master = torch.promote_types(dtype, torch.float32)
         params = [self.compared(p).to(master, copy=True).requires_grad_() for p in self.parameters()]
-        kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.SGD
-        optimizer = kind(params, **OPTIMIZERS[self.optimizer])
+        optimizer = ADAMS.get(self.optimizer, torch.optim.SGD)(params, **OPTIMIZERS[self.optimizer])
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15, enabled=dtype == torch.float16)
         activations = [*[self.activation] * (len(self.sizes) - 2), "identity"]
         for x, y in self.batches():

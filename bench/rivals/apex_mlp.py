@@ -48,6 +48,7 @@ class ApexMLP:
             (problem.device.startswith("cuda"), "needs a GPU"),
             (getattr(problem, "activation", "") in ("relu", "sigmoid"), "has relu and sigmoid only"),
             (len(getattr(problem, "sizes", ())) > 2, "needs a hidden layer"),
+            (not getattr(problem, "dropout", 0), "has no dropout"),
         )
 
     def build(self, problem: Problem) -> Run:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.problems import Problem
+from bench.problems.training import ADAMS
 from bench.rivals.capture import capture
 from bench.rivals.eager import EagerRun
 from bench.rivals.protocol import Availability, Run, needs
@@ -18,7 +19,7 @@ class _GraphRun(EagerRun):
     def __init__(self, problem: TrainingProblem) -> None:
         super().__init__(problem, fused=True)
         # Not through optimizer_of: SGD does not know the option capturable, and its one kernel does not need it.
-        if problem.optimizer == "adamw":
+        if problem.optimizer in ADAMS:
             for group in self.optimizer.param_groups:
                 group["capturable"] = True
         self.replay = capture(super().step, self.example, self.params, self.state)

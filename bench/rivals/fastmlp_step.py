@@ -9,8 +9,9 @@ from torch import Tensor
 
 import fastmlp
 from bench.problems import OPTIMIZERS, MembersProblem, Problem
+from bench.problems.training import ADAMS
 from bench.rivals.protocol import OK, Availability, Run, needs
-from bench.rivals.training import TrainingProblem, TrainingRun, optimizer_of
+from bench.rivals.training import TrainingProblem, TrainingRun, class_weight_of, optimizer_of
 
 __all__ = ["FastMLP", "FastMLPEnsemble", "FastMLPModules", "FastMLPOneByOne", "train_step"]
 
@@ -19,6 +20,7 @@ def _model(problem: TrainingProblem) -> fastmlp.MLP | fastmlp.MLPEnsemble:
     model: fastmlp.MLP | fastmlp.MLPEnsemble
     rest: dict[str, Any] = {"activation": problem.activation, "bias": problem.bias, "device": problem.device}
     rest["dtype"] = torch.float64 if problem.dtype == "float64" else torch.float32
+    rest["dropout"] = problem.dropout
     if isinstance(problem, MembersProblem):
         model = fastmlp.MLPEnsemble(problem.sizes, problem.members, **rest)
     else:
@@ -34,8 +36,9 @@ def train_step(model: fastmlp.MLP | fastmlp.MLPEnsemble, problem: TrainingProble
     settings: dict[str, Any] = OPTIMIZERS[problem.optimizer]
     return fastmlp.TrainStep(
         model,
-        "adamw" if problem.optimizer == "adamw" else "sgd",
+        problem.optimizer if problem.optimizer in ADAMS else "sgd",
         loss=problem.loss,
+        class_weight=class_weight_of(problem),
         dtype=problem.torch_dtype,
         **settings,
     )
@@ -62,7 +65,9 @@ class _ModulesRun(TrainingRun):
     def __init__(self, problem: TrainingProblem) -> None:
         super().__init__(problem)
         self.model = _model(problem)
-        self.loss = fastmlp.functional.mse_loss if problem.loss == "mse" else fastmlp.CrossEntropyLoss()
+        self.loss = fastmlp.functional.mse_loss
+        if problem.loss != "mse":
+            self.loss = fastmlp.CrossEntropyLoss(class_weight_of(problem))
         self.params = list(self.model.parameters())
         self.optimizer = optimizer_of(problem, self.params, fused=True)
 

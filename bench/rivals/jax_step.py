@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bench.problems import OPTIMIZERS, Problem, Results
-from bench.problems.training import ADAM_BETA_2
+from bench.problems.training import ADAM_BETA_2, ADAMS
 from bench.rivals.protocol import Availability, Run, installed, needs
 from bench.rivals.training import TrainingProblem
 
@@ -32,23 +32,29 @@ def activation(jax: Any, name: str) -> Any:
 
 
 def loss_function(jax: Any, problem: TrainingProblem) -> Any:
-    """A function of (parameters, X, Y) that returns the mean loss of one network."""
+    """A function of (parameters, X, Y) that returns the mean loss of one network; with dropout it takes a key too."""
     jnp = jax.numpy
     f = activation(jax, problem.activation)
     compute = jnp.dtype(problem.dtype)
     precision = jax.lax.Precision.HIGHEST if problem.dtype == "float32" else None
+    kept, class_weight = 1 - problem.dropout, problem.class_weight()
+    weight = None if class_weight is None else jnp.array(class_weight.numpy())
 
-    def loss_of(params: Any, x: Any, y: Any) -> Any:
+    def loss_of(params: Any, x: Any, y: Any, key: Any = None) -> Any:
         a = x.astype(compute)
         for i in range(0, len(params), 2):
             w, b = params[i].astype(compute), params[i + 1].astype(compute)
             a = jax.lax.dot_general(a, w, (((1,), (1,)), ((), ())), precision=precision) + b
-            a = f(a) if i < len(params) - 2 else a
+            if i < len(params) - 2:
+                a = f(a)
+                if kept < 1:
+                    keep = jax.random.bernoulli(jax.random.fold_in(key, i), kept, a.shape)
+                    a = jnp.where(keep, a / kept, 0)
         a = a.astype(jnp.float32)
         if problem.loss == "mse":
             return ((a - y) ** 2).mean()
-        log_p = jax.nn.log_softmax(a)
-        return -jnp.take_along_axis(log_p, y[:, None], 1).mean()
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(a), y[:, None], 1)[:, 0]
+        return -log_p.mean() if weight is None else -(weight[y] * log_p).sum() / weight[y].sum()
 
     return loss_of
 
@@ -76,7 +82,7 @@ class _JaxRun:
         self.velocity: Any = []
         if problem.optimizer != "sgd":
             self.velocity = [jnp.zeros_like(p) for p in self.params]
-        if problem.optimizer == "adamw":
+        if problem.optimizer in ADAMS:
             self.velocity = (self.velocity, [jnp.zeros_like(p) for p in self.params], jnp.zeros(()))
 
         self.sets = [tuple(as_array(jax, t) for t in problem.make_inputs(i)) for i in range(problem.input_sets)]
@@ -92,13 +98,16 @@ class _JaxRun:
             second = [v + (1 - beta2) * (g * g - v) for v, g in zip(second, grads, strict=True)]
             rate, root = lr / (1 - beta1**count), jnp.sqrt(1 - beta2**count)
             moved = [
-                p * (1 - lr * settings["weight_decay"]) - rate * m / (jnp.sqrt(v) / root + eps)
+                p * (1 - lr * settings.get("weight_decay", 0.0)) - rate * m / (jnp.sqrt(v) / root + eps)
                 for p, m, v in zip(params, first, second, strict=True)
             ]
             return moved, (first, second, count)
 
         def step(params: Any, velocity: Any, x: Any, y: Any) -> Any:
-            loss, grads = jax.value_and_grad(loss_of)(params, x, y)
+            rest: tuple[Any, ...] = ()
+            if problem.dropout:  # a new mask for each update, by the number of updates
+                rest = (jax.random.fold_in(jax.random.key(0), velocity[2].astype("int32")),)
+            loss, grads = jax.value_and_grad(loss_of)(params, x, y, *rest)
             if isinstance(velocity, tuple):
                 return *adamw(params, velocity, grads), loss
             if not velocity:
@@ -156,6 +165,7 @@ class JaxStep:
             computes_there(problem),
             (getattr(problem, "bias", True), "written with biases"),
             (problem.dtype in ("float32", "bfloat16"), "written without a loss scale"),
+            (not getattr(problem, "dropout", 0) or getattr(problem, "optimizer", "") in ADAMS, "drops with Adam only"),
         )
 
     def build(self, problem: Problem) -> Run:

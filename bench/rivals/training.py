@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bench.problems import OPTIMIZERS, EpochProblem, MembersProblem, OnlineProblem, Results, StepProblem
+from bench.problems.training import ADAMS
 from bench.rivals.protocol import OpRun
 from fastmlp.activations import ACTIVATIONS
 
-__all__ = ["TrainingProblem", "TrainingRun", "loss_module", "optimizer_of", "torch_network"]
+__all__ = ["TrainingProblem", "TrainingRun", "class_weight_of", "loss_module", "optimizer_of", "torch_network"]
 
 TrainingProblem = StepProblem | OnlineProblem | EpochProblem | MembersProblem
 
@@ -28,7 +29,10 @@ def torch_network(
     activation = partial(module[0], **module[1])
     for k, n in zip(problem.sizes[:-1], problem.sizes[1:], strict=True):
         modules += [nn.Linear(k, n, bias=problem.bias), activation()]
-    network = nn.Sequential(*modules[:-1])
+        modules += [nn.Dropout(problem.dropout)] if problem.dropout else []
+    while not isinstance(modules[-1], nn.Linear):
+        modules.pop()
+    network = nn.Sequential(*modules)
     with torch.no_grad():
         for parameter, value in zip(network.parameters(), values or problem.parameters(), strict=True):
             parameter.copy_(value)
@@ -37,12 +41,21 @@ def torch_network(
 
 def loss_module(problem: TrainingProblem) -> nn.Module:
     """torch.nn's loss of that name."""
-    return nn.MSELoss() if problem.loss == "mse" else nn.CrossEntropyLoss()
+    if problem.loss == "mse":
+        return nn.MSELoss()
+    return nn.CrossEntropyLoss(class_weight_of(problem))
+
+
+def class_weight_of(problem: TrainingProblem) -> Tensor | None:
+    """The class weights on the device, in the parameters' dtype."""
+    weight = problem.class_weight()
+    dtype = torch.float64 if problem.dtype == "float64" else torch.float32
+    return None if weight is None else weight.to(problem.device, dtype)
 
 
 def optimizer_of(problem: TrainingProblem, parameters: Any, **options: Any) -> torch.optim.Optimizer:
     """torch.optim's optimizer with the problem's settings."""
-    kind = torch.optim.AdamW if problem.optimizer == "adamw" else torch.optim.SGD
+    kind: Any = ADAMS.get(problem.optimizer, torch.optim.SGD)
     return kind(parameters, **OPTIMIZERS[problem.optimizer], **options)
 
 

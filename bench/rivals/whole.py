@@ -84,7 +84,13 @@ class WholeStep:
         self.notes = f"forward, loss, backward and update one torch.compile(mode={mode!r}); on a GPU in one CUDA graph"
 
     def available(self, problem: Problem) -> Availability:
-        return needs((problem.dtype != "float16", "written without a loss scale"), *mode_runs(self.mode, problem))
+        return needs(
+            (problem.dtype != "float16", "written without a loss scale"),
+            (getattr(problem, "optimizer", "") != "adam", "written for SGD and AdamW"),
+            (not getattr(problem, "weighs_classes", False), "written without class weights"),
+            (not getattr(problem, "dropout", 0), "written without dropout"),
+            *mode_runs(self.mode, problem),
+        )
 
     def build(self, problem: Problem) -> Run:
         return WholeStepRun(problem, self.mode, graph=problem.device.startswith("cuda"))  # type: ignore[arg-type]

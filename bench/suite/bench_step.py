@@ -16,6 +16,10 @@ PROBLEMS = [
     StepProblem(SMALL, 64, activation="relu", loss="mse", device=device()),
     StepProblem(SMALL, 64, "relu", bias=False, dtype="float16", device=device()),
     StepProblem(SMALL, 512, dtype="bfloat16", device=device()),
+    *(
+        StepProblem(SMALL, 64, "relu", "adam", weighs_classes=True, dropout=dropout, device=device())
+        for dropout in (0.0, 0.2)
+    ),
 ]
 
 
