@@ -126,7 +126,8 @@ def fit(
             the test data is not looked at. Default: none.
         settings: further settings of the optimizer, by `TrainStep`'s names: betas, eps, max_grad_norm, ... With engine
             "step" also its further options, such as class_weight, label_smoothing, param_groups and dtype. Evaluations,
-            and so ``patience``, take the plain loss without these options. With ``process_group``, all processes call
+            and so ``patience``, take the plain loss without these options; but the rows of ``ignore_index`` do not
+            count there either. With ``process_group``, all processes call
             `fit` with the same arguments, and divide each batch.
 
     Returns:
