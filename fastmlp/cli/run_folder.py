@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import common
 from .drawing import PICTURES, draw
+from .results_folder import ResultsFolder, check_free
 
 if TYPE_CHECKING:
     from fastmlp.train import History
@@ -36,20 +37,10 @@ CLAIM = ".training"
 
 def check_run_folder(folder: Path, overwrite: bool) -> None:
     """UserError if ``folder`` cannot become a run folder, or has a run and ``overwrite`` is not set."""
-    with common.user_errors((OSError,)):
-        is_file = folder.exists() and not folder.is_dir()
-        there = [name for name in RESULTS if (folder / name).exists()]
-    if is_file:
-        raise common.UserError(f"--out {folder} is a file; expected a folder, or a name that is free for one")
-    if there and not overwrite:
-        go_on = f", or go on with --resume {shlex.quote(str(folder))}" if LAST in there else ""
-        raise common.UserError(
-            f"--out {folder} has a run already ({', '.join(there)}); give another folder, or --overwrite to replace "
-            f"it{go_on}"
-        )
+    check_free(folder, overwrite, RESULTS, LAST, "a run")
 
 
-class Run:
+class Run(ResultsFolder):
     """The run folder, which keeps the results of a run; the command's help describes it.
 
     A context manager: the folder is this run's alone meanwhile, and a new folder without results is removed.
@@ -61,21 +52,9 @@ class Run:
     """
 
     def __init__(self, out: str | None, name: str, overwrite: bool = False, *, resume: bool = False) -> None:
-        from fastmlp.base.atomic import Claim
         from fastmlp.train.logs import CsvLog
 
-        option = "--resume" if resume else "--out"
-        with common.user_errors((OSError,)):
-            self.is_new = out is None or not Path(out).exists()
-            self.folder = _new_folder(Path("runs"), name) if out is None else Path(out)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self.claim = Claim(self.folder, CLAIM)
-            except BlockingIOError as error:
-                raise common.UserError(
-                    f"another training writes to {self.folder} ({error.strerror}); wait for its end, or give another "
-                    f"folder with {option}"
-                ) from error
+        super().__init__(out, name, claim=CLAIM, what="training", option="--resume" if resume else "--out")
         try:
             # The claim's last owner may have finished a run just now.
             check_run_folder(self.folder, overwrite or resume)
@@ -94,10 +73,7 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.claim.release()
-        with contextlib.suppress(OSError):
-            if self.is_new:
-                self.folder.rmdir()  # which an empty folder only can be
+        self.release()
 
     def check_unchanged(self, since: os.stat_result) -> None:
         """UserError if another process went on with the run since its state was read."""
@@ -157,10 +133,6 @@ class Run:
             where = "from there"
         return f"To go on {where}: fastmlp train --resume {shlex.quote(str(self.folder))}"
 
-    def published(self, name: str) -> str:
-        """The path of a result, as files have it that leave this machine."""
-        return str(Path(self.folder.name, name) if self.folder.is_absolute() else self.folder / name)
-
     def finish(
         self, model: Any, form: Format, history: History, summary: dict[str, Any], judged: Judged | None
     ) -> None:
@@ -209,15 +181,3 @@ def _with(model: Any, parameters: dict[str, Any]) -> Any:
     model = copy.deepcopy(model)
     model.load_state_dict(parameters)
     return model
-
-
-def _new_folder(parent: Path, name: str) -> Path:
-    """Make ``parent/name``, or the first of name-2, name-3, ... that is free."""
-    folder, number = parent / name, 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
-            folder = parent / f"{name}-{number}"

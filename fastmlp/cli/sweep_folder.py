@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from . import common
-from .run_folder import CONFIG, WEIGHTS, _new_folder
+from .results_folder import ResultsFolder, check_free
+from .run_folder import CONFIG, WEIGHTS
 
 PLAN, GROUPS, RESULTS, TABLE, PICTURE = "sweep.json", "groups", "results.json", "results.csv", "results.png"
 CLAIM = ".sweeping"
@@ -18,17 +17,7 @@ FORMAT, FORMAT_VERSION = "fastmlp sweep", 1
 
 def check_sweep_folder(folder: Path, overwrite: bool) -> None:
     """UserError if ``folder`` cannot become the folder of a sweep, or has one and ``overwrite`` is not set."""
-    with common.user_errors((OSError,)):
-        is_file = folder.exists() and not folder.is_dir()
-        there = [name for name in (PLAN, RESULTS, TABLE, PICTURE, WEIGHTS, CONFIG) if (folder / name).exists()]
-    if is_file:
-        raise common.UserError(f"--out {folder} is a file; expected a folder, or a name that is free for one")
-    if there and not overwrite:
-        go_on = f", or go on with --resume {shlex.quote(str(folder))}" if PLAN in there else ""
-        raise common.UserError(
-            f"--out {folder} has results already ({', '.join(there)}); give another folder, or --overwrite to replace "
-            f"them{go_on}"
-        )
+    check_free(folder, overwrite, (PLAN, RESULTS, TABLE, PICTURE, WEIGHTS, CONFIG), PLAN, "results")
 
 
 def group_file(folder: Path, number: int) -> Path:
@@ -61,7 +50,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
     return plan
 
 
-class SweepFolder:
+class SweepFolder(ResultsFolder):
     """The folder, which is this sweep's alone until `release`.
 
     Args:
@@ -71,19 +60,7 @@ class SweepFolder:
     """
 
     def __init__(self, out: str | None, plan: dict[str, Any] | None, overwrite: bool = False) -> None:
-        from fastmlp.base.atomic import Claim
-
-        self.is_new = out is None or not Path(out).exists()
-        with common.user_errors((OSError,)):
-            self.folder = _new_folder(Path("runs"), "sweep") if out is None else Path(out)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self.claim = Claim(self.folder, CLAIM)
-            except BlockingIOError as error:
-                raise common.UserError(
-                    f"another sweep writes to {self.folder} ({error.strerror}); wait for its end, or give another "
-                    "folder with --out"
-                ) from error
+        super().__init__(out, "sweep", claim=CLAIM, what="sweep")
         try:
             if plan is not None:
                 check_sweep_folder(self.folder, overwrite)
@@ -101,20 +78,9 @@ class SweepFolder:
             (self.folder / name).unlink(missing_ok=True)
         self.write(PLAN, {"format": FORMAT, "format_version": FORMAT_VERSION, **plan})
 
-    def release(self) -> None:
-        """Give the folder back; a new folder without a plan is removed."""
-        self.claim.release()
-        with contextlib.suppress(OSError):
-            if self.is_new:
-                self.folder.rmdir()  # which an empty folder only can be
-
     def write(self, name: str, content: str | dict[str, Any]) -> None:
         """Replace a file by a text or by JSON; OSError where it cannot be written."""
         from fastmlp.base.atomic import atomic_write
 
         text = content if isinstance(content, str) else json.dumps(content, indent=1, allow_nan=False) + "\n"
         atomic_write(self.folder / name, text.encode())
-
-    def published(self, name: str) -> str:
-        """The path of a result, as files have it that leave this machine."""
-        return str(Path(self.folder.name, name) if self.folder.is_absolute() else self.folder / name)
