@@ -94,7 +94,8 @@ def _plan(
         dense = da[0].is_contiguous()
     blocks = cdiv(total, BLOCK)
     if dropout is not None:
-        blocks = cdiv(total // da.shape[-1] * cdiv(da.shape[-1], GROUP), BLOCK // GROUP)
+        columns = GROUP.value
+        blocks = cdiv(total // da.shape[-1] * cdiv(da.shape[-1], columns), BLOCK // columns)
     return call(
         _activation_bwd_kernel, (blocks, 1, count),
         da, saved, dz, members, active, arguments_of(dropout), total, da.shape[-1], da.stride(-2), da.stride(-1),
