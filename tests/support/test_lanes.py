@@ -211,5 +211,8 @@ def test_what_depends_on_the_processor_is_run_as_on_lesser_ones():
     reach = re.compile(r"fastmlp\.cpu\b|\b(torch_products|cpu_plan|cpu_step)\b")
     paths = [path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")]
     files = {path for path in paths if reach.search((ROOT / path).read_text(encoding="utf-8"))}
-    assert files - {"tests/support/test_lanes.py", "tests/test_package.py"} <= set(conftest.ON_THE_PROCESSOR)
+    # numpy and numba take the processor as it is, whatever torch is told.
+    others = {"tests/step/test_dropout.py", "tests/cpu/test_native.py", "tests/step/test_native_ensembles.py"}
+    others |= {"tests/support/test_lanes.py", "tests/test_package.py"}
+    assert files - others <= set(conftest.ON_THE_PROCESSOR)
     assert set(conftest.ON_THE_PROCESSOR) <= set(paths)
