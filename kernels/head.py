@@ -263,8 +263,10 @@ def _tile(
         return _HeadTile(32, classes, 2, 16, 32, min(2, cdiv(K, 32)) if writes_prev and K else 1, 1, 1)
     # The rows' weights take registers: blocks of 64 rows would spill.
     rows = 16 if weighted else 1024 // classes
-    if dropping and device.has_tf32:
-        # So do random numbers. Blocks of 32 rows and 32 columns would compute some products twice.
+    of_blackwell = str(device.arch).startswith("10")
+    if (dropping and device.has_tf32) or (of_blackwell and itemsize == 4):
+        # So do random numbers. Blocks of 32 rows and 32 columns would compute some products twice, and on sm_100
+        # blocks of 64 rows of float32 would too.
         rows = min(rows, 32 if aligned else 16)
     if members * cdiv(M, rows) < device.multiprocessors or (members > 1 and rows >= 2 * M):
         rows = 16
@@ -273,8 +275,6 @@ def _tile(
         depth, cols, num_warps, num_stages = 16, 32, 4 if classes < 64 else 8, 1
     elif not aligned:
         depth, cols = 16, 32
-    elif itemsize == 4 and str(device.arch).startswith("10") and rows > 16 and not dropping:
-        cols = 32
     if aligned and classes > 32 and itemsize == 4 and device.has_tf32:
         num_warps = 8
     while depth > 16 and (slices * depth >= 2 * K or slices * depth * (rows + classes) * itemsize > 49152):

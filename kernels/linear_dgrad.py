@@ -121,9 +121,9 @@ def _store_dx(
 ):  # fmt: skip
     """The epilogue: multiply a block of dZ W by f' and store it, and the sums of its rows at row_ptr, if not None.
 
-    Blocks above ``EPILOGUE_SIZE`` are halved.
+    Blocks above ``EPILOGUE_SIZE`` are halved, with dropout once more, because random numbers take registers.
     """
-    if acc.numel > EPILOGUE_SIZE:
+    if acc.numel > EPILOGUE_SIZE or (dropout is not None and acc.numel > EPILOGUE_SIZE // 2):
         left, right = halves(acc)
         _store_dx(left, saved_ptr, dx_ptr, row_ptr, dropout, key, offs_m, first_k, M, K, ACTIVATION, HAS_SAVED)
         first_k += left.shape[1]

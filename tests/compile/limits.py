@@ -71,6 +71,12 @@ EXCEPTIONS: tuple[LimitException, ...] = (
         "which are 4 bytes of 16-bit parameters",
     ),
     _narrow(
+        "sm_90/wgrad_update/float32/16x32x32-2w4s/momentum-dropout",
+        "sm_90/wgrad_update/float32/16x32x32-2w4s/momentum-dropout",
+        "PTX loads two values of a bias's momentum at once, and ptxas makes two loads of them; a program has 32 values "
+        "of a bias",
+    ),
+    _narrow(
         "*pixels*",
         "sm_80/linear_wgrad/float32/64x64x32-4w3s/split-k784-pixels-gather",
         "pixels are widened in registers and take the layout of W's dtype, 4 or 8 values per thread; a warp still "
