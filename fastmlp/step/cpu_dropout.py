@@ -48,7 +48,7 @@ class Mask:
         self._d, self._layer, self._p, self._out = d, layer, d.rates[layer], out
         self._runs, self._total = runs, total
         rows = out.view(-1, out.shape[-1])
-        self._factors = self._keep = torch.empty(0)
+        self._factors = self._keep = torch.empty(0, device="cpu")
         self._arrays = None
         if out.device.type == "cpu" and out.dtype.itemsize >= 4:
             self._factors = torch.empty_like(out)
