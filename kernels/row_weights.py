@@ -104,6 +104,7 @@ def _total_weight_kernel(
     divisor_ptr, target_ptr, rows_ptr, w_ptr, sample_ptr, scale, ignore_index: tl.int64,
     M, C, stride_t, stride_w, stride_s, members, LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     if members is not None:
         member = tl.program_id(2).to(tl.int64)
         divisor_ptr += member
@@ -113,7 +114,6 @@ def _total_weight_kernel(
             rows_ptr += member * members.rows
         if sample_ptr is not None:
             sample_ptr += member * members.sample
-    wait_for_previous()
     total = sum_of_weights(
         target_ptr, rows_ptr, w_ptr, sample_ptr, stride_t, stride_w, stride_s, M, C, ignore_index, LABELS, BLOCK
     )
