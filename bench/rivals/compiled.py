@@ -7,6 +7,7 @@ import types
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from bench.problems import Problem
@@ -43,6 +44,8 @@ def _with_code_of_its_own(function: Any) -> Any:
 class _CompiledRun(EagerRun):
     def __init__(self, problem: TrainingProblem, mode: str) -> None:
         super().__init__(problem, fused=False)
+        # The step of torch.optim is one code for all problems.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 12
 
         def loss_of(x: Tensor, y: Tensor) -> Tensor:
             with self.autocast():
