@@ -7,6 +7,7 @@ goes, and huber's delta. The formulas are those of ``fastmlp.step.cpu_losses``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from .activations import exp, logistic
@@ -29,18 +30,9 @@ def softmax_row(a: Any, p: Any, c: int) -> tuple[float, float]:
 
 
 def cross_entropy(
-    a: Any,
-    classes: Any,
-    values: Any,
-    row: int,
-    column: int,
-    order: Any,
-    ordered: int,
-    m: int,
-    c: int,
-    da: Any,
-    d: float,
-) -> float:
+    a: Any, classes: Any, values: Any, row: int, column: int, order: Any, ordered: int, m: int, c: int,
+    da: Any, d: float,
+) -> float:  # fmt: skip
     """-log softmax(A)[y], mean over rows."""
     loss = 0.0
     for i in range(m):
@@ -57,18 +49,9 @@ def cross_entropy(
 
 
 def softmax_squared_error(
-    a: Any,
-    classes: Any,
-    values: Any,
-    row: int,
-    column: int,
-    order: Any,
-    ordered: int,
-    m: int,
-    c: int,
-    da: Any,
-    d: float,
-) -> float:
+    a: Any, classes: Any, values: Any, row: int, column: int, order: Any, ordered: int, m: int, c: int,
+    da: Any, d: float,
+) -> float:  # fmt: skip
     """|softmax(A) - onehot(y)|^2, mean over rows."""
     loss = 0.0
     for i in range(m):
@@ -88,104 +71,53 @@ def softmax_squared_error(
     return loss / m
 
 
-def mse(
-    a: Any,
-    classes: Any,
-    values: Any,
-    row: int,
-    column: int,
-    order: Any,
-    ordered: int,
-    m: int,
-    c: int,
-    da: Any,
-    d: float,
-) -> float:
-    """(A - y)^2, mean over elements."""
-    loss, count = 0.0, m * c
-    for i in range(m):
-        y = moved(values, (order[i] if ordered else i) * row)
-        of_a, of_da = moved(a, i * c), moved(da, i * c)
-        for j in range(c):
-            difference = float(of_a[j]) - y[j * column]
-            loss += difference * difference
-            of_da[j] = difference * (2.0 / count)
-    return loss / count
+@inlined
+def _mse(a: float, y: float, count: int, d: float) -> tuple[float, float]:
+    """(A - y)^2."""
+    difference = a - y
+    return difference * difference, difference * (2.0 / count)
 
 
-def l1(
-    a: Any,
-    classes: Any,
-    values: Any,
-    row: int,
-    column: int,
-    order: Any,
-    ordered: int,
-    m: int,
-    c: int,
-    da: Any,
-    d: float,
-) -> float:
-    """|A - y|, mean over elements."""
-    loss, count = 0.0, m * c
-    for i in range(m):
-        y = moved(values, (order[i] if ordered else i) * row)
-        of_a, of_da = moved(a, i * c), moved(da, i * c)
-        for j in range(c):
-            difference = float(of_a[j]) - y[j * column]
-            loss += abs(difference)
-            of_da[j] = ((difference > 0.0) - (difference < 0.0)) / count
-    return loss / count
+@inlined
+def _l1(a: float, y: float, count: int, d: float) -> tuple[float, float]:
+    """|A - y|."""
+    difference = a - y
+    return abs(difference), ((difference > 0.0) - (difference < 0.0)) / count
 
 
-def huber(
-    a: Any,
-    classes: Any,
-    values: Any,
-    row: int,
-    column: int,
-    order: Any,
-    ordered: int,
-    m: int,
-    c: int,
-    da: Any,
-    d: float,
-) -> float:
-    """Half the squared difference up to delta, linear beyond, mean over elements."""
-    loss, count = 0.0, m * c
-    for i in range(m):
-        y = moved(values, (order[i] if ordered else i) * row)
-        of_a, of_da = moved(a, i * c), moved(da, i * c)
-        for j in range(c):
-            difference = float(of_a[j]) - y[j * column]
-            clamped = d if difference > d else difference
-            clamped = -d if clamped < -d else clamped
-            loss += clamped * (difference - 0.5 * clamped)
-            of_da[j] = clamped / count
-    return loss / count
+@inlined
+def _huber(a: float, y: float, count: int, d: float) -> tuple[float, float]:
+    """Half the squared difference up to delta, linear beyond."""
+    difference = a - y
+    clamped = d if difference > d else difference
+    clamped = -d if clamped < -d else clamped
+    return clamped * (difference - 0.5 * clamped), clamped / count
 
 
-def bce_with_logits(
-    a: Any,
-    classes: Any,
-    values: Any,
-    row: int,
-    column: int,
-    order: Any,
-    ordered: int,
-    m: int,
-    c: int,
-    da: Any,
-    d: float,
-) -> float:
-    """Sigmoid NLL of logits, mean over elements."""
-    loss, count = 0.0, m * c
-    for i in range(m):
-        y = moved(values, (order[i] if ordered else i) * row)
-        of_a, of_da = moved(a, i * c), moved(da, i * c)
-        for j in range(c):
-            logit, target = float(of_a[j]), float(y[j * column])
-            above = 0.0 if logit < 0.0 else logit
-            loss += (above - logit * target) + math.log1p(exp(-abs(logit)))
-            of_da[j] = (logistic(logit) - target) / count
-    return loss / count
+@inlined
+def _bce_with_logits(a: float, y: float, count: int, d: float) -> tuple[float, float]:
+    """Sigmoid NLL of logits."""
+    above = 0.0 if a < 0.0 else a
+    return (above - a * y) + math.log1p(exp(-abs(a))), (logistic(a) - y) / count
+
+
+def _mean_over_elements(term: Callable[[float, float, int, float], tuple[float, float]]) -> Callable[..., float]:
+    """The loss of which ``term`` gives an element's part and the element of dA."""
+
+    def loss(
+        a: Any, classes: Any, values: Any, row: int, column: int, order: Any, ordered: int, m: int, c: int,
+        da: Any, d: float,
+    ) -> float:  # fmt: skip
+        total, count = 0.0, m * c
+        for i in range(m):
+            y = moved(values, (order[i] if ordered else i) * row)
+            of_a, of_da = moved(a, i * c), moved(da, i * c)
+            for j in range(c):
+                part, of_da[j] = term(float(of_a[j]), float(y[j * column]), count, d)
+                total += part
+        return total / count
+
+    return loss
+
+
+mse, l1, huber, bce_with_logits = map(_mean_over_elements, (_mse, _l1, _huber, _bce_with_logits))

@@ -14,18 +14,9 @@ from .pointers import number
 
 
 def sgd(
-    w: Any,
-    g: Any,
-    first: Any,
-    second: Any,
-    third: Any,
-    count: int,
-    scale: float,
-    lr: float,
-    wd: float,
-    t: float,
+    w: Any, g: Any, first: Any, second: Any, third: Any, count: int, scale: float, lr: float, wd: float, t: float,
     p: Any,
-) -> None:
+) -> None:  # fmt: skip
     """momentum, nesterov."""
     factor, rate, decay, momentum = number(scale, w), number(lr, w), number(wd, w), number(p[0], w)
     if p[0] == 0.0:
@@ -45,18 +36,9 @@ def sgd(
 
 
 def adam(
-    w: Any,
-    g: Any,
-    first: Any,
-    second: Any,
-    third: Any,
-    count: int,
-    scale: float,
-    lr: float,
-    wd: float,
-    t: float,
+    w: Any, g: Any, first: Any, second: Any, third: Any, count: int, scale: float, lr: float, wd: float, t: float,
     p: Any,
-) -> None:
+) -> None:  # fmt: skip
     """beta1, beta2, eps, amsgrad, whether the weight decay is no part of the gradient."""
     factor, part1, beta2, part2 = number(scale, w), number(1.0 - p[0], w), number(p[1], w), number(1.0 - p[1], w)
     rate, eps = number(lr / (1.0 - p[0] ** t), w), number(p[2], w)
@@ -84,18 +66,9 @@ def adam(
 
 
 def rmsprop(
-    w: Any,
-    g: Any,
-    first: Any,
-    second: Any,
-    third: Any,
-    count: int,
-    scale: float,
-    lr: float,
-    wd: float,
-    t: float,
+    w: Any, g: Any, first: Any, second: Any, third: Any, count: int, scale: float, lr: float, wd: float, t: float,
     p: Any,
-) -> None:
+) -> None:  # fmt: skip
     """alpha, eps, momentum, centered. The states are the mean square, with ``centered`` the mean, and the momentum."""
     factor, rate, decay = number(scale, w), number(lr, w), number(wd, w)
     part, eps, momentum = number(1.0 - p[0], w), number(p[1], w), number(p[2], w)
@@ -117,18 +90,9 @@ def rmsprop(
 
 
 def lion(
-    w: Any,
-    g: Any,
-    first: Any,
-    second: Any,
-    third: Any,
-    count: int,
-    scale: float,
-    lr: float,
-    wd: float,
-    t: float,
+    w: Any, g: Any, first: Any, second: Any, third: Any, count: int, scale: float, lr: float, wd: float, t: float,
     p: Any,
-) -> None:
+) -> None:  # fmt: skip
     """beta1, beta2."""
     factor, rate, shrink = number(scale, w), number(lr, w), number(1.0 - lr * wd, w)
     part1, part2 = number(1.0 - p[0], w), number(1.0 - p[1], w)
