@@ -207,16 +207,12 @@ class TorchEnsemble:
         way, pieces = self._planned(self._rows)
         if len(self._ids) < self.members:
             out.fill_(nan)
-        if self.dropout is None:
-            self._spread(
-                way, [partial(_each, [partial(p.run, x, y, out, update, weight) for p in part]) for part in pieces]
-            )
-            return
-        of_pass = numbers(self.dropout)
+        of_pass = (0, 0) if self.dropout is None else numbers(self.dropout)
         self._spread(
             way, [partial(_each, [partial(p.run, x, y, out, update, weight, of_pass) for p in part]) for part in pieces]
         )
-        advance(self.dropout)
+        if self.dropout is not None:
+            advance(self.dropout)
 
     def _spread(self, way: str, parts: list[Callable[[], None]]) -> None:
         if way in ("batched", "each"):

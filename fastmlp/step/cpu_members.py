@@ -91,7 +91,7 @@ class Piece:
         stay as they are. ``of_pass`` are the values of the state of dropout.
         """
         net, span = self._net, self.span
-        masks = self._masks if net.dropout is self._dropout else self._masks_of(net.dropout)
+        masks = self._masks_of(net.dropout)
         span.load()
         plain = net.plain and update
         if not plain:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import cpu
 from ..base.losses import takes_classes
 from ..cpu import native_layout as layout
+from .cpu_member_span import Ensemble
 from .cpu_plan import Layer, Network
 from .optimizers import Optimizer
 
@@ -24,21 +25,23 @@ if TYPE_CHECKING:
     from ..cpu import NativeParameter
 
 
-def has_native(net: Network) -> bool:
-    """Whether the machine code has what the network needs."""
-    options, outputs = net.options, net.modules[-1].out_features
+def has_formulas(net: Network | Ensemble) -> bool:
+    """Whether the machine code has the device, the dtype, the dropout, and the loss for labels that all count."""
+    options = net.options
     return (
         net.device.type == "cpu"
         and net.dtype in (torch.float32, torch.float64)
-        and not net.copies
-        and net.parallel is None
-        and not net.late
         and net.dropout is None
         and options.class_weight is None
         and options.pos_weight is None
         and not options.label_smoothing
-        and not 0 <= options.ignored < outputs
     )
+
+
+def has_native(net: Network) -> bool:
+    """Whether the machine code has what the network needs."""
+    ignores = 0 <= net.options.ignored < net.modules[-1].out_features
+    return has_formulas(net) and not (net.copies or net.parallel is not None or net.late or ignores)
 
 
 def native_plan(net: Network, m: int) -> cpu.NativePlan | None:

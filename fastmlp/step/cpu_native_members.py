@@ -17,23 +17,13 @@ from ..base.losses import takes_classes
 from ..cpu import native_layout as layout
 from .cpu_member_span import Ensemble, MemberLayer, target_dims
 from .cpu_members import Piece
-from .cpu_native import write_settings
+from .cpu_native import has_formulas, write_settings
 
 
 def native_units(net: Ensemble, m: int) -> cpu.NativeUnits | None:
     """The machine code for steps of ``m`` rows; None where it lacks what the ensemble needs, or is not wanted."""
-    options, outputs = net.options, net.layers[-1].weight.shape[1]
-    if (
-        net.device.type != "cpu"
-        or net.dropout is not None
-        or net.dtype not in (torch.float32, torch.float64)
-        or any(not copies.is_one for layer in net.layers for copies in layer.copies)
-        or options.class_weight is not None
-        or options.pos_weight is not None
-        or options.label_smoothing
-        or options.ignore_index is not None
-        or not outputs
-    ):
+    copies = any(not copies.is_one for layer in net.layers for copies in layer.copies)
+    if not has_formulas(net) or copies or net.options.ignore_index is not None or not net.layers[-1].weight.shape[1]:
         return None
     activations, clips = [layer.activation for layer in net.layers], net.rule.max_grad_norm is not None
     names = cpu.unit_names(activations, net.loss, net.rule.name, clips=clips, averages=net.rule.ema_decay is not None)

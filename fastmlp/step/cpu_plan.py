@@ -152,7 +152,7 @@ class Plan:
         self._weighted_loss: WeightedLoss | None = None
         self._outputs = [module.out_features for module in net.modules]
         self._dropout: StepDropout | None = None
-        self._masks: list[Mask | None] = []
+        self._masks: list[Mask | None] = [None] * len(net.modules)
         #: The sample weights of gathered rows.
         self.weight: Tensor | None = None
         self.x = new((m, k))
@@ -173,12 +173,13 @@ class Plan:
             self.products.append(products)
             self.kept_a.append(None if layer.f.epilogue else new((m, n)))
 
-    def masks(self, dropout: StepDropout) -> list[Mask | None]:
+    def masks(self, dropout: StepDropout | None) -> list[Mask | None]:
         """Of each layer that drops."""
         if self._dropout is not dropout:
-            m = self.x.shape[0]
-            self._masks = masks(dropout, [(m, n) for n in self._outputs], self.x, [(0, m)], m)
-            self._dropout = dropout
+            m, self._dropout = self.x.shape[0], dropout
+            self._masks = [None] * len(self._outputs)
+            if dropout is not None:
+                self._masks = masks(dropout, [(m, n) for n in self._outputs], self.x, [(0, m)], m)
         return self._masks
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import cpu
 from ..nn import Linear
 from ..online import online_epoch
-from .cpu_dropout import Mask, StepDropout, advance, numbers
+from .cpu_dropout import StepDropout, advance, numbers
 from .cpu_native import NativeStep, has_native, native_plan
 from .cpu_plan import Layer, Network, Plan
 from .groups import Groups
@@ -224,21 +224,20 @@ def _step(
             weight = torch.index_select(weight, 0, rows, out=plan.weight)
     a = _input(net, plan, x, rows)
     inputs, saved = [], []
-    dropout, masks = net.dropout, None
-    if dropout is None:
-        for layer, products, kept in zip(net.layers, plan.products, plan.kept_a, strict=True):
-            inputs.append(a)
-            z = products.linear(a)
-            a = z if kept is None else layer.f.into(z, kept)
-            saved.append(z if layer.saves_z else a)
-    else:
-        masks = plan.masks(dropout)
-        a = _forward_with_dropout(net, plan, a, inputs, saved, masks, numbers(dropout))
+    dropout, masks = net.dropout, plan.masks(net.dropout)
+    of_pass = (0, 0) if dropout is None else numbers(dropout)
+    for layer, products, kept, mask in zip(net.layers, plan.products, plan.kept_a, masks, strict=True):
+        inputs.append(a)
+        z = products.linear(a)
+        a = z if kept is None else layer.f.into(z, kept)
+        saved.append(z if layer.saves_z else a)
+        if mask is not None:
+            a = mask.forward(a, of_pass)
     da = plan.loss(a, y, out) if weight is None else plan.weighted_loss(a, y, out, weight)
     consume = _apply if update and net.plain else _store
     for i in range(len(inputs) - 1, net.lowest - 1, -1):
         products = plan.products[i]
-        if masks is not None and (mask := masks[i]) is not None:
+        if (mask := masks[i]) is not None:
             mask.backward(da)
         dz = net.layers[i].f.backward(da, saved[i], inplace=True)
         if products.dgrad is not None:  # before the weight changes
@@ -254,21 +253,6 @@ def _step(
         net.publish()
     if dropout is not None:
         advance(dropout)
-
-
-def _forward_with_dropout(
-    net: Network, plan: Plan, a: Tensor, inputs: list[Tensor], saved: list[Tensor],
-    masks: list[Mask | None], of_pass: tuple[int, int],
-) -> Tensor:  # fmt: skip
-    """The network's output; ``inputs`` get the layers' inputs, and ``saved`` what their derivatives need."""
-    for layer, products, kept, mask in zip(net.layers, plan.products, plan.kept_a, masks, strict=True):
-        inputs.append(a)
-        z = products.linear(a)
-        a = z if kept is None else layer.f.into(z, kept)
-        saved.append(z if layer.saves_z else a)
-        if mask is not None:
-            a = mask.forward(a, of_pass)
-    return a
 
 
 def _input(net: Network, plan: Plan, x: Tensor, rows: Tensor | None) -> Tensor:
