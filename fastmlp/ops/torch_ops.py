@@ -65,9 +65,9 @@ def linear_dgrad(
 ) -> Tensor:
     """DX = (dZ W) * f' with f the activation of the layer below, and ``dropout`` that of its output."""
     da = torch_products.dgrad(dz, weight)
-    if dropout is not None:
-        return activation_bwd(da, saved, activation, inplace=True, dropout=dropout)
-    return da if activation == "identity" else activation_bwd(da, saved, activation, inplace=True)
+    if activation == "identity" and dropout is None:
+        return da
+    return activation_bwd(da, saved, activation, inplace=True, dropout=dropout)
 
 
 def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:

@@ -56,9 +56,8 @@ def linear_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """(A, Z or None) of A = f(X W^T + b); X [M, K], W [N, K], b [N]. ``dropout`` is of this layer's output."""
     with device_of(x):
-        if dropout is not None:
-            return _kernels().linear_fwd(x, weight, bias, activation, save_z=save_z, dropout=dropout[:4])
-        return _kernels().linear_fwd(x, weight, bias, activation, save_z=save_z)
+        drops = dropout and dropout[:4]
+        return _kernels().linear_fwd(x, weight, bias, activation, save_z=save_z, dropout=drops)
 
 
 def linear_dgrad(
@@ -74,9 +73,7 @@ def linear_dgrad(
     ``dropout`` is that of the layer below; its output is ``saved`` as it went on, after dropout.
     """
     with device_of(dz):
-        if dropout is not None:
-            return _kernels().linear_dgrad(dz, weight, _dense(saved), activation, dropout=dropout[:4])
-        return _kernels().linear_dgrad(dz, weight, _dense(saved), activation)
+        return _kernels().linear_dgrad(dz, weight, _dense(saved), activation, dropout=dropout and dropout[:4])
 
 
 def linear_wgrad(dz: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -117,9 +114,7 @@ def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, dropout
     if activation == "identity" and dropout is None:
         return da
     with device_of(da):
-        if dropout is not None:
-            return _kernels().activation_bwd(da, _dense(saved), activation, dropout=dropout[:4])
-        return _kernels().activation_bwd(da, _dense(saved), activation)
+        return _kernels().activation_bwd(da, _dense(saved), activation, dropout=dropout and dropout[:4])
 
 
 def cross_entropy_fwd(
