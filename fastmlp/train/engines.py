@@ -89,11 +89,8 @@ class StepEngine:
         return self.step.losses
 
     def average(self) -> dict[str, Tensor] | None:
-        """The moving average of the parameters, in their dtypes; None without ``ema_decay``."""
-        if self.step.rule.ema_decay is None:
-            return None
-        own = self.step.model.state_dict()
-        return {name: tensor.to(own[name].dtype) for name, tensor in self.step.ema_state_dict().items()}
+        """The moving average of the parameters; None without ``ema_decay``."""
+        return None if self.step.rule.ema_decay is None else self.step.ema_state_dict()
 
     def epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]

@@ -245,9 +245,8 @@ def _evaluate_classes(
     for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
         logits = _widened(model(x))
         total += function(logits, y, reduction="sum")
-        correct += (logits.argmax(1) == y).sum()  # an ignored label that is a class counts below
-        if ignore_index is not None:
-            correct -= ((logits.argmax(1) == y) & (y == ignore_index)).sum()
+        right = logits.argmax(1) == y
+        correct += (right if ignore_index is None else right & (y != ignore_index)).sum()
     count = len(targets) if ignore_index is None else int((targets != ignore_index).sum())
     return total.item() / count, correct.item() / count
 
