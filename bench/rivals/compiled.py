@@ -34,7 +34,7 @@ def mode_runs(mode: str, problem: Problem) -> tuple[tuple[bool, str], ...]:
 
 
 def _with_code_of_its_own(function: Any) -> Any:
-    """A copy of a function. torch.compile keeps what it compiles by the code, eight times, and then runs eager."""
+    """A copy of a function. torch.compile looks for what it compiled among all that it compiled of the same code."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     return types.FunctionType(
         code, function.__globals__, code.co_name, function.__defaults__, function.__closure__
@@ -51,11 +51,8 @@ class _CompiledRun(EagerRun):
             with self.autocast():
                 return self.loss(self.model(x), y)
 
-        def update() -> None:
-            self.optimizer.step()
-
         self.loss_of = torch.compile(_with_code_of_its_own(loss_of), mode=mode)
-        self.update = torch.compile(_with_code_of_its_own(update), mode=mode)
+        self.update = torch.compile(self.optimizer.step, mode=mode)
 
     def step(self, x: Tensor, y: Tensor) -> object:
         torch.compiler.cudagraph_mark_step_begin()
