@@ -6,9 +6,8 @@ from .base import checkout  # noqa: F401
 from .base.version import __version__
 from .cpu import get_cpu_gemm, set_cpu_gemm
 from .data import ImageDataset, find_fashion_mnist, load_data, load_fashion_mnist
-from .ensemble import MLPEnsemble
 from .losses import BCEWithLogitsLoss, CrossEntropyLoss, HuberLoss, L1Loss, MSELoss
-from .nn import MLP, Linear
+from .nn import MLP, Linear, MLPEnsemble
 from .step import TrainStep
 from .train import fit
 from .train.checkpoint import load_checkpoint, save_checkpoint

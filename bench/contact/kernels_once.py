@@ -11,8 +11,8 @@ import torch
 
 import fastmlp
 from bench.tune import products
-from fastmlp import selfcheck
-from fastmlp.selfcheck import CHECKS, Problem
+from fastmlp.cli import selfcheck
+from fastmlp.cli.selfcheck import CHECKS, Problem
 from tests.kernels.launches import LAUNCHES
 from tests.support.steps import converted, flat, network, problem
 

@@ -102,7 +102,7 @@ def _triton(gpus: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _checks(report: dict[str, Any], everything: bool) -> list[dict[str, Any]]:
-    from fastmlp.selfcheck import run_checks
+    from fastmlp.cli.selfcheck import run_checks
 
     found = []
     if report["triton"]["runs_on"] == "interpreter":
@@ -123,7 +123,7 @@ def _on_gpu(gpu: dict[str, Any], everything: bool) -> list[dict[str, Any]]:
 
     Compiling takes nearly all of the time. A kernel that destroys its CUDA context stops no other check.
     """
-    from fastmlp.selfcheck import CHECKS
+    from fastmlp.cli.selfcheck import CHECKS
 
     dtypes = ["float32", "bfloat16", "float16"]
     if int(gpu["capability"].partition(".")[0]) < 8:
@@ -146,9 +146,9 @@ def _on_gpu(gpu: dict[str, Any], everything: bool) -> list[dict[str, Any]]:
 
 
 def _apart(who: str, failed: dict[str, Any], arguments: list[str], environment: dict[str, str]) -> list[dict[str, Any]]:
-    """The results of `fastmlp.selfcheck` in a process of its own, or one failed result if the process failed."""
+    """The results of `fastmlp.cli.selfcheck` in a process of its own, or one failed result if the process failed."""
     # The interpreter computes with numpy, which warns of overflow in lanes that are masked afterwards.
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "fastmlp.selfcheck"]
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "fastmlp.cli.selfcheck"]
     command += ["--backend", "triton", "--device", failed["device"], *arguments]
     failure = {**failed, "backend": "triton", "passed": False, "worst": "", "error": None, "allowed": None}
     try:

@@ -16,8 +16,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..base.arguments import check_members, check_network, check_same_device
-from ..ensemble import MLPEnsemble
-from ..nn import MLP, _has_hooks, _only_computes
+from ..nn import MLPEnsemble
+from ..nn.mlp import MLP, _has_hooks, _only_computes
 from .cpu_dropout import StepDropout
 
 _FORWARD, _ENSEMBLE_FORWARD = MLP.forward, MLPEnsemble.forward

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base.arguments import check_tensor
 from ..base.losses import STEP_LOSSES
-from ..ensemble import MLPEnsemble
+from ..nn import MLPEnsemble
 from .binding import Binding
 from .cpu_ensemble import TorchEnsemble
 from .optimizers import Optimizer

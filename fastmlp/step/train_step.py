@@ -14,8 +14,7 @@ from torch.autograd.graph import increment_version
 from ..backend import resolve
 from ..base.arguments import check_tensor
 from ..base.losses import STEP_LOSSES
-from ..ensemble import MLPEnsemble
-from ..nn import MLP
+from ..nn import MLP, MLPEnsemble
 from .binding import Binding
 from .cpu_step import TorchStep
 from .groups import OWN, Groups, grouped

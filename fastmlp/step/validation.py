@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..base.arguments import check_batch, check_classes, check_rows, check_same_device, check_tensor, readable_rows
 from ..base.losses import LOSSES, STEP_LOSSES, takes_classes
 from ..base.names import unknown
-from ..ensemble import MLPEnsemble
-from ..nn import MLP, is_parallel
+from ..nn import MLPEnsemble
+from ..nn.mlp import MLP, is_parallel
 from .loss_options import PLAIN, LossOptions
 
 

@@ -20,7 +20,7 @@ from .. import functional
 from ..base.arguments import check_classes, check_tensor
 from ..base.losses import LOSSES, STEP_LOSSES, Loss
 from ..base.names import unknown
-from ..ensemble import MLPEnsemble
+from ..nn import MLPEnsemble
 
 
 class LabeledImages(Protocol):

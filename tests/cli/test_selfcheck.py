@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton import knobs
 
-from fastmlp.selfcheck import FULL, SHORT, run_checks
+from fastmlp.cli.selfcheck import FULL, SHORT, run_checks
 from tests.compile.targets import TARGETS
 
 pytestmark = pytest.mark.launch

@@ -202,4 +202,4 @@ class TestFromAndToTorch:
 
     def test_every_other_activation_has(self):
         assert nn.LeakyReLU().negative_slope == LEAKY_SLOPE
-        assert set(fastmlp.nn._TORCH_MODULES) == set(ACTIVATIONS) - {"step"}
+        assert set(fastmlp.nn.mlp._TORCH_MODULES) == set(ACTIVATIONS) - {"step"}

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import functional
-from ...ensemble import MLPEnsemble
-from ...nn import MLP
+from ...nn import MLP, MLPEnsemble
 from ...step import TrainStep
 from ...step.per_member import SETTINGS as PER_MEMBER
 from ..initial import initialize_

@@ -1,4 +1,4 @@
-"""fastmlp/nn.py: Linear and MLP beside torch's own modules."""
+"""fastmlp/nn/mlp.py: Linear and MLP beside torch's own modules."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ every result beside those of the reference in float64 and in the operands' own d
 at most twice that of the reference in the same dtype, plus a floor. The floor is one rounding to the dtype plus
 float32's rounding times the square root of the reduction length, both relative to the largest magnitude.
 
-``python -m fastmlp.selfcheck --backend triton --device cuda`` prints the results as a list in JSON. ``fastmlp doctor``
-runs it in processes of their own: for Triton's interpreter, since TRITON_INTERPRET=1 must be set before triton is
-imported; on a GPU, since processes compile side by side.
+``python -m fastmlp.cli.selfcheck --backend triton --device cuda`` prints the results as a list in JSON. `fastmlp
+doctor` runs it in processes of their own: for Triton's interpreter, since TRITON_INTERPRET=1 must be set before triton
+is imported; on a GPU, since processes compile side by side.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import functional, ops, reference
-from .activations import ACTIVATIONS, saved_for_grad
-from .backend import KERNEL_DTYPES, Resolved, use_backend
-from .base.losses import LOSSES
-from .step.optimizers import SGD, AdamW, Optimizer
+from .. import functional, ops, reference
+from ..activations import ACTIVATIONS, saved_for_grad
+from ..backend import KERNEL_DTYPES, Resolved, use_backend
+from ..base.losses import LOSSES
+from ..step.optimizers import SGD, AdamW, Optimizer
 
 __all__ = ["CHECKS", "KERNELS_ONLY", "CheckResult", "Comparison", "Problem", "run_checks"]
 
@@ -221,8 +221,8 @@ def softmax_squared_error(problem: Problem, backend: Resolved) -> Iterator[Compa
 
 def head(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     """Last layer, cross-entropy and their backward pass, above a sigmoid layer; of at most 128 classes."""
-    from . import kernels
-    from .kernels.head import MAX_CLASSES
+    from .. import kernels
+    from ..kernels.head import MAX_CLASSES
 
     classes, scale = min(problem.N, MAX_CLASSES), 1 / problem.M
     y, w, b = problem.labels(classes), problem.weight[:classes], problem.bias[:classes]
@@ -239,8 +239,8 @@ def head(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
 
 def wgrad_update(problem: Problem, backend: Resolved) -> Iterator[Comparison]:
     """One layer's gradient and its update in float32, for every optimizer: the first step, from states of 0."""
-    from .kernels.layout import Layer, Layout
-    from .kernels.wgrad_update import wgrad_update as launch
+    from ..kernels.layout import Layer, Layout
+    from ..kernels.wgrad_update import wgrad_update as launch
 
     rules: tuple[tuple[Optimizer, Callable[..., torch.optim.Optimizer]], ...] = (
         (SGD(0.1, 0.02), torch.optim.SGD),
@@ -361,7 +361,7 @@ def _run(
 
 def main() -> None:
     """Print the results of `run_checks` as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m fastmlp.selfcheck")
+    parser = argparse.ArgumentParser(prog="python -m fastmlp.cli.selfcheck")
     parser.add_argument("--backend", choices=("triton", "torch"), required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--problems", choices=PROBLEMS, default="full", help="small: for the interpreter")

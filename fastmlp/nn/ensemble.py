@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import functional
-from .base.arguments import check_tensor
+from .. import functional
+from ..base.arguments import check_tensor
 from .layers import EnsembleLinear, LayerList
-from .nn import MLP, Network, _checked_sizes, _only_computes, _parameter, _per_layer
+from .mlp import MLP, Network, _checked_sizes, _only_computes, _parameter, _per_layer
 
 __all__ = ["MLPEnsemble"]
 

@@ -183,7 +183,7 @@ def test_dropout_may_be_assigned():
 
 def test_a_probability_for_all_layers_holds_for_layers_that_come_later():
     model = MLP((4, 6, 3), dropout=0.5)
-    model.layers.insert(1, fastmlp.layers.Affine(6, 6, activation="relu"))
+    model.layers.insert(1, fastmlp.nn.layers.Affine(6, 6, activation="relu"))
     assert model(torch.randn(2, 4)).shape == (2, 3)
     model = MLP((4, 6, 6, 3), dropout=(0.5, 0.5))
     del model.layers[1]

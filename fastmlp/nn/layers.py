@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from .activations import ACTIVATIONS
-from .base.arguments import check_activation
+from .. import functional
+from ..activations import ACTIVATIONS
+from ..base.arguments import check_activation
 
 
 class Slot:

@@ -1,4 +1,4 @@
-"""fastmlp/layers.py: the layers of an MLP as nn.Linear modules, and the activations of their places.
+"""fastmlp/nn/layers.py: the layers of an MLP as nn.Linear modules, and the activations of their places.
 
 Tools take an nn.Linear for an affine map. Whatever they make of the layers of an MLP must be what they make of the
 layers of ``to_torch()``, which is the twin in these tests.
@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, prune, stateless
 import fastmlp
 from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
-from fastmlp.layers import Affine, LayerList
+from fastmlp.nn.layers import Affine, LayerList
 
 SIZES = (4, 8, 8, 3)
 NAMES = ("tanh", "gelu", "relu")

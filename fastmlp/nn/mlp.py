@@ -1,4 +1,4 @@
-"""Modules: MLP, and its conversion from and to plain torch modules; ``fastmlp.layers`` has the layers."""
+"""Modules: MLP, and its conversion from and to plain torch modules; ``fastmlp.nn.layers`` has the layers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import functional, reference
-from .activations import ACTIVATIONS, LEAKY_SLOPE
-from .base.arguments import check_activation, check_batch
-from .base.dropout import checked_rates
-from .functional import Drops, begin_dropout
+from .. import functional, reference
+from ..activations import ACTIVATIONS, LEAKY_SLOPE
+from ..base.arguments import check_activation, check_batch
+from ..base.dropout import checked_rates
+from ..functional import Drops, begin_dropout
+from ..ops.dropout import dropped
 from .layers import Affine, EnsembleLinear, LayerList, Linear, activate
-from .ops.dropout import dropped
 
-__all__ = ["MLP", "Linear"]
+__all__ = ["MLP"]
 
 #: torch's modules by the name of the activation, with the attributes that tell their variants apart.
 _TORCH_MODULES = {name: f.module for name, f in ACTIVATIONS.items() if f.module is not None}
