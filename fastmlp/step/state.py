@@ -64,14 +64,16 @@ class StatefulStep:
         "NAME.exp_avg" and "NAME.exp_avg_sq" with AdamW), and "NAME.master" in float32 where the parameter has 16 bits.
         Also "step" (updates so far) where the update depends on it, as AdamW's does, and for float16 products
         "loss_scale" and "loss_scale_good_steps"; with ``ema_decay`` "NAME.ema". Only tensors, so that safetensors can
-        store them; the same for both backends. The state of parameters that are frozen now is not in it.
+        store them; the same for both backends. A parameter that was trained and is frozen now has its states too.
         """
         self._follow()
         if self._ema_waits:
             self._begin_ema()
         counters = self._engine.counters().items()
         state = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in counters}
-        return state | {name: tensor.clone() for name, tensor in self._parameter_state().items()}
+        own = self._parameter_state()
+        parked = {name: tensor for name, tensor in self._parked.items() if name in self._frozen_state(own)}
+        return state | {name: tensor.clone() for name, tensor in (own | parked).items()}
 
     def ema_state_dict(self) -> dict[str, Tensor]:
         """The moving average of the parameters, as a state_dict of the model; copies, float32 or wider.
@@ -112,22 +114,25 @@ class StatefulStep:
             raise TypeError(f"expected the dict that state_dict() returned, got {type(state_dict).__name__}")
         self._follow()
         own, counters = self._parameter_state(), self._engine.counters()
-        expected = own.keys() | counters.keys()
-        if state_dict.keys() != expected:
-            missing, unknown = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - expected)
+        expected, frozen = own.keys() | counters.keys(), self._frozen_state(own)
+        missing, unknown = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - expected - frozen.keys())
+        if missing or unknown:
             raise ValueError(
                 f"the state does not fit this TrainStep ({self.rule.name}, {self.dtype}): missing "
                 f"{', '.join(missing) or 'nothing'}; unexpected {', '.join(unknown) or 'nothing'}"
             )
         values = {name: self._counter(name, state_dict[name]) for name in counters}
-        for name, tensor in own.items():
+        parked = {name: state_dict[name] for name in frozen if name in state_dict}
+        for name, shape in ({name: tensor.shape for name, tensor in own.items()} | frozen).items():
+            if name not in state_dict:
+                continue
             check_tensor(state_dict[name], name)
-            if state_dict[name].shape != tensor.shape:
-                raise ValueError(f"expected {name} of shape {list(tensor.shape)}, got {list(state_dict[name].shape)}")
+            if state_dict[name].shape != shape:
+                raise ValueError(f"expected {name} of shape {list(shape)}, got {list(state_dict[name].shape)}")
         for name, tensor in own.items():
             tensor.copy_(state_dict[name])
         self._engine.set_counters(values)
-        self._parked = {}
+        self._parked = {name: tensor.clone() for name, tensor in parked.items()}
         self._ema_waits = False
         self.forget_gradients()
 
@@ -138,6 +143,12 @@ class StatefulStep:
             for kind, tensors in self._engine.parameter_state().items()
             for name, tensor in zip(self._binding.trained, tensors, strict=True)
         }
+
+    def _frozen_state(self, own: dict[str, Tensor]) -> dict[str, torch.Size]:
+        """The shapes of the states that frozen parameters may have, by the names that `_parameter_state` gives."""
+        kinds = {name.rpartition(".")[2] for name in own}
+        frozen = [(name, p.shape) for name, p in self.model.named_parameters() if name not in self._binding.trained]
+        return {f"{name}.{kind}": shape for name, shape in frozen for kind in kinds}
 
     def _counter(self, name: str, value: Tensor) -> Any:
         """What ``counters`` of the engine returned, of a state."""
