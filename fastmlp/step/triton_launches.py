@@ -45,7 +45,8 @@ from ..kernels.column_sums import ColumnSums, padded
 from ..kernels.head import MAX_CLASSES
 from ..kernels.layout import Layer, Layout
 from ..kernels.optimizer import EMA_COLUMNS, HYPER_COLUMNS
-from ..kernels.wgrad_update import reduce_update, wgrad_update, workspace
+from ..kernels.reduce_update import reduce_update
+from ..kernels.wgrad_update import wgrad_update, workspace
 from ..nn import Linear
 from .cpu_dropout import StepDropout
 from .graphs import GraphCache
