@@ -2,7 +2,9 @@
 
 Logits Z are [M, C], or [N, C, S] with S positions per sample (M = N S rows); any strides, float32, float16 or
 bfloat16, never written to. Targets are labels (int64 or uint8, [M] or [N, S]) or class probabilities (shaped as Z,
-any float dtype). Accumulation and statistics are float32. ``cross_entropy_of_members`` takes logits [E, M, C].
+any float dtype). Accumulation and statistics are float32.
+Members: Z [E, M, C] and dZ alike, the loss [E, M]; targets, sample weights and ``rows`` may be the same for all members
+or have the axis too. ``factor`` and the divisor are [E].
 
 With the notation of ``softmax`` (this folder):
     loss_i = hot (log_sum - shift_y) + sum_c q_c (log_sum - shift_c)           0 where y = ignore_index
@@ -34,7 +36,7 @@ from .configs import cdiv
 from .dependent import wait_for_previous
 from .device import current_device
 from .launch import Call, Launches, New, Signature, call, remembered, with_active
-from .members import inactive, stride_of
+from .members import count_of, inactive, stride_of
 from .row_weights import batch_weight, load_sample_weights, summed_block, total_weight
 from .softmax import load_labels, row_offsets, rows_grad, target_block, whole_rows_loss
 from .softmax_tiles import LogitsShape, alignment, fwd_tile, label_strides, logits_shape
@@ -57,8 +59,11 @@ def _by_lane(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
 class _Members(NamedTuple):
     """Elements from one member to the next."""
 
+    z: int
     target: int
     rows: int
+    sample: int
+    dz: int
 
 
 @triton.jit(do_not_specialize=["ignore_index", "M"])
@@ -73,18 +78,28 @@ def _cross_entropy_kernel(
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
+    if members is not None:  # each with a 2-D Z, a loss per row and dZ
+        member = tl.program_id(2).to(tl.int64)
+        if inactive(active_ptr, member):
+            return
+        z_ptr += tl.multiple_of(member * members.z, ALIGN)
+        dz_ptr += tl.multiple_of(member * members.dz, ALIGN)
+        loss_ptr += member * M
+        if PROBS:
+            target_ptr += tl.multiple_of(member * members.target, ALIGN)
+        else:
+            target_ptr += member * members.target
+        if rows_ptr is not None:
+            rows_ptr += member * members.rows
+        if sample_ptr is not None:
+            sample_ptr += member * members.sample
+        if divisor_ptr is not None:
+            divisor_ptr += member
+        if scale_ptr is not None:
+            scale_ptr += member
     # Rows are (b, p): one sample's positions, or all rows of a 2-D Z with b = 0. Row number b P + p.
     tiles = tl.cdiv(P, BLOCK_M)
     b = tl.program_id(0) // tiles
-    if members is not None:
-        member = b.to(tl.int64)
-        if inactive(active_ptr, member):
-            return
-        target_ptr += member * members.target
-        if rows_ptr is not None:
-            rows_ptr += member * members.rows
-        if scale_ptr is not None:
-            scale_ptr += member
     offs_p = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_p < P
     row = b.to(tl.int64) * P + offs_p
@@ -314,27 +329,39 @@ _launch = remembered(_plan)
 
 
 def _members_plan(
-    logits: Tensor, target: Tensor, rows: Tensor | None, factor: Tensor | None, loss: Tensor, dz: Tensor,
-    scale: float, ignore_index: int, active: Tensor | None = None,
+    logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, divisor: Tensor | None,
+    rows: Tensor | None, factor: Tensor | None, loss: Tensor, dz: Tensor,
+    scale: float, smoothing: float,
+    ignore_index: int, smooth: bool, summed: int, active: Tensor | None = None,
 ) -> Call:  # fmt: skip
-    """As ``_plan`` for labels: the members of logits [E, M, C] are a batch with M positions each."""
-    shape, stride_d = (_members_shape(of) for of in (logits, dz))
-    tile = fwd_tile(shape, logits.element_size(), False, False, current_device())
-    members = _Members(stride_of(target, 1), stride_of(rows, 1))
+    """As ``_plan`` of one pass: each member of logits [E, M, C] has the programs of logits [M, C]."""
+    E, device, probs = count_of(logits) or 1, current_device(), target.is_floating_point()
+    shape, of_dz = _members_shape(logits), _members_shape(dz)
+    tile = fwd_tile(shape, logits.element_size(), False, probs or smooth, device)
+    of_target, stride_t = stride_of(target, 2 if probs else 1), (0, 0, target.stride(-1))
+    strides = [shape.strides, of_dz.strides]
+    if probs:
+        stride_t = (0, target.stride(-1), target.stride(-2))
+        strides.append((of_target, *stride_t[1:]))
+    members = _Members(
+        shape.strides[0], of_target, stride_of(rows, 1), stride_of(sample_weight, 1), of_dz.strides[0]
+    )  # fmt: skip
     return call(
-        _cross_entropy_kernel, (shape.batch * cdiv(shape.positions, tile.rows),),
-        logits, target, None, None, None, rows, factor,
+        _cross_entropy_kernel, (cdiv(shape.positions, tile.rows), 1, E),
+        logits, target, weight, sample_weight, divisor, rows, factor,
         loss, None, None, None, dz, None, members, active,
-        scale, 0.0, ignore_index,
-        shape.positions, shape.classes, shape.rows,
-        *shape.strides, 0, 0, target.stride(-1), 0, None, *stride_d.strides,
-        PROBS=False, SMOOTH=False, SUM=0, REDUCE="none", WHOLE=tile.unroll == 0,
-        ALIGN=alignment(shape, shape.strides, stride_d.strides),
-        BLOCK_M=tile.rows, BLOCK_C=tile.cols, UNROLL=tile.unroll, **tile.compile_options(current_device()),
+        scale, smoothing, ignore_index,
+        shape.positions, shape.classes, shape.positions,
+        0, *shape.strides[1:], *stride_t, 0 if weight is None else weight.stride(0),
+        None if sample_weight is None else sample_weight.stride(-1), 0, *of_dz.strides[1:],
+        PROBS=probs, SMOOTH=smooth, SUM=summed, REDUCE="none", WHOLE=tile.unroll == 0,
+        ALIGN=alignment(shape, *strides),
+        BLOCK_M=tile.rows, BLOCK_C=tile.cols, UNROLL=tile.unroll, **tile.compile_options(device),
     )  # fmt: skip
 
 
 def _members_shape(logits: Tensor) -> LogitsShape:
+    """The members as a batch, so that a tile counts the programs of all."""
     E, M, C = logits.shape
     stride_e, stride_m, stride_c = logits.stride()
     return LogitsShape(E, M, C, (stride_e, stride_c, stride_m))
@@ -348,7 +375,11 @@ def cross_entropy_of_members(
     logits: Tensor,
     target: Tensor,
     *,
+    weight: Tensor | None = None,
     ignore_index: int = -100,
+    smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    divisor: Tensor | None = None,
     scale: float = 1.0,
     factor: Tensor | None = None,
     rows: Tensor | None = None,
@@ -358,8 +389,9 @@ def cross_entropy_of_members(
 ) -> tuple[Tensor, Tensor]:
     """As ``cross_entropy`` for logits [E, M, C], which for ``cross_entropy`` would be C positions of M classes.
 
-    Labels are [M] for all members or [E, M], any number of them with ``rows`` [M] or [E, M]. ``factor`` is [E], and
-    the loss [E, M]. ``active``, a bool per member: nothing is written for others.
+    Labels are [M] for all members or [E, M], probabilities [M, C] or [E, M, C], and sample weights [M] or [E, M]; any
+    number of rows with ``rows`` [M] or [E, M]. ``factor`` and ``divisor`` are [E], the loss is [E, M], and the class
+    weights are those of all members. ``active``, a bool per member: no loss and no dZ are written for others.
     """
     if dz is None:
         dz = torch.empty_like(logits)
@@ -368,12 +400,29 @@ def cross_entropy_of_members(
     if rows is not None and rows.stride(-1) != 1:
         rows = rows.contiguous()
     if logits.numel():
-        tensors = (logits, target, rows, factor, loss, dz)
+        summed = 0
+        if divisor is not None:
+            summed = _summed(divisor, logits, target, weight, ignore_index, sample_weight, rows)
+        tensors = (logits, target, weight, sample_weight, divisor, rows, factor, loss, dz)
+        settings, numbers = (ignore_index, smoothing != 0.0, summed), (float(scale), float(smoothing))
         if active is None:
-            _launch_members(tensors, (ignore_index,), (float(scale),))
+            _launch_members(tensors, settings, numbers)
         else:
-            _launch_active((active, *tensors), (ignore_index,), (float(scale),))
+            _launch_active((active, *tensors), settings, numbers)
     return loss, dz
+
+
+def _summed(
+    divisor: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int,
+    sample_weight: Tensor | None, rows: Tensor | None,
+) -> int:  # fmt: skip
+    """How many weights the kernel adds at a time; 0 where they are many, and another launch has added them."""
+    M, C = logits.shape[-2:]
+    summed = summed_block(M)
+    if not summed:
+        of_labels = {} if target.is_floating_point() else {"target": target, "classes": C, "class_weight": weight}
+        total_weight(divisor, M, ignore_index=ignore_index, sample_weight=sample_weight, rows=rows, **of_labels)
+    return summed
 
 
 def cross_entropy(
@@ -413,11 +462,9 @@ def cross_entropy(
     if rows is not None:
         rows = rows.contiguous()
     if logits.numel():
-        M, C = logits.shape[:2]
-        summed = 0 if divisor is None else summed_block(M)
-        if divisor is not None and not summed:
-            of_labels = {} if target.is_floating_point() else {"target": target, "classes": C, "class_weight": weight}
-            total_weight(divisor, M, ignore_index=ignore_index, sample_weight=sample_weight, rows=rows, **of_labels)
+        summed = 0
+        if divisor is not None:
+            summed = _summed(divisor, logits, target, weight, ignore_index, sample_weight, rows)
         _launch(
             (logits, target, weight, sample_weight, divisor, rows, factor, loss, None, None, dz, correct),
             (ignore_index, "none", smoothing != 0.0, summed),

@@ -39,8 +39,7 @@ class EnsembleStep(TrainStep):
       -100, pass ``ignore_index=-100``; without it, or another option of cross-entropy, -100 is no class.
     - ``epoch`` takes x [N, K] or [E, N, K], y [N] or [E, N] (values: [N, C] or [E, N, C]), sample_weight [N] or [E, N],
       order [n] or [E, n], and lr_factors [steps] or [steps, E].
-    - ``process_group`` is a NotImplementedError. On the kernels so are options of cross-entropy,
-      probabilities and sample weights without the head (up to 64 classes, no activation behind the last layer).
+    - ``process_group`` is a NotImplementedError.
     - A step and an epoch return losses [E], and ``losses`` of an epoch is [steps, E].
 
     Attributes:
