@@ -208,9 +208,14 @@ class TorchEnsemble:
         if len(self._ids) < self.members:
             out.fill_(nan)
         of_pass = (0, 0) if self.dropout is None else numbers(self.dropout)
-        self._spread(
-            way, [partial(_each, [partial(p.run, x, y, out, update, weight, of_pass) for p in part]) for part in pieces]
-        )
+        if len(pieces) == 1 and way != "alone":
+            for piece in pieces[0]:
+                piece.run(x, y, out, update, weight, of_pass)
+        else:
+            self._spread(
+                way,
+                [partial(_each, [partial(p.run, x, y, out, update, weight, of_pass) for p in part]) for part in pieces],
+            )
         if self.dropout is not None:
             advance(self.dropout)
 
@@ -273,9 +278,10 @@ class TorchEnsemble:
             if len(self._plans) == _PLANS:
                 del self._plans[next(iter(self._plans))]
             way = self._way or self._measured(m)
-            units = native_units(self, m) if way == "native" else None
+            units = native_units(self, m) if way in cpu.NATIVE_WAYS else None
             if units is not None:
-                self._plans[m] = way, [[self._native(ids, m, units)] for ids in self._shares()]
+                shares = self._shares(1 if way == "native alone" else torch.get_num_threads())
+                self._plans[m] = way, [[self._native(ids, m, units)] for ids in shares]
             else:
                 self._plans[m] = way, self._pieces(way, m)
         return self._plans[m]
@@ -285,9 +291,9 @@ class TorchEnsemble:
         each = way == "each"
         return [[Piece(self, span, m, each=each) for span in part] for part in self._spans(way, m)]
 
-    def _shares(self) -> list[list[int]]:
+    def _shares(self, threads: int) -> list[list[int]]:
         """The active members of each thread."""
-        size = max(1, -(-len(self._ids) // torch.get_num_threads()))
+        size = max(1, -(-len(self._ids) // threads))
         return [self._ids[start : start + size] for start in range(0, len(self._ids), size)]
 
     def _native(self, ids: list[int], m: int, units: cpu.NativeUnits) -> NativePiece:
@@ -298,7 +304,8 @@ class TorchEnsemble:
         """The spans of active members of each thread."""
         if not self._ids:
             return
-        parts = 1 if way in ("batched", "each", "alone") else min(torch.get_num_threads(), len(self._ids))
+        together = way in ("batched", "each", "alone", "native alone")
+        parts = 1 if together else min(torch.get_num_threads(), len(self._ids))
         size = -(-len(self._ids) // parts)
         most = max(1, _CACHE // self._bytes(m)) if way == "small" else size
         for start in range(0, len(self._ids), size):

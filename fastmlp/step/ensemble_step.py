@@ -13,6 +13,7 @@ from ..base.losses import STEP_LOSSES
 from ..nn import MLPEnsemble
 from .binding import Binding
 from .cpu_ensemble import TorchEnsemble
+from .cpu_one_member import OneMember
 from .optimizers import Optimizer
 from .train_step import TrainStep
 from .validation import MemberBatches, member_learning_rates
@@ -62,8 +63,8 @@ class EnsembleStep(TrainStep):
         super().__init__(model, *args, **kwargs)
         assert isinstance(self._batches, MemberBatches)
         self._batches.members = self._members
-        #: Every member's class numbers are checked before any member changes.
-        self._checks_classes = True
+        #: Every member's class numbers are checked before any member changes; of one member, the engine does that.
+        self._checks_classes = self.backend == "triton" or self._members > 1
         self.losses = self.losses.new_zeros((0, self._members))
 
     def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> Any:
@@ -84,7 +85,8 @@ class EnsembleStep(TrainStep):
                     members=self._members,
                     active=active,
                 )
-        return TorchEnsemble(binding.layers, rule, loss, self.dtype, active, self._options, groups)
+        of_torch = OneMember if self._members == 1 else TorchEnsemble
+        return of_torch(binding.layers, rule, loss, self.dtype, active, self._options, groups)
 
     @property
     def active(self) -> Tensor:
