@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import nan
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ from .cpu_step import TorchStep
 from .groups import Groups
 from .loss_options import PLAIN, LossOptions
 from .optimizers import Optimizer
+
+if TYPE_CHECKING:
+    from .data_parallel import DataParallel
 
 
 class OneMember:
@@ -41,10 +44,11 @@ class OneMember:
         active: Tensor,
         options: LossOptions = PLAIN,
         groups: Groups | None = None,
+        parallel: DataParallel | None = None,
     ) -> None:
         views: list[Any] = [_View(layer) for layer in layers]
         self.rule, self.active = rule, active
-        self._mlp = TorchStep(views, rule, loss, dtype, groups=groups, options=options)
+        self._mlp = TorchStep(views, rule, loss, dtype, groups=groups, options=options, parallel=parallel)
         self._classes = views[-1].out_features if takes_classes(loss) else None
         self._ignored = options.ignore_index
 

@@ -40,7 +40,7 @@ class EnsembleStep(TrainStep):
       -100, pass ``ignore_index=-100``; without it, or another option of cross-entropy, -100 is no class.
     - ``epoch`` takes x [N, K] or [E, N, K], y [N] or [E, N] (values: [N, C] or [E, N, C]), sample_weight [N] or [E, N],
       order [n] or [E, n], and lr_factors [steps] or [steps, E].
-    - ``process_group`` is a NotImplementedError.
+    - With a ``process_group``, ``active`` is to be the same in all processes.
     - A step and an epoch return losses [E], and ``losses`` of an epoch is [steps, E].
 
     Attributes:
@@ -55,11 +55,6 @@ class EnsembleStep(TrainStep):
         self._members: int = model.members
         device = next(model.parameters()).device
         self._active = torch.ones(self._members, dtype=torch.bool, device=device)
-        if kwargs.get("process_group") is not None:
-            raise NotImplementedError(
-                "a TrainStep of an ensemble has no process_group; divide the members among the processes, or train "
-                "with autograd"
-            )
         super().__init__(model, *args, **kwargs)
         assert isinstance(self._batches, MemberBatches)
         self._batches.members = self._members
@@ -82,11 +77,12 @@ class EnsembleStep(TrainStep):
                     cuda_graph=self._cuda_graph,
                     groups=groups,
                     options=self._options,
+                    parallel=self._parallel,
                     members=self._members,
                     active=active,
                 )
         of_torch = OneMember if self._members == 1 else TorchEnsemble
-        return of_torch(binding.layers, rule, loss, self.dtype, active, self._options, groups)
+        return of_torch(binding.layers, rule, loss, self.dtype, active, self._options, groups, self._parallel)
 
     @property
     def active(self) -> Tensor:
