@@ -19,7 +19,7 @@ from . import common
 from .config_file import config_option, config_text, given
 from .drawing import PICTURES
 from .inputs import DEFAULT_SHARE, FASHION_MNIST
-from .options import loss_options, optimizer_options
+from .options import kernel_options, loss_options, optimizer_options
 from .ranks import Ranks
 from .run_folder import CONFIG, EVALUATION, HISTORY, LAST, SUMMARY, TENSORBOARD, WEIGHTS
 from .train_setup import VALUES_LR
@@ -103,6 +103,7 @@ def _option(name: str, type: Any, default: object, help: str) -> Callable[[Comma
 @optimizer_options
 @_option("--loss", common.Choice(tuple(STEP_LOSSES)), "cross_entropy", LOSS_HELP)
 @loss_options
+@kernel_options
 @_option("--schedule", common.Choice(SCHEDULES), "linear", SCHEDULE_HELP)
 @_option("--warmup", common.Number(0, 1), 0.05, "Share of the steps to warm up in.")
 @_option("--seed", click.IntRange(0, 2**63 - 1), 0, "Seed of the starting weights and of the order of the images.")
