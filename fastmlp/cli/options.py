@@ -10,7 +10,7 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -20,6 +20,9 @@ from fastmlp.step.optimizers import OPTIMIZERS, Optimizer, check_setting
 from fastmlp.train.engines import step_options, usual_rule
 
 from . import common
+
+if TYPE_CHECKING:
+    import torch
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -127,11 +130,16 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
-def optimizer_options(command: Command) -> Command:
-    """One option for each setting of the rules. The default of each is None, for what its rule says."""
-    for name, rules in reversed(settings().items()):
-        command = _option(name, rules)(command)
-    return command
+def optimizer_options(but: Iterable[str] = ()) -> Callable[[Command], Command]:
+    """One option for each setting of the rules ``but`` some. The default of each is None, for what its rule says."""
+
+    def add(command: Command) -> Command:
+        for name, rules in reversed(settings().items()):
+            if name not in but:
+                command = _option(name, rules)(command)
+        return command
+
+    return add
 
 
 def _option(name: str, rules: Mapping[str, Any]) -> Callable[[Command], Command]:
@@ -219,6 +227,7 @@ def step_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of TrainStep that the options of `STEP` say, without those that say nothing."""
     import torch
 
+    options = {**STEP, **options}
     arguments: dict[str, Any] = {}
     if options["param_group"]:
         arguments["param_groups"] = [param_group(text) for text in options["param_group"]]
@@ -237,6 +246,14 @@ def checked_loss_settings(loss: str, given: Mapping[str, Any]) -> dict[str, Any]
         if name not in has:
             raise common.UserError(f"--loss {loss} has no {option_of(name)}")
     return values
+
+
+def loss_tensors(values: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """Those options of the loss that are tensors in Python."""
+    import torch
+
+    found = {name: value for name, value in values.items() if isinstance(value, (tuple, list))}
+    return {name: torch.tensor(value, dtype=dtype, device=device) for name, value in found.items()}
 
 
 def named_as_options(text: str, names: Iterable[str]) -> str:

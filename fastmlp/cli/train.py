@@ -51,6 +51,11 @@ RESUME_HELP = (
     "--patience may be larger."
 )
 CONFIG_HELP = "TOML file of options by these names, such as weight-decay = 0.1; the command line counts before it."
+_RATES = [f"{name}: {rule.usual['lr']:g}" for name, rule in OPTIMIZERS.items() if "lr" in rule.usual]
+LR_DEFAULTS = (
+    "[default for sgd by activation: sigmoid 0.5, relu 0.1; for values 1 / last hidden size, "
+    f"at most {VALUES_LR}; {', '.join(_RATES)}]"
+)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 EPILOG = f"""\b
@@ -97,10 +102,9 @@ def _option(name: str, type: Any, default: object, help: str) -> Callable[[Comma
 @click.option(
     "--lr",
     type=common.Number(0, least_is_open=True),
-    help="Peak learning rate.  [default for sgd by activation: sigmoid 0.5, relu 0.1; for values 1 / last hidden size, "
-    f"at most {VALUES_LR}; for others 0.001]",
+    help=f"Peak learning rate.  {LR_DEFAULTS}",
 )
-@optimizer_options
+@optimizer_options()
 @_option("--loss", common.Choice(tuple(STEP_LOSSES)), "cross_entropy", LOSS_HELP)
 @loss_options
 @kernel_options

@@ -18,6 +18,7 @@ from .options import (
     checked_loss_settings,
     checked_settings,
     loss_settings,
+    loss_tensors,
     named_as_options,
     option_of,
     settings,
@@ -167,8 +168,7 @@ def prepared(options: dict[str, Any], resume: str | None, given: Mapping[str, An
             raise common.UserError(f"{device} has no memory for such a network; use smaller --sizes") from error
         for part in parts:
             checked(model, part, loss, of_loss.get("ignore_index"))
-        objects = {name: torch.tensor(of_loss[name], dtype=dtype, device=device) for name in _vectors(of_loss)}
-        objects |= of_step
+        objects: dict[str, Any] = {**loss_tensors(of_loss, dtype, device), **of_step}
         if of_loss or of_step:
             if engine != "step":
                 raise common.UserError(f"{option_of([*of_loss, *said][0])} needs --engine step")
@@ -198,8 +198,3 @@ def prepared(options: dict[str, Any], resume: str | None, given: Mapping[str, An
         options, model, form, train, held_out, test, device, backend, arguments, objects,
         {**model_config, **arguments, **said}, about, entries, kept, state, read_at,
     )  # fmt: skip
-
-
-def _vectors(values: Mapping[str, Any]) -> list[str]:
-    """The names of values that are tensors in Python."""
-    return [name for name, value in values.items() if isinstance(value, (tuple, list))]
