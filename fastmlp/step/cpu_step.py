@@ -56,7 +56,8 @@ class TorchStep:
 
         ``rows`` int64 [M] takes those rows of x, y and the sample weights.
         """
-        self._planned(x.shape[0] if rows is None else rows.shape[0])(x, y, out, rows, weight)
+        m = x.shape[0] if rows is None else rows.shape[0]
+        (self._plans.get(m) or self._planned(m))(x, y, out, rows, weight)
 
     @property
     def dropout(self) -> StepDropout | None:

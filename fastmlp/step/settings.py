@@ -38,6 +38,8 @@ class StepOptimizer(torch.optim.Optimizer):
         self._foreign = _FOREIGN.difference(names)
         #: What an update of torch's optimizers would call, and the number of the last handle when nothing was in it.
         self._handles = -1
+        #: The groups as they were when they last had the values of the rules, with these values, which are numbers.
+        self._taken: list[dict[str, Any]] = []
         self._hooks = (
             self._optimizer_step_pre_hooks,
             self._optimizer_step_post_hooks,
@@ -57,6 +59,11 @@ class StepOptimizer(torch.optim.Optimizer):
             RuntimeError: there is a hook, which a step would not call, or another group.
         """
         groups = self.param_groups
+        try:
+            if RemovableHandle.next_id == self._handles and groups == self._taken:
+                return None
+        except Exception:  # a value that cannot be compared, such as a tensor of several elements
+            pass
         if RemovableHandle.next_id != self._handles or len(groups) != len(rules):
             if any(self._hooks) or len(groups) != len(rules):
                 raise RuntimeError(
@@ -64,11 +71,13 @@ class StepOptimizer(torch.optim.Optimizer):
                     "or train with autograd and a torch.optim optimizer"
                 )
             self._handles = RemovableHandle.next_id
-        if len(rules) == 1:
-            new = self._changed(groups[0], rules[0], self._counts[0])
-            return None if new is None else [new]
+        self._taken = []
         every = [self._changed(*of) for of in zip(groups, rules, self._counts, strict=True)]
         if not any(every):
+            self._taken = [
+                {**group, **vars(rule), "params": list(group["params"])}
+                for group, rule in zip(groups, rules, strict=True)
+            ]
             return None
         new_rules = [rule if new is None else new for new, rule in zip(every, rules, strict=True)]
         check_alike(new_rules)

@@ -67,6 +67,11 @@ def check_batch_size(batch_size: object) -> int:
     return number
 
 
+def host_sees_labels(device: torch.device) -> bool:
+    """Whether the host can look at labels without waiting."""
+    return device.type == "cpu"
+
+
 class Batches:
     """Checks batches for steps with one model, loss and dtype.
 
@@ -93,6 +98,9 @@ class Batches:
         self._is_plain = options.is_plain
         self._takes_probabilities = "probabilities" in LOSSES[loss].options
         self._ignored = options.ignored if "ignore_index" in LOSSES[loss].options else None
+        self._looks_at_classes = self._takes_classes and host_sees_labels(self._device)
+        #: What is known of a batch with rows that was accepted as it was; another one like it need not be looked at.
+        self._accepted: tuple[object, ...] = ()
         self._inputs = {dtype, own, torch.uint8}
         if dtype.itemsize == 2:
             self._inputs |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -102,6 +110,22 @@ class Batches:
 
         With ``in_range``, class numbers on a CPU are compared with the number of classes.
         """
+        looks = in_range and self._looks_at_classes
+        if x.__class__ is Tensor and y.__class__ is Tensor and not looks and not torch.is_inference_mode_enabled():
+            # No call of Python for a batch like the last one.
+            facts = (
+                x.shape, x.dtype, x.device, x.layout, x.requires_grad,
+                y.shape, y.dtype, y.device, y.requires_grad,
+            )  # fmt: skip
+            if facts == self._accepted:
+                return x, y
+            accepted = self._checked(x, y, looks)
+            if accepted[0] is x and accepted[1] is y and y.shape[0]:
+                self._accepted = facts
+            return accepted
+        return self._checked(x, y, looks)
+
+    def _checked(self, x: Tensor, y: Tensor, looks: bool) -> tuple[Tensor, Tensor]:
         check_batch(x, self._features)
         check_tensor(y, "the target")
         if torch.is_inference_mode_enabled():
@@ -129,10 +153,10 @@ class Batches:
             check_same_device((("the parameters", self._like), ("the input", x), ("the target", y)))
         if y.dtype == torch.uint8 and self._takes_classes:  # torch's losses take these labels too
             y = y.long()
-        self._check_targets(y, x.shape[0], in_range=in_range)
+        self._check_targets(y, x.shape[0], looks=looks)
         return x, y
 
-    def _check_targets(self, y: Tensor, rows: int, *, in_range: bool) -> None:
+    def _check_targets(self, y: Tensor, rows: int, *, looks: bool) -> None:
         if not self._takes_classes:
             if y.shape != (rows, self._classes):
                 raise RuntimeError(
@@ -150,7 +174,7 @@ class Batches:
             raise RuntimeError(f"expected class numbers of shape [{rows}], got {list(y.shape)}")
         if y.dtype != torch.int64:
             raise RuntimeError(f"expected class numbers of dtype int64, got {y.dtype}; convert them with .long()")
-        if rows and in_range and self._device.type == "cpu":
+        if rows and looks:
             check_classes(y, self._classes, ignore_index=self._ignored)
 
     def _check_probabilities(self, y: Tensor, rows: int) -> None:
@@ -269,7 +293,7 @@ class MemberBatches(Batches):
         # All else is checked as for an MLP: the batches of all members have one dtype and device.
         first = x if x.dim() == 2 else x[0], y if y.dim() == dims else y[0]
         _, converted = super().checked(*first, in_range=False)
-        if in_range and rows and of_classes and self._device.type == "cpu":
+        if in_range and rows and of_classes and host_sees_labels(self._device):
             check_classes(y, self._classes, ignore_index=None if self._is_plain else self._ignored)
         return x.detach(), y.detach().to(converted.dtype)
 
