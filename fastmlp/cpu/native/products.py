@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from .pointers import call, lanes, moved, number, part
-from .tiles import dots_1, dots_4, tile_1, tile_1x1, tile_1x2, tile_4x2, tile_8, tile_8x1
+from .tiles import dots_1, dots_4, tile_1, tile_1x1, tile_1x2, tile_4x2, tile_6x2, tile_8, tile_8x1, tile_12x1
 from .transposed import transposed
 
 
@@ -49,7 +49,11 @@ def product(
     width = lanes(c)
     j = 0
     while j + 2 * width <= columns:
-        i = 0
+        i, left = 0, rows
+        while left >= 10 or left == 6 or left == 7:  # two tiles of 4 rows are faster than 6 rows and single ones
+            of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
+            tile_6x2(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
+            i, left = i + 6, left - 6
         while i + 4 <= rows:
             of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
             tile_4x2(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
@@ -60,7 +64,11 @@ def product(
             i += 1
         j += 2 * width
     if j + width <= columns:
-        i = 0
+        i, left = 0, rows
+        while left >= 20 or 12 <= left < 16:
+            of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
+            tile_12x1(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
+            i, left = i + 12, left - 12
         while i + 8 <= rows:
             of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
             tile_8x1(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
