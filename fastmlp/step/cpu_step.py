@@ -115,6 +115,9 @@ class TorchStep:
         self.optimizer.settings_changed()
         self.network.changes += 1
 
+    def rates_changed(self) -> None:
+        """The rules have other learning rates, and every step reads them."""
+
     def updated(self) -> None:
         """The versions of the parameters are those of this engine's last update."""
         for copies in self.network.copies:

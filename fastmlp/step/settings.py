@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .groups import check_alike
 from .optimizers import Optimizer, optimizer_of
+from .values import check_setting
 
 #: Settings of torch's optimizers that no rule has, or not every rule.
 _FOREIGN = frozenset({"amsgrad", "capturable", "centered", "dampening", "differentiable", "foreach", "fused"})
@@ -80,7 +81,8 @@ class StepOptimizer(torch.optim.Optimizer):
             ]
             return None
         new_rules = [rule if new is None else new for new, rule in zip(every, rules, strict=True)]
-        check_alike(new_rules)
+        if len(new_rules) > 1:
+            check_alike(new_rules)
         return new_rules
 
     def _changed(self, group: dict[str, Any], rule: Optimizer, count: int) -> Optimizer | None:
@@ -91,16 +93,23 @@ class StepOptimizer(torch.optim.Optimizer):
                 f"does not have ({', '.join(sorted(self._foreign))}); take it back, or train with autograd and "
                 "torch.optim"
             )
-        values = self._values_of(group)
+        values, before = self._values_of(group), tuple(vars(rule).values())
+        only_rate = False
         try:
-            if values == tuple(vars(rule).values()):
+            if values == before:
                 return None
+            only_rate = values[1:] == before[1:]  # the first one is the learning rate
         except RuntimeError:  # a tensor of several elements: the check below says what is wrong with it
             pass
-        new = self._with(rule, values)
+        if only_rate:  # a scheduler may change it at every step
+            new = rule.with_rate(check_setting("lr", values[0], self._members))
+            same = new.lr == rule.lr
+        else:
+            new = self._with(rule, values)
+            same = new == rule
         if self._members is not None:  # so that a scheduler finds what it can multiply
             group.update({name: getattr(new, name) for name in self._names})
-        return None if new == rule else new
+        return None if same else new
 
     def _with(self, rule: Optimizer, values: tuple[Any, ...]) -> Optimizer:
         return optimizer_of(rule.name, dict(zip(self._names, values, strict=True)), self._members)

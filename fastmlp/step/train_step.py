@@ -19,7 +19,7 @@ from .binding import Binding
 from .cpu_step import TorchStep
 from .groups import OWN, Groups, grouped
 from .loss_options import loss_options
-from .optimizers import OPTIMIZERS, Optimizer, optimizer_of
+from .optimizers import OPTIMIZERS, Optimizer, only_rates_differ, optimizer_of
 from .settings import StepOptimizer
 from .validation import Batches, MemberBatches, check_batch_size, check_dtype, check_is_mlp, check_loss, learning_rates
 from .values import check_setting
@@ -568,6 +568,11 @@ class TrainStep:
         if not binding.holds():
             binding = binding.rebound()
         elif rules is None:
+            return
+        elif only_rates_differ(rules, self._rules):  # a scheduler may do this at every step
+            for rule, new in zip(self._rules, rules, strict=True):
+                rule.lr = new.lr
+            self._engine.rates_changed()
             return
         structure = self._engine.structure
         if binding.kind != self._binding.kind or (
