@@ -20,7 +20,8 @@ from fastmlp.kernels.configs import all_tiles, gemm_tile
 from fastmlp.kernels.device import INTERPRETER, Device
 from fastmlp.kernels.layout import SEGMENT, Layer, Layout
 from fastmlp.kernels.members import MOST, count_of
-from fastmlp.kernels.wgrad_update import reduce_update, wgrad_update, workspace
+from fastmlp.kernels.reduce_update import reduce_update
+from fastmlp.kernels.wgrad_update import wgrad_update, workspace
 from tests.conftest import UNSIMULATED
 from tests.support.harness import FLOATS
 

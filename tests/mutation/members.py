@@ -66,7 +66,7 @@ MUTANTS = (
         (MEMBERS, "test_wgrad_update and direct"),
     ),
     Mutant(
-        "wgrad_update",
+        "reduce_update",
         "parameters of the first member for all",
         "        w_ptr += member * parameter.numel",
         "        w_ptr += member * 0",
