@@ -14,8 +14,7 @@ of dZ's own rows unless there are such sums for every layer. ``column_sums`` has
 
 When the batch is long, each tile's batch is split over S programs (``configs.splits``). They write float32 partial
 sums, and ``reduce_update`` adds the S slices in their order and applies the update: one launch more, no atomics, two
-runs bitwise equal. ``reduce_update`` also serves for plain gradients (optimizer "none") and, with one slice, for an
-update from gradients that were clipped or accumulated.
+runs bitwise equal.
 
 Members: dZ_l [E, M, N_l], A_{l-1} [E, M, K_l], W_l [E, N_l, K_l]; X [M, K] and ``rows`` [M] may be the same for all.
 Each member has its own row of settings and its own loss. The loss of a member that is not active is NaN, the one number
@@ -44,13 +43,14 @@ from .dependent import wait_for_previous
 from .device import current_device, input_precision
 from .dropout import next_step
 from .launch import Call, call, launch_plainly
-from .layout import SEGMENT, LayerArguments, Layout
-from .linear_wgrad import sum_slices, wgrad_tile
+from .layout import LayerArguments, Layout
+from .linear_wgrad import wgrad_tile
 from .members import inactive, stride_of
 from .optimizer import update_block
+from .reduce_update import reduce_update
 from .tiling import grouped_tile, halves
 
-__all__ = ["gradient_call", "reduce_update", "update_tile", "wgrad_update", "workspace"]
+__all__ = ["gradient_call", "update_tile", "wgrad_update", "workspace"]
 
 GROUP_N = 8
 LOSS_BLOCK = 1024
@@ -314,71 +314,6 @@ def _wgrad_update_kernel(
                     tl.store(updates_ptr + member, tl.load(updates_ptr + member) + 1)
 
 
-class _ReduceMembers(NamedTuple):
-    """Elements from one member to the next."""
-
-    flat: int
-    squares: int
-    hyper: int
-
-
-@triton.jit
-def _reduce_update_kernel(
-    partial_ptr, parameters, grad_ptr, squares_ptr, overflow_ptr, states, hyper_ptr, scale_ptr, skip_ptr,
-    members, active_ptr, n_splits, stride_split,
-    PARAMETERS: tl.constexpr, OPTIMIZER: tl.constexpr, LOW_IS_PARAM: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    wait_for_previous()
-    if members is not None:
-        member = tl.program_id(2).to(tl.int64)
-        if inactive(active_ptr, member):
-            return
-        hyper_ptr += member * members.hyper
-        if squares_ptr is not None:
-            squares_ptr += member * members.squares
-        if overflow_ptr is not None:
-            overflow_ptr += member
-        if scale_ptr is not None:
-            scale_ptr += member
-        if skip_ptr is not None:
-            skip_ptr += member
-    pid = tl.program_id(0)
-    parameter = parameters[0]
-    for i in tl.static_range(1, PARAMETERS):
-        if pid >= parameters[i].first_block:
-            parameter = parameters[i]
-    offs = (pid - parameter.first_block).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    flat = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < parameter.numel
-    w_ptr, low_ptr = parameter.w_ptr, parameter.low_ptr
-    if members is not None:
-        flat += member * members.flat
-        w_ptr += member * parameter.numel
-        if low_ptr is not None:
-            low_ptr += member * parameter.numel
-    g = sum_slices(partial_ptr, flat, mask, n_splits, stride_split)
-    if scale_ptr is not None:
-        g = g * tl.load(scale_ptr)
-    if OPTIMIZER == "none":
-        if ACCUMULATE:
-            g += tl.load(grad_ptr + flat, mask=mask, other=0.0)
-        if grad_ptr is not None:
-            tl.store(grad_ptr + flat, g, mask=mask)
-        if squares_ptr is not None:
-            tl.store(squares_ptr + pid, tl.sum(g * g, 0))
-        if overflow_ptr is not None:
-            mark_overflow(g, mask, overflow_ptr)
-    else:
-        if skip_ptr is not None:
-            mask = mask & (tl.load(skip_ptr) == 0)
-        if parameter.settings is not None:
-            hyper_ptr += parameter.settings
-        update_block(
-            g, w_ptr, low_ptr, states, offs, flat, mask, hyper_ptr, OPTIMIZER, LOW_IS_PARAM,
-        )  # fmt: skip
-
-
 def update_tile(
     layers: Sequence[LayerArguments], m: int, dtype: torch.dtype, rule: TileRule, *, wide: bool, summed: bool,
     members: int = 1,
@@ -556,41 +491,3 @@ def wgrad_update(
             states=states, unscale=unscale, grads=grads, accumulate=accumulate, squares=squares, overflow=overflow,
             active=active,
         )  # fmt: skip
-
-
-def reduce_update(
-    layout: Layout,
-    partial: Tensor,
-    n_splits: int,
-    optimizer: str,
-    hyper_row: Tensor,
-    *,
-    states: Sequence[Tensor] = (),
-    unscale: Tensor | None = None,
-    grads: Tensor | None = None,
-    skip: Tensor | None = None,
-    accumulate: bool = False,
-    squares: Tensor | None = None,
-    overflow: Tensor | None = None,
-    active: Tensor | None = None,
-) -> None:
-    """Launch g = sum of the slices of ``partial``, times ``unscale``, then the update, or with "none" the outputs.
-
-    Args:
-        skip: 0-d int32: nothing is updated unless it is 0.
-        grads: float32, as long as ``layout.total``: g, or what is there plus g if ``accumulate``.
-        squares: float32, layout.total / SEGMENT or more: the sum of the squares of each segment of g.
-        overflow: 0-d int32: becomes 1 where g has an infinity or NaN, else it stays as it is.
-        active: with members, a bool per member. All tensors then have an axis of members, in ``partial`` the second;
-            ``hyper_row`` may do without.
-    """
-    count, members = layout.members, None
-    if count is not None:
-        members = _ReduceMembers(layout.total, stride_of(squares, 1), stride_of(hyper_row, 1))
-    launch_plainly(call(
-        _reduce_update_kernel, (layout.total // SEGMENT, 1, count or 1),
-        partial, layout.of_parameters, grads, squares, overflow, tuple(states), hyper_row, unscale, skip,
-        members, active, n_splits, math.prod(layout.flat_shape),
-        PARAMETERS=len(layout.of_parameters), OPTIMIZER=optimizer, LOW_IS_PARAM=layout.low_is_param,
-        ACCUMULATE=accumulate, BLOCK=SEGMENT,
-    ))  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels.before_update import LossScaleState, before_update
 from ..kernels.configs import cdiv
 from ..kernels.layout import SEGMENT, Layout
-from ..kernels.wgrad_update import reduce_update
+from ..kernels.reduce_update import reduce_update
 from .loss_scale import BACKOFF, GROWTH, GROWTH_STEPS, LEAST, LossScale
 from .optimizers import Optimizer
 

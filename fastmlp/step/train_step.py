@@ -12,15 +12,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..backend import resolve
-from ..base.arguments import check_tensor
 from ..base.losses import STEP_LOSSES
 from ..nn import MLP, MLPEnsemble
 from .binding import Binding
-from .cpu_step import TorchStep
-from .groups import OWN, Groups, grouped
+from .groups import OWN, grouped
 from .loss_options import loss_options
-from .optimizers import OPTIMIZERS, Optimizer, optimizer_of
+from .optimizers import OPTIMIZERS, optimizer_of
 from .settings import StepOptimizer
+from .state import StatefulStep
 from .validation import Batches, MemberBatches, check_batch_size, check_dtype, check_is_mlp, check_loss, learning_rates
 from .values import check_setting
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from .data_parallel import DataParallel
-    from .triton_step import TritonStep
 
 #: Attributes that stay, and settings that are no attributes.
 _FIXED = frozenset({"model", "loss", "dtype", "device", "backend", "optimizer"})
@@ -37,7 +35,7 @@ _SETTINGS = frozenset(field.name for rule in OPTIMIZERS.values() for field in fi
 _BLOCK = 256
 
 
-class TrainStep:
+class TrainStep(StatefulStep):
     """The whole training step of an MLP: ``loss = step(x, y)`` updates the model's own parameters in place.
 
     On a GPU (backend "triton") a step of an L-layer network is a few kernel launches, 2L - 1 for L > 1, cross-entropy
@@ -211,44 +209,6 @@ class TrainStep:
         self._ema_waits = rule.ema_decay is not None
         self._engine = self._new_engine(self._binding, self._rules)
         self._take_up_dropout(self._binding)
-
-    def _take_up_dropout(self, binding: Binding) -> None:
-        """What the model drops now: nothing in evaluation mode. Each process of a group has masks of its own."""
-        dropout, engine = binding.dropout, self._engine
-        if dropout is not None and self._parallel is not None:
-            dropout = dropout._replace(stream=self._parallel.rank)
-            before = engine.dropout
-            if before is not None and before.state is dropout.state and before[1:] == dropout[1:]:
-                return
-        engine.dropout = dropout
-
-    @property
-    def rule(self) -> Optimizer:
-        """The rule of the first param group."""
-        return self._rules[0]
-
-    def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> TorchStep | TritonStep:
-        loss, rule, groups = STEP_LOSSES[self.loss], rules[0], self._groups(binding, rules)
-        with self._on_device:
-            if self.backend == "triton":
-                from .triton_step import TritonStep
-
-                return TritonStep(
-                    binding.layers,
-                    rule,
-                    loss,
-                    self.dtype,
-                    cuda_graph=self._cuda_graph,
-                    groups=groups,
-                    options=self._options,
-                    parallel=self._parallel,
-                )
-            return TorchStep(
-                binding.layers, rule, loss, self.dtype, groups=groups, options=self._options, parallel=self._parallel
-            )
-
-    def _groups(self, binding: Binding, rules: list[Optimizer]) -> Groups | None:
-        return None if len(rules) == 1 else Groups(rules, [self._group_of[name] for name in binding.trained])
 
     @property
     def lr(self) -> float | list[float]:
@@ -448,100 +408,6 @@ class TrainStep:
             self._engine.update()
         self._updated()
 
-    def forget_gradients(self) -> None:
-        """Drop the gradients that wait for ``update``."""
-        if self._has_gradients or self._lost_gradients:
-            self._has_gradients = self._lost_gradients = False
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a run needs besides the model's own state_dict to go on exactly as if it had not stopped.
-
-        Copies, by name. For each trained parameter NAME: the optimizer's states ("NAME.momentum_buffer" with momentum,
-        "NAME.exp_avg" and "NAME.exp_avg_sq" with AdamW), and "NAME.master" in float32 where the parameter has 16 bits.
-        Also "step" (updates so far) where the update depends on it, as AdamW's does, and for float16 products
-        "loss_scale" and "loss_scale_good_steps"; with ``ema_decay`` "NAME.ema". Only tensors, so that safetensors can
-        store them; the same for both backends. The state of parameters that are frozen now is not in it.
-        """
-        self._follow()
-        if self._ema_waits:
-            self._begin_ema()
-        counters = self._engine.counters().items()
-        state = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in counters}
-        return state | {name: tensor.clone() for name, tensor in self._parameter_state().items()}
-
-    def ema_state_dict(self) -> dict[str, Tensor]:
-        """The moving average of the parameters, as a state_dict of the model; copies, float32 or wider.
-
-        A frozen parameter has the average of the time before, or itself. To evaluate the average:
-
-            fastmlp.train.evaluate(step.model, (x_test, y_test), parameters=step.ema_state_dict())
-
-        Raises:
-            RuntimeError: the step keeps no average.
-        """
-        self._follow()
-        if self.rule.ema_decay is None:
-            raise RuntimeError("this TrainStep keeps no average of the parameters; make it with ema_decay=0.999")
-        if self._ema_waits:
-            self._begin_ema()
-        kept = self._parked | self._parameter_state()
-        return {
-            name: kept.get(f"{name}.ema", parameter).detach().clone()
-            for name, parameter in self.model.state_dict().items()
-        }
-
-    def _begin_ema(self) -> None:
-        """The average becomes the parameters as they are; it waits until an update has followed."""
-        state = self._engine.parameter_state()
-        with torch.no_grad():
-            for average, parameter in zip(state["ema"], state.get("master", self._binding.parameters), strict=True):
-                average.copy_(parameter)
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take up a state that ``state_dict`` returned; load the model's own first.
-
-        Raises:
-            ValueError: names or shapes are not those of this step (another optimizer, another model); nothing has
-                changed then.
-        """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"expected the dict that state_dict() returned, got {type(state_dict).__name__}")
-        self._follow()
-        own, counters = self._parameter_state(), self._engine.counters()
-        expected = own.keys() | counters.keys()
-        if state_dict.keys() != expected:
-            missing, unknown = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - expected)
-            raise ValueError(
-                f"the state does not fit this TrainStep ({self.rule.name}, {self.dtype}): missing "
-                f"{', '.join(missing) or 'nothing'}; unexpected {', '.join(unknown) or 'nothing'}"
-            )
-        values = {name: self._counter(name, state_dict[name]) for name in counters}
-        for name, tensor in own.items():
-            check_tensor(state_dict[name], name)
-            if state_dict[name].shape != tensor.shape:
-                raise ValueError(f"expected {name} of shape {list(tensor.shape)}, got {list(state_dict[name].shape)}")
-        for name, tensor in own.items():
-            tensor.copy_(state_dict[name])
-        self._engine.set_counters(values)
-        self._parked = {}
-        self._ema_waits = False
-        self.forget_gradients()
-
-    def _parameter_state(self) -> dict[str, Tensor]:
-        """The engine's tensors by name, live."""
-        return {
-            f"{name}.{kind}": tensor
-            for kind, tensors in self._engine.parameter_state().items()
-            for name, tensor in zip(self._binding.trained, tensors, strict=True)
-        }
-
-    def _counter(self, name: str, value: Tensor) -> Any:
-        """What ``counters`` of the engine returned, of a state."""
-        check_tensor(value, name)
-        if value.numel() != 1 or not value.isfinite().all():
-            raise ValueError(f"expected {name} to be one finite number, got {value}")
-        return float(value)
-
     def _next_loss(self) -> Tensor:
         """A 0-d tensor that nobody else has, without an allocation at each step."""
         if not self._next_losses:
@@ -554,51 +420,6 @@ class TrainStep:
         """X [B, K] and Y off the tape, for the model and the settings as they are now."""
         self._follow()
         return self._batches.checked(x, y, in_range=in_range)
-
-    def _follow(self) -> None:
-        """Take up what changed of the model and the settings since the last call, or raise an error."""
-        rules, binding = self.optimizer.changed(self._rules), self._binding
-        if not binding.holds():
-            binding = binding.rebound()
-        elif rules is None:
-            return
-        structure = self._engine.structure
-        if binding.kind != self._binding.kind or (
-            rules is not None and list(map(structure, rules)) != list(map(structure, self._rules))
-        ):
-            self._rebuild(binding, self._rules if rules is None else rules)
-        elif rules is not None:
-            for rule, new in zip(self._rules, rules, strict=True):
-                vars(rule).update(vars(new))
-            self._engine.settings_changed()
-        self._binding = binding
-        self._take_up_dropout(binding)
-
-    def _rebuild(self, binding: Binding, rules: list[Optimizer]) -> None:
-        """A new engine, with the state of the old one as far as both have it."""
-        state, counters = self._parked | self._parameter_state(), self._engine.counters()
-        if self._ema_waits:  # there is no average yet
-            state = {name: tensor for name, tensor in state.items() if not name.endswith(".ema")}
-        thawed = [name for name in binding.trained if name not in self._binding.trained]
-        updates = float(torch.as_tensor(counters.get("step", 0.0), device="cpu").max())
-        if thawed and updates and self.rule.corrected:
-            raise RuntimeError(
-                f"{', '.join(thawed)} cannot be thawed after {updates:.0f} updates: {self.rule.name} counts the "
-                "updates of all parameters together; make a new TrainStep"
-            )
-        engine = self._new_engine(binding, rules)
-        self._lost_gradients |= self._has_gradients
-        self._engine, self._binding, self._rules, self._has_gradients = engine, binding, rules, False
-        if rules[0].ema_decay is not None:
-            self._ema_waits = not any(name.endswith(".ema") for name in state)
-            self._begin_ema()
-        own = self._parameter_state()
-        self._parked = {name: tensor for name, tensor in state.items() if name not in own}
-        for name, tensor in own.items():
-            if name in state:
-                tensor.copy_(state[name])
-        engine.parameter_state()  # lets the masters follow parameters that were written to while they were frozen
-        engine.set_counters(counters)
 
     def _updated(self) -> None:
         """Tell autograd that the parameters changed, and torch's schedulers that an update came before theirs."""

@@ -32,7 +32,7 @@ from bench.static.workloads import WORKLOADS, draw, float32_precision, labels
 from fastmlp import kernels
 from fastmlp.kernels.device import tf32_allowed
 from fastmlp.kernels.layout import Layer, Layout
-from fastmlp.kernels.wgrad_update import reduce_update
+from fastmlp.kernels.reduce_update import reduce_update
 from tests.compile.machine_code import instructions, resources
 from tests.compile.targets import TARGETS
 from tests.kernels.launches import kernel_names

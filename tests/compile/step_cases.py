@@ -18,6 +18,7 @@ from fastmlp.kernels.configs import LARGEST_UPDATED, Tile, all_tiles
 from fastmlp.kernels.device import Device
 from fastmlp.kernels.layout import SEGMENT, Layer, Layout
 from fastmlp.kernels.optimizer import EMA_COLUMNS, HYPER_COLUMNS
+from fastmlp.kernels.reduce_update import reduce_update
 
 from .cases import KernelCases
 
@@ -137,7 +138,7 @@ def _reduce(
         layout = _layout(dtype, WIDTHS, params, groups)
         flat, squares = torch.zeros((2, layout.total)), torch.zeros(layout.total // SEGMENT)
         flag = torch.zeros((), dtype=torch.int32)
-        return wgrad_update.reduce_update(
+        return reduce_update(
             layout, flat[:1], 1, optimizer, torch.zeros(HYPER_COLUMNS),
             states=_states(layout, optimizer), unscale=torch.zeros(()) if unscale else None,
             grads=flat[1] if optimizer == "none" else None, accumulate=accumulate,

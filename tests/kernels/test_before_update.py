@@ -10,7 +10,8 @@ import torch
 from fastmlp.kernels.before_update import LossScaleState, before_update
 from fastmlp.kernels.layout import SEGMENT, Layer, Layout
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
-from fastmlp.kernels.wgrad_update import reduce_update, wgrad_update, workspace
+from fastmlp.kernels.reduce_update import reduce_update
+from fastmlp.kernels.wgrad_update import wgrad_update, workspace
 from fastmlp.step.loss_scale import BACKOFF, GROWTH, GROWTH_STEPS, LEAST, LossScale
 from fastmlp.step.optimizers import SGD, AdamW, Optimizer
 

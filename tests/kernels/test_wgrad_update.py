@@ -12,7 +12,8 @@ from fastmlp import reference
 from fastmlp.kernels.column_sums import ColumnSums, padded
 from fastmlp.kernels.layout import Layer, Layout
 from fastmlp.kernels.optimizer import HYPER_COLUMNS
-from fastmlp.kernels.wgrad_update import _plan, reduce_update, wgrad_update
+from fastmlp.kernels.reduce_update import reduce_update
+from fastmlp.kernels.wgrad_update import _plan, wgrad_update
 from fastmlp.step.optimizers import OPTIMIZERS, SGD, Optimizer
 from tests.support.harness import FLOATS, assert_within_budget, poisoned
 from tests.support.torchs import UPDATES, torch_optimizer

@@ -52,7 +52,7 @@ MUTANTS = (
         (WHOLE, "optimizers and groups and not float16"),
     ),
     Mutant(
-        "wgrad_update",
+        "reduce_update",
         "group of the first",
         "            hyper_ptr += parameter.settings\n",
         "            hyper_ptr += 0\n",

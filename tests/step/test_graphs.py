@@ -16,7 +16,7 @@ from torch import Tensor
 import fastmlp
 from fastmlp import TrainStep
 from fastmlp.base.losses import STEP_LOSSES, takes_classes
-from fastmlp.step import graphs, triton_step
+from fastmlp.step import graphs, triton_launches
 from tests.conftest import INTERPRETING
 
 if INTERPRETING:
@@ -350,7 +350,7 @@ def test_a_graph_that_was_given_up_is_captured_again(monkeypatch):
 
 def test_a_graph_goes_with_the_buffers_that_it_uses(monkeypatch):
     """Three sizes, where the buffers of two sizes are kept."""
-    monkeypatch.setattr(triton_step, "_PLANS", 2)
+    monkeypatch.setattr(triton_launches, "_PLANS", 2)
 
     def script(step: TrainStep) -> Iterator[Tensor]:
         for i, size in enumerate([17, 17, 17, 18, 18, 17, 19, 19, 18, 17, 17]):

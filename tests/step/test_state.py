@@ -58,6 +58,44 @@ def test_goes_on_where_it_stopped(parameters, products, optimizer):
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+def test_a_frozen_parameter_has_its_state_when_it_is_thawed(parameters):
+    """The run is stopped and resumed while a layer is frozen, in a process that never trained that layer."""
+    data = [for_step(x, y, parameters) for x, y in batches(*problem(SIZES, 70), 24, 8)]
+
+    def freeze(model: fastmlp.MLP, frozen: bool) -> None:
+        for parameter in model.layers[1].parameters():
+            parameter.requires_grad_(not frozen)
+
+    model = converted(network(SIZES), parameters)
+    step = fastmlp.TrainStep(model, **OPTIMIZERS["momentum"])
+    step(*data[0])
+    step(*data[1])
+    freeze(model, True)
+    step(*data[2])
+    saved = copy.deepcopy(model.state_dict()), load(save(step.state_dict()))
+
+    other = converted(network(SIZES, seed=7), parameters)
+    freeze(other, True)
+    resumed = fastmlp.TrainStep(other, **OPTIMIZERS["momentum"])
+    other.load_state_dict(saved[0])
+    with pytest.raises(ValueError, match=r"expected layers\.1\.bias\.momentum_buffer of shape \[11\], got \[3\]"):
+        resumed.load_state_dict(saved[1] | {"layers.1.bias.momentum_buffer": torch.zeros(3)})
+    resumed.load_state_dict(saved[1])
+    assert resumed.state_dict().keys() == saved[1].keys()
+    for either, of in ((model, step), (other, resumed)):
+        freeze(either, False)
+        of(*data[3])
+    assert torch.equal(flat(other), flat(model))
+    assert step.state_dict()["layers.1.weight.momentum_buffer"].abs().sum() > 0
+
+    without = {name: value for name, value in saved[1].items() if not name.startswith("layers.1")}
+    freeze(other, True)
+    resumed.load_state_dict(without)  # as if the layer had never been trained
+    freeze(other, False)
+    assert not resumed.state_dict()["layers.1.weight.momentum_buffer"].any()
+
+
 def test_names():
     def names(dtype=None, **settings):
         return set(fastmlp.TrainStep(network((4, 3)).float(), dtype=dtype, **settings).state_dict())
