@@ -424,7 +424,8 @@ class TrainStep(StatefulStep):
     def _updated(self) -> None:
         """Tell autograd that the parameters changed, and torch's schedulers that an update came before theirs."""
         increment_version(self._binding.parameters)
-        self._ema_waits = False
+        if self._ema_waits:  # an assignment goes through __setattr__
+            self._ema_waits = False
         self._engine.updated()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
