@@ -134,7 +134,7 @@ def host_gpu() -> Iterator[None]:
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         stack.enter_context(mock.patch("fastmlp.step.triton_step.can_capture", _yes))
-        stack.enter_context(mock.patch("fastmlp.step.validation.check_classes", _unchecked))
+        stack.enter_context(mock.patch("fastmlp.step.validation.host_sees_labels", _unseen))
         stack.enter_context(mock.patch("fastmlp.step.triton_loss.host_sees_labels", _unseen))
         stack.enter_context(mock.patch("fastmlp.autograd.cross_entropy._check_labels", _unchecked))
         stack.enter_context(mock.patch("fastmlp.backend._kernels_take_cpu", _they_do))

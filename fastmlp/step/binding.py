@@ -21,7 +21,6 @@ from ..nn.mlp import MLP, _has_hooks, _only_computes
 from .cpu_dropout import StepDropout
 
 _FORWARD, _ENSEMBLE_FORWARD = MLP.forward, MLPEnsemble.forward
-_numel, _is_contiguous = Tensor.numel, Tensor.is_contiguous
 #: Handles of hooks that this file made, which are no reason to look for new hooks.
 _probes = 0
 
@@ -80,54 +79,74 @@ class Binding:
         self._places = [
             (layer._parameters, name, layer._parameters[name]) for layer in self.layers for name in ("weight", "bias")
         ]
-        self._weights = weights
         self._addresses = [parameter.data_ptr() for parameter in self._all]
-        self._requires_grad = [parameter.requires_grad for parameter in self._all]
-        #: One parameter per layer, which tells the number of outputs.
-        self._outputs = [layer.weight if layer.bias is None else layer.bias for layer in self.layers]
+        self._shapes = [parameter.shape for parameter in self._all]
         #: A transposed row or column is contiguous too.
         self._vectors = [(weight, weight.shape) for weight in weights if 1 in weight.shape]
-        self._numels = list(map(_numel, self._outputs))
-        self._shapes = [parameter.shape for parameter in self._all]
-        self._layers = [(la, type(la), la.__dict__, la._slot, la._slot.activation) for la in self.layers]
-        self.kind = self.trained, [activation for *_, activation in self._layers]
+        self._layers = [_facts(layer) for layer in self.layers]
+        self.kind = self.trained, activations
 
     def holds(self) -> bool:
         """Whether nothing has changed that a step depends on. False may also be a change that does not matter.
 
-        Each step asks, so that every property is read by one call of C for all parameters.
+        Each step asks, so one loop reads every property once, without a call of Python.
         """
         # torch numbers the handles of all hooks, so that one number tells whether there can be new ones.
         if RemovableHandle.next_id - _probes != self._handles and self._has_hooks():
             return False
-        if self._attributes.get("_dropout") is not self._rates:
+        attributes = self._attributes
+        if (
+            attributes.get("_dropout") is not self._rates
+            or "forward" in attributes
+            or self._model.__class__.forward is not self._forward
+            or self._modules.get("layers") is not self._container
+            or [*self._container._modules.values()] != self.layers
+        ):
             return False
         if self._has_dropout and (
             self._model.training is not self._training or self._model._buffers.get("dropout_state") is not self._state
         ):
             return False
-        for table, name, parameter in self._places:
-            if table.get(name) is not parameter:
-                return False
-        for layer, kind, attributes, slot, activation in self._layers:
-            if slot.activation != activation or attributes["_slot"] is not slot:
-                return False
-            if layer.__class__ is not kind or "forward" in attributes:
-                return False
         for weight, shape in self._vectors:
             if weight.shape != shape:
                 return False
-        # The same address, order, and number of outputs leave no other shape that fits between the layers beside it.
-        return (
-            [parameter.data_ptr() for parameter in self._all] == self._addresses
-            and [parameter.requires_grad for parameter in self._all] == self._requires_grad
-            and list(map(_numel, self._outputs)) == self._numels
-            and all(map(_is_contiguous, self._weights))
-            and list(self._container._modules.values()) == self.layers
-            and self._modules.get("layers") is self._container
-            and "forward" not in self._attributes
-            and type(self._model).forward is self._forward
-        )
+        try:
+            for (
+                layer,
+                own,
+                kind,
+                slot,
+                activation,
+                table,
+                weight,
+                bias,
+                place,
+                trained,
+                out,
+                place_out,
+                trained_out,
+                outputs,
+            ) in self._layers:
+                # The same address, order, and number of outputs leave no other shape that fits between the layers
+                # beside it.
+                if (
+                    table["weight"] is not weight
+                    or table["bias"] is not bias
+                    or own["_slot"] is not slot
+                    or slot.activation != activation
+                    or layer.__class__ is not kind
+                    or "forward" in own
+                    or weight.data_ptr() != place
+                    or weight.requires_grad is not trained
+                    or not weight.is_contiguous()
+                    or out.data_ptr() != place_out
+                    or out.requires_grad is not trained_out
+                    or out.numel() != outputs
+                ):
+                    return False
+        except KeyError:  # a parameter that was taken away
+            return False
+        return True
 
     def _dropped(self, model: MLP | MLPEnsemble) -> StepDropout | None:
         if not (self._has_dropout and model.training):
@@ -197,6 +216,15 @@ def _node_has_hooks(parameter: Tensor) -> bool:
         if hooks:
             return True
     return False
+
+
+def _facts(layer: Any) -> tuple[Any, ...]:
+    """A layer, and what a step depends on of it; in the place of a bias that it does not have is the weight again."""
+    weight, bias, slot = layer.weight, layer.bias, layer._slot
+    out = weight if bias is None else bias  # whose size is, with a bias, the number of outputs
+    of_weight = weight, bias, weight.data_ptr(), weight.requires_grad
+    of_out = out, out.data_ptr(), out.requires_grad, out.numel()
+    return layer, layer.__dict__, type(layer), slot, slot.activation, layer._parameters, *of_weight, *of_out
 
 
 def _nothing(*gradients: Any) -> None:

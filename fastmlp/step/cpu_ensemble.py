@@ -112,6 +112,10 @@ class TorchEnsemble:
         self.version += 1
         self._rates_now = []
 
+    def rates_changed(self) -> None:
+        """Take up other learning rates; the other settings are as they were."""
+        self.settings_changed()
+
     @staticmethod
     def structure(rule: Optimizer) -> tuple[object, ...]:
         """What the engine is built for."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -127,21 +127,28 @@ class NativeStep:
         self._changes = net.changes
 
     def _write_rates(self) -> None:
+        """Write the settings that changed since the last step, and the learning rates, which may change without."""
         if self._changes != self._net.changes:
             self._take_settings()
         for place, rule in self._rates:
             self._hyper[place] = rule.lr
 
     def __call__(
-        self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None, weight: Tensor | None = None, **kwargs: Any
+        self,
+        x: Tensor,
+        y: Tensor,
+        out: Tensor,
+        rows: Tensor | None = None,
+        weight: Tensor | None = None,
+        *,
+        update: bool = True,
     ) -> None:
         """``TorchStep.step``, and ``update`` as the step on operators takes it."""
-        if weight is None and y.dtype == self._target and not kwargs and self._net.dropout is None:
+        if update and weight is None and y.dtype is self._target and self._net.dropout is None:
             self._write_rates()
-            native, one = self._native, out if out.dtype == self._net.dtype else None
-            if one is not None and (native.step(x, y, out) if rows is None else self._at(x, y, out, rows)):
+            if self._native.step(x, y, out) if rows is None else self._at(x, y, out, rows):
                 return
-        self.by_operators(x, y, out, rows, weight, **kwargs)
+        self.by_operators(x, y, out, rows, weight, update=update)
 
     def made(self, x: Tensor, y: Tensor, out: Tensor) -> bool:
         """Whether the machine code has made the step; if not, nothing has changed, and a class may be out of range."""

@@ -56,7 +56,8 @@ class TorchStep:
 
         ``rows`` int64 [M] takes those rows of x, y and the sample weights.
         """
-        self._planned(x.shape[0] if rows is None else rows.shape[0])(x, y, out, rows, weight)
+        m = x.shape[0] if rows is None else rows.shape[0]
+        (self._plans.get(m) or self._planned(m))(x, y, out, rows, weight)
 
     @property
     def dropout(self) -> StepDropout | None:
@@ -113,6 +114,9 @@ class TorchStep:
         """Take up the rule's settings; those of its ``structure`` are as they were."""
         self.optimizer.settings_changed()
         self.network.changes += 1
+
+    def rates_changed(self) -> None:
+        """The rules have other learning rates, and every step reads them."""
 
     def updated(self) -> None:
         """The versions of the parameters are those of this engine's last update."""

@@ -154,6 +154,12 @@ class Optimizer:
             return max(weight, _EMA_NUMERATOR / (10 + count.item()))
         return (_EMA_NUMERATOR / (10 + count)).clamp_(min=weight)
 
+    def with_rate(self, lr: Any) -> Optimizer:
+        """The same rule with another learning rate, which was checked."""
+        other: Optimizer = object.__new__(type(self))
+        vars(other).update(vars(self), lr=lr)
+        return other
+
     @property
     def decays(self) -> tuple[float, ...]:
         """The numbers whose powers of the count complete a row that was made without it, on the device."""
@@ -265,6 +271,12 @@ class Adam(Optimizer):
     def _decay(self, lrs: Tensor) -> Tensor:
         """The column of the weight decay."""
         return torch.ones_like(lrs) * across(self.weight_decay, lrs)
+
+    def with_rate(self, lr: Any) -> Optimizer:
+        """The same rule with another learning rate, which was checked."""
+        other: Optimizer = object.__new__(type(self))
+        vars(other).update(vars(self), lr=lr)
+        return other
 
     @property
     def decays(self) -> tuple[float, ...]:
@@ -471,6 +483,14 @@ def optimizer_of(name: str, settings: Mapping[str, Any], members: int | None = N
                 hint = f"{setting}={value!r} is not a setting of optimizer {name!r}, but of {', '.join(owners)}"
                 raise ValueError(_HINTS.get(setting, hint))
     return rule(**{setting: value for setting, value in values.items() if setting in own})
+
+
+def only_rates_differ(rules: Sequence[Optimizer], others: Sequence[Optimizer]) -> bool:
+    """Whether rules of the same names have the same settings, except for their learning rates."""
+    return all(
+        [*vars(rule).values()][1:] == [*vars(other).values()][1:]  # the first one is the learning rate
+        for rule, other in zip(rules, others, strict=True)
+    )
 
 
 def _no_name(optimizer: object) -> str:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .groups import check_alike
 from .optimizers import Optimizer, optimizer_of
+from .values import check_setting
 
 #: Settings of torch's optimizers that no rule has, or not every rule.
 _FOREIGN = frozenset({"amsgrad", "capturable", "centered", "dampening", "differentiable", "foreach", "fused"})
@@ -38,6 +39,8 @@ class StepOptimizer(torch.optim.Optimizer):
         self._foreign = _FOREIGN.difference(names)
         #: What an update of torch's optimizers would call, and the number of the last handle when nothing was in it.
         self._handles = -1
+        #: The groups as they were when they last had the values of the rules, with these values, which are numbers.
+        self._taken: list[dict[str, Any]] = []
         self._hooks = (
             self._optimizer_step_pre_hooks,
             self._optimizer_step_post_hooks,
@@ -57,6 +60,11 @@ class StepOptimizer(torch.optim.Optimizer):
             RuntimeError: there is a hook, which a step would not call, or another group.
         """
         groups = self.param_groups
+        try:
+            if RemovableHandle.next_id == self._handles and groups == self._taken:
+                return None
+        except Exception:  # a value that cannot be compared, such as a tensor of several elements
+            pass
         if RemovableHandle.next_id != self._handles or len(groups) != len(rules):
             if any(self._hooks) or len(groups) != len(rules):
                 raise RuntimeError(
@@ -64,14 +72,17 @@ class StepOptimizer(torch.optim.Optimizer):
                     "or train with autograd and a torch.optim optimizer"
                 )
             self._handles = RemovableHandle.next_id
-        if len(rules) == 1:
-            new = self._changed(groups[0], rules[0], self._counts[0])
-            return None if new is None else [new]
+        self._taken = []
         every = [self._changed(*of) for of in zip(groups, rules, self._counts, strict=True)]
         if not any(every):
+            self._taken = [
+                {**group, **vars(rule), "params": list(group["params"])}
+                for group, rule in zip(groups, rules, strict=True)
+            ]
             return None
         new_rules = [rule if new is None else new for new, rule in zip(every, rules, strict=True)]
-        check_alike(new_rules)
+        if len(new_rules) > 1:
+            check_alike(new_rules)
         return new_rules
 
     def _changed(self, group: dict[str, Any], rule: Optimizer, count: int) -> Optimizer | None:
@@ -82,16 +93,23 @@ class StepOptimizer(torch.optim.Optimizer):
                 f"does not have ({', '.join(sorted(self._foreign))}); take it back, or train with autograd and "
                 "torch.optim"
             )
-        values = self._values_of(group)
+        values, before = self._values_of(group), tuple(vars(rule).values())
+        only_rate = False
         try:
-            if values == tuple(vars(rule).values()):
+            if values == before:
                 return None
+            only_rate = values[1:] == before[1:]  # the first one is the learning rate
         except RuntimeError:  # a tensor of several elements: the check below says what is wrong with it
             pass
-        new = self._with(rule, values)
+        if only_rate:  # a scheduler may change it at every step
+            new = rule.with_rate(check_setting("lr", values[0], self._members))
+            same = new.lr == rule.lr
+        else:
+            new = self._with(rule, values)
+            same = new == rule
         if self._members is not None:  # so that a scheduler finds what it can multiply
             group.update({name: getattr(new, name) for name in self._names})
-        return None if new == rule else new
+        return None if same else new
 
     def _with(self, rule: Optimizer, values: tuple[Any, ...]) -> Optimizer:
         return optimizer_of(rule.name, dict(zip(self._names, values, strict=True)), self._members)

@@ -15,7 +15,7 @@ from .binding import Binding
 from .cpu_step import TorchStep
 from .groups import Groups
 from .loss_options import LossOptions
-from .optimizers import Optimizer
+from .optimizers import Optimizer, only_rates_differ
 from .settings import StepOptimizer
 
 if TYPE_CHECKING:
@@ -168,6 +168,11 @@ class StatefulStep:
         if not binding.holds():
             binding = binding.rebound()
         elif rules is None:
+            return
+        elif only_rates_differ(rules, self._rules):  # a scheduler may do this at every step
+            for rule, new in zip(self._rules, rules, strict=True):
+                rule.lr = new.lr
+            self._engine.rates_changed()
             return
         structure = self._engine.structure
         if binding.kind != self._binding.kind or (

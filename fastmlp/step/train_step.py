@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 #: Attributes that stay, and settings that are no attributes.
 _FIXED = frozenset({"model", "loss", "dtype", "device", "backend", "optimizer"})
 _SETTINGS = frozenset(field.name for rule in OPTIMIZERS.values() for field in fields(rule)) - {"lr"}
-#: Losses that are allocated together.
-_BLOCK = 256
+#: Losses that are allocated together: few enough to be in the first cache when they are used.
+_BLOCK = 32
 
 
 class TrainStep(StatefulStep):
@@ -195,6 +195,7 @@ class TrainStep(StatefulStep):
         self._has_gradients = self._lost_gradients = False
         #: Optimizer state of parameters that are frozen now, by name.
         self._parked: dict[str, Tensor] = {}
+        self._on_cpu = self.device.type == "cpu"
         #: Kernels go to the current device; the model's need not be that.
         self._on_device: AbstractContextManager[object] = nullcontext()
         if self.device.type == "cuda":
@@ -284,21 +285,27 @@ class TrainStep(StatefulStep):
         if sample_weight is not None:
             sample_weight = self._batches.checked_weight(sample_weight, x.shape[-2])
         loss = self._next_loss()
-        with self._on_device:
-            if x.shape[-2] == 0:
-                if self._parallel is not None:
-                    raise ValueError("expected at least one row in every process of the process_group, got none")
-                loss.fill_(float("nan"))
-            else:
-                if self._ema_waits:
-                    self._begin_ema()
-                if sample_weight is None:
-                    self._engine.step(x, y, loss)
-                else:
-                    self._engine.step(x, y, loss, weight=sample_weight)
-                self._updated()
+        if x.shape[-2] == 0:
+            if self._parallel is not None:
+                raise ValueError("expected at least one row in every process of the process_group, got none")
+            loss.fill_(float("nan"))
+        elif self._on_cpu:
+            self._train(x, y, loss, sample_weight)
+        else:
+            with self._on_device:
+                self._train(x, y, loss, sample_weight)
         self.forget_gradients()
         return loss
+
+    def _train(self, x: Tensor, y: Tensor, loss: Tensor, weight: Tensor | None) -> None:
+        """One step on a batch that has rows and was checked."""
+        if self._ema_waits:
+            self._begin_ema()
+        if weight is None:
+            self._engine.step(x, y, loss)
+        else:
+            self._engine.step(x, y, loss, weight=weight)
+        self._updated()
 
     def epoch(
         self,
@@ -424,7 +431,8 @@ class TrainStep(StatefulStep):
     def _updated(self) -> None:
         """Tell autograd that the parameters changed, and torch's schedulers that an update came before theirs."""
         increment_version(self._binding.parameters)
-        self._ema_waits = False
+        if self._ema_waits:
+            self._ema_waits = False
         self._engine.updated()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..base.losses import IGNORED, LOSSES, NO_CLASS
 from ..kernels import cross_entropy, cross_entropy_of_members, elementwise_loss, softmax_squared_error
 from .loss_options import LossOptions
+from .validation import host_sees_labels
 
 
 class RowWeights(NamedTuple):
@@ -32,16 +33,12 @@ class RowWeights(NamedTuple):
 _ALIKE = RowWeights(None, NO_CLASS, None)
 
 
-def host_sees_labels(device: torch.device) -> bool:
-    """Whether the host can look for ignored labels, whose rows a plain step does not count, without waiting."""
-    return device.type == "cpu"
-
-
 class StepLoss:
     """A loss with its options, as launches of kernels. dZ comes multiplied by ``factor`` (0-d)."""
 
     def __init__(self, name: str, options: LossOptions, factor: Tensor | None, device: torch.device) -> None:
         self.name, self.options, self._factor = name, options, factor
+        # Ignored labels, whose rows a plain step does not count.
         self._looks = name == "cross_entropy" and host_sees_labels(device)
         self._rows_are_alike = not (options.weighs_labels or self._looks)
 

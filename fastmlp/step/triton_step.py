@@ -51,6 +51,10 @@ class TritonStep(StepLaunches):
             self.late.settings_changed()
         self.rows.forget()
 
+    def rates_changed(self) -> None:
+        """Take up other learning rates; the other settings are as they were."""
+        self.settings_changed()
+
     def _follow(self) -> None:
         """Bring the parameters as they are now into what the products read and, where a version tells, the masters.
 
@@ -67,16 +71,18 @@ class TritonStep(StepLaunches):
         ``weight`` [M] are sample weights. With members x is [M, K] or [E, M, K], targets and weights likewise, and
         ``out`` is [E].
         """
-        self._follow()
-        x = self._cast(x)
+        if self._copied:
+            self._follow()
+        if x.dtype is not self.dtype or not x.is_contiguous():
+            x = self._cast(x)
         m = x.shape[-2]
         plan, row = self._plan(m), self.rows.next()
         weights = self._step_loss.weights(y, weight, plan.divisor)
         self.rows.steps += 1
         entry = None
         if self.graphs is not None:
-            shape = y.shape[1:] if self.members is None else (x.dim(), y.shape)
-            key = (m, *self._baked(), x.dtype, y.dtype, shape, weights.ignored, weight is None or weight.dim())
+            sampled = weight is None or weight.dim()
+            key = (m, self._baked(), x.dtype, y.dtype, x.dim(), y.shape, weights.ignored, sampled)
             entry = self.graphs.entry(key)
         if self.graphs is None or entry is None:
             self._launch(plan, x, y, None, row, out, weights)
@@ -95,8 +101,11 @@ class TritonStep(StepLaunches):
         if buffers.get("source") is not row:
             buffers["source"] = row
             buffers["row"].copy_(row)
-        static = buffers["x"], buffers["y"], None, buffers["row"], buffers["loss"], weights
-        self.graphs.run(entry, lambda: self._launch(plan, *static))
+        if entry.graph is not None:
+            entry.graph.replay()
+        else:
+            static = buffers["x"], buffers["y"], None, buffers["row"], buffers["loss"], weights
+            self.graphs.run(entry, lambda: self._launch(plan, *static))
         out.copy_(buffers["loss"])
 
     def _baked(self) -> tuple[object, ...]:
@@ -146,7 +155,7 @@ class TritonStep(StepLaunches):
         # A graph reads the memory at these addresses, whichever tensor lies there at its replay.
         read = [t for t in (images, labels, weight) if t is not None]
         data = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in read]
-        key = (m, *self._baked(), count, *own, weights.ignored, *data)
+        key = (m, self._baked(), count, *own, weights.ignored, *data)
         entry = self.graphs.entry(key) if self.graphs is not None else None
         buffers = GraphEntry().buffers if entry is None else entry.buffers
         if not buffers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,11 @@ def check_batch_size(batch_size: object) -> int:
     return number
 
 
+def host_sees_labels(device: torch.device) -> bool:
+    """Whether the host can look at labels without waiting."""
+    return device.type == "cpu"
+
+
 class Batches:
     """Checks batches for steps with one model, loss and dtype.
 
@@ -93,6 +99,12 @@ class Batches:
         self._is_plain = options.is_plain
         self._takes_probabilities = "probabilities" in LOSSES[loss].options
         self._ignored = options.ignored if "ignore_index" in LOSSES[loss].options else None
+        #: The label that is no class.
+        self._no_class = self._ignored
+        #: What is known of the last batch that was accepted as it was: another one like it is accepted too, up to its
+        #: class numbers, which are looked at if `_looks`.
+        self._accepted: tuple[object, ...] = ()
+        self._looks = False
         self._inputs = {dtype, own, torch.uint8}
         if dtype.itemsize == 2:
             self._inputs |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -102,6 +114,19 @@ class Batches:
 
         With ``in_range``, class numbers on a CPU are compared with the number of classes.
         """
+        facts: tuple[object, ...] = ()
+        if x.__class__ is Tensor and y.__class__ is Tensor and not torch.is_inference_mode_enabled():
+            facts = x.shape, x.dtype, x.device, x.layout, x.requires_grad, y.shape, y.dtype, y.device, y.requires_grad
+        if not facts or facts != self._accepted:
+            taken = self._taken(x, y)
+            self._accepted = facts if taken[0] is x and taken[1] is y else ()
+            x, y = taken
+        if in_range and self._looks:
+            check_classes(y, self._classes, ignore_index=self._no_class)
+        return x, y
+
+    def _taken(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """X and Y as ``checked`` returns them, class numbers of any value; sets `_looks`."""
         check_batch(x, self._features)
         check_tensor(y, "the target")
         if torch.is_inference_mode_enabled():
@@ -129,10 +154,11 @@ class Batches:
             check_same_device((("the parameters", self._like), ("the input", x), ("the target", y)))
         if y.dtype == torch.uint8 and self._takes_classes:  # torch's losses take these labels too
             y = y.long()
-        self._check_targets(y, x.shape[0], in_range=in_range)
+        self._check_targets(y, x.shape[0])
+        self._looks = self._takes_classes and y.dim() == 1 and len(y) > 0 and host_sees_labels(self._device)
         return x, y
 
-    def _check_targets(self, y: Tensor, rows: int, *, in_range: bool) -> None:
+    def _check_targets(self, y: Tensor, rows: int) -> None:
         if not self._takes_classes:
             if y.shape != (rows, self._classes):
                 raise RuntimeError(
@@ -150,8 +176,6 @@ class Batches:
             raise RuntimeError(f"expected class numbers of shape [{rows}], got {list(y.shape)}")
         if y.dtype != torch.int64:
             raise RuntimeError(f"expected class numbers of dtype int64, got {y.dtype}; convert them with .long()")
-        if rows and in_range and self._device.type == "cpu":
-            check_classes(y, self._classes, ignore_index=self._ignored)
 
     def _check_probabilities(self, y: Tensor, rows: int) -> None:
         if y.shape != (rows, self._classes):
@@ -244,26 +268,14 @@ class MemberBatches(Batches):
     """``Batches`` for the members of an ensemble: each of X and Y is the same for all, or has the members first."""
 
     members: int
-    #: What is known of the last batch that was accepted as it was, and whether its class numbers have to be looked at.
-    _fits: tuple[object, ...] = ()
-    _looks = False
 
-    def checked(self, x: Tensor, y: Tensor, *, in_range: bool) -> tuple[Tensor, Tensor]:
-        """X [B, K] or [E, B, K], and Y [B, ...] or [E, B, ...]; as ``Batches.checked``."""
-        plain = x.__class__ is Tensor and y.__class__ is Tensor and not torch.is_inference_mode_enabled()
-        facts: tuple[object, ...] = ()
-        if plain:
-            facts = x.shape, x.dtype, x.device, x.layout, x.requires_grad, y.shape, y.dtype, y.device, y.requires_grad
-        if not plain or facts != self._fits:
-            taken = self._taken(x, y)
-            self._fits = facts if plain and taken[0] is x and taken[1] is y else ()
-            x, y = taken
-        if in_range and self._looks:
-            check_classes(y, self._classes, ignore_index=None if self._is_plain else self._ignored)
-        return x, y
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self._is_plain:
+            self._no_class = None
 
     def _taken(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """X and Y off the tape, class numbers as int64, which are not looked at."""
+        """X [B, K] or [E, B, K], and Y [B, ...] or [E, B, ...]; as ``Batches``."""
         check_tensor(x, "the input")
         check_tensor(y, "the target")
         of_classes = self._takes_classes and not (self._takes_probabilities and y.is_floating_point())
@@ -285,8 +297,7 @@ class MemberBatches(Batches):
             )
         # All else is checked as for an MLP: the batches of all members have one dtype and device.
         first = x if x.dim() == 2 else x[0], y if y.dim() == dims else y[0]
-        _, converted = super().checked(*first, in_range=False)
-        self._looks = rows > 0 and of_classes and self._device.type == "cpu"
+        _, converted = super()._taken(*first)
         x, y = (t.detach() if t.requires_grad else t for t in (x, y))
         return x, y if y.dtype == converted.dtype else y.to(converted.dtype)
 

@@ -85,6 +85,75 @@ def test_activations(name, dtype):
         assert ((ours - right).abs() <= budget).all(), z[(ours - right).abs() > budget]
 
 
+def unit(name: str, dtype: torch.dtype, *kinds: type):
+    """A unit as a function of its arguments."""
+    units = native.units(dtype, [name])
+    assert units is not None
+    function = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 2, *kinds)(units[name])
+    place = ctypes.c_int64()
+    where = ctypes.addressof(place)
+    return lambda *arguments: function(where, where, *arguments)
+
+
+def near(ours, exact, terms, dtype, steps) -> bool:
+    """Whether sums of so many terms are as near as their size allows."""
+    return bool(((ours - exact).abs() <= torch.finfo(dtype).eps * (steps + 2) * (terms + 1)).all())
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_every_number_of_rows_and_columns(dtype):
+    """C = keep C + factor A B for every way to divide C into tiles; nothing beside C is written."""
+    i64, real = ctypes.c_int64, ctypes.c_float if dtype == torch.float32 else ctypes.c_double
+    product = unit("products.product", dtype, *[i64] * 10, real, i64)
+    generator = torch.Generator().manual_seed(0)
+    for rows in (1, 3, 4, 6, 7, 8, 9, 10, 12, 13, 15, 16, 20, 22, 31):
+        for columns in (1, 7, 8, 16, 29):
+            for steps in (1, 9):
+                a = torch.randn(steps, rows, generator=generator, dtype=dtype)  # A is the transpose
+                b = torch.randn(steps, columns + 1, generator=generator, dtype=dtype)
+                c = torch.randn(rows + 1, columns + 3, generator=generator, dtype=dtype)
+                for keep in (0, 1):
+                    into = c.clone()
+                    product(
+                        a.data_ptr(), 1, rows, b.data_ptr(), columns + 1, steps, into.data_ptr(), columns + 3, rows,
+                        columns, -0.5, keep,
+                    )  # fmt: skip
+                    exact, terms = c.double(), c.double().abs()
+                    left, right = a.t().double(), b[:, :columns].double()
+                    exact[:rows, :columns] = keep * exact[:rows, :columns] - 0.5 * left @ right
+                    terms[:rows, :columns] += left.abs() @ right.abs()
+                    assert near(into, exact, terms, dtype, steps), (rows, columns, steps, keep)
+                    into[:rows, :columns] = c[:rows, :columns]
+                    assert torch.equal(into, c)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_of_every_size(dtype):
+    """Z = X W^T + b, where X and Z are transposed in squares with rest, and where they are not."""
+    units = native.units(dtype, [])
+    assert units is not None
+    forward = unit("products.forward", dtype, *[ctypes.c_int64] * 11)
+    generator = torch.Generator().manual_seed(0)
+    for m in (1, 3, 4, 7, 8, 9, 16, 21):
+        for n in (1, 5, 8, 17):
+            for k in (1, 4, 8, 19):
+                x, w, b = (torch.randn(*s, generator=generator, dtype=dtype) for s in ((m, k), (n, k), (n,)))
+                x_t, z_t, z = (torch.empty(size, dtype=dtype) for size in ((m + 16) * k, (m + 16) * n, m * n))
+                for bias in (b, None):
+                    z.fill_(float("nan"))
+                    place = 0 if bias is None else bias.data_ptr()
+                    forward(
+                        units["products.product"], x.data_ptr(), w.data_ptr(), b.data_ptr(), place, z.data_ptr(), m, n,
+                        k, x_t.data_ptr(), z_t.data_ptr(),
+                    )  # fmt: skip
+                    added = torch.zeros(n, dtype=torch.float64) if bias is None else bias.double()
+                    exact = x.double() @ w.double().t() + added
+                    terms = x.double().abs() @ w.double().abs().t() + added.abs()
+                    assert near(z.view(m, n), exact, terms, dtype, k), (m, n, k)
+
+
 @needs_numba
 def test_every_activation_loss_and_optimizer_has_its_unit():
     from fastmlp.cpu.native import activations, losses, rules

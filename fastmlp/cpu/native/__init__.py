@@ -8,7 +8,7 @@ forward, loss, backward and update of all layers, for one step or for many of th
     layout         what the two arrays of the description contain
     whole          the unit of the step, which calls those of
     products, activations, losses, rules
-    tiles, pointers, erfcx    what the units consist of
+    tiles, transposed, pointers, erfcx    what the units consist of
 
 The files of the last three lines need numba, and only ``machine_code`` imports them. The code runs in the calling
 thread alone, and computes a sum always in the same order. So results are the same on every run, whatever the number of

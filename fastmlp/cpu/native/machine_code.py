@@ -63,14 +63,16 @@ class Units:
     """The addresses of units for tensors of one dtype.
 
     Attributes:
-        run: ``whole.run``, a function of addresses: where its result and an error would go, and its two arguments.
+        run: ``whole.run``, a function of addresses, each a ``c_int64``: where its result and an error would go, and its
+            two arguments.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._addresses: dict[str, int] = {}
         self.load(_ALWAYS)
-        self.run = self.function("whole.run")
+        # Without ``argtypes``, arguments that are ``c_int64`` already are not converted at each call.
+        self.run = ctypes.CFUNCTYPE(ctypes.c_int32)(self["whole.run"])
 
     def load(self, names: Iterable[str]) -> None:
         """Have the units of these names, which are FILE.FUNCTION."""

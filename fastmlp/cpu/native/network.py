@@ -11,7 +11,7 @@ from torch import Tensor
 from . import layout
 from .machine_code import Units
 
-_INPUTS, _TARGETS, _LOSSES = layout.INPUTS, layout.TARGETS, layout.LOSSES
+_STATUS, _INPUTS, _TARGETS, _LOSSES = layout.STATUS, layout.INPUTS, layout.TARGETS, layout.LOSSES
 _ORDER, _RATES, _ROWS, _BATCH = layout.ORDER, layout.RATES, layout.ROWS, layout.BATCH
 #: Bytes of a block of rows of a weight, which stays in the first cache from its part of dX to its update.
 _BLOCK_BYTES = 16_384
@@ -132,8 +132,8 @@ class NativeNetwork:
             count.data_ptr(),
         ]
         self._nothing = ctypes.c_int64()
-        nothing = ctypes.addressof(self._nothing)
-        self._arguments = nothing, nothing, ctypes.addressof(self._call), nothing
+        nothing, call = (ctypes.c_int64(ctypes.addressof(place)) for place in (self._nothing, self._call))
+        self._arguments = nothing, nothing, call, nothing
         self._is_plain = False
 
     @property
@@ -158,7 +158,7 @@ class NativeNetwork:
             self._is_plain = call[layout.HOW] == layout.READY and y.is_contiguous()
         call[_INPUTS], call[_TARGETS], call[_LOSSES] = x.data_ptr(), y.data_ptr(), losses.data_ptr()
         self._run(*self._arguments)
-        return not call[0]
+        return not call[_STATUS]
 
     def steps(self, x: Tensor, y: Tensor, order: Tensor, batch: int, rates: Tensor | None, losses: Tensor) -> bool:
         """Steps on the rows ``order`` of X and Y, ``batch`` <= m at a time.
@@ -172,7 +172,7 @@ class NativeNetwork:
         call[_ORDER], call[_RATES] = order.data_ptr(), _address(rates)
         call[_ROWS], call[_BATCH] = order.shape[0], batch
         self._run(*self._arguments)
-        return not call[layout.STATUS]
+        return not call[_STATUS]
 
     def _say_how(self, x: Tensor, y: Tensor) -> None:
         """Write the dtype of the inputs and all strides."""

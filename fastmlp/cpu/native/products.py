@@ -10,8 +10,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from .pointers import call, lanes, moved, number
-from .tiles import dots_1, dots_4, tile_1, tile_1x1, tile_1x2, tile_4x2, tile_8, tile_8x1
+from .pointers import call, lanes, moved, number, part
+from .tiles import dots_1, dots_4, tile_1, tile_1x1, tile_1x2, tile_4x2, tile_6x2, tile_8, tile_8x1, tile_12x1
+from .transposed import transposed
+
+
+@part
+def outer(a: Any, row_a: int, b: Any, c: Any, row_c: int, rows: int, columns: int, factor: Any, keep: int) -> None:
+    """``product`` of a column A and a row B: C is written from one end to the other, as memory likes it best."""
+    for i in range(rows):
+        x, of_c = a[i * row_a], moved(c, i * row_c)
+        if keep:
+            for j in range(columns):
+                of_c[j] = of_c[j] + factor * (x * b[j])
+        else:
+            for j in range(columns):
+                of_c[j] = factor * (x * b[j])
 
 
 def product(
@@ -29,10 +43,17 @@ def product(
     keep: int,
 ) -> None:
     """C = keep C + factor A B, A [rows, steps] with any strides, B [steps, columns], C [rows, columns]."""
+    if steps == 1:
+        outer(a, row_a, b, c, row_c, rows, columns, factor, keep)
+        return
     width = lanes(c)
     j = 0
     while j + 2 * width <= columns:
-        i = 0
+        i, left = 0, rows
+        while left >= 10 or left == 6 or left == 7:  # two tiles of 4 rows are faster than 6 rows and single ones
+            of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
+            tile_6x2(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
+            i, left = i + 6, left - 6
         while i + 4 <= rows:
             of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
             tile_4x2(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
@@ -43,7 +64,11 @@ def product(
             i += 1
         j += 2 * width
     if j + width <= columns:
-        i = 0
+        i, left = 0, rows
+        while left >= 20 or 12 <= left < 16:
+            of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
+            tile_12x1(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
+            i, left = i + 12, left - 12
         while i + 8 <= rows:
             of_a, of_c = moved(a, i * row_a), moved(c, i * row_c + j)
             tile_8x1(of_a, row_a, step_a, moved(b, j), step_b, steps, of_c, row_c, factor, keep)
@@ -81,27 +106,18 @@ def forward(
             for row in range(m):
                 dots_1(moved(x, row * k), moved(w, i * k), k, k, moved(z, row * n + i))
             i += 1
-        if has_bias:
-            for row in range(m):
-                of_row = moved(z, row * n)
-                for i in range(n):
-                    of_row[i] += bias[i]
-        return
-    padded = (m + width - 1) // width * width
-    zero = number(0.0, x)
-    for row in range(m):
-        of_row, column = moved(x, row * k), moved(x_t, row)
-        for i in range(k):
-            column[i * padded] = of_row[i]
-    for row in range(m, padded):
-        column = moved(x_t, row)
-        for i in range(k):
-            column[i * padded] = zero
-    call(product, (w, k, 1, x_t, padded, k, z_t, padded, n, padded, number(1.0, x), 0))
-    for i in range(n):
-        added = zero
-        if has_bias:
-            added = bias[i]
-        of_row, column = moved(z_t, i * padded), moved(z, i)
+    else:
+        padded = (m + width - 1) // width * width
+        transposed(x, k, m, k, x_t, padded)
+        zero = number(0.0, x)
+        for row in range(m, padded):
+            column = moved(x_t, row)
+            for i in range(k):
+                column[i * padded] = zero
+        call(product, (w, k, 1, x_t, padded, k, z_t, padded, n, padded, number(1.0, x), 0))
+        transposed(z_t, padded, n, m, z, n)
+    if has_bias:
         for row in range(m):
-            column[row * n] = of_row[row] + added
+            of_row = moved(z, row * n)
+            for i in range(n):
+                of_row[i] += bias[i]

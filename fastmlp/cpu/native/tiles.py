@@ -20,7 +20,7 @@ _INT32, _INT64 = ir.IntType(32), ir.IntType(64)
 _FUSED = ("contract",)
 
 
-class _Builder:
+class Builder:
     """LLVM instructions on vectors of the dtype, or on single numbers where ``width`` is 1."""
 
     def __init__(self, builder: Any, scalar: Any, width: int, size: int) -> None:
@@ -28,15 +28,19 @@ class _Builder:
         self.type = ir.VectorType(scalar, width) if width > 1 else scalar
 
     def at(self, start: Any, offset: Any) -> Any:
+        """The place so many elements after ``start``."""
         return self.builder.gep(start, [offset if isinstance(offset, ir.Value) else ir.Constant(_INT64, offset)])
 
     def load(self, place: Any) -> Any:
+        """The vector at the place."""
         return self.builder.load(self.builder.bitcast(place, self.type.as_pointer()), align=self.size)
 
     def store(self, value: Any, place: Any) -> None:
+        """Write a vector to the place."""
         self.builder.store(value, self.builder.bitcast(place, self.type.as_pointer()), align=self.size)
 
     def everywhere(self, value: Any) -> Any:
+        """A vector of one number."""
         if self.width == 1:
             return value
         undefined = ir.Constant(self.type, ir.Undefined)
@@ -75,7 +79,7 @@ class _Builder:
         return b.extract_element(value, ir.Constant(_INT32, 0))
 
 
-def _scalar(context: Any, kind: Any) -> tuple[Any, int]:
+def scalar_of(context: Any, kind: Any) -> tuple[Any, int]:
     """LLVM's type of what a pointer points to, and its bytes."""
     return context.get_value_type(kind.dtype), kind.dtype.bitwidth // 8
 
@@ -99,8 +103,8 @@ def tile(rows: int, vectors: int) -> Any:
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             a, row_a, step_a, b, step_b, steps, c, row_c, factor, keep = args
-            scalar, size = _scalar(context, signature.args[0])
-            of = _Builder(builder, scalar, VECTOR_BYTES // size if vectors else 1, size)
+            scalar, size = scalar_of(context, signature.args[0])
+            of = Builder(builder, scalar, VECTOR_BYTES // size if vectors else 1, size)
             columns = [v * of.width for v in range(max(1, vectors))]
             sums = [of.zeros(len(columns)) for _ in range(rows)]
             starts = [of.at(a, builder.mul(row_a, ir.Constant(_INT64, i))) for i in range(rows)]
@@ -137,12 +141,12 @@ def dots(rows: int, chains: int) -> Any:
     def compute(typingctx: Any, x: Any, w: Any, row_w: Any, count: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x, w, row_w, count, out = args
-            scalar, size = _scalar(context, signature.args[0])
-            of, one = _Builder(builder, scalar, VECTOR_BYTES // size, size), _Builder(builder, scalar, 1, size)
+            scalar, size = scalar_of(context, signature.args[0])
+            of, one = Builder(builder, scalar, VECTOR_BYTES // size, size), Builder(builder, scalar, 1, size)
             starts = [of.at(w, builder.mul(row_w, ir.Constant(_INT64, i))) for i in range(rows)]
             sums = [of.zeros(chains) for _ in range(rows)]
 
-            def add(of: _Builder, many: int, first: Any, places: list[list[Any]]) -> Any:
+            def add(of: Builder, many: int, first: Any, places: list[list[Any]]) -> Any:
                 """Add what is left from ``first`` on in parts of so many vectors; the first element after them."""
                 part = ir.Constant(_INT64, many * of.width)
                 parts = builder.sdiv(builder.sub(count, first), part)
@@ -175,7 +179,8 @@ def dots(rows: int, chains: int) -> Any:
 
 
 Kernel = Callable[..., None]
-tile_4x2, tile_1x2 = tile(4, 2), tile(1, 2)
-tile_8x1, tile_1x1 = tile(8, 1), tile(1, 1)
+# 12 vectors of sums in 16 registers: enough for two fused operations per cycle, each of which takes four cycles.
+tile_6x2, tile_4x2, tile_1x2 = tile(6, 2), tile(4, 2), tile(1, 2)
+tile_12x1, tile_8x1, tile_1x1 = tile(12, 1), tile(8, 1), tile(1, 1)
 tile_8, tile_1 = tile(8, 0), tile(1, 0)
 dots_4, dots_1 = dots(4, 2), dots(1, 4)
