@@ -5,7 +5,8 @@ nothing of autograd. Import them from here (or through ``fastmlp.functional``, w
 """
 
 from .activation_bwd import activation_bwd
-from .cross_entropy import cross_entropy, cross_entropy_bwd, cross_entropy_fwd, cross_entropy_of_members
+from .cross_entropy import cross_entropy, cross_entropy_fwd, cross_entropy_of_members
+from .cross_entropy_bwd import cross_entropy_bwd
 from .dropout import Dropout
 from .elementwise_loss import elementwise_loss, elementwise_loss_bwd, elementwise_loss_fwd
 from .head import head

@@ -1,13 +1,14 @@
-"""Softmax cross-entropy: loss and dZ = (softmax - onehot) * scale in one pass, or forward and backward apart.
+"""Softmax cross-entropy: loss and dZ = (softmax - onehot) * scale in one pass, or the forward pass alone.
 
 Logits Z are [M, C], or [N, C, S] with S positions per sample (M = N S rows); any strides, float32, float16 or
 bfloat16, never written to. Targets are labels (int64 or uint8, [M] or [N, S]) or class probabilities (shaped as Z,
-any float dtype). Accumulation and statistics are float32. ``cross_entropy_of_members`` takes logits [E, M, C].
+any float dtype). Accumulation and statistics are float32.
+Members: Z [E, M, C] and dZ alike, the loss [E, M]; targets, sample weights and ``rows`` may be the same for all members
+or have the axis too. ``factor`` and the divisor are [E].
 
 With the notation of ``softmax`` (this folder):
     loss_i = hot (log_sum - shift_y) + sum_c q_c (log_sum - shift_c)           0 where y = ignore_index
     dz_ic  = g_i (mass p_ic - q_ic - [c = y] hot)
-    dt_ic  = g_i (1-e) w_c (log_sum - shift_ic)                                 probabilities only
     "sum" adds the rows; "mean" divides by sum_i w_{y_i} over rows that are not ignored, by M for probabilities.
 A label outside [0, C) that is not ignore_index makes its row's loss and dz NaN; nothing is read or written for it
 outside its row. (Checking labels on the host would cost a device synchronization.)
@@ -16,9 +17,9 @@ Rows of up to ``WHOLE_ROW`` (``softmax_tiles``) classes stay in registers: Z is 
 rows are read block by block with a running maximum and sum in every lane (one rescaling for UNROLL elements, no
 exchange between lanes until the row ends), then once more, last block first, to write dz. Rows of few classes share
 a program: with C = 10 a warp's load covers consecutive rows.
-Bytes: one pass reads M C and writes M C items for C <= WHOLE_ROW, else reads 2 M C; forward M C; backward 2 M C.
+Bytes: one pass reads M C and writes M C items for C <= WHOLE_ROW, else reads 2 M C; forward M C.
 Launches: ``cross_entropy`` 1, or 2 with a divisor of many rows (``row_weights``); ``cross_entropy_fwd`` 1, or 2 for the
-mean or sum of more rows than one program takes; ``cross_entropy_bwd`` 1. No float atomics: two runs are bitwise equal.
+mean or sum of more rows than one program takes. No float atomics: two runs are bitwise equal.
 Source: softmax NLL and its gradient p - onehot (notes 7.4; the notebook's g3).
 """
 
@@ -35,18 +36,12 @@ from .configs import cdiv
 from .dependent import wait_for_previous
 from .device import current_device
 from .launch import Call, Launches, New, Signature, call, remembered, with_active
-from .members import inactive, stride_of
+from .members import count_of, inactive, stride_of
 from .row_weights import batch_weight, load_sample_weights, summed_block, total_weight
-from .softmax import load_labels, rows_grad, target_block, whole_rows_loss
-from .softmax_tiles import LogitsShape, alignment, bwd_tile, fwd_tile, logits_shape, row_strides
+from .softmax import load_labels, row_offsets, rows_grad, target_block, whole_rows_loss
+from .softmax_tiles import LogitsShape, alignment, fwd_tile, label_strides, logits_shape
 
-__all__ = ["cross_entropy", "cross_entropy_bwd", "cross_entropy_fwd", "cross_entropy_of_members"]
-
-
-@triton.jit
-def _row_offsets(b, offs_p, stride_b, stride_p, ALIGN: tl.constexpr):
-    """int64 offset of each row; ALIGN is a power of two that divides every one of them (for vector loads)."""
-    return tl.multiple_of(b.to(tl.int64) * stride_b + offs_p.to(tl.int64) * stride_p, ALIGN)
+__all__ = ["cross_entropy", "cross_entropy_fwd", "cross_entropy_of_members"]
 
 
 @triton.jit
@@ -64,8 +59,11 @@ def _by_lane(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
 class _Members(NamedTuple):
     """Elements from one member to the next."""
 
+    z: int
     target: int
     rows: int
+    sample: int
+    dz: int
 
 
 @triton.jit(do_not_specialize=["ignore_index", "M"])
@@ -80,23 +78,33 @@ def _cross_entropy_kernel(
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous()
+    if members is not None:  # each with a 2-D Z, a loss per row and dZ
+        member = tl.program_id(2).to(tl.int64)
+        if inactive(active_ptr, member):
+            return
+        z_ptr += tl.multiple_of(member * members.z, ALIGN)
+        dz_ptr += tl.multiple_of(member * members.dz, ALIGN)
+        loss_ptr += member * M
+        if PROBS:
+            target_ptr += tl.multiple_of(member * members.target, ALIGN)
+        else:
+            target_ptr += member * members.target
+        if rows_ptr is not None:
+            rows_ptr += member * members.rows
+        if sample_ptr is not None:
+            sample_ptr += member * members.sample
+        if divisor_ptr is not None:
+            divisor_ptr += member
+        if scale_ptr is not None:
+            scale_ptr += member
     # Rows are (b, p): one sample's positions, or all rows of a 2-D Z with b = 0. Row number b P + p.
     tiles = tl.cdiv(P, BLOCK_M)
     b = tl.program_id(0) // tiles
-    if members is not None:
-        member = b.to(tl.int64)
-        if inactive(active_ptr, member):
-            return
-        target_ptr += member * members.target
-        if rows_ptr is not None:
-            rows_ptr += member * members.rows
-        if scale_ptr is not None:
-            scale_ptr += member
     offs_p = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_p < P
     row = b.to(tl.int64) * P + offs_p
     C = C // ALIGN * ALIGN
-    z_rows = z_ptr + _row_offsets(b, offs_p, stride_zb, stride_zp, ALIGN)[:, None]
+    z_rows = z_ptr + row_offsets(b, offs_p, stride_zb, stride_zp, ALIGN)[:, None]
     t_rows = z_rows
     HAS_Q: tl.constexpr = PROBS or SMOOTH
     if sample_ptr is not None:  # 2-D logits only
@@ -109,7 +117,7 @@ def _cross_entropy_kernel(
             row_t = tl.load(rows_ptr + offs_p, mask=mask_m, other=0).to(tl.int64)
             t_rows = target_ptr + tl.multiple_of(row_t * stride_tp, ALIGN)[:, None]
         else:
-            t_rows = target_ptr + _row_offsets(b, offs_p, stride_tb, stride_tp, ALIGN)[:, None]
+            t_rows = target_ptr + row_offsets(b, offs_p, stride_tb, stride_tp, ALIGN)[:, None]
         y = tl.full((BLOCK_M,), -1, tl.int32)
         w_y = tl.where(mask_m, 1.0, 0.0)
         ignored = offs_p < 0
@@ -132,7 +140,7 @@ def _cross_entropy_kernel(
                 divisor_ptr, target_ptr, rows_ptr, w_ptr, sample_ptr, stride_tp, stride_w, stride_s,
                 1.0, M, C, ignore_index, not PROBS, SUM,
             )  # fmt: skip
-        d_rows = dz_ptr + _row_offsets(b, offs_p, stride_db, stride_dp, ALIGN)[:, None]
+        d_rows = dz_ptr + row_offsets(b, offs_p, stride_db, stride_dp, ALIGN)[:, None]
 
     if WHOLE:
         offs_c = tl.arange(0, BLOCK_C)
@@ -262,64 +270,6 @@ def _reduce_kernel(partial_ptr, loss_ptr, denominator_ptr, count, REDUCE: tl.con
     _store_reduced(tl.sum(loss_sums, 0), tl.sum(weight_sums, 0), loss_ptr, denominator_ptr, REDUCE)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "M"])
-def _cross_entropy_bwd_kernel(
-    z_ptr, target_ptr, w_ptr, stats_ptr, g_ptr, denominator_ptr, dz_ptr, dt_ptr,
-    smoothing, ignore_index: tl.int64,
-    P, C, M,
-    stride_zb, stride_zc, stride_zp, stride_tb, stride_tc, stride_tp, stride_w, stride_gb, stride_gp,
-    stride_db, stride_dc, stride_dp,
-    PROBS: tl.constexpr, SMOOTH: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    wait_for_previous()
-    C = C // ALIGN * ALIGN
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    tiles_p = tl.cdiv(P, BLOCK_M)
-    pid = tl.program_id(0) // tiles_c
-    b = pid // tiles_p
-    offs_p = (pid % tiles_p) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_m = offs_p < P
-    mask = mask_m[:, None] & (offs_c < C)[None, :]
-    row = b.to(tl.int64) * P + offs_p
-
-    g = tl.load(g_ptr + b.to(tl.int64) * stride_gb + offs_p.to(tl.int64) * stride_gp, mask=mask_m, other=0.0)
-    g = g.to(tl.float32)
-    if denominator_ptr is not None:
-        g = g / tl.load(denominator_ptr)
-    top = tl.load(stats_ptr + row, mask=mask_m, other=0.0)
-    total = tl.load(stats_ptr + row + M, mask=mask_m, other=1.0)
-    HAS_Q: tl.constexpr = PROBS or SMOOTH
-    t_rows = z_ptr + _row_offsets(b, offs_p, stride_zb, stride_zp, ALIGN)[:, None]
-    z = tl.load(t_rows + offs_c.to(tl.int64)[None, :] * stride_zc, mask=mask, other=0.0).to(tl.float32)
-    shift = z - top[:, None]
-    if PROBS:
-        t_rows = target_ptr + _row_offsets(b, offs_p, stride_tb, stride_tp, ALIGN)[:, None]
-        mass = tl.zeros((BLOCK_M,), tl.float32)
-    else:
-        offs_t = b.to(tl.int64) * stride_tb + offs_p.to(tl.int64) * stride_tp
-        y, mass, ignored = load_labels(target_ptr, offs_t, mask_m, w_ptr, stride_w, C, ignore_index)
-        g = tl.where(ignored, 0.0, g)
-        hot = mass * (1.0 - smoothing) if SMOOTH else mass
-    if HAS_Q and (PROBS or w_ptr is not None):
-        mass = tl.load(stats_ptr + row + M + M, mask=mask_m, other=0.0)
-    offs_d = _row_offsets(b, offs_p, stride_db, stride_dp, ALIGN)[:, None] + offs_c.to(tl.int64)[None, :] * stride_dc
-    if dz_ptr is not None:
-        dz = tl.exp(shift) * (mass / total)[:, None]
-        if HAS_Q:
-            t_ptrs = t_rows + offs_c.to(tl.int64)[None, :] * stride_tc
-            dz -= target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS, SMOOTH)
-        if not PROBS:
-            dz = tl.where(offs_c[None, :] == y[:, None], dz - hot[:, None], dz)
-        tl.store(dz_ptr + offs_d, (dz * g[:, None]).to(dz_ptr.dtype.element_ty), mask=mask)
-    if dt_ptr is not None:
-        dt = (g * (1.0 - smoothing))[:, None] * (tl.log(total)[:, None] - shift)
-        if w_ptr is not None:
-            dt *= tl.load(w_ptr + offs_c.to(tl.int64) * stride_w, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
-        tl.store(dt_ptr + offs_d, dt.to(dt_ptr.dtype.element_ty), mask=mask)
-
-
 def _plan(
     logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, divisor: Tensor | None,
     rows: Tensor | None, factor: Tensor | None,
@@ -334,7 +284,7 @@ def _plan(
     stride_d = (0, 0, 0) if dz is None else logits_shape(dz).strides
     stride_t = logits_shape(target).strides if probs else (0, 0, 0)
     if not probs:
-        stride_t = (0, 0, target.stride(0)) if rows is not None else _insert(row_strides(target))
+        stride_t = (0, 0, target.stride(0)) if rows is not None else label_strides(target)
     programs = shape.batch * cdiv(shape.positions, tile.rows)
     partial = New(2, programs) if reduction != "none" and programs > 1 else None
     whole = call(
@@ -379,27 +329,39 @@ _launch = remembered(_plan)
 
 
 def _members_plan(
-    logits: Tensor, target: Tensor, rows: Tensor | None, factor: Tensor | None, loss: Tensor, dz: Tensor,
-    scale: float, ignore_index: int, active: Tensor | None = None,
+    logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, divisor: Tensor | None,
+    rows: Tensor | None, factor: Tensor | None, loss: Tensor, dz: Tensor,
+    scale: float, smoothing: float,
+    ignore_index: int, smooth: bool, summed: int, active: Tensor | None = None,
 ) -> Call:  # fmt: skip
-    """As ``_plan`` for labels: the members of logits [E, M, C] are a batch with M positions each."""
-    shape, stride_d = (_members_shape(of) for of in (logits, dz))
-    tile = fwd_tile(shape, logits.element_size(), False, False, current_device())
-    members = _Members(stride_of(target, 1), stride_of(rows, 1))
+    """As ``_plan`` of one pass: each member of logits [E, M, C] has the programs of logits [M, C]."""
+    E, device, probs = count_of(logits) or 1, current_device(), target.is_floating_point()
+    shape, of_dz = _members_shape(logits), _members_shape(dz)
+    tile = fwd_tile(shape, logits.element_size(), False, probs or smooth, device)
+    of_target, stride_t = stride_of(target, 2 if probs else 1), (0, 0, target.stride(-1))
+    strides = [shape.strides, of_dz.strides]
+    if probs:
+        stride_t = (0, target.stride(-1), target.stride(-2))
+        strides.append((of_target, *stride_t[1:]))
+    members = _Members(
+        shape.strides[0], of_target, stride_of(rows, 1), stride_of(sample_weight, 1), of_dz.strides[0]
+    )  # fmt: skip
     return call(
-        _cross_entropy_kernel, (shape.batch * cdiv(shape.positions, tile.rows),),
-        logits, target, None, None, None, rows, factor,
+        _cross_entropy_kernel, (cdiv(shape.positions, tile.rows), 1, E),
+        logits, target, weight, sample_weight, divisor, rows, factor,
         loss, None, None, None, dz, None, members, active,
-        scale, 0.0, ignore_index,
-        shape.positions, shape.classes, shape.rows,
-        *shape.strides, 0, 0, target.stride(-1), 0, None, *stride_d.strides,
-        PROBS=False, SMOOTH=False, SUM=0, REDUCE="none", WHOLE=tile.unroll == 0,
-        ALIGN=alignment(shape, shape.strides, stride_d.strides),
-        BLOCK_M=tile.rows, BLOCK_C=tile.cols, UNROLL=tile.unroll, **tile.compile_options(current_device()),
+        scale, smoothing, ignore_index,
+        shape.positions, shape.classes, shape.positions,
+        0, *shape.strides[1:], *stride_t, 0 if weight is None else weight.stride(0),
+        None if sample_weight is None else sample_weight.stride(-1), 0, *of_dz.strides[1:],
+        PROBS=probs, SMOOTH=smooth, SUM=summed, REDUCE="none", WHOLE=tile.unroll == 0,
+        ALIGN=alignment(shape, *strides),
+        BLOCK_M=tile.rows, BLOCK_C=tile.cols, UNROLL=tile.unroll, **tile.compile_options(device),
     )  # fmt: skip
 
 
 def _members_shape(logits: Tensor) -> LogitsShape:
+    """The members as a batch, so that a tile counts the programs of all."""
     E, M, C = logits.shape
     stride_e, stride_m, stride_c = logits.stride()
     return LogitsShape(E, M, C, (stride_e, stride_c, stride_m))
@@ -413,7 +375,11 @@ def cross_entropy_of_members(
     logits: Tensor,
     target: Tensor,
     *,
+    weight: Tensor | None = None,
     ignore_index: int = -100,
+    smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    divisor: Tensor | None = None,
     scale: float = 1.0,
     factor: Tensor | None = None,
     rows: Tensor | None = None,
@@ -423,8 +389,9 @@ def cross_entropy_of_members(
 ) -> tuple[Tensor, Tensor]:
     """As ``cross_entropy`` for logits [E, M, C], which for ``cross_entropy`` would be C positions of M classes.
 
-    Labels are [M] for all members or [E, M], any number of them with ``rows`` [M] or [E, M]. ``factor`` is [E], and
-    the loss [E, M]. ``active``, a bool per member: nothing is written for others.
+    Labels are [M] for all members or [E, M], probabilities [M, C] or [E, M, C], and sample weights [M] or [E, M]; any
+    number of rows with ``rows`` [M] or [E, M]. ``factor`` and ``divisor`` are [E], the loss is [E, M], and the class
+    weights are those of all members. ``active``, a bool per member: no loss and no dZ are written for others.
     """
     if dz is None:
         dz = torch.empty_like(logits)
@@ -433,16 +400,29 @@ def cross_entropy_of_members(
     if rows is not None and rows.stride(-1) != 1:
         rows = rows.contiguous()
     if logits.numel():
-        tensors = (logits, target, rows, factor, loss, dz)
+        summed = 0
+        if divisor is not None:
+            summed = _summed(divisor, logits, target, weight, ignore_index, sample_weight, rows)
+        tensors = (logits, target, weight, sample_weight, divisor, rows, factor, loss, dz)
+        settings, numbers = (ignore_index, smoothing != 0.0, summed), (float(scale), float(smoothing))
         if active is None:
-            _launch_members(tensors, (ignore_index,), (float(scale),))
+            _launch_members(tensors, settings, numbers)
         else:
-            _launch_active((active, *tensors), (ignore_index,), (float(scale),))
+            _launch_active((active, *tensors), settings, numbers)
     return loss, dz
 
 
-def _insert(stride: tuple[int, int]) -> tuple[int, int, int]:
-    return stride[0], 0, stride[1]
+def _summed(
+    divisor: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int,
+    sample_weight: Tensor | None, rows: Tensor | None,
+) -> int:  # fmt: skip
+    """How many weights the kernel adds at a time; 0 where they are many, and another launch has added them."""
+    M, C = logits.shape[-2:]
+    summed = summed_block(M)
+    if not summed:
+        of_labels = {} if target.is_floating_point() else {"target": target, "classes": C, "class_weight": weight}
+        total_weight(divisor, M, ignore_index=ignore_index, sample_weight=sample_weight, rows=rows, **of_labels)
+    return summed
 
 
 def cross_entropy(
@@ -482,11 +462,9 @@ def cross_entropy(
     if rows is not None:
         rows = rows.contiguous()
     if logits.numel():
-        M, C = logits.shape[:2]
-        summed = 0 if divisor is None else summed_block(M)
-        if divisor is not None and not summed:
-            of_labels = {} if target.is_floating_point() else {"target": target, "classes": C, "class_weight": weight}
-            total_weight(divisor, M, ignore_index=ignore_index, sample_weight=sample_weight, rows=rows, **of_labels)
+        summed = 0
+        if divisor is not None:
+            summed = _summed(divisor, logits, target, weight, ignore_index, sample_weight, rows)
         _launch(
             (logits, target, weight, sample_weight, divisor, rows, factor, loss, None, None, dz, correct),
             (ignore_index, "none", smoothing != 0.0, summed),
@@ -524,57 +502,3 @@ def cross_entropy_fwd(
         known,
     )
     return made[0], made[1], made[2] if reduction == "mean" else None
-
-
-@remembered
-def _launch_bwd(
-    logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, dloss: Tensor, denominator: Tensor | None,
-    smoothing: float, ignore_index: int, smooth: bool, want_dz: bool, want_dt: bool,
-) -> Launches:  # fmt: skip
-    shape = logits_shape(logits)
-    probs = target.is_floating_point()
-    tile = bwd_tile(shape, current_device())
-    dz = New.like(logits) if want_dz else None
-    dt = New.like(logits, target.dtype) if want_dt else None
-    stride_d = logits_shape(dz or dt or logits).strides
-    stride_t = logits_shape(target).strides if probs else _insert(row_strides(target))
-    launch = call(
-        _cross_entropy_bwd_kernel,
-        (shape.batch * cdiv(shape.positions, tile.rows) * cdiv(shape.classes, tile.cols),),
-        logits, target, weight, stats, dloss, denominator, dz, dt,
-        smoothing, ignore_index,
-        shape.positions, shape.classes, shape.rows,
-        *shape.strides, *stride_t, 0 if weight is None else weight.stride(0),
-        *((0, 0) if dloss.dim() == 0 else row_strides(dloss)), *stride_d,
-        PROBS=probs, SMOOTH=smooth,
-        ALIGN=alignment(shape, shape.strides, stride_d, *([stride_t] if probs else [])),
-        BLOCK_M=tile.rows, BLOCK_C=tile.cols, num_warps=tile.num_warps,
-    )  # fmt: skip
-    return Launches([launch], [new for new in (dz, dt) if new is not None])
-
-
-def cross_entropy_bwd(
-    dloss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    stats: Tensor,
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    smoothing: float = 0.0,
-    denominator: Tensor | None = None,
-    want_dz: bool = True,
-    want_dt: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the backward pass: (dZ, dTarget), each None unless wanted; dTarget for probabilities only.
-
-    ``dloss`` is the upstream gradient, read on the device: 0-d, or [M] or [N, S] with any strides (expanded too).
-    """
-    made = iter(
-        _launch_bwd(
-            (logits, target, weight, stats, dloss, denominator),
-            (ignore_index, smoothing != 0.0, want_dz, want_dt),
-            (float(smoothing),),
-        )
-    )
-    return next(made) if want_dz else None, next(made) if want_dt else None

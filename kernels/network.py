@@ -8,6 +8,9 @@
 The weight gradients are the kernel of ``wgrad_update``, which stores them in place of an update. A tile's batch is not
 split, so that no workspace is needed, and the sums over the batch are in the order of its rows.
 
+Dropout: of each layer (layer, p, stream), or None, and one state for all. A_l is dropped as it is stored, and dZ_l
+where f'_l is applied. The weight gradients read A_l as it went on.
+
 Members: weights are [E, N, K]. X may be the same for all members; dX then still is [E, M, K], of each member.
 
 Shapes and dtypes: those of the kernels. Both functions return None for what they leave to the launchers of the layers:
@@ -23,7 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from .configs import TileRule, gemm_tile, loads_wide
-from .launch import Call, Launches, New, Signature, remembered
+from .launch import Call, Launches, New, Signature, remembered, with_dropout
 from .layout import Layer, Layout
 from .linear_dgrad import plan as dgrad_plan
 from .linear_fwd import plan as fwd_plan
@@ -31,24 +34,39 @@ from .wgrad_update import gradient_call, update_tile
 
 __all__ = ["GROUPED_ROWS", "network_bwd", "network_fwd"]
 
+#: The state of the dropout, and of each layer (layer, p, stream), or None.
+Drops = tuple[Tensor, tuple[tuple[int, float, int] | None, ...]]
 #: Larger batches keep a GPU busy for longer than their launches take the host.
 GROUPED_ROWS = 512
 
 
-@remembered
-def _forward(*given: Any) -> Launches | None:
+def _forward_plan(*given: Any, active: None = None, dropout: tuple[Any, ...] | None = None) -> Launches | None:
     """Of X and of W and b of every layer; the activations, where Z is wanted, and the rule of the tiles."""
     x, *params, activations, saves_z, rule = given
+    drops = _of_layers(dropout, len(activations))
     if not x.numel() or not all(weight.numel() for weight in params[0::2]):
         return None
     calls, news = [], []
-    for weight, bias, activation, save_z in zip(params[0::2], params[1::2], activations, saves_z, strict=True):
+    layers = zip(params[0::2], params[1::2], activations, saves_z, drops, strict=True)
+    for weight, bias, activation, save_z, drop in layers:
         shape = (*weight.shape[:-2], x.shape[-2], weight.shape[-2])
         a, z = (New(*shape, dtype=weight.dtype) if wanted else None for wanted in (True, save_z))
-        calls.append(fwd_plan(x, weight, bias, a, z, None, activation, rule))
+        calls.append(fwd_plan(x, weight, bias, a, z, None, activation, rule, None, drop))
         news += [a] if z is None else [a, z]
         x = a
     return Launches(calls, news)
+
+
+def _of_layers(dropout: tuple[Any, ...] | None, count: int) -> Sequence[tuple[Any, ...] | None]:
+    """The dropout of each layer as the plans of the layers take it."""
+    if dropout is None:
+        return [None] * count
+    state, *drawn = dropout
+    return [own and (state, *own) for own in drawn]
+
+
+_forward = remembered(_forward_plan)
+_forward_dropping = remembered(with_dropout(_forward_plan))
 
 
 def network_fwd(
@@ -57,19 +75,24 @@ def network_fwd(
     activations: tuple[str, ...],
     saves_z: tuple[bool, ...],
     known: Signature | None = None,
+    drops: Drops | None = None,
 ) -> Sequence[Tensor] | None:
     """Launch the forward pass of W_1, b_1, W_2, ...: A_1, Z_1 if wanted, A_2, ...
 
-    ``known`` is the signature of X and the parameters, if the caller has it.
+    ``known`` is the signature of X and the parameters, if the caller has it. ``drops`` is the state, and the rest of
+    the dropout of each layer's output.
     """
-    return _forward((x, *params), (activations, saves_z, gemm_tile), (), known)
+    if drops is None:
+        return _forward((x, *params), (activations, saves_z, gemm_tile), (), known)
+    state, drawn = drops
+    return _forward_dropping((state, None, x, *params), (activations, saves_z, gemm_tile, drawn))
 
 
-@remembered
-def _backward(*given: Any) -> Launches | None:
+def _backward_plan(*given: Any, active: None = None, dropout: tuple[Any, ...] | None = None) -> Launches | None:
     """Of the arguments of ``network_bwd``, and the rule of the tiles."""
     dz, *tensors, activations, kinds, wanted, rule = given
     count = len(activations)
+    drops = _of_layers(dropout, count)
     inputs, weights = tensors[:count], tensors[count + 1 : 2 * count + 1]
     known = {"a": tensors[1 : count + 1], "z": tensors[2 * count + 1 :], None: [None] * count}
     saved = [known[kind][layer] for layer, kind in enumerate(kinds)]
@@ -95,7 +118,7 @@ def _backward(*given: Any) -> Launches | None:
             break
         dx = New(*dz.shape[:-1], weights[layer].shape[-1], dtype=dz.dtype)
         below = (saved[layer - 1], dx, None, activations[layer - 1]) if layer else (None, dx, None, "identity")
-        calls.append(dgrad_plan(dz, weights[layer], *below, rule))
+        calls.append(dgrad_plan(dz, weights[layer], *below, rule, None, drops[layer - 1] if layer else None))
         hidden.append(dx)
         dz = dx
     if trained:
@@ -115,12 +138,17 @@ def _weight_gradients(trained: Sequence[tuple[Any, Any, Any, Any]], gemm_tile: T
     return gradient_call(layers, dzs, xs, tile, (1, m, 0), "none", count=count)
 
 
+_backward = remembered(_backward_plan)
+_backward_dropping = remembered(with_dropout(_backward_plan))
+
+
 def network_bwd(
     dz: Tensor,
     tensors: Sequence[Tensor | None],
     activations: tuple[str, ...],
     kinds: tuple[str | None, ...],
     wanted: tuple[bool, ...],
+    drops: Drops | None = None,
 ) -> Sequence[Tensor] | None:
     """Launch the backward pass from dZ_L; returns the wanted gradients, and tensors that it took besides.
 
@@ -128,5 +156,9 @@ def network_bwd(
         tensors: A_0 to A_L, W_1 to W_L, Z_1 to Z_L; each None where it is not needed.
         kinds: of every layer what f'_l is computed from, "a", "z" or None.
         wanted: whether the gradients of X, W_1, b_1, W_2, ... are, in this order.
+        drops: as in the forward pass; that of the last layer is the caller's to apply.
     """
-    return _backward((dz, *tensors), (activations, kinds, wanted, gemm_tile))
+    if drops is None:
+        return _backward((dz, *tensors), (activations, kinds, wanted, gemm_tile))
+    state, drawn = drops
+    return _backward_dropping((state, None, dz, *tensors), (activations, kinds, wanted, gemm_tile, drawn))

@@ -18,6 +18,12 @@ import triton.language as tl
 
 
 @triton.jit
+def row_offsets(b, offs_p, stride_b, stride_p, ALIGN: tl.constexpr):
+    """int64 offset of each row; ALIGN is a power of two that divides every one of them (for vector loads)."""
+    return tl.multiple_of(b.to(tl.int64) * stride_b + offs_p.to(tl.int64) * stride_p, ALIGN)
+
+
+@triton.jit
 def load_labels(target_ptr, offs, mask, w_ptr, stride_w, C, ignore_index):
     """(y, w_y, ignored): the label, or -1 where there is none to select; its weight; whether the row is ignored.
 

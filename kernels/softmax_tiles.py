@@ -1,6 +1,6 @@
 """Which logits a program of the softmax kernels takes: Z as [batch, C, positions], and tiles by shape.
 
-Host code only; ``softmax`` has the device functions and ``cross_entropy`` the kernels.
+Host code only; ``softmax`` has the device functions, ``cross_entropy`` and ``cross_entropy_bwd`` the kernels.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ __all__ = [
     "alignment",
     "bwd_tile",
     "fwd_tile",
+    "label_strides",
     "logits_shape",
     "row_strides",
 ]
@@ -75,6 +76,12 @@ def row_strides(values: Tensor) -> tuple[int, int]:
     if values.dim() == 2 and values.shape[1] != 1:
         return values.stride(0), values.stride(1)
     return 0, values.stride(0)
+
+
+def label_strides(target: Tensor) -> tuple[int, int, int]:
+    """(batch, class, position) strides of labels, which have no classes."""
+    of_batch, of_position = row_strides(target)
+    return of_batch, 0, of_position
 
 
 def _power(n: int) -> int:

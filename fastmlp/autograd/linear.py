@@ -233,6 +233,8 @@ class MLPFunction(Function):
         outputs: Any = None
         if do is triton_ops and places is None:
             outputs = triton_ops.network_fwd(x, params, activations, books.saves_z, known)
+        elif do is triton_ops:
+            outputs = triton_ops.network_fwd(x, params, activations, books.saves_z, drops=drops)
         if outputs is None:
             outputs, a = [], x
             for layer, (activation, save_z) in enumerate(zip(activations, books.saves_z, strict=True)):
@@ -298,6 +300,12 @@ def _backward_of_dropout(
     with _outside_autocast(dz, *others):
         if dz is not None:
             dz = do.activation_bwd(dz, _saved(rest, books.kinds, len(activations)), activations[-1])
+            if do is triton_ops and _NOTHING.issuperset(map(type, others)):
+                at_once = triton_ops.network_bwd(dz, rest, activations, books.kinds, wanted, drops)
+                if at_once is not None:
+                    made = iter(at_once)
+                    dx, *gradients = [next(made) if want else None for want in wanted]
+                    return dx, None, *gradients, None
         hidden = dict(zip(books.hidden, others, strict=False))
         dx, *gradients = _layer_by_layer(do, dz, hidden, rest, activations, books.kinds, wanted, drops)
     return dx, None, *gradients, None

@@ -78,6 +78,9 @@ def _checked(path: Path, key: str, value: Any, option: click.Option) -> Any:
         if isinstance(value, list) and value and all(isinstance(size, int) for size in value):
             value = "-".join(map(str, value))
         expected, good = 'sizes such as "784-512-512-10" or [784, 512, 512, 10]', isinstance(value, str)
+    elif option.multiple:
+        expected = "a list of texts in quotes"
+        good = isinstance(value, list) and all(isinstance(text, str) for text in value)
     elif option.nargs > 1 or isinstance(option.type, common.Numbers):
         expected = f"a list of {option.nargs} numbers" if option.nargs > 1 else "a list of numbers"
         good = isinstance(value, list) and (option.nargs == 1 or len(value) == option.nargs)
@@ -96,7 +99,7 @@ def config_text(ctx: click.Context) -> str:
     lines = [f"# fastmlp {ctx.info_name} --config FILE"]
     for option in _options(ctx.command):
         value = ctx.params[str(option.name)]
-        if value is None:
+        if value is None or value == ():
             lines.append(f"# {_key(option)}")
         else:
             lines.append(f"{_key(option)} = {_toml(value)}")

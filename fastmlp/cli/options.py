@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from fastmlp.base.losses import LOSSES, STEP_LOSSES
+from fastmlp.step.groups import OWN
 from fastmlp.step.optimizers import OPTIMIZERS, Optimizer, check_setting
 from fastmlp.train.engines import step_options, usual_rule
 
 from . import common
+
+if TYPE_CHECKING:
+    import torch
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -40,8 +45,50 @@ _HELP = {
     "ema_warmup": "Average over fewer steps at the beginning.",
     "delta": "Distance at which the loss huber becomes linear.",
 }
-#: Arguments of TrainStep without an option: of the machine, or of what a run would also have to judge and to keep.
+#: Arguments of TrainStep whose options are no numbers (`kernel_options`), or that torchrun gives.
 _OTHERS = ("dtype", "cuda_graph", "param_groups", "process_group")
+#: The options of `kernel_options` by parameter, with their defaults.
+STEP: dict[str, Any] = {"param_group": (), "product_dtype": None, "cuda_graph": True}
+#: Dtypes of products beside the parameters' own.
+PRODUCTS = ("float16", "bfloat16")
+
+
+class ParamGroup(click.ParamType):
+    """Parameters by name, with settings of their own: ``*.bias:weight-decay=0``, ``layers.0.*,*.bias:lr=0.1``."""
+
+    name = "group"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text; a usage error if it is no group."""
+        try:
+            param_group(value)
+        except (TypeError, ValueError) as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """What the help shows for a group."""
+        return "NAMES:SETTINGS"
+
+
+def param_group(text: str) -> dict[str, Any]:
+    """A group of ``TrainStep(param_groups=[...])`` from the text of an option; ValueError for another text."""
+    names, colon, rest = text.partition(":")
+    patterns = [name.strip() for name in names.split(",")]
+    own: dict[str, Any] = {}
+    for part in rest.split(","):
+        name, equals, number = part.partition("=")
+        name = name.strip().replace("-", "_")
+        if not (colon and equals and all(patterns)) or name not in OWN or name in own:
+            raise ValueError(
+                f"{text!r} is no group of parameters; expected names or patterns of names, a colon, and "
+                f"{' or '.join(map(option_name, OWN))} or both, such as '*.bias:weight-decay=0' or '*.bias:lr=0.1'"
+            )
+        try:
+            own[name] = check_setting(name, float(number))
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {error}") from error
+    return {"params": patterns, **own}
 
 
 def defaults(rule: type[Optimizer]) -> dict[str, Any]:
@@ -59,11 +106,18 @@ def settings() -> dict[str, dict[str, Any]]:
     return found
 
 
+def option_name(name: str) -> str:
+    """A parameter's name on the command line."""
+    return name.replace("_", "-")
+
+
 def option_of(name: str, value: Any = None) -> str:
     """A parameter as the command line has it: ``--weight-decay 0.1``, or without a value ``--weight-decay``."""
-    flag = name.replace("_", "-")
+    flag = option_name(name)
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
+    if isinstance(value, (tuple, list)) and value and all(isinstance(part, str) for part in value):
+        return " ".join(f"--{flag} {shlex.quote(part)}" for part in value)
     return f"--{flag}" if value is None else f"--{flag} {shown(value)}"
 
 
@@ -76,11 +130,16 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
-def optimizer_options(command: Command) -> Command:
-    """One option for each setting of the rules. The default of each is None, for what its rule says."""
-    for name, rules in reversed(settings().items()):
-        command = _option(name, rules)(command)
-    return command
+def optimizer_options(but: Iterable[str] = ()) -> Callable[[Command], Command]:
+    """One option for each setting of the rules ``but`` some. The default of each is None, for what its rule says."""
+
+    def add(command: Command) -> Command:
+        for name, rules in reversed(settings().items()):
+            if name not in but:
+                command = _option(name, rules)(command)
+        return command
+
+    return add
 
 
 def _option(name: str, rules: Mapping[str, Any]) -> Callable[[Command], Command]:
@@ -138,6 +197,47 @@ def loss_options(command: Command) -> Command:
     return command
 
 
+def kernel_options(command: Command) -> Command:
+    """The options of `STEP`."""
+    for option in (
+        click.option(
+            "--param-group",
+            type=ParamGroup(),
+            multiple=True,
+            help="Parameters with a --lr or --weight-decay of their own, such as '*.bias:weight-decay=0' for no "
+            "decay on biases; may be given several times.",
+        ),
+        click.option(
+            "--product-dtype",
+            type=common.Choice(PRODUCTS),
+            help="Dtype of the products in the training, with parameters in float32 (mixed precision).  "
+            "[default: that of the parameters]",
+        ),
+        click.option(
+            "--cuda-graph/--no-cuda-graph",
+            default=STEP["cuda_graph"],
+            help="Capture the steps in CUDA graphs, or launch each kernel.  [default: on]",
+        ),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
+def step_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of TrainStep that the options of `STEP` say, without those that say nothing."""
+    import torch
+
+    options = {**STEP, **options}
+    arguments: dict[str, Any] = {}
+    if options["param_group"]:
+        arguments["param_groups"] = [param_group(text) for text in options["param_group"]]
+    if options["product_dtype"] is not None:
+        arguments["dtype"] = getattr(torch, options["product_dtype"])
+    if not options["cuda_graph"]:
+        arguments["cuda_graph"] = False
+    return arguments
+
+
 def checked_loss_settings(loss: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the loss that are given; UserError for one that the loss does not have."""
     has = getattr(LOSSES[STEP_LOSSES[loss]], "options", ())
@@ -146,6 +246,14 @@ def checked_loss_settings(loss: str, given: Mapping[str, Any]) -> dict[str, Any]
         if name not in has:
             raise common.UserError(f"--loss {loss} has no {option_of(name)}")
     return values
+
+
+def loss_tensors(values: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """Those options of the loss that are tensors in Python."""
+    import torch
+
+    found = {name: value for name, value in values.items() if isinstance(value, (tuple, list))}
+    return {name: torch.tensor(value, dtype=dtype, device=device) for name, value in found.items()}
 
 
 def named_as_options(text: str, names: Iterable[str]) -> str:

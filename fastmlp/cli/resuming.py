@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import common
-from .options import loss_settings, option_of, settings
+from .options import STEP, loss_settings, option_of, settings
 from .run_folder import LAST
 
 if TYPE_CHECKING:
     from fastmlp.train.state import RunState
 
 #: Options of one call, which a resumed run may have otherwise. Other data are found by their fingerprint.
-FREE = ("as_json", "log", "data")
+FREE = ("as_json", "log", "data", "cuda_graph")
 #: Options that the state does not keep.
 OF_THE_FOLDER = ("as_json", "out", "overwrite")
 
@@ -75,7 +75,11 @@ def resumed(folder: Path, state: RunState, options: dict[str, Any], given: Mappi
     for name in (*settings(), *loss_settings()):
         if name not in before:
             result[name] = None
-    result["sizes"] = tuple(result["sizes"])
+    for name, default in STEP.items():
+        if name not in before and name not in FREE:
+            result[name] = default
+    for name in ("sizes", "param_group"):  # JSON's lists
+        result[name] = tuple(result[name])
     return result
 
 

@@ -140,8 +140,7 @@ class Run(ResultsFolder):
         from fastmlp.train.judged import save_judged
 
         with self._failures():
-            if not self.is_logged or history.best is not history.last:  # the best has its results on the test data
-                self.log.rewrite(history.epochs)
+            self.log.rewrite(history.epochs)  # the best has its results on the test data only now
             if judged is not None:
                 save_judged(self.folder / EVALUATION, judged)
             self._write_summary(summary)

@@ -16,9 +16,10 @@ from fastmlp.step.optimizers import OPTIMIZERS
 from . import common
 from .inputs import DEFAULT_SHARE, FASHION_MNIST
 from .lists import Seeds, Several
+from .options import kernel_options, loss_options, optimizer_options
 from .run_folder import CONFIG, WEIGHTS
 from .sweep_folder import GROUPS, PICTURE, PLAN, RESULTS, TABLE
-from .train import DTYPES, LOSS_HELP, SCHEDULE_HELP, SCHEDULES, VALUES_LR, _option
+from .train import DTYPES, LOSS_HELP, LR_DEFAULTS, SCHEDULE_HELP, SCHEDULES, _option
 
 EPILOG = f"""\b
 A member is one network: a setting, a seed and perhaps a fold. Every combination is a member.
@@ -58,13 +59,17 @@ Several processes, also on several machines with one file system, divide the gro
 @click.option(
     "--lr",
     type=Several(common.Number(0, least_is_open=True), "0.1,0.01"),
-    help="Peak learning rates.  [default for sgd by activation: sigmoid 0.5, relu 0.1; for values 1 / last hidden "
-    f"size, at most {VALUES_LR}; for others 0.001]",
+    help=f"Peak learning rates.  {LR_DEFAULTS}",
 )
 @click.option(
     "--momentum", type=Several(common.Number(0, 1), "0,0.9"), help="Momenta of sgd and rmsprop.  [default: 0.9 or 0]"
 )
 @click.option("--weight-decay", type=Several(common.Number(0), "0,1e-4"), help="Weight decays.  [default: 0]")
+@click.option(
+    "--dropout",
+    type=Several(common.Number(0, 1), "0,0.2"),
+    help="Shares of the hidden layers' outputs that each step drops.  [default: 0]",
+)
 @_option("--seeds", Seeds(), "1", "How many seeds, from 0 on, or a list of seeds such as 3,7.")
 @click.option("--folds", type=click.IntRange(2), help="Folds: a member for each, trained on the others.")
 @click.option(
@@ -75,12 +80,10 @@ Several processes, also on several machines with one file system, divide the gro
 @_option("--epochs", click.IntRange(1, 1_000_000), 10, "Passes over the data.")
 @_option("--batch-size", click.IntRange(1, 2**31 - 1), 128, "Rows per step of each member.")
 @_option("--optimizer", common.Choice(tuple(OPTIMIZERS)), "sgd", "Update rule.")
-@click.option(
-    "--nesterov/--no-nesterov",
-    default=None,
-    help="Nesterov's or plain momentum, where momentum is above 0.  [default: sgd: on]",
-)
+@optimizer_options(but=("momentum", "weight_decay"))
 @_option("--loss", common.Choice(tuple(STEP_LOSSES)), "cross_entropy", LOSS_HELP)
+@loss_options
+@kernel_options
 @_option("--schedule", common.Choice(SCHEDULES), "linear", SCHEDULE_HELP)
 @_option("--warmup", common.Number(0, 1), 0.05, "Share of the steps to warm up in.")
 @_option("--dtype", common.Choice(DTYPES), "float32", "Dtype of the parameters.")

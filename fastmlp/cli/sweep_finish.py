@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastmlp.train.scores import takes_values
 
 from . import common
+from .options import STEP, loss_settings
 from .progress import device_name
 from .run_folder import WEIGHTS
 from .sweep_folder import PICTURE, RESULTS, TABLE, SweepFolder, group_file
@@ -117,6 +118,7 @@ def _best(
     import fastmlp
     from fastmlp.data import Standardization
     from fastmlp.data.load import TORCHVISION
+    from fastmlp.train.initial import initialize_
     from fastmlp.train.scores import evaluate, metric_of
 
     config, loss = ready.config, ready.config["loss"]
@@ -125,22 +127,26 @@ def _best(
         kept, _ = ready.data.divided(*member.division)
         own = Standardization.of(ready.data.x[kept.to(ready.device)])
         form = dataclasses.replace(form, standardization=own)
-    model = fastmlp.MLP(member.sizes, member.activation, device=ready.device, dtype=ready.training.dtype)
-    model.load_state_dict(parameters)
+    rest: dict[str, Any] = {"device": ready.device, "dtype": ready.training.dtype, "dropout": member.dropout}
+    model = initialize_(fastmlp.MLP(member.sizes, member.activation, **rest), member.seed)
+    model.load_state_dict({**model.state_dict(), **parameters})
     scores: dict[str, Any] = {}
     if ready.test is not None:
         test = form.fitted(ready.test, ready.training.dtype)
-        found, metric = evaluate(model, test, loss=loss)
+        found, metric = evaluate(model, test, loss=loss, ignore_index=ready.training.options.get("ignore_index"))
         scores = {f"test_{metric_of(loss)}": metric, "test_loss": found}
     rule = ready.training.rule(member)
     arguments = {name: config[name] for name in ("loss", "optimizer", "epochs", "batch_size", "schedule", "warmup")}
     arguments |= {name: getattr(rule, name) for name in rule.settings}
+    said = {name: config.get(name) for name in (*loss_settings(), *STEP)}
+    arguments |= {name: value for name, value in said.items() if value not in (None, [], STEP.get(name))}
     arguments |= {"seed": member.seed, "fold": member.fold, "folds": config["folds"], "validation": ready.data.share}
     entries: dict[str, Any] = {
         "sizes": list(member.sizes),
         "activation": member.activation,
         "bias": True,
         "dtype": config["dtype"],
+        **({"dropout": member.dropout} if member.dropout else {}),
         **form.as_config(),
         "training": {**arguments, **about},
     }

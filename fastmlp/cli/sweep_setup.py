@@ -14,6 +14,15 @@ from fastmlp.train.scores import takes_values, tensors
 
 from . import common
 from .inputs import DEFAULT_SHARE, FASHION_MNIST, Format, check_sizes
+from .options import (
+    checked_loss_settings,
+    checked_settings,
+    loss_settings,
+    loss_tensors,
+    named_as_options,
+    settings,
+    step_arguments,
+)
 from .ranks import Ranks
 from .train_setup import VALUES_LR
 
@@ -72,7 +81,7 @@ def prepared(config: dict[str, Any], ranks: Ranks) -> Sweep:
     from fastmlp.train.initial import LEARNING_RATES
     from fastmlp.train.scores import checked
     from fastmlp.train.state import fingerprint
-    from fastmlp.train.sweep.plan import Data, Training, members_of
+    from fastmlp.train.sweep.plan import AXES, Data, Training, members_of
 
     loss, optimizer, dtype = config["loss"], config["optimizer"], getattr(torch, config["dtype"])
     shapes = [tuple(sizes) for sizes in config["sizes"]]
@@ -81,14 +90,16 @@ def prepared(config: dict[str, Any], ranks: Ranks) -> Sweep:
     if len(set(shapes)) < len(shapes):
         raise common.UserError("--sizes has the same sizes twice; expected different shapes")
     own = {field.name for field in dataclasses.fields(OPTIMIZERS[optimizer])}
-    for name in ("momentum", "nesterov"):
-        if config[name] is not None and name not in own:
-            raise common.UserError(f"--optimizer {optimizer} has no --{name}")
+    given = {name: config[name] for name in settings() if name not in AXES and config.get(name) is not None}
+    largest = {name: max(config[name]) for name in ("momentum", "weight_decay") if config[name]}
+    checked_settings(optimizer, {**given, **largest})
+    of_loss = checked_loss_settings(loss, {name: config.get(name) for name in loss_settings()})
+    of_step = step_arguments(config)
     if config["data"] in (None, DEFAULT, BUNDLED):
         for sizes in shapes:
             check_sizes(sizes, "--sizes", FASHION_MNIST)
     device = ranks.device_of(common.select_device(config["device"]))
-    backend = common.select_backend(config["backend"], device, dtype)
+    backend = common.select_backend(config["backend"], device, of_step.get("dtype", dtype))
     train, test = common.load_data(config["data"], device, loss)
     form = Format.of(train, loss)
     shapes = shapes or [form.sizes]
@@ -109,7 +120,8 @@ def prepared(config: dict[str, Any], ranks: Ranks) -> Sweep:
     share = None
     if config["folds"] is None:
         share = DEFAULT_SHARE if config["validation"] is None else config["validation"]
-    data = Data(x, y, share, config["folds"], None if form.standardization is None else prepare)
+    weight = getattr(train, "sample_weight", None)
+    data = Data(x, y, share, config["folds"], None if form.standardization is None else prepare, weight)
     usual = OPTIMIZERS[optimizer].usual.get("momentum", 0.0) if "momentum" in own else None
     axes = {
         "sizes": shapes,
@@ -117,11 +129,13 @@ def prepared(config: dict[str, Any], ranks: Ranks) -> Sweep:
         "lr": config["lr"] or (),
         "momentum": config["momentum"] or (usual,),
         "weight_decay": config["weight_decay"] or (0.0,),
+        "dropout": config.get("dropout") or (0.0,),
         "seed": config["seeds"],
         "fold": (None,) if config["folds"] is None else range(config["folds"]),
     }
-    names = ("epochs", "batch_size", "optimizer", "nesterov", "loss", "schedule", "warmup")
-    training = Training(dtype=dtype, **{name: config[name] for name in names})
+    names = ("epochs", "batch_size", "optimizer", "loss", "schedule", "warmup")
+    options = {**of_loss, **loss_tensors(of_loss, dtype, device), **of_step}
+    training = Training(dtype=dtype, settings=given, options=options, **{name: config[name] for name in names})
     try:
         data.divided(0, None if data.folds is None else 0)
     except ValueError as error:
@@ -133,8 +147,13 @@ def prepared(config: dict[str, Any], ranks: Ranks) -> Sweep:
         for sizes in shapes:
             model = fastmlp.MLP(sizes, config["activation"][0], device=device, dtype=dtype)
             inputs = form.transformed(x[:1], dtype, f"the data {train.source}").expand(len(x), -1)
-            checked(model, (inputs, y), loss)
-    return Sweep(config, training, members, data, form, train, test, device, backend, fingerprint(x, y))
+            checked(model, (inputs, y), loss, of_loss.get("ignore_index"))
+            try:
+                fastmlp.TrainStep(fastmlp.MLPEnsemble.stack([model]), loss=loss, **options)
+            except common.INPUT_ERRORS as error:
+                raise common.UserError(named_as_options(str(error), of_loss)) from error
+    known = fingerprint(x, y) if weight is None else f"{fingerprint(x, y)}, weights {fingerprint(weight, weight)}"
+    return Sweep(config, training, members, data, form, train, test, device, backend, known)
 
 
 def groups_of(ready: Sweep, most: int | None, ranks: Ranks) -> list[list[int]]:

@@ -19,7 +19,7 @@ from . import common
 from .config_file import config_option, config_text, given
 from .drawing import PICTURES
 from .inputs import DEFAULT_SHARE, FASHION_MNIST
-from .options import loss_options, optimizer_options
+from .options import kernel_options, loss_options, optimizer_options
 from .ranks import Ranks
 from .run_folder import CONFIG, EVALUATION, HISTORY, LAST, SUMMARY, TENSORBOARD, WEIGHTS
 from .train_setup import VALUES_LR
@@ -51,6 +51,11 @@ RESUME_HELP = (
     "--patience may be larger."
 )
 CONFIG_HELP = "TOML file of options by these names, such as weight-decay = 0.1; the command line counts before it."
+_RATES = [f"{name}: {rule.usual['lr']:g}" for name, rule in OPTIMIZERS.items() if "lr" in rule.usual]
+LR_DEFAULTS = (
+    "[default for sgd by activation: sigmoid 0.5, relu 0.1; for values 1 / last hidden size, "
+    f"at most {VALUES_LR}; {', '.join(_RATES)}]"
+)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 EPILOG = f"""\b
@@ -97,12 +102,12 @@ def _option(name: str, type: Any, default: object, help: str) -> Callable[[Comma
 @click.option(
     "--lr",
     type=common.Number(0, least_is_open=True),
-    help="Peak learning rate.  [default for sgd by activation: sigmoid 0.5, relu 0.1; for values 1 / last hidden size, "
-    f"at most {VALUES_LR}; for others 0.001]",
+    help=f"Peak learning rate.  {LR_DEFAULTS}",
 )
-@optimizer_options
+@optimizer_options()
 @_option("--loss", common.Choice(tuple(STEP_LOSSES)), "cross_entropy", LOSS_HELP)
 @loss_options
+@kernel_options
 @_option("--schedule", common.Choice(SCHEDULES), "linear", SCHEDULE_HELP)
 @_option("--warmup", common.Number(0, 1), 0.05, "Share of the steps to warm up in.")
 @_option("--seed", click.IntRange(0, 2**63 - 1), 0, "Seed of the starting weights and of the order of the images.")

@@ -13,7 +13,17 @@ from fastmlp.train.scores import takes_values
 
 from . import common
 from .inputs import FASHION_MNIST, Format, check_sizes, divided, share_of
-from .options import checked_loss_settings, checked_settings, loss_settings, named_as_options, option_of, settings
+from .options import (
+    STEP,
+    checked_loss_settings,
+    checked_settings,
+    loss_settings,
+    loss_tensors,
+    named_as_options,
+    option_of,
+    settings,
+    step_arguments,
+)
 from .progress import device_name
 from .ranks import Ranks
 from .resuming import load_run, options_of, resumed
@@ -41,8 +51,8 @@ class Ready:
         form: what the model takes and gives.
         train, held_out, test: the data.
         arguments: of `fit`, in JSON's types.
-        tensors: those of ``arguments`` that are tensors in Python.
-        model_config: the arguments of the model.
+        objects: arguments of `fit` that are no JSON; those that are also in ``arguments`` count here.
+        config: what a reader of the results wants to know: the arguments of the model, of `fit` and of the step.
         about: what the results say of device, data and versions.
         entries: of the checkpoint's configuration.
         kept: what the state keeps of the options.
@@ -58,8 +68,8 @@ class Ready:
     device: torch.device
     backend: str
     arguments: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-    model_config: dict[str, Any]
+    objects: dict[str, Any]
+    config: dict[str, Any]
     about: dict[str, Any]
     entries: dict[str, Any]
     kept: dict[str, Any]
@@ -74,8 +84,8 @@ class Ready:
     @property
     def name(self) -> str:
         """Of a new run folder."""
-        sizes = "-".join(map(str, self.model_config["sizes"]))
-        return f"{sizes}-{self.model_config['activation']}-seed{self.options['seed']}"
+        sizes = "-".join(map(str, self.config["sizes"]))
+        return f"{sizes}-{self.config['activation']}-seed{self.options['seed']}"
 
 
 def prepared(options: dict[str, Any], resume: str | None, given: Mapping[str, Any], ranks: Ranks) -> Ready:
@@ -123,7 +133,8 @@ def prepared(options: dict[str, Any], resume: str | None, given: Mapping[str, An
         raise common.UserError(f"--engine {engine} trains in one process; leave out torchrun, or take --engine step")
     device = ranks.device_of(common.select_device(options["device"]))
     dtype: torch.dtype = getattr(torch, options["dtype"])
-    backend = common.select_backend(options["backend"], device, dtype)
+    of_step, said = step_arguments(options), {name: options[name] for name in STEP if options[name] != STEP[name]}
+    backend = common.select_backend(options["backend"], device, of_step.get("dtype", dtype))
     train, test = common.load_data(data, device, loss)
     share = share_of(test, options["validation"])
     if options["patience"] is not None and not share:
@@ -157,12 +168,12 @@ def prepared(options: dict[str, Any], resume: str | None, given: Mapping[str, An
             raise common.UserError(f"{device} has no memory for such a network; use smaller --sizes") from error
         for part in parts:
             checked(model, part, loss, of_loss.get("ignore_index"))
-        tensors = {name: torch.tensor(of_loss[name], dtype=dtype, device=device) for name in _vectors(of_loss)}
-        if of_loss:
+        objects: dict[str, Any] = {**loss_tensors(of_loss, dtype, device), **of_step}
+        if of_loss or of_step:
             if engine != "step":
-                raise common.UserError(f"{option_of(next(iter(of_loss)))} needs --engine step")
+                raise common.UserError(f"{option_of([*of_loss, *said][0])} needs --engine step")
             try:
-                fastmlp.TrainStep(model, loss=loss, **{**of_loss, **tensors})
+                fastmlp.TrainStep(model, loss=loss, **{**of_loss, **objects})
             except common.INPUT_ERRORS as error:
                 raise common.UserError(named_as_options(str(error), of_loss)) from error
     initialize_(model, options["seed"])
@@ -179,16 +190,11 @@ def prepared(options: dict[str, Any], resume: str | None, given: Mapping[str, An
     }
     if held_out is not None:
         about["validation_dataset"] = held_out.published
-    entries = {**model_config, **form.as_config(), "training": {**arguments, **about}}
+    entries = {**model_config, **form.as_config(), "training": {**arguments, **said, **about}}
     if data == BUNDLED or (data is not None and data.startswith(TORCHVISION) and "@" not in data):
         entries["data"] = data
     kept = options_of(options, {**model_config, **arguments}, device.type, backend, share)
     return Ready(
-        options, model, form, train, held_out, test, device, backend, arguments, tensors, model_config, about, entries,
-        kept, state, read_at,
+        options, model, form, train, held_out, test, device, backend, arguments, objects,
+        {**model_config, **arguments, **said}, about, entries, kept, state, read_at,
     )  # fmt: skip
-
-
-def _vectors(values: Mapping[str, Any]) -> list[str]:
-    """The names of values that are tensors in Python."""
-    return [name for name, value in values.items() if isinstance(value, (tuple, list))]

@@ -60,7 +60,7 @@ def train(options: dict[str, Any], resume: str | None, given: Mapping[str, Any],
 
 def _about(ready: Ready, ranks: Ranks) -> list[str]:
     """What is said before the first epoch."""
-    sizes, activation, dtype = (ready.model_config[name] for name in ("sizes", "activation", "dtype"))
+    sizes, activation, dtype = (ready.config[name] for name in ("sizes", "activation", "dtype"))
     processes = f", {ranks.count} processes" if ranks.count > 1 else ""
     return [
         f"{'-'.join(map(str, sizes))} {activation}, {dtype}, {ready.arguments['engine']} engine{processes}",
@@ -101,7 +101,7 @@ def _fit(ready: Ready, run: Run | None, ranks: Ranks, reporter: Reporter, stoppi
             history = fit(
                 ready.model, ready.train, ready.test, validation=ready.held_out, on_epoch=on_epoch,
                 on_progress=on_progress, checkpoint=checkpoint, resume=state,
-                **{**ready.arguments, **ready.tensors, **of_processes},
+                **{**ready.arguments, **ready.objects, **of_processes},
             )  # fmt: skip
         stopping.interrupt()
     except DivergenceError as error:
@@ -149,7 +149,7 @@ def _finish(ready: Ready, run: Run, history: History, start: float) -> dict[str,
         "images_per_second": history.images_per_second,
         **ready.about,
         "seed": ready.options["seed"],
-        "config": {**ready.model_config, **ready.arguments},
+        "config": ready.config,
         "history": history.as_dicts(),
         "checkpoint": run.published(WEIGHTS),
         "curves": None,

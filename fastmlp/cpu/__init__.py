@@ -6,7 +6,7 @@ These names are all that the rest of fastmlp uses.
 from .cache import about_choices
 from .choose import adopt_choices, get_cpu_gemm, named_choices, set_cpu_gemm
 from .dropout import dropout_factors, dropout_keep, times_kept
-from .ensembles import MEMBER_WAYS, member_way
+from .ensembles import MEMBER_WAYS, NATIVE_WAYS, member_way
 from .few_rows import Products, layer_products, sample_blocks
 from .native import LayerParts, NativeMembers, NativeNetwork, unit_names
 from .native import Parameter as NativeParameter
@@ -19,6 +19,7 @@ from .whole_step import NativePlan, native_rows, native_units, plan_step
 
 __all__ = [
     "MEMBER_WAYS",
+    "NATIVE_WAYS",
     "LayerParts",
     "NativeMembers",
     "NativeNetwork",

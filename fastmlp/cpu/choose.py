@@ -20,7 +20,9 @@ import torch
 from ..base.names import unknown
 from . import cache, native, onednn
 
-Choice = Literal["aten", "onednn", "addmm", "rows", "each", "alone", "wide", "batched", "spread", "small", "native"]
+Choice = Literal[
+    "aten", "onednn", "addmm", "rows", "each", "alone", "wide", "batched", "spread", "small", "native", "native alone"
+]
 #: Rows of scratch data to make -> the work on them, by choice.
 Trials = Callable[[int], dict[Choice, Callable[[], object]]]
 _MODES = ("auto", "aten", "onednn", "native")

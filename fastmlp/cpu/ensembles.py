@@ -7,6 +7,7 @@
     small     as spread, but few members at a time, so that what one operation writes is in the cache for the next
     native    an equal part of the members for each thread, whose steps are one call of machine code
               (``fastmlp.cpu.native``), where numba is installed, for few rows
+    native alone    the same by the calling thread alone: to wake another takes as long as the steps of a few members
 
 A second thread has to be woken and waited for at every product. A thread that keeps its members finds their weights and
 activations in its own cache, and never waits for another thread within a step, but for Python between two operations.
@@ -24,9 +25,10 @@ import torch
 from . import choose, threads
 from .choose import Choice
 
-Way = Literal["batched", "alone", "spread", "small", "each", "native"]
-#: The ways that need nothing but torch.
-MEMBER_WAYS: tuple[Way, ...] = get_args(Way)[:-1]
+Way = Literal["batched", "alone", "spread", "small", "each", "native", "native alone"]
+#: The ways that need nothing but torch, and those of machine code.
+MEMBER_WAYS: tuple[Way, ...] = get_args(Way)[:-2]
+NATIVE_WAYS: tuple[Way, ...] = get_args(Way)[-2:]
 
 
 def member_way(
@@ -56,7 +58,7 @@ def member_way(
     if choose.worth_measuring(multiplications):
         ways = (*ways, "each")
     if by_native:
-        kind, ways = f"{kind} or native", (*ways, "native")
+        kind, ways = f"{kind} or native", (*ways, *NATIVE_WAYS[: torch.get_num_threads()])
     if device.type != "cpu" or len(ways) == 1:
         return "batched"
 

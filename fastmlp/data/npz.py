@@ -6,6 +6,7 @@ memory is taken for it, so a small file cannot ask for much memory.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import zipfile
@@ -27,8 +28,8 @@ from .table import Table
 
 Array = npt.NDArray[Any]
 #: The arrays of a file. ``x_train`` and ``y_train`` are other words for ``x`` and ``y``.
-NAMES = ("x", "y", "x_train", "y_train", "x_test", "y_test", "classes")
-EXPECTED = "expected x and y (or x_train and y_train), and perhaps x_test, y_test and classes"
+NAMES = ("x", "y", "x_train", "y_train", "x_test", "y_test", "classes", "sample_weight")
+EXPECTED = "expected x and y (or x_train and y_train), and perhaps x_test, y_test, classes and sample_weight"
 
 
 def load_npz(path: Path, values: bool) -> tuple[Table, Table | None]:
@@ -37,6 +38,7 @@ def load_npz(path: Path, values: bool) -> tuple[Table, Table | None]:
     Args:
         path: the file. Its x is uint8 or floating point [N, ...], flattened to [N, features]. Its y is [N] class
             numbers or texts, or values [N] or [N, ...]. ``classes`` has the names of the classes, by their numbers.
+            ``sample_weight`` [N] has a weight above 0 for each row of x, which counts in the training.
         values: whether y is values; else y is classes.
 
     Raises:
@@ -56,6 +58,8 @@ def load_npz(path: Path, values: bool) -> tuple[Table, Table | None]:
         raise ValueError(f"{path} has only one of x_test and y_test; expected both or none")
     names = _class_names(path, arrays, values)
     train = _table(path, arrays["x"], arrays["y"], "train", names)
+    if "sample_weight" in arrays:
+        train = dataclasses.replace(train, sample_weight=_weights(path, arrays["sample_weight"], len(train)))
     if "x_test" not in arrays:
         return train, None
     test = _table(path, arrays["x_test"], arrays["y_test"], "test", names)
@@ -198,6 +202,20 @@ def _values(path: Path, name: str, y: Array) -> Tensor:
     if y.size == 0:
         raise ValueError(f"{path}: {name} is {_about(y)}; expected at least one row and one value")
     return _finite(path, name, y if y.dtype.kind == "f" else y.astype(np.float64))
+
+
+def _weights(path: Path, weight: Array, rows: int) -> Tensor:
+    """The weights [N] in float32 or float64."""
+    if weight.dtype.kind not in "fiu" or weight.shape != (rows,):
+        raise ValueError(f"{path}: sample_weight is {_about(weight)}; expected numbers [{rows}], one for each row of x")
+    weights = _finite(path, "sample_weight", weight if weight.dtype.kind == "f" else weight.astype(np.float64))
+    if not bool((weights > 0).all()):
+        row = int((weights <= 0).nonzero()[0, 0])
+        raise ValueError(
+            f"{path}: sample_weight has {weights[row].item():g} in row {row}; expected numbers above 0, and no "
+            "rows that shall not count"
+        )
+    return weights.flatten()
 
 
 def _finite(path: Path, name: str, values: Array) -> Tensor:

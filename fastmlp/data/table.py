@@ -28,6 +28,7 @@ class Table(Described):
         origin: where the data was read from; for people.
         classes: the class names; None where y has values.
         shape: of one row before it was flattened.
+        sample_weight: [N] floating point, the weight of each row in the training; None: all rows count alike.
     """
 
     x: Tensor
@@ -37,6 +38,7 @@ class Table(Described):
     origin: str
     classes: tuple[str, ...] | None = None
     shape: tuple[int, ...] | None = None
+    sample_weight: Tensor | None = None
 
     def __len__(self) -> int:
         return self.y.shape[0]
@@ -47,11 +49,13 @@ class Table(Described):
     def rows(self, rows: Tensor, split: str) -> Table:
         """A copy of some rows, under another name of the split."""
         rows = rows.to(self.x.device)
-        return dataclasses.replace(self, x=self.x[rows], y=self.y[rows], split=split)
+        weight = None if self.sample_weight is None else self.sample_weight[rows]
+        return dataclasses.replace(self, x=self.x[rows], y=self.y[rows], split=split, sample_weight=weight)
 
     def to(self, device: torch.device | str) -> Table:
         """The same data on ``device``; a tensor that is already there is shared, not copied."""
-        return dataclasses.replace(self, x=self.x.to(device), y=self.y.to(device))
+        weight = None if self.sample_weight is None else self.sample_weight.to(device)
+        return dataclasses.replace(self, x=self.x.to(device), y=self.y.to(device), sample_weight=weight)
 
 
 @dataclass(frozen=True, eq=False)

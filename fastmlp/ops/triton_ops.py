@@ -88,10 +88,14 @@ def network_fwd(
     activations: tuple[str, ...],
     saves_z: tuple[bool, ...],
     known: Signature | None = None,
+    drops: Sequence[Dropout | None] = (),
 ) -> Sequence[Tensor] | None:
-    """A_1, Z_1 if saved, A_2, ... of W_1, b_1, W_2, ...; None where the layers have to be computed one by one."""
+    """A_1, Z_1 if saved, A_2, ... of W_1, b_1, W_2, ...; None where the layers have to be computed one by one.
+
+    ``drops`` is the dropout of each layer's output, with one state; empty: there is none.
+    """
     with device_of(x):
-        return _kernels().network_fwd(x, params, activations, saves_z, known)
+        return _kernels().network_fwd(x, params, activations, saves_z, known, **_drawn(drops))
 
 
 def network_bwd(
@@ -100,13 +104,21 @@ def network_bwd(
     activations: tuple[str, ...],
     kinds: tuple[str | None, ...],
     wanted: tuple[bool, ...],
+    drops: Sequence[Dropout | None] = (),
 ) -> Sequence[Tensor] | None:
     """The wanted gradients of X, W_1, b_1, W_2, ... and more; None where the layers have to be computed one by one.
 
-    ``tensors`` are A_0 to A_L, W_1 to W_L and Z_1 to Z_L, and ``kinds`` says what every f' is computed from.
+    ``tensors`` are A_0 to A_L, W_1 to W_L and Z_1 to Z_L, and ``kinds`` says what every f' is computed from. ``drops``
+    is as in the forward pass; the last layer's dropout is the caller's to apply.
     """
     with device_of(dz):
-        return _kernels().network_bwd(dz, tensors, activations, kinds, wanted)
+        return _kernels().network_bwd(dz, tensors, activations, kinds, wanted, **_drawn(drops))
+
+
+def _drawn(drops: Sequence[Dropout | None]) -> dict[str, Any]:
+    """The argument of the kernels; no argument without dropout."""
+    state = next((d.state for d in drops if d is not None), None)
+    return {} if state is None else {"drops": (state, tuple([d and d[1:4] for d in drops]))}
 
 
 def activation_bwd(da: Tensor, saved: Tensor | None, activation: str, *, dropout: Dropout | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from functools import partial
 from itertools import groupby
 from math import nan
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from .loss_options import PLAIN, LossOptions
 from .loss_scale import START
 from .optimizers import Optimizer
 from .per_member import SETTINGS, PerMember
+
+if TYPE_CHECKING:
+    from .data_parallel import DataParallel
 
 #: Batch sizes whose pieces are kept.
 _PLANS = 4
@@ -55,6 +58,7 @@ class TorchEnsemble:
         active: Tensor,
         options: LossOptions = PLAIN,
         groups: Groups | None = None,
+        parallel: DataParallel | None = None,
     ) -> None:
         self._modules, self.rule, self.loss, self.dtype, self.active = layers, rule, loss, dtype, active
         self.options = options
@@ -79,6 +83,9 @@ class TorchEnsemble:
             self.scales = scale, torch.zeros_like(scale, dtype=torch.int32)
         #: Gradients and optimizer state exist only where the optimizer needs them all at once.
         self.plain = rule.is_plain_sgd and self.scales is None and rule.ema_decay is None and groups is None
+        self.plain &= parallel is None
+        self._parallel, numels = parallel, [t[0].numel() for t in self.masters]
+        self._sums = None if parallel is None else parallel.sums(numels, self.masters[0].dtype, self.members)
         self.states = {name: [torch.zeros_like(t) for t in self.masters] for name in rule.kept}
         self.counts = torch.zeros(self.members, dtype=torch.float32, device=self.device)
         self.zero = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -147,7 +154,9 @@ class TorchEnsemble:
     @property
     def grads(self) -> list[Tensor]:
         """The gradients that ``update`` applies, one per parameter; allocated, as zeros, when asked for."""
-        if self._grads is None:
+        if self._grads is None and self._sums is not None:
+            self._grads = [part.view(t.shape) for part, t in zip(self._sums.parts, self.masters, strict=True)]
+        elif self._grads is None:
             self._grads = [torch.zeros_like(t) for t in self.masters]
         return self._grads
 
@@ -157,17 +166,14 @@ class TorchEnsemble:
         ``weight`` are sample weights [M] or [E, M].
         """
         self._set_rates([rule.lr for rule in self.rules])
-        self._run(x, y, out, None, weight, update=True)
-        self._publish()
+        self._train(x, y, out, None, weight)
 
     def gradients(
         self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False, weight: Tensor | None = None
     ) -> list[Tensor]:
         """Gradients of the trained masters, in the order of the parameters; parameters stay as they are."""
         kept = [g.clone() for g in self.grads] if accumulate else None
-        for grad in self.grads:
-            grad.zero_()
-        self._run(x, y, out, None, weight, update=False)
+        self._mean_gradients(x, y, out, None, weight)
         if kept is not None:
             torch._foreach_add_(self.grads, kept)
         return self.grads
@@ -176,6 +182,9 @@ class TorchEnsemble:
         """Apply the optimizer to what ``gradients`` left."""
         self._set_rates([rule.lr for rule in self.rules])
         self._follow()
+        self._apply()
+
+    def _apply(self) -> None:
         way, pieces = self._planned(self._rows)
         self._spread(way, [partial(_each, [piece.update for piece in part]) for part in pieces])
         self._publish()
@@ -197,8 +206,26 @@ class TorchEnsemble:
         of_groups = lrs.view(len(lrs), self.members, -1).movedim(-1, 1).tolist()
         for rows, rates, out in zip(order.split(batch_size, -1), of_groups, losses.unbind(), strict=True):
             self._set_rates([each[0] if len(set(each)) == 1 else PerMember(each) for each in rates])
-            self._run(images, labels, out, rows, weight, update=True)
+            self._train(images, labels, out, rows, weight)
+
+    def _train(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None, weight: Tensor | None) -> None:
+        if self._sums is None:
+            self._run(x, y, out, rows, weight, update=True)
             self._publish()
+        else:
+            self._mean_gradients(x, y, out, rows, weight)
+            self._apply()
+
+    def _mean_gradients(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None, weight: Tensor | None) -> None:
+        """Those of the active members, 0 of the others; over the rows of all processes."""
+        for grad in self.grads:
+            grad.zero_()
+        self._run(x, y, out, rows, weight, update=False)
+        if self._sums is not None and self._parallel is not None:
+            if rows is not None:
+                y = self._rows_of("y", y, rows, target_dims(y))
+                weight = None if weight is None else self._rows_of("weight", weight, rows, 1)
+            self._sums.reduce(out, self._parallel.counted_rows(self.loss, y, weight, self.options))
 
     def _run(
         self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None, weight: Tensor | None, *, update: bool
@@ -212,9 +239,14 @@ class TorchEnsemble:
         if len(self._ids) < self.members:
             out.fill_(nan)
         of_pass = (0, 0) if self.dropout is None else numbers(self.dropout)
-        self._spread(
-            way, [partial(_each, [partial(p.run, x, y, out, update, weight, of_pass) for p in part]) for part in pieces]
-        )
+        if len(pieces) == 1 and way != "alone":
+            for piece in pieces[0]:
+                piece.run(x, y, out, update, weight, of_pass)
+        else:
+            self._spread(
+                way,
+                [partial(_each, [partial(p.run, x, y, out, update, weight, of_pass) for p in part]) for part in pieces],
+            )
         if self.dropout is not None:
             advance(self.dropout)
 
@@ -277,9 +309,10 @@ class TorchEnsemble:
             if len(self._plans) == _PLANS:
                 del self._plans[next(iter(self._plans))]
             way = self._way or self._measured(m)
-            units = native_units(self, m) if way == "native" else None
+            units = self._units(m) if way in cpu.NATIVE_WAYS else None
             if units is not None:
-                self._plans[m] = way, [[self._native(ids, m, units)] for ids in self._shares()]
+                shares = self._shares(1 if way == "native alone" else torch.get_num_threads())
+                self._plans[m] = way, [[self._native(ids, m, units)] for ids in shares]
             else:
                 self._plans[m] = way, self._pieces(way, m)
         return self._plans[m]
@@ -289,10 +322,14 @@ class TorchEnsemble:
         each = way == "each"
         return [[Piece(self, span, m, each=each) for span in part] for part in self._spans(way, m)]
 
-    def _shares(self) -> list[list[int]]:
+    def _shares(self, threads: int) -> list[list[int]]:
         """The active members of each thread."""
-        size = max(1, -(-len(self._ids) // torch.get_num_threads()))
+        size = max(1, -(-len(self._ids) // threads))
         return [self._ids[start : start + size] for start in range(0, len(self._ids), size)]
+
+    def _units(self, m: int) -> cpu.NativeUnits | None:
+        """The machine code for ``m`` rows, whose steps are whole: nothing comes between gradients and update."""
+        return None if self._sums is not None else native_units(self, m)
 
     def _native(self, ids: list[int], m: int, units: cpu.NativeUnits) -> NativePiece:
         """The piece of some members by machine code."""
@@ -302,7 +339,8 @@ class TorchEnsemble:
         """The spans of active members of each thread."""
         if not self._ids:
             return
-        parts = 1 if way in ("batched", "each", "alone") else min(torch.get_num_threads(), len(self._ids))
+        together = way in ("batched", "each", "alone", "native alone")
+        parts = 1 if together else min(torch.get_num_threads(), len(self._ids))
         size = -(-len(self._ids) // parts)
         most = max(1, _CACHE // self._bytes(m)) if way == "small" else size
         for start in range(0, len(self._ids), size):
@@ -334,7 +372,7 @@ class TorchEnsemble:
         ends = self.layers[0].weight.shape[2], self.layers[-1].weight.shape[1]
         largest = m * max(layer.weight[0].numel() for layer in self.layers)
         trial = partial(self._trial, members)
-        by_native = native_units(self, m) is not None
+        by_native = self._units(m) is not None
         return cpu.member_way(kind, m, ends, self.dtype, self.device, largest, trial, by_native=by_native)
 
     def _trial(self, members: int, way: str, m: int) -> Callable[[], object]:

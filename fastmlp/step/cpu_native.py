@@ -150,6 +150,13 @@ class NativeStep:
                 return
         self.by_operators(x, y, out, rows, weight, update=update)
 
+    def made(self, x: Tensor, y: Tensor, out: Tensor) -> bool:
+        """Whether the machine code has made the step; if not, nothing has changed, and a class may be out of range."""
+        if y.dtype != self._target or out.dtype != self._net.dtype or self._net.dropout is not None:
+            return False
+        self._write_rates()
+        return self._native.step(x, y, out)
+
     def _at(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor) -> bool:
         return self._native.steps(x, y, rows.contiguous(), rows.shape[0], None, out)
 

@@ -2,10 +2,10 @@
 
     g = sum over processes of m_p g_p / sum of m_p        g_p: gradient of the mean over the m_p rows of process p
 
-Where rows have weights, m_p is their sum. The gradients, the loss and m_p are one buffer, which one all-reduce adds up
-between the gradient and the update. What an update looks at in all gradients together, clipping's norm and float16's
-overflow, is therefore the same in every process, and so are the parameters. The order of the sums is the communication
-library's.
+Where rows have weights, m_p is their sum; each member of an ensemble has its own. The gradients, the loss and m_p are
+one buffer, which one all-reduce adds up between the gradient and the update. What an update looks at in all gradients
+together, clipping's norm and float16's overflow, is therefore the same in every process, and so are the parameters. The
+order of the sums is the communication library's.
 """
 
 from __future__ import annotations
@@ -99,39 +99,54 @@ class DataParallel:
 
     @staticmethod
     def counted_rows(loss: str, y: Tensor, weight: Tensor | None, options: LossOptions) -> int | Tensor:
-        """By what the mean over a batch divides: the number of rows, or the sum (0-d) of their weights."""
+        """By what the mean over a batch divides: the number of rows, or the sum of their weights, 0-d or [E]."""
         if loss != "cross_entropy" or y.is_floating_point():
-            return y.shape[0] if weight is None else weight.sum()
+            return y.shape[-2 if y.is_floating_point() else -1] if weight is None else weight.sum(-1)
         counts = y != options.ignored
         each = counts if options.class_weight is None else options.class_weight[y * counts] * counts
-        return each.sum() if weight is None else (each * weight).sum()
+        return each.sum(-1) if weight is None else (each * weight).sum(-1)
 
-    def sums(self, numels: Sequence[int], dtype: torch.dtype) -> Sums:
-        """A buffer for gradients of so many elements."""
-        return Sums(self, numels, dtype)
+    def sums(self, numels: Sequence[int], dtype: torch.dtype, members: int | None = None) -> Sums:
+        """A buffer for gradients of so many elements, of each member where there are members."""
+        return Sums(self, numels, dtype, members)
 
 
 class Sums:
-    """The buffer of one engine: ``flat`` [sum of numels], in which gradients are, and the numbers that go with them."""
+    """The buffer of one engine: ``flat``, in which gradients are, and the numbers that go with them.
 
-    def __init__(self, parallel: DataParallel, numels: Sequence[int], dtype: torch.dtype) -> None:
+    ``flat`` is [sum of numels], and ``parts`` are its parts of these numels. With members each part is [E, numel], of
+    all members side by side, since fused optimizers read gradients that are contiguous.
+    """
+
+    def __init__(
+        self, parallel: DataParallel, numels: Sequence[int], dtype: torch.dtype, members: int | None = None
+    ) -> None:
         self._group = parallel.group
-        total = sum(numels)
-        self._all = torch.zeros(total + _TAIL, dtype=dtype, device=parallel.device)
+        count, of = members or 1, () if members is None else (members,)
+        total = sum(numels) * count
+        self._all = torch.zeros(total + _TAIL * count, dtype=dtype, device=parallel.device)
         self.flat = self._all[:total]
-        self.parts = self.flat.split(list(numels))
-        self._loss, self._rows = self._all[total:].unbind()
+        split = self.flat.split([n * count for n in numels])
+        self.parts = [part.view(*of, n) for part, n in zip(split, numels, strict=True)]
+        self._scaled = [self.flat] if members is None else self.parts
+        self._loss, self._rows = self._all[total:].view(_TAIL, *of).unbind()
 
     def reduce(self, loss: Tensor, rows: int | Tensor) -> None:
-        """Make ``flat`` and ``loss`` (0-d), means over the rows of a process, the means over those of all processes.
+        """Make ``flat`` and ``loss`` (0-d or [E]), means over the rows of a process, the means over those of all.
 
-        ``rows`` is how many rows of this process count, or the sum of their weights (0-d).
+        ``rows`` is how many rows of this process count, or the sum of their weights (0-d or [E]).
         """
-        self.flat.mul_(rows)
-        self._loss.copy_(loss).mul_(rows)
-        self._rows.fill_(rows)
+        if isinstance(rows, Tensor):
+            self._rows.copy_(rows)
+        else:
+            self._rows.fill_(rows)
+        for gradients in self._scaled:
+            gradients.mul_(self._rows.unsqueeze(-1))
+        self._loss.copy_(loss).mul_(self._rows)
         if isinstance(rows, Tensor):
             self._loss.masked_fill_(self._rows == 0, 0)  # the mean over no rows is NaN
         dist.all_reduce(self._all, group=self._group)
-        self.flat.div_(self._rows.masked_fill(self._rows == 0, 1))  # no row counts: the gradient is 0, as in torch
+        counted = self._rows.masked_fill(self._rows == 0, 1)  # no row counts: the gradient is 0, as in torch
+        for gradients in self._scaled:
+            gradients.div_(counted.unsqueeze(-1))
         loss.copy_(self._loss.div_(self._rows))

@@ -13,6 +13,7 @@ from ..base.losses import STEP_LOSSES
 from ..nn import MLPEnsemble
 from .binding import Binding
 from .cpu_ensemble import TorchEnsemble
+from .cpu_one_member import OneMember
 from .optimizers import Optimizer
 from .train_step import TrainStep
 from .validation import MemberBatches, member_learning_rates
@@ -39,8 +40,7 @@ class EnsembleStep(TrainStep):
       -100, pass ``ignore_index=-100``; without it, or another option of cross-entropy, -100 is no class.
     - ``epoch`` takes x [N, K] or [E, N, K], y [N] or [E, N] (values: [N, C] or [E, N, C]), sample_weight [N] or [E, N],
       order [n] or [E, n], and lr_factors [steps] or [steps, E].
-    - ``process_group`` is a NotImplementedError. On the kernels so are options of cross-entropy,
-      probabilities and sample weights without the head (up to 64 classes, no activation behind the last layer).
+    - With a ``process_group``, ``active`` is to be the same in all processes.
     - A step and an epoch return losses [E], and ``losses`` of an epoch is [steps, E].
 
     Attributes:
@@ -55,16 +55,11 @@ class EnsembleStep(TrainStep):
         self._members: int = model.members
         device = next(model.parameters()).device
         self._active = torch.ones(self._members, dtype=torch.bool, device=device)
-        if kwargs.get("process_group") is not None:
-            raise NotImplementedError(
-                "a TrainStep of an ensemble has no process_group; divide the members among the processes, or train "
-                "with autograd"
-            )
         super().__init__(model, *args, **kwargs)
         assert isinstance(self._batches, MemberBatches)
         self._batches.members = self._members
-        #: Every member's class numbers are checked before any member changes.
-        self._checks_classes = True
+        #: Every member's class numbers are checked before any member changes; of one member, the engine does that.
+        self._checks_classes = self.backend == "triton" or self._members > 1
         self.losses = self.losses.new_zeros((0, self._members))
 
     def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> Any:
@@ -82,10 +77,12 @@ class EnsembleStep(TrainStep):
                     cuda_graph=self._cuda_graph,
                     groups=groups,
                     options=self._options,
+                    parallel=self._parallel,
                     members=self._members,
                     active=active,
                 )
-        return TorchEnsemble(binding.layers, rule, loss, self.dtype, active, self._options, groups)
+        of_torch = OneMember if self._members == 1 else TorchEnsemble
+        return of_torch(binding.layers, rule, loss, self.dtype, active, self._options, groups, self._parallel)
 
     @property
     def active(self) -> Tensor:

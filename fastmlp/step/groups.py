@@ -81,6 +81,13 @@ def grouped(
     return groups, numbers
 
 
+def by_names(param_groups: Iterable[Mapping[str, Any]], named: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """The groups with the names of their parameters in place of parameters and patterns; errors as `grouped`."""
+    param_groups = list(param_groups)
+    grouped(param_groups, named)
+    return [{**group, "params": list(_names(group["params"], named))} for group in param_groups]
+
+
 def _names(params: object, named: Mapping[str, Tensor]) -> Iterator[str]:
     """The names of a group's parameters."""
     entries = [params] if isinstance(params, str | Tensor) or not isinstance(params, Iterable) else list(params)

@@ -392,6 +392,8 @@ class Lion(Optimizer):
     betas: tuple[float, float] = (0.9, 0.99)
     name: ClassVar[str] = "lion"
     spare: ClassVar[bool] = True
+    #: A sign is a larger update than Adam's, so the publication advises rates 3 to 10 times smaller than AdamW's.
+    usual: ClassVar[Mapping[str, Any]] = {"lr": 3e-4}
 
     @property
     def states(self) -> tuple[str, ...]:

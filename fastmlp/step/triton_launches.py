@@ -141,8 +141,8 @@ class StepLaunches:
         self.grads: Tensor | None = None if rule.max_grad_norm is None else zeros
         self._sums: Sums | None = None
         if parallel is not None:
-            self._sums = parallel.sums([self.layout.total], torch.float32)
-            self.grads = self._sums.flat
+            self._sums = parallel.sums([self.layout.total], torch.float32, members)
+            (self.grads,) = self._sums.parts
         self.loss_scale = LossScale(self.device, members) if dtype == torch.float16 else None
         self._scale = None if self.loss_scale is None else self.loss_scale.scale
         self._step_loss = StepLoss(loss, options, self._scale, self.device)
@@ -355,9 +355,10 @@ class StepLaunches:
         self._forward_backward(plan, x, y, rows, weights)
         late, updates = self.late, self.rows.updates
         if self._sums is not None:
-            self._weights_step(plan, x, rows, row, loss, updates, divisor, grads=self._sums.flat)
+            assert self.grads is not None
+            self._weights_step(plan, x, rows, row, loss, updates, divisor, grads=self.grads)
             self._sums.reduce(loss, plan.m if divisor is None else divisor)
-            self._apply(self._sums.flat, row)
+            self._apply(self.grads, row)
         elif late is None:
             self._weights_step(plan, x, rows, row, loss, updates, divisor)
         elif late.squares is None:

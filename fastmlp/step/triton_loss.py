@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..base.losses import IGNORED, LOSSES, NO_CLASS
 from ..kernels import cross_entropy, cross_entropy_of_members, elementwise_loss, softmax_squared_error
-from ..kernels.head import MAX_CLASSES
 from .loss_options import LossOptions
 from .validation import host_sees_labels
 
@@ -18,10 +17,11 @@ class RowWeights(NamedTuple):
     """How much the rows of a batch count.
 
     Attributes:
-        sample: sample weights of the rows, or of all rows of the data that are gathered; None: 1.
+        sample: sample weights of the rows, or of all rows of the data that are gathered; None: 1. With members they are
+            those of all members, or have an axis of members in front.
         ignored: the label whose rows count for nothing; ``NO_CLASS``, which no row has, where there is none.
-        divisor: float32 0-d, where the weight of the batch goes, by which its sums are divided; None: all rows count
-            alike, and the sums are divided by their number.
+        divisor: float32, 0-d or [E], where the weight of the batch goes, by which its sums are divided; None: all rows
+            count alike, and the sums are divided by their number.
     """
 
     sample: Tensor | None
@@ -82,22 +82,12 @@ class StepLoss:
     ) -> None:
         """DZ from the network's output A [M, C] or [E, M, C], and the loss of every row or element."""
         options = self.options
-        if self.name == "cross_entropy" and a.dim() == 3:
-            if weights.divisor is not None or options.label_smoothing or y.is_floating_point():
-                raise NotImplementedError(
-                    "an ensemble on the kernels has options of cross_entropy, probabilities as targets and sample "
-                    f"weights for up to {MAX_CLASSES} classes without an activation behind the last layer; use "
-                    "backend 'torch'"
-                )
-            scale = 1 / a.shape[1]
-            cross_entropy_of_members(
-                a, y, ignore_index=NO_CLASS, scale=scale, factor=self._factor, rows=rows, loss=loss_rows, dz=dz,
-                active=active,
-            )  # fmt: skip
-            return
         if self.name == "cross_entropy":
-            of_labels = self.of_cross_entropy(a.shape[0], rows, weights)
-            cross_entropy(a, y, weight=options.class_weight, loss=loss_rows, dz=dz, **of_labels)
+            common = {**self.of_cross_entropy(a.shape[-2], rows, weights), "loss": loss_rows, "dz": dz}
+            if a.dim() == 3:
+                cross_entropy_of_members(a, y, weight=options.class_weight, active=active, **common)
+            else:
+                cross_entropy(a, y, weight=options.class_weight, **common)
             return
         count = LOSSES[self.name].count(a) // (a.shape[0] if a.dim() == 3 else 1)
         common = {**self._common(count, rows, weights), "active": active}

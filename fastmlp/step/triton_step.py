@@ -68,8 +68,8 @@ class TritonStep(StepLaunches):
     def step(self, x: Tensor, y: Tensor, out: Tensor, weight: Tensor | None = None) -> None:
         """One step on x [M, K] (the compute dtype or uint8) and targets; writes the mean loss into ``out`` (0-d).
 
-        ``weight`` [M] are sample weights. With members x is [M, K] or [E, M, K], the targets likewise, and ``out`` is
-        [E].
+        ``weight`` [M] are sample weights. With members x is [M, K] or [E, M, K], targets and weights likewise, and
+        ``out`` is [E].
         """
         if self._copied:
             self._follow()
@@ -81,7 +81,8 @@ class TritonStep(StepLaunches):
         self.rows.steps += 1
         entry = None
         if self.graphs is not None:
-            key = (m, self._baked(), x.dtype, y.dtype, x.dim(), y.shape, weights.ignored, weight is None)
+            weighs = 0 if weight is None else weight.dim()
+            key = (m, self._baked(), x.dtype, y.dtype, x.dim(), y.shape, weights.ignored, weighs)
             entry = self.graphs.entry(key)
         if self.graphs is None or entry is None:
             self._launch(plan, x, y, None, row, out, weights)
@@ -92,7 +93,7 @@ class TritonStep(StepLaunches):
             buffers["y"] = torch.empty(y.shape, dtype=y.dtype, device=self.device)
             buffers["row"], buffers["loss"] = torch.empty_like(row), torch.empty_like(out)
             if weight is not None:
-                buffers["weight"] = torch.empty(m, dtype=torch.float32, device=self.device)
+                buffers["weight"] = torch.empty(weight.shape, dtype=torch.float32, device=self.device)
         buffers["x"].copy_(x)
         buffers["y"].copy_(y)
         if weight is not None:
@@ -201,6 +202,8 @@ class TritonStep(StepLaunches):
         self._weights_step(plan, x, None, row, out, None, divisor, grads=self.grads, accumulate=adds)
         if self._sums is not None:
             self._sums.reduce(out, plan.m if divisor is None else divisor)
+            if self.active is not None:
+                self.grads.masked_fill_(~self.active[:, None], 0)
         if kept is not None:
             self.grads.add_(kept)
         plan.partial = partial

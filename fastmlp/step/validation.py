@@ -268,9 +268,26 @@ class MemberBatches(Batches):
     """``Batches`` for the members of an ensemble: each of X and Y is the same for all, or has the members first."""
 
     members: int
+    #: What is known of the last batch that was accepted as it was, and whether its class numbers have to be looked at.
+    _fits: tuple[object, ...] = ()
+    _looks = False
 
     def checked(self, x: Tensor, y: Tensor, *, in_range: bool) -> tuple[Tensor, Tensor]:
         """X [B, K] or [E, B, K], and Y [B, ...] or [E, B, ...]; as ``Batches.checked``."""
+        plain = x.__class__ is Tensor and y.__class__ is Tensor and not torch.is_inference_mode_enabled()
+        facts: tuple[object, ...] = ()
+        if plain:
+            facts = x.shape, x.dtype, x.device, x.layout, x.requires_grad, y.shape, y.dtype, y.device, y.requires_grad
+        if not plain or facts != self._fits:
+            taken = self._taken(x, y)
+            self._fits = facts if plain and taken[0] is x and taken[1] is y else ()
+            x, y = taken
+        if in_range and self._looks:
+            check_classes(y, self._classes, ignore_index=None if self._is_plain else self._ignored)
+        return x, y
+
+    def _taken(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """X and Y off the tape, class numbers as int64, which are not looked at."""
         check_tensor(x, "the input")
         check_tensor(y, "the target")
         of_classes = self._takes_classes and not (self._takes_probabilities and y.is_floating_point())
@@ -293,9 +310,9 @@ class MemberBatches(Batches):
         # All else is checked as for an MLP: the batches of all members have one dtype and device.
         first = x if x.dim() == 2 else x[0], y if y.dim() == dims else y[0]
         _, converted = super().checked(*first, in_range=False)
-        if in_range and rows and of_classes and host_sees_labels(self._device):
-            check_classes(y, self._classes, ignore_index=None if self._is_plain else self._ignored)
-        return x.detach(), y.detach().to(converted.dtype)
+        self._looks = rows > 0 and of_classes and host_sees_labels(self._device)
+        x, y = (t.detach() if t.requires_grad else t for t in (x, y))
+        return x, y if y.dtype == converted.dtype else y.to(converted.dtype)
 
     def checked_weight(self, weight: Tensor, rows: int) -> Tensor:
         """Sample weights [rows], the same for all members, or [E, rows]."""

@@ -24,6 +24,7 @@ from ..step.optimizers import OPTIMIZERS, Optimizer, optimizer_of
 from ..step.parameters import Copies
 from ..step.values import check_setting
 from .scores import loss_function
+from .weights import weighted_mean
 
 
 class Engine(Protocol):
@@ -31,7 +32,8 @@ class Engine(Protocol):
 
     An engine may also have ``step_losses``, a tensor of the loss of each step of the last ``epoch``, and ``average()``,
     which returns parameters by name for `fit` to judge and keep in place of the model's, or None. An engine of a run
-    that can be resumed has ``state_dict()``, which returns tensors by name, and ``load_state_dict(state)``.
+    that can be resumed has ``state_dict()``, which returns tensors by name, and ``load_state_dict(state)``. An engine
+    whose ``epoch`` has an argument ``sample_weight`` takes weights of the rows [N].
     """
 
     def epoch(
@@ -93,16 +95,22 @@ class StepEngine:
         return None if self.step.rule.ema_decay is None else self.step.ema_state_dict()
 
     def epoch(
-        self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        order: Tensor,
+        lr_factors: Sequence[float],
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """As `Engine.epoch`."""
+        """As `Engine.epoch`; ``sample_weight`` [N] are weights of the rows of the data."""
         rank, count = self.share
         if count > 1:
             check_shares(batch_size, len(order), count)
             full = len(order) - len(order) % batch_size
             whole, last = order[:full].view(-1, batch_size), order[full:]
             order, batch_size = torch.cat((whole[:, rank::count].flatten(), last[rank::count])), batch_size // count
-        return self.step.epoch(images, labels, batch_size, order, lr_factors)
+        return self.step.epoch(images, labels, batch_size, order, lr_factors, sample_weight)
 
 
 def check_shares(batch_size: int, rows: int, count: int) -> None:
@@ -192,14 +200,25 @@ class AutogradEngine:
         self.optimizer.load_state_dict({"state": kept, "param_groups": groups})
 
     def epoch(
-        self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        order: Tensor,
+        lr_factors: Sequence[float],
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """As `Engine.epoch`."""
+        """As `Engine.epoch`; ``sample_weight`` [N] are weights of the rows of the data."""
         for copies in self.copies:
             copies.follow()  # anybody may have written to the parameters since the last epoch
         total = torch.zeros((), dtype=torch.float32, device=images.device)
         for rows, factor in zip(order.split(batch_size), lr_factors, strict=True):
-            loss = self.loss(self.model(images.index_select(0, rows)), labels.index_select(0, rows))
+            outputs, targets = self.model(images.index_select(0, rows)), labels.index_select(0, rows)
+            if sample_weight is None:
+                loss = self.loss(outputs, targets)
+            else:
+                losses = self.loss(outputs, targets, reduction="none")
+                loss = weighted_mean(losses, sample_weight.index_select(0, rows))
             for param in self.params:
                 param.grad = None
             (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()

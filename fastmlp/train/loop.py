@@ -11,6 +11,7 @@ everything else.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 import time
@@ -23,12 +24,14 @@ from torch import Tensor, nn
 from ..base.names import unknown
 from ..cpu import adopt_choices, named_choices
 from ..nn import MLP
+from ..step.groups import by_names
 from .engines import ENGINES, Engine, check_shares, checked_rule, engine_for, step_options, usual_rule
 from .results import EXPLODED, DivergenceError, EpochResult, History, Progress
 from .schedules import Schedule, lr_factor
 from .scores import LabeledImages, Samples, checked, evaluate, loss_of_a_guess, metric_of, tensors
 from .split import held_out
 from .state import RunState, fingerprint, load_state, save_state
+from .weights import checked_weights, of_rows
 
 __all__ = ["CHECK_EVERY", "DivergenceError", "EpochResult", "History", "LabeledImages", "Progress", "evaluate", "fit"]
 
@@ -44,6 +47,7 @@ def fit(
     test: Samples | None = None,
     *,
     validation: Samples | float | None = None,
+    sample_weight: Tensor | None = None,
     epochs: int = 10,
     batch_size: int = 128,
     optimizer: str = "sgd",
@@ -97,6 +101,9 @@ def fit(
         test: data to evaluate on; default: none.
         validation: data that chooses the best epoch, or the share of the training rows to hold out for this, drawn
             with ``seed`` and from all classes alike; default: none.
+        sample_weight: [N] floating-point, above 0: a weight s of each row of ``train``. A step then takes sum(s l) /
+            sum(s) of its rows' losses l, as `TrainStep`. Evaluations, and rows that ``validation`` holds out, have no
+            weights. Default: the ``sample_weight`` of a data set (`fastmlp.data.Table`); else all rows count alike.
         epochs: passes over the training data, at least 1; default 10. The training may end earlier (``patience``).
         batch_size: rows per step, at least 1; default 128.
         optimizer: a name that `TrainStep` takes; default "sgd". Engine "autograd" takes those that torch.optim has.
@@ -149,6 +156,8 @@ def fit(
     if patience is not None and validation is None:
         raise ValueError("patience needs validation data to judge the epochs by; add validation=0.1, or a data set")
     settings |= {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+    if settings.get("param_groups") is not None:
+        settings["param_groups"] = list(settings["param_groups"])  # an iterator would be empty after its first use
     if isinstance(engine, str):
         engine = engine_for(model) if engine == "auto" else engine
         if engine not in ENGINES:
@@ -163,9 +172,12 @@ def fit(
         settings = {"lr": lr}
     ignored = settings.get("ignore_index")
     x, y = checked(model, train, loss, ignored)
+    if sample_weight is None:
+        sample_weight = getattr(train, "sample_weight", None)
+    weights = None if sample_weight is None else checked_weights(sample_weight, y)
     if isinstance(validation, (int, float)):
         kept, held = (rows.to(x.device) for rows in held_out(y, validation, seed))
-        x, y, validation = x[kept], y[kept], (x[held], y[held])
+        x, y, weights, validation = x[kept], y[kept], of_rows(weights, kept), (x[held], y[held])
     for dataset in (test, validation):
         if dataset is not None:
             checked(model, dataset, loss, ignored)
@@ -182,8 +194,12 @@ def fit(
         about |= {"warmup": warmup, "patience": patience, "model": repr(model)}
         about |= {"validation": None if validation is None else fingerprint(*tensors(validation))}
         about |= {"data": fingerprint(x, y)}
+        about |= {"sample_weight": None if weights is None else fingerprint(weights, weights)}
         about |= {"dropout": model.dropout} if isinstance(model, MLP) and model.dropout else {}
-        about.pop("process_group", None)  # the run may go on with another number of processes
+        if settings.get("param_groups") is not None:
+            about["param_groups"] = by_names(settings["param_groups"], dict(model.named_parameters()))
+        for name in ("process_group", "cuda_graph"):  # the run may go on with another number of processes
+            about.pop(name, None)
     if resume is not None:
         state = resume if isinstance(resume, RunState) else load_state(resume)
         state.check(about, model)
@@ -199,6 +215,9 @@ def fit(
             f"checkpoint and resume need an engine with state_dict and load_state_dict, got {type(runner).__name__}"
         )
 
+    more: dict[str, Tensor] = {} if weights is None else {"sample_weight": weights}
+    if more and "sample_weight" not in inspect.signature(runner.epoch).parameters:
+        raise TypeError(f"sample_weight needs an engine whose epoch takes it; {type(runner).__name__}.epoch does not")
     check_shares(batch_size, n, getattr(runner, "share", (0, 1))[1])
     generator = torch.Generator().manual_seed(seed)
     history = History(loss=loss)
@@ -260,7 +279,7 @@ def fit(
         for first in range(done, steps, CHECK_EVERY):
             last = min(first + CHECK_EVERY, steps)
             rows = order[first * batch_size : last * batch_size]
-            mean = runner.epoch(x, y, batch_size, rows, factors(epoch, first, last)).item()
+            mean = runner.epoch(x, y, batch_size, rows, factors(epoch, first, last), **more).item()
             if not math.isfinite(mean):
                 raise stop(f"the loss became {mean}", epoch, *_first_bad_step(runner, first, last))
             loss_sum += mean * len(rows)

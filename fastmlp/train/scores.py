@@ -239,7 +239,7 @@ def _evaluate_classes(
     loss: str,
     ignore_index: int | None,
 ) -> tuple[float, float]:
-    function = _with_ignored(loss, ignore_index)
+    function = with_ignored(loss, ignore_index)
     total = torch.zeros((), dtype=torch.float64, device=inputs.device)
     correct = torch.zeros((), dtype=torch.int64, device=inputs.device)
     for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
@@ -256,7 +256,7 @@ def _widened(outputs: Tensor) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def _with_ignored(loss: str, ignore_index: int | None) -> Callable[..., Tensor]:
+def with_ignored(loss: str, ignore_index: int | None) -> Callable[..., Tensor]:
     """The function of a loss, which leaves out the rows of an ignored label."""
     function = loss_function(loss)
     return function if ignore_index is None else functools.partial(function, ignore_index=ignore_index)
@@ -289,7 +289,7 @@ def loss_of_a_guess(
 
     The guess is equal probabilities for all classes, or the mean of the values.
     """
-    function = _with_ignored(loss, ignore_index)
+    function = with_ignored(loss, ignore_index)
     if ignore_index is not None:
         counts = targets != ignore_index
         inputs, targets = inputs[counts], targets[counts]

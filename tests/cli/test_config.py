@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 
 import pytest
+import torch
 
+import fastmlp
 from fastmlp import cli
-from fastmlp.cli import options
+from fastmlp.cli import common, options
 from fastmlp.cli.train import command
 from fastmlp.step.optimizers import OPTIMIZERS
+from fastmlp.train.checkpoint import load_checkpoint
+from fastmlp.train.initial import initialize_
 from tests.cli.test_run_folder import small, train  # noqa: F401
 
 
@@ -27,11 +32,13 @@ ARGUMENTS = [
     [],
     ["--optimizer", "adamw", "--betas", "0.5", "0.75", "--eps", "1e-5", "--weight-decay", "0.125", "--lr", "3e-4"],
     ["--sizes", "784-7-10", "--epochs", "3", "--no-nesterov", "--momentum", "0.25", "--max-grad-norm", "2"],
+    ["--param-group", "*.bias:weight-decay=0", "--param-group", "layers.0.*:lr=1,weight_decay=2", "--no-cuda-graph"],
+    ["--product-dtype", "bfloat16", "--class-weight", "1,2.5", "--ema-decay", "0.9", "--ema-warmup"],
     ["--data", 'a "folder"\t\\ \x7f é', "--validation", "0.1", "--patience", "3", "--overwrite", "--json"],
 ]
 
 
-@pytest.mark.parametrize("argv", ARGUMENTS, ids=["nothing", "adamw", "sgd", "texts"])
+@pytest.mark.parametrize("argv", ARGUMENTS, ids=["nothing", "adamw", "sgd", "groups", "step", "texts"])
 def test_round_trip(capsys, tmp_path, argv):
     """What --print-config prints is a file that stands for the same options."""
     path = tmp_path / "train.toml"
@@ -76,6 +83,8 @@ def test_a_file_trains(capsys, tmp_path, small):  # noqa: F811
         ("nesterov = 1", "expected nesterov to be true or false, got 1"),
         ("betas = 0.9", "expected betas to be a list of 2 numbers, got 0.9"),
         ("betas = [0.9]", "expected betas to be a list of 2 numbers, got [0.9]"),
+        ("param-group = '*.bias:lr=1'", "expected param-group to be a list of texts in quotes, got '*.bias:lr=1'"),
+        ("param-group = ['*.bias']", "'*.bias' is no group of parameters"),
         ("data = 3", "expected data to be a text in quotes, got 3"),
         ("sizes = [784, 0.5]", 'expected sizes to be sizes such as "784-512-512-10" or [784, 512, 512, 10]'),
         ("sizes = [784, 0]", "'784-0' is not two or more positive whole numbers"),
@@ -139,6 +148,28 @@ def test_a_new_rule_has_its_options(capsys, monkeypatch):
             "--patience needs held-out rows to judge the epochs by",
         ),
         (["--patience", "0"], "0 is not in the range"),
+        (
+            ["--param-group", "*.bias"],
+            "'*.bias' is no group of parameters; expected names or patterns of names, a colon",
+        ),
+        (["--param-group", "*.bias:eps=1"], "and lr or weight-decay or both, such as '*.bias:weight-decay=0'"),
+        (["--param-group", "*.bias:lr=1,lr=2"], "'*.bias:lr=1,lr=2' is no group"),
+        (["--param-group", "*.bias,:lr=1"], "'*.bias,:lr=1' is no group"),
+        (["--param-group", "*.bias:lr=x"], "could not convert string to float: 'x'"),
+        (["--param-group", "*.bias:lr=-1"], "expected a learning rate of at least 0, got lr=-1.0"),
+        (
+            ["--param-group", "bias:lr=1", "--data", "bundled"],
+            "no parameter of the model is named 'bias'; the names are",
+        ),
+        (
+            ["--param-group", "*.bias:lr=1", "--param-group", "layers.0.*:lr=1", "--data", "bundled"],
+            "layers.0.bias is in param groups 0 and 1; name each parameter once",
+        ),
+        (["--product-dtype", "float64"], "'float64' is not one of 'float16', 'bfloat16'"),
+        (
+            ["--product-dtype", "float16", "--engine", "autograd", "--data", "bundled"],
+            "--product-dtype needs --engine step",
+        ),
     ],
 )
 def test_wrong_options(capsys, argv, words):
@@ -151,3 +182,33 @@ def test_every_optimizer_trains(capsys, tmp_path, small, name):  # noqa: F811
                              "--out", tmp_path / "run", "--json"))  # fmt: skip
     assert summary["config"]["optimizer"] == name
     assert summary["history"][1]["train_loss"] < summary["history"][0]["train_loss"]
+
+
+def test_options_of_the_step(capsys, tmp_path, small):  # noqa: F811
+    """No decay on biases, and 16-bit products, as TrainStep has them; the run's own options count when it goes on."""
+    argv = ["train", "--optimizer", "adamw", "--weight-decay", "3", "--sizes", "784-4-10", "--epochs", 2, "--json"]
+    more = ["--param-group", "*.bias:weight-decay=0", "--product-dtype", "bfloat16", "--no-cuda-graph"]
+    found = json.loads(run(capsys, *argv, *more, "--out", tmp_path / "run"))
+    step = {"param_group": ["*.bias:weight-decay=0"], "product_dtype": "bfloat16", "cuda_graph": False}
+    assert {name: found["config"].get(name) for name in step} == step
+    data, _ = common.load_data(None, torch.device("cpu"), "cross_entropy")
+    model = initialize_(fastmlp.MLP([784, 4, 10], "sigmoid"), 0)
+    groups = [{"params": "*.bias", "weight_decay": 0.0}]
+    settings = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 3.0, "epochs": 2, "dtype": torch.bfloat16}
+    fastmlp.fit(model, data, param_groups=groups, **settings)
+    loaded, _ = load_checkpoint(tmp_path / "run")
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(loaded[name], parameter)
+    assert "--param-group '*.bias:lr=1' differs from the run to resume, which has --param-group '*.bias:we" in run(
+        capsys, "train", "--resume", tmp_path / "run", "--param-group", "*.bias:lr=1", code=2
+    )
+    again = run(capsys, "train", "--resume", tmp_path / "run", "--epochs", 3, "--cuda-graph", "--json")
+    assert {**json.loads(again)["config"], "epochs": 2, "cuda_graph": False} == found["config"]
+
+
+def test_every_argument_of_a_step_is_an_option():
+    """But the process group, which torchrun gives; see options.py for another name."""
+    named = {"param_groups": "param_group", "dtype": "product_dtype"}
+    ours = {option.name for option in command.params}
+    for name in inspect.signature(fastmlp.TrainStep.__init__).parameters:
+        assert name in ("self", "model", "process_group") or named.get(name, name) in ours, name

@@ -176,6 +176,16 @@ def finished(tmp_path_factory):
     return folder / "run"
 
 
+def test_a_finished_run_stays_as_it_is(finished):
+    """The best epoch is the last one here. Its line has the results on the test data, at once and when it is resumed."""
+    before = outcome(finished)
+    _, summary, (names, *lines) = before
+    assert summary["best_epoch"] == len(lines) == 2
+    assert float(lines[-1][names.index("test_loss")]) == summary["test_loss"]
+    assert run("train", "--resume", finished) == 0
+    assert outcome(finished) == before
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

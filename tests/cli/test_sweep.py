@@ -18,6 +18,7 @@ from fastmlp import cli
 from fastmlp.cli.sweep_folder import CLAIM, group_file
 from fastmlp.train.checkpoint import read_checkpoint
 from fastmlp.train.sweep import group as group_module
+from fastmlp.train.tensor_file import read_tensors, write_tensors
 from tests.cli.processes import ended, started
 from tests.support.small_data import idx_folder, table
 
@@ -99,6 +100,46 @@ def test_members_are_runs_of_train(capsys, sets, tmp_path):
     alone += ["--seed", best["seed"], "--validation", 0.2, "--out", tmp_path / "best"]
     run(capsys, "train", *quick(sets), *sizes, *alone)
     assert read_checkpoint(tmp_path / "best").config["standardization"] == config["standardization"]
+
+
+def test_options_of_a_step(capsys, sets, tmp_path):
+    """Dropout is a setting. The options are those of train, and the checkpoint of the best member says them."""
+    options = ["--optimizer", "adamw", "--betas", "0.8", "0.9", "--label-smoothing", 0.1, "--class-weight", "1,2,3"]
+    options += ["--ema-decay", 0.5, "--sizes", "4-6-3", "--weight-decay", 0.5]
+    options += ["--param-group", "*.bias:weight-decay=0", "--dtype", "float64"]
+    summary = swept(capsys, sets, tmp_path / "sweep", *options, "--dropout", "0,0.25")
+    assert [member["dropout"] for member in summary["members"]] == [0, 0.25]
+    alone = ["--validation", 0.2, "--out", tmp_path / "run", "--json", *options]
+    for member, more in zip(summary["members"], ([], ["--dropout", 0.25, "--overwrite"]), strict=True):
+        found = json.loads(run(capsys, "train", *quick(sets), *alone, *more))
+        for name in ("validation_loss", "train_loss", "best_epoch"):
+            assert member[name] == pytest.approx(found[name], rel=1e-6)
+    config = read_checkpoint(tmp_path / "sweep").config
+    assert config.get("dropout", 0) == summary["best"]["dropout"]
+    said = {"betas": [0.8, 0.9], "label_smoothing": 0.1, "param_group": ["*.bias:weight-decay=0"], "ema_decay": 0.5}
+    assert {name: config["training"].get(name) for name in said} == said
+    run(capsys, "eval", tmp_path / "sweep", "--data", sets / "classes.npz")
+
+
+def test_a_sweep_of_an_older_fastmlp_goes_on(capsys, sets, tmp_path):
+    """Its plan has no options of a step, and its members no dropout."""
+    out = tmp_path / "sweep"
+    before = swept(capsys, sets, out, "--sizes", "4-5-3", "--lr", "0.1,0.2")
+    plan = json.loads((out / "sweep.json").read_text())
+    known = {*before["members"][0], "sizes", "loss", "optimizer", "nesterov", "epochs", "batch_size", "schedule"}
+    known |= {"warmup", "seeds", "folds", "validation", "dtype", "data", "device", "backend"}
+    known -= {"dropout"}
+    plan["config"] = {name: value for name, value in plan["config"].items() if name in known}
+    (out / "sweep.json").write_text(json.dumps(plan))
+    tensors, about = read_tensors(group_file(out, 0), "fastmlp sweep group")
+    group = json.loads(about["group"])
+    for member in group["members"]:
+        del member["dropout"]
+    write_tensors(group_file(out, 0), tensors, {**about, "group": json.dumps(group)})
+    text = run(capsys, "sweep", "--resume", out)
+    assert "resumed" in text
+    assert "1 of 1 groups are finished" in text
+    assert json.loads((out / "results.json").read_text())["members"] == before["members"]
 
 
 def test_lines_and_tables(capsys, sets, tmp_path, with_pictures):
@@ -262,6 +303,11 @@ def test_the_default_folder_and_its_claim(capsys, sets, tmp_path, monkeypatch):
         (["--sizes", "4-5-3", "--sizes", "4-5-3"], "--sizes has the same sizes twice"),
         (["--optimizer", "adamw", "--momentum", "0.9"], "--optimizer adamw has no --momentum"),
         (["--loss", "hubert"], "Did you mean 'huber'?"),
+        (["--dropout", "0,1"], "'1' is not a finite number of at least 0 and below 1"),
+        (["--betas", "0.9", "0.99"], "--optimizer sgd has no --betas; it has --lr, "),
+        (["--delta", "2"], "--loss cross_entropy has no --delta"),
+        (["--class-weight", "1,2"], "expected --class-weight of shape [3], one value for each class, got [2]"),
+        (["--param-group", "bias:lr=1", "--sizes", "4-5-3"], "no parameter of the model is named 'bias'"),
         (["--resume", "nowhere"], "leave out --data"),
     ],
 )

@@ -51,10 +51,21 @@ def _target(shape: Logits, dtype: torch.dtype, probabilities: bool) -> Tensor:
     return shape.make(dtype) if probabilities else shape.labels()
 
 
-def _members(dtype: torch.dtype, shape: Logits) -> object:
-    """Three members, one of which may pause, with a factor each."""
-    logits, labels = shape.make(dtype).expand(3, -1, -1).contiguous(), torch.zeros(3, shape.rows, dtype=torch.int64)
-    return cross_entropy_of_members(logits, labels, factor=torch.zeros(3), active=torch.zeros(3, dtype=torch.bool))
+def _members(*, probabilities: bool = False, weighted: bool = False, **options: Any) -> Launcher:
+    """Three members, one of which may pause, with a factor each, and of gathered rows the weight of each batch."""
+
+    def launch(dtype: torch.dtype, shape: Logits) -> object:
+        logits, target = (of.expand(3, -1, -1).contiguous() for of in (shape.make(dtype), shape.make(dtype)))
+        if not probabilities:
+            target = torch.zeros(3, shape.rows, dtype=torch.int64)
+        if weighted:
+            rows = torch.zeros(3, shape.rows, dtype=torch.int64)
+            weights = {"weight": torch.zeros(shape.classes), "sample_weight": torch.zeros(3, shape.rows)}
+            options.update(rows=rows, divisor=torch.zeros(3), **weights)
+        active = torch.zeros(3, dtype=torch.bool)
+        return cross_entropy_of_members(logits, target, factor=torch.zeros(3), active=active, **options)
+
+    return launch
 
 
 def _one_pass(*, probabilities: bool = False, weight: bool = False, **options: Any) -> Launcher:
@@ -161,6 +172,12 @@ KERNELS = {
         },
     ),
     "cross_entropy_of_members": _cases(
-        ("_cross_entropy_kernel",), (Logits(64, 10), Logits(16, 50257)), {"labels": _members}
+        ("_cross_entropy_kernel", "_total_weight_kernel"),
+        (Logits(64, 10), Logits(4096, 100), Logits(16, 50257)),
+        {
+            "labels": _members(),
+            "weighted-smoothing": _members(weighted=True, smoothing=0.1),
+            "weighted-probabilities": _members(weighted=True, probabilities=True),
+        },
     ),
 }

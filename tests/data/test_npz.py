@@ -57,6 +57,14 @@ def test_names_of_classes(tmp_path):
     assert train.y.tolist() == Y.tolist()
 
 
+def test_weights_of_the_rows(tmp_path):
+    for weight in (Y + 1, np.arange(1, 9, dtype="f4")):
+        train, test = load_data(saved(tmp_path, x=X, y=Y, x_test=X, y_test=Y, sample_weight=weight))
+        assert train.sample_weight.tolist() == weight.tolist()
+        assert train.rows(torch.tensor([7, 2]), "train").sample_weight.tolist() == weight[[7, 2]].tolist()
+        assert test.sample_weight is None
+
+
 @pytest.mark.parametrize("y", [X[:, 0], X[:, :2], Y, Y > 0, X[:, :2].astype("f4").reshape(8, 2, 1)])
 def test_values(tmp_path, y):
     train, _ = load_data(saved(tmp_path, x=X, y=y), values=True)
@@ -106,6 +114,9 @@ INF[2, 0] = np.inf
         ({"x": X[:0], "y": Y[:0]}, False, "y is empty; expected a class number for each row"),
         ({"x": X[:0], "y": X[:0]}, True, "x is float64 [0, 3]; expected at least one row and one feature"),
         ({"x": X[0, 0], "y": Y[0]}, False, "expected as many rows of x as of y"),
+        ({"x": X, "y": Y, "sample_weight": Y}, False, "sample_weight has 0 in row 0; expected numbers above 0, and no"),
+        ({"x": X, "y": Y, "sample_weight": NAN[:, 1]}, False, "sample_weight has 1 values that are NaN or infinite"),
+        ({"x": X, "y": Y, "sample_weight": Y[:7]}, False, "sample_weight is int64 [7]; expected numbers [8], one for"),
         ({"x": X + 1j, "y": Y}, False, "x is complex128 [8, 3]; expected floating-point numbers"),
     ],
 )

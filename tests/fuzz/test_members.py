@@ -45,7 +45,13 @@ class Ensemble:
     activations: tuple[str, ...]
     bias: bool
     frozen: bool  #: whether the first layer is, of several
+    last: str  #: the activation behind the last layer, without which cross-entropy is the head's
     loss: str
+    class_weight: bool
+    label_smoothing: float
+    ignores: bool
+    probabilities: bool
+    weighted: str  #: sample weights: "none", "one" for all members, or of "each"
     optimizer: str
     dtype: torch.dtype | None
     batch: int
@@ -71,7 +77,13 @@ def ensembles(draw: st.DrawFn) -> Ensemble:
         activations=tuple(draw(activations) for _ in sizes[2:]),
         bias=draw(st.booleans()),
         frozen=draw(st.booleans()),
-        loss=draw(st.sampled_from(list(STEP_LOSSES))),
+        last=draw(st.sampled_from(["identity", "identity", "tanh"])),
+        loss=draw(st.sampled_from(["cross_entropy", *STEP_LOSSES])),
+        class_weight=draw(st.booleans()),
+        label_smoothing=draw(st.sampled_from([0.0, 0.1])),
+        ignores=draw(st.booleans()),
+        probabilities=draw(st.booleans()),
+        weighted=draw(st.sampled_from(["none", "one", "each"])),
         optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
         dtype=draw(st.sampled_from([None, torch.bfloat16, torch.float16])),
         batch=draw(st.sampled_from([1, 2, 7, 16, 33])),
@@ -97,58 +109,83 @@ def each_setting(case: Ensemble) -> list[dict[str, Any]]:
     return settings
 
 
-def data(case: Ensemble) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, y, order) with an axis of members."""
-    drawn = [
-        problem(case.sizes, 2 * case.batch + 1, loss=case.loss, uint8=case.pixels, seed=case.seed + e)
-        for e in range(case.members)
-    ]
+def loss_options(case: Ensemble) -> dict[str, Any]:
+    """Those that the drawn loss has."""
+    if case.loss != "cross_entropy":
+        return {}
+    options: dict[str, Any] = {"label_smoothing": case.label_smoothing}
+    if case.class_weight:
+        weight = torch.rand(case.sizes[-1], generator=torch.Generator().manual_seed(case.seed)) + 0.1
+        options["class_weight"] = weight.to(DEVICE)
+    if case.ignores and not case.probabilities:
+        options["ignore_index"] = -100
+    return options
+
+
+def data(case: Ensemble) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x, y, order, sample weights) with an axis of members."""
+    probabilities = case.loss == "cross_entropy" and case.probabilities
+    loss, count = "mse" if probabilities else case.loss, 2 * case.batch + 1
+    drawn = [problem(case.sizes, count, loss=loss, uint8=case.pixels, seed=case.seed + e) for e in range(case.members)]
     x, y = (torch.stack(of).to(DEVICE) for of in zip(*drawn, strict=True))
+    if "ignore_index" in loss_options(case):
+        y[:, 1::3] = -100
     g = torch.Generator().manual_seed(case.seed)
-    order = torch.stack([torch.randperm(2 * case.batch + 1, generator=g) for _ in range(case.members)])
+    order = torch.stack([torch.randperm(count, generator=g) for _ in range(case.members)])
     x, y = (t if not t.is_floating_point() else t.float() for t in (x, y))
-    return x, y, order.to(DEVICE)
+    return x, y, order.to(DEVICE), (torch.rand(case.members, count, generator=g) + 0.1).to(DEVICE)
 
 
-def advance(case: Ensemble, step: TrainStep, x: Tensor, y: Tensor, order: Tensor, i: int) -> Tensor:
+def advance(case: Ensemble, step: TrainStep, x: Tensor, y: Tensor, order: Tensor, weight: Tensor, i: int) -> Tensor:
     """One step or epoch; the losses."""
+    given = {} if case.weighted == "none" else {"sample_weight": weight}
     if case.way == "epochs":
-        return step.epoch(x, y, case.batch, order)
-    x, y = ((t[:, : case.batch] if t.dim() == dims else t[: case.batch]) for t, dims in ((x, 3), (y, y_dims(case) + 1)))
+        return step.epoch(x, y, case.batch, order, **given)
+    of = (x, 3), (y, y_dims(case) + 1), (weight, 2)
+    x, y, weight = ((t[:, : case.batch] if t.dim() == dims else t[: case.batch]) for t, dims in of)
+    given = dict.fromkeys(given, weight)
     if case.way == "steps":
-        return step(x, y).clone()
-    step.gradients(x, y)
-    step.gradients(x, y, accumulate=True)
+        return step(x, y, **given).clone()
+    step.gradients(x, y, **given)
+    step.gradients(x, y, accumulate=True, **given)
     step.update()
     return torch.zeros(())
 
 
 def y_dims(case: Ensemble) -> int:
-    return 1 if case.loss in ("cross_entropy", "softmax_squared_error") else 2
+    if case.loss == "cross_entropy":
+        return 2 if case.probabilities else 1
+    return 1 if case.loss == "softmax_squared_error" else 2
 
 
 @fuzz(3, ensembles())
 def test_members_are_single_models(case: Ensemble):
     torch.manual_seed(case.seed)
-    each, (x, y, order) = each_setting(case), data(case)
-    members = [fastmlp.MLP(case.sizes, [*case.activations, "identity"], case.bias) for _ in range(case.members)]
+    each, (x, y, order, weight) = each_setting(case), data(case)
+    members = [fastmlp.MLP(case.sizes, [*case.activations, case.last], case.bias) for _ in range(case.members)]
     model = fastmlp.MLPEnsemble.stack(members).to(DEVICE)
     singles = [member.to(DEVICE) for member in members]
     if case.frozen and len(case.sizes) > 2:
         for network in (model, *singles):
             network.layers[0].requires_grad_(False)
     settings = each[0] | {name: [own[name] for own in each] for name in _OWN if name in each[0]}
-    options = {"loss": case.loss, "dtype": case.dtype}
+    options = {"loss": case.loss, "dtype": case.dtype, **loss_options(case)}
     with fastmlp.use_backend("triton"), uninitialized_is_nan():
         together = TrainStep(model, **settings, **options)
         alone = [TrainStep(single, **own, **options) for single, own in zip(singles, each, strict=True)]
         for i, mask in enumerate(case.masks):
             together.active = torch.tensor(mask, device=DEVICE)
-            batch = (x if case.own_x else x[0], y if case.own_y else y[0], order)
+            own_weight = case.weighted == "each"
+            batch = (x if case.own_x else x[0], y if case.own_y else y[0], order, weight if own_weight else weight[0])
             losses = advance(case, together, *batch, i)
             for e, step in enumerate(alone):
                 if mask[e]:
-                    of = (x[e if case.own_x else 0], y[e if case.own_y else 0], order[e])
+                    of = (
+                        x[e if case.own_x else 0],
+                        y[e if case.own_y else 0],
+                        order[e],
+                        weight[e if own_weight else 0],
+                    )
                     want = advance(case, step, *of, i)
                     if case.way != "gradients":
                         check(losses[e], want, "loss", case)

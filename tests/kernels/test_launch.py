@@ -201,10 +201,10 @@ def test_every_launcher_launches_what_the_binder_would(arch):
 
 @given(
     st.sampled_from(DTYPES), st.lists(SIZES, min_size=2, max_size=4), SIZES, st.lists(st.booleans(), min_size=9),
-    st.sampled_from(["relu", "gelu", "step"]), st.data(),
+    st.sampled_from(["relu", "gelu", "step"]), st.booleans(), st.data(),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_a_network_launches_what_the_binder_would(dtype, sizes, m, flags, activation, data):
+def test_a_network_launches_what_the_binder_would(dtype, sizes, m, flags, activation, dropping, data):
     x = data.draw(matrices(m, sizes[0], dtype, dense=flags[0]))
     weights = [data.draw(matrices(n, k, dtype)) for k, n in pairwise(sizes)]
     biases = [torch.zeros(n, dtype=dtype) if bias else None for n, bias in zip(sizes[1:], flags[1:], strict=False)]
@@ -220,10 +220,14 @@ def test_a_network_launches_what_the_binder_would(dtype, sizes, m, flags, activa
     kinds = ({"relu": "a", "gelu": "z", "step": None}[activation],) * count
     backward = (dz, (x, *saved, *weights, *saved), activations, kinds, wanted)
     saves_z = tuple(flags[:count])
+    state, drops = torch.zeros(2, dtype=torch.int64), None
+    if dropping:
+        drops = state, tuple([(layer, 0.25, 1) if flags[layer] else None for layer in range(count)])
+    backward = (*backward, drops)
     with Gpu(90) as gpu:
-        tensors = [x, dz, *weights, *saved]
+        tensors = [x, dz, *weights, *saved, state]
         for _ in range(2):
-            same_as_the_binder(gpu, lambda: network_fwd(x, params, activations, saves_z), tensors)
+            same_as_the_binder(gpu, lambda: network_fwd(x, params, activations, saves_z, None, drops), tensors)
             if network_bwd(*backward) is None:
                 assert x.stride(1) != 1
                 assert wanted[1]

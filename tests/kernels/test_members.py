@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastmlp import kernels
+from fastmlp.kernels import row_weights
 from fastmlp.kernels.before_update import LossScaleState, before_update
 from fastmlp.kernels.column_sums import ColumnSums
 from fastmlp.kernels.configs import all_tiles, gemm_tile
@@ -22,7 +23,7 @@ from fastmlp.kernels.layout import SEGMENT, Layer, Layout
 from fastmlp.kernels.members import MOST, count_of
 from fastmlp.kernels.reduce_update import reduce_update
 from fastmlp.kernels.wgrad_update import wgrad_update, workspace
-from tests.conftest import UNSIMULATED
+from tests.conftest import INTERPRETING, UNSIMULATED
 from tests.support.harness import FLOATS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -178,6 +179,59 @@ def test_losses(lane, own, rows):
         of = {"scale": 0.25, "rows": None if picked is None else picked[e], "factor": factor[e].to(lane)}
         singles.append(list(kernels.cross_entropy(a[e].to(lane), given[e] if own else given, **of)))
     assert_members(list(got), singles)
+
+
+#: Options of cross-entropy, classes, and how many rows a program adds the weights of; 0: another launch adds them.
+LOSS_OPTIONS = {
+    "labels": ({"ignore_index": 3}, 10, 16),
+    "smoothing, class weight": ({"ignore_index": 3, "smoothing": 0.2, "weight": True}, 10, 0),
+    "probabilities": ({"smoothing": 0.1, "weight": True}, 10, 16),
+    "many classes": ({"ignore_index": 3, "smoothing": 0.2, "weight": True}, 40, 0),
+    "many probabilities": ({}, 40, 16),
+}
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "one"])
+@pytest.mark.parametrize("case", LOSS_OPTIONS)
+@pytest.mark.covering
+def test_options_of_cross_entropy(lane, monkeypatch, case, own):
+    """Targets, sample weights and row numbers of each member or of all; the weight of each member's batch."""
+    options, classes, block = LOSS_OPTIONS[case]
+    monkeypatch.setattr(row_weights, "SUMMED_HERE", 2048 if block else 8)
+    for constant in ("SHORT", "LONG", "BLOCK"):
+        monkeypatch.setattr(row_weights, constant, 16)
+    if classes > 10:
+        monkeypatch.setattr("fastmlp.kernels.softmax_tiles.WHOLE_ROW", 8)
+    z, count = 4 * draw(E, 17, classes), 50
+    g = torch.Generator().manual_seed(1)
+    rows, y = (torch.randint(0, n, (E, m), generator=g) for n, m in ((count, 17), (classes, count)))
+    if "probabilities" in case:
+        y = draw(E, count, classes, seed=2).softmax(-1)
+    sample, factor = draw(E, count, seed=3).abs(), torch.tensor([1.0, 2.0, 0.5]).to(lane)
+    shared = {"smoothing": options.get("smoothing", 0.0), "ignore_index": options.get("ignore_index", -100)}
+    if "weight" in options:
+        shared["weight"] = (draw(classes, seed=4).abs() + 0.1).to(lane)
+    # A gap of 16 elements leaves the rows as aligned as those of one member: a lane adds as many at a time.
+    of_members = [apart(t, lane, gap=16) if own else t[1].to(lane) for t in (y, sample, rows)]
+    active, divisor = mask(lane, True, False, True), nans(E, lane=lane)
+    loss, dz = nans(E, 17, lane=lane), nans(E, 17, classes, lane=lane)
+    kernels.cross_entropy_of_members(
+        apart(z, lane, gap=16), of_members[0], sample_weight=of_members[1], rows=of_members[2], divisor=divisor,
+        factor=factor, loss=loss, dz=dz, active=active, **shared,
+    )  # fmt: skip
+    assert loss[1].isnan().all()
+    assert dz[1].isnan().all()
+    for e in (0, 2):
+        target, weights, picked = (t[e if own else 1].to(lane) for t in (y, sample, rows))
+        total = nans(lane=lane)
+        single = kernels.cross_entropy(
+            z[e].to(lane), target, sample_weight=weights, rows=picked, divisor=total, factor=factor[e], **shared
+        )
+        for got, want in ((loss[e], single[0]), (dz[e], single[1]), (divisor[e], total)):
+            if INTERPRETING:
+                assert same(got, want), f"member {e}: {(got - want).abs().max()}"
+            # The threads of a compiled program may add in another order, by what is known of the pointers.
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own h", "one h"])

@@ -31,7 +31,7 @@ _CROSS_ENTROPY = (
         (CE, "one_pass_shapes and 63"),
     ),
     Mutant(
-        "cross_entropy",
+        "cross_entropy_bwd",
         "mask dropped in a store",
         "tl.store(dz_ptr + offs_d, (dz * g[:, None]).to(dz_ptr.dtype.element_ty), mask=mask)",
         "tl.store(dz_ptr + offs_d, (dz * g[:, None]).to(dz_ptr.dtype.element_ty), mask=mask_m[:, None])",
@@ -45,7 +45,7 @@ _CROSS_ENTROPY = (
         (CE, "one_or_many_programs and 600 and float32"),
     ),
     Mutant(
-        "cross_entropy",
+        "cross_entropy_bwd",
         "wrong stride",
         "offs_p.to(tl.int64) * stride_gp",
         "offs_p.to(tl.int64)",
@@ -59,7 +59,7 @@ _CROSS_ENTROPY = (
         (LARGE, "cross_entropy_inputs and weight"),
     ),
     Mutant(
-        "cross_entropy",
+        "softmax",
         "missing int64",
         "b.to(tl.int64) * stride_b + offs_p.to(tl.int64) * stride_p",
         "b.to(tl.int64) * stride_b + offs_p * stride_p",
@@ -109,7 +109,7 @@ _CROSS_ENTROPY = (
         (CE, "longer_than_a_block and plain"),
     ),
     Mutant(
-        "cross_entropy",
+        "cross_entropy_bwd",
         "label smoothing dropped",
         "            dz -= target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, smoothing, PROBS, SMOOTH)",
         "            dz -= target_block(t_ptrs, mask, w_ptr, stride_w, offs_c, C, 0.0, PROBS, SMOOTH)",

@@ -193,6 +193,45 @@ def dropout(rank: int, pair: Any) -> None:
         TrainStep(model, process_group=dist.group.WORLD)
 
 
+def train_members(count: int, rows: int = 8, **settings: Any) -> None:
+    """Weighted steps, an accumulated gradient and an epoch of ensembles; a member pauses in all processes."""
+    torch.manual_seed(0)
+    model = fastmlp.MLPEnsemble(SIZES, count, "tanh")
+    x, y = torch.randn(rows, SIZES[0]), torch.randint(0, SIZES[-1], (count, rows))
+    weight = torch.rand(count, rows) + 0.1
+    alone, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    rank = dist.get_rank()
+    own = slice(rank * rows // 4, (rank + 1) * rows // 4)
+    step, whole = TrainStep(model, **settings, process_group=dist.group.WORLD), TrainStep(alone, **settings)
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in settings.items()}
+    truth = oracle(exact, **wide)
+    steps = (step, x[own], y[:, own], weight[:, own]), (truth, x.double(), y, weight), (whole, x, y, weight)
+    for one, xs, ys, _ in steps:
+        one(xs, ys)
+        one.active[-1] = count == 1
+    losses = [one(xs, ys, ws)[: max(1, count - 1)] for one, xs, ys, ws in steps]
+    assert_within_budget(*losses, reduction=rows)
+    for one, xs, ys, ws in steps:
+        one.gradients(xs, ys)
+        grads = one.gradients(xs, ys, accumulate=True, sample_weight=ws)
+        assert count == 1 or not any(grad[-1].any() for grad in grads.values())
+        one.update()
+        one.active = [True] * count
+        one.epoch(xs, ys, len(xs), sample_weight=ws)
+    compare(model, alone, exact, rows)
+
+
+def ensembles(rank: int, pair: Any) -> None:
+    options: dict[str, Any] = {"class_weight": torch.arange(1.0, SIZES[-1] + 1), "label_smoothing": 0.1}
+    train_members(3, lr=[0.1, 0.05, 0.2], **options)
+    train_members(2, optimizer="adamw", lr=0.01, max_grad_norm=0.5)
+    train_members(1, lr=0.1, momentum=0.9, ignore_index=-100)
+
+
+def small_ensembles(rank: int, pair: Any) -> None:
+    train_members(2, 4, lr=[0.1, 0.05], momentum=0.9, label_smoothing=0.1)
+
+
 def differences(rank: int, pair: Any) -> None:
     model, _, _ = problem(1)
     with pytest.raises(RuntimeError, match="differ in their model and settings"):
@@ -221,5 +260,7 @@ _ALL = (
     dtypes,
     frozen,
     dropout,
+    ensembles,
+    small_ensembles,
 )
 CHECKS = {f.__name__: f for f in _ALL}

@@ -77,12 +77,20 @@ def test_processes_together_do_what_one_does():
         "differences",
         "dtypes",
         "nothing_counts",
+        "ensembles",
     )
 
 
 @pytest.mark.interpret
 def test_on_the_kernels():
     run("triton", "gradients", "overflow", "dropout", environment={"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.interpret
+def test_ensembles_on_the_kernels(request):
+    if not request.config.getoption("--full"):
+        pytest.skip("takes seconds in each of four processes; --full runs it")
+    run("triton", "small_ensembles", environment={"TRITON_INTERPRET": "1"})
 
 
 def test_a_process_that_dies_ends_the_others():

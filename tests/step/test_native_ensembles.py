@@ -11,7 +11,7 @@ import torch
 import fastmlp
 from fastmlp.cpu import choose
 from fastmlp.step.cpu_native_members import NativePiece
-from tests.support.steps import flat, threads
+from tests.support.steps import flat, fresh_choices, have_fastest, threads  # noqa: F401
 from tests.support.torchs import OPTIMIZERS
 
 pytestmark = pytest.mark.usefixtures("native_code")
@@ -56,6 +56,33 @@ def test_members_are_single_models(name, count):
         assert all(piece._pieces is None for piece in found)
     for model, single in zip(ensemble.unstack(), singles, strict=True):
         assert torch.equal(flat(model), flat(single))
+
+
+@pytest.mark.usefixtures("fresh_choices")
+def test_the_calling_thread_may_do_all(monkeypatch):
+    """Whether a second thread is worth waking is measured; on one thread there is nothing to choose."""
+    choose.set_cpu_gemm("auto")
+    asked = []
+
+    def fastest(candidates):
+        asked.append(tuple(candidates))
+        return asked[-1][-1]
+
+    have_fastest(monkeypatch, fastest)
+    for count, way in ((2, "native alone"), (1, "native")):
+        singles = models()
+        with threads(count):
+            step = fastmlp.TrainStep(fastmlp.MLPEnsemble.stack(singles))
+            step(*batch(0))
+            assert step._engine._planned(9)[0] == way
+            assert len(step._engine._planned(9)[1]) == 1
+        assert asked[-1][-count:] == ("native", "native alone")[:count]
+        for e, (trained, single) in enumerate(zip(step.model.unstack(), singles, strict=True)):
+            x, y = batch(0)
+            choose.set_cpu_gemm("native")
+            fastmlp.TrainStep(single)(x[e], y[e])
+            choose.set_cpu_gemm("auto")
+            assert torch.equal(flat(trained), flat(single))
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])

@@ -21,6 +21,7 @@ from fastmlp.train.engines import AutogradEngine, StepEngine
 from fastmlp.train.initial import LEARNING_RATES, initialize_
 from fastmlp.train.plots import plot_history
 from fastmlp.train.schedules import SCHEDULES, lr_factors
+from fastmlp.train.split import held_out
 from tests.support.torchs import TORCH_ACTIVATIONS
 
 
@@ -113,6 +114,63 @@ def test_fit_takes_the_steps_of_plain_torch(nesterov):
         assert history.epochs[epoch].train_loss == pytest.approx(total / 50, rel=1e-6)
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_rows_have_weights(loss):
+    """The steps of torch's loss, weighted by hand; held-out rows take their weights with them; both engines."""
+    x, labels = torch.randn(50, 12, dtype=torch.float64), torch.arange(50) % 3
+    y = labels if loss == "cross_entropy" else torch.randn(50, 3, dtype=torch.float64)
+    weight = torch.rand(50) * 3 + 0.01
+    settings = {"epochs": 2, "batch_size": 16, "lr": 0.3, "momentum": 0.0, "schedule": "constant", "loss": loss}
+    models = [small_model(dtype=torch.float64) for _ in range(3)]
+    for model, engine in zip(models, ("step", "autograd", "step"), strict=True):
+        more = {} if model is models[-1] else {"sample_weight": weight}
+        fit(model, (x, y), engine=engine, validation=0.2, **settings, **more)
+
+    plain = small_model(dtype=torch.float64)
+    kept, held = held_out(y, 0.2)
+    generator, best = torch.Generator().manual_seed(0), math.inf
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.3)
+    for _ in range(2):
+        for rows in torch.randperm(len(kept), generator=generator).split(16):
+            a, target, s = plain(x[kept[rows]]), y[kept[rows]], weight[kept[rows]].double()
+            losses = F.cross_entropy(a, target, reduction="none") if loss == "cross_entropy" else (a - target) ** 2
+            optimizer.zero_grad()
+            (s @ losses.reshape(len(rows), -1).mean(1) / s.sum()).backward()
+            optimizer.step()
+        validation, _ = evaluate(plain, (x[held], y[held]), loss=loss)
+        if validation < best:
+            best, expected = validation, [p.detach().clone() for p in plain.parameters()]
+    for model in models[:2]:
+        for ours, theirs in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(ours.detach(), theirs, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(models[2].layers[0].weight, expected[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind", "words"),
+    [
+        ([1.0] * 50, TypeError, "sample_weight"),
+        (torch.ones(49), RuntimeError, r"expected sample_weight of shape \[50\], one for each row, got \[49\]"),
+        (torch.ones(50, dtype=torch.int64), RuntimeError, "floating-point sample_weight, got torch.int64"),
+        (torch.arange(50.0), ValueError, "expected finite sample weights above 0, got 0 in row 0; leave rows out"),
+        (torch.ones(50).log(), ValueError, "got 0 in row 0"),
+        (torch.full((50,), math.nan), ValueError, "got nan in row 0"),
+    ],
+)
+def test_wrong_weights(weight, kind, words):
+    with pytest.raises(kind, match=words):
+        fit(small_model(), blobs(50), lr=0.1, sample_weight=weight)
+
+
+def test_an_engine_without_weights_is_refused():
+    class Engine:
+        def epoch(self, images, labels, batch_size, order, lr_factors):
+            raise AssertionError
+
+    with pytest.raises(TypeError, match="sample_weight needs an engine whose epoch takes it; Engine"):
+        fit(small_model(), blobs(50), lr=0.1, sample_weight=torch.ones(50), engine=Engine())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -79,6 +79,28 @@ def test_resumed_runs_are_equal_to_the_bit(tmp_path, name, engine):
         assert_same_run((model, fit(model, blobs(), resume=tmp_path / "state", **options)), expected)
 
 
+def test_options_of_the_step(tmp_path):
+    """Param groups, by parameter or by name alike, 16-bit products and weights of the rows."""
+    weight = torch.linspace(0.5, 2, 240)
+    options = {**MOMENTUM, "epochs": 3, "batch_size": 32, "dtype": torch.bfloat16, "sample_weight": weight}
+    whole, groups = new_model(), [{"params": "*.bias", "weight_decay": 0.0}]
+    expected = whole, fit(whole, blobs(), param_groups=groups, **options)
+    first = new_model()
+    stopped = [{"params": [layer.bias for layer in first.layers], "weight_decay": 0.0}]
+    stopped_after(2, tmp_path / "state", model=first, param_groups=stopped, **options)
+    rest = {"resume": tmp_path / "state", **options}
+    model = fastmlp.MLP((12, 16, 3), "tanh")
+    for changes, words in (
+        ({"param_groups": groups, "sample_weight": None}, "sample_weight=None differs"),
+        ({"param_groups": groups, "sample_weight": weight.flip(0)}, "sample_weight='.*' differs"),
+        ({"param_groups": None}, "param_groups=None differs"),
+        ({"param_groups": groups, "dtype": None}, "dtype=None differs"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fit(model, blobs(), **{**rest, **changes})
+    assert_same_run((model, fit(model, blobs(), param_groups=iter(groups), **rest)), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("engine", ["step", "autograd"])
 def test_other_dtypes(tmp_path, dtype, engine):

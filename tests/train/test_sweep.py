@@ -23,11 +23,12 @@ SIZES = (3, 6, 3)
 
 def axes(**changes) -> dict:
     start = {"sizes": [SIZES], "activation": ["tanh"], "lr": [0.1], "momentum": [0.9], "weight_decay": [0.0]}
+    start |= {"dropout": [0.0]}
     return {**start, "seed": [0], "fold": [None], **changes}
 
 
 def training(**changes) -> Training:
-    start = {"epochs": 3, "batch_size": 8, "optimizer": "sgd", "nesterov": None, "loss": "cross_entropy"}
+    start = {"epochs": 3, "batch_size": 8, "optimizer": "sgd", "loss": "cross_entropy"}
     return Training(**{**start, "schedule": "linear", "warmup": 0.1, "dtype": torch.float64, **changes})
 
 
@@ -50,8 +51,10 @@ def alone(member, data: Data, run: Training) -> tuple[fastmlp.MLP, fastmlp.train
     """The member trained by `fit`."""
     kept, held = data.divided(*member.division)
     prepare = (lambda x: x) if data.prepare is None else data.prepare(data.x[kept])
-    model = initialize_(fastmlp.MLP(member.sizes, member.activation, dtype=run.dtype), member.seed)
-    settings = {"momentum": member.momentum, "weight_decay": member.weight_decay, "nesterov": run.nesterov}
+    model = fastmlp.MLP(member.sizes, member.activation, dtype=run.dtype, dropout=member.dropout)
+    initialize_(model, member.seed)
+    settings = {"momentum": member.momentum, "weight_decay": member.weight_decay, **run.settings, **run.options}
+    settings |= {} if data.weight is None else {"sample_weight": data.weight[kept]}
     settings |= {"lr": member.lr, "seed": member.seed, "validation": (prepare(data.x[held]), data.y[held])}
     names = ("epochs", "batch_size", "optimizer", "loss", "schedule", "warmup")
     settings |= {name: getattr(run, name) for name in names}
@@ -99,6 +102,41 @@ def test_optimizers_and_long_epochs(monkeypatch):
     monkeypatch.setattr("fastmlp.train.loop.CHECK_EVERY", 2)
     data = Data(*rows(), share=0.3)
     assert_as_alone(members(lr=[0.01, 0.1], momentum=[None]), data, training(optimizer="adamw", batch_size=5))
+
+
+OPTIONS = {
+    "adam": ({"optimizer": "adam", "settings": {"betas": (0.8, 0.9), "amsgrad": True, "max_grad_norm": 0.1}}, {}),
+    "average": ({"optimizer": "rmsprop", "settings": {"alpha": 0.9, "ema_decay": 0.8, "ema_warmup": True}}, {}),
+    "groups": ({"options": {"param_groups": [{"params": "*.bias", "lr": 0.5}]}}, {}),
+    "loss": ({"options": {"class_weight": torch.tensor([1.0, 2.0, 5.0]).double(), "label_smoothing": 0.1}}, {}),
+    "ignored": ({"options": {"ignore_index": 1}}, {"weight": True}),
+    "weights": ({}, {"weight": True, "prepare": centered}),
+    "values": ({"loss": "huber", "options": {"delta": 0.3}}, {"weight": True}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_a_step(name):
+    """The settings of the rules, the average, param groups, the options of the losses, weights of the rows."""
+    changes, more = OPTIONS[name]
+    run = training(**changes)
+    weight = torch.linspace(0.1, 3, 41).double() if more.get("weight") else None
+    data = Data(*rows(loss=run.loss), share=0.3, prepare=more.get("prepare"), weight=weight)
+    momenta = [0.0, 0.5] if run.optimizer != "adam" else [None]
+    assert_as_alone(members(lr=[0.01, 0.1], momentum=momenta, seed=[0, 3]), data, run, every=3)
+
+
+def test_dropout():
+    """A group has one probability; its first member has the masks that it has alone, and the others have masks too."""
+    data, run = Data(*rows(), share=0.2), training(epochs=2)
+    found = members(dropout=[0.0, 0.5], lr=[0.1, 0.2], seed=[3])
+    groups = grouped(found, data, run, math.inf)
+    assert [[found[number].dropout for number in group] for group in groups] == [[0.0, 0.0], [0.5, 0.5]]
+    assert_as_alone(found, data, run, every=2)
+    same = members(dropout=[0.0, 0.5], lr=[0.1], weight_decay=[0.0, 1e-300])
+    for numbers, differ in zip(grouped(same, data, run, math.inf), (False, True), strict=True):
+        _, parameters = train_group([same[number] for number in numbers], data, run)
+        assert torch.equal(*parameters["layers.0.weight"]) != differ
 
 
 def test_a_member_that_diverges_leaves_the_others_as_they_are():
@@ -229,8 +267,8 @@ def test_tables():
     lines = as_csv([as_row(m, r, "mse") for m, r in zip(found, [result(0.5), result(None)], strict=True)]).splitlines()
     assert lines[0].split(",")[:3] == ["number", "sizes", "activation"]
     assert "validation_r2" in lines[0]
-    assert lines[1] == "0,3-6-3,tanh,0.1,0.9,0.0,0,,1.0,0.5,0.5,1,2,"
-    assert lines[2] == "1,3-6-3,tanh,0.1,0.9,0.0,1,,,,,,0,1"
+    assert lines[1] == "0,3-6-3,tanh,0.1,0.9,0.0,0.0,0,,1.0,0.5,0.5,1,2,"
+    assert lines[2] == "1,3-6-3,tanh,0.1,0.9,0.0,0.0,1,,,,,,0,1"
 
 
 def test_the_file_of_a_group(tmp_path):

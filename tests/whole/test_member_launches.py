@@ -33,6 +33,20 @@ def test_a_step_is_2l_minus_1_launches(members, settings):
 
 
 @pytest.mark.launch
+@pytest.mark.parametrize(("rows", "more"), [(64, []), (2049, ["_total_weight_kernel"])])
+def test_options_of_the_loss_cost_no_launch(rows, more):
+    """More classes than the head takes; weights of many rows are added by one launch for all members."""
+    with SimulatedGPU(90, execute=False) as gpu, use_backend("triton"):
+        model = fastmlp.MLPEnsemble((*SIZES[:-1], 100), 10)
+        step = TrainStep(model, lr=0.1, label_smoothing=0.1, class_weight=torch.ones(100), ignore_index=3)
+        y, weight = torch.zeros(10, rows, dtype=torch.int64), torch.ones(10, rows)
+        step(torch.zeros(rows, SIZES[0]), y, sample_weight=weight)
+    names = ["_linear_fwd_kernel"] * 3 + [*more, "_cross_entropy_kernel"] + ["_linear_dgrad_kernel"] * 2
+    assert [launch.name for launch in gpu.launches][: len(names) + 1] == [*names, "_wgrad_update_kernel"]
+    assert {launch.grid[2] for launch in gpu.launches} == {10}
+
+
+@pytest.mark.launch
 @pytest.mark.parametrize("members", [1, 10, 1000])
 def test_a_module_launches_each_kernel_once(members):
     """The forward pass of all members, and their losses' backward pass."""
@@ -66,7 +80,7 @@ def test_a_captured_step(settings, more):
 
 
 def flagged(*, cuda_graph):
-    """Losses, parameters and state after steps and epochs between which rates and flags change."""
+    """Losses, parameters and state after steps and epochs between which rates, flags and sample weights change."""
     torch.manual_seed(0)
     with SimulatedCuda() as cuda:
         model = fastmlp.MLPEnsemble((20, 18, 5), 2)
@@ -75,7 +89,7 @@ def flagged(*, cuda_graph):
         results = []
         for flags in ([True, True], [True, False], [True, False], [False, True], [True, True]):
             step.active = torch.tensor(flags)
-            results.append(step(x[:12], y[:12]).clone())
+            results.append(step(x[:12], y[:12], torch.rand(2, 12)).clone())
             step.lr = [rate * 0.5 for rate in step.lr]
         for flags in ([True, True], [False, True], [True, True]):
             step.active = torch.tensor(flags)

@@ -6,6 +6,7 @@ The reference is the same TrainStep on the torch backend, which tests/step/ comp
 from __future__ import annotations
 
 import copy
+import statistics
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from fastmlp.base.losses import STEP_LOSSES, takes_classes
 from fastmlp.kernels import linear_fwd
 from tests.conftest import INTERPRETING
 from tests.support.harness import assert_within_budget
+from tests.support.steps import Reference, batches, budget_used, converted, flat, network, problem
+from tests.support.torchs import OPTIMIZERS
 
 # Triton's interpreter is numpy, which warns of 0 times inf in columns that a mask then drops.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -115,6 +118,32 @@ def test_pixels_in_16_bits_give_the_same_bits(lane, m, dtype):
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_optimizers(lane, settings):
     compare(lane, (33, 20, 17, 5), **settings)
+
+
+@pytest.mark.parametrize("params", [torch.float32, "16 bits"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_100_steps_in_16_bits(request, lane, name, dtype, params):
+    """With ``--full`` and on a GPU; without, some steps of one rule. Lion jumps, so the median of five runs counts."""
+    full = request.config.getoption("full") or lane.type == "cuda"
+    if not full and (name, dtype, params) != ("adam, amsgrad", torch.bfloat16, "16 bits"):
+        pytest.skip("every rule only with --full")
+    steps, settings = 100 if full else 10 if INTERPRETING else 3, OPTIMIZERS[name]
+    params, used = dtype if params == "16 bits" else params, []
+    for seed in range(5 if settings.get("optimizer") == "lion" else 1):
+        start = network((5, 9, 4), seed=seed)
+        batches_of = batches(*problem((5, 9, 4), 45, seed=seed + 1), 8, steps)
+        expected = Reference(start, settings).train(batches_of).flat()
+        own = Reference(start, settings, master=torch.float32, compute=dtype).train(batches_of).flat(params)
+        model = converted(start, params).to(lane)
+        with use_backend("triton"):
+            step = TrainStep(model, dtype=dtype, **settings)
+        for x, y in batches_of:
+            step(x.to(lane, dtype), y.to(lane))
+        # Both runs round to the parameters' dtype at the end, and some of their roundings may go to different sides.
+        eps = torch.finfo(torch.float32).eps if params == torch.float32 else torch.finfo(params).eps / steps**0.5
+        used.append(budget_used(flat(model).cpu(), expected, own, steps, eps))
+    assert statistics.median(used) <= 1, f"parts of the budget: {used}"
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "identity"])

@@ -1,8 +1,9 @@
 """The training of a group of members as one `fastmlp.MLPEnsemble`, each member as `fastmlp.fit` would train it alone.
 
 A member's starting weights are those of `initialize_` with its seed, its order of the rows comes from a generator with
-its seed, and its learning rate follows the same schedule. After every epoch, each member is evaluated on its own
-validation rows, and the parameters of its best epoch are kept.
+its seed, and its learning rate follows the same schedule. Only dropout's masks are others, since the members of a group
+share one seed of them. After every epoch, each member is evaluated on its own validation rows, and the parameters of
+its best epoch are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..initial import initialize_
 from ..loop import CHECK_EVERY
 from ..results import EXPLODED, Progress
 from ..schedules import lr_factor
-from ..scores import loss_function, loss_of_a_guess, metric_of, takes_values
+from ..scores import loss_of_a_guess, metric_of, takes_values, with_ignored
 from .plan import EVALUATED, FEWEST, MOST_ROWS, Data, Member, Training
 
 _GUESS_ROWS = 2048
@@ -79,20 +80,27 @@ class Held:
         x, y: inputs and targets.
         rows: int64 [divisions, m], the validation rows of each division.
         of: int64 [E], the division of each member.
-        reference: float64 [divisions], what the metric divides by: the variance for R2, and the number of targets for
-            the accuracy; NaN where there is no metric.
+        count: float64 [divisions], the number of targets that count.
+        reference: float64 [divisions], what the metric divides by: the variance for R2, and ``count`` for the accuracy;
+            NaN where there is no metric.
+        ignored: the label of rows that do not count; None: all count.
     """
 
     x: Tensor
     y: Tensor
     rows: Tensor
     of: Tensor
+    count: Tensor
     reference: Tensor
+    ignored: int | None = None
 
     @classmethod
-    def made(cls, x: Tensor, y: Tensor, rows: Tensor, of: Tensor, loss: str) -> Held:
-        """With the reference."""
-        found = torch.full((len(rows),), rows.shape[1] * y[0].numel(), dtype=torch.float64, device=x.device)
+    def made(cls, x: Tensor, y: Tensor, rows: Tensor, of: Tensor, loss: str, ignored: int | None = None) -> Held:
+        """With count and reference."""
+        count = torch.full((len(rows),), rows.shape[1] * y[0].numel(), dtype=torch.float64, device=x.device)
+        if ignored is not None:
+            count = (y[rows.to(y.device)] != ignored).sum(1).double()
+        found = count.clone()
         for number in range(len(rows) if takes_values(loss) else 0):
             wide = y[rows[number]].double()
             if metric_of(loss) == "r2":
@@ -100,7 +108,7 @@ class Held:
                 found[number] = torch.where(variance > 0, variance, float("nan"))
             elif not bool(((wide == 0) | (wide == 1)).all()):
                 found[number] = float("nan")
-        return cls(x, y, rows.to(x.device), of.to(x.device), found)
+        return cls(x, y, rows.to(x.device), of.to(x.device), count, found, ignored)
 
 
 class _Rows:
@@ -108,28 +116,29 @@ class _Rows:
 
     Attributes:
         seeds: of the divisions.
-        x, y: training inputs and targets of all divisions.
+        x, y, weight: training inputs and targets of all divisions, and perhaps weights of the rows.
         rows: int64 [divisions, n] on the CPU, the training rows of each division.
         of: int64 [E] on the CPU, the division of each member.
         held: what validates the members.
     """
 
-    def __init__(self, members: Sequence[Member], data: Data, loss: str) -> None:
+    def __init__(self, members: Sequence[Member], data: Data, loss: str, ignored: int | None = None) -> None:
         divisions = list(dict.fromkeys(member.division for member in members))
         self.seeds = [seed for seed, _ in divisions]
         self.of = torch.tensor([divisions.index(member.division) for member in members], device="cpu")
         divided = [data.divided(*division) for division in divisions]
         self.rows, held = (torch.stack([rows[part] for rows in divided]) for part in (0, 1))
         if data.prepare is None:
-            self.x, self.y = data.x, data.y
-            self.held = Held.made(data.x, data.y, held, self.of, loss)
+            self.x, self.y, self.weight = data.x, data.y, data.weight
+            self.held = Held.made(data.x, data.y, held, self.of, loss, ignored)
             return
         kept, out = ([rows.to(data.x.device) for rows in part] for part in (self.rows, held))
         inputs = [data.prepare(data.x[rows]) for rows in kept]
         self.x, x = (torch.cat([f(data.x[rows]) for f, rows in zip(inputs, part, strict=True)]) for part in (kept, out))
         self.y, y = (torch.cat([data.y[rows] for rows in part]) for part in (kept, out))
         self.rows, held = (torch.arange(part.numel(), device="cpu").view(part.shape) for part in (self.rows, held))
-        self.held = Held.made(x, y, held, self.of, loss)
+        self.weight = None if data.weight is None else torch.cat([data.weight[rows] for rows in kept])
+        self.held = Held.made(x, y, held, self.of, loss, ignored)
 
     def first(self, division: int, count: int) -> tuple[Tensor, Tensor]:
         """The first training rows of a division, as inputs and targets."""
@@ -149,9 +158,11 @@ def train_group(
     Returns:
         The result of each member, and by name the parameters [E, ...] of each member's best epoch.
     """
-    rows, device = _Rows(members, data, training.loss), data.x.device
+    ignored, device = training.options.get("ignore_index"), data.x.device
+    rows = _Rows(members, data, training.loss, ignored)
     ensemble, highest = _started(members, rows, training, device)
-    step = TrainStep(ensemble, training.optimizer, loss=training.loss, **_settings(members, training))
+    settings = _settings(members, training)
+    step = TrainStep(ensemble, training.optimizer, loss=training.loss, **settings, **training.options)
     n, batch_size = rows.rows.shape[1], training.batch_size
     steps = -(-n // batch_size)
     factor = lr_factor(training.schedule, training.epochs * steps, training.warmup)
@@ -180,7 +191,8 @@ def train_group(
             order = orders[:, first * batch_size : last * batch_size]
             order = order[0] if len(order) == 1 else order.index_select(0, rows.of)
             factors = [factor((epoch - 1) * steps + number) for number in range(first, last)]
-            means = step.epoch(rows.x, rows.y, batch_size, order.contiguous().to(device), factors).double().cpu()
+            order = order.contiguous().to(device)
+            means = step.epoch(rows.x, rows.y, batch_size, order, factors, rows.weight).double().cpu()
             stop(~means.isfinite(), epoch)
             if not active.any():
                 return results, best
@@ -189,13 +201,17 @@ def train_group(
                 on_progress(Progress(epoch, training.epochs, last, steps, _median(means[active])))
         stop(~_finite(ensemble), epoch)
         seconds = time.perf_counter() - start
-        losses, metrics = evaluate_members(ensemble, rows.held, training.loss, active)
+        judged: dict[str, Tensor] = dict(ensemble.named_parameters())
+        if settings["ema_decay"] is not None:
+            average = step.ema_state_dict()
+            judged = {name: average[name].to(parameter.dtype) for name, parameter in judged.items()}
+        losses, metrics = evaluate_members(ensemble, rows.held, training.loss, active, judged)
         stop(~losses.isfinite() | (torch.minimum(means, losses) > highest), epoch)
         if not active.any():
             return results, best
         improved = active & (losses < least)
         least = torch.where(improved, losses, least)
-        _keep(best, ensemble, improved)
+        _keep(best, judged, improved)
         for number in active.nonzero().flatten().tolist():
             results[number] = replace(results[number], epochs=epoch)
         for number in improved.nonzero().flatten().tolist():
@@ -219,13 +235,16 @@ def _started(
     first = members[0]
     empty = MLPEnsemble(first.sizes, len(members), first.activation, device="meta", dtype=training.dtype)
     ensemble: MLPEnsemble = empty.to_empty(device=device)
-    model = MLP(first.sizes, first.activation, device=device, dtype=training.dtype)
+    model = MLP(first.sizes, first.activation, device=device, dtype=training.dtype, dropout=first.dropout)
+    if first.dropout:
+        ensemble.dropout = first.dropout
+        ensemble.dropout_state.copy_(initialize_(model, first.seed).dropout_state)
     highest = torch.zeros(len(members), dtype=torch.float64, device="cpu")
     own = dict(model.named_parameters())
     for division, seed in enumerate(rows.seeds):
         numbers = (rows.of == division).nonzero().flatten()
         initialize_(model, seed)
-        guess = loss_of_a_guess(model, *rows.first(division, _GUESS_ROWS), training.loss)
+        guess = loss_of_a_guess(model, *rows.first(division, _GUESS_ROWS), training.loss, rows.held.ignored)
         highest[numbers] = EXPLODED * guess
         with torch.no_grad():
             for name, parameter in ensemble.named_parameters():
@@ -252,33 +271,36 @@ def _finite(ensemble: MLPEnsemble) -> Tensor:
 
 
 @torch.no_grad()
-def _keep(best: Mapping[str, Tensor], ensemble: MLPEnsemble, improved: Tensor) -> None:
+def _keep(best: Mapping[str, Tensor], judged: Mapping[str, Tensor], improved: Tensor) -> None:
     """Copy the parameters of the members ``improved`` [E]."""
-    for name, parameter in ensemble.named_parameters():
+    for name, parameter in judged.items():
         numbers = improved.nonzero().flatten().to(parameter.device)
         best[name].index_copy_(0, numbers, parameter.detach().index_select(0, numbers))
 
 
 @torch.no_grad()
-def evaluate_members(ensemble: MLPEnsemble, held: Held, loss: str, members: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate_members(
+    ensemble: MLPEnsemble, held: Held, loss: str, members: Tensor, parameters: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean losses and metrics of members on their own rows, as `fastmlp.evaluate` of each member.
 
     Args:
         members: bool [E] on the CPU, the members to evaluate.
+        parameters: in place of the ensemble's own, by their names; default: these.
 
     Returns:
         Two times float64 [E] on the CPU; NaN for the other members, and where there is no metric.
     """
     numbers = members.nonzero().flatten()
     some, e = numbers.to(held.x.device), len(numbers)
-    layers = ensemble._linears()
-    weights: list[Tensor] = [layer.weight for layer in layers]
-    biases: list[Tensor | None] = [layer.bias for layer in layers]
+    named: Mapping[str, Tensor] = dict(ensemble.named_parameters()) if parameters is None else parameters
+    weights = [named[f"layers.{layer}.weight"] for layer in range(len(ensemble.layers))]
+    biases = [named.get(f"layers.{layer}.bias") for layer in range(len(ensemble.layers))]
     if e < len(members):
         weights = [weight.index_select(0, some) for weight in weights]
         biases = [None if bias is None else bias.index_select(0, some) for bias in biases]
     of, activations = held.of[some], list(ensemble.activations)
-    function, values = loss_function(loss), takes_values(loss)
+    function, values = with_ignored(loss, held.ignored), takes_values(loss)
     total, right, residual = torch.zeros((3, e), dtype=torch.float64, device=held.x.device).unbind()
     for part in held.rows.split(min(MOST_ROWS, max(FEWEST, EVALUATED // e)), 1):
         rows = part[0] if len(part) == 1 else part.index_select(0, of)
@@ -291,9 +313,10 @@ def evaluate_members(ensemble: MLPEnsemble, held: Held, loss: str, members: Tens
             residual += (outputs - targets).square().sum((1, 2))
             right += ((outputs > 0) == (targets > 0.5)).sum((1, 2))
         else:
-            right += (outputs.argmax(2) == targets).sum(1)
+            found = outputs.argmax(2) == targets
+            right += (found if held.ignored is None else found & (targets != held.ignored)).sum(1)
     reference = held.reference[of]
     losses, metrics = torch.full((2, len(members)), float("nan"), dtype=torch.float64, device="cpu").unbind()
-    losses[numbers] = (total / (held.rows.shape[1] * held.y[0].numel())).cpu()
+    losses[numbers] = (total / held.count[of]).cpu()
     metrics[numbers] = (1 - residual / reference if metric_of(loss) == "r2" else right / reference).cpu()
     return losses, metrics

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from ..split import fold as divided_by_fold
 from ..split import held_out
 
 #: The axes of a sweep, in the order of the members: the first one changes slowest.
-AXES = ("sizes", "activation", "lr", "momentum", "weight_decay", "seed", "fold")
+AXES = ("sizes", "activation", "lr", "momentum", "weight_decay", "dropout", "seed", "fold")
 #: The axes that are settings; the other ones repeat a setting.
-SETTINGS = AXES[:5]
+SETTINGS = AXES[:6]
 #: Most members of a group that nobody gave a size for, so that an interrupted sweep does not lose everything.
 MOST_MEMBERS = 1024
 #: Rows of all members of a group that are evaluated together, and rows of one member at least and at most.
@@ -37,6 +37,7 @@ class Member:
         number: its place in the sweep, from 0.
         sizes, activation: of the MLP.
         lr, momentum, weight_decay: of its optimizer; momentum is None for an optimizer that has none.
+        dropout: of its hidden layers.
         seed: of its starting weights, its order of the rows, and its division of the rows.
         fold: its part of the rows that validates it, from 0; None without folds.
     """
@@ -47,6 +48,7 @@ class Member:
     lr: float
     momentum: float | None
     weight_decay: float
+    dropout: float
     seed: int
     fold: int | None
 
@@ -86,6 +88,7 @@ class Data:
         folds: the number of parts, as `fastmlp.train.split.fold`; None without folds.
         prepare: from the training rows of x, the function from rows of x to inputs, such as a standardization; None
             where the rows of x are inputs.
+        weight: floating-point [N], the weight of each row in the training; None: all rows count alike.
     """
 
     x: Tensor
@@ -93,6 +96,7 @@ class Data:
     share: float | None = None
     folds: int | None = None
     prepare: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
+    weight: Tensor | None = None
 
     def divided(self, seed: int, fold: int | None) -> tuple[Tensor, Tensor]:
         """(training rows, validation rows) of a member, ascending, on the CPU; ValueError if one part has none."""
@@ -111,16 +115,22 @@ class Data:
 
 @dataclass(frozen=True)
 class Training:
-    """What all members have in common; the names are those of `fastmlp.fit`."""
+    """What all members have in common; the names are those of `fastmlp.fit`.
+
+    Attributes:
+        settings: of the optimizer that are no axes, as far as they are given.
+        options: further arguments of `TrainStep`.
+    """
 
     epochs: int
     batch_size: int
     optimizer: str
-    nesterov: bool | None
     loss: str
     schedule: str
     warmup: float
     dtype: torch.dtype
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def rule(self, member: Member) -> Optimizer:
         """The optimizer of a member.
@@ -128,7 +138,7 @@ class Training:
         Raises:
             ValueError: a setting that the optimizer does not have, or outside its range.
         """
-        settings = {"momentum": member.momentum, "weight_decay": member.weight_decay, "nesterov": self.nesterov}
+        settings = {"momentum": member.momentum, "weight_decay": member.weight_decay, **self.settings}
         return usual_rule(lr=member.lr, optimizer=self.optimizer, **settings)
 
 
@@ -137,8 +147,8 @@ def grouped(
 ) -> list[list[int]]:
     """The numbers of the members of each group, which are trained as one ensemble.
 
-    A group has members of one shape and activation, all with momentum or all without, and with the same number of
-    training rows. Members with the same training rows are side by side, since they share the inputs.
+    A group has members of one shape, activation and dropout, all with momentum or all without, and with the same number
+    of training rows. Members with the same training rows are side by side, since they share the inputs.
 
     Args:
         room: bytes that a group may take.
@@ -149,15 +159,16 @@ def grouped(
     trained = {fold: data.trained(fold) for fold in dict.fromkeys(member.fold for member in members)}
     for member in members:
         structure = training.rule(member).structure
-        kinds.setdefault((member.sizes, member.activation, structure, trained[member.fold]), []).append(member)
+        kind = member.sizes, member.activation, member.dropout, structure, trained[member.fold]
+        kinds.setdefault(kind, []).append(member)
     groups: list[list[int]] = []
-    for kind in kinds.values():
-        kind.sort(key=lambda member: (member.seed, member.fold or 0, member.number))
-        limit = min(most, -(-len(kind) // parts))
-        each = member_bytes(kind[0], data, training)
+    for alike in kinds.values():
+        alike.sort(key=lambda member: (member.seed, member.fold or 0, member.number))
+        limit = min(most, -(-len(alike) // parts))
+        each = member_bytes(alike[0], data, training)
         group: list[int] = []
         divisions: set[object] = set()
-        for member in kind:
+        for member in alike:
             taken = (len(group) + 1) * each + len(divisions | {member.division}) * division_bytes(data, training)
             if group and (len(group) == limit or taken > room):
                 groups.append(group)
@@ -174,7 +185,7 @@ def member_bytes(member: Member, data: Data, training: Training) -> int:
     wide = max(4, item)
     parameters = sum((n_in + 1) * n_out for n_in, n_out in itertools.pairwise(sizes))
     # The parameters, their best values so far, and masters of 16 bits; gradients, and on a GPU partial sums of them.
-    of_parameters = 2 * item + (wide if item < 4 else 0) + wide * len(training.rule(member).states)
+    of_parameters = 2 * item + (wide if item < 4 else 0) + wide * len(training.rule(member).kept)
     of_parameters += wide * (5 if data.x.is_cuda else 1)
     rows = min(training.batch_size, len(data.y))
     step = rows * item * (2 * sizes[0] + 3 * sum(sizes[1:])) + 16 * rows * CHECK_EVERY

@@ -189,6 +189,7 @@ def load_group(
             parameters.setdefault(int(number), {})[rest] = tensor
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{os.fspath(path)} is damaged: {type(error).__name__}: {error}") from error
+    theirs = [{"dropout": 0.0, **member} for member in theirs]  # a sweep of an older fastmlp had none
     if theirs != [member.as_dict() for member in members] or len(results) != len(members):
         raise CheckpointError(f"{os.fspath(path)} has members of another sweep")
     return results, parameters, seconds
