@@ -276,8 +276,11 @@ def tune(
             for product in products(kind, batch, dtype, device, sizes):
                 shape = product.rows, product.cols, product.depth
                 wide = all(length % 16 == 0 for length in shape)  # as the launcher finds for its operands
-                with _replaced("configs", "tuned_tile", lambda *_: None):
-                    rule = configs.gemm_tile.__wrapped__(kind, *shape, dtype, here, wide=wide)
+                with (
+                    _replaced("configs", "tuned_tile", lambda *_: None),
+                    _replaced("configs", "_chosen", configs._chosen.__wrapped__),
+                ):
+                    rule = configs.gemm_tile(kind, *shape, dtype, here, wide=wide)
                 prices = {
                     tile: _price(product, tile, dtype, clock, log)
                     for tile in dict.fromkeys([rule, *configs.all_tiles(kind, dtype, here, wide=wide)])

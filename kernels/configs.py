@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .device import Device
+from .device import Device, tf32_allowed
 from .launch import forget
 from .members import stride_of
 from .tuned import read_table, tuned_tile
@@ -65,6 +65,8 @@ class Tile(NamedTuple):
     slices: int = 1
     #: Programs of the weight gradient that the registers of a multiprocessor hold at once.
     resident: int = 1
+    #: float32 products run outside of the matrix units, unless torch allows tf32.
+    fma: bool = False
 
     @property
     def compile_options(self) -> dict[str, int]:
@@ -299,10 +301,38 @@ _UPDATE_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
         (Tile(64, 64, 32, 8, 4, 128), Tile(32, 64, 32, 4, 4), Tile(32, 32, 64, 4, 4)),
     ),
     "hip": (
-        (Tile(32, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(16, 32, 16, 2, 2)),
+        (Tile(32, 64, 16, 4, 2, resident=8), Tile(32, 32, 16, 4, 2, resident=8), Tile(16, 32, 16, 2, 2, resident=8)),
         (Tile(64, 64, 32, 8, 2), Tile(32, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2)),
     ),
     "interpreter": _TILES["interpreter"],
+}
+
+
+# float32 of wide operands on GeForce-class multiprocessors (sm_86, sm_89, sm_120). These have as many multiply-adds
+# outside of the matrix units as tf32 multiply-adds inside, and the split takes three of the latter. The forward product
+# stays on the matrix units: W is contiguous along the reduction, and multiply-adds would read W with bank conflicts.
+# Small tiles are those of small batches, which are bound by latency.
+_FMA_GRADIENT_TILES: tuple[Tile, ...] = (
+    Tile(64, 128, 16, 4, 3, resident=3, fma=True),
+    Tile(64, 64, 16, 4, 3, 128, resident=4, fma=True),
+    Tile(32, 64, 16, 4, 3, resident=5, fma=True),
+    Tile(16, 32, 32, 2, 4, resident=4),
+)
+_FMA_DGRAD_TILES: tuple[Tile, ...] = (
+    Tile(64, 128, 16, 4, 3, fma=True),
+    Tile(64, 64, 32, 4, 3),
+    Tile(32, 64, 32, 4, 3, 255),
+    Tile(16, 32, 32, 2, 4),
+)
+
+# What replaces tiles of wide operands where torch allows tf32: one product takes fewer registers than the three of the
+# split, so that a larger block fits a program, or one program more fits a multiprocessor. Keys: family, and whether the
+# tile is a weight gradient's.
+_TF32_INSTEAD: dict[tuple[str, bool], dict[Tile, tuple[Tile, ...]]] = {
+    ("mma", False): {Tile(64, 128, 32, 8, 3): (Tile(64, 128, 16, 4, 4),)},
+    ("mma", True): {Tile(128, 128, 16, 8, 4): (Tile(64, 128, 16, 4, 4, resident=3),)},
+    ("wgmma", False): {Tile(128, 128, 32, 8, 3): (Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 8, 3))},
+    ("wgmma", True): {Tile(128, 128, 32, 8, 3): (Tile(128, 128, 32, 4, 3, resident=2),)},
 }
 
 
@@ -342,9 +372,14 @@ def loads_wide(*operands: Tensor) -> bool:
     return True
 
 
-def _candidates(kind: str, dtype: torch.dtype, device: Device, wide: bool) -> tuple[Tile, ...]:
+def _candidates(
+    kind: str, dtype: torch.dtype, device: Device, wide: bool, tf32: bool, pixels: bool
+) -> tuple[Tile, ...]:  # fmt: skip
     family = _family(device)
-    if wide and family in _WIDE_GRADIENT_TILES and (kind == "update" or (kind == "wgrad" and family == "wgmma")):
+    # A gradient of pixels would keep the whole widened block in registers.
+    if wide and dtype == torch.float32 and kind != "fwd" and not (tf32 or pixels) and device.has_wide_fma:
+        float32 = half = _FMA_DGRAD_TILES if kind == "dgrad" else _FMA_GRADIENT_TILES
+    elif wide and family in _WIDE_GRADIENT_TILES and (kind == "update" or (kind == "wgrad" and family == "wgmma")):
         float32, half = _WIDE_GRADIENT_TILES[family]
     elif kind == "update":
         float32, half = _UPDATE_TILES.get(family, _UPDATE_TILES["mma"])
@@ -353,6 +388,9 @@ def _candidates(kind: str, dtype: torch.dtype, device: Device, wide: bool) -> tu
     else:
         float32, half = _TILES[family]
     tiles = float32 if dtype == torch.float32 else half
+    if wide and tf32 and dtype == torch.float32:
+        instead = _TF32_INSTEAD.get((family, kind in ("wgrad", "update")), {})
+        tiles = tuple([new for tile in tiles for new in instead.get(tile, (tile,))])
     if kind in ("fwd", "dgrad") and wide and _slices(device):
         # The smallest tile stays, for reductions that are shorter than a step of the sliced ones.
         small = _SLICED_TILES[family][dtype != torch.float32]
@@ -380,17 +418,26 @@ def fit(tile: Tile, itemsize: int, device: Device) -> Tile | None:
     return tile._replace(num_stages=stages) if stages >= 1 else None
 
 
-@lru_cache(maxsize=4096)
 def gemm_tile(
     kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, *, wide: bool,
-    layers: Shapes = (), beside: int = 0, members: int = 1,
+    layers: Shapes = (), beside: int = 0, members: int = 1, pixels: bool = False, tf32: bool | None = None,
 ) -> Tile:  # fmt: skip
     """The tile for an output of [rows, cols] reduced over ``depth``; see the module docstring for the rule.
 
     ``wide`` is what ``loads_wide`` says of the operands. An update's tile is for all its ``layers`` together, and for
-    what runs ``beside`` them (see ``splits``). Several members are as many outputs in one launch.
+    what runs ``beside`` them (see ``splits``). Several members are as many outputs in one launch. ``pixels`` is whether
+    a weight gradient's X is pixels, and ``tf32`` whether torch allows tf32 products, by default what torch says now.
     """
-    tiles = list(all_tiles(kind, dtype, device, wide=wide))
+    tf32 = tf32_allowed() if tf32 is None else tf32
+    return _chosen(kind, rows, cols, depth, dtype, device, wide, layers, beside, members, pixels, tf32)
+
+
+@lru_cache(maxsize=4096)
+def _chosen(
+    kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, wide: bool, layers: Shapes,
+    beside: int, members: int, pixels: bool, tf32: bool,
+) -> Tile:  # fmt: skip
+    tiles = list(all_tiles(kind, dtype, device, wide=wide, tf32=tf32, pixels=pixels))
     if members == 1 and (measured := tuned_tile(kind, rows, cols, depth, dtype, device, tiles)) is not None:
         return measured
     fitting = [t for t in tiles if t.rows <= max(16, 2 * rows) and t.cols <= max(16, 2 * cols)] or tiles[-1:]
@@ -483,9 +530,14 @@ def _resident(tile: Tile, dtype: torch.dtype, device: Device) -> int:
     return max(1, min(tile.resident, device.shared_limit // stages))
 
 
-def all_tiles(kind: str, dtype: torch.dtype, device: Device, *, wide: bool) -> Iterator[Tile]:
-    """Every tile that ``gemm_tile`` can return for this kind, dtype, device and operands."""
-    for tile in _candidates(kind, dtype, device, wide):
+def all_tiles(
+    kind: str, dtype: torch.dtype, device: Device, *, wide: bool, pixels: bool = False, tf32: bool | None = None
+) -> Iterator[Tile]:  # fmt: skip
+    """Every tile that ``gemm_tile`` can return for this kind, dtype, device and operands.
+
+    ``pixels`` and ``tf32`` are as for ``gemm_tile``.
+    """
+    for tile in _candidates(kind, dtype, device, wide, tf32_allowed() if tf32 is None else tf32, pixels):
         fitted = fit(tile, dtype.itemsize, device)
         if fitted is not None:
             yield fitted
@@ -494,5 +546,5 @@ def all_tiles(kind: str, dtype: torch.dtype, device: Device, *, wide: bool) -> I
 def use_new_table() -> None:
     """Read the tables of measured tiles again; launches from now on use what they say."""
     read_table.cache_clear()
-    gemm_tile.cache_clear()
+    _chosen.cache_clear()
     forget()

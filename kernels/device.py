@@ -33,6 +33,15 @@ class Device:
         """Whether float32 products can run on tensor cores (Ampere and later)."""
         return self.backend == "cuda" and int(self.arch) >= 80
 
+    @property
+    def has_wide_fma(self) -> bool:
+        """Whether float32 multiply-adds outside of the tensor cores are faster than three tf32 ones inside.
+
+        So it is on GeForce-class multiprocessors (Ampere's sm_86 and sm_87, Ada, consumer Blackwell), which have 128 of
+        the former per cycle, and of the latter 128 (GeForce) or 256 (workstation boards).
+        """
+        return self.backend == "cuda" and int(self.arch) in (86, 87, 88, 89, 120, 121)
+
 
 INTERPRETER = Device("interpreter", 0, 4, 1 << 20)
 _devices: WeakKeyDictionary[Any, dict[int, Device]] = WeakKeyDictionary()
@@ -71,15 +80,18 @@ def tf32_allowed() -> bool:
     return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
 
 
-def input_precision(device: Device, dtype: torch.dtype) -> str:
+def input_precision(device: Device, dtype: torch.dtype, fma: bool = False) -> str:
     """How ``tiling.dot`` multiplies operands of ``dtype`` here.
 
     float32 is "tf32x3" on tensor cores (three products of the split operands: as accurate as float32 FMA with half the
     instructions), or "tf32", one product, where torch allows that. tcgen05 needs an accumulator per product, which is
-    "tf32x3 apart" (see ``tiling.dot``). All else is "ieee".
+    "tf32x3 apart" (see ``tiling.dot``). All else is "ieee", and so is float32 in tiles
+    with ``fma`` unless tf32 is allowed.
     """
     if dtype != torch.float32 or not device.has_tf32:
         return "ieee"
     if tf32_allowed():
         return "tf32"
+    if fma:
+        return "ieee"
     return "tf32x3 apart" if 100 <= int(device.arch) < 120 else "tf32x3"

@@ -169,7 +169,7 @@ def plan(
         M, N, K,
         dz.stride(-2), dz.stride(-1), weight.stride(-2), weight.stride(-1), 0 if sums is None else sums.stride(-2),
         ACTIVATION=activation, HAS_SAVED=saved is not None,
-        EVEN_N=N % tile.depth == 0, INPUT_PRECISION=input_precision(current_device(), weight.dtype),
+        EVEN_N=N % tile.depth == 0, INPUT_PRECISION=input_precision(current_device(), weight.dtype, tile.fma),
         BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.cols, SLICES=tile.slices, GROUP_M=GROUP_M,
         **tile.compile_options,
     )  # fmt: skip

@@ -131,8 +131,11 @@ def _linear_fwd_kernel(
 
 @triton.jit
 def _store_a(z, a_ptr, z_ptr, dropout, key, offs_m, first_n, M, N, ACTIVATION: tl.constexpr, SAVE_Z: tl.constexpr):
-    """The epilogue: store a block of A = f(Z), and of Z. Blocks above ``EPILOGUE_SIZE`` are halved."""
-    if z.numel > EPILOGUE_SIZE:
+    """The epilogue: store a block of A = f(Z), and of Z.
+
+    Blocks above ``EPILOGUE_SIZE`` are halved, with dropout and Z once more, because random numbers take registers.
+    """
+    if z.numel > EPILOGUE_SIZE or (dropout is not None and SAVE_Z and z.numel > EPILOGUE_SIZE // 2):
         left, right = halves(z)
         _store_a(left, a_ptr, z_ptr, dropout, key, offs_m, first_n, M, N, ACTIVATION, SAVE_Z)
         _store_a(right, a_ptr, z_ptr, dropout, key, offs_m, first_n + left.shape[1], M, N, ACTIVATION, SAVE_Z)

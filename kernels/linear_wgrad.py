@@ -204,7 +204,7 @@ def _launch(
         M, N, K, m_per_split, stride_split if n_splits > 1 else 0,
         dz.stride(-2), dz.stride(-1), x.stride(-2), x.stride(-1),
         HAS_BIAS=out_b is not None, GATHER=rows is not None, PIXELS=x.dtype == torch.uint8,
-        EVEN_M=M % tile.depth == 0, INPUT_PRECISION=input_precision(current_device(), dz.dtype),
+        EVEN_M=M % tile.depth == 0, INPUT_PRECISION=input_precision(current_device(), dz.dtype, tile.fma),
         BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, SUM_COLS=SUM_COLS,
         **tile.compile_options,
     )  # fmt: skip
@@ -245,7 +245,8 @@ def linear_wgrad(
     if rows is not None and rows.stride(-1) != 1:
         rows = rows.contiguous()
     device, members = current_device(), count_of(dz) or 1
-    tile = gemm_tile("wgrad", N, K, M, dz.dtype, device, wide=loads_wide(dz, x), members=members)
+    pixels = x.dtype == torch.uint8
+    tile = gemm_tile("wgrad", N, K, M, dz.dtype, device, wide=loads_wide(dz, x), members=members, pixels=pixels)
     sum_programs = cdiv(N, SUM_COLS) if bias else 0
     n_splits = splits("wgrad", tile, ((N, K),), M, dz.dtype, device, beside=sum_programs, members=members)
     m_per_split = cdiv(cdiv(M, tile.depth), n_splits) * tile.depth

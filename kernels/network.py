@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .configs import TileRule, gemm_tile, loads_wide
@@ -134,7 +135,8 @@ def _weight_gradients(trained: Sequence[tuple[Any, Any, Any, Any]], gemm_tile: T
     m, dtype, wide = dzs[0].shape[-2], dzs[0].dtype, loads_wide(*dzs, *xs)
     layout = Layout([Layer(dw, db) for dw, db in zip(dws, dbs, strict=True)])
     count, layers = layout.members, layout.of_layers
-    tile, *_ = update_tile(layers, m, dtype, gemm_tile, wide=wide, summed=False, members=count or 1)
+    pixels = xs[0].dtype == torch.uint8
+    tile, *_ = update_tile(layers, m, dtype, gemm_tile, wide=wide, summed=False, members=count or 1, pixels=pixels)
     return gradient_call(layers, dzs, xs, tile, (1, m, 0), "none", count=count)
 
 

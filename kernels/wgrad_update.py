@@ -316,21 +316,27 @@ def _wgrad_update_kernel(
 
 def update_tile(
     layers: Sequence[LayerArguments], m: int, dtype: torch.dtype, rule: TileRule, *, wide: bool, summed: bool,
-    members: int = 1,
+    members: int = 1, pixels: bool = False, tf32: bool | None = None,
 ) -> tuple[Tile, Shapes, int]:  # fmt: skip
     """(tile, shapes, programs for db beside the tiles) of all layers. Without sums, db takes as long as a tile."""
     shapes = tuple([(layer.N, layer.K) for layer in layers])
     n, k = max(shapes, key=lambda shape: shape[0] * shape[1])
     beside = 0 if summed else sum(cdiv(layer.N, SUM_COLS) for layer in layers if layer.b_segment >= 0)
-    tile = rule("update", n, k, m, dtype, current_device(), wide=wide, layers=shapes, beside=beside, members=members)
+    tile = rule(
+        "update", n, k, m, dtype, current_device(), wide=wide, layers=shapes, beside=beside, members=members,
+        pixels=pixels, tf32=tf32,
+    )  # fmt: skip
     return tile, shapes, beside
 
 
-def _plan(layout: Layout, m: int, dtype: torch.dtype, *, wide: bool, summed: bool) -> tuple[Tile, int, int]:
+def _plan(
+    layout: Layout, m: int, dtype: torch.dtype, *, wide: bool, summed: bool, pixels: bool = False,
+    tf32: bool | None = None,
+) -> tuple[Tile, int, int]:  # fmt: skip
     """(tile, splits, samples a split) for all layers together."""
     members = layout.members or 1
     tile, shapes, beside = update_tile(
-        layout.of_layers, m, dtype, gemm_tile, wide=wide, summed=summed, members=members
+        layout.of_layers, m, dtype, gemm_tile, wide=wide, summed=summed, members=members, pixels=pixels, tf32=tf32
     )  # fmt: skip
     n_splits = splits("update", tile, shapes, m, dtype, current_device(), beside=beside, members=members)
     m_per_split = cdiv(cdiv(m, tile.depth), n_splits) * tile.depth
@@ -340,10 +346,12 @@ def _plan(layout: Layout, m: int, dtype: torch.dtype, *, wide: bool, summed: boo
 def workspace(layout: Layout, m: int, dtype: torch.dtype, device: torch.device, *, direct: bool) -> Tensor | None:
     """The partial sums' buffer for batches of ``m``; None where the update is ``direct`` and the batch not split.
 
-    The buffer suffices for operands of any alignment, with and without sums.
+    The buffer suffices for operands of any alignment, with and without sums, and for any setting of torch's precision.
     """
-    ways = product((True, False), repeat=2)
-    n_splits = max(_plan(layout, m, dtype, wide=wide, summed=summed)[1] for wide, summed in ways)
+    ways = [
+        dict(zip(("wide", "summed", "pixels", "tf32"), way, strict=True)) for way in product((True, False), repeat=4)
+    ]
+    n_splits = max(_plan(layout, m, dtype, **way)[1] for way in ways)
     if n_splits == 1 and direct:
         return None
     return torch.empty((n_splits, *layout.flat_shape), dtype=torch.float32, device=device)
@@ -420,7 +428,7 @@ def gradient_call(
         m, 0 if loss_rows is None else loss_rows.numel() // (count or 1), sum_programs, tiles, m_per_split,
         stride_split,
         LAYERS=len(operands), OPTIMIZER=optimizer, LOW_IS_PARAM=low_is_param, EVEN_M=m % tile.depth == 0,
-        INPUT_PRECISION=input_precision(current_device(), dzs[0].dtype),
+        INPUT_PRECISION=input_precision(current_device(), dzs[0].dtype, tile.fma),
         BLOCK_M=tile.depth, BLOCK_N=tile.rows, BLOCK_K=tile.cols, GROUP_N=GROUP_N, LOSS_BLOCK=LOSS_BLOCK,
         SUM_COLS=SUM_COLS, AT_ONCE=at_once * tile.num_warps, **options,
     )  # fmt: skip
@@ -470,7 +478,9 @@ def wgrad_update(
     m = dzs[0].shape[-2]
     dtype = dzs[0].dtype
     made = _made(layout.of_layers, sums) is not None
-    tile, n_splits, m_per_split = _plan(layout, m, dtype, wide=loads_wide(*dzs, *xs), summed=made)
+    tile, n_splits, m_per_split = _plan(
+        layout, m, dtype, wide=loads_wide(*dzs, *xs), summed=made, pixels=xs[0].dtype == torch.uint8
+    )  # fmt: skip
     direct = n_splits == 1 and optimizer != "none" and unscale is None
     if not direct and partial is None:
         partial = torch.empty((n_splits, *layout.flat_shape), dtype=torch.float32, device=dzs[0].device)

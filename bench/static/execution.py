@@ -22,6 +22,7 @@ from tests.compile.targets import TARGETS
 from tests.ptxsim import Launch, PtxKernel, Stats
 
 from .gpus import MODES
+from .machine import on_fma
 from .numbers import significant
 from .work import Work, work_of
 from .workloads import BATCHES, SIZES, WORKLOADS, float32_precision, labels
@@ -46,7 +47,8 @@ def execution_rows(target: str, mode: str) -> list[dict[str, Any]]:
             with TARGETS[target].simulated() as gpu, float32_precision(mode):
                 workload.run(batch, getattr(torch, MODES[mode].dtype))
             for launch in gpu.launches:
-                rows.append({"target": target, "workload": workload.name, "mode": mode, "batch": batch, **_row(launch)})
+                of = {"target": target, "workload": workload.name, "mode": mode, "batch": batch}
+                rows.append({**of, **_row(launch), "on_fma": on_fma(launch, getattr(torch, MODES[mode].dtype))})
     return rows
 
 

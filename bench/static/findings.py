@@ -131,7 +131,7 @@ def _execution(rows: list[Row]) -> Iterator[tuple[str, Row, float]]:
             yield "sectors", row, row["sectors_over_minimum"]
         if row["gemm"] and row["conflict_share"] > _CONFLICTS:
             yield "bank conflicts", row, row["conflict_share"]
-        if row["gemm"] and not row["on_matrix_units"]:
+        if row["gemm"] and not row["on_matrix_units"] and not row.get("on_fma"):
             yield "tensor core", row, 0
         repeated = (row["matrix_flops_over_needed"] or 0) / MODES[row["mode"]].products
         if repeated > _PRODUCTS:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 
 from .work import Work
 
@@ -108,7 +109,8 @@ def roofline(work: Work, gpu: Gpu, mode: Mode) -> Roofline:
         rate, products = gpu.rates["fp32_matrix"], 1
     times = {
         "memory": work.bytes / gpu.bandwidth,
-        "matrix": work.matrix_flops * products / rate,
+        # Products of float32 may run outside of the matrix units where that is faster.
+        "matrix": work.matrix_flops * min(products / rate, 1 / gpu.rates["fp32"] if mode.products == 3 else inf),
         "vector": work.vector_flops / gpu.rates["fp32"],
     }
     bound = max(times, key=lambda name: times[name])

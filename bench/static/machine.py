@@ -17,7 +17,7 @@ from .occupancy import occupancy
 from .work import Work, work_of
 from .workloads import BATCHES, WORKLOADS, Workload, float32_precision
 
-__all__ = ["GEMM_KERNELS", "machine_rows", "modes_of"]
+__all__ = ["GEMM_KERNELS", "machine_rows", "modes_of", "on_fma"]
 
 #: The kernels that must use matrix units where the target has them.
 GEMM_KERNELS = frozenset(
@@ -25,6 +25,11 @@ GEMM_KERNELS = frozenset(
 )
 # One target per family of matrix units, and the targets of the GPUs of the rooflines.
 _TF32_TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
+
+
+def on_fma(launch: Launch, dtype: torch.dtype) -> bool:
+    """Whether NVIDIA's float32 products run outside of the matrix units, as the tile says."""
+    return "ptx" in launch.asm and dtype == torch.float32 and launch.constexprs.get("INPUT_PRECISION") == "ieee"
 
 
 def modes_of(target: Target, workload: Workload) -> list[str]:
@@ -71,7 +76,8 @@ def _row(target: Target, workload: Workload, mode: str, batch: int, launch: Laun
         "waves": significant(programs / together) if together else None,
         "instructions": mix(instructions(launch).counts),
         "expects_tensor_core": launch.name in GEMM_KERNELS
-        and bool(target.matrix_units[getattr(torch, MODES[mode].dtype)]),
+        and bool(target.matrix_units[getattr(torch, MODES[mode].dtype)])
+        and not on_fma(launch, getattr(torch, MODES[mode].dtype)),
         **_work(work),
         "roofline": _rooflines(target.name, mode, work),
     }

@@ -281,6 +281,8 @@ def test_the_section_says_that_nothing_was_measured_and_where_eager_is_faster() 
     assert "No number in this section was measured" in text
     assert "exceeds eager in a graph nowhere" in text
     assert "H100 SXM float32 64 (2.00 times)" in latency_text([row(12.0, 6.0)], constant_rows())
+    slower = latency_text([{**row(12.0, 6.0), "gpu": "RTX 4090"}], constant_rows())
+    assert "RTX 4090, float32: The forward product takes three tf32 products" in slower
     assert all(f"`{c.name}`" in text for c in CONSTANTS)
     assert latency_text([], []) == ""
 

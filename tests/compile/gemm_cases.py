@@ -76,7 +76,11 @@ def _wgrad(
 
 
 def _tiles(kind: str) -> Callable[[torch.dtype, Device, str], Sequence[Tile]]:
-    return lambda dtype, device, variant: tuple(all_tiles(kind, dtype, device, wide=_wide(variant)))
+    def tiles(dtype: torch.dtype, device: Device, variant: str) -> Sequence[Tile]:
+        pixels = kind == "wgrad" and "pixels" in variant
+        return tuple(all_tiles(kind, dtype, device, wide=_wide(variant), pixels=pixels))
+
+    return tiles
 
 
 def _force(stem: str) -> Callable[[Tile], AbstractContextManager[None]]:
@@ -84,9 +88,10 @@ def _force(stem: str) -> Callable[[Tile], AbstractContextManager[None]]:
     def force(tile: Tile) -> Iterator[None]:
         def chosen(
             kind: str, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, *, wide: bool,
-            members: int = 1,
+            members: int = 1, pixels: bool = False,
         ) -> Tile:  # fmt: skip
-            assert tile in all_tiles(kind, dtype, device, wide=wide), f"configs never choose {tile} where wide={wide}"
+            tiles = all_tiles(kind, dtype, device, wide=wide, pixels=pixels)
+            assert tile in tiles, f"configs never choose {tile} where wide={wide}"
             return tile
 
         with mock.patch.object(importlib.import_module(f"fastmlp.kernels.{stem}"), "gemm_tile", chosen):

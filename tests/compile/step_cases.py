@@ -120,7 +120,7 @@ def _update(
 
 def _update_tiles(dtype: torch.dtype, device: Device, variant: str) -> list[Tile]:
     """The largest tiles only where the batch is split."""
-    tiles = all_tiles("update", dtype, device, wide="narrow" not in variant)
+    tiles = all_tiles("update", dtype, device, wide="narrow" not in variant, pixels="pixels" in variant)
     return [tile for tile in tiles if "split" in variant or tile.rows * tile.cols <= LARGEST_UPDATED]
 
 

@@ -115,8 +115,10 @@ def test_a_single_model_has_no_member_axis() -> None:
         assert launch.arguments["members"] is None
 
 
-def test_too_many_members() -> None:
+def test_too_many_members(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a launch that the GPU would refuse."""
+    # Parameters without values take ten seconds to be drawn one member after the other.
+    monkeypatch.setattr(fastmlp.MLPEnsemble, "reset_parameters", lambda self: None)
     with TARGETS["sm_90"].simulated() as gpu, use_backend("triton"):
         model = fastmlp.MLPEnsemble((2, 2), MOST + 1, device="meta").to_empty(device="cpu")
         with pytest.raises(ValueError, match="at most 65,535 members"):

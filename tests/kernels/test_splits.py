@@ -56,3 +56,18 @@ def test_programs_beside_the_tiles_are_counted():
         count = splits("wgrad", tile, ((512, 784),), 4096, torch.bfloat16, device, beside=beside)
         busiest = cdiv(count * (28 + beside), 132)
         assert count * (28 + beside) >= 2 / 3 * busiest * 132
+
+
+@pytest.mark.launch
+def test_partial_sums_have_room_for_any_precision():
+    """A user may allow tf32 after the first step, whose batch is then split more often."""
+    from fastmlp.kernels.layout import Layer, Layout
+    from fastmlp.kernels.wgrad_update import _plan, workspace
+    from tests.ptxsim import SimulatedGPU
+
+    layout = Layout([Layer(torch.zeros(n, k), torch.zeros(n)) for n, k in LAYERS])
+    with SimulatedGPU(80, execute=False):
+        counts = [_plan(layout, 4096, torch.float32, wide=True, summed=True, tf32=tf32)[1] for tf32 in (False, True)]
+        partial = workspace(layout, 4096, torch.float32, torch.device("cpu"), direct=True)
+    assert counts[0] < counts[1]
+    assert partial.shape[0] >= counts[1]

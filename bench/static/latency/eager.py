@@ -41,9 +41,12 @@ def eager_operations(mode: str, batch: int, sizes: tuple[int, ...] = SIZES) -> l
     return counter.operations
 
 
-def _mode_of_products(mode: str) -> str:
-    """Torch multiplies float32 outside of the matrix units unless tf32 is allowed."""
-    return "float32 on FMA" if mode == "float32" else mode
+def _mode_of_products(mode: str, chip: Chip) -> str:
+    """Torch multiplies float32 outside of NVIDIA's matrix units unless tf32 is allowed.
+
+    AMD's matrix units multiply float32 as it is, and AMD's libraries use them.
+    """
+    return "float32 on FMA" if mode == "float32" and chip.target.startswith("sm_") else mode
 
 
 def eager_estimate(mode: str, batch: int, chip: Chip, sizes: tuple[int, ...] = SIZES) -> list[tuple[Kernel, Estimate]]:
@@ -53,7 +56,7 @@ def eager_estimate(mode: str, batch: int, chip: Chip, sizes: tuple[int, ...] = S
     found: list[tuple[Kernel, Estimate]] = []
     for op, share in zip(operations, shares, strict=True):
         if op.product is not None:
-            found += library_product(*op.product, _mode_of_products(mode), chip, round(share, 2))
+            found += library_product(*op.product, _mode_of_products(mode, chip), chip, round(share, 2))
         else:
             found.append(plain_kernel(op.name, chip, op.work.bytes, share, _serial(op, batch, chip)))
     return found
@@ -83,4 +86,4 @@ def products_us(mode: str, batch: int, chip: Chip, sizes: tuple[int, ...] = SIZE
 
 def library_us(m: int, n: int, k: int, mode: str, chip: Chip) -> float:
     """Microseconds of one product by a library, with its operands in the L2 cache."""
-    return sum(e.microseconds for _, e in library_product(m, n, k, _mode_of_products(mode), chip))
+    return sum(e.microseconds for _, e in library_product(m, n, k, _mode_of_products(mode, chip), chip))

@@ -106,8 +106,11 @@ class Loop:
 
     @cached_property
     def products(self) -> int:
-        """Matrix instructions."""
-        return sum(i.name.endswith("MMA") for i in self.body)
+        """Matrix instructions; where there are none, the multiply-adds of a loop of which they are the larger part."""
+        if matrix := sum(i.name.endswith("MMA") for i in self.body):
+            return matrix
+        multiply_adds = sum(i.name == "FFMA" for i in self.body)
+        return multiply_adds if 2 * multiply_adds > len(self.body) else 0
 
     @cached_property
     def loaded(self) -> int:

@@ -33,12 +33,21 @@ from the L2 cache as far as the tensors touched since their last use leave room 
 "floor" is the roofline of all launches. "eager" is eager PyTorch with fused SGD in one CUDA graph: its dispatched
 operations through the same model, products as cuBLAS-class kernels (the fastest of six tiles and ten splits of the
 reduction), other operations by bytes. Autocast casts the weights in every step of bfloat16. "products" are these
-products alone. Eager's float32 products run outside of the matrix units, as torch computes by default; on MI300X they
-run on the vector units too. AMD's assembly has no stall counts, and its compiler reorders the loops of the update, so
-numbers for MI300X are the least certain.
+products alone. Eager's float32 products run outside of NVIDIA's matrix units, as torch computes by default. On MI300X
+they run on the matrix units, which AMD's libraries use. AMD's assembly has no stall counts, and its compiler reorders
+the loops of the update, so numbers for MI300X are the least certain.
 """
 
 _ABOVE = "\nThe estimate exceeds eager in a graph here: {}.\n"
+#: Why the estimate exceeds eager's, by GPU and mode.
+_REASONS = {
+    ("RTX 4090", "float32"): (
+        "The forward product takes three tf32 products on this GPU, which has no more tf32 multiply-adds than float32 "
+        "ones. Multiply-adds outside of the matrix units would read W along the reduction: a simulated sm_120 counts "
+        "1.9 wavefronts of shared memory per multiply-add of a warp, where the gradients have 0.33 and 0.25 would "
+        "keep the units busy. The other way round, W is read without conflicts, so the gradients run there."
+    ),
+}
 _NOWHERE = "\nThe estimate exceeds eager in a graph nowhere.\n"
 
 _KERNELS = """
@@ -75,6 +84,8 @@ def latency_text(rows: list[Row], constants: list[Row], detail: str = "H100 SXM"
         if row["step_us"] > row["eager_us"]
     ]
     text += _ABOVE.format(", ".join(slower)) if slower else _NOWHERE
+    above = dict.fromkeys((row["gpu"], row["mode"]) for row in rows if row["step_us"] > row["eager_us"])
+    text += "".join(f"\n{gpu}, {mode}: {_REASONS[gpu, mode]}\n" for gpu, mode in above if (gpu, mode) in _REASONS)
     if detail in gpus:
         header = (
             "kernel", "bound", "mode", "batch", "us", "library", "programs", "fit", "waves", "by waves", "matrix", "L2",
