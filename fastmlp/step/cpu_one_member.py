@@ -140,6 +140,10 @@ class OneMember:
         """Take up the rule's settings; those of its ``structure`` are as they were."""
         self._mlp.settings_changed()
 
+    def rates_changed(self) -> None:
+        """Take up other learning rates; the other settings are as they were."""
+        self._mlp.rates_changed()
+
     def updated(self) -> None:
         """The versions of the parameters are those of this engine's last update."""
         self._mlp.updated()

@@ -66,7 +66,8 @@ def grouped(
         if foreign or "params" not in group:
             raise ValueError(
                 f"expected a param group to have 'params' and perhaps {' or '.join(map(repr, OWN))}, got "
-                f"{', '.join(map(repr, group)) or 'nothing'}; every other setting is the same for all groups"
+                f"{', '.join(map(repr, group)) or 'nothing'}; every other setting is the same for all groups; "
+                "for groups that differ in others, train with autograd and torch.optim"
             )
         for name in _names(group["params"], named):
             if name in numbers:

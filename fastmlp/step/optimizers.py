@@ -466,7 +466,7 @@ def optimizer_of(name: str, settings: Mapping[str, Any], members: int | None = N
     if not isinstance(name, str):
         raise TypeError(_no_name(name))
     if name not in OPTIMIZERS:
-        raise ValueError(unknown("optimizer", name, OPTIMIZERS))
+        raise ValueError(unknown("optimizer", name, OPTIMIZERS, ", or train with autograd and another optimizer"))
     rule = OPTIMIZERS[name]
     own = {field.name for field in fields(rule)}
     given = {setting: value for setting, value in settings.items() if value is not None or setting != "betas"}

@@ -81,8 +81,8 @@ class TritonStep(StepLaunches):
         self.rows.steps += 1
         entry = None
         if self.graphs is not None:
-            sampled = weight is None or weight.dim()
-            key = (m, self._baked(), x.dtype, y.dtype, x.dim(), y.shape, weights.ignored, sampled)
+            weighs = 0 if weight is None else weight.dim()
+            key = (m, self._baked(), x.dtype, y.dtype, x.dim(), y.shape, weights.ignored, weighs)
             entry = self.graphs.entry(key)
         if self.graphs is None or entry is None:
             self._launch(plan, x, y, None, row, out, weights)

@@ -42,7 +42,7 @@ def check_loss(loss: object) -> None:
             advice = f"pass loss={known!r}, or {advice}"
         raise TypeError(f"expected the name of a loss, one of {', '.join(STEP_LOSSES)}, got {shown}; {advice}")
     if loss not in STEP_LOSSES:
-        raise ValueError(unknown("loss", loss, STEP_LOSSES))
+        raise ValueError(unknown("loss", loss, STEP_LOSSES, ", or train with autograd and another loss"))
 
 
 def _plain(name: str) -> str:

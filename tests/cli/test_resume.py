@@ -177,7 +177,7 @@ def finished(tmp_path_factory):
 
 
 def test_a_finished_run_stays_as_it_is(finished):
-    """The best epoch is the last one. Its line has the results on the test data, at once and when the run is resumed."""
+    """The best epoch is the last one. Its line has the results on the test data, at once and when it is resumed."""
     before = outcome(finished)
     _, summary, (names, *lines) = before
     assert summary["best_epoch"] == len(lines) == 2

@@ -35,33 +35,33 @@ def one_size(machine, rows):
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graphs", "launches"])
-def test_300_batch_sizes(machine, graph):
+def test_100_batch_sizes(machine, graph):
     allowed = 24 * one_size(machine, 1300)
     step = TrainStep(fastmlp.MLP(SIZES, "relu", device="cuda:0"), lr=0.1, momentum=0.9, cuda_graph=graph)
     before = machine.held()
-    sizes = random.Random(0).sample(range(1001, 1301), 300)
+    sizes = random.Random(0).sample(range(1001, 1301), 100)
     for rows in sizes:
         for _ in range(3):
             step(*rows_of(rows))
     held = machine.held() - before
-    assert held <= allowed, f"{held:,} bytes after 300 sizes, {allowed // 24:,} for one"
+    assert held <= allowed, f"{held:,} bytes after 100 sizes, {allowed // 24:,} for one"
 
 
-def test_100_batch_sizes_of_epochs(machine):
+def test_60_batch_sizes_of_epochs(machine):
     images, labels = rows_of(1300, pixels=True)
     step = new_step()
     for _ in range(3):
         step.epoch(images, labels, 1300)
     one = machine.held()
-    for batch_size in random.Random(0).sample(range(1001, 1300), 99):
+    for batch_size in random.Random(0).sample(range(1001, 1300), 59):
         for _ in range(3):
             step.epoch(images, labels, batch_size)
     held = machine.held()
-    assert held <= 24 * one, f"{held:,} bytes after 100 sizes, {one:,} for one"
+    assert held <= 24 * one, f"{held:,} bytes after 60 sizes, {one:,} for one"
 
 
 @pytest.mark.parametrize("products", [None, torch.bfloat16, torch.float16], ids=str)
-def test_100_epochs_over_float_images(machine, products):
+def test_40_epochs_over_float_images(machine, products):
     """There is one copy in the products' dtype, kept or made anew, and one capture per size of a batch."""
     images, labels = rows_of(2000)
     step = new_step(products)
@@ -69,18 +69,18 @@ def test_100_epochs_over_float_images(machine, products):
     for _ in range(4):
         step.epoch(images, labels, 256)
     early, captures = machine.held() - before, len(machine.captures)
-    for _ in range(96):
+    for _ in range(36):
         step.epoch(images, labels, 256)
     held = machine.held() - before
-    assert held <= early * 1.01, f"{held:,} bytes after 100 epochs, {early:,} after 4"
+    assert held <= early * 1.01, f"{held:,} bytes after 40 epochs, {early:,} after 4"
     assert len(machine.captures) == captures <= 4, "the same epoch is captured over and over again"
 
 
 @pytest.mark.parametrize("products", [None, torch.bfloat16], ids=str)
-def test_50_data_sets(machine, products):
+def test_40_data_sets(machine, products):
     """Data sets that the caller has given up are not held without bound."""
     step = new_step(products)
-    for i in range(50):
+    for i in range(40):
         images, labels = rows_of(2000)
         for _ in range(2):
             step.epoch(images, labels, 256)
@@ -90,19 +90,19 @@ def test_50_data_sets(machine, products):
     assert machine.held() <= early * 1.2
 
 
-def test_100_orders_and_rates(machine):
+def test_40_orders_and_rates(machine):
     """Orders and rates are not kept, and neither needs another graph."""
     images, labels = rows_of(2000, pixels=True)
     step = new_step()
     held = {}
-    for i in range(100):
+    for i in range(40):
         step.lr = 0.1 / (i + 1)
         order = torch.randperm(2000, device="cuda:0")
         step.epoch(images, labels, 256, order, [1 / (i + j + 1) for j in range(8)])
         step(images[:100], labels[:100])
-        if i in (4, 9, 50, 75, 99):
+        if i in (4, 9, 20, 30, 39):
             held[i] = machine.held()
-    assert max(held[50], held[75], held[99]) <= max(held[4], held[9])
+    assert max(held[20], held[30], held[39]) <= max(held[4], held[9])
     assert len(machine.captures) <= 4
 
 

@@ -30,8 +30,12 @@ def _number(value: object) -> str:
 
 
 SETTINGS = [
-    ({"optimizer": "adamq"}, ValueError, "unknown optimizer 'adamq'; expected one of sgd, adam, adamw, rmsprop, lion"),
-    ({"loss": "nll"}, ValueError, "unknown loss 'nll'; expected one of cross_entropy, mse"),
+    ({"optimizer": "adamq"}, ValueError, "rmsprop, lion, or train with autograd and another optimizer"),
+    (
+        {"loss": "nll"},
+        ValueError,
+        "unknown loss 'nll'; expected one of cross_entropy, mse.*or train with autograd and another loss",
+    ),
     ({"lr": -1.0}, ValueError, "learning rate of at least 0, got lr=-1.0"),
     ({"lr": math.nan}, ValueError, "learning rate of at least 0, got lr=nan"),
     ({"lr": "0.1"}, TypeError, "lr to be a number, got '0.1' of type str"),

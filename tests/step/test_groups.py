@@ -192,7 +192,11 @@ def test_state_resumes():
 
 
 WRONG = [
-    ([{"params": "*.bias", "momentum": 0.5}], ValueError, r"got 'params', 'momentum'; every other setting is the same"),
+    (
+        [{"params": "*.bias", "momentum": 0.5}],
+        ValueError,
+        r"got 'params', 'momentum'; every other setting is the same.* with autograd",
+    ),
     ([{"lr": 0.5}], ValueError, "to have 'params'"),
     ([{"params": "bias"}], ValueError, r"no parameter of the model is named 'bias'; the names are layers\.0\.weight"),
     ([{"params": [torch.zeros(3)]}], ValueError, r"tensor \[3\] that is no parameter"),
