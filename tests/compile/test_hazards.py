@@ -74,6 +74,6 @@ def test_products_through_one_accumulator_are_found(monkeypatch):
     tile = next(t for t in registry()["linear_dgrad"].tiles(torch.float32, target.device, "sigmoid") if t.rows == 64)
     case = Case("linear_dgrad", target, torch.float32, tile, "sigmoid")
     (apart,) = case.run(assemble=False)
-    monkeypatch.setattr(module, "input_precision", lambda device, dtype: "tf32x3")
+    monkeypatch.setattr(module, "input_precision", lambda device, dtype, fma=False: "tf32x3")
     (chained,) = case.run(assemble=False)
     assert [copied_accumulators(str(launch.asm["ttgir"])) for launch in (apart, chained)] == [0, 6]

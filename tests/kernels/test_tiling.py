@@ -27,7 +27,7 @@ def test_split_products(lane, monkeypatch, name, precision):
         pytest.skip("sm_75 has no tf32")
     for stem in ("linear_fwd", "linear_dgrad", "linear_wgrad", "wgrad_update", "head"):
         module = importlib.import_module(f"fastmlp.kernels.{stem}")
-        monkeypatch.setattr(module, "input_precision", lambda device, dtype: precision)
+        monkeypatch.setattr(module, "input_precision", lambda device, dtype, fma=False: precision)
     a, b = draw(M, K), draw(N, K)
     got = PRODUCTS[name](lane, a, b)
     exact, own = a.double() @ b.double().T, a @ b.T
