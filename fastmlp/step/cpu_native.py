@@ -50,7 +50,7 @@ def native_plan(net: Network, m: int) -> cpu.NativePlan | None:
         return None
     activations, clips = [layer.activation for layer in net.layers], net.rule.max_grad_norm is not None
     names = cpu.unit_names(activations, net.loss, net.rule.name, clips=clips, averages=net.averages)
-    return cpu.NativePlan(names, partial(NativeStep, net, m))
+    return None if names is None else cpu.NativePlan(names, partial(NativeStep, net, m))
 
 
 def write_settings(

@@ -27,6 +27,8 @@ def native_units(net: Ensemble, m: int) -> cpu.NativeUnits | None:
         return None
     activations, clips = [layer.activation for layer in net.layers], net.rule.max_grad_norm is not None
     names = cpu.unit_names(activations, net.loss, net.rule.name, clips=clips, averages=net.rule.ema_decay is not None)
+    if names is None:
+        return None
     work = m * sum(layer.weight[0].numel() for layer in net.layers)
     return cpu.native_units(m, work, net.dtype, ["whole.members", *names])
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import fastmlp
-from fastmlp import cli, selfcheck
+from fastmlp import cli
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.backend import BACKENDS
-from fastmlp.cli import common
+from fastmlp.cli import common, selfcheck
 from fastmlp.cli import train as train_command
 from fastmlp.cli.run_folder import RESULTS
 from fastmlp.data import load_fashion_mnist

@@ -14,11 +14,13 @@ import fastmlp
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.base.losses import STEP_LOSSES
 from fastmlp.cpu import choose, native
-from fastmlp.cpu.native import machine_code
+from fastmlp.cpu.native import machine_code, unit_names
 from fastmlp.step.cpu_native import NativeStep
 from fastmlp.step.optimizers import OPTIMIZERS
 
 needs_numba = pytest.mark.usefixtures("native_code")
+#: The activations with loops for numba.
+LOOPS = [name for name in ACTIVATIONS if name != "identity" and machine_code.written(f"activations.{name}")]
 
 
 def step_of(rows: int = 4) -> tuple[fastmlp.TrainStep, torch.Tensor]:
@@ -57,7 +59,7 @@ def exactly(name: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @needs_numba
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "identity"])
+@pytest.mark.parametrize("name", LOOPS)
 def test_activations(name, dtype):
     """f and f' over all sizes of numbers: at most twice torch's own error, and one rounding of the largest term."""
     f = ACTIVATIONS[name]
@@ -154,14 +156,13 @@ def test_layers_of_every_size(dtype):
                     assert near(z.view(m, n), exact, terms, dtype, k), (m, n, k)
 
 
-@needs_numba
-def test_every_activation_loss_and_optimizer_has_its_unit():
-    from fastmlp.cpu.native import activations, losses, rules
-
-    for name in ACTIVATIONS:
-        assert name == "identity" or (hasattr(activations, name) and hasattr(activations, f"{name}_grad"))
-    assert all(hasattr(losses, name) for name in STEP_LOSSES.values())
-    assert all(hasattr(rules, name) for name in OPTIMIZERS)
+def test_every_loss_and_optimizer_has_its_unit():
+    settings = {"clips": True, "averages": True}
+    for loss in STEP_LOSSES.values():
+        assert unit_names(LOOPS, loss, "sgd", **settings)
+    for rule in OPTIMIZERS:
+        assert unit_names(LOOPS, "mse", rule, **settings)
+    assert unit_names(["softsign"], "mse", "sgd", **settings) is None
 
 
 @needs_numba

@@ -11,6 +11,7 @@ import torch
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.base.losses import STEP_LOSSES
+from fastmlp.cpu.native import machine_code
 from fastmlp.step.cpu_native import NativeStep
 from tests.support.steps import (
     batches,
@@ -308,6 +309,20 @@ def test_batches_of_several_sizes():
         assert torch.equal(a(x, y), b(x, y))
     by_machine(a, 40)
     assert a.state_dict()["step"] == 5
+
+
+@pytest.mark.parametrize("unit", ["activations.tanh_grad", "losses.cross_entropy", "rules.adam"])
+def test_what_was_not_written_goes_to_the_operators(unit, monkeypatch):
+    x, y = data_of(8)[0]
+    settings = {"activation": "tanh", "optimizer": "adam"}
+    fastmlp.set_cpu_gemm("aten")
+    expected = made(**settings)
+    expected(x, y)
+    fastmlp.set_cpu_gemm("native")
+    monkeypatch.setattr(machine_code, "written", lambda name: name != unit)
+    step = made(**settings)
+    step(x, y)
+    assert torch.equal(flat(step.model), flat(expected.model))
 
 
 def test_dropout_goes_to_the_operators():

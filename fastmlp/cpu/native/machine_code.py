@@ -9,6 +9,7 @@ folder cannot be read or written, every process compiles for itself.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import functools
@@ -57,6 +58,21 @@ def installed() -> bool:
     """Whether numba and llvmlite are there, and addresses have 64 bits."""
     found = all(importlib.util.find_spec(name) is not None for name in ("numba", "llvmlite"))
     return found and ctypes.sizeof(ctypes.c_void_p) == 8
+
+
+def written(unit: str) -> bool:
+    """Whether the unit's function is in its file, which is read and not imported, since it needs numba."""
+    file, _, function = unit.partition(".")
+    return function in _defined(file)
+
+
+@functools.cache
+def _defined(file: str) -> set[str]:
+    """The functions and variables of a file of units."""
+    tree = ast.parse((Path(__file__).parent / f"{file}.py").read_text(encoding="utf-8"))
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    return names | {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
 
 
 class Units:

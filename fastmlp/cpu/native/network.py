@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import layout
+from . import layout, machine_code
 from .machine_code import Units
 
 _STATUS, _INPUTS, _TARGETS, _LOSSES = layout.STATUS, layout.INPUTS, layout.TARGETS, layout.LOSSES
@@ -52,11 +52,12 @@ def _functions(activation: str) -> list[str]:
     return [f"activations.{activation}{end}" for end in ("", "_grad") if activation != "identity"]
 
 
-def unit_names(activations: Iterable[str], loss: str, rule: str, *, clips: bool, averages: bool) -> list[str]:
-    """The units that a network needs beside those of every step."""
+def unit_names(activations: Iterable[str], loss: str, rule: str, *, clips: bool, averages: bool) -> list[str] | None:
+    """The units that a network needs beside those of every step; None where one of them was not written."""
     names = [f"losses.{loss}", f"rules.{rule}"]
     names += ["whole.clipped"] * clips + ["whole.averaged"] * averages
-    return names + [name for activation in dict.fromkeys(activations) for name in _functions(activation)]
+    names += [name for activation in dict.fromkeys(activations) for name in _functions(activation)]
+    return names if all(map(machine_code.written, names)) else None
 
 
 class NativeNetwork:
