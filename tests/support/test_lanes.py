@@ -213,6 +213,6 @@ def test_what_depends_on_the_processor_is_run_as_on_lesser_ones():
     files = {path for path in paths if reach.search((ROOT / path).read_text(encoding="utf-8"))}
     # numpy and numba take the processor as it is, whatever torch is told.
     others = {"tests/step/test_dropout.py", "tests/cpu/test_native.py", "tests/step/test_native_ensembles.py"}
-    others |= {"tests/support/test_lanes.py", "tests/test_package.py"}
+    others |= {"tests/step/test_native_step.py", "tests/support/test_lanes.py", "tests/test_package.py"}
     assert files - others <= set(conftest.ON_THE_PROCESSOR)
     assert set(conftest.ON_THE_PROCESSOR) <= set(paths)
