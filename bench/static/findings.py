@@ -42,13 +42,33 @@ class LimitException:
 
 
 EXCEPTIONS: tuple[LimitException, ...] = (
-    LimitException(
-        "repeated products",
-        "head",
-        "_head_kernel",
-        7.5,
-        "10 classes are padded to the 16 of a matrix instruction; and where rows make too few blocks, up to 8 programs "
-        "share one, each on a multiprocessor that would be idle, and each computes Z anew rather than wait for another",
+    *(
+        LimitException(
+            "repeated products",
+            workload,
+            "_head_kernel",
+            7.5,
+            "10 classes are padded to the 16 of a matrix instruction; and where rows make too few blocks, up to 8 "
+            "programs share one, each on a multiprocessor that would be idle, and each computes Z anew rather than "
+            "wait for another",
+        )
+        for workload in ("head", "head with dropout", "head of weighted rows")
+    ),
+    *(
+        LimitException(
+            "sectors",
+            f"{workload} of weighted rows",
+            kernel,
+            most,
+            "the number of rows is no compile-time fact, so a thread loads its neighbouring weights one by one; the "
+            "later loads find their sectors in the L1 cache",
+        )
+        for workload, kernel, most in (
+            ("head", "_total_weight_kernel", 3.7),
+            ("cross_entropy", "_total_weight_kernel", 3.7),
+            ("cross_entropy", "_cross_entropy_kernel", 1.9),
+            ("elementwise_loss", "_total_weight_kernel", 4.0),
+        )
     ),
     LimitException(
         "sectors",

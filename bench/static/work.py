@@ -228,7 +228,7 @@ def _head(a: Arguments, grid: tuple[int, ...]) -> Work:
         matrix_flops=2 * m * c * k * (1 if previous is None else 2),
         vector_flops=_SOFTMAX_LOSS_AND_GRAD * m * c + below,
         read=(_rows_of(h, a["rows_ptr"]) if a["GATHER_H"] else touched(h))
-        + touched(other, *(a[n] for n in ("w_ptr", "b_ptr", "class_weight_ptr", "scale_ptr", "rows_ptr")))
+        + touched(other, *(a[n] for n in ("w_ptr", "b_ptr", "class_weight_ptr", "sample_ptr", "scale_ptr", "rows_ptr")))
         + _rows_of(a["target_ptr"], a["rows_ptr"], labels=True),
         written=touched(a["loss_ptr"], previous, a["z_ptr"], a["correct_ptr"])
         + m * c * a["dz_ptr"].element_size()
@@ -242,7 +242,7 @@ def _cross_entropy(a: Arguments, grid: tuple[int, ...]) -> Work:
     classes = a["z_ptr"].numel()
     return Work(
         vector_flops=(_SOFTMAX_LOSS if a["dz_ptr"] is None else _SOFTMAX_LOSS_AND_GRAD) * classes,
-        read=touched(a["z_ptr"], a["w_ptr"], a["scale_ptr"], a["rows_ptr"])
+        read=touched(a["z_ptr"], a["w_ptr"], a["sample_ptr"], a["scale_ptr"], a["rows_ptr"])
         + _rows_of(a["target_ptr"], a["rows_ptr"], labels=not a["PROBS"]),
         written=touched(*(a[n] for n in ("loss_ptr", "stats_ptr", "denominator_ptr", "dz_ptr", "correct_ptr")))
         if a["partial_ptr"] is None
@@ -285,7 +285,7 @@ def _elementwise_loss(a: Arguments, grid: tuple[int, ...]) -> Work:
     results = [a[n] for n in ("loss_ptr", "partial_ptr", "da_ptr", "dy_ptr") if a[n] is not None]
     return Work(
         vector_flops=3 * len(results) * grid[2] * a["total"],
-        read=touched(a["a_ptr"], a["rows_ptr"], a["g_ptr"]) + _rows_of(a["y_ptr"], a["rows_ptr"]),
+        read=touched(a["a_ptr"], a["rows_ptr"], a["g_ptr"], a["sample_ptr"]) + _rows_of(a["y_ptr"], a["rows_ptr"]),
         written=touched(*results),
         outputs=grid[2] * a["total"],
     )

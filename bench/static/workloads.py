@@ -94,6 +94,21 @@ def _linear_dgrad(m: int, dtype: torch.dtype) -> object:
     return kernels.linear_dgrad(dz, w, torch.sigmoid(draw(m, 512, seed=1)).to(dtype), "sigmoid")
 
 
+def _dropout() -> kernels.Dropout:
+    return kernels.Dropout(torch.zeros(2, dtype=torch.int64), 0, 0.1)
+
+
+def _linear_fwd_dropout(m: int, dtype: torch.dtype) -> object:
+    x, w, b = draw(m, 784, dtype=dtype), draw(512, 784, dtype=dtype, seed=7, scale=0.04), draw(512, dtype=dtype)
+    return kernels.linear_fwd(x, w, b, "sigmoid", dropout=_dropout())
+
+
+def _linear_dgrad_dropout(m: int, dtype: torch.dtype) -> object:
+    dz, w = draw(m, 512, dtype=dtype), draw(512, 512, dtype=dtype, seed=7, scale=0.04)
+    saved = torch.sigmoid(draw(m, 512, seed=1)).to(dtype)
+    return kernels.linear_dgrad(dz, w, saved, "sigmoid", dropout=_dropout())
+
+
 def _linear_wgrad(m: int, dtype: torch.dtype) -> object:
     return kernels.linear_wgrad(draw(m, 512, dtype=dtype), draw(m, 784, dtype=dtype, seed=1))
 
@@ -102,6 +117,22 @@ def _head(m: int, dtype: torch.dtype) -> object:
     h = torch.sigmoid(draw(m, 512)).to(dtype)
     w, b = draw(10, 512, dtype=dtype, seed=7, scale=0.04), draw(10, dtype=dtype)
     return kernels.head(h, w, b, labels(m), activation="sigmoid", saved=h, scale=1 / m)
+
+
+def _head_dropout(m: int, dtype: torch.dtype) -> object:
+    h = torch.sigmoid(draw(m, 512)).to(dtype)
+    w, b = draw(10, 512, dtype=dtype, seed=7, scale=0.04), draw(10, dtype=dtype)
+    return kernels.head(h, w, b, labels(m), activation="sigmoid", saved=h, scale=1 / m, dropout=_dropout())
+
+
+def _head_weighted(m: int, dtype: torch.dtype) -> object:
+    """Every option of the loss; the weight of 4,096 rows takes a launch of its own."""
+    h = torch.sigmoid(draw(m, 512)).to(dtype)
+    w, b = draw(10, 512, dtype=dtype, seed=7, scale=0.04), draw(10, dtype=dtype)
+    return kernels.head(
+        h, w, b, labels(m), activation="sigmoid", saved=h, class_weight=draw(10).abs(), smoothing=0.1,
+        ignore_index=3, sample_weight=draw(m).abs(), divisor=torch.zeros(()),
+    )  # fmt: skip
 
 
 def _wgrad_update(m: int, dtype: torch.dtype) -> object:
@@ -142,6 +173,13 @@ def _cross_entropy(m: int, dtype: torch.dtype) -> object:
     return kernels.cross_entropy(draw(m, 10, dtype=dtype), labels(m), scale=1 / m)
 
 
+def _cross_entropy_weighted(m: int, dtype: torch.dtype) -> object:
+    return kernels.cross_entropy(
+        draw(m, 10, dtype=dtype), labels(m), weight=draw(10).abs(), smoothing=0.1, ignore_index=3,
+        sample_weight=draw(m).abs(), divisor=torch.zeros(()),
+    )  # fmt: skip
+
+
 def _cross_entropy_fwd(m: int, dtype: torch.dtype) -> object:
     return kernels.cross_entropy_fwd(draw(m, 10, dtype=dtype), labels(m))
 
@@ -164,6 +202,13 @@ def _mse_fwd(m: int, dtype: torch.dtype) -> object:
     )
 
 
+def _huber(m: int, dtype: torch.dtype) -> object:
+    return kernels.elementwise_loss(
+        draw(m, 10, dtype=dtype), draw(m, 10, dtype=dtype, seed=1), "huber", delta=0.5, sample_weight=draw(m).abs(),
+        divisor=torch.zeros(()),
+    )  # fmt: skip
+
+
 def _bce_bwd(m: int, dtype: torch.dtype) -> object:
     a, y = draw(m, 10, dtype=dtype), torch.sigmoid(draw(m, 10, seed=1)).to(dtype)
     return kernels.elementwise_loss_bwd(torch.ones((), dtype=dtype), a, y, "bce_with_logits", want_dy=False)
@@ -179,15 +224,21 @@ WORKLOADS = {
         Workload("linear_fwd", "[M, 784] x [512, 784]^T, sigmoid", _linear_fwd, gemm=True),
         Workload("linear_fwd of pixels", "uint8 [M, 784] gathered by row", _linear_fwd_pixels, gemm=True),
         Workload("linear_dgrad", "[M, 512] x [512, 512], sigmoid'", _linear_dgrad, gemm=True),
+        Workload("linear_fwd with dropout", "as linear_fwd, p = 0.1", _linear_fwd_dropout, gemm=True),
+        Workload("linear_dgrad with dropout", "as linear_dgrad, p = 0.1", _linear_dgrad_dropout, gemm=True),
         Workload("linear_wgrad", "[M, 512]^T x [M, 784]", _linear_wgrad, gemm=True),
         Workload("head", "[M, 512] x [10, 512]^T, loss, dZ, dZ below", _head, gemm=True),
+        Workload("head with dropout", "as head, p = 0.1", _head_dropout, gemm=True),
+        Workload("head of weighted rows", "as head, weights of classes and rows, smoothing", _head_weighted, gemm=True),
         Workload("wgrad_update", "all layers of 784-512-512-10, SGD", _wgrad_update, gemm=True),
         Workload("before_update", "float16, clipped, AdamW, all layers of 784-512-512-10", _before_update),
         Workload("activation_bwd", "[M, 512], sigmoid", _activation_bwd),
         Workload("cross_entropy", "[M, 10], loss and dZ", _cross_entropy),
+        Workload("cross_entropy of weighted rows", "weights of classes and rows, smoothing", _cross_entropy_weighted),
         Workload("cross_entropy_fwd", "[M, 10], mean", _cross_entropy_fwd),
         Workload("cross_entropy_bwd", "[M, 10], mean", _cross_entropy_bwd),
         Workload("elementwise_loss", "[M, 10], mse, loss and dA", _mse),
+        Workload("elementwise_loss of weighted rows", "[M, 10], huber, weights of rows", _huber),
         Workload("elementwise_loss_fwd", "[M, 10], mse, mean", _mse_fwd),
         Workload("elementwise_loss_bwd", "[M, 10], bce_with_logits", _bce_bwd),
         Workload("softmax_squared_error", "[M, 10], loss and dZ", _softmax_squared_error),
