@@ -44,6 +44,7 @@ def test_kernels_are_recorded_with_their_addresses():
         graph = captured(cuda, lambda: kernels.linear_fwd(x, w, None, "identity", a=a))
         assert a.sum() == 0
         w.mul_(2)
+        _memoryless = torch.ones(2, 2).to_sparse()  # which the search for the memory meets too
         x = torch.ones(4, 20)  # the graph goes on reading the old memory, which is gone
         with pytest.raises(RuntimeError, match="freed since its capture"):
             graph.replay()
