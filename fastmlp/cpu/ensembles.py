@@ -58,7 +58,8 @@ def member_way(
     if choose.worth_measuring(multiplications):
         ways = (*ways, "each")
     if by_native:
-        kind, ways = f"{kind} or native", (*ways, *NATIVE_WAYS[: torch.get_num_threads()])
+        # With one thread all machine code is "alone".
+        kind, ways = f"{kind} or native", (*ways, *(NATIVE_WAYS if torch.get_num_threads() > 1 else NATIVE_WAYS[:1]))
     if device.type != "cpu" or len(ways) == 1:
         return "batched"
 

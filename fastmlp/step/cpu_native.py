@@ -144,18 +144,15 @@ class NativeStep:
         update: bool = True,
     ) -> None:
         """``TorchStep.step``, and ``update`` as the step on operators takes it."""
-        if update and weight is None and y.dtype is self._target and self._net.dropout is None:
-            self._write_rates()
-            if self._native.step(x, y, out) if rows is None else self._at(x, y, out, rows):
-                return
-        self.by_operators(x, y, out, rows, weight, update=update)
+        if not (update and weight is None and self.made(x, y, out, rows)):
+            self.by_operators(x, y, out, rows, weight, update=update)
 
-    def made(self, x: Tensor, y: Tensor, out: Tensor) -> bool:
+    def made(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None) -> bool:
         """Whether the machine code has made the step; if not, nothing has changed, and a class may be out of range."""
-        if y.dtype != self._target or out.dtype != self._net.dtype or self._net.dropout is not None:
+        if y.dtype is not self._target or self._net.dropout is not None:
             return False
         self._write_rates()
-        return self._native.step(x, y, out)
+        return self._native.step(x, y, out) if rows is None else self._at(x, y, out, rows)
 
     def _at(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor) -> bool:
         return self._native.steps(x, y, rows.contiguous(), rows.shape[0], None, out)

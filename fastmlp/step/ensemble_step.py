@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from ..base.arguments import check_tensor
-from ..base.losses import STEP_LOSSES
 from ..nn import MLPEnsemble
-from .binding import Binding
 from .cpu_ensemble import TorchEnsemble
 from .cpu_one_member import OneMember
-from .optimizers import Optimizer
 from .train_step import TrainStep
 from .validation import MemberBatches, member_learning_rates
 from .values import check_setting
@@ -62,27 +59,11 @@ class EnsembleStep(TrainStep):
         self._checks_classes = self.backend == "triton" or self._members > 1
         self.losses = self.losses.new_zeros((0, self._members))
 
-    def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> Any:
-        loss, active, rule = STEP_LOSSES[self.loss], self._active, rules[0]
-        groups = self._groups(binding, rules)
-        if self.backend == "triton":
-            from .triton_step import TritonStep
+    def _kernels_step(self, **how: Any) -> Any:
+        return super()._kernels_step(members=self._members, active=self._active, **how)
 
-            with self._on_device:
-                return TritonStep(
-                    binding.layers,
-                    rule,
-                    loss,
-                    self.dtype,
-                    cuda_graph=self._cuda_graph,
-                    groups=groups,
-                    options=self._options,
-                    parallel=self._parallel,
-                    members=self._members,
-                    active=active,
-                )
-        of_torch = OneMember if self._members == 1 else TorchEnsemble
-        return of_torch(binding.layers, rule, loss, self.dtype, active, self._options, groups, self._parallel)
+    def _torch_step(self, **how: Any) -> Any:
+        return (OneMember if self._members == 1 else TorchEnsemble)(active=self._active, **how)
 
     @property
     def active(self) -> Tensor:

@@ -272,12 +272,6 @@ class Adam(Optimizer):
         """The column of the weight decay."""
         return torch.ones_like(lrs) * across(self.weight_decay, lrs)
 
-    def with_rate(self, lr: Any) -> Optimizer:
-        """The same rule with another learning rate, which was checked."""
-        other: Optimizer = object.__new__(type(self))
-        vars(other).update(vars(self), lr=lr)
-        return other
-
     @property
     def decays(self) -> tuple[float, ...]:
         """Both betas."""

@@ -72,7 +72,8 @@ class StatefulStep:
         counters = self._engine.counters().items()
         state = {name: torch.tensor(value, dtype=torch.float64, device="cpu") for name, value in counters}
         own = self._parameter_state()
-        parked = {name: tensor for name, tensor in self._parked.items() if name in self._frozen_state(own)}
+        frozen = self._frozen_state(own)
+        parked = {name: tensor for name, tensor in self._parked.items() if name in frozen}
         return state | {name: tensor.clone() for name, tensor in (own | parked).items()}
 
     def ema_state_dict(self) -> dict[str, Tensor]:
@@ -212,28 +213,20 @@ class StatefulStep:
         engine.parameter_state()  # lets the masters follow parameters that were written to while they were frozen
         engine.set_counters(counters)
 
-    def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> TorchStep | TritonStep:
-        loss, rule, groups = STEP_LOSSES[self.loss], rules[0], self._groups(binding, rules)
+    def _new_engine(self, binding: Binding, rules: list[Optimizer]) -> Any:
+        groups = None if len(rules) == 1 else Groups(rules, [self._group_of[name] for name in binding.trained])
+        how = {"layers": binding.layers, "rule": rules[0], "loss": STEP_LOSSES[self.loss], "dtype": self.dtype}
+        how |= {"groups": groups, "options": self._options, "parallel": self._parallel}
         with self._on_device:
-            if self.backend == "triton":
-                from .triton_step import TritonStep
+            return self._kernels_step(**how) if self.backend == "triton" else self._torch_step(**how)
 
-                return TritonStep(
-                    binding.layers,
-                    rule,
-                    loss,
-                    self.dtype,
-                    cuda_graph=self._cuda_graph,
-                    groups=groups,
-                    options=self._options,
-                    parallel=self._parallel,
-                )
-            return TorchStep(
-                binding.layers, rule, loss, self.dtype, groups=groups, options=self._options, parallel=self._parallel
-            )
+    def _kernels_step(self, **how: Any) -> TritonStep:
+        from .triton_step import TritonStep
 
-    def _groups(self, binding: Binding, rules: list[Optimizer]) -> Groups | None:
-        return None if len(rules) == 1 else Groups(rules, [self._group_of[name] for name in binding.trained])
+        return TritonStep(cuda_graph=self._cuda_graph, **how)
+
+    def _torch_step(self, **how: Any) -> Any:
+        return TorchStep(**how)
 
     def _take_up_dropout(self, binding: Binding) -> None:
         """What the model drops now: nothing in evaluation mode. Each process of a group has masks of its own."""

@@ -17,6 +17,7 @@ from fastmlp.train import fit
 from fastmlp.train.initial import initialize_
 from tests.placement.test_step import OPTIMIZERS, PRECISIONS, ROWS, SIZES, batch, every_call
 from tests.placement.test_tape import loss_and_backward
+from tests.support.covering import in_turns
 from tests.test_layout import sources
 
 pytestmark = pytest.mark.placement
@@ -54,10 +55,8 @@ def all_of_a_step(machine, optimizer, precision):
 #: Every precision with every setting; the optimizers take turns.
 STEPS = [
     pytest.param(optimizer, precision, DEFAULTS[name], id=f"{optimizer}-{precision}-{name}")
-    for (precision, name), optimizer in zip(
-        itertools.product(["float32", "mixed float16"], DEFAULTS),
-        itertools.cycle(["nesterov", "adamw", "clipped"]),
-        strict=False,
+    for precision, name, optimizer in in_turns(
+        itertools.product(["float32", "mixed float16"], DEFAULTS), ["nesterov", "adamw", "clipped"]
     )
 ]
 
@@ -112,10 +111,8 @@ def test_training(machine, setting, backend):
 #: Every dtype with every setting; the optimizers take turns.
 ON_A_CPU = [
     pytest.param(optimizer, dtype, DEFAULTS[name], id=f"{optimizer}-{dtype}-{name}")
-    for (dtype, name), optimizer in zip(
-        itertools.product([torch.float32, torch.float64, torch.bfloat16, torch.float16], DEFAULTS),
-        itertools.cycle(OPTIMIZERS),
-        strict=False,
+    for dtype, name, optimizer in in_turns(
+        itertools.product([torch.float32, torch.float64, torch.bfloat16, torch.float16], DEFAULTS), OPTIMIZERS
     )
 ]
 

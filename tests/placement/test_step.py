@@ -10,6 +10,7 @@ import torch
 import fastmlp
 from fastmlp import TrainStep, use_backend
 from fastmlp.base.losses import STEP_LOSSES, takes_classes
+from tests.support.covering import in_turns
 
 pytestmark = pytest.mark.placement
 
@@ -78,10 +79,8 @@ def check_launches(machine, device):
 #: Every optimizer in every precision; inputs and devices take turns.
 STEPS = [
     pytest.param(optimizer, precision, pixels, device, id=f"{optimizer}-{precision}-{pixels}-{device}")
-    for (optimizer, precision), (pixels, device) in zip(
-        itertools.product(OPTIMIZERS, PRECISIONS),
-        itertools.cycle(itertools.product(["pixels", "float"], DEVICES)),
-        strict=False,
+    for optimizer, precision, (pixels, device) in in_turns(
+        itertools.product(OPTIMIZERS, PRECISIONS), itertools.product(["pixels", "float"], DEVICES)
     )
 ]
 

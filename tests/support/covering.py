@@ -7,13 +7,15 @@ takes such a part per backend, or of the whole grid where there is one backend.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
 
-__all__ = ["SIMULATED", "diagonal", "left_out"]
+__all__ = ["SIMULATED", "diagonal", "in_turns", "left_out"]
 
 #: The architectures that the execute lane simulates, in the order of the starts of their diagonals.
 SIMULATED = (120, 75, 80)
@@ -38,6 +40,11 @@ def diagonal(grid: Sequence[Sequence[object]], start: int = 0) -> list[bool]:
     starts = [0] * (len(counts) - 1) + [start]
     taken = {tuple((s + i) % n for s, n in zip(starts, counts, strict=True)) for i in range(max(counts))}
     return [case in taken for case in zip(*columns, strict=True)]
+
+
+def in_turns(grid: Iterable[tuple[Any, ...]], values: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """The cases of a grid, each with one more value; the values take turns."""
+    return [(*case, value) for case, value in zip(grid, itertools.cycle(values), strict=False)]
 
 
 def left_out(items: Sequence[pytest.Item]) -> list[pytest.Item]:
