@@ -230,7 +230,7 @@ def nobody_watches() -> bool:
 
 
 def alone(x: Tensor, *others: Tensor | None) -> Literal["triton", "torch"] | None:
-    """What ``runs`` answers for these tensors if nobody watches, outside autocast, in a dtype of the kernels.
+    """What ``runs`` answers for these tensors if nobody watches, outside any autocast, in a dtype of the kernels.
 
     Then the kernels are a few launches, and plain torch, which is what "auto" means on a CPU, a few calls. What the
     shapes, dtypes and devices of the tensors allow is the same for each call, so nobody needs to look at them twice.
@@ -239,13 +239,13 @@ def alone(x: Tensor, *others: Tensor | None) -> Literal["triton", "torch"] | Non
     if not (nobody_watches() and x is not None and _PLAIN.issuperset(map(type, (x, *others)))):
         return None
     name = get_backend()
-    if name == "torch" or not (x.is_cuda or x.is_cpu) or torch.is_autocast_enabled(x.device.type):
+    if name == "torch" or torch._C._is_any_autocast_enabled():
         return None
     if x.is_cuda:
         return "triton" if _triton_installed else None
     if name == "triton":
-        return "triton" if _kernels_take_cpu() else None
-    return "torch"
+        return "triton" if x.is_cpu and _kernels_take_cpu() else None
+    return "torch" if x.is_cpu else None
 
 
 def check_kernels_run_on(x: Tensor) -> None:

@@ -29,7 +29,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         return cross_entropy(
             input,
             target,
-            self.weight,
+            # A module finds its buffers itself only after everything else.
+            self._buffers["weight"] if "weight" in self._buffers else self.weight,  # noqa: SIM401
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,

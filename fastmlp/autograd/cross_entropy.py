@@ -168,7 +168,7 @@ def cross_entropy(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     check_tensor(input, "the input")
     check_tensor(target, "the target")
-    if torch_losses.torch_is_as_fast(input, target, label_smoothing) and get_backend() != "triton":
+    if get_backend() != "triton" and torch_losses.torch_is_as_fast(input, target, label_smoothing):
         return _torchs(input, target, weight, ignore_index, reduction, label_smoothing)
     key = None
     # Equal keys must be of equal types, since 1, 1.0 and True are equal.
