@@ -77,7 +77,7 @@ def _fit(ready: Ready, run: Run | None, ranks: Ranks, reporter: Reporter, stoppi
     state = ready.state
     events = None
     if run is not None and ready.options["log"] == "tensorboard":
-        events = TensorBoardLog(run.folder / TENSORBOARD, 1 if state is None else state.epoch + 1)
+        events = TensorBoardLog(run.folder / TENSORBOARD, () if state is None else state.history.epochs)
 
     def on_epoch(result: EpochResult) -> None:
         if events is not None:
@@ -104,6 +104,8 @@ def _fit(ready: Ready, run: Run | None, ranks: Ranks, reporter: Reporter, stoppi
                 **{**ready.arguments, **ready.objects, **of_processes},
             )  # fmt: skip
         stopping.interrupt()
+        if events is not None:
+            events(history.best)  # now with its results on the test data
     except DivergenceError as error:
         if run is None:
             raise click.exceptions.Exit(common.Failure.exit_code) from error

@@ -73,25 +73,33 @@ def read_csv(path: str | os.PathLike[str], loss: str = "cross_entropy") -> Histo
 class TensorBoardLog:
     """``on_epoch=TensorBoardLog(folder)``: losses, metrics and speed of each epoch, for TensorBoard.
 
+    TensorBoard shows nothing that an earlier log of the folder wrote. A second call for an epoch writes what the first
+    call did not have, such as the results on the test data.
+
     Args:
         folder: gets torch's files of events.
-        first: the first epoch to come; those of an earlier process from this epoch on are hidden.
+        earlier: epochs of the run that an earlier process trained. They are written anew, because that process may have
+            died before it wrote the last of them.
 
     Raises:
         ModuleNotFoundError: the package tensorboard is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], first: int = 1) -> None:
-        self._writer = _writer()(os.fspath(folder), purge_step=first if first > 1 else None)
+    def __init__(self, folder: str | os.PathLike[str], earlier: Sequence[EpochResult] = ()) -> None:
+        self._writer = _writer()(os.fspath(folder), purge_step=1)
+        self._written: set[tuple[str, int]] = set()
+        for result in earlier:
+            self(result)
 
     def __call__(self, result: EpochResult) -> None:
         """Write the scalars of an epoch, such as loss/train and accuracy/validation."""
         for name, value in vars(result).items():
-            if value is None or name == "epoch":
+            if value is None or name == "epoch" or (name, result.epoch) in self._written:
                 continue
             split, _, kind = name.partition("_")
             is_score = split in ("train", "validation", "test")
             self._writer.add_scalar(f"{kind}/{split}" if is_score else f"speed/{name}", value, result.epoch)
+            self._written.add((name, result.epoch))
         self._writer.flush()
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from fastmlp import cli
 from fastmlp.cli import common
 from fastmlp.cli.run_folder import RESULTS
+from fastmlp.train.logs import COLUMNS, read_csv
 from fastmlp.train.state import load_state, save_state
 from tests.cli.test_run_folder import small, train  # noqa: F401
 
@@ -235,6 +236,44 @@ def test_folders_that_have_no_run(tmp_path, finished, capsys):
     capsys.readouterr()
     assert run("train", "--out", finished, "--data", "bundled") == 2
     assert f"--overwrite to replace it, or go on with --resume {finished}" in capsys.readouterr().err
+
+
+def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: (epoch, value) by the columns of history.csv."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    shown = reader.EventAccumulator(str(folder / "tensorboard")).Reload()
+    found = {}
+    for tag in shown.Tags()["scalars"]:
+        kind, _, split = tag.partition("/")
+        name = split if kind == "speed" else f"{split}_{kind}"
+        found[name] = [(event.step, event.value) for event in shown.Scalars(tag)]
+    return found
+
+
+def columns(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The same of its history.csv."""
+    history = read_csv(folder / "history.csv").epochs
+    found = {name: [(e.epoch, vars(e)[name]) for e in history if vars(e)[name] is not None] for name in COLUMNS[1:]}
+    return {name: [(epoch, pytest.approx(value)) for epoch, value in rows] for name, rows in found.items() if rows}
+
+
+def test_events_for_tensorboard_are_the_history(tmp_path, monkeypatch):
+    """Also after the death of the process between an epoch's line and its event, and when another run was there."""
+    pytest.importorskip("tensorboard")
+    out, argv = tmp_path / "run", ["--sizes", "6-4-3", "--validation", 0.2, "--log", "tensorboard"]
+    argv += ["--data", table(tmp_path), "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr("fastmlp.train.logs.TensorBoardLog.__call__", _dies)
+        with pytest.raises(Died):
+            run("train", *argv, "--epochs", 3)
+    assert run("train", "--resume", out) == 0
+    assert events(out) == columns(out)
+    assert len(columns(out)["train_loss"]) == 3
+    assert len(columns(out)["test_loss"]) == 1
+    assert run("train", *argv, "--epochs", 2, "--overwrite") == 0
+    assert run("train", "--resume", out) == 0
+    assert events(out) == columns(out)
+    assert len(columns(out)["train_loss"]) == 2
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
