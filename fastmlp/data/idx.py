@@ -120,7 +120,7 @@ def read_any(path: Path) -> Bytes:
                 if expected > most or (not packed and expected < most):
                     raise DataIntegrityError(
                         f"{path} is truncated or damaged: its header promises {_shown(shape)} = {expected} values, the "
-                        f"file has {size} bytes"
+                        f"file has {f'{size} bytes' if packed else most}"
                     )
                 content = content_stream.read(expected + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

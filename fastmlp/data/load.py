@@ -53,6 +53,8 @@ def load_data(
         if path.suffix.lower() != ".npz":
             raise ValueError(f"{path} is a file, but no .npz file; expected {EXPECTED}")
         train, test = load_npz(path, values)
+    elif not named and not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected {EXPECTED}{_meant(text)}")
     elif values:
         raise ValueError(f"{text} has classes, but the loss is one of values; expected an .npz file with values y")
     elif text in (DEFAULT, BUNDLED):
@@ -61,10 +63,8 @@ def load_data(
         train, test = load_torchvision(text.removeprefix(TORCHVISION))
     elif path.is_dir():
         train, test = load_folder(path)
-    elif path.exists():
-        raise ValueError(f"{path} is neither a folder nor a regular file; expected {EXPECTED}")
     else:
-        raise FileNotFoundError(f"{path} does not exist; expected {EXPECTED}{_meant(text)}")
+        raise ValueError(f"{path} is neither a folder nor a regular file; expected {EXPECTED}")
     return train.to(target), None if test is None else test.to(target)
 
 

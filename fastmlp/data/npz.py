@@ -142,7 +142,10 @@ def _class_names(path: Path, arrays: dict[str, Array], values: bool) -> tuple[st
         _check_numbers(path, name, arrays[name])
     count = int(arrays["y"].max()) + 1
     if given is not None and given.size < count:
-        raise ValueError(f"{path}: y has class numbers up to {count - 1}, but classes has {given.size} names")
+        raise ValueError(
+            f"{path}: y has class numbers up to {count - 1}, but classes has {given.size} names; expected a name "
+            "for each number from 0 on"
+        )
     if given is None and count > arrays["y"].size:
         raise ValueError(
             f"{path}: y has class numbers up to {count - 1} in {arrays['y'].size} rows; expected numbers from 0 to "

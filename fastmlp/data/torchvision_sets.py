@@ -57,7 +57,7 @@ def load_torchvision(text: str) -> tuple[ImageDataset, ImageDataset]:
         found = _read(kind, folder, options)
         if found is None:
             raise FileNotFoundError(
-                f"{folder} has no {name} of torchvision; expected the folder that torchvision.datasets.{name} takes as "
+                f"{_without(kind, folder)}; expected the folder that torchvision.datasets.{name} takes as "
                 f"root, or leave @{folder} out to look in {USUAL_FOLDER}/ and the cache, or download it"
             )
     else:
@@ -67,6 +67,16 @@ def load_torchvision(text: str) -> tuple[ImageDataset, ImageDataset]:
         _dataset(part, name, title, split, folder) for part, split in zip(found, ("train", "test"), strict=True)
     )
     return train, test
+
+
+def _without(kind: Any, folder: Path) -> str:
+    """Why torchvision does not find a data set in a folder."""
+    if not folder.is_dir():
+        return f"{folder} is {'a file' if folder.exists() else 'no folder'}"
+    below = folder / getattr(kind, "base_folder", kind.__name__)
+    if below.is_dir():
+        return f"{below} has not all files of {kind.__name__}, or a file that differs from torchvision's"
+    return f"{folder} has no {kind.__name__} of torchvision"
 
 
 def parsed(text: str) -> tuple[str, dict[str, str], Path | None]:

@@ -61,6 +61,11 @@ def test_files_that_are_no_npz(tmp_path):
             load_data(tmp_path / "fifo")
 
 
+def test_a_missing_file_is_missing_for_values_too():
+    with pytest.raises(FileNotFoundError, match=r"tabel\.npz does not exist; expected fashion-mnist"):
+        load_data("tabel.npz", values=True)
+
+
 @pytest.mark.parametrize("source", [None, "bundled", "torchvision:MNIST", "."])
 def test_only_npz_files_have_values(source):
     with pytest.raises(ValueError, match=r"has classes, but the loss is one of values; expected an \.npz file"):
@@ -131,6 +136,11 @@ def test_damaged_and_missing_files(tmp_path, offline):
     pytest.importorskip("torchvision")
     with pytest.raises(FileNotFoundError, match=r"has no MNIST of torchvision; expected the folder that torchvision\."):
         load_data(f"torchvision:MNIST@{tmp_path}")
+    with pytest.raises(FileNotFoundError, match=r"none is no folder; expected the folder that torchvision\."):
+        load_data(f"torchvision:MNIST@{tmp_path / 'none'}")
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-batches-py has not all files of CIFAR10, or a file that"):
+        load_data(f"torchvision:CIFAR10@{tmp_path}")
     folder = idx_folder(tmp_path / "MNIST/raw")
     (folder / "train-images-idx3-ubyte").write_bytes(b"damaged")
     with pytest.raises(DataIntegrityError, match="torchvision cannot read MNIST in"):
