@@ -57,6 +57,7 @@ _OPTIONS = (
     ("root=FOLDER in Python, --data FOLDER on the command line", "--data FOLDER"),
     ("eave root out", "eave --data out"),
     ("eave source out", "eave --data out"),
+    ("rows that ignore_index leaves out", "rows that --ignore-index leaves out"),
     ("take a loss of values, such as mse", "use --loss mse for values"),
     ("name its folder, or ask for the quick form", "name its folder with --data, or use --quick"),
     ("use backend 'auto' or 'torch'", "use --backend auto or --backend torch"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import click
 
@@ -41,7 +42,7 @@ def command(checkpoint: str, data: str | None, device: str, backend: str, as_jso
         common.say("warning", f"{train.source} has no test set; all its rows are evaluated")
     start = time.perf_counter()
     with common.user_errors():
-        loss, score = evaluate(model, test, loss=form.loss)
+        loss, score = evaluate(model, test, loss=form.loss, ignore_index=_ignored(config))
     seconds = time.perf_counter() - start
     metric = metric_of(form.loss)
     if not as_json:
@@ -64,3 +65,10 @@ def command(checkpoint: str, data: str | None, device: str, backend: str, as_jso
     }
     click.echo(json.dumps(result))
     return 0
+
+
+def _ignored(config: dict[str, Any]) -> int | None:
+    """The class number of rows that did not count in the training, and so do not count here."""
+    training = config.get("training")
+    number = training.get("ignore_index") if isinstance(training, dict) else None
+    return number if isinstance(number, int) else None

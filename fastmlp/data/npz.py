@@ -167,7 +167,10 @@ def _check_numbers(path: Path, name: str, y: Array) -> None:
         advice = f"; convert them with {name}.astype('int64'), or take a loss of values, such as mse"
         raise ValueError(f"{path}: {name} is {what}; expected class numbers{advice if y.dtype.kind == 'f' else ''}")
     if y.min() < 0:
-        raise ValueError(f"{path}: {name} has the class number {y.min()}; expected numbers of at least 0")
+        raise ValueError(
+            f"{path}: {name} has the class number {y.min()}; expected numbers of at least 0, also for rows that "
+            "ignore_index leaves out"
+        )
 
 
 def _table(path: Path, x: Array, y: Array, split: str, classes: tuple[str, ...] | None) -> Table:

@@ -191,6 +191,16 @@ def test_predict_of_images(capsys, sets, tmp_path):
     assert "No such file" in run(capsys, "predict", tmp_path / "rows", "none.npz", code=2)
 
 
+def test_ignored_rows_count_in_no_score(capsys, sets, tmp_path):
+    x, y = bars(64)
+    np.savez(sets / "ignored.npz", x=x, y=y, x_test=x[:40], y_test=np.where(np.arange(40) < 30, 3, y[:40]))
+    out = tmp_path / "run"
+    summary = trained(capsys, sets / "ignored.npz", out, "--sizes", "64-16-4", "--epochs", 9, "--ignore-index", 3)
+    found = json.loads(run(capsys, "eval", out, "--data", sets / "ignored.npz", "--json"))
+    assert found["test_accuracy"] == summary["test_accuracy"] > 0.5
+    assert found["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-6)
+
+
 def test_eval_follows_the_names_of_the_classes(capsys, sets, tmp_path):
     out = tmp_path / "run"
     trained(capsys, sets / "pictures", out, "--sizes", "64-16-4", "--epochs", 20)

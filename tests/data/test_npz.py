@@ -97,7 +97,7 @@ INF[2, 0] = np.inf
         ({"x": X, "y": NAN[:, 1]}, True, "y has 1 values that are NaN or infinite, the first in row 5, column 0"),
         ({"x": X.astype(int), "y": Y}, False, "x is int64 [8, 3]; expected floating-point numbers, or uint8 pixels"),
         ({"x": X, "y": Y.astype(float)}, False, "y is floats; expected class numbers; convert them with y.astype('int"),
-        ({"x": X, "y": Y - 1}, False, "y has the class number -1; expected numbers of at least 0"),
+        ({"x": X, "y": Y - 1}, False, "y has the class number -1; expected numbers of at least 0, also for rows"),
         ({"x": X, "y": Y * 1000}, False, "y has class numbers up to 2000 in 8 rows; expected numbers from 0 to C - 1"),
         ({"x": X, "y": Y, "x_test": X, "y_test": Y + 1}, False, "y_test has class numbers up to 3; expected 0 to 2"),
         ({"x": X, "y": np.stack([Y, Y], 1)}, False, "y is int64 [8, 2]; expected one class number for each row"),
