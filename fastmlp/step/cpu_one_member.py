@@ -6,6 +6,7 @@ than the pieces of ``cpu_ensemble``. One member therefore takes the time of an M
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from math import nan
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,10 @@ class OneMember:
     ) -> None:
         views: list[Any] = [_View(layer) for layer in layers]
         self.rule, self.active = rule, active
+        #: Whether the member is active, read from the tensor's memory, which is faster than to ask the tensor.
+        self._is_active: Any = active
+        if active.is_cpu:
+            self._is_active = ctypes.c_bool.from_address(active.data_ptr())
         self._mlp = TorchStep(views, rule, loss, dtype, groups=groups, options=options, parallel=parallel)
         self._classes = views[-1].out_features if takes_classes(loss) else None
         self._ignored = options.ignore_index
@@ -68,13 +73,13 @@ class OneMember:
 
         ``weight`` are sample weights [M] or [1, M].
         """
-        if not self.active:
+        if not self._is_active:
             self._pass_by(out)
             return
-        x, y = x if x.dim() == 2 else x[0], self._targets(y)
-        planned = self._mlp._planned(x.shape[0])
+        planned = self._mlp._planned(x.shape[-2])
         if weight is None and planned.__class__ is NativeStep and planned.made(x, y, out):
             return
+        x, y = x if x.dim() == 2 else x[0], self._targets(y)
         self._look_at(y)
         planned(x, y, out[0], None, _row(weight))
 
@@ -83,7 +88,7 @@ class OneMember:
     ) -> list[Tensor]:
         """Gradients of the trained masters, in the order of the parameters; parameters stay as they are."""
         grads = self._mlp.optimizer.grads
-        if self.active:
+        if self._is_active:
             x, y = x if x.dim() == 2 else x[0], self._targets(y)
             self._look_at(y)
             grads = self._mlp.gradients(x, y, out[0], accumulate=accumulate, weight=_row(weight))
@@ -96,7 +101,7 @@ class OneMember:
 
     def update(self) -> None:
         """Apply the optimizer to what ``gradients`` left."""
-        if self.active:
+        if self._is_active:
             self._mlp.update()
 
     def epoch(
@@ -113,7 +118,7 @@ class OneMember:
 
         ``weight`` are sample weights [N] or [1, N] of all rows. The class numbers have been looked at.
         """
-        if not self.active:
+        if not self._is_active:
             for loss in losses:
                 self._pass_by(loss)
             return

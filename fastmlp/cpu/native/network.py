@@ -150,7 +150,10 @@ class NativeNetwork:
         self._call[_ROWS] = self._call[_BATCH] = self._m
 
     def step(self, x: Tensor, y: Tensor, losses: Tensor) -> bool:
-        """One step on X [m, K], Y [m] or [m, N]; writes the loss. False where a class number is out of range."""
+        """One step on X [m, K], Y [m] or [m, N]; writes the loss. False where a class number is out of range.
+
+        X and Y may have a dimension of one member in front.
+        """
         call = self._call
         if not (self._is_plain and x.dtype is self._dtype and x.is_contiguous() and y.is_contiguous()):
             self._say_how(x, y)
@@ -177,11 +180,11 @@ class NativeNetwork:
 
     def _say_how(self, x: Tensor, y: Tensor) -> None:
         """Write the dtype of the inputs and all strides."""
-        call, (x_row, x_column) = self._call, x.stride()
+        call, (x_row, x_column) = self._call, x.stride()[-2:]
         how = layout.VALUES if x.dtype == self._dtype else layout.PIXELS
         if how == layout.VALUES and x.is_contiguous():
             how, x_row, x_column = layout.READY, self._features, 1
-        y_row, y_column = (y.stride(0), 1) if self._classes else y.stride()
+        y_row, y_column = (y.stride(-1), 1) if self._classes else y.stride()[-2:]
         call[layout.HOW : layout.Y_COLUMN + 1] = [how, x_row, x_column, y_row, y_column]
 
 
@@ -194,21 +197,24 @@ class NativeMembers:
 
     def __init__(self, units: Units, networks: Sequence[NativeNetwork], members: Sequence[int]) -> None:
         self._networks, self._members = networks, members
-        self._function, self._run = units.function("whole.members"), units["whole.run"]
+        self._function = units.function("whole.members")
         self._calls = (ctypes.c_int64 * len(networks))(*[network.address for network in networks])
         self._nothing = ctypes.c_int64()
-        nothing = ctypes.addressof(self._nothing)
-        self._first = nothing, nothing, ctypes.addressof(self._calls), len(networks)
+        nothing, calls = ctypes.addressof(self._nothing), ctypes.addressof(self._calls)
+        #: Those of ``whole.members``, in its order; a step writes the rest.
+        self._arguments = [ctypes.c_int64(n) for n in (nothing, nothing, calls, len(networks), *[0] * 6)]
+        self._arguments.append(ctypes.c_int64(units["whole.run"]))
         self._like: tuple[object, ...] = ()
 
     def step(self, x: Tensor, y: Tensor, losses: Tensor, *, own_x: bool, own_y: bool) -> None:
         """One step on X [m, K] and Y, or where members have their own, [E, m, K] and [E, ...]; losses are [E]."""
-        like = x.dtype, x.stride(), y.stride()
+        like = x.dtype, x.stride(), y.stride(), losses.stride()
+        arguments = self._arguments
         if like != self._like:
             for member, network in zip(self._members, self._networks, strict=True):
-                network.prepare(member, x[0] if own_x else x, y[0] if own_y else y)
+                network.prepare(member, x, y)
+            for place, t, own in ((5, x, own_x), (7, y, own_y), (9, losses, True)):
+                arguments[place].value = t.stride(0) * t.element_size() if own else 0
             self._like = like
-        of_x, of_y = (t.stride(0) * t.element_size() if own else 0 for t, own in ((x, own_x), (y, own_y)))
-        of_losses = losses.stride(0) * losses.element_size()
-        places = x.data_ptr(), of_x, y.data_ptr(), of_y, losses.data_ptr(), of_losses
-        self._function(*self._first, *places, self._run)
+        arguments[4].value, arguments[6].value, arguments[8].value = x.data_ptr(), y.data_ptr(), losses.data_ptr()
+        self._function(*arguments)
