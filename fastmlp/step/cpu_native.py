@@ -1,24 +1,26 @@
 """A training step as one call of machine code (``fastmlp.cpu.native``), for what the machine code has.
 
-What it does not have goes to the step on torch's operators, which is planned when it is first needed: dropout, sample
-weights, targets that are probabilities or of another dtype, class numbers out of range, and gradients without an
-update. Both share the parameters and all state, so they may take turns.
+What it does not have goes to the step on torch's operators, which is planned when it is first needed: dropout, targets
+of another dtype, class numbers out of range, and gradients without an update. Both share the parameters and all state,
+so they may take turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import cpu
-from ..base.losses import takes_classes
+from ..base.losses import IGNORED
 from ..cpu import native_layout as layout
 from .cpu_member_span import Ensemble
+from .cpu_native_losses import LossUnits
 from .cpu_plan import Layer, Network
+from .loss_options import LossOptions
 from .optimizers import Optimizer
 
 if TYPE_CHECKING:
@@ -26,22 +28,13 @@ if TYPE_CHECKING:
 
 
 def has_formulas(net: Network | Ensemble) -> bool:
-    """Whether the machine code has the device, the dtype, the dropout, and the loss for labels that all count."""
-    options = net.options
-    return (
-        net.device.type == "cpu"
-        and net.dtype in (torch.float32, torch.float64)
-        and net.dropout is None
-        and options.class_weight is None
-        and options.pos_weight is None
-        and not options.label_smoothing
-    )
+    """Whether the machine code has the device, the dtype and the dropout."""
+    return net.device.type == "cpu" and net.dtype in (torch.float32, torch.float64) and net.dropout is None
 
 
 def has_native(net: Network) -> bool:
     """Whether the machine code has what the network needs."""
-    ignores = 0 <= net.options.ignored < net.modules[-1].out_features
-    return has_formulas(net) and not (net.copies or net.parallel is not None or net.late or ignores)
+    return has_formulas(net) and not (net.copies or net.parallel is not None or net.late)
 
 
 def native_plan(net: Network, m: int) -> cpu.NativePlan | None:
@@ -49,16 +42,17 @@ def native_plan(net: Network, m: int) -> cpu.NativePlan | None:
     if not has_native(net):
         return None
     activations, clips = [layer.activation for layer in net.layers], net.rule.max_grad_norm is not None
-    names = cpu.unit_names(activations, net.loss, net.rule.name, clips=clips, averages=net.averages)
+    loss = LossUnits(net.loss, net.options, net.dtype).usual.name
+    names = cpu.unit_names(activations, loss, net.rule.name, clips=clips, averages=net.averages)
     return None if names is None else cpu.NativePlan(names, partial(NativeStep, net, m))
 
 
 def write_settings(
-    native: cpu.NativeNetwork, rule: Optimizer, of_groups: Sequence[Optimizer], delta: float, *, plain: bool
+    native: cpu.NativeNetwork, rule: Optimizer, of_groups: Sequence[Optimizer], options: LossOptions, *, plain: bool
 ) -> None:
     """Write the settings for the machine code, except the learning rates."""
     hyper, numbers = native.hyper, rule.numbers
-    hyper[layout.DELTA] = delta
+    hyper[layout.DELTA], hyper[layout.SMOOTHING] = options.delta, options.label_smoothing
     hyper[layout.MAX_NORM] = 0.0 if rule.max_grad_norm is None else rule.max_grad_norm
     hyper[layout.SIGN] = -1.0 if rule.maximize else 1.0
     hyper[layout.NUMBERS : layout.NUMBERS + len(numbers)] = list(numbers)
@@ -83,13 +77,13 @@ class NativeStep:
         optimizer = net.optimizer
         clips = net.rule.max_grad_norm is not None
         self._gradients = [torch.zeros_like(t) for t in optimizer.params] if clips else []
-        self._classes = takes_classes(net.loss)
-        self._target = torch.int64 if self._classes else net.dtype
+        self._losses = LossUnits(net.loss, net.options, net.dtype)
+        self._loss = self._usual = self._losses.usual
         self._native = cpu.NativeNetwork(
             units,
             [self._parts(layer) for layer in net.layers],
             m,
-            loss=net.loss,
+            loss=self._usual,
             rule=net.rule.name,
             lowest=net.lowest,
             groups=len(net.rules),
@@ -97,7 +91,7 @@ class NativeStep:
             counts=net.rule.counted,
             clips=clips,
             averages=net.averages,
-            classes=self._classes,
+            per_class=self._losses.per_class,
         )
         self._hyper, self._changes = self._native.hyper, -1
         self._rates = [(layout.OF_GROUPS + 2 * i, rule) for i, rule in enumerate(net.rules)]
@@ -123,7 +117,7 @@ class NativeStep:
     def _take_settings(self) -> None:
         """Write the settings for the machine code."""
         net = self._net
-        write_settings(self._native, net.rule, net.rules, net.options.delta, plain=net.plain)
+        write_settings(self._native, net.rule, net.rules, net.options, plain=net.plain)
         self._changes = net.changes
 
     def _write_rates(self) -> None:
@@ -144,18 +138,77 @@ class NativeStep:
         update: bool = True,
     ) -> None:
         """``TorchStep.step``, and ``update`` as the step on operators takes it."""
-        if not (update and weight is None and self.made(x, y, out, rows)):
+        if not (update and self._made_or_ignoring(self.made, y, (x, y, out, rows, weight))):
             self.by_operators(x, y, out, rows, weight, update=update)
 
-    def made(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None) -> bool:
-        """Whether the machine code has made the step; if not, nothing has changed, and a class may be out of range."""
-        if y.dtype is not self._target or self._net.dropout is not None:
-            return False
-        self._write_rates()
-        return self._native.step(x, y, out) if rows is None else self._at(x, y, out, rows)
+    def made(
+        self,
+        x: Tensor,
+        y: Tensor,
+        out: Tensor,
+        rows: Tensor | None = None,
+        weight: Tensor | None = None,
+        loss: cpu.LossUnit | None = None,
+    ) -> bool:
+        """Whether the machine code has made the step; if not, nothing has changed, and a class may be out of range.
 
-    def _at(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor) -> bool:
-        return self._native.steps(x, y, rows.contiguous(), rows.shape[0], None, out)
+        ``loss`` is the unit that computes the loss; None: what targets and weights say.
+        """
+        if not self._ready(y, weight, loss):
+            return False
+        if weight is not None:
+            weight = weight.to(self._net.dtype)
+        if rows is None:
+            return self._native.step(x, y, out, weight)
+        return self._native.steps(x, y, rows.contiguous(), rows.shape[0], None, out, weight)
+
+    def epoch(
+        self,
+        x: Tensor,
+        y: Tensor,
+        batch: int,
+        order: Tensor,
+        rates: Tensor,
+        losses: Tensor,
+        weight: Tensor | None = None,
+    ) -> bool:
+        """``TorchStep.epoch``; False where the machine code does not have it, and nothing has changed then."""
+        weight = None if weight is None else weight.to(self._net.dtype)
+        return self._made_or_ignoring(self._epoch, y, (x, y, batch, order, rates, losses, weight))
+
+    def _epoch(
+        self,
+        x: Tensor,
+        y: Tensor,
+        batch: int,
+        order: Tensor,
+        rates: Tensor,
+        losses: Tensor,
+        weight: Tensor | None,
+        loss: cpu.LossUnit | None = None,
+    ) -> bool:
+        if not self._ready(y, weight, loss):
+            return False
+        return self._native.steps(x, y, order.contiguous(), batch, rates.contiguous(), losses, weight)
+
+    def _made_or_ignoring(self, make: Callable[..., bool], y: Tensor, batch: tuple[Any, ...]) -> bool:
+        """``make`` the batch; where that fails because torch ignores labels unasked, by the unit that ignores them."""
+        ignoring = self._losses.ignoring
+        return make(*batch) or bool(
+            ignoring is not None and not y.is_floating_point() and (y == IGNORED).any() and make(*batch, ignoring)
+        )
+
+    def _ready(self, y: Tensor, weight: Tensor | None, loss: cpu.LossUnit | None) -> bool:
+        """Write all settings for batches like this one; False where the machine code does not have them."""
+        if self._net.dropout is not None:
+            return False
+        loss = loss or self._losses.of(y, weight)
+        if loss is not self._loss:
+            if loss is None or not self._native.take_loss(loss):
+                return False
+            self._loss = loss
+        self._write_rates()
+        return True
 
     @property
     def by_operators(self) -> Callable[..., None]:
@@ -163,10 +216,3 @@ class NativeStep:
         if self._operators is None:
             self._operators = self._plan()
         return self._operators
-
-    def epoch(self, x: Tensor, y: Tensor, batch: int, order: Tensor, rates: Tensor, losses: Tensor) -> bool:
-        """``TorchStep.epoch``; False where the machine code does not have it, and nothing has changed then."""
-        if y.dtype != self._target or self._net.dropout is not None:
-            return False
-        self._write_rates()
-        return self._native.steps(x, y, order.contiguous(), batch, rates.contiguous(), losses)

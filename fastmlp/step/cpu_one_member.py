@@ -50,7 +50,7 @@ class OneMember:
         self.rule, self.active = rule, active
         self._mlp = TorchStep(views, rule, loss, dtype, groups=groups, options=options, parallel=parallel)
         self._classes = views[-1].out_features if takes_classes(loss) else None
-        self._ignored = options.ignore_index
+        self._ignored = None if options.is_plain else options.ignored
 
     structure = staticmethod(TorchStep.structure)
 

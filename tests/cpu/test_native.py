@@ -159,10 +159,11 @@ def test_layers_of_every_size(dtype):
 def test_every_loss_and_optimizer_has_its_unit():
     settings = {"clips": True, "averages": True}
     for loss in STEP_LOSSES.values():
-        assert unit_names(LOOPS, loss, "sgd", **settings)
+        for kind in ("losses", "row_weights"):
+            assert unit_names(LOOPS, f"{kind}.{loss}", "sgd", **settings)
     for rule in OPTIMIZERS:
-        assert unit_names(LOOPS, "mse", rule, **settings)
-    assert unit_names(["softsign"], "mse", "sgd", **settings) is None
+        assert unit_names(LOOPS, "losses.mse", rule, **settings)
+    assert unit_names(["softsign"], "losses.mse", "sgd", **settings) is None
 
 
 @needs_numba

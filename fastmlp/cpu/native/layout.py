@@ -26,11 +26,13 @@ NET = 13  #: addresses of the other arrays
 HYPER = 14
 COUNT = 15  #: address of the number of updates, float32
 MEMBER = 16  #: the number of the member in its ensemble
-CALL = 17
+WEIGHTS = 17  #: address of the sample weights
+WEIGHT_ROW = 18  #: their stride; 0: all are the number at the address
+CALL = 19
 
 # The header of ``net``.
 LAYERS = 0
-LOSS = 1  #: address of a unit of ``losses``
+LOSS = 1  #: address of a unit of ``losses`` or ``row_weights``
 RULE = 2  #: of ``rules``
 LOWEST = 3  #: the first layer with something to train
 GROUPS = 4
@@ -50,7 +52,10 @@ FORWARD = 17  #: addresses of the units of ``products``
 PRODUCTS = 18
 GATHER = 19  #: of ``whole``
 BACKWARD = 20
-HEADER = 21
+IGNORED = 21  #: the label that need not be a class; 0, which is one, where there is none
+PER_CLASS = 22  #: address of the factors of the classes
+PER_CLASS_STEP = 23  #: their stride; 0: all are the number at the address
+HEADER = 24
 
 # A layer's record.
 N = 0
@@ -79,7 +84,8 @@ SIGN = 2  #: -1 to go up the gradient
 NUMBERS = 3  #: five numbers of the rule
 EMA = 8  #: weight of the parameters in their average
 EMA_WARMS = 9  #: whether the weight is larger at first
-OF_GROUPS = 10  #: lr and weight decay of each group
+SMOOTHING = 10  #: of labels
+OF_GROUPS = 11  #: lr and weight decay of each group
 
 # How the inputs come.
 READY, VALUES, PIXELS = 0, 1, 2

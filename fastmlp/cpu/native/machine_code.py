@@ -34,7 +34,8 @@ _HASH_BYTES = 32
 #: float64, and numbers in the dtype.
 _ARGUMENTS = {
     "activations": "V V i",
-    "losses": "V I V i i I i i i V d",
+    "losses": "V I V i i I i i i V V i I D",
+    "row_weights": "V I V i i I i i i V V i I D",
     "rules": "V V V V V i d d d d D",
     "products.product": "V i i V i i V i i i v i",
     "products.forward": "i V V V i V i i i V V",
@@ -43,7 +44,7 @@ _ARGUMENTS = {
     "whole.clipped": "I D V d",
     "whole.averaged": "I D V d",
     "whole.run": "I V",
-    "whole.members": "I i i i i i i i i",
+    "whole.members": "I i i i i i i i i i i",
 }
 #: The units of every step.
 _ALWAYS = "whole.run", "whole.backward", "whole.gathered", "products.forward", "products.product"

@@ -38,6 +38,14 @@ class Parameter(NamedTuple):
         return [_address(self.data), int(self.trained), self.group, *states, *rest]
 
 
+class LossUnit(NamedTuple):
+    """What computes the loss of a batch: a unit, what its targets are, and which label need not be a class."""
+
+    name: str  #: of the unit
+    classes: bool  #: whether targets are class numbers
+    ignored: int = 0  #: 0, which is a class, where no label is ignored
+
+
 class LayerParts(NamedTuple):
     """A layer's parameters, and the name of its activation; ``saves_z`` says whether f' needs Z."""
 
@@ -53,8 +61,11 @@ def _functions(activation: str) -> list[str]:
 
 
 def unit_names(activations: Iterable[str], loss: str, rule: str, *, clips: bool, averages: bool) -> list[str] | None:
-    """The units that a network needs beside those of every step; None where one of them was not written."""
-    names = [f"losses.{loss}", f"rules.{rule}"]
+    """The units that a network needs beside those of every step; None where one of them was not written.
+
+    ``loss`` is the name of a unit.
+    """
+    names = [loss, f"rules.{rule}"]
     names += ["whole.clipped"] * clips + ["whole.averaged"] * averages
     names += [name for activation in dict.fromkeys(activations) for name in _functions(activation)]
     return names if all(map(machine_code.written, names)) else None
@@ -65,13 +76,14 @@ class NativeNetwork:
 
     Args:
         units: the machine code, with the ``unit_names`` of the network.
-        loss, rule: their names.
+        loss: what computes the loss, until ``take_loss``.
+        rule: its name.
         lowest: the first layer with something to train.
         groups: number of param groups.
         count: 0-d float32, the number of updates, where ``counts``.
         clips: whether gradients are clipped; every trained parameter then has a place for its gradient.
         averages: whether there is a moving average.
-        classes: whether targets are class numbers.
+        per_class: factors of the classes; None: 1.
         beside: a network of the same sizes whose buffers this one uses too, because they never run at once.
     """
 
@@ -81,7 +93,7 @@ class NativeNetwork:
         layers: Sequence[LayerParts],
         m: int,
         *,
-        loss: str,
+        loss: LossUnit,
         rule: str,
         lowest: int,
         groups: int,
@@ -89,7 +101,7 @@ class NativeNetwork:
         counts: bool,
         clips: bool,
         averages: bool,
-        classes: bool,
+        per_class: Tensor | None = None,
         beside: NativeNetwork | None = None,
     ) -> None:
         weights = [layer.weight.data for layer in layers]
@@ -101,7 +113,8 @@ class NativeNetwork:
         blocks = [max(8, _BLOCK_BYTES // (k * like.element_size()) // 8 * 8) for _, k in sizes]
         largest = max(min(n, block) * k for (n, k), block in zip(sizes, blocks, strict=True))
         self._run, self._m, self._layers, self._count, self._like = units.run, m, layers, count, like
-        self._dtype, self._features, self._classes = like.dtype, sizes[0][1], classes
+        self._dtype, self._features, self._classes = like.dtype, sizes[0][1], False
+        self.one, self._per_class = like.new_ones(1), per_class
         of_da = m * max(most_n, most_k)
         #: In the order of ``layout.X`` to ``layout.DB``, then A and Z of each layer.
         scratch = [m * sizes[0][1], most_k * padded, most_n * padded, of_da, of_da, largest, most_n]
@@ -110,13 +123,15 @@ class NativeNetwork:
         self._buffers: list[Tensor] = []
         self._buffers = [like.new_empty(size) for size in scratch] if beside is None else beside._buffers
         head = [0] * layout.HEADER
-        head[: layout.GROUPS + 1] = [len(layers), units[f"losses.{loss}"], units[f"rules.{rule}"], lowest, groups]
+        head[: layout.GROUPS + 1] = [len(layers), 0, units[f"rules.{rule}"], lowest, groups]
         head[layout.FORWARD], head[layout.PRODUCTS] = units["products.forward"], units["products.product"]
         head[layout.X : layout.DB + 1] = map(_address, self._buffers[:_OF_LAYERS])
         head[layout.GATHER], head[layout.BACKWARD] = units["whole.gathered"], units["whole.backward"]
         head[layout.CLIPS] = units["whole.clipped"] if clips else 0
         head[layout.AVERAGES] = units["whole.averaged"] if averages else 0
-        head[layout.COUNTS], head[layout.CLASSES] = int(counts), int(classes)
+        head[layout.COUNTS] = int(counts)
+        head[layout.PER_CLASS] = _address(self.one if per_class is None else per_class)
+        head[layout.PER_CLASS_STEP] = int(per_class is not None)
         numbers = head
         pairs = zip(self._buffers[_OF_LAYERS::2], self._buffers[_OF_LAYERS + 1 :: 2], strict=True)
         for layer, (n, k), block, (a, z) in zip(layers, sizes, blocks, pairs, strict=True):
@@ -136,53 +151,80 @@ class NativeNetwork:
         nothing, call = (ctypes.c_int64(ctypes.addressof(place)) for place in (self._nothing, self._call))
         self._arguments = nothing, nothing, call, nothing
         self._is_plain = False
+        self._set_loss(units, loss)
+
+    def take_loss(self, loss: LossUnit) -> bool:
+        """Compute losses so from now on; False where the unit was not written or, with a warning, cannot be had."""
+        units = machine_code.units(self._dtype, [loss.name]) if machine_code.written(loss.name) else None
+        if units is not None:
+            self._set_loss(units, loss)
+        return units is not None
+
+    def _set_loss(self, units: Units, loss: LossUnit) -> None:
+        self.net[layout.LOSS], self.net[layout.CLASSES] = units[loss.name], int(loss.classes)
+        self.net[layout.IGNORED] = loss.ignored
+        self._classes, self._is_plain = loss.classes, False
 
     @property
     def address(self) -> int:
         """Of the array ``call``."""
         return ctypes.addressof(self._call)
 
-    def prepare(self, member: int, x: Tensor, y: Tensor) -> None:
-        """Have ``whole.members`` call the step as this member of an ensemble, on batches like x [m, K] and y."""
-        self._say_how(x, y)
+    def prepare(self, member: int, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
+        """Have ``whole.members`` call the step as this member of an ensemble, on batches like x [m, K], y, weight."""
+        self._say_how(x, y, weight)
         self._call[layout.MEMBER] = member
         self._call[_ORDER] = self._call[_RATES] = 0
         self._call[_ROWS] = self._call[_BATCH] = self._m
 
-    def step(self, x: Tensor, y: Tensor, losses: Tensor) -> bool:
-        """One step on X [m, K], Y [m] or [m, N]; writes the loss. False where a class number is out of range."""
-        call = self._call
-        if not (self._is_plain and x.dtype is self._dtype and x.is_contiguous() and y.is_contiguous()):
-            self._say_how(x, y)
+    def step(self, x: Tensor, y: Tensor, losses: Tensor, weight: Tensor | None = None) -> bool:
+        """One step on X [m, K], Y [m] or [m, N], with sample weights [m]; writes the loss.
+
+        False where a class number is out of range.
+        """
+        call, plain = self._call, self._is_plain and weight is None
+        if not (plain and x.dtype is self._dtype and x.is_contiguous() and y.is_contiguous()):
+            self._say_how(x, y, weight)
             call[_ORDER] = call[_RATES] = 0
             call[_ROWS] = call[_BATCH] = self._m
-            self._is_plain = call[layout.HOW] == layout.READY and y.is_contiguous()
+            self._is_plain = weight is None and call[layout.HOW] == layout.READY and y.is_contiguous()
         call[_INPUTS], call[_TARGETS], call[_LOSSES] = x.data_ptr(), y.data_ptr(), losses.data_ptr()
         self._run(*self._arguments)
         return not call[_STATUS]
 
-    def steps(self, x: Tensor, y: Tensor, order: Tensor, batch: int, rates: Tensor | None, losses: Tensor) -> bool:
-        """Steps on the rows ``order`` of X and Y, ``batch`` <= m at a time.
+    def steps(
+        self,
+        x: Tensor,
+        y: Tensor,
+        order: Tensor,
+        batch: int,
+        rates: Tensor | None,
+        losses: Tensor,
+        weight: Tensor | None = None,
+    ) -> bool:
+        """Steps on the rows ``order`` of X, Y and the sample weights, ``batch`` <= m at a time.
 
         ``rates`` are float64 [steps, groups], or None for the rates that are in ``hyper``.
         """
         assert batch <= self._m
         call, self._is_plain = self._call, False
-        self._say_how(x, y)
+        self._say_how(x, y, weight)
         call[_INPUTS], call[_TARGETS], call[_LOSSES] = x.data_ptr(), y.data_ptr(), losses.data_ptr()
         call[_ORDER], call[_RATES] = order.data_ptr(), _address(rates)
         call[_ROWS], call[_BATCH] = order.shape[0], batch
         self._run(*self._arguments)
         return not call[_STATUS]
 
-    def _say_how(self, x: Tensor, y: Tensor) -> None:
-        """Write the dtype of the inputs and all strides."""
+    def _say_how(self, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
+        """Write the dtype of the inputs, all strides, and where the sample weights are."""
         call, (x_row, x_column) = self._call, x.stride()
         how = layout.VALUES if x.dtype == self._dtype else layout.PIXELS
         if how == layout.VALUES and x.is_contiguous():
             how, x_row, x_column = layout.READY, self._features, 1
         y_row, y_column = (y.stride(0), 1) if self._classes else y.stride()
         call[layout.HOW : layout.Y_COLUMN + 1] = [how, x_row, x_column, y_row, y_column]
+        call[layout.WEIGHTS] = _address(self.one if weight is None else weight)
+        call[layout.WEIGHT_ROW] = 0 if weight is None else weight.stride(0)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -193,7 +235,7 @@ class NativeMembers:
     """Networks that are members of an ensemble, which one call steps one after the other."""
 
     def __init__(self, units: Units, networks: Sequence[NativeNetwork], members: Sequence[int]) -> None:
-        self._networks, self._members = networks, members
+        self._networks, self._members, self._one = networks, members, networks[0].one
         self._function, self._run = units.function("whole.members"), units["whole.run"]
         self._calls = (ctypes.c_int64 * len(networks))(*[network.address for network in networks])
         self._nothing = ctypes.c_int64()
@@ -201,14 +243,21 @@ class NativeMembers:
         self._first = nothing, nothing, ctypes.addressof(self._calls), len(networks)
         self._like: tuple[object, ...] = ()
 
-    def step(self, x: Tensor, y: Tensor, losses: Tensor, *, own_x: bool, own_y: bool) -> None:
-        """One step on X [m, K] and Y, or where members have their own, [E, m, K] and [E, ...]; losses are [E]."""
-        like = x.dtype, x.stride(), y.stride()
+    def take_loss(self, loss: LossUnit) -> bool:
+        """``NativeNetwork.take_loss`` of every network."""
+        self._like = ()
+        return all(network.take_loss(loss) for network in self._networks)
+
+    def step(self, x: Tensor, y: Tensor, losses: Tensor, weight: Tensor | None, *, own_x: bool, own_y: bool) -> None:
+        """One step on X [m, K], Y and sample weights [m], or where members have their own, [E, ...]; losses are [E]."""
+        own_weight = weight is not None and weight.dim() == 2
+        like = x.dtype, x.stride(), y.stride(), None if weight is None else weight.stride()
         if like != self._like:
+            first = weight[0] if weight is not None and own_weight else weight
             for member, network in zip(self._members, self._networks, strict=True):
-                network.prepare(member, x[0] if own_x else x, y[0] if own_y else y)
+                network.prepare(member, x[0] if own_x else x, y[0] if own_y else y, first)
             self._like = like
-        of_x, of_y = (t.stride(0) * t.element_size() if own else 0 for t, own in ((x, own_x), (y, own_y)))
-        of_losses = losses.stride(0) * losses.element_size()
-        places = x.data_ptr(), of_x, y.data_ptr(), of_y, losses.data_ptr(), of_losses
+        places: list[int] = []
+        for t, own in ((x, own_x), (y, own_y), (losses, True), (self._one if weight is None else weight, own_weight)):
+            places += t.data_ptr(), t.stride(0) * t.element_size() if own else 0
         self._function(*self._first, *places, self._run)

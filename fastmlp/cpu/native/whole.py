@@ -24,7 +24,6 @@ from .layout import (
     DA,
     DA_NEXT,
     DB,
-    DELTA,
     DERIVE,
     DW,
     EMA,
@@ -37,6 +36,7 @@ from .layout import (
     HEADER,
     HOW,
     HYPER,
+    IGNORED,
     INPUTS,
     LAYERS,
     LOSS,
@@ -65,6 +65,8 @@ from .layout import (
     TRAINED,
     TRANSPOSED,
     WEIGHT,
+    WEIGHT_ROW,
+    WEIGHTS,
     X_COLUMN,
     X_ROW,
     Y_COLUMN,
@@ -212,6 +214,7 @@ def run(call_: Any, like: Any) -> None:
     x, pixels, rates = pointer(call_[INPUTS], like), uint8_at(call_[INPUTS]), float64_at(call_[RATES])
     classes, values, losses = int64_at(call_[TARGETS]), pointer(call_[TARGETS], like), pointer(call_[LOSSES], like)
     order, ordered, rated = int64_at(call_[ORDER]), call_[ORDER], call_[RATES]
+    weights, weight_row, ignored = pointer(call_[WEIGHTS], like), call_[WEIGHT_ROW], net[IGNORED]
     how, x_row, x_column, y_row, y_column = call_[HOW], call_[X_ROW], call_[X_COLUMN], call_[Y_ROW], call_[Y_COLUMN]
     n, layers, groups = call_[ROWS], net[LAYERS], net[GROUPS]
     k, c = net[HEADER + K], net[HEADER + (layers - 1) * RECORD + N]
@@ -220,7 +223,7 @@ def run(call_: Any, like: Any) -> None:
     if net[CLASSES]:
         for i in range(n):
             label = classes[(order[i] if ordered else i) * y_row]
-            if label < 0 or label >= c:
+            if (label < 0 or label >= c) and label != ignored:
                 call_[STATUS] = 1
                 return
     done, step = 0, 0
@@ -242,8 +245,8 @@ def run(call_: Any, like: Any) -> None:
             a = pointer(layer[A], like)
             if layer[ACTIVATE]:
                 call(layer[ACTIVATE], (z, a, m * rows))
-        numbers = (a, classes, values, y_row, y_column, order, ordered, m, c, da, hyper[DELTA])
-        losses[step] = call(net[LOSS], numbers)
+        targets = (a, classes, values, y_row, y_column, order, ordered, m, c, da, weights, weight_row, net, hyper)
+        losses[step] = call(net[LOSS], targets)
         t = 0.0
         if net[COUNTS]:
             count[0] += 1
@@ -254,21 +257,23 @@ def run(call_: Any, like: Any) -> None:
         else:
             x, pixels = moved(x, m * x_row), moved(pixels, m * x_row)
             classes, values = moved(classes, m * y_row), moved(values, m * y_row)
+            weights = moved(weights, m * weight_row)
         done += m
         step += 1
 
 
 def members(
-    calls: Any, count: int, x: int, x_step: int, y: int, y_step: int, losses: int, step: int, run_: int
-) -> None:
+    calls: Any, count: int, x: int, x_step: int, y: int, y_step: int, losses: int, step: int, weights: int,
+    weight_step: int, run_: int,
+) -> None:  # fmt: skip
     """Call ``run``, whose address is ``run_``, for members of an ensemble, whose ``call``s are at the addresses.
 
-    The inputs, targets and losses of member 0 have the addresses x, y, losses; those of the next one are so many bytes
-    further on.
+    The inputs, targets, losses and sample weights of member 0 have the addresses x, y, losses and weights; those of the
+    next one are so many bytes further on.
     """
     for i in range(count):
         of_member = int64_at(calls[i])
         member = of_member[MEMBER]
         of_member[INPUTS], of_member[TARGETS] = x + member * x_step, y + member * y_step
-        of_member[LOSSES] = losses + member * step
+        of_member[LOSSES], of_member[WEIGHTS] = losses + member * step, weights + member * weight_step
         call(run_, (of_member, of_member))
