@@ -1,15 +1,15 @@
 """A training step as one call of machine code (``fastmlp.cpu.native``), for what the machine code has.
 
-What it does not have goes to the step on torch's operators, which is planned when it is first needed: dropout, targets
-of another dtype, class numbers out of range, and gradients without an update. Both share the parameters and all state,
-so they may take turns.
+What it does not have goes to the step on torch's operators, which is planned when it is first needed: targets of
+another dtype, class numbers out of range, and gradients without an update. Both share the parameters and all state, so
+they may take turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import cpu
 from ..base.losses import IGNORED
 from ..cpu import native_layout as layout
+from .cpu_dropout import StepDropout
 from .cpu_member_span import Ensemble
 from .cpu_native_losses import LossUnits
 from .cpu_plan import Layer, Network
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 
 def has_formulas(net: Network | Ensemble) -> bool:
-    """Whether the machine code has the device, the dtype and the dropout."""
-    return net.device.type == "cpu" and net.dtype in (torch.float32, torch.float64) and net.dropout is None
+    """Whether the machine code has the device and the dtype."""
+    return net.device.type == "cpu" and net.dtype in (torch.float32, torch.float64)
 
 
 def has_native(net: Network) -> bool:
@@ -63,6 +64,23 @@ def write_settings(
     native.net[layout.PLAIN] = int(plain)
 
 
+class Dropped:
+    """What the machine code drops now: nothing at first."""
+
+    def __init__(self) -> None:
+        self.dropout: StepDropout | None = None
+        self._place = 0
+
+    def taken(self, dropout: StepDropout | None, take: Callable[[Tensor | None, Sequence[float], int], bool]) -> bool:
+        """Whether the machine code drops that, after ``take`` if it did not before."""
+        place = 0 if dropout is None else dropout.state.data_ptr()
+        if dropout is not self.dropout or place != self._place:
+            if not (take(None, (), 0) if dropout is None else take(*dropout)):
+                return False
+            self.dropout, self._place = dropout, place
+        return True
+
+
 class NativeStep:
     """Steps of up to ``m`` rows; called as ``TorchStep.step`` is.
 
@@ -79,6 +97,7 @@ class NativeStep:
         self._gradients = [torch.zeros_like(t) for t in optimizer.params] if clips else []
         self._losses = LossUnits(net.loss, net.options, net.dtype)
         self._loss = self._usual = self._losses.usual
+        self._dropped = Dropped()
         self._native = cpu.NativeNetwork(
             units,
             [self._parts(layer) for layer in net.layers],
@@ -114,6 +133,9 @@ class NativeStep:
             states["ema"][place] if net.averages else None,
         )
 
+    def _take_dropout(self, state: Tensor | None, rates: Sequence[float], stream: int) -> bool:
+        return self._native.take_dropout(state, rates, stream, advances=True)
+
     def _take_settings(self) -> None:
         """Write the settings for the machine code."""
         net = self._net
@@ -138,7 +160,10 @@ class NativeStep:
         update: bool = True,
     ) -> None:
         """``TorchStep.step``, and ``update`` as the step on operators takes it."""
-        if not (update and self._made_or_ignoring(self.made, y, (x, y, out, rows, weight))):
+        if update and self.made(x, y, out, rows, weight):
+            return
+        ignoring = self._ignoring(y)
+        if not (update and ignoring is not None and self.made(x, y, out, rows, weight, ignoring)):
             self.by_operators(x, y, out, rows, weight, update=update)
 
     def made(
@@ -154,12 +179,16 @@ class NativeStep:
 
         ``loss`` is the unit that computes the loss; None: what targets and weights say.
         """
-        if not self._ready(y, weight, loss):
+        usual = weight is None and loss is None and y.dtype is self._losses.target and self._loss is self._usual
+        drops = self._net.dropout is not None or self._dropped.dropout is not None
+        if (drops or not usual) and not self._ready(y, weight, loss):
             return False
+        self._write_rates()
         if weight is not None:
             weight = weight.to(self._net.dtype)
-        if rows is None:
-            return self._native.step(x, y, out, weight)
+        return self._native.step(x, y, out, weight) if rows is None else self._at(x, y, out, rows, weight)
+
+    def _at(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor, weight: Tensor | None) -> bool:
         return self._native.steps(x, y, rows.contiguous(), rows.shape[0], None, out, weight)
 
     def epoch(
@@ -174,40 +203,30 @@ class NativeStep:
     ) -> bool:
         """``TorchStep.epoch``; False where the machine code does not have it, and nothing has changed then."""
         weight = None if weight is None else weight.to(self._net.dtype)
-        return self._made_or_ignoring(self._epoch, y, (x, y, batch, order, rates, losses, weight))
+        ready = self._ready(y, weight)
+        while ready:
+            self._write_rates()
+            if self._native.steps(x, y, order.contiguous(), batch, rates.contiguous(), losses, weight):
+                return True
+            ignoring = self._ignoring(y)
+            ready = ignoring is not None and self._ready(y, weight, ignoring)
+        return False
 
-    def _epoch(
-        self,
-        x: Tensor,
-        y: Tensor,
-        batch: int,
-        order: Tensor,
-        rates: Tensor,
-        losses: Tensor,
-        weight: Tensor | None,
-        loss: cpu.LossUnit | None = None,
-    ) -> bool:
-        if not self._ready(y, weight, loss):
-            return False
-        return self._native.steps(x, y, order.contiguous(), batch, rates.contiguous(), losses, weight)
+    def _ignoring(self, y: Tensor) -> cpu.LossUnit | None:
+        """The unit that ignores labels as torch does unasked, if there are such labels and it is not in use."""
+        unit = self._losses.ignoring
+        ignores = unit is not None and unit is not self._loss and not y.is_floating_point()
+        return unit if ignores and bool((y == IGNORED).any()) else None
 
-    def _made_or_ignoring(self, make: Callable[..., bool], y: Tensor, batch: tuple[Any, ...]) -> bool:
-        """``make`` the batch; where that fails because torch ignores labels unasked, by the unit that ignores them."""
-        ignoring = self._losses.ignoring
-        return make(*batch) or bool(
-            ignoring is not None and not y.is_floating_point() and (y == IGNORED).any() and make(*batch, ignoring)
-        )
-
-    def _ready(self, y: Tensor, weight: Tensor | None, loss: cpu.LossUnit | None) -> bool:
-        """Write all settings for batches like this one; False where the machine code does not have them."""
-        if self._net.dropout is not None:
-            return False
+    def _ready(self, y: Tensor, weight: Tensor | None, loss: cpu.LossUnit | None = None) -> bool:
+        """Take up dropout and the unit of the loss; False where the machine code does not have them."""
         loss = loss or self._losses.of(y, weight)
+        if loss is None or not self._dropped.taken(self._net.dropout, self._take_dropout):
+            return False
         if loss is not self._loss:
-            if loss is None or not self._native.take_loss(loss):
+            if not self._native.take_loss(loss):
                 return False
             self._loss = loss
-        self._write_rates()
         return True
 
     @property

@@ -16,7 +16,7 @@ from ..activations import ACTIVATIONS
 from ..cpu import native_layout as layout
 from .cpu_member_span import Ensemble, MemberLayer, target_dims
 from .cpu_members import Piece
-from .cpu_native import has_formulas, write_settings
+from .cpu_native import Dropped, has_formulas, write_settings
 from .cpu_native_losses import LossUnits
 
 
@@ -55,6 +55,7 @@ class NativePiece:
         clips = net.rule.max_grad_norm is not None
         self._losses = LossUnits(net.loss, net.options, net.dtype)
         self._loss = self._losses.usual
+        self._dropped = Dropped()
         gradients = [torch.zeros_like(t[0]) for t in net.masters] if clips else []
         self._networks: list[cpu.NativeNetwork] = []
         for e in ids:
@@ -114,7 +115,7 @@ class NativePiece:
     def _ready(self, y: Tensor, out: Tensor, weight: Tensor | None) -> bool:
         """Write all settings for batches like this one; False where the machine code does not have them."""
         net = self._net
-        if net.dropout is not None or out.dtype != net.dtype:
+        if out.dtype != net.dtype or not self._dropped.taken(net.dropout, self._members.take_dropout):
             return False
         loss = self._losses.of(y, weight)
         if loss is not self._loss:

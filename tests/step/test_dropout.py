@@ -1,4 +1,4 @@
-"""Dropout in a TrainStep on plain torch: the masks of autograd, whatever the loss, the optimizer and the call."""
+"""Dropout in a TrainStep on a CPU: the masks of autograd, whatever the loss, the optimizer and the call."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ from tests.support.steps import (
 from tests.support.torchs import OPTIMIZERS, torch_optimizer
 
 SIZES, RATES, MEMBERS = (13, 20, 11, 5), (0.25, 0.5), 3
+
+
+@pytest.fixture(autouse=True, params=["operators", "machine code"])
+def way_of_steps(request: pytest.FixtureRequest) -> None:
+    """Steps run on operators, and as machine code where numba is installed."""
+    if request.param == "machine code":
+        request.getfixturevalue("native_code")
 
 
 def dropping(activation: Any = "tanh", rates: Any = RATES, *, seed: int = 0) -> MLP:

@@ -22,6 +22,7 @@ from tests.support.steps import (
     network,
     one_thread,  # noqa: F401
     problem,
+    threads,
 )
 from tests.support.torchs import OPTIMIZERS
 
@@ -233,3 +234,60 @@ def test_minus_100_of_members(members):
             losses = fastmlp.TrainStep(model, lr=0.1, **options)(x, y, *weight)
             single = made(**options)(x, y, *weight)
             torch.testing.assert_close(losses, single.expand(members))
+
+
+def dropping(dtype: torch.dtype, *, members: int | None = None) -> fastmlp.MLP | fastmlp.MLPEnsemble:
+    """A model whose masks are the same at every call."""
+    torch.manual_seed(7)
+    more = {"activation": "gelu", "dtype": dtype, "dropout": (0.25, 0.5)}
+    return fastmlp.MLP(SIZES, **more) if members is None else fastmlp.MLPEnsemble(SIZES, members, **more)
+
+
+@pytest.mark.usefixtures("no_operators")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("members", [None, 1, E])
+@pytest.mark.parametrize("threads_", [1, 2])
+def test_dropout(members, threads_, dtype):
+    """An epoch is a loop of steps, which evaluation mode may interrupt; each counts its passes."""
+    x, y = problem(SIZES, 43)
+    x, s = x.to(dtype), torch.linspace(0.5, 2, 43, dtype=dtype)
+    loops = [fastmlp.TrainStep(dropping(dtype, members=members), lr=0.1, momentum=0.9) for _ in range(2)]
+    losses = []
+    with threads(threads_):
+        for step in loops:
+            step(x, y)
+            step.model.eval()
+            step(x, y)
+            step.model.train()
+        loops[0].epoch(x, y, 10, sample_weight=s)
+        for rows in torch.arange(43).split(10):
+            losses.append(loops[1](x[rows], y[rows], s[rows]))
+    assert torch.equal(loops[0].losses, torch.stack(losses))
+    for ours, theirs in zip(*(step.model.state_dict().values() for step in loops), strict=True):
+        assert torch.equal(ours, theirs)
+    assert loops[0].model.dropout_state[1] == 6
+
+
+@pytest.mark.parametrize("members", [None, 1, E])
+def test_dropout_in_turns_with_operators(members):
+    """The state is the model's, wherever its memory is, and operators take the passes that the machine code lacks."""
+    x, y = problem(SIZES, SIZE)
+    hot = torch.nn.functional.one_hot(y, 5)
+    models = []
+    for mode in ("native", "aten"):
+        choose.set_cpu_gemm(mode)
+        model = dropping(torch.float64, members=members)
+        step = fastmlp.TrainStep(model, lr=0.1, momentum=0.9)
+        for _ in range(2):
+            step(x, y)
+            step(x, hot.float())
+            step.gradients(x, y)
+            step.update()
+            model.dropout_state.data = model.dropout_state.data.clone()
+            step(x, hot.double())
+            model.dropout_state.data = torch.stack((model.dropout_state, model.dropout_state), 1)[:, 0]
+            step.epoch(x, y, 10)
+            model.dropout_state.data = model.dropout_state.data.clone()
+        models.append(flat(model))
+        assert model.dropout_state[1] == 14
+    torch.testing.assert_close(*models, rtol=1e-11, atol=1e-13)

@@ -312,23 +312,3 @@ def test_what_was_not_written_goes_to_the_operators(unit, monkeypatch):
     step = made(**settings)
     step(x, y)
     assert torch.equal(flat(step.model), flat(expected.model))
-
-
-def test_dropout_goes_to_the_operators():
-    """In training mode; in evaluation mode the machine code may take the steps, and nothing is dropped."""
-    x, y = data_of(8, dtype=torch.float64)[0]
-    models = []
-    for mode in ("native", "aten"):
-        fastmlp.set_cpu_gemm(mode)
-        torch.manual_seed(5)
-        model = fastmlp.MLP(SIZES, "tanh", dtype=torch.float64, dropout=0.5)
-        model.eval()
-        step = fastmlp.TrainStep(model, lr=0.1)
-        step(x, y)
-        model.train()
-        step(x, y)
-        step.epoch(x, y, 8)
-        model.eval()
-        step(x, y)
-        models.append(flat(model))
-    torch.testing.assert_close(*models, rtol=1e-12, atol=1e-14)

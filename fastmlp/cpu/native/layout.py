@@ -55,7 +55,11 @@ BACKWARD = 20
 IGNORED = 21  #: the label that need not be a class; 0, which is one, where there is none
 PER_CLASS = 22  #: address of the factors of the classes
 PER_CLASS_STEP = 23  #: their stride; 0: all are the number at the address
-HEADER = 24
+DROP = 24  #: address of ``dropout.dropped``, where a layer drops
+STATE = 25  #: of dropout: address of (seed, step)
+ADVANCES = 26  #: whether the run adds its steps to the state
+STREAM = 27
+HEADER = 28
 
 # A layer's record.
 N = 0
@@ -65,9 +69,12 @@ DERIVE = 3
 BLOCK = 4  #: rows of W that the backward pass takes together
 A = 5  #: [M, N]
 Z = 6  #: [M, N], the same as A unless f' needs Z
-WEIGHT = 7  #: the records of the two parameters
-BIAS = 15
-RECORD = 23
+OUT = 7  #: what the next layer reads: A, or [M, N] after dropout
+FACTORS = 8  #: [M, N], keep / (1 - p)
+THRESHOLD = 9  #: the least number of 16 bits whose element is kept; 0: nothing is dropped
+WEIGHT = 10  #: the records of the two parameters
+BIAS = 18
+RECORD = 26
 
 # A parameter's record.
 PARAMETER = 0  #: 0: there is none
@@ -85,7 +92,7 @@ NUMBERS = 3  #: five numbers of the rule
 EMA = 8  #: weight of the parameters in their average
 EMA_WARMS = 9  #: whether the weight is larger at first
 SMOOTHING = 10  #: of labels
-OF_GROUPS = 11  #: lr and weight decay of each group
+OF_GROUPS = 11  #: lr and weight decay of each group, then each layer's probability to drop
 
 # How the inputs come.
 READY, VALUES, PIXELS = 0, 1, 2

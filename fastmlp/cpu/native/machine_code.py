@@ -36,6 +36,7 @@ _ARGUMENTS = {
     "activations": "V V i",
     "losses": "V I V i i I i i i V V i I D",
     "row_weights": "V I V i i I i i i V V i I D",
+    "dropout.dropped": "V V V i i i i d i i i i",
     "rules": "V V V V V i d d d d D",
     "products.product": "V i i V i i V i i i v i",
     "products.forward": "i V V V i V i i i V V",

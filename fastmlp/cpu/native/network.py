@@ -6,13 +6,16 @@ import ctypes
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from ...base.dropout import threshold
 from . import layout, machine_code
 from .machine_code import Units
 
 _STATUS, _INPUTS, _TARGETS, _LOSSES = layout.STATUS, layout.INPUTS, layout.TARGETS, layout.LOSSES
 _ORDER, _RATES, _ROWS, _BATCH = layout.ORDER, layout.RATES, layout.ROWS, layout.BATCH
+_DROP = "dropout.dropped"
 #: Bytes of a block of rows of a weight, which stays in the first cache from its part of dX to its update.
 _BLOCK_BYTES = 16_384
 #: The number of buffers before those of the layers.
@@ -137,10 +140,13 @@ class NativeNetwork:
         for layer, (n, k), block, (a, z) in zip(layers, sizes, blocks, pairs, strict=True):
             z = z if layer.saves_z else a
             functions = [units[name] for name in _functions(layer.activation)] or [0, 0]
-            record = [n, k, *functions, block, _address(a), _address(z)]
+            record = [n, k, *functions, block, _address(a), _address(z), _address(a), 0, 0]
             numbers += record + layer.weight.record() + layer.bias.record()
         self.net = (ctypes.c_int64 * len(numbers))(*numbers)
-        self.hyper = (ctypes.c_double * (layout.OF_GROUPS + 2 * groups))()
+        self._rates = layout.OF_GROUPS + 2 * groups
+        self.hyper = (ctypes.c_double * (self._rates + len(layers)))()
+        #: Of each layer that drops or has dropped, what the next layer reads and the factors.
+        self._dropped: dict[int, tuple[Tensor, Tensor]] = {} if beside is None else beside._dropped
         self._call = (ctypes.c_int64 * layout.CALL)()
         self._call[layout.NET : layout.COUNT + 1] = [
             ctypes.addressof(self.net),
@@ -164,6 +170,32 @@ class NativeNetwork:
         self.net[layout.LOSS], self.net[layout.CLASSES] = units[loss.name], int(loss.classes)
         self.net[layout.IGNORED] = loss.ignored
         self._classes, self._is_plain = loss.classes, False
+
+    def take_dropout(self, state: Tensor | None, rates: Sequence[float], stream: int, *, advances: bool) -> bool:
+        """Drop elements from now on; False where the unit cannot be had, or the state is not contiguous.
+
+        Args:
+            state: int64 [2], (seed, step), read at every step; None: drop nothing.
+            rates: the probability of each hidden layer.
+            advances: whether each step is added to the state.
+        """
+        net = self.net
+        if state is not None:
+            units = machine_code.units(self._dtype, [_DROP])
+            if units is None or not state.is_contiguous():
+                return False
+            net[layout.DROP], net[layout.STATE], net[layout.STREAM] = units[_DROP], state.data_ptr(), stream
+        net[layout.ADVANCES] = int(advances and state is not None)
+        for i, p in enumerate(rates if state is not None else [0.0] * len(self._layers)):
+            record = layout.HEADER + i * layout.RECORD
+            net[record + layout.OUT], net[record + layout.THRESHOLD] = net[record + layout.A], 0
+            if p:
+                if i not in self._dropped:
+                    out = self._like.new_empty(self._m * net[record + layout.N])
+                    self._dropped[i] = out, torch.empty_like(out)
+                net[record + layout.OUT], net[record + layout.FACTORS] = map(_address, self._dropped[i])
+                net[record + layout.THRESHOLD], self.hyper[self._rates + i] = threshold(p), p
+        return True
 
     @property
     def address(self) -> int:
@@ -242,6 +274,10 @@ class NativeMembers:
         nothing = ctypes.addressof(self._nothing)
         self._first = nothing, nothing, ctypes.addressof(self._calls), len(networks)
         self._like: tuple[object, ...] = ()
+
+    def take_dropout(self, state: Tensor | None, rates: Sequence[float], stream: int) -> bool:
+        """``NativeNetwork.take_dropout`` of every network; none of them adds the step to the state."""
+        return all(network.take_dropout(state, rates, stream, advances=False) for network in self._networks)
 
     def take_loss(self, loss: LossUnit) -> bool:
         """``NativeNetwork.take_loss`` of every network."""

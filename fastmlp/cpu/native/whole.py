@@ -11,6 +11,7 @@ from typing import Any
 
 from .layout import (
     ACTIVATE,
+    ADVANCES,
     AVERAGE,
     AVERAGES,
     BACKWARD,
@@ -25,9 +26,11 @@ from .layout import (
     DA_NEXT,
     DB,
     DERIVE,
+    DROP,
     DW,
     EMA,
     EMA_WARMS,
+    FACTORS,
     FORWARD,
     GATHER,
     GRADIENT,
@@ -48,6 +51,7 @@ from .layout import (
     NUMBERS,
     OF_GROUPS,
     ORDER,
+    OUT,
     PARAMETER,
     PIXELS,
     PLAIN,
@@ -59,9 +63,12 @@ from .layout import (
     ROWS,
     RULE,
     SIGN,
+    STATE,
     STATES,
     STATUS,
+    STREAM,
     TARGETS,
+    THRESHOLD,
     TRAINED,
     TRANSPOSED,
     WEIGHT,
@@ -105,6 +112,15 @@ def gathered(
             else:
                 for j in range(k):
                     to[j] = of_x[j * column]
+
+
+@part
+def drop(net: Any, hyper: Any, layer: Any, i: int, a: Any, m: int, first: int, step: int) -> Any:
+    """A of layer i after dropout; ``first`` is the place of its first row among the rows of all members."""
+    out, factors, state = pointer(layer[OUT], a), pointer(layer[FACTORS], a), int64_at(net[STATE])
+    p, seed, step = hyper[OF_GROUPS + 2 * net[GROUPS] + i], state[0], state[1] + step
+    call(net[DROP], (a, out, factors, m, layer[N], i, layer[THRESHOLD], p, first, seed, step, net[STREAM]))
+    return out
 
 
 @part
@@ -167,7 +183,11 @@ def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
         n, k = layer[N], layer[K]
         inputs = x
         if i > 0:
-            inputs = pointer(net[HEADER + (i - 1) * RECORD + A], x)
+            inputs = pointer(net[HEADER + (i - 1) * RECORD + OUT], x)
+        if layer[THRESHOLD]:
+            factors = pointer(layer[FACTORS], x)
+            for j in range(m * n):
+                da[j] *= factors[j]
         if layer[DERIVE]:
             call(layer[DERIVE], (pointer(layer[Z], x), da, m * n))
         bias, weight = moved(layer, BIAS), moved(layer, WEIGHT)
@@ -216,7 +236,7 @@ def run(call_: Any, like: Any) -> None:
     order, ordered, rated = int64_at(call_[ORDER]), call_[ORDER], call_[RATES]
     weights, weight_row, ignored = pointer(call_[WEIGHTS], like), call_[WEIGHT_ROW], net[IGNORED]
     how, x_row, x_column, y_row, y_column = call_[HOW], call_[X_ROW], call_[X_COLUMN], call_[Y_ROW], call_[Y_COLUMN]
-    n, layers, groups = call_[ROWS], net[LAYERS], net[GROUPS]
+    n, layers, groups, member = call_[ROWS], net[LAYERS], net[GROUPS], call_[MEMBER]
     k, c = net[HEADER + K], net[HEADER + (layers - 1) * RECORD + N]
     x_t, z_t, da = pointer(net[TRANSPOSED], like), pointer(net[PRODUCT], like), pointer(net[DA], like)
     call_[STATUS] = 0
@@ -245,6 +265,8 @@ def run(call_: Any, like: Any) -> None:
             a = pointer(layer[A], like)
             if layer[ACTIVATE]:
                 call(layer[ACTIVATE], (z, a, m * rows))
+            if layer[THRESHOLD]:
+                a = drop(net, hyper, layer, i, a, m, member * m, step)
         targets = (a, classes, values, y_row, y_column, order, ordered, m, c, da, weights, weight_row, net, hyper)
         losses[step] = call(net[LOSS], targets)
         t = 0.0
@@ -260,6 +282,8 @@ def run(call_: Any, like: Any) -> None:
             weights = moved(weights, m * weight_row)
         done += m
         step += 1
+    if net[ADVANCES]:
+        int64_at(net[STATE])[1] += step
 
 
 def members(
