@@ -1,8 +1,7 @@
 """A training step as one call of machine code (``fastmlp.cpu.native``), for what the machine code has.
 
-What it does not have goes to the step on torch's operators, which is planned when it is first needed: targets of
-another dtype, class numbers out of range, and gradients without an update. Both share the parameters and all state, so
-they may take turns.
+Targets of another dtype, and class numbers out of range, go to the step on torch's operators, which is planned when it
+is first needed. Both share the parameters and all state, so they may take turns.
 """
 
 from __future__ import annotations
@@ -162,9 +161,27 @@ class NativeStep:
         """``TorchStep.step``, and ``update`` as the step on operators takes it."""
         if update and self.made(x, y, out, rows, weight):
             return
-        ignoring = self._ignoring(y)
-        if not (update and ignoring is not None and self.made(x, y, out, rows, weight, ignoring)):
+        if not self._made_otherwise(x, y, out, rows, weight, update):
             self.by_operators(x, y, out, rows, weight, update=update)
+
+    def _made_otherwise(
+        self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None, weight: Tensor | None, update: bool
+    ) -> bool:
+        """``made`` of gradients without an update, and of labels that torch ignores unasked."""
+        if not update:
+            grads = self._net.optimizer.grads
+            for i, grad in enumerate(grads):
+                if not grad.is_contiguous():  # operators may have left a gradient in a product's own buffer
+                    grads[i] = grad.contiguous()
+            self._native.gradients_go(grads)
+            self._native.set_updates(False)
+        try:
+            if not update and self.made(x, y, out, rows, weight):
+                return True
+            ignoring = self._ignoring(y)
+            return ignoring is not None and self.made(x, y, out, rows, weight, ignoring)
+        finally:
+            self._native.set_updates(True)
 
     def made(
         self,

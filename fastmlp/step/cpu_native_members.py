@@ -56,6 +56,8 @@ class NativePiece:
         self._losses = LossUnits(net.loss, net.options, net.dtype)
         self._loss = self._losses.usual
         self._dropped = Dropped()
+        #: Where the networks store gradients, once they have been asked for.
+        self._gradients: list[Tensor] | None = None
         gradients = [torch.zeros_like(t[0]) for t in net.masters] if clips else []
         self._networks: list[cpu.NativeNetwork] = []
         for e in ids:
@@ -104,13 +106,26 @@ class NativePiece:
         of_pass: tuple[int, int] = (0, 0),
     ) -> None:
         """``Piece.run``."""
-        if not (update and self._ready(y, out, weight)):
+        if not self._ready(y, out, weight):
             for piece in self._operators():
                 piece.run(x, y, out, update, weight, of_pass)
             return
         if weight is not None:
             weight = weight.to(self._net.dtype)
+        if not update:
+            self._set_updates(False)
         self._members.step(x, y, out, weight, own_x=x.dim() == 3, own_y=y.dim() > target_dims(y))
+        if not update:
+            self._set_updates(True)
+
+    def _set_updates(self, updates: bool) -> None:
+        grads = self._net.grads
+        if grads is not self._gradients:
+            self._gradients = grads
+            for e, network in zip(self._ids, self._networks, strict=True):
+                network.gradients_go([grad[e] for grad in grads])
+        for network in self._networks:
+            network.set_updates(updates)
 
     def _ready(self, y: Tensor, out: Tensor, weight: Tensor | None) -> bool:
         """Write all settings for batches like this one; False where the machine code does not have them."""

@@ -18,6 +18,7 @@ from tests.support.steps import (
     batches,
     check_against_torch,
     check_float64,
+    either_way,  # noqa: F401
     network,
     one_thread,  # noqa: F401
     problem,
@@ -26,13 +27,6 @@ from tests.support.steps import (
 from tests.support.torchs import OPTIMIZERS, torch_optimizer
 
 SIZES, RATES, MEMBERS = (13, 20, 11, 5), (0.25, 0.5), 3
-
-
-@pytest.fixture(autouse=True, params=["operators", "machine code"])
-def way_of_steps(request: pytest.FixtureRequest) -> None:
-    """Steps run on operators, and as machine code where numba is installed."""
-    if request.param == "machine code":
-        request.getfixturevalue("native_code")
 
 
 def dropping(activation: Any = "tanh", rates: Any = RATES, *, seed: int = 0) -> MLP:

@@ -32,15 +32,20 @@ DTYPES = (torch.float32, torch.float64)
 STEPS = 40
 
 
-@pytest.fixture
-def no_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step on operators fails."""
+def refuse_operators(patch: pytest.MonkeyPatch) -> None:
+    """Have steps and gradients on operators fail."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("the step went to the operators")
 
-    monkeypatch.setattr(cpu_step, "_step", refuse)
-    monkeypatch.setattr(Piece, "run", refuse)
+    patch.setattr(cpu_step, "_step", refuse)
+    patch.setattr(Piece, "run", refuse)
+
+
+@pytest.fixture
+def no_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs on operators."""
+    refuse_operators(monkeypatch)
 
 
 def made(loss: str = "cross_entropy", dtype: torch.dtype = torch.float64, **settings) -> fastmlp.TrainStep:
@@ -269,19 +274,52 @@ def test_dropout(members, threads_, dtype):
 
 
 @pytest.mark.parametrize("members", [None, 1, E])
-def test_dropout_in_turns_with_operators(members):
-    """The state is the model's, wherever its memory is, and operators take the passes that the machine code lacks."""
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw", "max_grad_norm": 0.5, "ema_decay": 0.9}], ids=str)
+def test_gradients(members, settings, monkeypatch):
+    """Of a mean with weights, probabilities and dropout, accumulated; steps come between, and some members stop."""
+    x, y = problem(SIZES, SIZE)
+    s, hot = torch.linspace(0, 2, SIZE).double(), torch.nn.functional.one_hot(y, 5).double()
+    found = []
+    for mode in ("native", "aten"):
+        choose.set_cpu_gemm(mode)
+        with monkeypatch.context() as patch:
+            if mode == "native":
+                refuse_operators(patch)
+            model = dropping(torch.float64, members=members)
+            step = fastmlp.TrainStep(model, lr=0.1, **settings)
+            for i in range(3):
+                before = flat(model)
+                one = step.gradients(x, y, sample_weight=s)
+                grads = step.gradients(x, hot, accumulate=True)
+                assert torch.equal(flat(model), before)
+                assert all(one[name] is grads[name] or torch.equal(one[name], grads[name]) for name in grads)
+                found.append(torch.cat([grad.flatten() for grad in grads.values()]))
+                step.update()
+                step(x, y)
+                found.append(flat(model))
+                if members == E:
+                    step.active = torch.tensor([True, i == 1, True])
+            assert model.dropout_state[1] == 9
+            found.append(torch.cat([t.double().flatten() for t in (s, *step.state_dict().values())]))
+    for ours, theirs in zip(found[:7], found[7:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("members", [None, 1, E])
+def test_in_turns_with_operators(members):
+    """The state of dropout is the model's, wherever its memory is, and operators take what the machine code lacks."""
     x, y = problem(SIZES, SIZE)
     hot = torch.nn.functional.one_hot(y, 5)
     models = []
     for mode in ("native", "aten"):
         choose.set_cpu_gemm(mode)
         model = dropping(torch.float64, members=members)
-        step = fastmlp.TrainStep(model, lr=0.1, momentum=0.9)
+        step = fastmlp.TrainStep(model, lr=0.1, momentum=0.9, max_grad_norm=1.0)
         for _ in range(2):
             step(x, y)
             step(x, hot.float())
-            step.gradients(x, y)
+            step.gradients(x, hot.float())
+            step.gradients(x, y, accumulate=True)
             step.update()
             model.dropout_state.data = model.dropout_state.data.clone()
             step(x, hot.double())
@@ -289,5 +327,5 @@ def test_dropout_in_turns_with_operators(members):
             step.epoch(x, y, 10)
             model.dropout_state.data = model.dropout_state.data.clone()
         models.append(flat(model))
-        assert model.dropout_state[1] == 14
+        assert model.dropout_state[1] == 16
     torch.testing.assert_close(*models, rtol=1e-11, atol=1e-13)

@@ -250,7 +250,7 @@ def test_a_label_out_of_range_changes_nothing():
 
 
 def test_what_the_machine_code_lacks_goes_to_the_operators():
-    """Targets of another dtype, and gradients: in turns with steps of the machine code."""
+    """Targets of another dtype, in turns with steps of the machine code."""
     x, y = data_of(8, dtype=torch.float64)[0]
     models = []
     for mode in ("native", "aten"):
@@ -258,8 +258,6 @@ def test_what_the_machine_code_lacks_goes_to_the_operators():
         step = made(dtype=torch.float64, optimizer="adamw", weight_decay=0.1)
         step(x, y)
         step(x, torch.nn.functional.one_hot(y, 5).float())
-        step.gradients(x, y)
-        step.update()
         step.epoch(torch.cat((x, x)), torch.nn.functional.one_hot(torch.cat((y, y)), 5).float(), 8)
         step(x, y)
         models.append(flat(step.model))

@@ -59,7 +59,9 @@ DROP = 24  #: address of ``dropout.dropped``, where a layer drops
 STATE = 25  #: of dropout: address of (seed, step)
 ADVANCES = 26  #: whether the run adds its steps to the state
 STREAM = 27
-HEADER = 28
+STORES = 28  #: whether all gradients are stored before anything is updated
+UPDATES = 29  #: whether anything is updated
+HEADER = 30
 
 # A layer's record.
 N = 0
@@ -81,7 +83,7 @@ PARAMETER = 0  #: 0: there is none
 TRAINED = 1
 GROUP = 2
 STATES = 3  #: of three states
-GRADIENT = 6  #: where ``CLIPS``
+GRADIENT = 6  #: where ``STORES``
 AVERAGE = 7  #: where ``AVERAGES``
 
 # ``hyper``.

@@ -132,7 +132,7 @@ class NativeNetwork:
         head[layout.GATHER], head[layout.BACKWARD] = units["whole.gathered"], units["whole.backward"]
         head[layout.CLIPS] = units["whole.clipped"] if clips else 0
         head[layout.AVERAGES] = units["whole.averaged"] if averages else 0
-        head[layout.COUNTS] = int(counts)
+        head[layout.COUNTS], head[layout.STORES], head[layout.UPDATES] = int(counts), int(clips), 1
         head[layout.PER_CLASS] = _address(self.one if per_class is None else per_class)
         head[layout.PER_CLASS_STEP] = int(per_class is not None)
         numbers = head
@@ -145,6 +145,7 @@ class NativeNetwork:
         self.net = (ctypes.c_int64 * len(numbers))(*numbers)
         self._rates = layout.OF_GROUPS + 2 * groups
         self.hyper = (ctypes.c_double * (self._rates + len(layers)))()
+        self._gradients: list[Tensor] = []
         #: Of each layer that drops or has dropped, what the next layer reads and the factors.
         self._dropped: dict[int, tuple[Tensor, Tensor]] = {} if beside is None else beside._dropped
         self._call = (ctypes.c_int64 * layout.CALL)()
@@ -170,6 +171,19 @@ class NativeNetwork:
         self.net[layout.LOSS], self.net[layout.CLASSES] = units[loss.name], int(loss.classes)
         self.net[layout.IGNORED] = loss.ignored
         self._classes, self._is_plain = loss.classes, False
+
+    def gradients_go(self, to: Sequence[Tensor]) -> None:
+        """Have the gradients of the trained parameters stored there, contiguous tensors in their order."""
+        places, self._gradients = iter(to), list(to)
+        for i, layer in enumerate(self._layers):
+            for of, parameter in ((layout.WEIGHT, layer.weight), (layout.BIAS, layer.bias)):
+                if parameter.trained:
+                    place = layout.HEADER + i * layout.RECORD + of + layout.GRADIENT
+                    self.net[place] = next(places).data_ptr()
+
+    def set_updates(self, updates: bool) -> None:
+        """Whether steps update the parameters; else they store gradients, where they have been told to."""
+        self.net[layout.STORES], self.net[layout.UPDATES] = int(not updates or self.net[layout.CLIPS] != 0), updates
 
     def take_dropout(self, state: Tensor | None, rates: Sequence[float], stream: int, *, advances: bool) -> bool:
         """Drop elements from now on; False where the unit cannot be had, or the state is not contiguous.

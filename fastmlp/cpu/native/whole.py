@@ -66,11 +66,13 @@ from .layout import (
     STATE,
     STATES,
     STATUS,
+    STORES,
     STREAM,
     TARGETS,
     THRESHOLD,
     TRAINED,
     TRANSPOSED,
+    UPDATES,
     WEIGHT,
     WEIGHT_ROW,
     WEIGHTS,
@@ -172,10 +174,10 @@ def averaged(net: Any, hyper: Any, zero: Any, t: float) -> None:
 
 
 def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
-    """From dA of the last layer down to the lowest trained one; updates the parameters unless gradients are clipped."""
+    """From dA of the last layer down to the lowest trained one, with the updates."""
     da, below = pointer(net[DA], x), pointer(net[DA_NEXT], x)
     dw, db = pointer(net[DW], x), pointer(net[DB], x)
-    multiply, clips, plain, lowest = net[PRODUCTS], net[CLIPS], net[PLAIN], net[LOWEST]
+    multiply, stores, plain, lowest = net[PRODUCTS], net[STORES], net[PLAIN], net[LOWEST]
     one = number(1.0, x)
     i = net[LAYERS] - 1
     while i >= lowest:
@@ -192,7 +194,7 @@ def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
             call(layer[DERIVE], (pointer(layer[Z], x), da, m * n))
         bias, weight = moved(layer, BIAS), moved(layer, WEIGHT)
         if bias[TRAINED]:
-            if clips:
+            if stores:
                 db = pointer(bias[GRADIENT], x)
             for j in range(n):
                 db[j] = da[j]
@@ -200,7 +202,7 @@ def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
                 of_row = moved(da, row * n)
                 for j in range(n):
                     db[j] += of_row[j]
-            if not clips:
+            if not stores:
                 update(net, hyper, bias, db, 0, n, 1.0, t)
         w = pointer(weight[PARAMETER], x)
         rate = number(-hyper[OF_GROUPS + 2 * weight[GROUP]], x)
@@ -211,20 +213,20 @@ def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
             if i > lowest:
                 call(multiply, (moved(da, first), n, 1, of_w, k, rows, below, k, m, k, one, first))
             if weight[TRAINED]:
-                if plain:
-                    call(multiply, (moved(da, first), 1, n, inputs, k, m, of_w, k, rows, k, rate, 1))
-                elif clips:
+                if stores:
                     into = moved(pointer(weight[GRADIENT], x), first * k)
                     call(multiply, (moved(da, first), 1, n, inputs, k, m, into, k, rows, k, one, 0))
+                elif plain:
+                    call(multiply, (moved(da, first), 1, n, inputs, k, m, of_w, k, rows, k, rate, 1))
                 else:
                     call(multiply, (moved(da, first), 1, n, inputs, k, m, dw, k, rows, k, one, 0))
                     update(net, hyper, weight, dw, first * k, rows * k, 1.0, t)
             first += rows
         da, below = below, da
         i -= 1
-    if clips:
-        call(clips, (net, hyper, x, t))
-    if net[AVERAGES]:
+    if net[CLIPS] and net[UPDATES]:
+        call(net[CLIPS], (net, hyper, x, t))
+    if net[AVERAGES] and net[UPDATES]:
         call(net[AVERAGES], (net, hyper, x, t))
 
 
@@ -270,7 +272,7 @@ def run(call_: Any, like: Any) -> None:
         targets = (a, classes, values, y_row, y_column, order, ordered, m, c, da, weights, weight_row, net, hyper)
         losses[step] = call(net[LOSS], targets)
         t = 0.0
-        if net[COUNTS]:
+        if net[COUNTS] and net[UPDATES]:
             count[0] += 1
             t = float(count[0])
         call(net[BACKWARD], (net, hyper, inputs, m, t))
