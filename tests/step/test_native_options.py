@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmlp
 from fastmlp.cpu import choose
@@ -69,6 +71,33 @@ def test_sample_weights(case):
     loss, options, probabilities = WEIGHTED[case]
     rows = data(loss, options, probabilities, weighted=True, steps=STEPS)
     check_against_torch(network(SIZES), rows, OPTIMIZERS["adamw"], loss=loss, **options)
+
+
+class NoOperators(TorchDispatchMode):
+    """Every operator of torch is an error."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} was called")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("case", WEIGHTED)
+def test_no_operator_is_called(case, dropout):
+    """By a step, with and without weights, or by its gradients; and by an epoch."""
+    loss, options, probabilities = WEIGHTED[case]
+    ((x, y, s),) = data(loss, options, probabilities, weighted=True, steps=1)
+    step = made(loss, **options)
+    step.model.dropout = dropout
+    engine: Any = step._engine
+    out, order, losses = torch.empty(()).double(), torch.arange(SIZE), torch.empty(2).double()
+    rates = torch.full((2,), 0.1, dtype=torch.float64)
+    step.gradients(x, y)
+    planned = engine._planned(SIZE)
+    with NoOperators():
+        for weight in (None, s):
+            engine.step(x, y, out, None, weight)
+            planned(x, y, out, None, weight, update=False)
+            assert planned.epoch(x, y, 12, order, rates, losses, weight)
 
 
 @pytest.mark.usefixtures("no_operators")

@@ -17,6 +17,7 @@ import gc
 import hashlib
 import importlib
 import importlib.util
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -51,6 +52,8 @@ _ARGUMENTS = {
 _ALWAYS = "whole.run", "whole.backward", "whole.gathered", "products.forward", "products.product"
 #: Why there is no machine code, by dtype, where it could not be made.
 _broken: dict[torch.dtype, str] = {}
+#: Members of an ensemble may ask for a unit at once, each in its thread.
+_loading = threading.Lock()
 #: The machine code lives as long as these.
 _engines: list[Any] = []
 
@@ -96,7 +99,8 @@ class Units:
         """Have the units of these names, which are FILE.FUNCTION."""
         for name in names:
             if name not in self._addresses:
-                self._addresses[name] = _loaded(name, self._dtype)
+                with _loading:
+                    self._addresses[name] = self._addresses.get(name) or _loaded(name, self._dtype)
 
     def function(self, name: str) -> Callable[..., int]:
         """A unit as a function of addresses and whole numbers."""
