@@ -33,12 +33,12 @@ __all__ = [
     "Backend",
     "Resolved",
     "Runs",
+    "alone",
     "check_kernels_run_on",
     "foreign",
     "functorch_active",
     "get_backend",
     "has_values",
-    "kernels_alone",
     "nobody_watches",
     "on_tape",
     "resolve",
@@ -88,8 +88,9 @@ def set_backend(name: Backend) -> None:
     """Choose the backend of every following operation in this process.
 
     Args:
-        name: "auto" (what a process begins with): the kernels where they can run, else plain torch; "torch": plain
-            torch; "triton": the kernels, or an error.
+        name: "auto" (what a process begins with): the kernels where they can run, else plain torch, which on a CPU is
+            torch's own tape for small layers and networks and for most losses; "torch": plain torch, with fastmlp's
+            gradients; "triton": the kernels, or an error.
 
     Raises:
         ValueError: unknown name.
@@ -228,20 +229,23 @@ def nobody_watches() -> bool:
     )
 
 
-def kernels_alone(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether ``runs`` is "triton" for these tensors in a dtype of the kernels, outside autocast, with nobody watching.
+def alone(x: Tensor, *others: Tensor | None) -> Literal["triton", "torch"] | None:
+    """What ``runs`` answers for these tensors if nobody watches, outside autocast, in a dtype of the kernels.
 
-    Then the operation is a few launches. What the shapes, dtypes and devices of the tensors allow is the same for each
-    call, so nobody needs to look at them twice.
+    Then the kernels are a few launches, and plain torch, which is what "auto" means on a CPU, a few calls. What the
+    shapes, dtypes and devices of the tensors allow is the same for each call, so nobody needs to look at them twice.
+    None: somebody watches, or backend "torch" was asked for.
     """
     if not (nobody_watches() and x is not None and _PLAIN.issuperset(map(type, (x, *others)))):
-        return False
+        return None
     name = get_backend()
-    return (
-        (_triton_installed if x.is_cuda else name == "triton" and _kernels_take_cpu())
-        and name != "torch"
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+    if name == "torch" or not (x.is_cuda or x.is_cpu) or torch.is_autocast_enabled(x.device.type):
+        return None
+    if x.is_cuda:
+        return "triton" if _triton_installed else None
+    if name == "triton":
+        return "triton" if _kernels_take_cpu() else None
+    return "torch"
 
 
 def check_kernels_run_on(x: Tensor) -> None:

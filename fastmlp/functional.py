@@ -14,7 +14,7 @@ from .autograd.elementwise import bce_loss, bce_with_logits, huber_loss, l1_loss
 from .autograd.linear import LinearAct, MLPFunction
 from .autograd.softmax import softmax, softmax_squared_error
 from .autograd.transforms import transformed
-from .backend import Runs, functorch_active, kernels_alone, on_tape, runs
+from .backend import Runs, alone, functorch_active, on_tape, runs
 from .base.arguments import (
     MOST,
     check_activation,
@@ -28,6 +28,8 @@ from .base.arguments import (
 )
 from .base.compat import is_autocast_enabled
 from .base.dropout import Dropout, checked_rates
+from .base.signature import Signature, signature
+from .cpu import get_cpu_gemm
 from .losses import cross_entropy
 from .ops import triton_ops
 from .ops.dropout import dropped
@@ -63,8 +65,32 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype)
 
 
-#: The activations, and the signatures of all tensors, of calls of ``mlp`` on the kernels alone that passed all checks.
+#: What runs calls that nobody watches and that passed all checks, the activations, and the tensors' signature.
 _checked: set[tuple[object, ...]] = set()
+#: Multiplications of a forward pass up to which torch's own operations on the tape are faster on a CPU than a node of
+#: ours, which is Python. Larger products take longer than the Python, and fused they are up to 5 % faster.
+_FEW = 1 << 27
+
+
+#: Rows up to which all layers are launched together where nothing is kept for a backward pass. With more rows the host
+#: has time to launch them one by one, and the memory of each layer is free again after the next one.
+_ROWS_TOGETHER = 512
+
+
+def _torchs_own(backend: str, x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether plain torch computes the layers on the tape, for a call of which ``alone`` is "torch"."""
+    return (
+        backend == "torch"
+        and weights[0].dtype in (torch.float32, torch.float64)
+        and get_cpu_gemm() != "onednn"
+        and x.shape[:-1].numel() * sum([weight.numel() for weight in weights]) <= _FEW
+    )
+
+
+def _remember(run: str, activations: Sequence[str], known: Signature) -> None:
+    if len(_checked) >= MOST:
+        _checked.clear()
+    _checked.add((run, *activations, known))
 
 
 def _needs_grad(tensor: Tensor | None) -> bool:
@@ -108,6 +134,11 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     check_activation(activation)
     if activation == "softmax":
         return softmax(linear_act(x, weight, bias))
+    on_cpu = isinstance(x, Tensor) and alone(x, weight, bias) == "torch"
+    if on_cpu:
+        known = signature((x, weight, bias), weight)
+        if ("torch", activation, known) in _checked:
+            return reference.linear_act(x, weight, bias, activation)
     check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -115,6 +146,9 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     check_layer(weight, bias)
     check_input(x, weight)
     backend = runs(weight.dtype, x, weight, bias)
+    if on_cpu and _torchs_own(backend, x, (weight,)):
+        _remember("torch", (activation,), known)
+        return reference.linear_act(x, weight, bias, activation)
     if backend == "formula" or transformed(x, weight, bias):
         return reference.linear_act(x, weight, bias, activation)
     # One row per sample. reshape(-1, K) cannot infer the number of rows when K is 0.
@@ -163,13 +197,17 @@ def mlp(
     for activation in activations:
         check_activation(activation)
     known = None
-    if members is None and dropout is None and len(weights) == len(biases):
+    run = None
+    if members is None and dropout is None and weights and len(weights) == len(biases):
         tensors: tuple[Any, ...] = (x, *[p for pair in zip(weights, biases, strict=True) for p in pair])
-        if kernels_alone(*tensors):
-            known = triton_ops.signature(tensors)
-            if (*activations, known) in _checked:
+        run = alone(*tensors)
+        if run is not None:
+            known = signature(tensors, weights[0])
+            if (run, *activations, known) in _checked:
                 if x.dim() > 2:
                     x, known = x.flatten(1), None
+                if run == "torch":
+                    return reference.mlp(x, weights, biases, activations)
                 return _on_tape(x, tensors[1:], tuple(activations), "triton", known)
     check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
@@ -206,10 +244,11 @@ def mlp(
         backend = "members" if backend == "torch" else backend
         if x.requires_grad and x.dim() == 2:
             x = x.expand(members, -1, -1)  # whose derivative is the sum over the members
-    elif known is not None and backend == "triton":
-        if len(_checked) >= MOST:
-            _checked.clear()
-        _checked.add((*activations, known))
+    elif known is not None and backend == run == "triton":
+        _remember(run, activations, known)
+    elif known is not None and run == "torch" and _torchs_own(backend, x, weights):
+        _remember(run, activations, known)
+        return reference.mlp(x, weights, biases, activations)
     params = [p for pair in zip(weights, biases, strict=True) for p in pair]
     return _on_tape(x, params, tuple(activations), backend, drops=drops)
 
@@ -259,7 +298,7 @@ def _on_tape(
     params: Sequence[Tensor | None],
     activations: tuple[str, ...],
     backend: Runs,
-    known: triton_ops.Signature | None = None,
+    known: Signature | None = None,
     drops: Drops | None = None,
 ) -> Tensor:
     """``mlp`` of what was checked, with W_1, b_1, W_2, ... and the signature of all tensors if it is known."""
@@ -270,6 +309,10 @@ def _on_tape(
     elif not x.requires_grad:
         while first < count and not (_needs_grad(params[2 * first]) or _needs_grad(params[2 * first + 1])):
             first += 1
+    if first == count and drops is None and backend == "triton" and x.shape[-2] <= _ROWS_TOGETHER:
+        together = triton_ops.network_fwd(x, params, activations, (False,) * count, known)
+        if together is not None:
+            return together[-1]
     if first:
         for i, (w, b, activation) in enumerate(zip(params[0 : 2 * first : 2], params[1::2], activations, strict=False)):
             assert w is not None

@@ -10,7 +10,6 @@ from .cross_entropy_bwd import cross_entropy_bwd
 from .dropout import Dropout
 from .elementwise_loss import elementwise_loss, elementwise_loss_bwd, elementwise_loss_fwd
 from .head import head
-from .launch import signature as signature
 from .linear_dgrad import linear_dgrad
 from .linear_fwd import linear_fwd
 from .linear_wgrad import linear_wgrad

@@ -32,10 +32,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..base.signature import Signature
 from .configs import cdiv
 from .dependent import wait_for_previous
 from .device import current_device
-from .launch import Call, Launches, New, Signature, call, remembered, with_active
+from .launch import Call, Launches, New, call, remembered, with_active
 from .members import count_of, inactive, stride_of
 from .row_weights import batch_weight, load_sample_weights, summed_block, total_weight
 from .softmax import load_labels, row_offsets, rows_grad, target_block, whole_rows_loss

@@ -40,6 +40,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from ..base.signature import MOST, Signature, signature
 from .dependent import launch_options, launches_dependent
 from .device import interpreting
 
@@ -51,13 +52,10 @@ __all__ = [
     "forget",
     "launch_plainly",
     "remembered",
-    "signature",
     "with_active",
     "with_dropout",
 ]
 
-#: Launches that are remembered per driver. One more, and all are forgotten.
-MOST = 4096
 #: Bytes of a storage up to which Triton's code for AMD takes 32-bit offsets.
 _NEAR = 2**31 - 1
 #: What the arguments of a remembered launch are, besides tensors, numbers and tuples.
@@ -136,8 +134,6 @@ class Launches(NamedTuple):
     news: Sequence[New] = ()
 
 
-#: Of each tensor dtype, shape, strides, alignment and device, or None.
-Signature = tuple[Any, ...]
 #: None: the plan's launcher has another way for such arguments.
 Plan = Callable[..., "Call | Launches | None"]
 
@@ -184,11 +180,6 @@ def _memory_of(active: Any) -> _Memory:
         memory = _memories[active] = _Memory(active)
     _latest = ref(active), memory
     return memory
-
-
-def signature(tensors: Sequence[Tensor | None]) -> Signature:
-    """All that a launch depends on of its tensors, for callers who need it too."""
-    return tuple([None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device) for t in tensors])
 
 
 def remembered(plan: Plan) -> Callable[..., Any]:

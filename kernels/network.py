@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.signature import Signature, signature
 from .configs import TileRule, gemm_tile, loads_wide
-from .launch import Call, Launches, New, Signature, remembered, with_dropout
+from .launch import Call, Launches, New, remembered, with_dropout
 from .layout import Layer, Layout
 from .linear_dgrad import plan as dgrad_plan
 from .linear_fwd import plan as fwd_plan
@@ -161,6 +162,7 @@ def network_bwd(
         drops: as in the forward pass; that of the last layer is the caller's to apply.
     """
     if drops is None:
-        return _backward((dz, *tensors), (activations, kinds, wanted, gemm_tile))
+        given = (dz, *tensors)
+        return _backward(given, (activations, kinds, wanted, gemm_tile), (), signature(given, tensors[2 * len(kinds)]))
     state, drawn = drops
     return _backward_dropping((state, None, dz, *tensors), (activations, kinds, wanted, gemm_tile, drawn))

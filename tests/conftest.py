@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastmlp
 from fastmlp.cpu import cache, choose, native
 from fastmlp.cpu.native import machine_code
 from tests.support.covering import SIMULATED, left_out
@@ -207,6 +208,13 @@ def steps_on_operators(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "installed", installed)
         patch.setattr(machine_code, "cache_folder", lambda: folder / "machine-code")
+        yield
+
+
+@pytest.fixture
+def own_nodes() -> Iterator[None]:
+    """Small networks on a CPU too go through fastmlp's nodes of the tape, where "auto" leaves them to torch's."""
+    with fastmlp.use_backend("torch"):
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,6 +17,13 @@ from fastmlp.functional import linear_act, mlp
 # On the first use of forward mode torch scripts its decompositions, and warns of its own call of torch.jit.script.
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True, params=["auto", "torch"])
+def backend(request) -> Iterator[None]:
+    """Small calls on a CPU are torch's own operations on the tape, or where it is asked for a node of fastmlp's."""
+    with fastmlp.use_backend(request.param):
+        yield
 
 
 def layer(K: int = 5, N: int = 3, dtype=torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,10 @@ from torch.nn import _reduction
 from torch.nn import functional as F
 
 from .. import ops, reference
-from ..backend import Runs, get_backend, has_values, kernels_alone, on_tape, runs, watched
+from ..backend import Runs, alone, get_backend, has_values, on_tape, runs, watched
 from ..base.arguments import MOST, check_classes, check_cross_entropy, check_tensor
 from ..base.compat import is_autocast_enabled
+from ..base.signature import Signature, signature
 from ..ops import torch_losses, triton_ops
 from ..ops.torch_losses import Settings
 from .transforms import differentiable, launches_alone, transformed
@@ -55,7 +56,7 @@ class SoftmaxCrossEntropy(Function):
         weight: Tensor | None,
         settings: Settings,
         backend: Runs,
-        known: triton_ops.Signature | None = None,
+        known: Signature | None = None,
     ) -> Tensor:
         """Keep Z, the target and log p (torch) or max and sum of exponentials of each row (kernels)."""
         if known is not None:
@@ -165,21 +166,21 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    check_tensor(input, "the input")
+    check_tensor(target, "the target")
+    if torch_losses.torch_is_as_fast(input, target, label_smoothing) and get_backend() != "triton":
+        return _torchs(input, target, weight, ignore_index, reduction, label_smoothing)
     key = None
     # Equal keys must be of equal types, since 1, 1.0 and True are equal.
     plain = type(reduction) is str and type(ignore_index) is int and type(label_smoothing) is float
-    if plain and kernels_alone(input, target, weight) and not _learns(weight):
-        known = triton_ops.signature((input, target, weight))
+    if plain and alone(input, target, weight) == "triton" and not _learns(weight):
+        known = signature((input, target, weight))
         key = (known, reduction, ignore_index, label_smoothing)
         found = _checked.get(key)
         if found is not None:
             if target.is_cpu and not target.is_floating_point():
                 _check_labels(input, target, ignore_index)
             return _on_tape(input, target, weight, found, "triton", known if input.dim() == 2 else None)
-    check_tensor(input, "the input")
-    check_tensor(target, "the target")
-    if torch_losses.torch_is_as_fast(input, target, label_smoothing) and get_backend() != "triton":
-        return _torchs(input, target, weight, ignore_index, reduction, label_smoothing)
     check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     probabilities = target.is_floating_point()
     dtype = _result_dtype(input, target, weight)
@@ -214,7 +215,7 @@ def _on_tape(
     weight: Tensor | None,
     settings: Settings,
     backend: Runs,
-    known: triton_ops.Signature | None = None,
+    known: Signature | None = None,
 ) -> Tensor:
     """``cross_entropy`` of what was checked, with the signature of the three tensors if it is known."""
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad) and on_tape(backend):

@@ -30,9 +30,9 @@ from ..activations import ACTIVATIONS, saved_for_grad
 from ..backend import Runs
 from ..base.compat import is_autocast_enabled
 from ..base.dropout import Dropout
+from ..base.signature import Signature
 from ..ops import BackwardOperations, torch_ops, triton_ops
 from ..ops.dropout import before_dropout, dropped, kept_layers
-from ..ops.triton_ops import Signature
 from .transforms import differentiable, launches_alone
 
 _AS_IT_IS = nullcontext()

@@ -26,7 +26,7 @@ from ..cpu import instruction_set
 Rows = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 #: Of the input and of the target, each None unless wanted.
 Gradients = tuple[Tensor | None, Tensor | None]
-_WIDE = (torch.float32, torch.float64)
+WIDE = (torch.float32, torch.float64)
 #: Rows from which the softmax of short ones gains more than a node of the tape in Python costs.
 _MANY_ROWS = 256
 
@@ -95,7 +95,7 @@ def torch_is_as_fast(z: Tensor, target: Tensor, smoothing: float) -> bool:
         z.is_cpu
         and target.is_cpu
         and z.dim() == 2
-        and z.dtype in _WIDE
+        and z.dtype in WIDE
         and target.dtype in LABELS
         and isinstance(smoothing, (int, float))
         and smoothing == 0

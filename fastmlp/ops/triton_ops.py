@@ -13,10 +13,9 @@ from torch import Tensor
 
 from ..base.dropout import Dropout
 from ..base.losses import LOSSES
+from ..base.signature import Signature
 from .torch_losses import Gradients, Rows, Settings, mean_factor
 
-#: Of each tensor dtype, shape, strides, alignment and device, or None.
-Signature = tuple[Any, ...]
 _AS_IT_IS = nullcontext()
 
 
@@ -26,11 +25,6 @@ def _kernels() -> ModuleType:
     from .. import kernels
 
     return kernels
-
-
-def signature(tensors: Sequence[Tensor | None]) -> Signature:
-    """All that launches depend on of these tensors; ``known`` below is the signature of a function's tensors."""
-    return _kernels().signature(tensors)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:

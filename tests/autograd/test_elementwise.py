@@ -24,6 +24,8 @@ from fastmlp.functional import (
 )
 from tests.support.harness import assert_within_budget
 
+pytestmark = pytest.mark.usefixtures("own_nodes")
+
 LOSSES = {
     "mse": (mse_loss, F.mse_loss),
     "l1": (l1_loss, F.l1_loss),

@@ -13,6 +13,8 @@ from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.functional import linear_act, mlp
 
+pytestmark = pytest.mark.usefixtures("own_nodes")
+
 SIZES = (4, 5, 2, 3)
 NAMES = ("x", "w0", "b0", "w1", "b1", "w2", "b2")
 

@@ -16,6 +16,8 @@ from fastmlp.functional import linear_act, mlp
 from fastmlp.ops import Operations, torch_ops
 from tests.autograd.test_linear import NAMES, close, run, tensors
 
+pytestmark = pytest.mark.usefixtures("own_nodes")
+
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:

@@ -20,6 +20,7 @@ from fastmlp import functional, reference
 from fastmlp.activations import ACTIVATIONS
 
 pytestmark = [
+    pytest.mark.usefixtures("own_nodes"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),  # of torch.func.linearize
 ]

@@ -17,6 +17,8 @@ from fastmlp.ops import torch_ops
 from tests.support.harness import assert_within_budget
 from tests.support.torchs import TORCH_ACTIVATIONS
 
+pytestmark = pytest.mark.usefixtures("own_nodes")
+
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SIZES = (12, 9, 7, 4)
 

@@ -17,7 +17,7 @@ from fastmlp.cpu import cache, choose, onednn
 from fastmlp.ops import torch_products
 from tests.support.steps import fresh_choices, have_16_bit_products, needs_onednn  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("fresh_choices")
+pytestmark = pytest.mark.usefixtures("fresh_choices", "own_nodes")
 
 #: The products of the first two layers are large enough for a choice, the products of the last layer are not.
 M, SIZES = 96, (257, 256, 200, 10)

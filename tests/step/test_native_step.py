@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import platform
 
 import pytest
 import torch
@@ -275,6 +276,27 @@ def test_two_runs_and_any_number_of_threads_agree():
         found.append(flat(step.model))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors keep subnormal numbers")
+@pytest.mark.parametrize(("dtype", "small"), [(torch.float32, 1e-39), (torch.float64, 1e-309)])
+def test_momenta_do_not_stay_subnormal(dtype, small):
+    """They would slow each step down. Elsewhere in the thread subnormal numbers are numbers, before and after."""
+    step = made(dtype=dtype, momentum=0.9)
+    data = data_of(8, dtype=dtype)
+    step(*data[0])
+    state = step.state_dict()
+    momenta = [value for name, value in state.items() if "momentum" in name]
+    assert len(momenta) == 2 * len(SIZES) - 2
+    for momentum in momenta:
+        momentum.fill_(small)
+        assert momentum.count_nonzero() == momentum.numel()
+    step.load_state_dict(state)
+    step(torch.zeros_like(data[1][0]), data[1][1])
+    by_machine(step, 8)
+    first = step.state_dict()[next(name for name in state if "momentum" in name)]
+    assert first.count_nonzero() == 0  # the gradient of the first weight is 0
+    assert torch.tensor([small], dtype=dtype).mul(0.5).count_nonzero() == 1
 
 
 def test_copies_go_on():

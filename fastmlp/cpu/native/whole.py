@@ -86,7 +86,20 @@ from .layout import (
     X,
     Z,
 )
-from .pointers import call, float32_at, float64_at, int64_at, moved, number, part, pointer, uint8_at
+from .pointers import (
+    FLUSHES,
+    call,
+    float32_at,
+    float64_at,
+    float_control,
+    int64_at,
+    moved,
+    number,
+    part,
+    pointer,
+    set_float_control,
+    uint8_at,
+)
 from .tiles import dots_1
 
 
@@ -232,6 +245,15 @@ def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
 
 def run(call_: Any, like: Any) -> None:
     """Steps over ``ROWS`` rows, ``BATCH`` at a time; ``like`` is any pointer to values."""
+    before = float_control()
+    set_float_control(before | FLUSHES)
+    steps(call_, like)
+    set_float_control(before)
+
+
+@part
+def steps(call_: Any, like: Any) -> None:
+    """``run`` with the settings of floating-point arithmetic as they are."""
     net, hyper, count = int64_at(call_[NET]), float64_at(call_[HYPER]), float32_at(call_[COUNT])
     x, pixels, rates = pointer(call_[INPUTS], like), uint8_at(call_[INPUTS]), float64_at(call_[RATES])
     classes, values, losses = int64_at(call_[TARGETS]), pointer(call_[TARGETS], like), pointer(call_[LOSSES], like)

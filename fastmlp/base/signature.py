@@ -1,0 +1,71 @@
+"""A number for all that launches depend on of their tensors.
+
+Equal numbers mean that every tensor has the same dtype, shape, strides, alignment to 16 bytes and device, or is None in
+both calls. To read these properties of the tensors of a whole network takes as long as to launch a kernel. Where the
+caller names an object that calls of the same kind share, such as a weight, torch's guards compare the tensors with
+those of the call before in one call of C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["MOST", "Signature", "signature"]
+
+#: Signatures that are remembered. One more, and all are forgotten and get new numbers.
+MOST = 4096
+
+Signature = int
+
+_numbers: dict[tuple[Any, ...], Signature] = {}
+_next = count()
+#: By the shared object, the number of tensors and the shape of the first one: the signature, where None is, and what
+#: compares the other tensors with those of the call that had it, which were aligned.
+_seen: dict[tuple[Any, ...], tuple[Signature, list[bool], Callable[..., bool]]] = {}
+
+
+def signature(tensors: Sequence[Tensor | None], shared: object = None) -> Signature:
+    """The number of the tensors, of which the first one is not None."""
+    if shared is not None:
+        place = id(shared), len(tensors), tensors[0].shape  # type: ignore[union-attr]
+        seen = _seen.get(place)
+        if seen is not None:
+            number, absent, alike = seen
+            if [t is None for t in tensors] == absent:
+                present = [t for t in tensors if t is not None]
+                if alike(*present) and _aligned(present):
+                    return number
+    found = tuple([None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device) for t in tensors])
+    number_or_none = _numbers.get(found)
+    if number_or_none is None:
+        if len(_numbers) >= MOST:
+            _numbers.clear()
+        number_or_none = _numbers[found] = next(_next)
+    elif shared is not None:
+        absent = [t is None for t in tensors]
+        present = [t for t in tensors if t is not None]
+        if _aligned(present):
+            if len(_seen) >= MOST:
+                _seen.clear()
+            _seen[place] = number_or_none, absent, _comparison(present)
+    return number_or_none
+
+
+def _aligned(tensors: Sequence[Tensor]) -> bool:
+    addresses = 0
+    for t in tensors:
+        addresses |= t.data_ptr()
+    return not addresses & 15
+
+
+def _comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Whether other tensors have the type, dtype, shape, strides and device of these; may be False for some that do."""
+    sizes: Any = [list(t.shape) for t in tensors]
+    strides: Any = [list(t.stride()) for t in tensors]
+    guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    return guards.check
