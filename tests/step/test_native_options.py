@@ -156,6 +156,19 @@ def test_a_batch_of_ignored_rows(options):
 
 
 @pytest.mark.usefixtures("no_operators")
+@pytest.mark.parametrize(("dtype", "small"), [(torch.float32, 1e-40), (torch.float64, 1e-310)])
+@pytest.mark.parametrize("case", WEIGHTED)
+def test_sample_weights_below_the_smallest_normal_number(case, dtype, small):
+    """They are numbers, although the machine code treats such results of layers as 0."""
+    loss, options, probabilities = WEIGHTED[case]
+    ((x, y),) = data(loss, options, probabilities, steps=1)
+    x, y = for_step(x, y, dtype)
+    step = made(loss, dtype, **{"lr": 0.0, **options})
+    plain = step(x, y)
+    torch.testing.assert_close(step(x, y, torch.full((SIZE,), small, dtype=dtype)), plain, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.usefixtures("no_operators")
 def test_classes_that_weigh_nothing():
     """A batch of such classes alone has NaN for its loss and its gradient, as with torch."""
     x, y = problem(SIZES, SIZE)

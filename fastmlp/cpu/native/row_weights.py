@@ -2,7 +2,8 @@
 
 The functions take what those of ``losses`` take. Every row has a sample weight, and every class a factor; what a step
 does not have is the number 1, read with a stride of 0. The formulas are those of ``fastmlp.step.cpu_row_weights``, with
-D the sum of the rows' weights. Where all weights are 1, labels give the bits of ``losses.cross_entropy``.
+D the sum of the rows' weights. Where all weights are 1, labels give the bits of ``losses.cross_entropy``. Weights below
+the smallest normal number are numbers here, as they are for the operators.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from .activations import exp, logistic
 from .layout import DELTA, IGNORED, PER_CLASS, PER_CLASS_STEP, SMOOTHING
 from .losses import _bce_with_logits, _huber, _l1, _mse, softmax_row
-from .pointers import inlined, moved, pointer
+from .pointers import FLUSHES, float_control, inlined, moved, part, pointer, set_float_control
 
 
 @inlined
@@ -26,7 +27,24 @@ def sum_of(weights: Any, weight_row: int, order: Any, ordered: int, m: int) -> f
     return total
 
 
-def cross_entropy(
+def _keeping_small_numbers(loss: Callable[..., float]) -> Callable[..., float]:
+    """The unit that computes ``loss`` without treating small numbers as 0: the mean is one of weights of any size."""
+    compute = part(loss)
+
+    def unit(
+        a: Any, classes: Any, values: Any, row: int, column: int, order: Any, ordered: int, m: int, c: int,
+        da: Any, weights: Any, weight_row: int, net: Any, hyper: Any,
+    ) -> float:  # fmt: skip
+        before = float_control()
+        set_float_control(before & ~FLUSHES)
+        loss = compute(a, classes, values, row, column, order, ordered, m, c, da, weights, weight_row, net, hyper)
+        set_float_control(before)
+        return loss
+
+    return unit
+
+
+def _cross_entropy(
     a: Any, classes: Any, values: Any, row: int, column: int, order: Any, ordered: int, m: int, c: int,
     da: Any, weights: Any, weight_row: int, net: Any, hyper: Any,
 ) -> float:  # fmt: skip
@@ -71,7 +89,7 @@ def cross_entropy(
     return loss / divisor
 
 
-def probabilities(
+def _probabilities(
     a: Any, classes: Any, values: Any, row: int, column: int, order: Any, ordered: int, m: int, c: int,
     da: Any, weights: Any, weight_row: int, net: Any, hyper: Any,
 ) -> float:  # fmt: skip
@@ -97,7 +115,7 @@ def probabilities(
     return loss / divisor
 
 
-def softmax_squared_error(
+def _softmax_squared_error(
     a: Any, classes: Any, values: Any, row: int, column: int, order: Any, ordered: int, m: int, c: int,
     da: Any, weights: Any, weight_row: int, net: Any, hyper: Any,
 ) -> float:  # fmt: skip
@@ -143,10 +161,7 @@ def _mean_of_weighted_rows(term: Callable[[float, float, int, float], tuple[floa
     return loss
 
 
-mse, l1, huber, bce_with_logits = map(_mean_of_weighted_rows, (_mse, _l1, _huber, _bce_with_logits))
-
-
-def positive_bce(
+def _positive_bce(
     a: Any, classes: Any, values: Any, row: int, column: int, order: Any, ordered: int, m: int, c: int,
     da: Any, weights: Any, weight_row: int, net: Any, hyper: Any,
 ) -> float:  # fmt: skip
@@ -169,3 +184,11 @@ def positive_bce(
             total += weight * (factor * log_1p + (x - x * y))
             of_da[j] = (factor * logistic(x) - positive) * weight / divisor
     return total / divisor
+
+
+mse, l1, huber, bce_with_logits = (
+    _keeping_small_numbers(_mean_of_weighted_rows(term)) for term in (_mse, _l1, _huber, _bce_with_logits)
+)
+cross_entropy, probabilities, softmax_squared_error, positive_bce = map(
+    _keeping_small_numbers, (_cross_entropy, _probabilities, _softmax_squared_error, _positive_bce)
+)
