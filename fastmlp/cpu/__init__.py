@@ -8,7 +8,7 @@ from .choose import adopt_choices, get_cpu_gemm, named_choices, set_cpu_gemm
 from .dropout import dropout_factors, dropout_keep, times_kept
 from .ensembles import MEMBER_WAYS, NATIVE_WAYS, member_way
 from .few_rows import Products, layer_products, sample_blocks
-from .native import LayerParts, NativeMembers, NativeNetwork, unit_names
+from .native import LayerParts, LossUnit, NativeMembers, NativeNetwork, unit_names
 from .native import Parameter as NativeParameter
 from .native import Units as NativeUnits
 from .native import layout as native_layout
@@ -21,6 +21,7 @@ __all__ = [
     "MEMBER_WAYS",
     "NATIVE_WAYS",
     "LayerParts",
+    "LossUnit",
     "NativeMembers",
     "NativeNetwork",
     "NativeParameter",

@@ -4,7 +4,8 @@
 
 The random numbers are those of Philox-4x64 with 10 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as
 1, 2, 3"), a function of a key and a counter. So the backward pass makes the same numbers again, and no order of
-computation changes them. The kernels make them on a GPU, and ``numpy.random.Philox`` makes them on a CPU.
+computation changes them. The kernels make them on a GPU; ``numpy.random.Philox``, or the machine code of small steps,
+makes them on a CPU.
 
     key      (seed, 0)
     counter  (1 + group, step, layer, stream)        group = row * ceil(N / 16) + column // 16

@@ -173,6 +173,7 @@ class TorchEnsemble:
     ) -> list[Tensor]:
         """Gradients of the trained masters, in the order of the parameters; parameters stay as they are."""
         kept = [g.clone() for g in self.grads] if accumulate else None
+        self._set_rates([rule.lr for rule in self.rules])
         self._mean_gradients(x, y, out, None, weight)
         if kept is not None:
             torch._foreach_add_(self.grads, kept)

@@ -1,8 +1,7 @@
 """A training step as one call of machine code (``fastmlp.cpu.native``), for what the machine code has.
 
-What it does not have goes to the step on torch's operators, which is planned when it is first needed: dropout, sample
-weights, targets that are probabilities or of another dtype, class numbers out of range, and gradients without an
-update. Both share the parameters and all state, so they may take turns.
+Targets of another dtype, and class numbers out of range, go to the step on torch's operators, which is planned when it
+is first needed. Both share the parameters and all state, so they may take turns.
 """
 
 from __future__ import annotations
@@ -15,10 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import cpu
-from ..base.losses import takes_classes
+from ..base.losses import IGNORED
 from ..cpu import native_layout as layout
+from .cpu_dropout import StepDropout
 from .cpu_member_span import Ensemble
+from .cpu_native_losses import LossUnits
 from .cpu_plan import Layer, Network
+from .loss_options import LossOptions
 from .optimizers import Optimizer
 
 if TYPE_CHECKING:
@@ -26,22 +28,13 @@ if TYPE_CHECKING:
 
 
 def has_formulas(net: Network | Ensemble) -> bool:
-    """Whether the machine code has the device, the dtype, the dropout, and the loss for labels that all count."""
-    options = net.options
-    return (
-        net.device.type == "cpu"
-        and net.dtype in (torch.float32, torch.float64)
-        and net.dropout is None
-        and options.class_weight is None
-        and options.pos_weight is None
-        and not options.label_smoothing
-    )
+    """Whether the machine code has the device and the dtype."""
+    return net.device.type == "cpu" and net.dtype in (torch.float32, torch.float64)
 
 
 def has_native(net: Network) -> bool:
     """Whether the machine code has what the network needs."""
-    ignores = 0 <= net.options.ignored < net.modules[-1].out_features
-    return has_formulas(net) and not (net.copies or net.parallel is not None or net.late or ignores)
+    return has_formulas(net) and not (net.copies or net.parallel is not None or net.late)
 
 
 def native_plan(net: Network, m: int) -> cpu.NativePlan | None:
@@ -49,16 +42,17 @@ def native_plan(net: Network, m: int) -> cpu.NativePlan | None:
     if not has_native(net):
         return None
     activations, clips = [layer.activation for layer in net.layers], net.rule.max_grad_norm is not None
-    names = cpu.unit_names(activations, net.loss, net.rule.name, clips=clips, averages=net.averages)
+    loss = LossUnits(net.loss, net.options, net.dtype).usual.name
+    names = cpu.unit_names(activations, loss, net.rule.name, clips=clips, averages=net.averages)
     return None if names is None else cpu.NativePlan(names, partial(NativeStep, net, m))
 
 
 def write_settings(
-    native: cpu.NativeNetwork, rule: Optimizer, of_groups: Sequence[Optimizer], delta: float, *, plain: bool
+    native: cpu.NativeNetwork, rule: Optimizer, of_groups: Sequence[Optimizer], options: LossOptions, *, plain: bool
 ) -> None:
     """Write the settings for the machine code, except the learning rates."""
     hyper, numbers = native.hyper, rule.numbers
-    hyper[layout.DELTA] = delta
+    hyper[layout.DELTA], hyper[layout.SMOOTHING] = options.delta, options.label_smoothing
     hyper[layout.MAX_NORM] = 0.0 if rule.max_grad_norm is None else rule.max_grad_norm
     hyper[layout.SIGN] = -1.0 if rule.maximize else 1.0
     hyper[layout.NUMBERS : layout.NUMBERS + len(numbers)] = list(numbers)
@@ -67,6 +61,23 @@ def write_settings(
     for i, of_group in enumerate(of_groups):
         hyper[layout.OF_GROUPS + 2 * i + 1] = of_group.weight_decay
     native.net[layout.PLAIN] = int(plain)
+
+
+class Dropped:
+    """What the machine code drops now: nothing at first."""
+
+    def __init__(self) -> None:
+        self.dropout: StepDropout | None = None
+        self._place = 0
+
+    def taken(self, dropout: StepDropout | None, take: Callable[[Tensor | None, Sequence[float], int], bool]) -> bool:
+        """Whether the machine code drops that, after ``take`` if it did not before."""
+        place = 0 if dropout is None else dropout.state.data_ptr()
+        if dropout is not self.dropout or place != self._place:
+            if not (take(None, (), 0) if dropout is None else take(*dropout)):
+                return False
+            self.dropout, self._place = dropout, place
+        return True
 
 
 class NativeStep:
@@ -83,13 +94,14 @@ class NativeStep:
         optimizer = net.optimizer
         clips = net.rule.max_grad_norm is not None
         self._gradients = [torch.zeros_like(t) for t in optimizer.params] if clips else []
-        self._classes = takes_classes(net.loss)
-        self._target = torch.int64 if self._classes else net.dtype
+        self._losses = LossUnits(net.loss, net.options, net.dtype)
+        self._loss = self._usual = self._losses.usual
+        self._dropped = Dropped()
         self._native = cpu.NativeNetwork(
             units,
             [self._parts(layer) for layer in net.layers],
             m,
-            loss=net.loss,
+            loss=self._usual,
             rule=net.rule.name,
             lowest=net.lowest,
             groups=len(net.rules),
@@ -97,7 +109,7 @@ class NativeStep:
             counts=net.rule.counted,
             clips=clips,
             averages=net.averages,
-            classes=self._classes,
+            per_class=self._losses.per_class,
         )
         self._hyper, self._changes = self._native.hyper, -1
         self._rates = [(layout.OF_GROUPS + 2 * i, rule) for i, rule in enumerate(net.rules)]
@@ -120,10 +132,13 @@ class NativeStep:
             states["ema"][place] if net.averages else None,
         )
 
+    def _take_dropout(self, state: Tensor | None, rates: Sequence[float], stream: int) -> bool:
+        return self._native.take_dropout(state, rates, stream, advances=True)
+
     def _take_settings(self) -> None:
         """Write the settings for the machine code."""
         net = self._net
-        write_settings(self._native, net.rule, net.rules, net.options.delta, plain=net.plain)
+        write_settings(self._native, net.rule, net.rules, net.options, plain=net.plain)
         self._changes = net.changes
 
     def _write_rates(self) -> None:
@@ -144,18 +159,92 @@ class NativeStep:
         update: bool = True,
     ) -> None:
         """``TorchStep.step``, and ``update`` as the step on operators takes it."""
-        if not (update and weight is None and self.made(x, y, out, rows)):
+        if update and self.made(x, y, out, rows, weight):
+            return
+        if not self._made_otherwise(x, y, out, rows, weight, update):
             self.by_operators(x, y, out, rows, weight, update=update)
 
-    def made(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None) -> bool:
-        """Whether the machine code has made the step; if not, nothing has changed, and a class may be out of range."""
-        if y.dtype is not self._target or self._net.dropout is not None:
+    def _made_otherwise(
+        self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None, weight: Tensor | None, update: bool
+    ) -> bool:
+        """``made`` of gradients without an update, and of labels that torch ignores unasked."""
+        if not update:
+            grads = self._net.optimizer.grads
+            for i, grad in enumerate(grads):
+                if not grad.is_contiguous():  # operators may have left a gradient in a product's own buffer
+                    grads[i] = grad.contiguous()
+            self._native.gradients_go(grads)
+            self._native.set_updates(False)
+        try:
+            if not update and self.made(x, y, out, rows, weight):
+                return True
+            ignoring = self._ignoring(y)
+            return ignoring is not None and self.made(x, y, out, rows, weight, ignoring)
+        finally:
+            self._native.set_updates(True)
+
+    def made(
+        self,
+        x: Tensor,
+        y: Tensor,
+        out: Tensor,
+        rows: Tensor | None = None,
+        weight: Tensor | None = None,
+        loss: cpu.LossUnit | None = None,
+    ) -> bool:
+        """Whether the machine code has made the step; if not, nothing has changed, and a class may be out of range.
+
+        ``loss`` is the unit that computes the loss; None: what targets and weights say.
+        """
+        usual = weight is None and loss is None and y.dtype is self._losses.target and self._loss is self._usual
+        drops = self._net.dropout is not None or self._dropped.dropout is not None
+        if (drops or not usual) and not self._ready(y, weight, loss):
             return False
         self._write_rates()
-        return self._native.step(x, y, out) if rows is None else self._at(x, y, out, rows)
+        if weight is not None:
+            weight = weight.to(self._net.dtype)
+        return self._native.step(x, y, out, weight) if rows is None else self._at(x, y, out, rows, weight)
 
-    def _at(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor) -> bool:
-        return self._native.steps(x, y, rows.contiguous(), rows.shape[0], None, out)
+    def _at(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor, weight: Tensor | None) -> bool:
+        return self._native.steps(x, y, rows.contiguous(), rows.shape[0], None, out, weight)
+
+    def epoch(
+        self,
+        x: Tensor,
+        y: Tensor,
+        batch: int,
+        order: Tensor,
+        rates: Tensor,
+        losses: Tensor,
+        weight: Tensor | None = None,
+    ) -> bool:
+        """``TorchStep.epoch``; False where the machine code does not have it, and nothing has changed then."""
+        weight = None if weight is None else weight.to(self._net.dtype)
+        ready = self._ready(y, weight)
+        while ready:
+            self._write_rates()
+            if self._native.steps(x, y, order.contiguous(), batch, rates.contiguous(), losses, weight):
+                return True
+            ignoring = self._ignoring(y)
+            ready = ignoring is not None and self._ready(y, weight, ignoring)
+        return False
+
+    def _ignoring(self, y: Tensor) -> cpu.LossUnit | None:
+        """The unit that ignores labels as torch does unasked, if there are such labels and it is not in use."""
+        unit = self._losses.ignoring
+        ignores = unit is not None and unit is not self._loss and not y.is_floating_point()
+        return unit if ignores and bool((y == IGNORED).any()) else None
+
+    def _ready(self, y: Tensor, weight: Tensor | None, loss: cpu.LossUnit | None = None) -> bool:
+        """Take up dropout and the unit of the loss; False where the machine code does not have them."""
+        loss = loss or self._losses.of(y, weight)
+        if loss is None or not self._dropped.taken(self._net.dropout, self._take_dropout):
+            return False
+        if loss is not self._loss:
+            if not self._native.take_loss(loss):
+                return False
+            self._loss = loss
+        return True
 
     @property
     def by_operators(self) -> Callable[..., None]:
@@ -163,10 +252,3 @@ class NativeStep:
         if self._operators is None:
             self._operators = self._plan()
         return self._operators
-
-    def epoch(self, x: Tensor, y: Tensor, batch: int, order: Tensor, rates: Tensor, losses: Tensor) -> bool:
-        """``TorchStep.epoch``; False where the machine code does not have it, and nothing has changed then."""
-        if y.dtype != self._target or self._net.dropout is not None:
-            return False
-        self._write_rates()
-        return self._native.steps(x, y, order.contiguous(), batch, rates.contiguous(), losses)

@@ -13,20 +13,21 @@ from torch import Tensor
 
 from .. import cpu
 from ..activations import ACTIVATIONS
-from ..base.losses import takes_classes
 from ..cpu import native_layout as layout
 from .cpu_member_span import Ensemble, MemberLayer, target_dims
 from .cpu_members import Piece
-from .cpu_native import has_formulas, write_settings
+from .cpu_native import Dropped, has_formulas, write_settings
+from .cpu_native_losses import LossUnits
 
 
 def native_units(net: Ensemble, m: int) -> cpu.NativeUnits | None:
     """The machine code for steps of ``m`` rows; None where it lacks what the ensemble needs, or is not wanted."""
     copies = any(not copies.is_one for layer in net.layers for copies in layer.copies)
-    if not has_formulas(net) or copies or net.options.ignore_index is not None or not net.layers[-1].weight.shape[1]:
+    if not has_formulas(net) or copies or not net.layers[-1].weight.shape[1]:
         return None
     activations, clips = [layer.activation for layer in net.layers], net.rule.max_grad_norm is not None
-    names = cpu.unit_names(activations, net.loss, net.rule.name, clips=clips, averages=net.rule.ema_decay is not None)
+    loss = LossUnits(net.loss, net.options, net.dtype).usual.name
+    names = cpu.unit_names(activations, loss, net.rule.name, clips=clips, averages=net.rule.ema_decay is not None)
     if names is None:
         return None
     work = m * sum(layer.weight[0].numel() for layer in net.layers)
@@ -51,8 +52,12 @@ class NativePiece:
     ) -> None:
         self._net, self._ids, self._make = net, ids, operators
         self._pieces: list[Piece] | None = None
-        classes, clips = takes_classes(net.loss), net.rule.max_grad_norm is not None
-        self._target = torch.int64 if classes else net.dtype
+        clips = net.rule.max_grad_norm is not None
+        self._losses = LossUnits(net.loss, net.options, net.dtype)
+        self._loss = self._losses.usual
+        self._dropped = Dropped()
+        #: Where the networks store gradients, once they have been asked for.
+        self._gradients: list[Tensor] | None = None
         gradients = [torch.zeros_like(t[0]) for t in net.masters] if clips else []
         self._networks: list[cpu.NativeNetwork] = []
         for e in ids:
@@ -61,7 +66,7 @@ class NativePiece:
                     units,
                     [_parts(net, layer, e, gradients) for layer in net.layers],
                     m,
-                    loss=net.loss,
+                    loss=self._loss,
                     rule=net.rule.name,
                     lowest=net.lowest,
                     groups=len(net.rules),
@@ -69,7 +74,7 @@ class NativePiece:
                     counts=net.rule.counted,
                     clips=clips,
                     averages=net.rule.ema_decay is not None,
-                    classes=classes,
+                    per_class=self._losses.per_class,
                     beside=self._networks[0] if self._networks else None,
                 )
             )
@@ -82,7 +87,7 @@ class NativePiece:
         if self._version != net.version:
             for e, network in zip(self._ids, self._networks, strict=True):
                 rules = net.rules_with(net.settings_of(e))
-                write_settings(network, rules[0], rules, net.options.delta, plain=net.plain)
+                write_settings(network, rules[0], rules, net.options, plain=net.plain)
                 for i, rule in enumerate(rules):
                     network.hyper[layout.OF_GROUPS + 2 * i] = rule.lr
             self._version, self._rate = net.version, float("nan")
@@ -101,14 +106,39 @@ class NativePiece:
         of_pass: tuple[int, int] = (0, 0),
     ) -> None:
         """``Piece.run``."""
-        net = self._net
-        has = weight is None and net.dropout is None and y.dtype == self._target and out.dtype == net.dtype
-        if not (update and has):
+        if not self._ready(y, out, weight):
             for piece in self._operators():
                 piece.run(x, y, out, update, weight, of_pass)
             return
+        if weight is not None:
+            weight = weight.to(self._net.dtype)
+        if not update:
+            self._set_updates(False)
+        self._members.step(x, y, out, weight, own_x=x.dim() == 3, own_y=y.dim() > target_dims(y))
+        if not update:
+            self._set_updates(True)
+
+    def _set_updates(self, updates: bool) -> None:
+        grads = self._net.grads
+        if grads is not self._gradients:
+            self._gradients = grads
+            for e, network in zip(self._ids, self._networks, strict=True):
+                network.gradients_go([grad[e] for grad in grads])
+        for network in self._networks:
+            network.set_updates(updates)
+
+    def _ready(self, y: Tensor, out: Tensor, weight: Tensor | None) -> bool:
+        """Write all settings for batches like this one; False where the machine code does not have them."""
+        net = self._net
+        if out.dtype != net.dtype or not self._dropped.taken(net.dropout, self._members.take_dropout):
+            return False
+        loss = self._losses.of(y, weight)
+        if loss is not self._loss:
+            if loss is None or not self._members.take_loss(loss):
+                return False
+            self._loss = loss
         self._take_settings()
-        self._members.step(x, y, out, own_x=x.dim() == 3, own_y=y.dim() > target_dims(y))
+        return True
 
     def update(self) -> None:
         """``Piece.update``."""

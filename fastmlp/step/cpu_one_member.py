@@ -55,7 +55,7 @@ class OneMember:
             self._is_active = ctypes.c_bool.from_address(active.data_ptr())
         self._mlp = TorchStep(views, rule, loss, dtype, groups=groups, options=options, parallel=parallel)
         self._classes = views[-1].out_features if takes_classes(loss) else None
-        self._ignored = options.ignore_index
+        self._ignored = None if options.is_plain else options.ignored
 
     structure = staticmethod(TorchStep.structure)
 

@@ -155,9 +155,11 @@ class TorchStep:
         With groups ``lrs`` is [steps, G].
         """
         rules = self.network.rules
-        if weight is None and cpu.native_rows(batch_size) and has_native(self.network):
+        if cpu.native_rows(batch_size) and has_native(self.network):
             planned = self._planned(batch_size)
-            if isinstance(planned, NativeStep) and planned.epoch(images, labels, batch_size, order, lrs, losses):
+            if isinstance(planned, NativeStep) and planned.epoch(
+                images, labels, batch_size, order, lrs, losses, weight
+            ):
                 return
         if batch_size == 1 and weight is None and self._is_online(images, labels):
             try:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import fastmlp
+from fastmlp import reference
 from fastmlp.activations import ACTIVATIONS
+from fastmlp.base.dropout import threshold
 from fastmlp.base.losses import STEP_LOSSES
 from fastmlp.cpu import choose, native
 from fastmlp.cpu.native import machine_code, unit_names
@@ -156,13 +158,35 @@ def test_layers_of_every_size(dtype):
                     assert near(z.view(m, n), exact, terms, dtype, k), (m, n, k)
 
 
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_of_dropout(dtype):
+    """The bits of the reference: keys and counters of 64 bits, and every part of a group of columns."""
+    i64 = ctypes.c_int64
+    dropped = unit("dropout.dropped", dtype, *[i64] * 7, ctypes.c_double, *[i64] * 4)
+    largest = (1 << 63) - 1
+    for seed, step, layer, stream in ((0, 0, 0, 0), (-1, 3, 1, 2), (largest, largest, 7, 1), (-(1 << 63), -5, 2, 0)):
+        for rows, columns, p in ((1, 1, 0.5), (3, 16, 0.25), (5, 17, 1e-9), (2, 63, 0.1), (4, 4, 0.99999)):
+            for first in (0, 6):
+                a = torch.linspace(-2, 2, rows * columns, dtype=dtype).view(rows, columns)
+                out, factors = torch.full_like(a, 7.0), torch.full((rows * columns + 1,), 7.0, dtype=dtype)
+                places = a.data_ptr(), out.data_ptr(), factors.data_ptr()
+                dropped(*places, rows, columns, layer, threshold(p), p, first, seed, step, stream)
+                keep = reference.keep_mask(seed, step, layer, first + rows, columns, p, stream)[first:]
+                expected = keep.to(dtype) * (1 / (1 - p))
+                assert torch.equal(factors[:-1].view(rows, columns), expected)
+                assert torch.equal(out, a * expected)
+                assert factors[-1] == 7.0
+
+
 def test_every_loss_and_optimizer_has_its_unit():
     settings = {"clips": True, "averages": True}
     for loss in STEP_LOSSES.values():
-        assert unit_names(LOOPS, loss, "sgd", **settings)
+        for kind in ("losses", "row_weights"):
+            assert unit_names(LOOPS, f"{kind}.{loss}", "sgd", **settings)
     for rule in OPTIMIZERS:
-        assert unit_names(LOOPS, "mse", rule, **settings)
-    assert unit_names(["softsign"], "mse", "sgd", **settings) is None
+        assert unit_names(LOOPS, "losses.mse", rule, **settings)
+    assert unit_names(["softsign"], "losses.mse", "sgd", **settings) is None
 
 
 @needs_numba

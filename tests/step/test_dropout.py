@@ -1,4 +1,4 @@
-"""Dropout in a TrainStep on plain torch: the masks of autograd, whatever the loss, the optimizer and the call."""
+"""Dropout in a TrainStep on a CPU: the masks of autograd, whatever the loss, the optimizer and the call."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.support.steps import (
     batches,
     check_against_torch,
     check_float64,
+    either_way,  # noqa: F401
     network,
     one_thread,  # noqa: F401
     problem,

@@ -12,6 +12,7 @@ from tests.support.steps import (
     Reference,
     batches,
     converted,
+    either_way,  # noqa: F401
     flat,
     for_step,
     network,

@@ -85,13 +85,16 @@ def test_the_calling_thread_may_do_all(monkeypatch):
             assert torch.equal(flat(trained), flat(single))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-def test_one_batch_for_all_rates_of_their_own_and_pauses(loss):
+def test_one_batch_for_all_rates_of_their_own_and_pauses(loss, dropout):
     """The same as the operators, also where only some members train and what the machine code lacks comes between."""
     results = []
     for mode in ("native", "aten"):
         choose.set_cpu_gemm(mode)
         ensemble = fastmlp.MLPEnsemble.stack(models(torch.float64))
+        torch.manual_seed(7)
+        ensemble.dropout = dropout
         step = fastmlp.TrainStep(
             ensemble, "adamw", lr=[0.01 * (e + 1) for e in range(E)], weight_decay=0.1, max_grad_norm=1.0, loss=loss
         )

@@ -48,6 +48,13 @@ def one_thread() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, params=["operators", "machine code"])
+def either_way(request: pytest.FixtureRequest) -> None:
+    """For modules that import it: steps run on operators, and as machine code where numba is installed."""
+    if request.param == "machine code":
+        request.getfixturevalue("native_code")
+
+
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the choices of libraries that last only as long as a process."""
     for name in ("_choices", "_named", "_adopted"):

@@ -122,7 +122,8 @@ class TestWithAGPU:
         chosen = {name: test for name, test in collected["tests"].items() if "gpu" in test["markers"]}
         files = {name.partition("::")[0] for name in chosen}
         fuzz = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tests" / "fuzz").glob("test_*.py")}
-        assert files >= fuzz - {"tests/fuzz/test_ensembles.py"}  # plain torch; test_members.py has the kernels
+        # Plain torch, and numba; test_members.py has the kernels.
+        assert files >= fuzz - {"tests/fuzz/test_ensembles.py", "tests/fuzz/test_native.py"}
         # The order of programs is the interpreter's to choose.
         kernels = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tests" / "kernels").glob("test_*.py")}
         elsewhere = ("dependent", "device", "launch", "program_order", "splits")
@@ -213,6 +214,11 @@ def test_what_depends_on_the_processor_is_run_as_on_lesser_ones():
     files = {path for path in paths if reach.search((ROOT / path).read_text(encoding="utf-8"))}
     # numpy and numba take the processor as it is, whatever torch is told.
     others = {"tests/step/test_dropout.py", "tests/cpu/test_native.py", "tests/step/test_native_ensembles.py"}
-    others |= {"tests/step/test_native_step.py", "tests/support/test_lanes.py", "tests/test_package.py"}
+    others |= {
+        "tests/step/test_native_options.py",
+        "tests/step/test_native_step.py",
+        "tests/support/test_lanes.py",
+        "tests/test_package.py",
+    }
     assert files - others <= set(conftest.ON_THE_PROCESSOR)
     assert set(conftest.ON_THE_PROCESSOR) <= set(paths)

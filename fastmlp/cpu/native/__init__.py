@@ -7,7 +7,7 @@ forward, loss, backward and update of all layers, for one step or for many of th
     network        describes a network to the step, and calls it
     layout         what the two arrays of the description contain
     whole          the unit of the step, which calls those of
-    products, activations, losses, rules
+    products, activations, dropout, losses, row_weights, rules
     tiles, transposed, pointers, erfcx    what the units consist of
 
 The files of the last three lines need numba, and only ``machine_code`` imports them. The code runs in the calling
@@ -17,10 +17,11 @@ threads is. Another processor may have other instructions and so other roundings
 
 from . import layout
 from .machine_code import Units, installed, missing, units
-from .network import LayerParts, NativeMembers, NativeNetwork, Parameter, unit_names
+from .network import LayerParts, LossUnit, NativeMembers, NativeNetwork, Parameter, unit_names
 
 __all__ = [
     "LayerParts",
+    "LossUnit",
     "NativeMembers",
     "NativeNetwork",
     "Parameter",

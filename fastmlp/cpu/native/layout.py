@@ -26,11 +26,13 @@ NET = 13  #: addresses of the other arrays
 HYPER = 14
 COUNT = 15  #: address of the number of updates, float32
 MEMBER = 16  #: the number of the member in its ensemble
-CALL = 17
+WEIGHTS = 17  #: address of the sample weights
+WEIGHT_ROW = 18  #: their stride; 0: all are the number at the address
+CALL = 19
 
 # The header of ``net``.
 LAYERS = 0
-LOSS = 1  #: address of a unit of ``losses``
+LOSS = 1  #: address of a unit of ``losses`` or ``row_weights``
 RULE = 2  #: of ``rules``
 LOWEST = 3  #: the first layer with something to train
 GROUPS = 4
@@ -50,7 +52,16 @@ FORWARD = 17  #: addresses of the units of ``products``
 PRODUCTS = 18
 GATHER = 19  #: of ``whole``
 BACKWARD = 20
-HEADER = 21
+IGNORED = 21  #: the label that need not be a class; 0, which is one, where there is none
+PER_CLASS = 22  #: address of the factors of the classes
+PER_CLASS_STEP = 23  #: their stride; 0: all are the number at the address
+DROP = 24  #: address of ``dropout.dropped``, where a layer drops
+STATE = 25  #: of dropout: address of (seed, step)
+ADVANCES = 26  #: whether the run adds its steps to the state
+STREAM = 27
+STORES = 28  #: whether all gradients are stored before anything is updated
+UPDATES = 29  #: whether anything is updated
+HEADER = 30
 
 # A layer's record.
 N = 0
@@ -60,16 +71,19 @@ DERIVE = 3
 BLOCK = 4  #: rows of W that the backward pass takes together
 A = 5  #: [M, N]
 Z = 6  #: [M, N], the same as A unless f' needs Z
-WEIGHT = 7  #: the records of the two parameters
-BIAS = 15
-RECORD = 23
+OUT = 7  #: what the next layer reads: A, or [M, N] after dropout
+FACTORS = 8  #: [M, N], keep / (1 - p)
+THRESHOLD = 9  #: the least number of 16 bits whose element is kept; 0: nothing is dropped
+WEIGHT = 10  #: the records of the two parameters
+BIAS = 18
+RECORD = 26
 
 # A parameter's record.
 PARAMETER = 0  #: 0: there is none
 TRAINED = 1
 GROUP = 2
 STATES = 3  #: of three states
-GRADIENT = 6  #: where ``CLIPS``
+GRADIENT = 6  #: where ``STORES``
 AVERAGE = 7  #: where ``AVERAGES``
 
 # ``hyper``.
@@ -79,7 +93,8 @@ SIGN = 2  #: -1 to go up the gradient
 NUMBERS = 3  #: five numbers of the rule
 EMA = 8  #: weight of the parameters in their average
 EMA_WARMS = 9  #: whether the weight is larger at first
-OF_GROUPS = 10  #: lr and weight decay of each group
+SMOOTHING = 10  #: of labels
+OF_GROUPS = 11  #: lr and weight decay of each group, then each layer's probability to drop
 
 # How the inputs come.
 READY, VALUES, PIXELS = 0, 1, 2

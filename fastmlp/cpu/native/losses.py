@@ -1,7 +1,8 @@
 """The losses: the mean, and dA of the last layer. Terms are added up in float64, row by row.
 
 Each function takes A [m, c], the targets with their strides in elements, the numbers of their rows or null, where dA
-goes, and huber's delta. The formulas are those of ``fastmlp.step.cpu_losses``.
+goes, the sample weights with their stride, and the description of the network (``layout``). The formulas are those of
+``fastmlp.step.cpu_losses``. Here rows and classes have no weights; ``row_weights`` has the losses in which they do.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .activations import exp, logistic
+from .layout import DELTA
 from .pointers import inlined, moved
 
 
@@ -31,7 +33,7 @@ def softmax_row(a: Any, p: Any, c: int) -> tuple[float, float]:
 
 def cross_entropy(
     a: Any, classes: Any, values: Any, row: int, column: int, order: Any, ordered: int, m: int, c: int,
-    da: Any, d: float,
+    da: Any, weights: Any, weight_row: int, net: Any, hyper: Any,
 ) -> float:  # fmt: skip
     """-log softmax(A)[y], mean over rows."""
     loss = 0.0
@@ -50,7 +52,7 @@ def cross_entropy(
 
 def softmax_squared_error(
     a: Any, classes: Any, values: Any, row: int, column: int, order: Any, ordered: int, m: int, c: int,
-    da: Any, d: float,
+    da: Any, weights: Any, weight_row: int, net: Any, hyper: Any,
 ) -> float:  # fmt: skip
     """|softmax(A) - onehot(y)|^2, mean over rows."""
     loss = 0.0
@@ -106,9 +108,9 @@ def _mean_over_elements(term: Callable[[float, float, int, float], tuple[float, 
 
     def loss(
         a: Any, classes: Any, values: Any, row: int, column: int, order: Any, ordered: int, m: int, c: int,
-        da: Any, d: float,
+        da: Any, weights: Any, weight_row: int, net: Any, hyper: Any,
     ) -> float:  # fmt: skip
-        total, count = 0.0, m * c
+        total, count, d = 0.0, m * c, hyper[DELTA]
         for i in range(m):
             y = moved(values, (order[i] if ordered else i) * row)
             of_a, of_da = moved(a, i * c), moved(da, i * c)

@@ -17,6 +17,7 @@ import gc
 import hashlib
 import importlib
 import importlib.util
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -34,7 +35,9 @@ _HASH_BYTES = 32
 #: float64, and numbers in the dtype.
 _ARGUMENTS = {
     "activations": "V V i",
-    "losses": "V I V i i I i i i V d",
+    "losses": "V I V i i I i i i V V i I D",
+    "row_weights": "V I V i i I i i i V V i I D",
+    "dropout.dropped": "V V V i i i i d i i i i",
     "rules": "V V V V V i d d d d D",
     "products.product": "V i i V i i V i i i v i",
     "products.forward": "i V V V i V i i i V V",
@@ -43,12 +46,14 @@ _ARGUMENTS = {
     "whole.clipped": "I D V d",
     "whole.averaged": "I D V d",
     "whole.run": "I V",
-    "whole.members": "I i i i i i i i i",
+    "whole.members": "I i i i i i i i i i i",
 }
 #: The units of every step.
 _ALWAYS = "whole.run", "whole.backward", "whole.gathered", "products.forward", "products.product"
 #: Why there is no machine code, by dtype, where it could not be made.
 _broken: dict[torch.dtype, str] = {}
+#: Members of an ensemble may ask for a unit at once, each in its thread.
+_loading = threading.Lock()
 #: The machine code lives as long as these.
 _engines: list[Any] = []
 
@@ -94,7 +99,8 @@ class Units:
         """Have the units of these names, which are FILE.FUNCTION."""
         for name in names:
             if name not in self._addresses:
-                self._addresses[name] = _loaded(name, self._dtype)
+                with _loading:
+                    self._addresses[name] = self._addresses.get(name) or _loaded(name, self._dtype)
 
     def function(self, name: str) -> Callable[..., int]:
         """A unit as a function of addresses and whole numbers."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from .layout import (
     ACTIVATE,
+    ADVANCES,
     AVERAGE,
     AVERAGES,
     BACKWARD,
@@ -24,11 +25,12 @@ from .layout import (
     DA,
     DA_NEXT,
     DB,
-    DELTA,
     DERIVE,
+    DROP,
     DW,
     EMA,
     EMA_WARMS,
+    FACTORS,
     FORWARD,
     GATHER,
     GRADIENT,
@@ -37,6 +39,7 @@ from .layout import (
     HEADER,
     HOW,
     HYPER,
+    IGNORED,
     INPUTS,
     LAYERS,
     LOSS,
@@ -48,6 +51,7 @@ from .layout import (
     NUMBERS,
     OF_GROUPS,
     ORDER,
+    OUT,
     PARAMETER,
     PIXELS,
     PLAIN,
@@ -59,12 +63,19 @@ from .layout import (
     ROWS,
     RULE,
     SIGN,
+    STATE,
     STATES,
     STATUS,
+    STORES,
+    STREAM,
     TARGETS,
+    THRESHOLD,
     TRAINED,
     TRANSPOSED,
+    UPDATES,
     WEIGHT,
+    WEIGHT_ROW,
+    WEIGHTS,
     X_COLUMN,
     X_ROW,
     Y_COLUMN,
@@ -119,6 +130,15 @@ def gathered(
 
 
 @part
+def drop(net: Any, hyper: Any, layer: Any, i: int, a: Any, m: int, first: int, step: int) -> Any:
+    """A of layer i after dropout; ``first`` is the place of its first row among the rows of all members."""
+    out, factors, state = pointer(layer[OUT], a), pointer(layer[FACTORS], a), int64_at(net[STATE])
+    p, seed, step = hyper[OF_GROUPS + 2 * net[GROUPS] + i], state[0], state[1] + step
+    call(net[DROP], (a, out, factors, m, layer[N], i, layer[THRESHOLD], p, first, seed, step, net[STREAM]))
+    return out
+
+
+@part
 def update(net: Any, hyper: Any, of: Any, g: Any, first: int, count: int, scale: float, t: float) -> None:
     """Update ``count`` elements of the parameter with the record ``of``, from ``first`` on, by their gradient g."""
     w = moved(pointer(of[PARAMETER], g), first)
@@ -167,10 +187,10 @@ def averaged(net: Any, hyper: Any, zero: Any, t: float) -> None:
 
 
 def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
-    """From dA of the last layer down to the lowest trained one; updates the parameters unless gradients are clipped."""
+    """From dA of the last layer down to the lowest trained one, with the updates."""
     da, below = pointer(net[DA], x), pointer(net[DA_NEXT], x)
     dw, db = pointer(net[DW], x), pointer(net[DB], x)
-    multiply, clips, plain, lowest = net[PRODUCTS], net[CLIPS], net[PLAIN], net[LOWEST]
+    multiply, stores, plain, lowest = net[PRODUCTS], net[STORES], net[PLAIN], net[LOWEST]
     one = number(1.0, x)
     i = net[LAYERS] - 1
     while i >= lowest:
@@ -178,12 +198,16 @@ def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
         n, k = layer[N], layer[K]
         inputs = x
         if i > 0:
-            inputs = pointer(net[HEADER + (i - 1) * RECORD + A], x)
+            inputs = pointer(net[HEADER + (i - 1) * RECORD + OUT], x)
+        if layer[THRESHOLD]:
+            factors = pointer(layer[FACTORS], x)
+            for j in range(m * n):
+                da[j] *= factors[j]
         if layer[DERIVE]:
             call(layer[DERIVE], (pointer(layer[Z], x), da, m * n))
         bias, weight = moved(layer, BIAS), moved(layer, WEIGHT)
         if bias[TRAINED]:
-            if clips:
+            if stores:
                 db = pointer(bias[GRADIENT], x)
             for j in range(n):
                 db[j] = da[j]
@@ -191,7 +215,7 @@ def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
                 of_row = moved(da, row * n)
                 for j in range(n):
                     db[j] += of_row[j]
-            if not clips:
+            if not stores:
                 update(net, hyper, bias, db, 0, n, 1.0, t)
         w = pointer(weight[PARAMETER], x)
         rate = number(-hyper[OF_GROUPS + 2 * weight[GROUP]], x)
@@ -202,20 +226,20 @@ def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
             if i > lowest:
                 call(multiply, (moved(da, first), n, 1, of_w, k, rows, below, k, m, k, one, first))
             if weight[TRAINED]:
-                if plain:
-                    call(multiply, (moved(da, first), 1, n, inputs, k, m, of_w, k, rows, k, rate, 1))
-                elif clips:
+                if stores:
                     into = moved(pointer(weight[GRADIENT], x), first * k)
                     call(multiply, (moved(da, first), 1, n, inputs, k, m, into, k, rows, k, one, 0))
+                elif plain:
+                    call(multiply, (moved(da, first), 1, n, inputs, k, m, of_w, k, rows, k, rate, 1))
                 else:
                     call(multiply, (moved(da, first), 1, n, inputs, k, m, dw, k, rows, k, one, 0))
                     update(net, hyper, weight, dw, first * k, rows * k, 1.0, t)
             first += rows
         da, below = below, da
         i -= 1
-    if clips:
-        call(clips, (net, hyper, x, t))
-    if net[AVERAGES]:
+    if net[CLIPS] and net[UPDATES]:
+        call(net[CLIPS], (net, hyper, x, t))
+    if net[AVERAGES] and net[UPDATES]:
         call(net[AVERAGES], (net, hyper, x, t))
 
 
@@ -234,15 +258,16 @@ def steps(call_: Any, like: Any) -> None:
     x, pixels, rates = pointer(call_[INPUTS], like), uint8_at(call_[INPUTS]), float64_at(call_[RATES])
     classes, values, losses = int64_at(call_[TARGETS]), pointer(call_[TARGETS], like), pointer(call_[LOSSES], like)
     order, ordered, rated = int64_at(call_[ORDER]), call_[ORDER], call_[RATES]
+    weights, weight_row, ignored = pointer(call_[WEIGHTS], like), call_[WEIGHT_ROW], net[IGNORED]
     how, x_row, x_column, y_row, y_column = call_[HOW], call_[X_ROW], call_[X_COLUMN], call_[Y_ROW], call_[Y_COLUMN]
-    n, layers, groups = call_[ROWS], net[LAYERS], net[GROUPS]
+    n, layers, groups, member = call_[ROWS], net[LAYERS], net[GROUPS], call_[MEMBER]
     k, c = net[HEADER + K], net[HEADER + (layers - 1) * RECORD + N]
     x_t, z_t, da = pointer(net[TRANSPOSED], like), pointer(net[PRODUCT], like), pointer(net[DA], like)
     call_[STATUS] = 0
     if net[CLASSES]:
         for i in range(n):
             label = classes[(order[i] if ordered else i) * y_row]
-            if label < 0 or label >= c:
+            if (label < 0 or label >= c) and label != ignored:
                 call_[STATUS] = 1
                 return
     done, step = 0, 0
@@ -264,10 +289,12 @@ def steps(call_: Any, like: Any) -> None:
             a = pointer(layer[A], like)
             if layer[ACTIVATE]:
                 call(layer[ACTIVATE], (z, a, m * rows))
-        numbers = (a, classes, values, y_row, y_column, order, ordered, m, c, da, hyper[DELTA])
-        losses[step] = call(net[LOSS], numbers)
+            if layer[THRESHOLD]:
+                a = drop(net, hyper, layer, i, a, m, member * m, step)
+        targets = (a, classes, values, y_row, y_column, order, ordered, m, c, da, weights, weight_row, net, hyper)
+        losses[step] = call(net[LOSS], targets)
         t = 0.0
-        if net[COUNTS]:
+        if net[COUNTS] and net[UPDATES]:
             count[0] += 1
             t = float(count[0])
         call(net[BACKWARD], (net, hyper, inputs, m, t))
@@ -276,21 +303,25 @@ def steps(call_: Any, like: Any) -> None:
         else:
             x, pixels = moved(x, m * x_row), moved(pixels, m * x_row)
             classes, values = moved(classes, m * y_row), moved(values, m * y_row)
+            weights = moved(weights, m * weight_row)
         done += m
         step += 1
+    if net[ADVANCES]:
+        int64_at(net[STATE])[1] += step
 
 
 def members(
-    calls: Any, count: int, x: int, x_step: int, y: int, y_step: int, losses: int, step: int, run_: int
-) -> None:
+    calls: Any, count: int, x: int, x_step: int, y: int, y_step: int, losses: int, step: int, weights: int,
+    weight_step: int, run_: int,
+) -> None:  # fmt: skip
     """Call ``run``, whose address is ``run_``, for members of an ensemble, whose ``call``s are at the addresses.
 
-    The inputs, targets and losses of member 0 have the addresses x, y, losses; those of the next one are so many bytes
-    further on.
+    The inputs, targets, losses and sample weights of member 0 have the addresses x, y, losses and weights; those of the
+    next one are so many bytes further on.
     """
     for i in range(count):
         of_member = int64_at(calls[i])
         member = of_member[MEMBER]
         of_member[INPUTS], of_member[TARGETS] = x + member * x_step, y + member * y_step
-        of_member[LOSSES] = losses + member * step
+        of_member[LOSSES], of_member[WEIGHTS] = losses + member * step, weights + member * weight_step
         call(run_, (of_member, of_member))
