@@ -474,7 +474,10 @@ def optimizer_of(name: str, settings: Mapping[str, Any], members: int | None = N
                 if field.name == setting
             }
             if value not in owners.values():
-                hint = f"{setting}={value!r} is not a setting of optimizer {name!r}, but of {', '.join(owners)}"
+                hint = (
+                    f"{setting}={value!r} is not a setting of optimizer {name!r}, but of {', '.join(owners)}; leave it "
+                    f"out, or choose another optimizer; {name!r} has {', '.join(field.name for field in fields(rule))}"
+                )
                 raise ValueError(_HINTS.get(setting, hint))
     return rule(**{setting: value for setting, value in values.items() if setting in own})
 
