@@ -15,7 +15,7 @@ import fastmlp
 from fastmlp import MLPEnsemble, TrainStep
 from fastmlp.base.losses import STEP_LOSSES
 from fastmlp.step.optimizers import OPTIMIZERS as RULES
-from tests.conftest import INTERPRETING
+from tests.conftest import INTERPRETING, UNSIMULATED
 from tests.support.covering import diagonal
 from tests.support.steps import (
     assert_run_within_budget,
@@ -39,10 +39,11 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """By day every optimizer once and every loss once."""
+    """By day every optimizer once and every loss once; on the kernels two of these cases."""
     grid = [(rule, loss) for rule in RULES for loss in STEP_LOSSES]
     if not metafunc.config.getoption("--full"):
         grid = [case for case, taken in zip(grid, diagonal(grid), strict=True) if taken]
+        grid = grid[::3] if metafunc.function is test_on_the_kernels else grid
     metafunc.parametrize(("rule", "loss"), grid)
 
 
@@ -50,6 +51,7 @@ def test_on_plain_torch(rule, loss):
     check("torch", torch.device("cpu"), rule, loss, STEPS)
 
 
+@UNSIMULATED
 def test_on_the_kernels(request, unsimulated, rule, loss):
     """Two steps by day in the interpreter, which takes a third of a second per step."""
     full = request.config.getoption("--full") or not INTERPRETING
