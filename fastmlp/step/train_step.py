@@ -165,8 +165,9 @@ class TrainStep(StatefulStep):
         settings |= {"ema_decay": ema_decay, "ema_warmup": ema_warmup}
         members = getattr(model, "members", None)
         rule = optimizer_of(optimizer, settings, members)
-        for name, value in others.items():
-            raise TypeError(refusal(name, value, optimizer, arguments()))
+        if others:
+            name = next(iter(others))
+            raise TypeError(refusal(name, others[name], optimizer, arguments()))
         self._binding = Binding(model)
         first = self._binding.layers[0].weight
         dtype = first.dtype if dtype is None else dtype
