@@ -9,8 +9,8 @@
     adamw      w *= 1 - lr wd, and the rest as adam without g += wd w
     rmsprop    g += wd w      v = a v + (1 - a) g^2
                                                   w -= lr g / (sqrt(v) + eps)
-    lion       w *= 1 - lr wd, c = m + (1 - b1)(g - m), m += (1 - b2)(g - m)
-                                                  w -= lr sign(c), and NaN where g is not finite
+    lion       c = m + (1 - b1)(g - m), m += (1 - b2)(g - m)
+                                                  w -= lr (sign(c) + wd w), and NaN where g is not finite
 
 A rule's name may be followed by options, each after a space:
 
@@ -31,7 +31,7 @@ fifth digit.
     adam                m, v [, x]          wd, step, inv_sqrt_bc2, 1 - b1, b2, 1 - b2, eps
     adamw               m, v [, x]          1 - lr wd, step, inv_sqrt_bc2, 1 - b1, b2, 1 - b2, eps
     rmsprop             v [, n] [, m]       lr, wd, a, 1 - a, eps, mu
-    lion                m                   1 - lr wd, lr, 1 - b1, 1 - b2
+    lion                m                   lr, wd, 1 - b1, 1 - b2
 
 Rows of a rule with ``ema`` have ``EMA_COLUMNS``. Column 8 is the weight, and column 9 the numerator of the warm-up that
 a weight without the number of updates still lacks: the weight of update t is at least numerator / (10 + t).
@@ -134,9 +134,10 @@ def update_block(
         change = g - m
         direction = m + change * tl.load(hyper_ptr + 2)
         tl.store(states[0] + state_offs, m + change * tl.load(hyper_ptr + 3), mask=mask)
-        lr = tl.load(hyper_ptr + 1)
         # NaN has no sign, and would leave the parameter as it is.
-        w = w * tl.load(hyper_ptr) - tl.fma(g, 0.0, tl.where(direction > 0, lr, tl.where(direction < 0, -lr, 0.0)))
+        sign = tl.fma(g, 0.0, tl.where(direction > 0, 1.0, tl.where(direction < 0, -1.0, 0.0)))
+        # One sum, because a sum with a bare sign would round to the same side at every step.
+        w -= tl.load(hyper_ptr) * tl.fma(w, tl.load(hyper_ptr + 1), sign)
     else:
         tl.static_assert(is_rule(OPTIMIZER, "adam", "adamw"), "unknown optimizer")
         # In this order ptxas needs the fewest registers, and both states are still loaded before the first store.

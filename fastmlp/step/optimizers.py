@@ -395,8 +395,8 @@ class Lion(Optimizer):
         return ("exp_avg",)
 
     def columns(self, lrs: Tensor, count: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
-        """Learning rate and weight decay change from step to step."""
-        return (1 - lrs * across(self.weight_decay, lrs), lrs), (1 - self.betas[0], 1 - self.betas[1])
+        """The learning rate alone changes from step to step."""
+        return (lrs,), (self.weight_decay, 1 - self.betas[0], 1 - self.betas[1])
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -417,8 +417,9 @@ class Lion(Optimizer):
             torch._foreach_sign_(signs)
             torch._foreach_add_(signs, grads, alpha=0.0)  # the sign of NaN is 0, and would hide it
             torch._foreach_lerp_(momenta, grads, 1 - self.betas[1])
+            # One sum, because a sum with a bare sign would round to the same side at every step.
             if self.weight_decay:
-                torch._foreach_add_(params, params, alpha=-self.lr * self.weight_decay)
+                torch._foreach_add_(signs, params, alpha=self.weight_decay)
             torch._foreach_add_(params, signs, alpha=-self.lr)
 
 
@@ -474,7 +475,10 @@ def optimizer_of(name: str, settings: Mapping[str, Any], members: int | None = N
                 if field.name == setting
             }
             if value not in owners.values():
-                hint = f"{setting}={value!r} is not a setting of optimizer {name!r}, but of {', '.join(owners)}"
+                hint = (
+                    f"{setting}={value!r} is not a setting of optimizer {name!r}, but of {', '.join(owners)}; leave it "
+                    f"out, or choose another optimizer; {name!r} has {', '.join(field.name for field in fields(rule))}"
+                )
                 raise ValueError(_HINTS.get(setting, hint))
     return rule(**{setting: value for setting, value in values.items() if setting in own})
 

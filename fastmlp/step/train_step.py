@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..backend import resolve
 from ..base.losses import STEP_LOSSES
 from ..nn import MLP, MLPEnsemble
 from .binding import Binding
+from .foreign import refusal
 from .groups import OWN, grouped
 from .loss_options import loss_options
 from .optimizers import OPTIMIZERS, optimizer_of
@@ -105,7 +107,8 @@ class TrainStep(StatefulStep):
         backend: "triton" or "torch", whichever runs the steps.
 
     Raises:
-        TypeError: model is not an MLP, a setting that is no number, or a dtype that nothing computes in.
+        TypeError: model is not an MLP, a setting that is no number, another argument, such as one that only torch.optim
+            has, or a dtype that nothing computes in.
         ValueError: unknown optimizer or loss, settings out of range, an option that the loss does not have, nothing to
             train, a layer with hooks or of another class (a step would not call them), one parameter in two layers.
         RuntimeError: parameters of different dtypes or devices, or not contiguous; weights of classes or outputs of
@@ -152,6 +155,7 @@ class TrainStep(StatefulStep):
         dtype: torch.dtype | None = None,
         cuda_graph: bool = True,
         process_group: ProcessGroup | None = None,
+        **others: NoReturn,
     ) -> None:
         check_is_mlp(model)
         check_loss(loss)
@@ -161,6 +165,9 @@ class TrainStep(StatefulStep):
         settings |= {"ema_decay": ema_decay, "ema_warmup": ema_warmup}
         members = getattr(model, "members", None)
         rule = optimizer_of(optimizer, settings, members)
+        if others:
+            name = next(iter(others))
+            raise TypeError(refusal(name, others[name], optimizer, arguments()))
         self._binding = Binding(model)
         first = self._binding.layers[0].weight
         dtype = first.dtype if dtype is None else dtype
@@ -435,6 +442,12 @@ class TrainStep(StatefulStep):
             self._ema_waits = False
         self._engine.updated()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def arguments() -> dict[str, inspect.Parameter]:
+    """The arguments of ``TrainStep``, the model first."""
+    _, *own, _others = inspect.signature(TrainStep.__init__).parameters.items()
+    return dict(own)
 
 
 def _given(**arguments: Any) -> dict[str, Any]:

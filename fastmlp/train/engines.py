@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..base.names import unknown
 from ..nn import MLP
 from ..step import TrainStep
+from ..step.foreign import refusal
 from ..step.loss_scale import LossScale
 from ..step.optimizers import OPTIMIZERS, Optimizer, optimizer_of
 from ..step.parameters import Copies
+from ..step.train_step import arguments
 from ..step.values import check_setting
 from .scores import loss_function
 from .weights import weighted_mean
@@ -286,9 +287,8 @@ def engine_for(model: nn.Module) -> str:
 def step_options() -> Mapping[str, inspect.Parameter]:
     """The arguments of `TrainStep` that are no settings of an optimizer, and that `fit` has no arguments for."""
     of_rules = {field.name for rule in OPTIMIZERS.values() for field in dataclasses.fields(rule)}
-    parameters = inspect.signature(TrainStep.__init__).parameters
-    others = {"self", "model", "optimizer", "loss"} | of_rules
-    return {name: parameter for name, parameter in parameters.items() if name not in others}
+    others = {"model", "optimizer", "loss"} | of_rules
+    return {name: parameter for name, parameter in arguments().items() if name not in others}
 
 
 def checked_rule(*, lr: float, optimizer: str = "sgd", **settings: Any) -> Optimizer:
@@ -298,10 +298,7 @@ def checked_rule(*, lr: float, optimizer: str = "sgd", **settings: Any) -> Optim
         TypeError: a setting that no optimizer has, or that is no number.
         ValueError: an unknown optimizer, a setting of another optimizer, or one outside its range.
     """
-    known = {name: None for rule in OPTIMIZERS.values() for name in (f.name for f in dataclasses.fields(rule))}
-    for name in settings:
-        if name not in known:
-            raise TypeError(unknown("setting of an optimizer", name, known))
+    _check_names(optimizer, settings)
     if not isinstance(lr, (int, float)):
         lr = check_setting("lr", lr)
     if not (math.isfinite(lr) and lr > 0):
@@ -316,11 +313,20 @@ def checked_rule(*, lr: float, optimizer: str = "sgd", **settings: Any) -> Optim
     return optimizer_of(optimizer, {"lr": lr, **settings})
 
 
+def _check_names(optimizer: str, settings: Mapping[str, Any]) -> None:
+    """TypeError unless each is a setting of some optimizer."""
+    known = {field.name: None for rule in OPTIMIZERS.values() for field in dataclasses.fields(rule)}
+    for name, value in settings.items():
+        if name not in known:
+            raise TypeError(refusal(name, value, optimizer, {**known, **step_options()}))
+
+
 def usual_rule(*, lr: float, optimizer: str = "sgd", **settings: Any) -> Optimizer:
     """As `checked_rule`; a setting that is None, or not given, is what the rule's ``usual`` says, or its default.
 
     Nesterov's momentum is off when momentum is 0.
     """
+    _check_names(optimizer, settings)
     if isinstance(optimizer, str) and optimizer in OPTIMIZERS:
         given = {name: value for name, value in settings.items() if value is not None}
         settings = {**OPTIMIZERS[optimizer].usual, **given}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 
 import pytest
@@ -14,6 +13,7 @@ from fastmlp import cli
 from fastmlp.cli import common, options
 from fastmlp.cli.train import command
 from fastmlp.step.optimizers import OPTIMIZERS
+from fastmlp.step.train_step import arguments
 from fastmlp.train.checkpoint import load_checkpoint
 from fastmlp.train.initial import initialize_
 from tests.cli.test_run_folder import small, train  # noqa: F401
@@ -210,5 +210,5 @@ def test_every_argument_of_a_step_is_an_option():
     """But the process group, which torchrun gives; see options.py for another name."""
     named = {"param_groups": "param_group", "dtype": "product_dtype"}
     ours = {option.name for option in command.params}
-    for name in inspect.signature(fastmlp.TrainStep.__init__).parameters:
-        assert name in ("self", "model", "process_group") or named.get(name, name) in ours, name
+    for name in arguments():
+        assert name in ("model", "process_group") or named.get(name, name) in ours, name

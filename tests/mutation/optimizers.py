@@ -93,7 +93,7 @@ MUTANTS = (
         "        change += tl.load(hyper_ptr + 5) * m\n",
         "        change += 0.0 * m\n",
     ),
-    _of("lion", "weight decay dropped", "w = w * tl.load(hyper_ptr) - tl.fma(g", "w = w - tl.fma(g"),
+    _of("lion", "weight decay dropped", "* tl.fma(w, tl.load(hyper_ptr + 1), sign)", "* sign"),
     _of(
         "lion",
         "the momentum's beta for the direction",

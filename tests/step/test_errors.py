@@ -47,6 +47,12 @@ SETTINGS = [
     ({"nesterov": True, "optimizer": "adamw"}, ValueError, "nesterov=True needs"),
     ({"momentum": 0.9, "optimizer": "adamw"}, ValueError, "not a setting of optimizer 'adamw', but of sgd, rmsprop"),
     ({"amsgrad": True}, ValueError, "amsgrad=True is not a setting of optimizer 'sgd', but of adam, adamw"),
+    (
+        {"centered": True},
+        ValueError,
+        "centered=True is not a setting of optimizer 'sgd', but of rmsprop; leave it out, or choose another optimizer; "
+        "'sgd' has lr, .*momentum, nesterov",
+    ),
     ({"alpha": 1.0, "optimizer": "rmsprop"}, ValueError, r"alpha in \[0, 1\), got 1.0"),
     ({"alpha": 0.9, "optimizer": "lion"}, ValueError, "alpha=0.9 is not a setting of optimizer 'lion', but of rmsprop"),
     ({"maximize": None}, TypeError, "maximize to be a bool, got None"),
@@ -61,6 +67,40 @@ SETTINGS = [
     ({"dtype": torch.complex64}, TypeError, "got torch.complex64"),
     ({"dtype": "bfloat16"}, TypeError, "torch.dtype such as torch.bfloat16, got 'bfloat16'"),
 ]
+
+
+#: Arguments that no TrainStep has.
+FOREIGN = [
+    ({"dampening": 0.1}, "dampening=0.1 is a setting of torch.optim.SGD, and not of fastmlp's 'sgd', which has lr, "),
+    ({"dampening": 0.1}, "leave dampening out, or train with autograd and torch.optim.SGD$"),
+    ({"capturable": True, "optimizer": "adamw"}, "setting of torch.optim.AdamW, .*, betas, eps, amsgrad; leave"),
+    ({"foreach": None, "optimizer": "lion"}, r"torch.optim.Adam, .* and not of fastmlp's 'lion', .* one of these$"),
+    ({"rho": 0.9}, "torch.optim.Adadelta, and not of fastmlp's 'sgd', .* with autograd and torch.optim.Adadelta$"),
+    ({"wieght_decay": 0.1}, "unexpected keyword argument 'wieght_decay'; .* Did you mean 'weight_decay'"),
+    ({"label_smothing": 0.1}, "unexpected keyword argument 'label_smothing'; .* Did you mean 'label_smoothing'"),
+    ({"reduction": "sum"}, "unexpected keyword argument 'reduction'; expected one of "),
+    ({"params": []}, "unexpected keyword argument 'params'; expected one of "),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), FOREIGN, ids=_number)
+def test_arguments_that_no_step_has(settings, message):
+    """Of a step of an MLP or of an ensemble, and of a training with either engine."""
+    model = network(SIZES)
+    x, y = problem(SIZES, 4)
+    for call in (
+        lambda **of: fastmlp.TrainStep(model, **of),
+        lambda **of: fastmlp.TrainStep(fastmlp.MLPEnsemble.stack([model, model]), **of),
+        lambda **of: fastmlp.fit(model, (x, y), **of),
+        lambda **of: fastmlp.fit(model, (x, y), engine="autograd", **of),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call(lr=0.1, **settings)
+
+
+def test_an_unknown_optimizer_comes_before_unknown_arguments():
+    with pytest.raises(TypeError, match="pass optimizer='sgd' with its settings"):
+        fastmlp.TrainStep(network(SIZES), optimizer=torch.optim.SGD, dampening=0.1)
 
 
 @pytest.mark.parametrize(("settings", "error", "message"), SETTINGS, ids=_number)

@@ -15,6 +15,7 @@ from fastmlp.base.losses import STEP_LOSSES
 from fastmlp.cpu.native import machine_code
 from fastmlp.step.cpu_native import NativeStep
 from tests.support.steps import (
+    LION_IN_SMALL_STEPS,
     batches,
     check_against_torch,
     check_float64,
@@ -71,6 +72,10 @@ def test_every_loss(loss):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer(name):
     check_against_torch(network(SIZES), batches(*problem(SIZES, 70), 16, STEPS), OPTIMIZERS[name])
+
+
+def test_roundings_of_lion_do_not_add_up():
+    check_against_torch(*LION_IN_SMALL_STEPS)
 
 
 def test_the_machine_code_did_it():

@@ -11,6 +11,7 @@ import fastmlp
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.base.losses import STEP_LOSSES
 from tests.support.steps import (
+    LION_IN_SMALL_STEPS,
     Reference,
     assert_run_within_budget,
     batches,
@@ -33,6 +34,11 @@ STEPS = 100
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer(name):
     check_against_torch(network(SIZES), batches(*problem(SIZES, 70), 24, STEPS), OPTIMIZERS[name])
+
+
+def test_roundings_of_lion_do_not_add_up():
+    """Parameters that move by the bare learning rate are rounded to the same side at every step."""
+    check_against_torch(*LION_IN_SMALL_STEPS)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -142,6 +142,14 @@ def converted(model: fastmlp.MLP, dtype: torch.dtype) -> fastmlp.MLP:
     return other
 
 
+#: A network, 100 batches and settings with which Lion moves most parameters in one direction.
+LION_IN_SMALL_STEPS = (
+    network((3, 5, 4), "gelu", seed=1),
+    batches(*problem((3, 5, 4), 10, seed=2), 4, 100),
+    {"optimizer": "lion", "lr": 0.0015, "weight_decay": 0.1},
+)
+
+
 def has_kink(name: str) -> bool:
     """Whether the derivative of an activation or a loss jumps at 0."""
     return name == "l1" or (name in ACTIVATIONS and ACTIVATIONS[name].kink is not None)

@@ -212,7 +212,7 @@ def test_wrong_arguments(tmp_path):
     for patience in (0, 1.5):
         with pytest.raises(ValueError, match="patience must be a whole number of at least 1"):
             fit(new_model(), blobs(), lr=0.1, validation=0.1, patience=patience)
-    with pytest.raises(TypeError, match=r"unknown setting of an optimizer 'momentun'.*Did you mean 'momentum'"):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'momentun'.*Did you mean 'momentum'"):
         fit(new_model(), blobs(), lr=0.1, momentun=0.5)
     with pytest.raises(FileNotFoundError):
         fit(new_model(), blobs(), lr=0.1, resume=tmp_path / "none")

@@ -94,7 +94,7 @@ def lion(
     p: Any,
 ) -> None:  # fmt: skip
     """beta1, beta2."""
-    factor, rate, shrink = number(scale, w), number(lr, w), number(1.0 - lr * wd, w)
+    factor, rate, decay = number(scale, w), number(lr, w), number(wd, w)
     part1, part2 = number(1.0 - p[0], w), number(1.0 - p[1], w)
     zero, one = number(0.0, w), number(1.0, w)
     for i in range(count):
@@ -102,7 +102,7 @@ def lion(
         mean = first[i] + part1 * (gradient - first[i])
         sign = one if mean > zero else (-one if mean < zero else zero * mean)
         first[i] = first[i] + part2 * (gradient - first[i])
-        w[i] = shrink * w[i] - rate * sign
+        w[i] = w[i] - rate * (sign + decay * w[i])
 
 
 #: The same function: the last of its numbers tells the two apart.
