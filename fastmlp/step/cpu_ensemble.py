@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import cpu
+from ..base.arguments import check_classes
 from ..base.losses import takes_classes
 from .cpu_dropout import StepDropout, advance, numbers
 from .cpu_member_span import MemberLayer, Packed, Span, target_dims
@@ -69,6 +70,7 @@ class TorchEnsemble:
         self.group_of: list[int] | None = None if groups is None else groups.numbers
         first = layers[0].weight
         self.device, self.members = first.device, first.shape[0]
+        self._classes = layers[-1].weight.shape[-2] if takes_classes(loss) else None
         self.layers: list[MemberLayer] = []
         self.masters: list[Tensor] = []
         for module in layers:
@@ -166,12 +168,15 @@ class TorchEnsemble:
         ``weight`` are sample weights [M] or [E, M].
         """
         self._set_rates([rule.lr for rule in self.rules])
+        if self._sums is not None:
+            self.look_at(y)
         self._train(x, y, out, None, weight)
 
     def gradients(
         self, x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False, weight: Tensor | None = None
     ) -> list[Tensor]:
         """Gradients of the trained masters, in the order of the parameters; parameters stay as they are."""
+        self.look_at(y)
         kept = [g.clone() for g in self.grads] if accumulate else None
         self._set_rates([rule.lr for rule in self.rules])
         self._mean_gradients(x, y, out, None, weight)
@@ -237,6 +242,8 @@ class TorchEnsemble:
             weight = self._rows_of("weight", weight, rows, 1)
         self._rows = x.shape[-2]
         way, pieces = self._planned(self._rows)
+        if rows is None and update and not (self._in_one_call(way, pieces) and weight is None):
+            self.look_at(y)
         if len(self._ids) < self.members:
             out.fill_(nan)
         of_pass = (0, 0) if self.dropout is None else numbers(self.dropout)
@@ -250,6 +257,16 @@ class TorchEnsemble:
             )
         if self.dropout is not None:
             advance(self.dropout)
+
+    def look_at(self, y: Tensor) -> None:
+        """IndexError for a class number of any member that is no class."""
+        if self._classes is not None and not y.is_floating_point() and y.is_cpu:
+            check_classes(y, self._classes, ignore_index=None if self.options.is_plain else self.options.ignored)
+
+    def _in_one_call(self, way: str, pieces: Sequence[Sequence[Piece | NativePiece]]) -> bool:
+        """Whether one piece of machine code has all members, which looks at all class numbers first."""
+        single = len(pieces) == 1 and way != "alone" and len(pieces[0]) == 1
+        return single and isinstance(pieces[0][0], NativePiece) and self.options.is_plain
 
     def _spread(self, way: str, parts: list[Callable[[], None]]) -> None:
         if way in ("batched", "each"):

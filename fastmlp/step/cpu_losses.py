@@ -114,7 +114,7 @@ def cross_entropy(terms: Tensor, options: LossOptions) -> LossFunction:
         except (IndexError, RuntimeError):
             # Probabilities, and labels that torch ignores unasked, come here at no cost to all other steps.
             if not y.is_floating_point():
-                check_classes(y, c, ignore_index=IGNORED)
+                check_classes(y, c, ignore_index=IGNORED if options.ignores_unasked else None)
             general = general or weighted_cross_entropy(m, c, dtype, device, options)
             return general(a, y, out, None)
         return da if m == 1 else da.mul_(mean)

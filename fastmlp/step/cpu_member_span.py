@@ -62,6 +62,9 @@ class Ensemble(Protocol):
     def grads(self) -> list[Tensor]:
         """The gradients of the masters."""
 
+    def look_at(self, y: Tensor) -> None:
+        """IndexError for a class number of any member that is no class."""
+
     def settings_of(self, member: int) -> tuple[tuple[tuple[str, float], ...], ...]:
         """Those settings of a member that may be its own, of each param group."""
 

@@ -30,7 +30,7 @@ class LossUnits:
             self.usual = self._weighted = cpu.LossUnit("row_weights.positive_bce", False)
         elif self._is_entropy and not options.is_plain:
             self.usual = self._weighted
-        elif self._is_entropy:
+        elif self._is_entropy and options.ignores_unasked:
             self.ignoring = self._weighted
         self._probabilities = cpu.LossUnit("row_weights.probabilities", False)
 

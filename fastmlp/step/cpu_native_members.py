@@ -107,6 +107,7 @@ class NativePiece:
     ) -> None:
         """``Piece.run``."""
         if not self._ready(y, out, weight):
+            self._net.look_at(y)
             for piece in self._operators():
                 piece.run(x, y, out, update, weight, of_pass)
             return
@@ -114,9 +115,11 @@ class NativePiece:
             weight = weight.to(self._net.dtype)
         if not update:
             self._set_updates(False)
-        self._members.step(x, y, out, weight, own_x=x.dim() == 3, own_y=y.dim() > target_dims(y))
+        made = self._members.step(x, y, out, weight, own_x=x.dim() == 3, own_y=y.dim() > target_dims(y))
         if not update:
             self._set_updates(True)
+        if not made:
+            self._net.look_at(y)
 
     def _set_updates(self, updates: bool) -> None:
         grads = self._net.grads

@@ -19,7 +19,7 @@ from .cpu_dropout import StepDropout, advance
 from .cpu_native import NativeStep
 from .cpu_step import TorchStep
 from .groups import Groups
-from .loss_options import PLAIN, LossOptions
+from .loss_options import PLAIN, PLAIN_OF_MEMBERS, LossOptions
 from .optimizers import Optimizer
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class OneMember:
     """Forward, backward and update with the interface of ``cpu_ensemble.TorchEnsemble``.
 
-    Class numbers are looked at where the machine code does not, before anything changes.
+    Class numbers are looked at before anything changes: by the loss itself, or here where rows have weights.
 
     Args:
         layers: modules with parameters [1, N, K] and [1, N].
@@ -48,6 +48,8 @@ class OneMember:
         parallel: DataParallel | None = None,
     ) -> None:
         views: list[Any] = [_View(layer) for layer in layers]
+        self._is_plain = options.is_plain
+        options = PLAIN_OF_MEMBERS if options.is_plain else options
         self.rule, self.active = rule, active
         #: Whether the member is active, read from the tensor's memory, which is faster than to ask the tensor.
         self._is_active: Any = active
@@ -55,7 +57,7 @@ class OneMember:
             self._is_active = ctypes.c_bool.from_address(active.data_ptr())
         self._mlp = TorchStep(views, rule, loss, dtype, groups=groups, options=options, parallel=parallel)
         self._classes = views[-1].out_features if takes_classes(loss) else None
-        self._ignored = None if options.is_plain else options.ignored
+        self._ignored = None if self._is_plain else options.ignored
 
     structure = staticmethod(TorchStep.structure)
 
@@ -80,7 +82,8 @@ class OneMember:
         if weight is None and planned.__class__ is NativeStep and planned.made(x, y, out):
             return
         x, y = x if x.dim() == 2 else x[0], self._targets(y)
-        self._look_at(y)
+        if weight is not None or not self._is_plain:
+            self._look_at(y)
         planned(x, y, out[0], None, _row(weight))
 
     def gradients(

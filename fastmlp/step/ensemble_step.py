@@ -55,8 +55,7 @@ class EnsembleStep(TrainStep):
         super().__init__(model, *args, **kwargs)
         assert isinstance(self._batches, MemberBatches)
         self._batches.members = self._members
-        #: Every member's class numbers are checked before any member changes; of one member, the engine does that.
-        self._checks_classes = self.backend == "triton" or self._members > 1
+        # Every member's class numbers are looked at before any member changes; on a CPU the engine does that.
         self.losses = self.losses.new_zeros((0, self._members))
 
     def _kernels_step(self, **how: Any) -> Any:

@@ -56,11 +56,18 @@ class LossOptions:
     @property
     def is_plain(self) -> bool:
         """Whether no option is set."""
-        return self is PLAIN
+        return self is PLAIN or self is PLAIN_OF_MEMBERS
+
+    @property
+    def ignores_unasked(self) -> bool:
+        """Whether rows labelled -100 count for nothing, as in torch, where no option says so."""
+        return self is not PLAIN_OF_MEMBERS
 
 
 #: No option is set.
 PLAIN = LossOptions()
+#: No option is set, and -100 is no class.
+PLAIN_OF_MEMBERS = LossOptions()
 
 
 def loss_options(name: str, classes: int, dtypes: set[torch.dtype], like: Tensor, **options: Any) -> LossOptions:

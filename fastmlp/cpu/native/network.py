@@ -212,6 +212,11 @@ class NativeNetwork:
         return True
 
     @property
+    def failed(self) -> bool:
+        """Whether the last call found a class number out of range."""
+        return bool(self._call[_STATUS])
+
+    @property
     def address(self) -> int:
         """Of the array ``call``."""
         return ctypes.addressof(self._call)
@@ -300,8 +305,11 @@ class NativeMembers:
         self._like = ()
         return all(network.take_loss(loss) for network in self._networks)
 
-    def step(self, x: Tensor, y: Tensor, losses: Tensor, weight: Tensor | None, *, own_x: bool, own_y: bool) -> None:
-        """One step on X [m, K], Y and sample weights [m], or where members have their own, [E, ...]; losses are [E]."""
+    def step(self, x: Tensor, y: Tensor, losses: Tensor, weight: Tensor | None, *, own_x: bool, own_y: bool) -> bool:
+        """One step on X [m, K], Y and sample weights [m], or where members have their own, [E, ...]; losses are [E].
+
+        False where a class number of any member is out of range, and nothing has changed then.
+        """
         own_weight = weight is not None and weight.dim() == 2
         weights = self._one if weight is None else weight
         like = x.dtype, x.stride(), y.stride(), losses.stride(), weights.stride()
@@ -316,3 +324,4 @@ class NativeMembers:
         arguments[4].value, arguments[6].value, arguments[8].value = x.data_ptr(), y.data_ptr(), losses.data_ptr()
         arguments[10].value = weights.data_ptr()
         self._function(*arguments)
+        return not self._networks[0].failed

@@ -252,24 +252,33 @@ def run(call_: Any, like: Any) -> None:
 
 
 @part
+def has_no_class(call_: Any) -> int:
+    """1 where a label is no class and not ignored, else 0."""
+    net, classes, order, ordered = int64_at(call_[NET]), int64_at(call_[TARGETS]), int64_at(call_[ORDER]), call_[ORDER]
+    row, ignored, c = call_[Y_ROW], net[IGNORED], net[HEADER + (net[LAYERS] - 1) * RECORD + N]
+    if net[CLASSES]:
+        for i in range(call_[ROWS]):
+            label = classes[(order[i] if ordered else i) * row]
+            if (label < 0 or label >= c) and label != ignored:
+                return 1
+    return 0
+
+
+@part
 def steps(call_: Any, like: Any) -> None:
     """``run`` with the settings of floating-point arithmetic as they are."""
     net, hyper, count = int64_at(call_[NET]), float64_at(call_[HYPER]), float32_at(call_[COUNT])
     x, pixels, rates = pointer(call_[INPUTS], like), uint8_at(call_[INPUTS]), float64_at(call_[RATES])
     classes, values, losses = int64_at(call_[TARGETS]), pointer(call_[TARGETS], like), pointer(call_[LOSSES], like)
     order, ordered, rated = int64_at(call_[ORDER]), call_[ORDER], call_[RATES]
-    weights, weight_row, ignored = pointer(call_[WEIGHTS], like), call_[WEIGHT_ROW], net[IGNORED]
+    weights, weight_row = pointer(call_[WEIGHTS], like), call_[WEIGHT_ROW]
     how, x_row, x_column, y_row, y_column = call_[HOW], call_[X_ROW], call_[X_COLUMN], call_[Y_ROW], call_[Y_COLUMN]
     n, layers, groups, member = call_[ROWS], net[LAYERS], net[GROUPS], call_[MEMBER]
     k, c = net[HEADER + K], net[HEADER + (layers - 1) * RECORD + N]
     x_t, z_t, da = pointer(net[TRANSPOSED], like), pointer(net[PRODUCT], like), pointer(net[DA], like)
-    call_[STATUS] = 0
-    if net[CLASSES]:
-        for i in range(n):
-            label = classes[(order[i] if ordered else i) * y_row]
-            if (label < 0 or label >= c) and label != ignored:
-                call_[STATUS] = 1
-                return
+    call_[STATUS] = has_no_class(call_)
+    if call_[STATUS]:
+        return
     done, step = 0, 0
     while done < n:
         m = min(call_[BATCH], n - done)
@@ -317,11 +326,17 @@ def members(
     """Call ``run``, whose address is ``run_``, for members of an ensemble, whose ``call``s are at the addresses.
 
     The inputs, targets, losses and sample weights of member 0 have the addresses x, y, losses and weights; those of the
-    next one are so many bytes further on.
+    next one are so many bytes further on. Nothing runs where a label of any of them is no class.
     """
     for i in range(count):
         of_member = int64_at(calls[i])
         member = of_member[MEMBER]
         of_member[INPUTS], of_member[TARGETS] = x + member * x_step, y + member * y_step
         of_member[LOSSES], of_member[WEIGHTS] = losses + member * step, weights + member * weight_step
+    for i in range(count):
+        if has_no_class(int64_at(calls[i])):
+            int64_at(calls[0])[STATUS] = 1
+            return
+    for i in range(count):
+        of_member = int64_at(calls[i])
         call(run_, (of_member, of_member))
