@@ -82,7 +82,6 @@ def _torchs_own(backend: str, x: Tensor, weights: Sequence[Tensor]) -> bool:
     return (
         backend == "torch"
         and weights[0].dtype in (torch.float32, torch.float64)
-        and get_cpu_gemm() != "onednn"
         and x.shape[:-1].numel() * sum([weight.numel() for weight in weights]) <= _FEW
     )
 
@@ -134,7 +133,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     check_activation(activation)
     if activation == "softmax":
         return softmax(linear_act(x, weight, bias))
-    on_cpu = isinstance(x, Tensor) and alone(x, weight, bias) == "torch"
+    on_cpu = isinstance(x, Tensor) and alone(x, weight, bias) == "torch" and get_cpu_gemm() != "onednn"
     if on_cpu:
         known = signature((x, weight, bias), weight)
         if ("torch", activation, known) in _checked:
@@ -201,6 +200,8 @@ def mlp(
     if members is None and dropout is None and weights and len(weights) == len(biases):
         tensors: tuple[Any, ...] = (x, *[p for pair in zip(weights, biases, strict=True) for p in pair])
         run = alone(*tensors)
+        if run == "torch" and get_cpu_gemm() == "onednn":
+            run = None
         if run is not None:
             known = signature(tensors, weights[0])
             if (run, *activations, known) in _checked:
