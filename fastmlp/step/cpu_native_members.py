@@ -1,4 +1,4 @@
-"""A step of some members of an ensemble as one call of machine code, as ``cpu_members.Piece`` is one on operators.
+"""Steps of some members of an ensemble as one call of machine code, as ``cpu_members.Piece`` makes one on operators.
 
 What the machine code does not have goes to pieces on operators, as in ``cpu_native``. The class numbers of all members
 were checked before.
@@ -106,7 +106,7 @@ class NativePiece:
         of_pass: tuple[int, int] = (0, 0),
     ) -> None:
         """``Piece.run``."""
-        if not self._ready(y, out, weight):
+        if not self.ready(y, out, weight):
             self._net.look_at(y)
             for piece in self._operators():
                 piece.run(x, y, out, update, weight, of_pass)
@@ -121,6 +121,21 @@ class NativePiece:
         if not made:
             self._net.look_at(y)
 
+    def epoch(
+        self,
+        x: Tensor,
+        y: Tensor,
+        batch: int,
+        order: Tensor,
+        rates: Tensor,
+        losses: Tensor,
+        weight: Tensor | None,
+    ) -> None:
+        """Steps that are ``ready``, with the arguments of ``NativeMembers.steps``."""
+        own_x, own_y = x.dim() == 3, y.dim() > target_dims(y)
+        self._members.steps(x, y, order, batch, rates, losses, weight, own_x=own_x, own_y=own_y)
+        self._version = -1  # the settings are written anew, since the networks have the learning rates of the last step
+
     def _set_updates(self, updates: bool) -> None:
         grads = self._net.grads
         if grads is not self._gradients:
@@ -130,7 +145,7 @@ class NativePiece:
         for network in self._networks:
             network.set_updates(updates)
 
-    def _ready(self, y: Tensor, out: Tensor, weight: Tensor | None) -> bool:
+    def ready(self, y: Tensor, out: Tensor, weight: Tensor | None) -> bool:
         """Write all settings for batches like this one; False where the machine code does not have them."""
         net = self._net
         if out.dtype != net.dtype or not self._dropped.taken(net.dropout, self._members.take_dropout):
