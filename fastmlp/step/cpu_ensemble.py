@@ -24,7 +24,7 @@ from ..base.losses import takes_classes
 from .cpu_dropout import StepDropout, advance, numbers
 from .cpu_member_span import MemberLayer, Packed, Span, target_dims
 from .cpu_members import Piece
-from .cpu_native_members import NativePiece, native_units
+from .cpu_native_members import NativePiece, native_epoch, native_units
 from .groups import Groups
 from .loss_options import PLAIN, LossOptions
 from .loss_scale import START
@@ -209,45 +209,19 @@ class TorchEnsemble:
 
         ``weight`` are sample weights [N] or [E, N] of all rows. All class numbers are classes.
         """
-        if self._epoch_in_one_call(images, labels, batch_size, order, lrs, losses, weight):
-            return
+        self._follow()
+        _, parts = self._planned(min(batch_size, order.shape[-1]))
+        pieces = [piece for part in parts for piece in part if isinstance(piece, NativePiece)]
+        if pieces:
+            self._set_rates([rule.lr for rule in self.rules])
+            if native_epoch(pieces, images, labels, batch_size, order, lrs, losses, weight):
+                if self.dropout is not None:
+                    advance(self.dropout, len(losses))
+                return
         of_groups = lrs.view(len(lrs), self.members, -1).movedim(-1, 1).tolist()
         for rows, rates, out in zip(order.split(batch_size, -1), of_groups, losses.unbind(), strict=True):
             self._set_rates([each[0] if len(set(each)) == 1 else PerMember(each) for each in rates])
             self._train(images, labels, out, rows, weight)
-
-    def _epoch_in_one_call(
-        self,
-        x: Tensor,
-        y: Tensor,
-        batch: int,
-        order: Tensor,
-        lrs: Tensor,
-        losses: Tensor,
-        weight: Tensor | None,
-    ) -> bool:
-        """``epoch`` as one call of machine code per piece; False where it lacks anything, and nothing has changed."""
-        self._follow()
-        _, parts = self._planned(min(batch, order.shape[-1]))
-        pieces = [piece for part in parts for piece in part if isinstance(piece, NativePiece)]
-        if not pieces:
-            return False
-        self._set_rates([rule.lr for rule in self.rules])
-        if not all(piece.ready(y, losses, weight) for piece in pieces):
-            return False
-        steps = len(losses)
-        rates = lrs.view(steps, self.members, -1).transpose(0, 1).contiguous()
-        of_members = losses.new_full((self.members, steps), nan)
-        weight, order = None if weight is None else weight.to(self.dtype), order.contiguous()
-        runs = [partial(piece.epoch, x, y, batch, order, rates, of_members, weight) for piece in pieces]
-        if len(runs) == 1:
-            runs[0]()
-        else:
-            cpu.at_once(runs)
-        losses.copy_(of_members.t())
-        if self.dropout is not None:
-            advance(self.dropout, steps)
-        return True
 
     def _train(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None, weight: Tensor | None) -> None:
         if self._sums is None:

@@ -7,6 +7,8 @@ were checked before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from math import nan
 
 import torch
 from torch import Tensor
@@ -167,6 +169,33 @@ class NativePiece:
         if self._pieces is None:
             self._pieces = self._make()
         return self._pieces
+
+
+def native_epoch(
+    pieces: Sequence[NativePiece],
+    x: Tensor,
+    y: Tensor,
+    batch: int,
+    order: Tensor,
+    lrs: Tensor,
+    losses: Tensor,
+    weight: Tensor | None,
+) -> bool:
+    """``TorchEnsemble.epoch`` of these pieces at once; False where they lack anything, and nothing has changed then."""
+    if not all(piece.ready(y, losses, weight) for piece in pieces):
+        return False
+    steps, members = losses.shape
+    rates = lrs.view(steps, members, -1).transpose(0, 1).contiguous()
+    # Each member writes its losses side by side. Those of no piece stay NaN.
+    of_members = losses.new_full((members, steps), nan)
+    weight, order = None if weight is None else weight.to(losses.dtype), order.contiguous()
+    runs = [partial(piece.epoch, x, y, batch, order, rates, of_members, weight) for piece in pieces]
+    if len(runs) == 1:
+        runs[0]()
+    else:
+        cpu.at_once(runs)
+    losses.copy_(of_members.t())
+    return True
 
 
 def _parts(net: Ensemble, layer: MemberLayer, e: int, gradients: Sequence[Tensor]) -> cpu.LayerParts:
