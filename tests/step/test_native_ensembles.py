@@ -130,14 +130,21 @@ def test_a_label_out_of_range_changes_no_member():
     assert torch.equal(flat(ensemble), before)
 
 
-def test_sample_weights_come_and_go():
-    """Where the loss has factors of the classes, one unit of machine code serves batches with weights and without."""
+@pytest.mark.parametrize("case", ["class_weight", "probabilities", "pos_weight"])
+def test_sample_weights_come_and_go(case):
+    """Where one unit of machine code serves batches with weights and without."""
     singles = models()
-    settings = {"lr": 0.1, "class_weight": torch.tensor([1.0, 2.0, 0.5, 1.0])}
-    together = fastmlp.TrainStep(fastmlp.MLPEnsemble.stack(singles), **settings)
-    alone = [fastmlp.TrainStep(model, **settings) for model in singles]
+    settings = {
+        "class_weight": {"class_weight": torch.tensor([1.0, 2.0, 0.5, 1.0])},
+        "probabilities": {},
+        "pos_weight": {"loss": "bce", "pos_weight": torch.tensor([1.0, 2.0, 0.5, 1.0])},
+    }[case]
+    together = fastmlp.TrainStep(fastmlp.MLPEnsemble.stack(singles), lr=0.1, **settings)
+    alone = [fastmlp.TrainStep(model, lr=0.1, **settings) for model in singles]
     for i, weight in enumerate([None, torch.linspace(0.1, 2, 9), None, torch.linspace(2, 0.1, 9)]):
         x, y = batch(i)
+        if case != "class_weight":
+            y = torch.nn.functional.one_hot(y, 4).float()
         losses = together(x, y, weight)
         assert torch.equal(losses, torch.stack([step(*of, weight) for step, *of in zip(alone, x, y, strict=True)]))
 
