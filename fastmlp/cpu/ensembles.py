@@ -5,7 +5,7 @@
     spread    an equal part of the members for each thread, in batched products that the thread makes alone
     each      the products of one member after the other, each by the library that is faster at it, as for an MLP
     small     as spread, but few members at a time, so that what one operation writes is in the cache for the next
-    native    an equal part of the members for each thread, whose steps are one call of machine code
+    native    an equal part of the members for each thread, whose step, or whole epoch, is one call of machine code
               (``fastmlp.cpu.native``), where numba is installed, for few rows
     native alone    the same by the calling thread alone: to wake another takes as long as the steps of a few members
 

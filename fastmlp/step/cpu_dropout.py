@@ -96,6 +96,6 @@ def numbers(d: StepDropout) -> tuple[int, int]:
     return seed, step
 
 
-def advance(d: StepDropout) -> None:
-    """Go on to the next pass."""
-    d.state.select(0, 1).add_(1)
+def advance(d: StepDropout, passes: int = 1) -> None:
+    """Go on to the next pass, or over so many."""
+    d.state.select(0, 1).add_(passes)

@@ -24,7 +24,7 @@ from ..base.losses import takes_classes
 from .cpu_dropout import StepDropout, advance, numbers
 from .cpu_member_span import MemberLayer, Packed, Span, target_dims
 from .cpu_members import Piece
-from .cpu_native_members import NativePiece, native_units
+from .cpu_native_members import NativePiece, native_epoch, native_units
 from .groups import Groups
 from .loss_options import PLAIN, LossOptions
 from .loss_scale import START
@@ -207,8 +207,17 @@ class TorchEnsemble:
     ) -> None:
         """Steps over ``order`` [n] or [E, n], with learning rates [steps, E] or [steps, E, G]; losses are [steps, E].
 
-        ``weight`` are sample weights [N] or [E, N] of all rows.
+        ``weight`` are sample weights [N] or [E, N] of all rows. All class numbers are classes.
         """
+        self._follow()
+        _, parts = self._planned(min(batch_size, order.shape[-1]))
+        pieces = [piece for part in parts for piece in part if isinstance(piece, NativePiece)]
+        if pieces:
+            self._set_rates([rule.lr for rule in self.rules])
+            if native_epoch(pieces, images, labels, batch_size, order, lrs, losses, weight):
+                if self.dropout is not None:
+                    advance(self.dropout, len(losses))
+                return
         of_groups = lrs.view(len(lrs), self.members, -1).movedim(-1, 1).tolist()
         for rows, rates, out in zip(order.split(batch_size, -1), of_groups, losses.unbind(), strict=True):
             self._set_rates([each[0] if len(set(each)) == 1 else PerMember(each) for each in rates])

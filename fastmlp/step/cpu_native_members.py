@@ -1,4 +1,4 @@
-"""A step of some members of an ensemble as one call of machine code, as ``cpu_members.Piece`` is one on operators.
+"""Steps of some members of an ensemble as one call of machine code, as ``cpu_members.Piece`` makes one on operators.
 
 What the machine code does not have goes to pieces on operators, as in ``cpu_native``. The class numbers of all members
 were checked before.
@@ -7,6 +7,8 @@ were checked before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from math import nan
 
 import torch
 from torch import Tensor
@@ -106,7 +108,7 @@ class NativePiece:
         of_pass: tuple[int, int] = (0, 0),
     ) -> None:
         """``Piece.run``."""
-        if not self._ready(y, out, weight):
+        if not self.ready(y, out, weight):
             self._net.look_at(y)
             for piece in self._operators():
                 piece.run(x, y, out, update, weight, of_pass)
@@ -121,6 +123,21 @@ class NativePiece:
         if not made:
             self._net.look_at(y)
 
+    def epoch(
+        self,
+        x: Tensor,
+        y: Tensor,
+        batch: int,
+        order: Tensor,
+        rates: Tensor,
+        losses: Tensor,
+        weight: Tensor | None,
+    ) -> None:
+        """Steps that are ``ready``, with the arguments of ``NativeMembers.steps``."""
+        own_x, own_y = x.dim() == 3, y.dim() > target_dims(y)
+        self._members.steps(x, y, order, batch, rates, losses, weight, own_x=own_x, own_y=own_y)
+        self._version = -1  # the settings are written anew, since the networks have the learning rates of the last step
+
     def _set_updates(self, updates: bool) -> None:
         grads = self._net.grads
         if grads is not self._gradients:
@@ -130,7 +147,7 @@ class NativePiece:
         for network in self._networks:
             network.set_updates(updates)
 
-    def _ready(self, y: Tensor, out: Tensor, weight: Tensor | None) -> bool:
+    def ready(self, y: Tensor, out: Tensor, weight: Tensor | None) -> bool:
         """Write all settings for batches like this one; False where the machine code does not have them."""
         net = self._net
         if out.dtype != net.dtype or not self._dropped.taken(net.dropout, self._members.take_dropout):
@@ -152,6 +169,33 @@ class NativePiece:
         if self._pieces is None:
             self._pieces = self._make()
         return self._pieces
+
+
+def native_epoch(
+    pieces: Sequence[NativePiece],
+    x: Tensor,
+    y: Tensor,
+    batch: int,
+    order: Tensor,
+    lrs: Tensor,
+    losses: Tensor,
+    weight: Tensor | None,
+) -> bool:
+    """``TorchEnsemble.epoch`` of these pieces at once; False where they lack anything, and nothing has changed then."""
+    if not all(piece.ready(y, losses, weight) for piece in pieces):
+        return False
+    steps, members = losses.shape
+    rates = lrs.view(steps, members, -1).transpose(0, 1).contiguous()
+    # Each member writes its losses side by side. Those of no piece stay NaN.
+    of_members = losses.new_full((members, steps), nan)
+    weight, order = None if weight is None else weight.to(losses.dtype), order.contiguous()
+    runs = [partial(piece.epoch, x, y, batch, order, rates, of_members, weight) for piece in pieces]
+    if len(runs) == 1:
+        runs[0]()
+    else:
+        cpu.at_once(runs)
+    losses.copy_(of_members.t())
+    return True
 
 
 def _parts(net: Ensemble, layer: MemberLayer, e: int, gradients: Sequence[Tensor]) -> cpu.LayerParts:

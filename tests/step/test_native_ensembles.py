@@ -7,9 +7,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastmlp
 from fastmlp.cpu import choose
+from fastmlp.step.cpu_ensemble import TorchEnsemble
 from fastmlp.step.cpu_native_members import NativePiece
 from tests.support.steps import flat, fresh_choices, have_fastest, threads  # noqa: F401
 from tests.support.torchs import OPTIMIZERS
@@ -126,3 +128,199 @@ def test_a_label_out_of_range_changes_no_member():
     with pytest.raises(IndexError):
         step(x, y)
     assert torch.equal(flat(ensemble), before)
+
+
+@pytest.mark.parametrize("case", ["class_weight", "probabilities", "pos_weight"])
+def test_sample_weights_come_and_go(case):
+    """Where one unit of machine code serves batches with weights and without."""
+    singles = models()
+    settings = {
+        "class_weight": {"class_weight": torch.tensor([1.0, 2.0, 0.5, 1.0])},
+        "probabilities": {},
+        "pos_weight": {"loss": "bce", "pos_weight": torch.tensor([1.0, 2.0, 0.5, 1.0])},
+    }[case]
+    together = fastmlp.TrainStep(fastmlp.MLPEnsemble.stack(singles), lr=0.1, **settings)
+    alone = [fastmlp.TrainStep(model, lr=0.1, **settings) for model in singles]
+    for i, weight in enumerate([None, torch.linspace(0.1, 2, 9), None, torch.linspace(2, 0.1, 9)]):
+        x, y = batch(i)
+        if case != "class_weight":
+            y = torch.nn.functional.one_hot(y, 4).float()
+        losses = together(x, y, weight)
+        assert torch.equal(losses, torch.stack([step(*of, weight) for step, *of in zip(alone, x, y, strict=True)]))
+
+
+ROWS, BATCH, STEPS = 23, 9, 3
+RATES = [0.01 * (e + 1) for e in range(E)]
+SETTINGS = {
+    "plain": {"lr": 0.1},
+    "settings of their own": {"lr": RATES, "momentum": [0.1 * e for e in range(E)], "weight_decay": 0.1},
+    "clipping, average": {
+        "optimizer": "adamw",
+        "lr": RATES,
+        "max_grad_norm": 0.5,
+        "ema_decay": 0.9,
+        "ema_warmup": True,
+    },
+    "groups": {
+        "optimizer": "lion",
+        "lr": 0.003,
+        "weight_decay": 0.1,
+        "param_groups": [{"params": "*.bias", "lr": RATES, "weight_decay": [0.1 * e for e in range(E)]}],
+    },
+}
+#: What members have of their own among x, y, sample weights (None: there are none), order and factors of the rates.
+OWN = {
+    "nothing": (False, False, False, False, False),
+    "everything": (True, True, True, True, True),
+    "order": (False, False, None, True, False),
+    "data": (True, False, False, False, True),
+}
+
+
+def epoch_data(
+    own: tuple[bool | None, ...], kind: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """(x, y, sample weights, order, factors), with strides where ``kind`` says so."""
+    g = torch.Generator().manual_seed(4)
+    shapes = [(E, ROWS) if of_member else (ROWS,) for of_member in own[:3]]
+    if kind == "pixels":
+        x = torch.randint(0, 256, (*shapes[0], 7), generator=g, dtype=torch.uint8)
+    else:
+        x = torch.randn(*shapes[0], 7, generator=g, dtype=dtype)
+    y, weight = torch.randint(0, 4, shapes[1], generator=g), None
+    if own[2] is not None:
+        weight = torch.rand(shapes[2], generator=g) + 0.1
+    order = torch.stack([torch.randperm(ROWS, generator=g) for _ in range(E)])
+    factors = 1 + torch.rand(STEPS, E, generator=g, dtype=torch.float64)
+    if kind == "strided":
+        x, y = x.transpose(-1, -2).contiguous().transpose(-1, -2), torch.stack((y, y), -1)[..., 0]
+        weight = None if weight is None else torch.stack((weight, weight), -1)[..., 1]
+        order = torch.stack((order, order), -1)[..., 0]
+    return x, y, weight, order if own[3] else order[0], factors if own[4] else factors[:, 0]
+
+
+def loop(step: fastmlp.TrainStep, x: Tensor, y: Tensor, weight: Tensor | None, order: Tensor, factors: Tensor):
+    """The losses of the steps that an epoch takes, by calls of the step on rows of each member's."""
+    base = [group["lr"] for group in step.optimizer.param_groups]
+    members = range(E)
+
+    def rows_of(t: Tensor, dims: int, rows: Tensor) -> Tensor:
+        return torch.stack([(t[e] if t.dim() > dims else t)[rows[e]] for e in members])
+
+    losses = []
+    for i, rows in enumerate(order.expand(E, -1).split(BATCH, 1)):
+        for group, lr in zip(step.optimizer.param_groups, base, strict=True):
+            rates = torch.as_tensor(lr, dtype=torch.float64).expand(E) * factors[i]
+            group["lr"] = rates.tolist()
+        of_rows = None if weight is None else rows_of(weight, 1, rows)
+        losses.append(step(rows_of(x, 2, rows), rows_of(y, 1 + y.is_floating_point(), rows), of_rows))
+    for group, lr in zip(step.optimizer.param_groups, base, strict=True):
+        group["lr"] = lr
+    return torch.stack(losses)
+
+
+def same(ours: fastmlp.TrainStep, theirs: fastmlp.TrainStep) -> None:
+    """Parameters, states, counters and the number of passes have the same bits."""
+    for of_ours, of_theirs in (
+        (ours.model.state_dict(), theirs.model.state_dict()),
+        (ours.state_dict(), theirs.state_dict()),
+    ):
+        assert list(of_ours) == list(of_theirs)
+        for name, value in of_ours.items():
+            assert torch.equal(value, of_theirs[name]), name
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[NativePiece]:
+    """The pieces in the order in which their epochs were called; none goes step by step."""
+    found: list[NativePiece] = []
+    real = NativePiece.epoch
+
+    def epoch(piece: NativePiece, *args) -> None:
+        found.append(piece)
+        real(piece, *args)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("the epoch gathered rows by operators")
+
+    monkeypatch.setattr(NativePiece, "epoch", epoch)
+    monkeypatch.setattr(TorchEnsemble, "_rows_of", refuse)
+    return found
+
+
+def two_steps(dtype: torch.dtype, dropout: float = 0.0, **settings) -> list[fastmlp.TrainStep]:
+    """Steps of two equal ensembles, whose masks are the same."""
+    found = []
+    for _ in range(2):
+        ensemble = fastmlp.MLPEnsemble.stack(models(dtype))
+        torch.manual_seed(7)
+        ensemble.dropout = dropout
+        found.append(fastmlp.TrainStep(ensemble, **settings))
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["float", "pixels", "strided"])
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_epoch_is_one_call_with_the_bits_of_its_steps(name, own, kind, dtype, count, calls):
+    """One call for each thread; also where some members pause and go on, and where steps come between."""
+    whole, by_steps = two_steps(dtype, dropout=0.5 if own != "data" else 0.0, **SETTINGS[name])
+    data = epoch_data(OWN[own], kind, dtype)
+    x, y, weight, order, factors = data
+    with threads(count):
+        for active in ([True] * E, [True, False, True, True, False], [True] * E):
+            whole.active = by_steps.active = torch.tensor(active)
+            single = batch(2, dtype=dtype)
+            whole(*single)
+            by_steps(*single)
+            calls.clear()
+            whole.epoch(x, y, BATCH, order, factors, weight)
+            assert len(calls) == len(set(calls)) == count
+            losses = loop(by_steps, *data)
+            assert torch.equal(whole.losses[:, active], losses[:, active])
+            assert whole.losses.isnan().any(0).tolist() == [not trains for trains in active]
+            same(whole, by_steps)
+            assert torch.equal(whole(*single).nan_to_num(-1), by_steps(*single).nan_to_num(-1))
+            same(whole, by_steps)
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber", "bce", "cross_entropy"])
+def test_an_epoch_on_values(loss, calls):
+    """Values and probabilities, of all members or of each."""
+    whole, by_steps = two_steps(torch.float64, loss=loss, lr=0.1, momentum=0.9)
+    x, _, weight, order, factors = epoch_data(OWN["everything"], "float", torch.float64)
+    y = torch.rand(E, ROWS, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64).softmax(-1)
+    for of in (y, y[0], y.transpose(1, 2).contiguous().transpose(1, 2)):
+        whole.epoch(x, of, BATCH, order, factors, weight)
+        assert torch.equal(whole.losses, loop(by_steps, x, of, weight, order, factors))
+    assert len(calls) == 3 * torch.get_num_threads()
+    same(whole, by_steps)
+
+
+def test_what_an_epoch_lacks_goes_step_by_step(monkeypatch):
+    """Targets of another dtype, and an ensemble without an active member, whose passes count all the same."""
+    monkeypatch.setattr(NativePiece, "epoch", None)
+    whole, by_steps = two_steps(torch.float64, 0.5, lr=0.1)
+    x, y, _, order, factors = epoch_data(OWN["order"], "float", torch.float64)
+    hot = torch.nn.functional.one_hot(y, 4).float()
+    whole.epoch(x, hot, BATCH, order, factors)
+    assert torch.equal(whole.losses, loop(by_steps, x, hot, None, order, factors))
+    same(whole, by_steps)
+    whole.active = by_steps.active = False
+    assert whole.epoch(x, y, BATCH, order, factors).isnan().all()
+    assert whole.losses.isnan().all()
+    loop(by_steps, x, y, None, order, factors)
+    same(whole, by_steps)
+    assert whole.model.dropout_state[1] == 2 * STEPS
+
+
+def test_a_label_out_of_range_of_an_epoch_changes_no_member(calls):
+    (step, before) = two_steps(torch.float32, 0.5, optimizer="adamw", lr=0.1)
+    x, y, _, order, _ = epoch_data(OWN["everything"], "float", torch.float32)
+    y[E - 1, order[E - 1, -1]] = 4
+    with pytest.raises(IndexError, match="class number 4 is out of range"):
+        step.epoch(x, y, BATCH, order)
+    assert not calls
+    same(step, before)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastmlp
 from fastmlp.cpu import choose
 from fastmlp.step import cpu_step
+from fastmlp.step.cpu_ensemble import TorchEnsemble
 from fastmlp.step.cpu_members import Piece
 from tests.step.test_loss_options import CLASS_WEIGHT, OPTIONS, SIZE, SIZES, WEIGHTED, data
 from tests.support.steps import (
@@ -35,13 +36,14 @@ STEPS = 40
 
 
 def refuse_operators(patch: pytest.MonkeyPatch) -> None:
-    """Have steps and gradients on operators fail."""
+    """Have steps and gradients on operators fail, and rows that operators gather."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("the step went to the operators")
 
     patch.setattr(cpu_step, "_step", refuse)
     patch.setattr(Piece, "run", refuse)
+    patch.setattr(TorchEnsemble, "_rows_of", refuse)
 
 
 @pytest.fixture

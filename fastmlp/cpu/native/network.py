@@ -228,6 +228,12 @@ class NativeNetwork:
         self._call[_ORDER] = self._call[_RATES] = 0
         self._call[_ROWS] = self._call[_BATCH] = self._m
 
+    def prepare_steps(self, order: Tensor, batch: int, rates: Tensor) -> None:
+        """After ``prepare``, have steps called, as ``steps`` makes them; ``order`` and ``rates`` are contiguous."""
+        assert batch <= self._m
+        self._call[_ORDER], self._call[_RATES] = order.data_ptr(), rates.data_ptr()
+        self._call[_ROWS], self._call[_BATCH] = order.shape[0], batch
+
     def step(self, x: Tensor, y: Tensor, losses: Tensor, weight: Tensor | None = None) -> bool:
         """One step on X [m, K], Y [m] or [m, N], with sample weights [m]; writes the loss.
 
@@ -310,18 +316,54 @@ class NativeMembers:
 
         False where a class number of any member is out of range, and nothing has changed then.
         """
-        own_weight = weight is not None and weight.dim() == 2
-        weights = self._one if weight is None else weight
-        like = x.dtype, x.stride(), y.stride(), losses.stride(), weights.stride()
-        arguments = self._arguments
+        like = x.dtype, x.stride(), y.stride(), losses.stride(), None if weight is None else weight.stride()
         if like != self._like:
-            first = weight[0] if weight is not None and own_weight else weight
-            for member, network in zip(self._members, self._networks, strict=True):
-                network.prepare(member, x, y, first)
-            for place, t, own in ((5, x, own_x), (7, y, own_y), (9, losses, True), (11, weights, own_weight)):
-                arguments[place].value = t.stride(0) * t.element_size() if own else 0
+            self._prepare(x, y, losses, weight, own_x=own_x, own_y=own_y)
             self._like = like
-        arguments[4].value, arguments[6].value, arguments[8].value = x.data_ptr(), y.data_ptr(), losses.data_ptr()
-        arguments[10].value = weights.data_ptr()
-        self._function(*arguments)
+        self._run(x, y, losses, weight)
         return not self._networks[0].failed
+
+    def steps(
+        self,
+        x: Tensor,
+        y: Tensor,
+        order: Tensor,
+        batch: int,
+        rates: Tensor,
+        losses: Tensor,
+        weight: Tensor | None,
+        *,
+        own_x: bool,
+        own_y: bool,
+    ) -> None:
+        """Steps of each member on the rows ``order`` [n] or [E, n], ``batch`` <= m at a time.
+
+        All class numbers are classes. The steps leave their last learning rates as those of the networks.
+
+        Args:
+            x, y, weight: all rows, [N, ...] or where members have their own [E, N, ...].
+            order, rates, losses: contiguous; ``rates`` are float64 [E, steps, groups], ``losses`` are [E, steps].
+        """
+        self._like = ()
+        self._prepare(x, y, losses, weight, own_x=own_x, own_y=own_y)
+        for member, network in zip(self._members, self._networks, strict=True):
+            network.prepare_steps(order if order.dim() == 1 else order[member], batch, rates[member])
+        self._run(x, y, losses, weight)
+
+    def _prepare(
+        self, x: Tensor, y: Tensor, losses: Tensor, weight: Tensor | None, *, own_x: bool, own_y: bool
+    ) -> None:
+        """Have the networks take tensors like these, and say how far those of the next member are."""
+        own_weight = weight is not None and weight.dim() == 2
+        first = weight[0] if weight is not None and own_weight else weight
+        for member, network in zip(self._members, self._networks, strict=True):
+            network.prepare(member, x, y, first)
+        weights = self._one if weight is None else weight
+        for place, t, own in ((5, x, own_x), (7, y, own_y), (9, losses, True), (11, weights, own_weight)):
+            self._arguments[place].value = t.stride(0) * t.element_size() if own else 0
+
+    def _run(self, x: Tensor, y: Tensor, losses: Tensor, weight: Tensor | None) -> None:
+        arguments = self._arguments
+        arguments[4].value, arguments[6].value, arguments[8].value = x.data_ptr(), y.data_ptr(), losses.data_ptr()
+        arguments[10].value = (self._one if weight is None else weight).data_ptr()
+        self._function(*arguments)
