@@ -34,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 SIZES, BATCH = (5, 4, 5), 6
 MOMENTUM = OPTIMIZERS["momentum"]
 GROUPS = [{"params": "*.bias", "lr": 0.02, "weight_decay": 0.0}, {"params": "layers.1.*t", "weight_decay": 0.2}]
+PLAIN = WEIGHTED["cross_entropy"]
 DROPPING = [("sigmoid", "sgd", "cross_entropy"), ("gelu", "adamw", "all"), ("tanh", "momentum", "mse")]
 
 
@@ -41,17 +42,17 @@ class Case(NamedTuple):
     """What a run has that no other has."""
 
     settings: dict[str, Any]
-    loss: str = "cross_entropy"
-    options: dict[str, Any] = {}  # noqa: RUF012  nobody writes there
-    probabilities: bool = False
+    loss: str
+    options: dict[str, Any]
+    probabilities: bool
     weighted: bool = False
     dropout: float = 0.0
     activation: str = "sigmoid"
 
 
 CASES = (
-    {name: Case(settings) for name, settings in OPTIMIZERS.items()}
-    | {f"groups, {name}": Case({**rule, "param_groups": GROUPS}) for name, rule in RULES.items()}
+    {name: Case(settings, *PLAIN) for name, settings in OPTIMIZERS.items()}
+    | {f"groups, {name}": Case({**rule, "param_groups": GROUPS}, *PLAIN) for name, rule in RULES.items()}
     | {name: Case(MOMENTUM, *option) for name, option in OPTIONS.items()}
     | {f"{name}, weighted": Case(MOMENTUM, *option, weighted=True) for name, option in WEIGHTED.items()}
     | {
@@ -61,11 +62,13 @@ CASES = (
         for activation, rule, name in DROPPING
     }
 )
+#: A rule, and whether the average starts with a warm-up.
+AVERAGES = {f"{rule}{', warm-up' * warmup}": (rule, warmup) for rule in EMA_RULES for warmup in (False, True)}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """By day two options and one average."""
-    of = {test_every_option: (CASES, ["all, weighted", "groups, adam"]), test_averages: (EMA_RULES, ["adamw"])}
+    of = {test_every_option: (CASES, ["all, weighted", "groups, adam"]), test_averages: (AVERAGES, ["adamw, warm-up"])}
     every, by_day = of[metafunc.function]
     metafunc.parametrize("case", list(every) if metafunc.config.getoption("--full") else by_day)
 
@@ -91,10 +94,10 @@ def test_every_option(unsimulated, case, steps):
 
 
 @UNSIMULATED
-@pytest.mark.parametrize("warmup", [False, True], ids=["", "warm-up"])
-def test_averages(unsimulated, case, steps, warmup):
+def test_averages(unsimulated, case, steps):
     """Of torch's parameters in float64 and in float32, by the formula."""
-    settings, start = EMA_RULES[case], network(SIZES)
+    rule, warmup = AVERAGES[case]
+    settings, start = EMA_RULES[rule], network(SIZES)
     batches = data("cross_entropy", {}, False, steps=steps, sizes=SIZES, size=BATCH)
     with fastmlp.use_backend("triton"):
         step = fastmlp.TrainStep(
