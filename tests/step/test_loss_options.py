@@ -52,20 +52,27 @@ WEIGHTED = {loss: (loss, {}, False) for loss in STEP_LOSSES} | OPTIONS
 
 
 def data(
-    loss: str, options: dict[str, Any], probabilities: bool, *, weighted: bool = False, steps: int = STEPS
+    loss: str,
+    options: dict[str, Any],
+    probabilities: bool,
+    *,
+    weighted: bool = False,
+    steps: int = STEPS,
+    sizes: tuple[int, ...] = SIZES,
+    size: int = SIZE,
 ) -> list[Batch]:
     """Batches with some ignored labels, where the loss knows such. With ``weighted``, one weight in seven is 0."""
-    x, y = problem(SIZES, ROWS, loss=loss)
+    x, y = problem(sizes, ROWS, loss=loss)
     if probabilities:
-        y = problem(SIZES, ROWS, loss="mse")[1] + 0.125
+        y = problem(sizes, ROWS, loss="mse")[1] + 0.125
         y = (y / y.sum(1, keepdim=True)).float().double()
     elif loss == "cross_entropy" and "ignore_index" in options:
         y[::5] = options["ignore_index"]
-    rows: list[Batch] = list(batches(x, y, SIZE, steps))
+    rows: list[Batch] = list(batches(x, y, size, steps))
     if weighted:
         s = torch.rand(ROWS, generator=torch.Generator().manual_seed(3)).double()
         s[::7] = 0
-        rows = [(*batch, w) for batch, (_, w) in zip(rows, batches(x, s, SIZE, steps), strict=True)]
+        rows = [(*batch, w) for batch, (_, w) in zip(rows, batches(x, s, size, steps), strict=True)]
     return rows
 
 

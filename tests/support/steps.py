@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from tests.support.torchs import OPTIMIZERS, torch_optimizer
 
 #: X, Y and, where rows have weights, those of the rows.
 Batch = tuple[Tensor, ...]
+CPU = torch.device("cpu")
 
 needs_onednn = pytest.mark.skipif(not onednn.available(), reason="torch was built without oneDNN")
 
@@ -195,6 +197,15 @@ def weighted_torch_loss(loss: str, a: Tensor, y: Tensor, weight: Tensor, options
     return (weight * rows).sum() / counted.sum()
 
 
+def in_groups(params: dict[str, Tensor], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The param groups of a TrainStep as torch takes them: those of no pattern first."""
+    found = [
+        {**group, "params": [p for name, p in params.items() if fnmatch(name, group["params"])]} for group in groups
+    ]
+    rest = [p for name, p in params.items() if not any(fnmatch(name, group["params"]) for group in groups)]
+    return [{"params": rest}, *found]
+
+
 @dataclass
 class Reference:
     """Training by autograd and torch.optim on the reference network: masters in ``master``, products in ``compute``.
@@ -220,8 +231,8 @@ class Reference:
         self.rates = (*self.model._rates(), 0.0)
         self.seed, self.passes = self.model.dropout_state.tolist() if any(self.rates) else (0, 0)
         self.device = next(iter(self.params.values())).device.type
-        trained = [p for p in self.params.values() if p.requires_grad]
-        self.optimizer = torch_optimizer(trained, self.settings)
+        trained = {name: p for name, p in self.params.items() if p.requires_grad}
+        self.optimizer = torch_optimizer(in_groups(trained, self.settings.get("param_groups", [])), self.settings)
         self.scaler = torch.amp.GradScaler(self.device, init_scale=2.0**15, enabled=self.compute == torch.float16)
 
     def value(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -289,9 +300,9 @@ def for_step(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x if x.dtype == torch.uint8 else x.to(dtype)), (y.to(dtype) if y.is_floating_point() else y)
 
 
-def in_dtype(values: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Options of a loss with their tensors in the dtype that the step takes."""
-    return {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in values.items()}
+def in_dtype(values: dict[str, Any], dtype: torch.dtype, device: torch.device = CPU) -> dict[str, Any]:
+    """Options of a loss with their tensors in the dtype, and on the device, that the step takes."""
+    return {name: value.to(device, dtype) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 class Trained(NamedTuple):
@@ -400,6 +411,7 @@ def float32_run(
     settings: dict[str, Any],
     *,
     loss: str = "cross_entropy",
+    device: torch.device = CPU,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Parameters trained by TrainStep in float32, by torch in float64 and in float32, and the number of steps.
@@ -413,11 +425,11 @@ def float32_run(
     expected, own = (
         trained_by_torch(model, data, settings, loss, d, options).parameters for d in (torch.float64, torch.float32)
     )
-    trained = converted(model, torch.float32)
-    step = fastmlp.TrainStep(trained, loss=loss, **settings, **in_dtype(options, torch.float32))
+    trained = converted(model, torch.float32).to(device)
+    step = fastmlp.TrainStep(trained, loss=loss, **settings, **in_dtype(options, torch.float32, device))
     for x, y, *weight in data:
-        step(*for_step(x, y, torch.float32), *weight)
-    return flat(trained), expected, own, steps
+        step(*(t.to(device) for t in (*for_step(x, y, torch.float32), *weight)))
+    return flat(trained).cpu(), expected, own, steps
 
 
 def float32_step(sizes: Sequence[int], rows: int, optimizer: str) -> Callable[[], object]:

@@ -126,7 +126,13 @@ TORCH_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
-def torch_optimizer(params: Iterable[Tensor], settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+#: Settings of a ``TrainStep`` that are not settings of torch's optimizers.
+NOT_TORCHS = ("optimizer", "max_grad_norm", "param_groups", "ema_decay", "ema_warmup")
+
+
+def torch_optimizer(
+    params: Iterable[Tensor] | Iterable[dict[str, Any]], settings: Mapping[str, Any]
+) -> torch.optim.Optimizer:
     """torch's optimizer with the settings of a ``TrainStep``, whose weight decay is 0 unless it is set."""
-    own = {name: value for name, value in settings.items() if name not in ("optimizer", "max_grad_norm")}
+    own = {name: value for name, value in settings.items() if name not in NOT_TORCHS}
     return TORCH_OPTIMIZERS[settings.get("optimizer", "sgd")](params, **{"weight_decay": 0.0, **own})
