@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from .. import ops
 from ..backend import Runs, alone, has_values, on_tape, runs
-from ..base.arguments import check_delta, check_factors, check_value_target, check_values
+from ..base.arguments import REDUCTIONS, check_delta, check_factors, check_value_target, check_values
 from ..base.compat import is_autocast_enabled
 from ..base.losses import LOSSES
 from ..ops import torch_losses
@@ -85,13 +85,13 @@ def _torchs_own(a: Tensor, y: Tensor, reduction: str) -> bool:
     There it takes half as long as our node, whose gradient is several passes, whatever the size.
     """
     return (
-        isinstance(a, Tensor)
+        isinstance(y, Tensor)
         and alone(a, y) == "torch"
         and a.dtype == y.dtype
         and a.dtype in torch_losses.WIDE
         and a.shape == y.shape
         and y.is_cpu
-        and reduction in ("mean", "sum", "none")
+        and reduction in REDUCTIONS
     )
 
 

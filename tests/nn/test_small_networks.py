@@ -97,6 +97,12 @@ def test_a_call_that_was_right_makes_no_other_call_right():
         model(x)
 
 
+@pytest.mark.parametrize("target", [None, [0.0, 1.0], 1.0], ids=str)
+def test_a_target_that_is_no_tensor(target):
+    with pytest.raises(TypeError, match="target to be a torch.Tensor"):
+        functional.mse_loss(torch.ones(2), target)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name, reduction):
