@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from .autograd.softmax import softmax, softmax_squared_error
 from .autograd.transforms import transformed
 from .backend import Runs, alone, functorch_active, on_tape, runs
 from .base.arguments import (
-    MOST,
     check_activation,
     check_batch,
     check_input,
@@ -28,11 +27,12 @@ from .base.arguments import (
 )
 from .base.compat import is_autocast_enabled
 from .base.dropout import Dropout, checked_rates
-from .base.signature import Signature, signature
+from .base.signature import MOST, Signature, signature
 from .cpu import get_cpu_gemm
 from .losses import cross_entropy
 from .ops import triton_ops
 from .ops.dropout import dropped
+from .ops.torch_losses import WIDE
 
 __all__ = [
     "bce_loss",
@@ -70,18 +70,22 @@ _checked: set[tuple[object, ...]] = set()
 #: Multiplications of a forward pass up to which torch's own operations on the tape are faster on a CPU than a node of
 #: ours, which is Python. Larger products take longer than the Python, and fused they are up to 5 % faster.
 _FEW = 1 << 27
-
-
 #: Rows up to which all layers are launched together where nothing is kept for a backward pass. With more rows the host
 #: has time to launch them one by one, and the memory of each layer is free again after the next one.
 _ROWS_TOGETHER = 512
+
+
+def _alone(x: Tensor, *others: Tensor | None) -> Literal["triton", "torch"] | None:
+    """``alone``, where no library was asked for that torch's own operations do not call."""
+    run = alone(x, *others)
+    return None if run == "torch" and get_cpu_gemm() == "onednn" else run
 
 
 def _torchs_own(backend: str, x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether plain torch computes the layers on the tape, for a call of which ``alone`` is "torch"."""
     return (
         backend == "torch"
-        and weights[0].dtype in (torch.float32, torch.float64)
+        and weights[0].dtype in WIDE
         and x.shape[:-1].numel() * sum([weight.numel() for weight in weights]) <= _FEW
     )
 
@@ -133,7 +137,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     check_activation(activation)
     if activation == "softmax":
         return softmax(linear_act(x, weight, bias))
-    on_cpu = isinstance(x, Tensor) and alone(x, weight, bias) == "torch" and get_cpu_gemm() != "onednn"
+    on_cpu = _alone(x, weight, bias) == "torch"
     if on_cpu:
         known = signature((x, weight, bias), weight)
         if ("torch", activation, known) in _checked:
@@ -195,13 +199,10 @@ def mlp(
     """
     for activation in activations:
         check_activation(activation)
-    known = None
-    run = None
+    known = run = None
     if members is None and dropout is None and weights and len(weights) == len(biases):
         tensors: tuple[Any, ...] = (x, *[p for pair in zip(weights, biases, strict=True) for p in pair])
-        run = alone(*tensors)
-        if run == "torch" and get_cpu_gemm() == "onednn":
-            run = None
+        run = _alone(*tensors)
         if run is not None:
             known = signature(tensors, weights[0])
             if (run, *activations, known) in _checked:

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from .. import ops, reference
 from ..backend import Runs, alone, get_backend, has_values, on_tape, runs, watched
-from ..base.arguments import MOST, check_classes, check_cross_entropy, check_tensor
+from ..base.arguments import check_classes, check_cross_entropy, check_tensor
 from ..base.compat import is_autocast_enabled
-from ..base.signature import Signature, signature
+from ..base.signature import MOST, Signature, signature
 from ..ops import torch_losses, triton_ops
 from ..ops.torch_losses import Settings
 from .transforms import differentiable, launches_alone, transformed

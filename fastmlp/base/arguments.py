@@ -17,8 +17,6 @@ from .names import unknown
 
 #: Dtypes of labels.
 LABELS = (torch.int64, torch.uint8)
-#: Calls that are remembered as checked, per function. One more, and all are forgotten.
-MOST = 4096
 REDUCTIONS = ("none", "mean", "sum")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["MOST", "Signature", "signature"]
 
-#: Signatures that are remembered. One more, and all are forgotten and get new numbers.
+#: Signatures, and calls that are known by them, that are remembered each. One more, and all are forgotten.
 MOST = 4096
 
 Signature = int
@@ -31,29 +31,30 @@ _seen: dict[tuple[Any, ...], tuple[Signature, list[bool], Callable[..., bool]]] 
 
 def signature(tensors: Sequence[Tensor | None], shared: object = None) -> Signature:
     """The number of the tensors, of which the first one is not None."""
-    if shared is not None:
-        place = id(shared), len(tensors), tensors[0].shape  # type: ignore[union-attr]
-        seen = _seen.get(place)
-        if seen is not None:
-            number, absent, alike = seen
-            if [t is None for t in tensors] == absent:
-                present = [t for t in tensors if t is not None]
-                if alike(*present) and _aligned(present):
-                    return number
+    if shared is None:
+        return _number(tensors)
+    place = id(shared), len(tensors), tensors[0].shape  # type: ignore[union-attr]
+    absent, present = [t is None for t in tensors], [t for t in tensors if t is not None]
+    seen = _seen.get(place)
+    if seen is not None and seen[1] == absent and seen[2](*present) and _aligned(present):
+        return seen[0]
+    number = _number(tensors)
+    if _aligned(present):
+        if len(_seen) >= MOST:
+            _seen.clear()
+        _seen[place] = number, absent, _comparison(present)
+    return number
+
+
+def _number(tensors: Sequence[Tensor | None]) -> Signature:
+    """``signature``, by reading every property."""
     found = tuple([None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device) for t in tensors])
-    number_or_none = _numbers.get(found)
-    if number_or_none is None:
+    number = _numbers.get(found)
+    if number is None:
         if len(_numbers) >= MOST:
             _numbers.clear()
-        number_or_none = _numbers[found] = next(_next)
-    elif shared is not None:
-        absent = [t is None for t in tensors]
-        present = [t for t in tensors if t is not None]
-        if _aligned(present):
-            if len(_seen) >= MOST:
-                _seen.clear()
-            _seen[place] = number_or_none, absent, _comparison(present)
-    return number_or_none
+        number = _numbers[found] = next(_next)
+    return number
 
 
 def _aligned(tensors: Sequence[Tensor]) -> bool:

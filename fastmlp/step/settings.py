@@ -16,8 +16,8 @@ from .optimizers import Optimizer, optimizer_of
 from .values import check_setting
 
 #: Settings of torch's optimizers that no rule has, or not every rule.
-_FOREIGN = frozenset({"amsgrad", "capturable", "centered", "dampening", "decoupled_weight_decay"}) | frozenset(
-    {"differentiable", "foreach", "fused"}
+_FOREIGN = frozenset(
+    ["amsgrad", "capturable", "centered", "dampening", "decoupled_weight_decay", "differentiable", "foreach", "fused"]
 )
 
 

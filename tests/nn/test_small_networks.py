@@ -99,7 +99,7 @@ def test_a_call_that_was_right_makes_no_other_call_right():
 
 @pytest.mark.parametrize("target", [None, [0.0, 1.0], 1.0], ids=str)
 def test_a_target_that_is_no_tensor(target):
-    with pytest.raises(TypeError, match="target to be a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"target to be a torch\.Tensor"):
         functional.mse_loss(torch.ones(2), target)
 
 
