@@ -63,20 +63,25 @@ def write_settings(
     native.net[layout.PLAIN] = int(plain)
 
 
-class Dropped:
-    """What the machine code drops now: nothing at first."""
+class Taken:
+    """What the machine code drops now, nothing at first, and how it computes the loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, native: cpu.NativeNetwork | cpu.NativeMembers, loss: cpu.LossUnit) -> None:
         self.dropout: StepDropout | None = None
-        self._place = 0
+        self.loss, self._native, self._place = loss, native, 0
 
-    def taken(self, dropout: StepDropout | None, take: Callable[[Tensor | None, Sequence[float], int], bool]) -> bool:
-        """Whether the machine code drops that, after ``take`` if it did not before."""
+    def take(self, dropout: StepDropout | None, loss: cpu.LossUnit | None) -> bool:
+        """Drop that, and compute that loss, from now on; False where the machine code does not have them."""
         place = 0 if dropout is None else dropout.state.data_ptr()
         if dropout is not self.dropout or place != self._place:
+            take = self._native.take_dropout
             if not (take(None, (), 0) if dropout is None else take(*dropout)):
                 return False
             self.dropout, self._place = dropout, place
+        if loss is not self.loss:
+            if loss is None or not self._native.take_loss(loss):
+                return False
+            self.loss = loss
         return True
 
 
@@ -95,8 +100,7 @@ class NativeStep:
         clips = net.rule.max_grad_norm is not None
         self._gradients = [torch.zeros_like(t) for t in optimizer.params] if clips else []
         self._losses = LossUnits(net.loss, net.options, net.dtype)
-        self._loss = self._usual = self._losses.usual
-        self._dropped = Dropped()
+        self._usual = self._losses.usual
         self._native = cpu.NativeNetwork(
             units,
             [self._parts(layer) for layer in net.layers],
@@ -111,6 +115,7 @@ class NativeStep:
             averages=net.averages,
             per_class=self._losses.per_class,
         )
+        self._taken = Taken(self._native, self._usual)
         self._hyper, self._changes = self._native.hyper, -1
         self._rates = [(layout.OF_GROUPS + 2 * i, rule) for i, rule in enumerate(net.rules)]
 
@@ -131,9 +136,6 @@ class NativeStep:
             self._gradients[place] if self._gradients else None,
             states["ema"][place] if net.averages else None,
         )
-
-    def _take_dropout(self, state: Tensor | None, rates: Sequence[float], stream: int) -> bool:
-        return self._native.take_dropout(state, rates, stream, advances=True)
 
     def _take_settings(self) -> None:
         """Write the settings for the machine code."""
@@ -196,8 +198,9 @@ class NativeStep:
 
         ``loss`` is the unit that computes the loss; None: what targets and weights say.
         """
-        usual = weight is None and loss is None and y.dtype is self._losses.target and self._loss is self._usual
-        drops = self._net.dropout is not None or self._dropped.dropout is not None
+        taken = self._taken
+        usual = weight is None and loss is None and y.dtype is self._losses.target and taken.loss is self._usual
+        drops = self._net.dropout is not None or taken.dropout is not None
         if (drops or not usual) and not self._ready(y, weight, loss):
             return False
         self._write_rates()
@@ -232,19 +235,12 @@ class NativeStep:
     def _ignoring(self, y: Tensor) -> cpu.LossUnit | None:
         """The unit that ignores labels as torch does unasked, if there are such labels and it is not in use."""
         unit = self._losses.ignoring
-        ignores = unit is not None and unit is not self._loss and not y.is_floating_point()
+        ignores = unit is not None and unit is not self._taken.loss and not y.is_floating_point()
         return unit if ignores and bool((y == IGNORED).any()) else None
 
     def _ready(self, y: Tensor, weight: Tensor | None, loss: cpu.LossUnit | None = None) -> bool:
         """Take up dropout and the unit of the loss; False where the machine code does not have them."""
-        loss = loss or self._losses.of(y, weight)
-        if loss is None or not self._dropped.taken(self._net.dropout, self._take_dropout):
-            return False
-        if loss is not self._loss:
-            if not self._native.take_loss(loss):
-                return False
-            self._loss = loss
-        return True
+        return self._taken.take(self._net.dropout, loss or self._losses.of(y, weight))
 
     @property
     def by_operators(self) -> Callable[..., None]:

@@ -18,7 +18,7 @@ from ..activations import ACTIVATIONS
 from ..cpu import native_layout as layout
 from .cpu_member_span import Ensemble, MemberLayer, target_dims
 from .cpu_members import Piece
-from .cpu_native import Dropped, has_formulas, write_settings
+from .cpu_native import Taken, has_formulas, write_settings
 from .cpu_native_losses import LossUnits
 
 
@@ -56,8 +56,6 @@ class NativePiece:
         self._pieces: list[Piece] | None = None
         clips = net.rule.max_grad_norm is not None
         self._losses = LossUnits(net.loss, net.options, net.dtype)
-        self._loss = self._losses.usual
-        self._dropped = Dropped()
         #: Where the networks store gradients, once they have been asked for.
         self._gradients: list[Tensor] | None = None
         gradients = [torch.zeros_like(t[0]) for t in net.masters] if clips else []
@@ -68,7 +66,7 @@ class NativePiece:
                     units,
                     [_parts(net, layer, e, gradients) for layer in net.layers],
                     m,
-                    loss=self._loss,
+                    loss=self._losses.usual,
                     rule=net.rule.name,
                     lowest=net.lowest,
                     groups=len(net.rules),
@@ -81,6 +79,7 @@ class NativePiece:
                 )
             )
         self._members = cpu.NativeMembers(units, self._networks, ids)
+        self._taken = Taken(self._members, self._losses.usual)
         self._version, self._rate = -1, float("nan")
 
     def _take_settings(self) -> None:
@@ -150,13 +149,8 @@ class NativePiece:
     def ready(self, y: Tensor, out: Tensor, weight: Tensor | None) -> bool:
         """Write all settings for batches like this one; False where the machine code does not have them."""
         net = self._net
-        if out.dtype != net.dtype or not self._dropped.taken(net.dropout, self._members.take_dropout):
+        if out.dtype != net.dtype or not self._taken.take(net.dropout, self._losses.of(y, weight)):
             return False
-        loss = self._losses.of(y, weight)
-        if loss is not self._loss:
-            if loss is None or not self._members.take_loss(loss):
-                return False
-            self._loss = loss
         self._take_settings()
         return True
 

@@ -185,7 +185,7 @@ class NativeNetwork:
         """Whether steps update the parameters; else they store gradients, where they have been told to."""
         self.net[layout.STORES], self.net[layout.UPDATES] = int(not updates or self.net[layout.CLIPS] != 0), updates
 
-    def take_dropout(self, state: Tensor | None, rates: Sequence[float], stream: int, *, advances: bool) -> bool:
+    def take_dropout(self, state: Tensor | None, rates: Sequence[float], stream: int, *, advances: bool = True) -> bool:
         """Drop elements from now on; False where the unit cannot be had, or the state is not contiguous.
 
         Args:
