@@ -70,9 +70,6 @@ _checked: set[tuple[object, ...]] = set()
 #: Multiplications of a forward pass up to which torch's own operations on the tape are faster on a CPU than a node of
 #: ours, which is Python. Larger products take longer than the Python, and fused they are up to 5 % faster.
 _FEW = 1 << 27
-#: Rows up to which all layers are launched together where nothing is kept for a backward pass. With more rows the host
-#: has time to launch them one by one, and the memory of each layer is free again after the next one.
-_ROWS_TOGETHER = 512
 
 
 def _alone(x: Tensor, *others: Tensor | None) -> Literal["triton", "torch"] | None:
@@ -311,7 +308,7 @@ def _on_tape(
     elif not x.requires_grad:
         while first < count and not (_needs_grad(params[2 * first]) or _needs_grad(params[2 * first + 1])):
             first += 1
-    if first == count and drops is None and backend == "triton" and x.shape[-2] <= _ROWS_TOGETHER:
+    if first == count and drops is None and backend == "triton" and triton_ops.are_grouped(x):
         together = triton_ops.network_fwd(x, params, activations, (False,) * count, known)
         if together is not None:
             return together[-1]

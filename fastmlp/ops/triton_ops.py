@@ -92,6 +92,11 @@ def network_fwd(
         return _kernels().network_fwd(x, params, activations, saves_z, known, **_drawn(drops))
 
 
+def are_grouped(x: Tensor) -> bool:
+    """Whether all layers are launched together for the rows of X, if nothing is kept for a backward pass."""
+    return x.shape[-2] <= _kernels().network.GROUPED_ROWS
+
+
 def network_bwd(
     dz: Tensor,
     tensors: Sequence[Tensor | None],

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from .. import cpu
-from ..base.arguments import check_classes
 from ..base.losses import takes_classes
 from .cpu_dropout import StepDropout, advance, numbers
 from .cpu_member_span import MemberLayer, Packed, Span, target_dims
 from .cpu_members import Piece
 from .cpu_native_members import NativePiece, native_epoch, native_units
 from .groups import Groups
-from .loss_options import PLAIN, LossOptions
+from .loss_options import PLAIN, LossOptions, check_labels_of_members
 from .loss_scale import START
 from .optimizers import Optimizer
 from .per_member import SETTINGS, PerMember
@@ -269,8 +268,7 @@ class TorchEnsemble:
 
     def look_at(self, y: Tensor) -> None:
         """IndexError for a class number of any member that is no class."""
-        if self._classes is not None and not y.is_floating_point() and y.is_cpu:
-            check_classes(y, self._classes, ignore_index=None if self.options.is_plain else self.options.ignored)
+        check_labels_of_members(y, self._classes, self.options)
 
     def _in_one_call(self, way: str, pieces: Sequence[Sequence[Piece | NativePiece]]) -> bool:
         """Whether one piece of machine code has all members, which looks at all class numbers first."""

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..base.arguments import check_classes
 from ..base.losses import takes_classes
 from .cpu_dropout import StepDropout, advance
 from .cpu_native import NativeStep
 from .cpu_step import TorchStep
 from .groups import Groups
-from .loss_options import PLAIN, PLAIN_OF_MEMBERS, LossOptions
+from .loss_options import PLAIN, PLAIN_OF_MEMBERS, LossOptions, check_labels_of_members
 from .optimizers import Optimizer
 
 if TYPE_CHECKING:
@@ -48,16 +47,14 @@ class OneMember:
         parallel: DataParallel | None = None,
     ) -> None:
         views: list[Any] = [_View(layer) for layer in layers]
-        self._is_plain = options.is_plain
-        options = PLAIN_OF_MEMBERS if options.is_plain else options
+        self._options = PLAIN_OF_MEMBERS if options.is_plain else options
         self.rule, self.active = rule, active
         #: Whether the member is active, read from the tensor's memory, which is faster than to ask the tensor.
         self._is_active: Any = active
         if active.is_cpu:
             self._is_active = ctypes.c_bool.from_address(active.data_ptr())
-        self._mlp = TorchStep(views, rule, loss, dtype, groups=groups, options=options, parallel=parallel)
+        self._mlp = TorchStep(views, rule, loss, dtype, groups=groups, options=self._options, parallel=parallel)
         self._classes = views[-1].out_features if takes_classes(loss) else None
-        self._ignored = None if self._is_plain else options.ignored
 
     structure = staticmethod(TorchStep.structure)
 
@@ -82,7 +79,7 @@ class OneMember:
         if weight is None and planned.__class__ is NativeStep and planned.made(x, y, out):
             return
         x, y = x if x.dim() == 2 else x[0], self._targets(y)
-        if weight is not None or not self._is_plain:
+        if weight is not None or not self._options.is_plain:
             self._look_at(y)
         planned(x, y, out[0], None, _row(weight))
 
@@ -135,8 +132,7 @@ class OneMember:
         return y[0] if y.dim() > (2 if y.is_floating_point() else 1) else y
 
     def _look_at(self, y: Tensor) -> None:
-        if self._classes is not None and not y.is_floating_point() and y.is_cpu:
-            check_classes(y, self._classes, ignore_index=self._ignored)
+        check_labels_of_members(y, self._classes, self._options)
 
     def _pass_by(self, out: Tensor) -> None:
         """A pass in which the member is not active."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.arguments import check_cross_entropy, check_delta, check_same_device, check_tensor
+from ..base.arguments import check_classes, check_cross_entropy, check_delta, check_same_device, check_tensor
 from ..base.losses import IGNORED, LOSSES, STEP_LOSSES
 
 #: The values with which an option says nothing. -100 is what torch's losses of classes ignore unasked.
@@ -68,6 +68,12 @@ class LossOptions:
 PLAIN = LossOptions()
 #: No option is set, and -100 is no class.
 PLAIN_OF_MEMBERS = LossOptions()
+
+
+def check_labels_of_members(y: Tensor, classes: int | None, options: LossOptions) -> None:
+    """On a CPU, IndexError for a label of any member that is no class; ``classes`` is None for a loss of values."""
+    if classes is not None and not y.is_floating_point() and y.is_cpu:
+        check_classes(y, classes, ignore_index=None if options.is_plain else options.ignored)
 
 
 def loss_options(name: str, classes: int, dtypes: set[torch.dtype], like: Tensor, **options: Any) -> LossOptions:

@@ -121,6 +121,20 @@ def test_long_batches(classes):
     check_against_torch(network((5, classes)), rows, {"lr": 1.0}, label_smoothing=0.1)
 
 
+def check_a_batch_of_ignored_rows(options):
+    """torch's loss is NaN and its gradient 0: the optimizer updates by momentum and weight decay alone."""
+    x, y = problem(SIZES, SIZE)
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    rows = [(x, y), (x, torch.full_like(y, -100)), (x, y)]
+    model = network(SIZES)
+    expected = Reference(model, settings, options=options).train(rows)
+    step = fastmlp.TrainStep(model, **settings, **options)
+    losses = [step(*batch).item() for batch in rows]
+    assert losses == pytest.approx(expected.losses, nan_ok=True)
+    assert math.isnan(losses[1])
+    assert (flat(model) - expected.flat()).norm() <= 1e-10 * expected.flat().norm()
+
+
 class TestIgnoredLabels:
     """What torch does with -100 unasked, a step on a CPU does too."""
 
@@ -143,17 +157,7 @@ class TestIgnoredLabels:
 
     @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"class_weight": CLASS_WEIGHT}], ids=str)
     def test_all_rows(self, options):
-        """torch's loss is NaN and its gradient 0: the optimizer updates by momentum and weight decay alone."""
-        x, y = problem(SIZES, SIZE)
-        settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
-        rows = [(x, y), (x, torch.full_like(y, -100)), (x, y)]
-        model = network(SIZES)
-        expected = Reference(model, settings, options=options).train(rows)
-        step = fastmlp.TrainStep(model, **settings, **options)
-        losses = [step(*batch).item() for batch in rows]
-        assert losses == pytest.approx(expected.losses, nan_ok=True)
-        assert math.isnan(losses[1])
-        assert (flat(model) - expected.flat()).norm() <= 1e-10 * expected.flat().norm()
+        check_a_batch_of_ignored_rows(options)
 
     def test_classes_that_weigh_nothing(self):
         """A batch of such classes alone has NaN for its loss and its gradient, as with torch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -14,7 +13,15 @@ from fastmlp.cpu import choose
 from fastmlp.step import cpu_step
 from fastmlp.step.cpu_ensemble import TorchEnsemble
 from fastmlp.step.cpu_members import Piece
-from tests.step.test_loss_options import CLASS_WEIGHT, OPTIONS, SIZE, SIZES, WEIGHTED, data
+from tests.step.test_loss_options import (
+    CLASS_WEIGHT,
+    OPTIONS,
+    SIZE,
+    SIZES,
+    WEIGHTED,
+    check_a_batch_of_ignored_rows,
+    data,
+)
 from tests.support.steps import (
     Reference,
     check_against_torch,
@@ -144,17 +151,7 @@ def test_what_weighs_the_same_changes_no_bit(dtype):
 @pytest.mark.usefixtures("no_operators")
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"class_weight": CLASS_WEIGHT}], ids=str)
 def test_a_batch_of_ignored_rows(options):
-    """torch's loss is NaN and its gradient 0."""
-    x, y = problem(SIZES, SIZE)
-    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
-    rows = [(x, y), (x, torch.full_like(y, -100)), (x, y)]
-    model = network(SIZES)
-    expected = Reference(model, settings, options=options).train(rows)
-    step = fastmlp.TrainStep(model, **settings, **options)
-    losses = [step(*batch).item() for batch in rows]
-    assert losses == pytest.approx(expected.losses, nan_ok=True)
-    assert math.isnan(losses[1])
-    assert (flat(model) - expected.flat()).norm() <= 1e-10 * expected.flat().norm()
+    check_a_batch_of_ignored_rows(options)
 
 
 @pytest.mark.usefixtures("no_operators")
