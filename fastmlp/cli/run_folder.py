@@ -85,7 +85,8 @@ class Run(ResultsFolder):
     def keep(self, state: RunState, model: Any, config: dict[str, Any]) -> None:
         """Write the state, and after an epoch also the checkpoint, if the epoch is the best so far, and the log.
 
-        The first state removes the results at the end of the run before.
+        The first state removes the results at the end of the run before. After the first epoch, the checkpoint and the
+        whole log are written in any case: a process that this one goes on from may have died before it wrote them.
         """
         from fastmlp.train.state import save_state
 
@@ -100,7 +101,7 @@ class Run(ResultsFolder):
             self.wrote = True
             if state.step:
                 return
-            if state.history.best is state.history.last:
+            if state.history.best is state.history.last or not self.is_logged:
                 self.save(model if state.best is None else _with(model, state.best), config, state.history)
             if self.is_logged:
                 self.log(state.history.last)

@@ -138,8 +138,10 @@ def _finish(ready: Ready, run: Run, history: History, start: float) -> dict[str,
     best, loss = history.best, ready.arguments["loss"]
     kinds = (metric_of(loss), "loss")
     judged_by = {f"test_{kind}": vars(best)[f"test_{kind}"] for kind in kinds}
+    # A process that died may have left the last state without its checkpoint. With validation data, the best epoch has
+    # its results on the test data only now.
+    run.save(ready.model, ready.entries, history)
     if ready.held_out is not None:
-        run.save(ready.model, ready.entries, history)  # now with its results on the test data
         judged_by |= {f"validation_{kind}": vars(best)[f"validation_{kind}"] for kind in kinds}
         judged_by["best_epoch"] = best.epoch
     summary: dict[str, Any] = {

@@ -81,9 +81,10 @@ def main(folder: Path, kills: int) -> dict[str, object]:
     data = str(table(folder, 800))
     assert os.environ["OMP_NUM_THREADS"] == "1"
     Figure.savefig = lambda self, buffer, format: buffer.write(b"a picture")  # no time for drawing
-    rng, done, runs, lost, different = random.Random(kills), 0, 0, 0, 0
+    rng, done, runs, lost = random.Random(kills), 0, 0, 0
+    different: list[str] = []
     variants = [[*argv, *more] for argv in OPTIMIZERS.values() for more in ([], ["--validation", "0.2"])]
-    wholes: dict[int, object] = {}
+    wholes: dict[int, dict[str, object]] = {}
     while done < kills:
         variant = runs % len(variants)
         argv = ["train", "--data", data, "--sizes", "6-32-3", "--batch-size", "4", "--device", "cpu", "--lr", "0.01"]
@@ -114,8 +115,11 @@ def main(folder: Path, kills: int) -> dict[str, object]:
             elif out.exists() and not (out / "last.safetensors").exists():
                 command = [*argv, "--out", str(out), "--overwrite"]
             lost += found < epoch
-        different += outcome(out) != wholes[variant] if (out / "summary.json").exists() else 1
-    return {"kills": done, "runs": runs, "lost": lost, "different": different, "last": text[-300:]}
+        if not (out / "summary.json").exists():
+            different.append(f"{out.name} did not end: {text[-1000:]}")
+        elif differences := [name for name, value in outcome(out).items() if value != wholes[variant][name]]:
+            different.append(f"{out.name} {' '.join(variants[variant])}: {', '.join(differences)}")
+    return {"kills": done, "runs": runs, "lost": lost, "different": different}
 
 
 class Never(random.Random):

@@ -32,7 +32,7 @@ def test_two_processes_are_one(tmp_path):
         assert expected.keys() == found.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
-    assert [line[0] for line in outcome(one)[2]] == [line[0] for line in outcome(two)[2]]
+    assert [line[0] for line in outcome(one)["history"]] == [line[0] for line in outcome(two)["history"]]
 
 
 def test_batches_that_cannot_be_divided(tmp_path, monkeypatch, capsys):
