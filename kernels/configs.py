@@ -182,8 +182,8 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
 # shared memory in an order that the products read with bank conflicts.
 _SLICED_NVIDIA: tuple[tuple[Tile, ...], tuple[Tile, ...]] = (
     (
-        Tile(32, 32, 128, 4, 3, slices=4),
-        Tile(16, 32, 256, 4, 3, slices=4),
+        Tile(32, 32, 128, 4, 3, 255, slices=4),
+        Tile(16, 32, 256, 4, 3, 255, slices=4),
         Tile(16, 16, 256, 4, 3, slices=4),
     ),
     (
@@ -325,14 +325,19 @@ _FMA_DGRAD_TILES: tuple[Tile, ...] = (
     Tile(16, 32, 32, 2, 4),
 )
 
-# What replaces tiles of wide operands where torch allows tf32: one product takes fewer registers than the three of the
-# split, so that a larger block fits a program, or one program more fits a multiprocessor. Keys: family, and whether the
-# tile is a weight gradient's.
+# What replaces tiles where torch allows tf32: one product takes fewer registers than the three of the split, so that a
+# larger block fits a program, or one program more fits a multiprocessor. Where one more fits only if registers are
+# spilled, a limit keeps ptxas from it. Keys: family, and whether the tile is a weight gradient's.
 _TF32_INSTEAD: dict[tuple[str, bool], dict[Tile, tuple[Tile, ...]]] = {
     ("mma", False): {Tile(64, 128, 32, 8, 3): (Tile(64, 128, 16, 4, 4),)},
     ("mma", True): {Tile(128, 128, 16, 8, 4): (Tile(64, 128, 16, 4, 4, resident=3),)},
     ("wgmma", False): {Tile(128, 128, 32, 8, 3): (Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 8, 3))},
     ("wgmma", True): {Tile(128, 128, 32, 8, 3): (Tile(128, 128, 32, 4, 3, resident=2),)},
+    ("tcgen05", False): {Tile(64, 128, 32, 8, 3): (Tile(64, 128, 32, 8, 3, 128),)},
+    ("tcgen05", True): {
+        Tile(64, 128, 32, 8, 3): (Tile(64, 128, 32, 8, 3, 128),),
+        Tile(64, 128, 16, 8, 4): (Tile(64, 128, 16, 8, 4, 255),),
+    },
 }
 
 
@@ -388,7 +393,7 @@ def _candidates(
     else:
         float32, half = _TILES[family]
     tiles = float32 if dtype == torch.float32 else half
-    if wide and tf32 and dtype == torch.float32:
+    if tf32 and dtype == torch.float32:
         instead = _TF32_INSTEAD.get((family, kind in ("wgrad", "update")), {})
         tiles = tuple([new for tile in tiles for new in instead.get(tile, (tile,))])
     if kind in ("fwd", "dgrad") and wide and _slices(device):

@@ -276,8 +276,8 @@ def _tile(
     elif not aligned:
         depth, cols = 16, 32
     if aligned and classes > 32 and itemsize == 4 and device.has_tf32:
-        if device.arch == 80:
-            depth, cols = 16, 32  # ptxas for sm_80 spills a register of any larger block, on eight warps too
+        if device.arch == 80 or (of_blackwell and weighted):
+            depth, cols = 16, 32  # ptxas spills a register of any larger block, on eight warps too
         else:
             num_warps = 8
     while depth > 16 and (slices * depth >= 2 * K or slices * depth * (rows + classes) * itemsize > 49152):

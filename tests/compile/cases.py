@@ -9,13 +9,14 @@ taken twice, for float32 and for a 16-bit dtype. The next target takes the next 
 every variant and every dtype meets every target. The variant depends on the case alone, so a change to the tables
 leaves the other cases as they are. The ``HOT`` kernels take their first variant on one target of each family. Of the
 ``SIBLINGS``, whose matrix units are those of a family, every third case is taken, which are the cases of other kernels,
-tiles and variants for each of them. ``make compile-all`` compiles the full product.
+tiles and variants for each of them. Where torch allows tf32, float32 products are other code: the set has the largest
+and the smallest tile of each, and the tiles that only tf32 has. ``make compile-all`` compiles the full product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from fastmlp.kernels.configs import Tile
 from fastmlp.kernels.device import Device
 from tests.ptxsim import Launch
+from tests.support.precision import set_matmul
 
 from .targets import TARGETS, Target
 
@@ -64,18 +66,22 @@ class KernelCases:
 
 @dataclass(frozen=True)
 class Case:
-    """One launch to compile or to execute: the launcher ``kernel`` and everything that determines the code."""
+    """One launch to compile or to execute: the launcher ``kernel`` and everything that determines the code.
+
+    With ``tf32``, torch allows tf32 products of float32.
+    """
 
     kernel: str
     target: Target
     dtype: torch.dtype
     tile: Any
     variant: str
+    tf32: bool = False
 
     @property
     def name(self) -> str:
-        """E.g. sm_80/linear_fwd/float32/128x128x16-8w4s/sigmoid."""
-        parts = [self.target.name, self.kernel, str(self.dtype).removeprefix("torch.")]
+        """E.g. sm_80/linear_fwd/float32/128x128x16-8w4s/sigmoid, or sm_80/linear_fwd/tf32/..."""
+        parts = [self.target.name, self.kernel, "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")]
         return "/".join([*parts, *([] if self.tile is None else [tile_name(self.tile)]), self.variant])
 
     @property
@@ -91,9 +97,21 @@ class Case:
     def run(self, **simulation: Any) -> list[Launch]:
         """The launches that the launcher makes on the simulated target, by default assembled and recorded only."""
         simulation.setdefault("assemble", not simulation.get("execute"))
-        with self.target.simulated(**simulation) as gpu, self.entry.force(self.tile):
+        with _allowing(self.tf32), self.target.simulated(**simulation) as gpu, self.entry.force(self.tile):
             self.entry.variants[self.variant](self.dtype, self.tile)
         return gpu.launches
+
+
+@contextmanager
+def _allowing(tf32: bool) -> Iterator[None]:
+    """What torch says of tf32 meanwhile."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        if tf32:
+            set_matmul("tf32")
+        yield
+    finally:
+        set_matmul(before)
 
 
 def tile_name(tile: Any) -> str:
@@ -122,6 +140,17 @@ def full() -> Iterator[Case]:
                 for variant in entry.variants:
                     for tile in entry.tiles(dtype, device, variant):
                         yield Case(kernel, target, dtype, tile, variant)
+            for variant in entry.variants:
+                for tile in _tf32_tiles(entry, device, variant):
+                    yield Case(kernel, target, torch.float32, tile, variant, tf32=True)
+
+
+def _tf32_tiles(entry: KernelCases, device: Device, variant: str) -> Sequence[Any]:
+    """The tiles of a product where torch allows tf32; none on a device without it, nor for other kernels."""
+    if not (entry.gemm and device.has_tf32):
+        return ()
+    with _allowing(True):
+        return entry.tiles(torch.float32, device, variant)
 
 
 def covering() -> Iterator[Case]:
@@ -144,6 +173,10 @@ def covering() -> Iterator[Case]:
                 variant = _pick(variants, number, kernel, dtype)
                 tile = _pick(entry.tiles(dtype, device, variant), number, kernel, dtype)
                 chosen.add(Case(kernel, target, dtype, tile, variant))
+            allowed = _tf32_tiles(entry, device, variants[0])
+            own = [tile for tile in allowed if tile not in entry.tiles(torch.float32, device, variants[0])]
+            for tile in (*allowed[:1], *own, *allowed[-1:]):
+                chosen.add(Case(kernel, target, torch.float32, tile, variants[0], tf32=True))
             cases = sorted(chosen, key=lambda case: case.name)
             yield from (cases[number % 3 :: 3] or cases[:1]) if target.name in SIBLINGS else cases
 

@@ -65,13 +65,13 @@ def _narrow(cases: str, witness: str, reason: str) -> LimitException:
 
 EXCEPTIONS: tuple[LimitException, ...] = (
     _narrow(
-        "sm_*/wgrad_update/float32/*x32x32-2w4s/adamw-params",
+        "sm_*/wgrad_update/*32/*x32x32-2w4s/adamw-params",
         "sm_100/wgrad_update/float32/16x32x32-2w4s/adamw-params",
         "on two warps Triton updates in the layout of the product, where a thread has two neighbouring parameters, "
         "which are 4 bytes of 16-bit parameters",
     ),
     _narrow(
-        "sm_90/wgrad_update/float32/*x32x32-2w4s/momentum-dropout",
+        "sm_*/wgrad_update/*32/*x32x32-2w4s/momentum-dropout",
         "sm_90/wgrad_update/float32/16x32x32-2w4s/momentum-dropout",
         "PTX loads two values of a bias's momentum at once, and ptxas makes two loads of them; a program has 32 values "
         "of a bias",
@@ -163,7 +163,8 @@ EXCEPTIONS: tuple[LimitException, ...] = (
         )
         for cases, witness in (
             ("sm_90/*float16/*/*pixels*", "sm_90/linear_fwd/bfloat16/128x256x64-8w3s/pixels-step"),
-            ("sm_90/wgrad_update/float32/*pixels*", "sm_90/wgrad_update/float32/128x128x32-8w3s/split-pixels-gather"),
+            ("sm_90/wgrad_update/*32/*pixels*", "sm_90/wgrad_update/float32/128x128x32-8w3s/split-pixels-gather"),
+            ("sm_90/linear_wgrad/tf32/*pixels*", "sm_90/linear_wgrad/tf32/128x128x32-4w3s/split-k784-pixels-gather"),
         )
     ),
     LimitException(
@@ -175,7 +176,7 @@ EXCEPTIONS: tuple[LimitException, ...] = (
     *(
         LimitException(
             "repeated products",
-            f"sm_*/head/float32/{shape}/*",
+            f"sm_*/head/*32/{shape}/*",
             witness,
             "the product for dZ below needs the registers of eight warps, and the four slices of Z have work for four",
         )

@@ -11,12 +11,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 
 import pytest
-import torch
 from triton.runtime.jit import JITFunction
 
 from fastmlp import kernels
 from fastmlp.kernels.configs import Tile
-from tests.support.precision import default_precision, set_matmul  # noqa: F401  a fixture
 
 from . import limits
 from .cases import FAMILIES, HOT, SIBLINGS, Case, covering, full, registry
@@ -45,37 +43,12 @@ def test_limits(cases: list[Case], record_property: Callable[[str, object], None
         allowed = limits.exceptions_for(case)
         for launch in launches:
             record_property("compiled", f"{case.target.name} {digest(launch)}")
+            if case.tf32 and launch.name in case.entry.gemm:
+                assert launch.constexprs["INPUT_PRECISION"] == "tf32"
             for limit, what in limits.violations(case, launch).items():
                 if limit not in allowed:
                     problems.append(f"{case.name}: {launch.name}: {limits.LIMITS[limit]}: {what}")
     assert not problems, "\n".join(problems)
-
-
-@pytest.mark.usefixtures("default_precision")
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_limits_where_torch_allows_tf32(target: str) -> None:
-    """The largest and the smallest tile of every float32 product, and those for tf32 alone, for both ways to round."""
-    device, launched = TARGETS[target].device, {}
-    first = {kernel: next(iter(entry.variants)) for kernel, entry in registry().items() if entry.gemm}
-    split = {kernel: registry()[kernel].tiles(torch.float32, device, variant) for kernel, variant in first.items()}
-    set_matmul("tf32")
-    for kernel, variant in first.items():
-        tiles = registry()[kernel].tiles(torch.float32, device, variant)
-        own = [tile for tile in tiles if tile not in split[kernel]]
-        assert own or kernel == "head"
-        for tile in dict.fromkeys((*tiles[:1], *own, *tiles[-1:])):
-            case = Case(kernel, TARGETS[target], torch.float32, tile, variant)
-            launched[case] = [launch for launch in case.run() if launch.name in registry()[kernel].gemm]
-    disassemble(launch for launches in launched.values() for launch in launches)
-    found = {
-        f"{case.name}: {launch.name}: {limits.LIMITS[limit]}: {what}"
-        for case, launches in launched.items()
-        for launch in launches
-        for limit, what in limits.violations(case, launch).items()
-        if limit not in limits.exceptions_for(case)
-    }
-    assert {launch.constexprs["INPUT_PRECISION"] for launches in launched.values() for launch in launches} == {"tf32"}
-    assert found == set()
 
 
 def test_instructions_are_those_of_the_cubins() -> None:
