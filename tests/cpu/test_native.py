@@ -30,14 +30,13 @@ def step_of(rows: int = 4) -> tuple[fastmlp.TrainStep, torch.Tensor]:
     return step, step(torch.ones(rows, 3), torch.zeros(rows, dtype=torch.int64))
 
 
-def elementwise(name: str, first: torch.Tensor, second: torch.Tensor) -> None:
-    """Call a unit of ``activations``."""
-    units = native.units(first.dtype, [f"activations.{name}"])
+def elementwise(unit: str, *tensors: torch.Tensor) -> None:
+    """Call a unit of ``activations`` or ``derivatives``."""
+    units = native.units(tensors[0].dtype, [unit])
     assert units is not None
-    function = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 5)(units[f"activations.{name}"])
     place = ctypes.c_int64()
     where = ctypes.addressof(place)
-    assert function(where, where, first.data_ptr(), second.data_ptr(), first.numel()) == 0
+    assert units.function(unit)(where, where, *(t.data_ptr() for t in tensors), tensors[0].numel()) == 0
 
 
 def exactly(name: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,10 +74,10 @@ def test_activations(name, dtype):
     else:
         exact, slope = exactly(name, z)
     exact_grad = slope * dz.double()
-    a, own = torch.empty_like(z), f.new(z.clone())
-    elementwise(name, z, a)
+    a, own = z.clone(), f.new(z.clone())
+    elementwise(f"activations.{name}", a)
     grad = dz.clone()
-    elementwise(f"{name}_grad", a if f.saved == "a" else z, grad)
+    elementwise(f"derivatives.{name}", a if f.saved == "a" else z, grad)
     own_grad = f.backward(dz, own if f.saved == "a" else z)
     for ours, theirs, right in ((a, own, exact), (grad, own_grad, exact_grad)):
         budget = 2 * (theirs - right).abs() + torch.finfo(dtype).eps * (4 * right.abs() + torch.finfo(dtype).tiny)
@@ -196,7 +195,7 @@ def test_units_are_kept_in_files(tmp_path, monkeypatch):
     compile_ = machine_code._compiled
     monkeypatch.setattr(machine_code, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(machine_code, "_compiled", lambda unit, dtype: compiled.append(unit) or compile_(unit, dtype))
-    name = "activations.relu_grad"
+    name = "derivatives.relu"
     assert machine_code._loaded(name, torch.float32)
     assert machine_code._loaded(name, torch.float32)
     assert compiled == [name]
@@ -211,7 +210,7 @@ def test_units_are_kept_in_files(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setattr(machine_code, "cache_folder", lambda: tmp_path / "file")
-    assert machine_code._loaded("activations.relu_grad", torch.float32)
+    assert machine_code._loaded("derivatives.relu", torch.float32)
 
 
 @pytest.fixture

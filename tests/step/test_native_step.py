@@ -325,7 +325,7 @@ def test_batches_of_several_sizes():
     assert a.state_dict()["step"] == 5
 
 
-@pytest.mark.parametrize("unit", ["activations.tanh_grad", "losses.cross_entropy", "rules.adam"])
+@pytest.mark.parametrize("unit", ["derivatives.tanh", "losses.cross_entropy", "rules.adam"])
 def test_what_was_not_written_goes_to_the_operators(unit, monkeypatch):
     x, y = data_of(8)[0]
     settings = {"activation": "tanh", "optimizer": "adam"}

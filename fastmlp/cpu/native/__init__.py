@@ -7,7 +7,7 @@ forward, loss, backward and update of all layers, for one step or for many of th
     network        describes a network to the step, and calls it
     layout         what the two arrays of the description contain
     whole          the unit of the step, which calls those of
-    products, activations, dropout, losses, row_weights, rules
+    products, activations, derivatives, dropout, losses, row_weights, rules
     tiles, transposed, pointers, erfcx    what the units consist of
 
 The files of the last three lines need numba, and only ``machine_code`` imports them. The code runs in the calling

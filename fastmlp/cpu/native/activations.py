@@ -1,6 +1,7 @@
-"""The activations and their derivatives, computed in float64 and rounded once.
+"""The activations, computed in float64 and rounded once.
 
-All functions are without branches, so that LLVM computes several elements at once. e^x is 2^n (1 + p) with
+All functions are without branches and in place, so that LLVM computes several elements at once: of two pointers it
+would have to know that they are not to overlapping memory. e^x is 2^n (1 + p) with
 p = e^r - 1 by its series, |r| <= log(2) / 2. The normal distribution's tail comes from a polynomial for
 e^(y^2) erfc(y) in t = (y - C) / (y + C).
 """
@@ -11,7 +12,7 @@ import math
 from typing import Any
 
 from .erfcx import CENTER, COEFFICIENTS
-from .pointers import inlined, number, power_of_two
+from .pointers import inlined, number, polynomial, power_of_two
 
 _LOG2_E = 1 / math.log(2)
 #: log(2) as a number with few digits, whose products with small integers are exact, and the rest.
@@ -20,9 +21,11 @@ _LOG_2, _LOG_2_REST = 0.693147180369123816490, 1.90821492927058770002e-10
 _ROUNDS = 6755399441055744.0
 _LARGEST, _SMALLEST = 709.782712893384, -708.3964185322641
 _INFINITY = math.inf
-_SLOPE = 0.01
-_ROOT_HALF, _DENSITY = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
-(_C2, _C3, _C4, _C5, _C6, _C7, _C8, _C9, _C10, _C11, _C12, _C13) = (1 / math.factorial(i) for i in range(2, 14))
+SLOPE = 0.01
+_ROOT_HALF = math.sqrt(0.5)
+#: (e^r - 1 - r) / r^2, and the tail of the normal distribution.
+_series = polynomial([1 / math.factorial(i) for i in range(13, 1, -1)])
+_scaled_erfc = polynomial(COEFFICIENTS)
 
 
 @inlined
@@ -31,18 +34,7 @@ def exp_parts(x: float) -> tuple[float, float]:
     shifted = x * _LOG2_E + _ROUNDS
     n = shifted - _ROUNDS
     r = (x - n * _LOG_2) - n * _LOG_2_REST
-    p = _C12 + r * _C13
-    p = _C11 + r * p
-    p = _C10 + r * p
-    p = _C9 + r * p
-    p = _C8 + r * p
-    p = _C7 + r * p
-    p = _C6 + r * p
-    p = _C5 + r * p
-    p = _C4 + r * p
-    p = _C3 + r * p
-    p = _C2 + r * p
-    return power_of_two(shifted), r + r * r * p
+    return power_of_two(shifted), r + r * r * _series(r)
 
 
 @inlined
@@ -79,110 +71,55 @@ def normal(z: float) -> tuple[float, float]:
     y = (-z if z < 0.0 else z) * _ROOT_HALF
     y = 40.0 if y > 40.0 else y
     t = (y - CENTER) / (y + CENTER)
-    tail = 0.0
-    for c in COEFFICIENTS:
-        tail = tail * t + c
     density = exp(-0.5 * z * z)
-    tail = 0.5 * density * tail
+    tail = 0.5 * density * _scaled_erfc(t)
     return (tail if z < 0.0 else 1.0 - tail), density
 
 
-# f: a[i] = f(z[i]) for all i < count. a and z are the same memory, unless f' needs Z.
+# f: z[i] becomes f(z[i]) for all i < count.
 
 
-def sigmoid(z: Any, a: Any, count: int) -> None:
-    """A = 1 / (1 + e^-Z)."""
+def sigmoid(z: Any, count: int) -> None:
+    """1 / (1 + e^-Z)."""
     for i in range(count):
-        a[i] = logistic(z[i])
+        z[i] = logistic(z[i])
 
 
-def relu(z: Any, a: Any, count: int) -> None:
-    """A = max(Z, 0), NaN where Z is."""
+def relu(z: Any, count: int) -> None:
+    """max(Z, 0), NaN where Z is."""
     zero = number(0.0, z)
     for i in range(count):
-        a[i] = zero if z[i] <= zero else z[i]
+        z[i] = zero if z[i] <= zero else z[i]
 
 
-def tanh(z: Any, a: Any, count: int) -> None:
-    """A = tanh(Z)."""
+def tanh(z: Any, count: int) -> None:
+    """tanh(Z)."""
     for i in range(count):
-        a[i] = hyperbolic_tangent(z[i])
+        z[i] = hyperbolic_tangent(z[i])
 
 
-def step(z: Any, a: Any, count: int) -> None:
-    """A = 1 where Z >= 0, else 0."""
+def step(z: Any, count: int) -> None:
+    """1 where Z >= 0, else 0."""
     for i in range(count):
-        a[i] = 1.0 if z[i] >= 0.0 else 0.0
+        z[i] = 1.0 if z[i] >= 0.0 else 0.0
 
 
-def leaky_relu(z: Any, a: Any, count: int) -> None:
-    """A = Z, or a hundredth of it below 0."""
+def leaky_relu(z: Any, count: int) -> None:
+    """Z, or a hundredth of it below 0."""
     for i in range(count):
-        a[i] = z[i] * (1.0 if z[i] > 0.0 else _SLOPE)
+        z[i] = z[i] * (1.0 if z[i] > 0.0 else SLOPE)
 
 
-def gelu(z: Any, a: Any, count: int) -> None:
-    """A = Z times the normal distribution below Z."""
+def gelu(z: Any, count: int) -> None:
+    """Z times the normal distribution below Z."""
     for i in range(count):
         x = float(z[i])
         below, _ = normal(x)
-        a[i] = x * below
+        z[i] = x * below
 
 
-def silu(z: Any, a: Any, count: int) -> None:
-    """A = Z / (1 + e^-Z)."""
+def silu(z: Any, count: int) -> None:
+    """Z / (1 + e^-Z)."""
     for i in range(count):
         x = float(z[i])
-        a[i] = x * logistic(x)
-
-
-# f': da[i] becomes da[i] f', with f' from saved[i], which is Z or A.
-
-
-def sigmoid_grad(saved: Any, da: Any, count: int) -> None:
-    """f' = A (1 - A)."""
-    for i in range(count):
-        a = float(saved[i])
-        da[i] = da[i] * (a * (1.0 - a))
-
-
-def relu_grad(saved: Any, da: Any, count: int) -> None:
-    """f' = 1 where A > 0, else 0."""
-    zero = number(0.0, da)
-    for i in range(count):
-        da[i] = zero if saved[i] <= zero else da[i]
-
-
-def tanh_grad(saved: Any, da: Any, count: int) -> None:
-    """f' = 1 - A^2."""
-    for i in range(count):
-        a = float(saved[i])
-        da[i] = da[i] * (1.0 - a * a)
-
-
-def step_grad(saved: Any, da: Any, count: int) -> None:
-    """f' = 0."""
-    for i in range(count):
-        da[i] = 0.0
-
-
-def leaky_relu_grad(saved: Any, da: Any, count: int) -> None:
-    """f' = 1, or a hundredth where A <= 0."""
-    for i in range(count):
-        da[i] = da[i] * (1.0 if saved[i] > 0.0 else _SLOPE)
-
-
-def gelu_grad(saved: Any, da: Any, count: int) -> None:
-    """f' is the normal distribution below Z, plus Z times its density."""
-    for i in range(count):
-        x = float(saved[i])
-        below, density = normal(x)
-        da[i] = da[i] * (below + x * (density * _DENSITY))
-
-
-def silu_grad(saved: Any, da: Any, count: int) -> None:
-    """f' = s (1 + Z (1 - s)) with s = 1 / (1 + e^-Z)."""
-    for i in range(count):
-        x = float(saved[i])
-        s = logistic(x)
-        da[i] = da[i] * (s * (1.0 + x * (1.0 - s)))
+        z[i] = x * logistic(x)

@@ -37,7 +37,7 @@ RULE = 2  #: of ``rules``
 LOWEST = 3  #: the first layer with something to train
 GROUPS = 4
 X = 5  #: [M, K]: gathered, converted inputs
-TRANSPOSED = 6  #: [largest K, padded M]
+TRANSPOSED = 6  #: [largest K, padded M], or a weight [K, N]
 PRODUCT = 7  #: [largest N, padded M]
 DA = 8  #: [M, largest N]
 DA_NEXT = 9
@@ -66,7 +66,7 @@ HEADER = 30
 # A layer's record.
 N = 0
 K = 1
-ACTIVATE = 2  #: addresses of two units of ``activations``; 0: the identity
+ACTIVATE = 2  #: addresses of units of ``activations`` and ``derivatives``; 0: the identity
 DERIVE = 3
 BLOCK = 4  #: rows of W that the backward pass takes together
 A = 5  #: [M, N]

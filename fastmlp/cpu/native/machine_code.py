@@ -34,7 +34,8 @@ _HASH_BYTES = 32
 #: Arguments of the units of a file: pointers to values in the dtype, to int64, float64, float32 and uint8; int64,
 #: float64, and numbers in the dtype.
 _ARGUMENTS = {
-    "activations": "V V i",
+    "activations": "V i",
+    "derivatives": "V V i",
     "losses": "V I V i i I i i i V V i I D",
     "row_weights": "V I V i i I i i i V V i I D",
     "dropout.dropped": "V V V i i i i d i i i i",
@@ -56,6 +57,10 @@ _broken: dict[torch.dtype, str] = {}
 _loading = threading.Lock()
 #: The machine code lives as long as these.
 _engines: list[Any] = []
+
+
+def _arguments(unit: str) -> list[str]:
+    return (_ARGUMENTS.get(unit) or _ARGUMENTS[unit.partition(".")[0]]).split()
 
 
 @functools.cache
@@ -104,7 +109,7 @@ class Units:
 
     def function(self, name: str) -> Callable[..., int]:
         """A unit as a function of addresses and whole numbers."""
-        arguments = len(_ARGUMENTS[name].split())
+        arguments = len(_arguments(name))
         return ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * (2 + arguments))(self[name])
 
     def __getitem__(self, name: str) -> int:
@@ -213,7 +218,7 @@ def _compiled(unit: str, dtype: torch.dtype) -> tuple[str, bytes]:
     kinds = {"V": own, "I": types.int64, "D": types.float64, "F": types.float32, "B": types.uint8}
     of = {letter: types.CPointer(kind) for letter, kind in kinds.items()}
     of |= {"i": types.int64, "d": types.float64, "v": own}
-    arguments = tuple(of[letter] for letter in (_ARGUMENTS.get(unit) or _ARGUMENTS[file]).split())
+    arguments = tuple(of[letter] for letter in _arguments(unit))
     source = getattr(importlib.import_module(f".{file}", __package__), function)
     collects = gc.isenabled()
     gc.disable()  # numba makes many objects and keeps them: a third of the time would go into looking for garbage

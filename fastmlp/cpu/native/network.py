@@ -60,7 +60,7 @@ class LayerParts(NamedTuple):
 
 def _functions(activation: str) -> list[str]:
     """The units of f and f'."""
-    return [f"activations.{activation}{end}" for end in ("", "_grad") if activation != "identity"]
+    return [f"{file}.{activation}" for file in ("activations", "derivatives") if activation != "identity"]
 
 
 def unit_names(activations: Iterable[str], loss: str, rule: str, *, clips: bool, averages: bool) -> list[str] | None:
@@ -120,7 +120,9 @@ class NativeNetwork:
         self.one, self._per_class = like.new_ones(1), per_class
         of_da = m * max(most_n, most_k)
         #: In the order of ``layout.X`` to ``layout.DB``, then A and Z of each layer.
-        scratch = [m * sizes[0][1], most_k * padded, most_n * padded, of_da, of_da, largest, most_n]
+        of_weight = max((n * k for n, k in sizes if n * k <= m * (n + k)), default=0)
+        of_x = max(most_k * padded, of_weight)
+        scratch = [m * sizes[0][1], of_x, most_n * padded, of_da, of_da, largest, most_n]
         for n, _ in sizes:
             scratch += [m * n, m * n]
         self._buffers: list[Tensor] = []

@@ -17,6 +17,7 @@ may become one fused operation ("contract").
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -112,6 +113,25 @@ def power_of_two(typingctx: Any, shifted: Any) -> Any:
         return builder.bitcast(builder.add(exponent, ir.Constant(bits.type, 1023 << 52)), ir.DoubleType())
 
     return types.float64(types.float64), generate
+
+
+def polynomial(coefficients: Sequence[float]) -> Any:
+    """A function of x, float64: the polynomial with these coefficients, from the highest power down.
+
+    numba would make a loop of it, and LLVM computes several elements at once only where there is no loop inside.
+    """
+
+    @intrinsic
+    def of(typingctx: Any, x: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            first, *rest = [ir.Constant(ir.DoubleType(), c) for c in coefficients]
+            for c in rest:
+                first = builder.fadd(builder.fmul(first, args[0], flags=("contract",)), c, flags=("contract",))
+            return first
+
+        return types.float64(types.float64), generate
+
+    return of
 
 
 def _control_register(builder: Any, name: str, place: Any) -> None:

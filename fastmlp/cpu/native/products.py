@@ -1,6 +1,7 @@
 """The three products of a layer, on matrices with contiguous rows.
 
-Z^T = W X^T        many rows: vectors over the rows of the batch, X transposed and padded to whole vectors
+Z = X W^T          W smaller than X and Z: vectors along N, W transposed
+Z^T = W X^T        else: vectors over the rows of the batch, X transposed and padded to whole vectors
 Z = X W^T          few rows: inner products along K
 dX = dZ W          vectors along K
 dW = dZ^T X        vectors along K
@@ -94,7 +95,10 @@ def product(
 def forward(
     product: int, x: Any, w: Any, bias: Any, has_bias: int, z: Any, m: int, n: int, k: int, x_t: Any, z_t: Any
 ) -> None:
-    """Z [m, n] = X W^T + b for X [m, k] and W [n, k]; ``product`` by its address, ``x_t`` and ``z_t`` to work in."""
+    """Z [m, n] = X W^T + b for X [m, k] and W [n, k].
+
+    ``product`` is an address; ``x_t`` and ``z_t`` have room for X^T or W^T, and for Z^T, padded to whole vectors.
+    """
     width = lanes(x)
     if m < width:
         i = 0
@@ -106,6 +110,9 @@ def forward(
             for row in range(m):
                 dots_1(moved(x, row * k), moved(w, i * k), k, k, moved(z, row * n + i))
             i += 1
+    elif n % width == 0 and n * k <= m * (n + k):
+        transposed(w, k, n, k, x_t, n)
+        call(product, (x, k, 1, x_t, n, k, z, n, m, n, number(1.0, x), 0))
     else:
         padded = (m + width - 1) // width * width
         transposed(x, k, m, k, x_t, padded)

@@ -297,7 +297,10 @@ def steps(call_: Any, like: Any) -> None:
             call(net[FORWARD], (net[PRODUCTS], a, w, pointer(bias, like), bias, z, m, rows, columns, x_t, z_t))
             a = pointer(layer[A], like)
             if layer[ACTIVATE]:
-                call(layer[ACTIVATE], (z, a, m * rows))
+                if layer[Z] != layer[A]:
+                    for j in range(m * rows):
+                        a[j] = z[j]
+                call(layer[ACTIVATE], (a, m * rows))
             if layer[THRESHOLD]:
                 a = drop(net, hyper, layer, i, a, m, member * m, step)
         targets = (a, classes, values, y_row, y_column, order, ordered, m, c, da, weights, weight_row, net, hyper)
