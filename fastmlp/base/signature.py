@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MOST", "Signature", "signature"]
+__all__ = ["MOST", "Signature", "comparison", "signature"]
 
 #: Signatures, and calls that are known by them, that are remembered each. One more, and all are forgotten.
 MOST = 4096
@@ -42,7 +42,7 @@ def signature(tensors: Sequence[Tensor | None], shared: object = None) -> Signat
     if _aligned(present):
         if len(_seen) >= MOST:
             _seen.clear()
-        _seen[place] = number, absent, _comparison(present)
+        _seen[place] = number, absent, comparison(present)
     return number
 
 
@@ -64,8 +64,11 @@ def _aligned(tensors: Sequence[Tensor]) -> bool:
     return not addresses & 15
 
 
-def _comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Whether other tensors have the type, dtype, shape, strides and device of these; may be False for some that do."""
+def comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Whether other tensors have the type, dtype, shape, strides, device and `requires_grad` of these.
+
+    False for some that do, such as in another grad mode, and for what is no tensor.
+    """
     sizes: Any = [list(t.shape) for t in tensors]
     strides: Any = [list(t.stride()) for t in tensors]
     guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)

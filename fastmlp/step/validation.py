@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..base.arguments import check_batch, check_classes, check_rows, check_same_device, check_tensor, readable_rows
 from ..base.losses import LOSSES, STEP_LOSSES, takes_classes
 from ..base.names import unknown
+from ..base.signature import comparison
 from ..nn import MLPEnsemble
 from ..nn.mlp import MLP, is_parallel
 from .loss_options import PLAIN, LossOptions
@@ -73,6 +74,10 @@ def host_sees_labels(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def _no(x: Tensor, y: Tensor) -> bool:
+    return False
+
+
 class Batches:
     """Checks batches for steps with one model, loss and dtype.
 
@@ -101,9 +106,9 @@ class Batches:
         self._ignored = options.ignored if "ignore_index" in LOSSES[loss].options else None
         #: The label that is no class.
         self._no_class = self._ignored
-        #: What is known of the last batch that was accepted as it was: another one like it is accepted too, up to its
-        #: class numbers, which are looked at if `_looks`.
-        self._accepted: tuple[object, ...] = ()
+        #: Whether a batch is like the last one that was accepted as it was. Then it is accepted too, up to its class
+        #: numbers, which are looked at if `_looks`.
+        self._is_accepted: Callable[[Tensor, Tensor], bool] = _no
         self._looks = False
         self._inputs = {dtype, own, torch.uint8}
         if dtype.itemsize == 2:
@@ -114,12 +119,10 @@ class Batches:
 
         With ``in_range``, class numbers on a CPU are compared with the number of classes.
         """
-        facts: tuple[object, ...] = ()
-        if x.__class__ is Tensor and y.__class__ is Tensor and not torch.is_inference_mode_enabled():
-            facts = x.shape, x.dtype, x.device, x.layout, x.requires_grad, y.shape, y.dtype, y.device, y.requires_grad
-        if not facts or facts != self._accepted:
+        if not self._is_accepted(x, y):
             taken = self._taken(x, y)
-            self._accepted = facts if taken[0] is x and taken[1] is y else ()
+            as_it_was = taken[0] is x and taken[1] is y
+            self._is_accepted = comparison(taken) if as_it_was and x.__class__ is y.__class__ is Tensor else _no
             x, y = taken
         if in_range and self._looks:
             check_classes(y, self._classes, ignore_index=self._no_class)
@@ -139,8 +142,9 @@ class Batches:
                 f"expected an input with {self._features} features, got {x.shape[1]}; reshape the input or build "
                 f"the model with sizes[0]={x.shape[1]}"
             )
-        if x.layout != torch.strided:
-            raise RuntimeError(f"expected a dense input, got one of layout {x.layout}; use x.to_dense()")
+        for name, t in (("x", x), ("y", y)):
+            if t.layout != torch.strided:
+                raise RuntimeError(f"expected dense tensors, got {name} of layout {t.layout}; use {name}.to_dense()")
         if x.dtype not in self._inputs:
             raise RuntimeError(
                 f"expected an input of dtype {self._dtype} or uint8 pixels, got {x.dtype}; convert it with "
