@@ -17,8 +17,7 @@ plain loop reads and writes every W at every sample.
   matrix X X^T, which contains each A a_j. A block touches W three times.
 - Later layers: a_j depends on all samples before, so every sample reads W_0 twice, but never writes it. The rows of A
   lie below W_0. So one matrix-vector product gives W_0 a_j and A a_j, and another one W_0^T d_j and the correction.
-- Layers with few weights (`SMALL`) are cheaper updated in place. So are larger ones where the threads can share their
-  rows alike in all three products (``fastmlp.cpu.sample_blocks``).
+- Layers with few weights (`SMALL`) are cheaper updated in place.
 
 Biases are a last column of W, with 1 as last entry of every a_j. d_j is scaled by lr_j at the loss, which scales all
 gradients, since back-propagation is linear.
@@ -32,7 +31,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import reference
 from .activations import ACTIVATIONS
 from .base.arguments import check_activation, check_classes, check_input, check_network, check_tensor
 
@@ -183,33 +182,6 @@ class _SmallLayer(_Layer):
         self.copy.addr_(self.dz[j], self.augmented[j], alpha=-1)
 
 
-class _SharedLayer(_SmallLayer):
-    """Updated in place at every sample, with its rows shared alike by the threads of all three products.
-
-    These are the products of ``fastmlp.cpu.few_rows`` on views that are made once: W has a bias column here.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str, rows: int, blocks: int) -> None:
-        super().__init__(weight, bias, activation, rows)
-        shared = self.storage.view(blocks, self.N // blocks, -1)
-        self.shared, self.shared_t = shared[:, :, : self.K], shared[:, :, : self.width].transpose(1, 2)
-        self.input = self.augmented[0].expand(blocks, 1, self.width)
-        self.z_blocks = self.z.view(blocks, 1, -1)
-        self.dz_blocks = self.dz[0].view(blocks, 1, -1)
-        self.parts = weight.new_empty(blocks, 1, self.K)
-        self.column, self.row = self.dz[0].unsqueeze(1), self.augmented[0].unsqueeze(0)
-        self.activate = self.f.into
-
-    def forward(self, j: int) -> Tensor:
-        torch.bmm(self.input, self.shared_t, out=self.z_blocks)
-        return self.z
-
-    def backward(self, j: int) -> None:
-        torch.bmm(self.dz_blocks, self.shared, out=self.parts)
-        torch.sum(self.parts, (0, 1), out=self.gradient_below[j])
-        self.copy.addcmul_(self.column, self.row, value=-1)
-
-
 @torch.no_grad()
 def online_epoch(
     weights: Sequence[Tensor],
@@ -305,9 +277,6 @@ def _layer(weight: Tensor, bias: Tensor | None, activation: str, rows: int, *, f
         return _FirstLayer(weight, bias, activation, rows)
     if weight.numel() <= SMALL:
         return _SmallLayer(weight, bias, activation, rows)
-    blocks = cpu.sample_blocks(weight)
-    if blocks:
-        return _SharedLayer(weight, bias, activation, rows, blocks)
     return _DeferredLayer(weight, bias, activation, rows)
 
 

@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Tests whose results depend on what the processor has: vector registers, 16-bit products, threads.
 ON_THE_PROCESSOR = (
     "tests/cpu/test_choose.py",
-    "tests/cpu/test_few_rows.py",
+    "tests/cpu/test_layers.py",
     "tests/cpu/test_processor.py",
     "tests/step/test_cpu_plan.py",
     "tests/cpu/test_threads.py",

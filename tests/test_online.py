@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmlp import cpu, online, reference
+from fastmlp import online, reference
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.online import online_epoch
 from tests.support.steps import one_thread  # noqa: F401
@@ -18,13 +18,10 @@ COUNT = 75  # samples: no multiple of any block size below but 1
 Network = tuple[list[Tensor], list[Tensor | None], list[str]]
 
 
-@pytest.fixture(params=["in place", "deferred", "shared"])
+@pytest.fixture(params=["in place", "deferred"])
 def later_layers(request, monkeypatch):
     """The later layers of this small network take the path of small networks, or a path of large networks."""
     monkeypatch.setattr(online, "SMALL", 10**9 if request.param == "in place" else 0)
-    # The number of blocks divides the rows, as if there were as many threads.
-    shared = (lambda weight: next(b for b in (3, 2, 1) if len(weight) % b == 0)) if request.param == "shared" else None
-    monkeypatch.setattr(cpu, "sample_blocks", shared or (lambda weight: 0))
 
 
 def network(sizes: Sequence[int], activations: Sequence[str], *, bias: bool = True, seed: int = 0) -> Network:

@@ -7,7 +7,7 @@ from .cache import about_choices
 from .choose import adopt_choices, get_cpu_gemm, named_choices, set_cpu_gemm
 from .dropout import dropout_factors, dropout_keep, times_kept
 from .ensembles import MEMBER_WAYS, NATIVE_WAYS, member_way
-from .few_rows import Products, layer_products, sample_blocks
+from .layers import Products, layer_products
 from .native import LayerParts, LossUnit, NativeMembers, NativeNetwork, unit_names
 from .native import Parameter as NativeParameter
 from .native import Units as NativeUnits
@@ -46,7 +46,6 @@ __all__ = [
     "plan_step",
     "processor_name",
     "product_dtype",
-    "sample_blocks",
     "set_cpu_gemm",
     "times_kept",
     "unit_names",

@@ -20,9 +20,7 @@ import torch
 from ..base.names import unknown
 from . import cache, native, onednn
 
-Choice = Literal[
-    "aten", "onednn", "addmm", "rows", "each", "alone", "wide", "batched", "spread", "small", "native", "native alone"
-]
+Choice = Literal["aten", "onednn", "each", "alone", "wide", "batched", "spread", "small", "native", "native alone"]
 #: Rows of scratch data to make -> the work on them, by choice.
 Trials = Callable[[int], dict[Choice, Callable[[], object]]]
 _MODES = ("auto", "aten", "onednn", "native")
@@ -47,8 +45,8 @@ _adopted: dict[str, str] = {}
 def set_cpu_gemm(mode: str) -> None:
     """Choose who multiplies matrices on a CPU: "auto" (measured per shape), "aten", "onednn" or "native".
 
-    With "auto", training steps of small networks are measured whole, and may run on one thread or, where numba is
-    installed, as one call of machine code. "native" takes the machine code for every training step that it has, in
+    With "auto", training steps of small networks are measured whole, and may run, where numba is installed, as one call
+    of machine code on one thread. "native" takes the machine code for every training step that it has, in
     float32 and float64, without measuring; all else is as with "auto".
 
     Takes effect for following calls of modules and functions, and for training steps planned afterwards. Modules and
@@ -86,7 +84,7 @@ def only_aten() -> Iterator[None]:
 
 def choices() -> dict[tuple[object, ...], str]:
     """The choices so far: (kind of work, M, K, N, dtype, threads) -> "aten" or "onednn" for a product, one of the ways
-    of ``fastmlp.cpu.few_rows`` or ``fastmlp.cpu.whole_step`` for a layer or a step.
+    of ``fastmlp.cpu.whole_step`` for a step.
 
     M is the power of two at or below the batch sizes that the choice is used for, 512 for all larger ones.
     """

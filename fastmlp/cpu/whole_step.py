@@ -1,18 +1,15 @@
-"""How a whole training step runs on a CPU: by all threads or one, by the libraries chosen for each layer or by aten.
+"""How a whole training step runs on a CPU: by the libraries chosen for each layer, by aten, or by machine code.
 
 A product is slower inside a step than alone, because its code and data are no longer in the cache. oneDNN's calls also
-push out the code of the operations after them. And a second thread has to fetch what the first one has just written,
-which in a small network takes longer than to multiply alone. So where products are short, steps of a network of the
-same shape are timed, and the fastest way is taken:
+push out the code of the operations after them. So where products are short, steps of a network of the same shape are
+timed, and the fastest way is taken:
 
-    each    the products of each layer as ``fastmlp.cpu.few_rows`` chose them, all threads
-    aten    every product by BLAS, all threads
-    alone   every product by BLAS, every operation by the calling thread alone
+    each    every product by the library that is faster at it alone
+    aten    every product by BLAS
     native  the whole step by machine code (``fastmlp.cpu.native``), where numba is installed, for few rows
 
-Plain SGD with two threads of an AMD EPYC takes 139, 124 and 115 us in this order for 8 rows through 784-64-64-10; 504,
-571 and 736 us for 16 rows through 784-512-512-10; in hours when the two threads share no cache, 259, 311 and 153 us for
-8 rows through 784-128-128-10.
+Plain SGD on two threads of an Intel Xeon (family 6, model 167) takes 169, 157 and 31 us in this order for 64 rows
+through 4-64-64-2; 346, 265 and 165 us for a single row through 784-512-512-10; 977, 886 and 1,345 us for 32 rows.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import choose, native, threads
+from . import choose, native
 from .choose import Choice
 
 #: Multiplications of one pass through all layers from which on products are so long that each is best by itself.
@@ -115,10 +112,9 @@ def _step_way(
 ) -> Choice:
     """The fastest way, measured or known; with the machine code where there is one."""
     products = [m * weight.numel() for weight in weights]
-    with_threads = threads.available()
-    if units is None and (sum(products) >= _LONG or not (with_threads or choose.worth_measuring(max(products)))):
+    if units is None and (sum(products) >= _LONG or not choose.worth_measuring(max(products))):
         return "each"
-    ways: tuple[Choice, ...] = ("each", "aten", "alone") if with_threads else ("each", "aten")
+    ways: tuple[Choice, ...] = ("each", "aten")
 
     def trials(rows: int) -> dict[Choice, Callable[[], object]]:
         plan, by_native, batch = scratch(rows)
@@ -129,10 +125,9 @@ def _step_way(
 
     k, n = weights[0].shape[1], weights[-1].shape[0]
     way = choose.choose(kind, m, k, n, dtype, trials, whatever_size=True, whatever_dtype=units is not None)
-    return way if way in ("aten", "alone", "native") else "each"
+    return way if way in ("aten", "native") else "each"
 
 
 def _in_way(way: Choice, plan: Callable[[], Step]) -> Step:
     with nullcontext() if way == "each" else choose.only_aten():
-        step = plan()
-    return partial(threads.alone, step) if way == "alone" else step
+        return plan()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -12,9 +11,7 @@ from torch import Tensor
 import fastmlp
 from fastmlp.base.losses import STEP_LOSSES
 from fastmlp.cpu import choose, whole_step
-from fastmlp.cpu import threads as cpu_threads
-from fastmlp.step import cpu_plan, cpu_step
-from fastmlp.step.cpu_losses import LossFunction
+from fastmlp.step import cpu_step
 from tests.support.steps import (
     allocations,
     batches,
@@ -33,36 +30,21 @@ from tests.support.steps import (
 from tests.support.torchs import OPTIMIZERS
 
 SIZES = (13, 17, 11, 5)
-WAYS = ("each", "aten", "alone")
-#: The number of threads that a step "alone" sees: 2 where torch was built without the functions that leave one out.
-ALONE = 2 if cpu_threads._setters() is None else 1
+WAYS = ("each", "aten")
 
 
 @pytest.fixture(autouse=True)
 def two_threads(monkeypatch, fresh_choices) -> Iterator[None]:  # noqa: F811
-    """Two threads and the mode "auto". The choices end with the test. With any build of torch there is a choice."""
+    """Two threads and the mode "auto". The choices end with the test. Products of any size are measured."""
     fastmlp.set_cpu_gemm("auto")
-    monkeypatch.setattr(cpu_threads, "available", lambda: torch.get_num_threads() > 1)
+    monkeypatch.setattr(choose, "_WORTH_MEASURING", 0)
     with threads(2):
         yield
 
 
-def take(monkeypatch: pytest.MonkeyPatch, way: str) -> list[int]:
-    """Have steps run in the given way. The returned list gets the number of threads that each loss function sees."""
+def take(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Have steps run in the given way."""
     monkeypatch.setattr(whole_step, "_step_way", lambda *args: way)
-    seen, loss_function = [], cpu_plan.loss_function
-
-    def watched(*args: Any) -> LossFunction:
-        compute = loss_function(*args)
-
-        def with_threads(a: Tensor, y: Tensor, out: Tensor) -> Tensor:
-            seen.append(torch.get_num_threads())
-            return compute(a, y, out)
-
-        return with_threads
-
-    monkeypatch.setattr(cpu_plan, "loss_function", watched)
-    return seen
 
 
 def data(rows: int, steps: int, loss: str = "cross_entropy") -> list[tuple[Tensor, Tensor]]:
@@ -74,29 +56,14 @@ def data(rows: int, steps: int, loss: str = "cross_entropy") -> list[tuple[Tenso
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_trains(monkeypatch, way, rows, optimizer, loss):
-    seen = take(monkeypatch, way)
+    take(monkeypatch, way)
     check_float32(network(SIZES), data(rows, 6, loss), OPTIMIZERS[optimizer], loss=loss)
-    assert seen == [ALONE if way == "alone" else 2] * 6
-    assert torch.get_num_threads() == 2
-
-
-def test_gradients_alone(monkeypatch):
-    seen = take(monkeypatch, "alone")
-    x, y = for_step(*problem(SIZES, 40), torch.float32)
-    step = fastmlp.TrainStep(converted(network(SIZES), torch.float32), lr=0.1)
-    gradients = step.gradients(x, y)
-    assert seen == [ALONE]
-    model = converted(network(SIZES), torch.float32)
-    torch.nn.functional.cross_entropy(model(x), y).backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
 @pytest.mark.parametrize("rows", [1, 3, 40])
-@pytest.mark.parametrize("way", ["aten", "alone"])
-def test_a_step_allocates_nothing(monkeypatch, way, rows, optimizer):
-    take(monkeypatch, way)
+def test_a_step_allocates_nothing(monkeypatch, rows, optimizer):
+    take(monkeypatch, "aten")
     assert allocations(float32_step(SIZES, rows, optimizer)) == []
 
 
@@ -156,7 +123,7 @@ def test_measuring_touches_nothing(monkeypatch, activation, optimizer, dtype):
     assert measured[3] == again[3]
 
 
-@pytest.mark.parametrize("why", ["long", "mode", "deterministic", "one thread and short", "float64"])
+@pytest.mark.parametrize("why", ["long", "mode", "deterministic", "short", "float64"])
 def test_not_measured(monkeypatch, why):
     have_fastest(monkeypatch)
     rows = 40
@@ -166,8 +133,8 @@ def test_not_measured(monkeypatch, why):
         fastmlp.set_cpu_gemm("aten")
     elif why == "deterministic":
         torch.use_deterministic_algorithms(True)
-    elif why == "one thread and short":
-        torch.set_num_threads(1)
+    elif why == "short":
+        monkeypatch.setattr(choose, "_WORTH_MEASURING", 1 << 20)
     dtype = torch.float64 if why == "float64" else torch.float32
     seen = []
     monkeypatch.setattr(cpu_step.TorchStep, "_scratch", lambda *args: seen.append(args))

@@ -11,7 +11,7 @@ import torch
 import fastmlp
 from fastmlp.activations import ACTIVATIONS
 from fastmlp.base.losses import STEP_LOSSES
-from fastmlp.cpu import choose, few_rows, whole_step
+from fastmlp.cpu import choose, whole_step
 from tests.support.steps import (
     Reference,
     batches,
@@ -99,7 +99,7 @@ def test_100_steps_of_every_rule(request, compute, params, optimizer):
 @pytest.mark.parametrize("params", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 24])
 def test_both_ways_to_a_gradient(monkeypatch, rows, params, optimizer, wide):
-    monkeypatch.setattr(few_rows, "wide_wgrad", lambda *args, update: wide)
+    monkeypatch.setattr("fastmlp.cpu.layers.wide_wgrad", lambda *args, update: wide)
     half_run(torch.bfloat16, params, optimizer, rows=rows)
 
 
