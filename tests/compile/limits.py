@@ -71,7 +71,7 @@ EXCEPTIONS: tuple[LimitException, ...] = (
         "which are 4 bytes of 16-bit parameters",
     ),
     _narrow(
-        "sm_*/wgrad_update/*32/*x32x32-2w4s/momentum-dropout",
+        "sm_*/wgrad_update/*32/*-2w?s/momentum-dropout",
         "sm_90/wgrad_update/float32/16x32x32-2w4s/momentum-dropout",
         "PTX loads two values of a bias's momentum at once, and ptxas makes two loads of them; a program has 32 values "
         "of a bias",
