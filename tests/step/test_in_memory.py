@@ -1,4 +1,4 @@
-"""A step reads memory: that of a view may hold other values, and some tensors have none. Operators, and machine code."""
+"""A step reads memory: that of a view may hold other values, and some tensors have none. Operators and machine code."""
 
 from __future__ import annotations
 
