@@ -1,10 +1,10 @@
 """A number for all that launches depend on of their tensors.
 
 Equal numbers mean that every tensor has the same dtype, shape, strides, alignment to 16 bytes and device, or is None in
-both calls. Tensors without strides or memory, such as sparse ones, have a new number in each call. To read these
-properties of the tensors of a whole network takes as long as to launch a kernel. Where the caller names an object that
-calls of the same kind share, such as a weight, torch's guards compare the tensors with those of the call before in one
-call of C++.
+both calls. A view that negates, such as ``z.conj().imag``, has another number, and tensors without strides or memory,
+such as sparse ones, have a new number in each call. To read these properties of the tensors of a whole network takes as
+long as to launch a kernel. Where the caller names an object that calls of the same kind share, such as a weight,
+torch's guards compare the tensors with those of the call before in one call of C++.
 """
 
 from __future__ import annotations
@@ -52,7 +52,12 @@ def signature(tensors: Sequence[Tensor | None], shared: object = None) -> Signat
 
 def _number(tensors: Sequence[Tensor | None]) -> Signature:
     """``signature``, by reading every property."""
-    found = tuple([None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device) for t in tensors])
+    found = tuple(
+        [
+            None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device, t.is_neg())
+            for t in tensors
+        ]
+    )
     number = _numbers.get(found)
     if number is None:
         if len(_numbers) >= MOST:
