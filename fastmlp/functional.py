@@ -65,7 +65,8 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype)
 
 
-#: What runs calls that nobody watches and that passed all checks, the activations, and the tensors' signature.
+#: What runs calls that nobody watches and that passed all checks, the activations, and the tensors' signature. A call
+#: of ``linear_act`` on a CPU is a "layer", which takes inputs of other shapes than a network of one layer.
 _checked: set[tuple[object, ...]] = set()
 #: Multiplications of a forward pass up to which torch's own operations on the tape are faster on a CPU than a node of
 #: ours, which is Python. Larger products take longer than the Python, and fused they are up to 5 % faster.
@@ -137,7 +138,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     on_cpu = _alone(x, weight, bias) == "torch"
     if on_cpu:
         known = signature((x, weight, bias), weight)
-        if ("torch", activation, known) in _checked:
+        if ("layer", activation, known) in _checked:
             return reference.linear_act(x, weight, bias, activation)
     check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
@@ -147,7 +148,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     check_input(x, weight)
     backend = runs(weight.dtype, x, weight, bias)
     if on_cpu and _torchs_own(backend, x, (weight,)):
-        _remember("torch", (activation,), known)
+        _remember("layer", (activation,), known)
         return reference.linear_act(x, weight, bias, activation)
     if backend == "formula" or transformed(x, weight, bias):
         return reference.linear_act(x, weight, bias, activation)

@@ -493,6 +493,34 @@ MLP_ERRORS: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
 }
 
 
+def test_a_layer_and_a_network_of_one_layer_take_other_inputs():
+    # Each remembers its calls, and what one takes the other need not take.
+    x, w = torch.randn(4), torch.randn(3, 4)
+    linear_act(x, w)
+    linear_act(x.expand(2, 5, 4), w)
+    with pytest.raises(RuntimeError, match=r"expected an input of shape \[batch, 4\]"):
+        mlp(x, [w], [None], ["identity"])
+    with pytest.raises(RuntimeError, match="expected an input with 4 features"):
+        mlp(x.expand(2, 5, 4), [w], [None], ["identity"])
+    x, w = torch.randn(2, 5, 4), torch.randn(3, 20)
+    mlp(x, [w], [None], ["identity"])
+    with pytest.raises(RuntimeError, match="expected an input with 20 features"):
+        linear_act(x, w)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_sparse_inputs(layout):
+    x, w, b = torch.eye(5)[:3], torch.randn(4, 5, requires_grad=True), torch.randn(4, requires_grad=True)
+    sparse = x.to_sparse() if layout == torch.sparse_coo else x.to_sparse_csr()
+    for call in (lambda x: linear_act(x, w, b, "tanh"), lambda x: mlp(x, [w, w.T[:4, :4]], [b, b], ["tanh", "relu"])):
+        for _ in range(2):  # the second call is like the first one
+            got, expected = call(sparse), call(x)
+            torch.testing.assert_close(got, expected)
+            grads = [torch.autograd.grad(out.sum(), (w, b)) for out in (got, expected)]
+            torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("case", MLP_ERRORS)
 def test_mlp_errors(case):
     call, kind, message = MLP_ERRORS[case]

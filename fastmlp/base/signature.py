@@ -1,9 +1,10 @@
 """A number for all that launches depend on of their tensors.
 
 Equal numbers mean that every tensor has the same dtype, shape, strides, alignment to 16 bytes and device, or is None in
-both calls. To read these properties of the tensors of a whole network takes as long as to launch a kernel. Where the
-caller names an object that calls of the same kind share, such as a weight, torch's guards compare the tensors with
-those of the call before in one call of C++.
+both calls. A view that negates, such as ``z.conj().imag``, has another number, and tensors without strides or memory,
+such as sparse ones, have a new number in each call. To read these properties of the tensors of a whole network takes as
+long as to launch a kernel. Where the caller names an object that calls of the same kind share, such as a weight,
+torch's guards compare the tensors with those of the call before in one call of C++.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def signature(tensors: Sequence[Tensor | None], shared: object = None) -> Signat
     seen = _seen.get(place)
     if seen is not None and seen[1] == absent and seen[2](*present) and _aligned(present):
         return seen[0]
-    number = _number(tensors)
+    try:
+        number = _number(tensors)
+    except RuntimeError:  # of tensors that have no strides or no memory, as sparse ones
+        return next(_next)
     if _aligned(present):
         if len(_seen) >= MOST:
             _seen.clear()
@@ -48,7 +52,12 @@ def signature(tensors: Sequence[Tensor | None], shared: object = None) -> Signat
 
 def _number(tensors: Sequence[Tensor | None]) -> Signature:
     """``signature``, by reading every property."""
-    found = tuple([None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device) for t in tensors])
+    found = tuple(
+        [
+            None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device, t.is_neg())
+            for t in tensors
+        ]
+    )
     number = _numbers.get(found)
     if number is None:
         if len(_numbers) >= MOST:

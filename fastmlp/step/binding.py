@@ -275,6 +275,11 @@ def _check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
                 "twice; train shared parameters with autograd"
             )
         seen[place] = name
+        if parameter.is_neg():
+            raise RuntimeError(
+                f"the memory of {name} holds the negatives of its values, which a TrainStep would read as they are; "
+                "assign param.data = param.data.resolve_neg()"
+            )
         if not parameter.is_contiguous():
             raise RuntimeError(
                 f"TrainStep updates parameters in place and needs them contiguous, got strides "

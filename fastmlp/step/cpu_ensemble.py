@@ -209,11 +209,12 @@ class TorchEnsemble:
         ``weight`` are sample weights [N] or [E, N] of all rows. All class numbers are classes.
         """
         self._follow()
-        _, parts = self._planned(min(batch_size, order.shape[-1]))
+        rows = min(batch_size, order.shape[-1])  # of the largest step
+        _, parts = self._planned(rows)
         pieces = [piece for part in parts for piece in part if isinstance(piece, NativePiece)]
         if pieces:
             self._set_rates([rule.lr for rule in self.rules])
-            if native_epoch(pieces, images, labels, batch_size, order, lrs, losses, weight):
+            if native_epoch(pieces, images, labels, rows, order, lrs, losses, weight):
                 if self.dropout is not None:
                     advance(self.dropout, len(losses))
                 return

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import cpu
 from ..base.losses import IGNORED
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 
 
 def has_formulas(net: Network | Ensemble) -> bool:
-    """Whether the machine code has the device and the dtype."""
-    return net.device.type == "cpu" and net.dtype in (torch.float32, torch.float64)
+    """Whether the machine code has the device and the dtype, and the parameters have memory."""
+    has_dtype = net.device.type == "cpu" and net.dtype in (torch.float32, torch.float64)
+    return has_dtype and not isinstance(net.layers[0].weight, FakeTensor)
 
 
 def has_native(net: Network) -> bool:

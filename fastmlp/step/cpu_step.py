@@ -155,11 +155,10 @@ class TorchStep:
         With groups ``lrs`` is [steps, G].
         """
         rules = self.network.rules
-        if cpu.native_rows(batch_size) and has_native(self.network):
-            planned = self._planned(batch_size)
-            if isinstance(planned, NativeStep) and planned.epoch(
-                images, labels, batch_size, order, lrs, losses, weight
-            ):
+        rows = min(batch_size, order.shape[0])  # of the largest step, for which buffers are allocated
+        if cpu.native_rows(rows) and has_native(self.network):
+            planned = self._planned(rows)
+            if isinstance(planned, NativeStep) and planned.epoch(images, labels, rows, order, lrs, losses, weight):
                 return
         if batch_size == 1 and weight is None and self._is_online(images, labels):
             try:

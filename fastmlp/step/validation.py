@@ -16,6 +16,7 @@ from ..base.names import unknown
 from ..base.signature import comparison
 from ..nn import MLPEnsemble
 from ..nn.mlp import MLP, is_parallel
+from .in_memory import check_not_faking, check_readable, in_memory
 from .loss_options import PLAIN, LossOptions
 
 
@@ -134,17 +135,15 @@ class Batches:
         check_tensor(y, "the target")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("a step cannot train inside torch.inference_mode(); leave it, or use torch.no_grad()")
-        x = x.detach() if x.requires_grad else x
-        y = y.detach() if y.requires_grad else y
+        check_not_faking(self._like)
+        x, y = in_memory(x), in_memory(y)
         x = x.flatten(1) if x.dim() > 2 else x
         if x.shape[1] != self._features:
             raise RuntimeError(
                 f"expected an input with {self._features} features, got {x.shape[1]}; reshape the input or build "
                 f"the model with sizes[0]={x.shape[1]}"
             )
-        for name, t in (("x", x), ("y", y)):
-            if t.layout != torch.strided:
-                raise RuntimeError(f"expected dense tensors, got {name} of layout {t.layout}; use {name}.to_dense()")
+        check_readable(x, "input", self._like)
         if x.dtype not in self._inputs:
             raise RuntimeError(
                 f"expected an input of dtype {self._dtype} or uint8 pixels, got {x.dtype}; convert it with "
@@ -154,6 +153,7 @@ class Batches:
             raise ValueError(
                 f"expected as many targets as inputs, got inputs {list(x.shape)} and targets {list(y.shape)}"
             )
+        check_readable(y, "target", self._like)
         if not x.device == y.device == self._device:
             check_same_device((("the parameters", self._like), ("the input", x), ("the target", y)))
         if y.dtype == torch.uint8 and self._takes_classes:  # torch's losses take these labels too
@@ -200,6 +200,7 @@ class Batches:
             raise RuntimeError(f"expected sample_weight of shape [{rows}], one for each row, got {list(weight.shape)}")
         if not weight.is_floating_point():
             raise RuntimeError(f"expected a floating-point sample_weight, got {weight.dtype}; use .float()")
+        check_readable(weight, "sample_weight", self._like)
         if weight.device != self._device:
             check_same_device((("the parameters", self._like), ("sample_weight", weight)))
         if rows and self._device.type == "cpu":
@@ -214,7 +215,7 @@ class Batches:
                     f"every sample weight is 0 in {dtype}, so the weighted mean has no value; leave the batch out, or "
                     "divide the weights by the largest one"
                 )
-        return weight.detach()
+        return in_memory(weight)
 
     def check_weighed(self, weight: Tensor, order: Tensor, batch_size: int) -> None:
         """On a CPU, ValueError for a batch of an epoch whose sample weights are all 0."""
@@ -236,8 +237,9 @@ class Batches:
         check_tensor(order, "order")
         if order.dtype != torch.int64 or order.dim() != 1:
             raise RuntimeError(f"expected order to be int64 [n], got {order.dtype} {list(order.shape)}")
+        check_readable(order, "order", self._like)
         check_same_device((("the images", images), ("order", order)))
-        return order
+        return in_memory(order)
 
     def readable(self, order: Tensor, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor | None]:
         """``order`` with rows that exist, and which steps have others; on a CPU such a row is an IndexError."""
@@ -302,7 +304,7 @@ class MemberBatches(Batches):
         # All else is checked as for an MLP: the batches of all members have one dtype and device.
         first = x if x.dim() == 2 else x[0], y if y.dim() == dims else y[0]
         _, converted = super()._taken(*first)
-        x, y = (t.detach() if t.requires_grad else t for t in (x, y))
+        x, y = in_memory(x), in_memory(y)
         return x, y if y.dtype == converted.dtype else y.to(converted.dtype)
 
     def checked_weight(self, weight: Tensor, rows: int) -> Tensor:
@@ -317,7 +319,7 @@ class MemberBatches(Batches):
             )
         for of_member in weight.unbind():
             super().checked_weight(of_member, rows)
-        return weight.detach()
+        return in_memory(weight)
 
     def check_weighed(self, weight: Tensor, order: Tensor, batch_size: int) -> None:
         """On a CPU, ValueError for a batch of a member whose sample weights are all 0."""
@@ -339,8 +341,9 @@ class MemberBatches(Batches):
                 f"expected order to be int64 [n], or [{self.members}, n] for {self.members} members, got "
                 f"{list(order.shape)}"
             )
+        check_readable(order, "order", self._like)
         check_same_device((("the images", images), ("order", order)))
-        return order
+        return in_memory(order)
 
     def readable(self, order: Tensor, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor | None]:
         """``order`` with rows that exist, and bool [steps] or [steps, E], which have others."""

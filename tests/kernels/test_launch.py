@@ -408,3 +408,17 @@ class Operators(TorchDispatchMode):
         if function.namespace == "fastmlp":
             self.names.add(function.__name__.split(".")[0])
         return function(*args, **(kwargs or {}))
+
+
+def test_views_that_negate_are_copied():
+    x, w = torch.randn(4, 16), torch.randn(8, 16)
+    view = torch.complex(torch.zeros_like(x), -x).conj().imag
+    with Gpu(80) as gpu, fastmlp.use_backend("triton"):
+        fastmlp.functional.linear_act(x.t().contiguous().t(), w)  # strides that the view does not have
+        for given_x in (x, view, x, view):
+            gpu.made = []
+            fastmlp.functional.linear_act(given_x, w)
+            ((_, _, arguments),) = gpu.made
+            inputs = [t for t in arguments if isinstance(t, Tensor) and t.shape == x.shape]
+            assert [t.is_neg() for t in inputs] == [False]
+            assert torch.equal(inputs[0], x)

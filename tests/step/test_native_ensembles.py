@@ -324,3 +324,20 @@ def test_a_label_out_of_range_of_an_epoch_changes_no_member(calls):
         step.epoch(x, y, BATCH, order)
     assert not calls
     same(step, before)
+
+
+@pytest.mark.parametrize("batch_size", [10, 1 << 40])
+def test_a_batch_size_of_more_rows_than_there_are(batch_size):
+    """An epoch is one step of all rows, and nothing is allocated for more of them."""
+    singles = models()
+    ensemble = fastmlp.MLPEnsemble.stack(singles)
+    x, y = batch(1)
+    together = fastmlp.TrainStep(ensemble, lr=0.1)
+    together.epoch(x, y, batch_size)
+    assert together.losses.shape == (1, E)
+    for model, images, labels, member in zip(singles, x, y, ensemble.unstack(), strict=True):
+        fastmlp.TrainStep(model, lr=0.1).epoch(images, labels, batch_size)
+        assert torch.equal(flat(member), flat(model))
+    first = models()[0]
+    fastmlp.TrainStep(first, lr=0.1)(x[0], y[0])
+    assert torch.equal(flat(first), flat(singles[0]))

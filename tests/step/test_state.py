@@ -144,9 +144,3 @@ def test_what_is_no_state():
     together = fastmlp.TrainStep(fastmlp.MLPEnsemble((3, 2), 2), "adamw")
     with pytest.raises(ValueError, match=r"the state does not fit this TrainStep .* missing|expected step of shape"):
         together.load_state_dict(step.state_dict())
-
-
-def test_a_sparse_input():
-    step = fastmlp.TrainStep(fastmlp.MLP((3, 2)))
-    with pytest.raises(RuntimeError, match=r"expected dense tensors, got x of layout torch.sparse_coo; use x.to_dense"):
-        step(torch.eye(3).to_sparse(), torch.zeros(3, dtype=torch.int64))
