@@ -164,7 +164,7 @@ EXCEPTIONS: tuple[LimitException, ...] = (
         for cases, witness in (
             ("sm_90/*float16/*/*pixels*", "sm_90/linear_fwd/bfloat16/128x256x64-8w3s/pixels-step"),
             ("sm_90/wgrad_update/*32/*pixels*", "sm_90/wgrad_update/float32/128x128x32-8w3s/split-pixels-gather"),
-            ("sm_90/linear_wgrad/tf32/*pixels*", "sm_90/linear_wgrad/tf32/128x128x32-4w3s/split-k784-pixels-gather"),
+            ("sm_90/linear_wgrad/*32/*pixels*", "sm_90/linear_wgrad/tf32/128x128x32-4w3s/split-k784-pixels-gather"),
         )
     ),
     LimitException(
