@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..base.arguments import check_members, check_network, check_same_device
+from ..base.signature import comparison
 from ..nn import MLPEnsemble
 from ..nn.mlp import MLP, _has_hooks, _only_computes
 from .cpu_dropout import StepDropout
@@ -81,8 +82,9 @@ class Binding:
         ]
         self._addresses = [parameter.data_ptr() for parameter in self._all]
         self._shapes = [parameter.shape for parameter in self._all]
-        #: A transposed row or column is contiguous too.
-        self._vectors = [(weight, weight.shape) for weight in weights if 1 in weight.shape]
+        self._trained = [parameter.requires_grad for parameter in self._all]
+        #: Whether the parameters have the shapes and strides, and require the gradients, that they had.
+        self._are_alike = comparison(self._all)
         self._layers = [_facts(layer) for layer in self.layers]
         self.kind = self.trained, activations
 
@@ -107,28 +109,8 @@ class Binding:
             self._model.training is not self._training or self._model._buffers.get("dropout_state") is not self._state
         ):
             return False
-        for weight, shape in self._vectors:
-            if weight.shape != shape:
-                return False
         try:
-            for (
-                layer,
-                own,
-                kind,
-                slot,
-                activation,
-                table,
-                weight,
-                bias,
-                place,
-                trained,
-                out,
-                place_out,
-                trained_out,
-                outputs,
-            ) in self._layers:
-                # The same address, order, and number of outputs leave no other shape that fits between the layers
-                # beside it.
+            for layer, own, kind, slot, activation, table, weight, place, bias, place_bias in self._layers:
                 if (
                     table["weight"] is not weight
                     or table["bias"] is not bias
@@ -137,15 +119,21 @@ class Binding:
                     or layer.__class__ is not kind
                     or "forward" in own
                     or weight.data_ptr() != place
-                    or weight.requires_grad is not trained
-                    or not weight.is_contiguous()
-                    or out.data_ptr() != place_out
-                    or out.requires_grad is not trained_out
-                    or out.numel() != outputs
+                    or (bias is not None and bias.data_ptr() != place_bias)
                 ):
                     return False
         except KeyError:  # a parameter that was taken away
             return False
+        return self._are_alike(*self._all) or self._are_still_alike()
+
+    def _are_still_alike(self) -> bool:
+        """``_are_alike``, which says no in another grad mode than that in which it was made."""
+        if not all(
+            parameter.requires_grad is trained and parameter.shape == shape and parameter.is_contiguous()
+            for parameter, trained, shape in zip(self._all, self._trained, self._shapes, strict=True)
+        ):
+            return False
+        self._are_alike = comparison(self._all)
         return True
 
     def _dropped(self, model: MLP | MLPEnsemble) -> StepDropout | None:
@@ -219,12 +207,10 @@ def _node_has_hooks(parameter: Tensor) -> bool:
 
 
 def _facts(layer: Any) -> tuple[Any, ...]:
-    """A layer, and what a step depends on of it; in the place of a bias that it does not have is the weight again."""
+    """A layer, and what a step depends on of it and of the places of its parameters."""
     weight, bias, slot = layer.weight, layer.bias, layer._slot
-    out = weight if bias is None else bias  # whose size is, with a bias, the number of outputs
-    of_weight = weight, bias, weight.data_ptr(), weight.requires_grad
-    of_out = out, out.data_ptr(), out.requires_grad, out.numel()
-    return layer, layer.__dict__, type(layer), slot, slot.activation, layer._parameters, *of_weight, *of_out
+    places = weight, weight.data_ptr(), bias, None if bias is None else bias.data_ptr()
+    return layer, layer.__dict__, type(layer), slot, slot.activation, layer._parameters, *places
 
 
 def _nothing(*gradients: Any) -> None:

@@ -290,7 +290,8 @@ class TrainStep(StatefulStep):
             the kernels (backend "torch") it is a device-side assertion of torch's. The loss of an empty batch is NaN,
             and such a step changes nothing.
         """
-        x, y = self._checked(x, y, in_range=self._checks_classes)
+        self._follow()
+        x, y = self._batches.checked(x, y, in_range=self._checks_classes)
         if sample_weight is not None:
             sample_weight = self._batches.checked_weight(sample_weight, x.shape[-2])
         loss = self._next_loss()
@@ -341,7 +342,8 @@ class TrainStep(StatefulStep):
             The mean loss of the n rows, each at the parameters of its step: 0-d float32 on the device. A row counts
             with its step's loss, whatever its weight is. ``losses`` has the loss of each step.
         """
-        images, labels = self._checked(images, labels, in_range=True)
+        self._follow()
+        images, labels = self._batches.checked(images, labels, in_range=True)
         batch_size = check_batch_size(batch_size)
         order = self._batches.checked_order(order, images)
         n = order.shape[-1]
@@ -393,7 +395,8 @@ class TrainStep(StatefulStep):
         Raises:
             ValueError: an empty batch, whose mean loss has no gradient; and what a step raises.
         """
-        x, y = self._checked(x, y, in_range=self._checks_classes)
+        self._follow()
+        x, y = self._batches.checked(x, y, in_range=self._checks_classes)
         if accumulate and self._lost_gradients:
             raise RuntimeError(
                 "the gradients so far were lost when the model or the settings changed; begin with accumulate=False"
@@ -431,11 +434,6 @@ class TrainStep(StatefulStep):
             # ``.data``: each loss has a version counter of its own, as other tensors have.
             self._next_losses = [loss.data for loss in block.unbind()]
         return self._next_losses.pop()
-
-    def _checked(self, x: Tensor, y: Tensor, *, in_range: bool) -> tuple[Tensor, Tensor]:
-        """X [B, K] and Y off the tape, for the model and the settings as they are now."""
-        self._follow()
-        return self._batches.checked(x, y, in_range=in_range)
 
     def _updated(self) -> None:
         """Tell autograd that the parameters changed, and torch's schedulers that an update came before theirs."""
