@@ -32,7 +32,7 @@ interpret:  ## lane 1: the kernels in Triton's interpreter
 compile:  ## lane 2: every kernel compiled for every target, and the limits
 	$(PYTEST) -m compile
 
-compile-all:  ## the whole product of kernels, dtypes, tiles and variants, not the set that covers it: 25 minutes
+compile-all:  ## the whole product of kernels, dtypes, tiles and variants, not the set that covers it: hours on two cores
 	$(PYTEST) -m compile --full
 
 launch:  ## lane 3: the launches of the whole library, recorded
