@@ -173,10 +173,12 @@ def covering() -> Iterator[Case]:
                 variant = _pick(variants, number, kernel, dtype)
                 tile = _pick(entry.tiles(dtype, device, variant), number, kernel, dtype)
                 chosen.add(Case(kernel, target, dtype, tile, variant))
-            allowed = _tf32_tiles(entry, device, variants[0])
-            own = [tile for tile in allowed if tile not in entry.tiles(torch.float32, device, variants[0])]
-            for tile in (*allowed[:1], *own, *allowed[-1:]):
-                chosen.add(Case(kernel, target, torch.float32, tile, variants[0], tf32=True))
+            ends = _tf32_tiles(entry, device, variants[0])
+            known = {tile for variant in variants for tile in entry.tiles(torch.float32, device, variant)}
+            of_tf32 = {tile: v for v in variants[::-1] for tile in _tf32_tiles(entry, device, v)}
+            for tile, variant in of_tf32.items():
+                if tile not in known or tile in (*ends[:1], *ends[-1:]):
+                    chosen.add(Case(kernel, target, torch.float32, tile, variant, tf32=True))
             cases = sorted(chosen, key=lambda case: case.name)
             yield from (cases[number % 3 :: 3] or cases[:1]) if target.name in SIBLINGS else cases
 
