@@ -40,7 +40,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from ..base.signature import Signature, signature
+from ..base.signature import MOST, Signature, signature
 from .dependent import launch_options, launches_dependent
 from .device import interpreting
 
@@ -56,8 +56,6 @@ __all__ = [
     "with_dropout",
 ]
 
-#: Launches that are remembered per driver. One more, and all are forgotten.
-MOST = 4096
 #: Bytes of a storage up to which Triton's code for AMD takes 32-bit offsets.
 _NEAR = 2**31 - 1
 #: What the arguments of a remembered launch are, besides tensors, numbers and tuples.

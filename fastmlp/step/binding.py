@@ -82,7 +82,7 @@ class Binding:
         ]
         self._addresses = [parameter.data_ptr() for parameter in self._all]
         self._shapes = [parameter.shape for parameter in self._all]
-        self._trained = [parameter.requires_grad for parameter in self._all]
+        self._require_grads = [parameter.requires_grad for parameter in self._all]
         #: Whether the parameters have the shapes and strides, and require the gradients, that they had.
         self._are_alike = comparison(self._all)
         self._layers = [_facts(layer) for layer in self.layers]
@@ -129,8 +129,8 @@ class Binding:
     def _are_still_alike(self) -> bool:
         """``_are_alike``, which says no in another grad mode than that in which it was made."""
         if not all(
-            parameter.requires_grad is trained and parameter.shape == shape and parameter.is_contiguous()
-            for parameter, trained, shape in zip(self._all, self._trained, self._shapes, strict=True)
+            parameter.requires_grad is requires_grad and parameter.shape == shape and parameter.is_contiguous()
+            for parameter, requires_grad, shape in zip(self._all, self._require_grads, self._shapes, strict=True)
         ):
             return False
         self._are_alike = comparison(self._all)
