@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["MOST", "Signature", "comparison", "signature"]
 
-#: Signatures, and calls that are known by them, that are remembered each. One more, and all are forgotten.
+#: Entries of a table of signatures, or of calls or launches that are known by one. One more, and the table is emptied.
 MOST = 4096
 
 Signature = int
@@ -33,15 +33,15 @@ _seen: dict[tuple[Any, ...], tuple[Signature, list[bool], Callable[..., bool]]] 
 def signature(tensors: Sequence[Tensor | None], shared: object = None) -> Signature:
     """The number of the tensors, of which the first one is not None."""
     if shared is None:
-        return _number(tensors)
+        number = _number(tensors)
+        return next(_next) if number is None else number
     place = id(shared), len(tensors), tensors[0].shape  # type: ignore[union-attr]
     absent, present = [t is None for t in tensors], [t for t in tensors if t is not None]
     seen = _seen.get(place)
     if seen is not None and seen[1] == absent and seen[2](*present) and _aligned(present):
         return seen[0]
-    try:
-        number = _number(tensors)
-    except RuntimeError:  # of tensors that have no strides or no memory, as sparse ones
+    number = _number(tensors)
+    if number is None:
         return next(_next)
     if _aligned(present):
         if len(_seen) >= MOST:
@@ -50,14 +50,17 @@ def signature(tensors: Sequence[Tensor | None], shared: object = None) -> Signat
     return number
 
 
-def _number(tensors: Sequence[Tensor | None]) -> Signature:
-    """``signature``, by reading every property."""
-    found = tuple(
-        [
-            None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device, t.is_neg())
-            for t in tensors
-        ]
-    )
+def _number(tensors: Sequence[Tensor | None]) -> Signature | None:
+    """``signature``, by reading every property; None where a tensor has no strides or no memory."""
+    try:
+        found = tuple(
+            [
+                None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device, t.is_neg())
+                for t in tensors
+            ]
+        )
+    except RuntimeError:
+        return None
     number = _numbers.get(found)
     if number is None:
         if len(_numbers) >= MOST:
@@ -74,9 +77,10 @@ def _aligned(tensors: Sequence[Tensor]) -> bool:
 
 
 def comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Whether other tensors have the type, dtype, shape, strides, device and `requires_grad` of these.
+    """Whether other tensors, as many and each given once, have the properties of these.
 
-    False for some that do, such as in another grad mode, and for what is no tensor.
+    These are type, dtype, shape, strides, device, `requires_grad` and the keys of torch's dispatcher, by which views
+    that negate differ from others. False for some that have them, such as inside autocast, and for what is no tensor.
     """
     sizes: Any = [list(t.shape) for t in tensors]
     strides: Any = [list(t.stride()) for t in tensors]

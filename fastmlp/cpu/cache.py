@@ -3,7 +3,7 @@
 Two libraries round differently, so the choice between them changes results. A choice that is kept is made once per
 machine: later runs with the same seed give the same bits, and only the first run spends time on measuring.
 
-    {"AMD EPYC 9654, AVX512, torch 2.14.1, fastmlp 0.1.0": {
+    {"AMD EPYC 9654, AVX512, torch 2.14.1, fastmlp 0.1.0, ways 2": {
         "linear sigmoid 64x784x512 float32, 2 threads": "onednn", ...}, ...}
 
 Without the file everything is measured anew. Where the file cannot be read or written, every process measures for
@@ -25,6 +25,8 @@ from ..base.atomic import cache_folder, read_file, update_file
 from ..base.version import __version__
 from .processor import instruction_set, processor_name
 
+#: Changes whenever a way is taken away, so that no earlier choice of it is followed.
+_WAYS = 2
 #: A choice takes about 70 bytes. A larger file is not what ``keep`` writes.
 _MOST_BYTES = 16 << 20
 
@@ -37,7 +39,7 @@ def choices_path() -> Path:
 @functools.cache
 def _machine() -> str:
     """What the choices hold for."""
-    return f"{processor_name()}, {instruction_set()}, torch {torch.__version__}, fastmlp {__version__}"
+    return f"{processor_name()}, {instruction_set()}, torch {torch.__version__}, fastmlp {__version__}, ways {_WAYS}"
 
 
 def _understood(text: bytes) -> dict[str, dict[str, str]]:

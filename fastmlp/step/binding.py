@@ -80,10 +80,8 @@ class Binding:
         self._places = [
             (layer._parameters, name, layer._parameters[name]) for layer in self.layers for name in ("weight", "bias")
         ]
-        self._addresses = [parameter.data_ptr() for parameter in self._all]
-        self._shapes = [parameter.shape for parameter in self._all]
-        self._require_grads = [parameter.requires_grad for parameter in self._all]
-        #: Whether the parameters have the shapes and strides, and require the gradients, that they had.
+        self._where = {id(parameter): _where(parameter) for parameter in self._all}
+        #: Whether the parameters have the dtypes, shapes and strides, and require the gradients, that they had.
         self._are_alike = comparison(self._all)
         self._layers = [_facts(layer) for layer in self.layers]
         self.kind = self.trained, activations
@@ -91,7 +89,7 @@ class Binding:
     def holds(self) -> bool:
         """Whether nothing has changed that a step depends on. False may also be a change that does not matter.
 
-        Each step asks, so one loop reads every property once, without a call of Python.
+        Each step asks, so one loop compares objects and addresses, and torch's guards all else, in no call of Python.
         """
         # torch numbers the handles of all hooks, so that one number tells whether there can be new ones.
         if RemovableHandle.next_id - _probes != self._handles and self._has_hooks():
@@ -124,17 +122,7 @@ class Binding:
                     return False
         except KeyError:  # a parameter that was taken away
             return False
-        return self._are_alike(*self._all) or self._are_still_alike()
-
-    def _are_still_alike(self) -> bool:
-        """``_are_alike``, which says no in another grad mode than that in which it was made."""
-        if not all(
-            parameter.requires_grad is requires_grad and parameter.shape == shape and parameter.is_contiguous()
-            for parameter, requires_grad, shape in zip(self._all, self._require_grads, self._shapes, strict=True)
-        ):
-            return False
-        self._are_alike = comparison(self._all)
-        return True
+        return self._are_alike(*self._all)
 
     def _dropped(self, model: MLP | MLPEnsemble) -> StepDropout | None:
         if not (self._has_dropout and model.training):
@@ -166,12 +154,8 @@ class Binding:
             RuntimeError: the parameters are not those of the model any more, or not where they were.
             ValueError, RuntimeError: as a new binding.
         """
-        before = {
-            id(parameter): (address, shape)
-            for parameter, address, shape in zip(self._all, self._addresses, self._shapes, strict=True)
-        }
         for table, name, parameter in self._places:
-            moved = parameter is not None and (parameter.data_ptr(), parameter.shape) != before[id(parameter)]
+            moved = parameter is not None and _where(parameter) != self._where[id(parameter)]
             if table.get(name) is not parameter or moved:
                 raise RuntimeError(
                     f"a {name} of the model was replaced or moved after the TrainStep was made (by model.to(...), by "
@@ -204,6 +188,11 @@ def _node_has_hooks(parameter: Tensor) -> bool:
         if hooks:
             return True
     return False
+
+
+def _where(parameter: Tensor) -> tuple[int, torch.Size, torch.dtype]:
+    """Where a parameter is, and what it is there."""
+    return parameter.data_ptr(), parameter.shape, parameter.dtype
 
 
 def _facts(layer: Any) -> tuple[Any, ...]:

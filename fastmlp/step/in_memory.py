@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+#: The FakeTensorMode that is active, or None.
+fake_mode: Callable[[], object] = partial(torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE)
 
 
 def in_memory(t: Tensor) -> Tensor:
@@ -19,19 +25,21 @@ def in_memory(t: Tensor) -> Tensor:
 def check_readable(t: Tensor, name: str, like: Tensor) -> None:
     """RuntimeError unless the tensor is dense and has memory; next to a fake tensor ``like`` it needs no memory."""
     if t.layout != torch.strided:
-        raise RuntimeError(f"expected a dense {name}, got one of layout {t.layout}; use .to_dense()")
+        advice = "to_padded_tensor(0.0)" if t.is_nested else "to_dense()"
+        raise RuntimeError(f"expected a dense {name}, got one of layout {t.layout}; use .{advice}")
     if type(t) is Tensor or isinstance(like, FakeTensor) or not t.numel():
         return
     if isinstance(t, FakeTensor) or not _has_memory(t):
+        otherwise = "make the model in FakeTensorMode too" if isinstance(t, FakeTensor) else "train with autograd"
         raise RuntimeError(
             f"a step reads {name} from memory, and a {type(t).__name__} has no memory of its own; give the step a "
-            "plain tensor, or train with autograd"
+            f"plain tensor, or {otherwise}"
         )
 
 
 def check_not_faking(like: Tensor) -> None:
     """RuntimeError inside FakeTensorMode for a real ``like``: the buffers of a step would become fake."""
-    if not isinstance(like, FakeTensor) and isinstance(torch.empty(0, device="cpu"), FakeTensor):
+    if fake_mode() is not None and not isinstance(like, FakeTensor):
         raise RuntimeError(
             "a step cannot train a real model inside FakeTensorMode; leave it, or make the model inside too"
         )

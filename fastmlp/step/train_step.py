@@ -276,9 +276,8 @@ class TrainStep(StatefulStep):
         """One optimizer step on a batch.
 
         Args:
-            x: [B, sizes[0]] or [B, ...], of the products' or the parameters' dtype, or uint8 pixels. Give a copy of
-                what lies in the memory of a trained parameter: a CPU updates layers before it has read x for the last
-                time.
+            x: [B, sizes[0]] or [B, ...], of the products' or the parameters' dtype, or uint8 pixels. If x shares
+                memory with a trained parameter, give a copy: on a CPU, layers are updated before the last read of x.
             y: int64 [B] class numbers in [0, C), or [B, C] values, as the loss takes.
             sample_weight: [B], floating-point, a factor s of each row; default 1. The loss is sum(s l) / sum(s), with
                 class weights w sum(s w l) / sum(s w). On a CPU negative weights are a ValueError, and so are weights

@@ -16,7 +16,7 @@ from ..base.names import unknown
 from ..base.signature import comparison
 from ..nn import MLPEnsemble
 from ..nn.mlp import MLP, is_parallel
-from .in_memory import check_not_faking, check_readable, in_memory
+from .in_memory import check_not_faking, check_readable, fake_mode, in_memory
 from .loss_options import PLAIN, LossOptions
 
 
@@ -120,7 +120,7 @@ class Batches:
 
         With ``in_range``, class numbers on a CPU are compared with the number of classes.
         """
-        if not self._is_accepted(x, y):
+        if not self._is_accepted(x, y) or fake_mode() is not None:
             taken = self._taken(x, y)
             as_it_was = taken[0] is x and taken[1] is y
             self._is_accepted = comparison(taken) if as_it_was and x.__class__ is y.__class__ is Tensor else _no

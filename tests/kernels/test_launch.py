@@ -35,6 +35,7 @@ from fastmlp import kernels
 from fastmlp.kernels import configs, launch
 from fastmlp.kernels.network import network_bwd, network_fwd
 from tests.ptxsim import SimulatedGPU
+from tests.support.negated import negated
 from tests.support.precision import set_matmul
 
 pytestmark = [pytest.mark.launch, pytest.mark.usefixtures("default_precision")]
@@ -412,7 +413,7 @@ class Operators(TorchDispatchMode):
 
 def test_views_that_negate_are_copied():
     x, w = torch.randn(4, 16), torch.randn(8, 16)
-    view = torch.complex(torch.zeros_like(x), -x).conj().imag
+    view = negated(x)
     with Gpu(80) as gpu, fastmlp.use_backend("triton"):
         fastmlp.functional.linear_act(x.t().contiguous().t(), w)  # strides that the view does not have
         for given_x in (x, view, x, view):

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 import fastmlp
 from fastmlp.functional import cross_entropy, linear_act, mlp, mse_loss
 from tests.conftest import UNSIMULATED
+from tests.support.negated import negated
 
 pytestmark = UNSIMULATED
-
-
-def negated(t: Tensor) -> Tensor:
-    """A view of -t that has the values of t."""
-    return torch.complex(torch.zeros_like(t), -t).conj().imag
 
 
 def test_every_operation(unsimulated):

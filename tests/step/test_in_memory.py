@@ -10,15 +10,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fastmlp
 from fastmlp.functional import mse_loss
+from tests.support.negated import negated
 from tests.support.steps import either_way  # noqa: F401
-
-
-def negated(t: Tensor) -> Tensor:
-    """A view of -t that has the values of t."""
-    view = torch.complex(torch.zeros_like(t), -t).conj().imag
-    assert view.is_neg()
-    assert torch.equal(view, t)
-    return view
 
 
 def draw(*shape: int) -> Tensor:
@@ -56,6 +49,15 @@ def test_a_parameter_that_negates():
     model.layers[0].weight = torch.nn.Parameter(negated(model.layers[0].weight.detach()))
     with pytest.raises(RuntimeError, match=r"layers.0.weight holds the negatives of its values.*resolve_neg"):
         fastmlp.TrainStep(model)
+    parameter = model.layers[0].weight
+    parameter.data = parameter.data.resolve_neg()  # as the message says
+    step, batch = fastmlp.TrainStep(model), (torch.randn(3, 5), torch.tensor([0, 1, 2]))
+    step(*batch)
+    parameter.data = torch._neg_view(parameter.data)  # at the same address
+    before = parameter.clone()
+    with pytest.raises(RuntimeError, match=r"layers.0.weight holds the negatives of its values"):
+        step(*batch)
+    assert torch.equal(parameter, before)
 
 
 def test_zeros_without_memory():
@@ -97,7 +99,12 @@ def test_fake_tensors():
     model = fastmlp.MLP((4, 3))
     step, x, y = fastmlp.TrainStep(model), torch.randn(3, 4), torch.tensor([0, 1, 2])
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with pytest.raises(RuntimeError, match="reads input from memory, and a FakeTensor has no memory"):
+    step(x, y)
+    with fake, pytest.raises(RuntimeError, match="cannot train a real model inside FakeTensorMode"):
+        step(x, y)  # which was accepted before
+    with pytest.raises(
+        RuntimeError, match=r"reads input from memory, and a FakeTensor has no memory.*in FakeTensorMode"
+    ):
         step(fake.from_tensor(x), y)
     for batch in ((x, y), (fake.from_tensor(x), fake.from_tensor(y))):
         with fake, pytest.raises(RuntimeError, match="cannot train a real model inside FakeTensorMode"):
