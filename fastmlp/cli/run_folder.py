@@ -85,8 +85,8 @@ class Run(ResultsFolder):
     def keep(self, state: RunState, model: Any, config: dict[str, Any]) -> None:
         """Write the state, and after an epoch also the checkpoint, if the epoch is the best so far, and the log.
 
-        The first state removes the results at the end of the run before. After the first epoch, the checkpoint and the
-        whole log are written in any case: a process that this one goes on from may have died before it wrote them.
+        The first state removes the results at the end of the run before. After this process's first epoch, the
+        checkpoint and the whole log are written in any case: the process before may have died before it wrote them.
         """
         from fastmlp.train.state import save_state
 

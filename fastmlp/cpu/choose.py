@@ -84,7 +84,7 @@ def only_aten() -> Iterator[None]:
 
 def choices() -> dict[tuple[object, ...], str]:
     """The choices so far: (kind of work, M, K, N, dtype, threads) -> "aten" or "onednn" for a product, one of the ways
-    of ``fastmlp.cpu.whole_step`` for a step.
+    of ``whole_step`` or ``ensembles`` for a step, "aten" or "wide" for a weight gradient of ``widened``.
 
     M is the power of two at or below the batch sizes that the choice is used for, 512 for all larger ones.
     """

@@ -50,17 +50,17 @@ def layer_products(
     widened = wide is not None and wide_wgrad(m, wide, weight.dtype, update=update)
     if widened and not update:
         dw = wide
-    (n, k), into = weight.shape, None
+    n, k = weight.shape
     wgrad = None if dw is None else products.wgrad(m, n, k, weight.dtype, dw)
-    if update:
-        if wide is None:
-            into = products.update(m, weight)
-        else:
-            into = wide_update(m, wide) if widened else _rounded_update(wgrad, wide)
+    updates: Update | None = None
+    if update and wide is None:
+        updates = products.update(m, weight)
+    elif update and wide is not None:
+        updates = wide_update(m, wide) if widened else _rounded_update(wgrad, wide)
     return Products(
         products.linear(m, weight, bias, activation, out),
         None if dx is None else products.dgrad(m, weight, dx),
-        into,
+        updates,
         wgrad,
     )
 

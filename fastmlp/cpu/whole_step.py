@@ -9,7 +9,7 @@ timed, and the fastest way is taken:
     native  the whole step by machine code (``fastmlp.cpu.native``), where numba is installed, for few rows
 
 Plain SGD on two threads of an Intel Xeon (family 6, model 167) takes 169, 157 and 31 us in this order for 64 rows
-through 4-64-64-2; 346, 265 and 165 us for a single row through 784-512-512-10; 977, 886 and 1,345 us for 32 rows.
+through 4-64-64-2; 346, 265 and 165 us for a single row through 784-512-512-10; 977, 886 and 1,345 us for 32 rows of it.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class Case:
 
 @contextmanager
 def _allowing(tf32: bool) -> Iterator[None]:
-    """What torch says of tf32 meanwhile."""
+    """With ``tf32``, torch allows tf32 products meanwhile; else it says what it said."""
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         if tf32:

@@ -1,7 +1,7 @@
 """The activations, computed in float64 and rounded once.
 
-All functions are without branches and in place, so that LLVM computes several elements at once: of two pointers it
-would have to know that they are not to overlapping memory. e^x is 2^n (1 + p) with
+No function has a branch, and each activation has one pointer, so that LLVM computes several elements at once. With two
+pointers it checks first that their memory does not overlap, and where f is in place, it does. e^x is 2^n (1 + p) with
 p = e^r - 1 by its series, |r| <= log(2) / 2. The normal distribution's tail comes from a polynomial for
 e^(y^2) erfc(y) in t = (y - C) / (y + C).
 """
@@ -23,7 +23,7 @@ _LARGEST, _SMALLEST = 709.782712893384, -708.3964185322641
 _INFINITY = math.inf
 SLOPE = 0.01
 _ROOT_HALF = math.sqrt(0.5)
-#: (e^r - 1 - r) / r^2, and the tail of the normal distribution.
+#: (e^r - 1 - r) / r^2 in r, and e^(y^2) erfc(y) in t.
 _series = polynomial([1 / math.factorial(i) for i in range(13, 1, -1)])
 _scaled_erfc = polynomial(COEFFICIENTS)
 

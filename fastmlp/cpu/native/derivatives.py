@@ -1,6 +1,7 @@
 """The derivatives of the activations, computed in float64 and rounded once: da[i] becomes da[i] f'.
 
-f' comes from saved[i], which is Z or A, of other memory than da.
+f' comes from saved[i], which is Z or A. Its memory does not overlap that of da, so that LLVM computes several elements
+at once.
 """
 
 from __future__ import annotations

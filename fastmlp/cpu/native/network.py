@@ -119,10 +119,9 @@ class NativeNetwork:
         self._dtype, self._features, self._classes = like.dtype, sizes[0][1], False
         self.one, self._per_class = like.new_ones(1), per_class
         of_da = m * max(most_n, most_k)
+        of_transposed = (most_k + most_n) * padded  # X^T, or W^T where W is smaller than X and Z
         #: In the order of ``layout.X`` to ``layout.DB``, then A and Z of each layer.
-        of_weight = max((n * k for n, k in sizes if n * k <= m * (n + k)), default=0)
-        of_x = max(most_k * padded, of_weight)
-        scratch = [m * sizes[0][1], of_x, most_n * padded, of_da, of_da, largest, most_n]
+        scratch = [m * sizes[0][1], of_transposed, most_n * padded, of_da, of_da, largest, most_n]
         for n, _ in sizes:
             scratch += [m * n, m * n]
         self._buffers: list[Tensor] = []

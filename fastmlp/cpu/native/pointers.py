@@ -118,16 +118,16 @@ def power_of_two(typingctx: Any, shifted: Any) -> Any:
 def polynomial(coefficients: Sequence[float]) -> Any:
     """A function of x, float64: the polynomial with these coefficients, from the highest power down.
 
-    numba would make a loop of it, and LLVM computes several elements at once only where there is no loop inside.
+    numba would keep a loop over the coefficients, and LLVM computes several elements at once only without inner loops.
     """
 
     @intrinsic
     def of(typingctx: Any, x: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            first, *rest = [ir.Constant(ir.DoubleType(), c) for c in coefficients]
+            value, *rest = [ir.Constant(ir.DoubleType(), c) for c in coefficients]
             for c in rest:
-                first = builder.fadd(builder.fmul(first, args[0], flags=("contract",)), c, flags=("contract",))
-            return first
+                value = builder.fadd(builder.fmul(value, args[0], flags=("contract",)), c, flags=("contract",))
+            return value
 
         return types.float64(types.float64), generate
 

@@ -1,8 +1,8 @@
 """The three products of a layer, on matrices with contiguous rows.
 
-Z = X W^T          W smaller than X and Z: vectors along N, W transposed
+Z = X W^T          fewer rows than a vector has elements: inner products along K
+Z = X W^T          W smaller than X and Z, N whole vectors: vectors along N, W transposed
 Z^T = W X^T        else: vectors over the rows of the batch, X transposed and padded to whole vectors
-Z = X W^T          few rows: inner products along K
 dX = dZ W          vectors along K
 dW = dZ^T X        vectors along K
 """
@@ -97,7 +97,8 @@ def forward(
 ) -> None:
     """Z [m, n] = X W^T + b for X [m, k] and W [n, k].
 
-    ``product`` is an address; ``x_t`` and ``z_t`` have room for X^T or W^T, and for Z^T, padded to whole vectors.
+    ``product`` is an address. ``x_t`` has room for X^T, padded to whole vectors, and for a W^T that is no larger than X
+    and Z; ``z_t`` for Z^T.
     """
     width = lanes(x)
     if m < width:
