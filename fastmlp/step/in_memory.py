@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-#: The FakeTensorMode that is active, or None.
+#: The FakeTensorMode that is active, or None. A subclass of it may make real tensors on some devices.
 fake_mode: Callable[[], object] = partial(torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE)
 
 
@@ -39,7 +39,9 @@ def check_readable(t: Tensor, name: str, like: Tensor) -> None:
 
 def check_not_faking(like: Tensor) -> None:
     """RuntimeError inside FakeTensorMode for a real ``like``: the buffers of a step would become fake."""
-    if fake_mode() is not None and not isinstance(like, FakeTensor):
+    if fake_mode() is None or isinstance(like, FakeTensor):
+        return
+    if isinstance(torch.empty(0, device=like.device), FakeTensor):
         raise RuntimeError(
             "a step cannot train a real model inside FakeTensorMode; leave it, or make the model inside too"
         )
