@@ -25,8 +25,8 @@ from ..base.atomic import cache_folder, read_file, update_file
 from ..base.version import __version__
 from .processor import instruction_set, processor_name
 
-#: Changes whenever a way is taken away, so that no earlier choice of it is followed.
-_WAYS = 2
+#: Changes whenever there are other ways, so that choices among the earlier ones are not followed.
+_WAYS = 3
 #: A choice takes about 70 bytes. A larger file is not what ``keep`` writes.
 _MOST_BYTES = 16 << 20
 

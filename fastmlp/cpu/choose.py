@@ -11,6 +11,7 @@ on. Libraries round differently: ``set_cpu_gemm("aten")`` gives the same bits on
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, cast, get_args
@@ -20,15 +21,17 @@ import torch
 from ..base.names import unknown
 from . import cache, native, onednn
 
-Choice = Literal["aten", "onednn", "each", "alone", "wide", "batched", "spread", "small", "native", "native alone"]
+Choice = Literal[
+    "aten", "onednn", "each", "alone", "wide", "batched", "spread", "small", "native", "native alone", "native team"
+]  # fmt: skip
 #: Rows of scratch data to make -> the work on them, by choice.
 Trials = Callable[[int], dict[Choice, Callable[[], object]]]
 _MODES = ("auto", "aten", "onednn", "native")
 
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-#: A measurement begins with calls that are not counted, because the first ones map memory. Then all ways take turns for
+#: A measurement begins with a round that is not counted, because first calls map memory. Then all ways take turns for
 #: at least five rounds, and for more rounds while there is time.
-_WARM_UP, _LEAST_ROUNDS, _MOST_ROUNDS, _BUDGET_S = 2, 5, 25, 0.02
+_LEAST_ROUNDS, _MOST_ROUNDS, _BUDGET_S = 5, 25, 0.02
 #: From this many rows on, which library is faster no longer changes: larger batches are measured with so many.
 _MOST_ROWS = 512
 #: Products of fewer multiplications always use aten. oneDNN allocates a new result on every call, which costs more than
@@ -46,8 +49,8 @@ def set_cpu_gemm(mode: str) -> None:
     """Choose who multiplies matrices on a CPU: "auto" (measured per shape), "aten", "onednn" or "native".
 
     With "auto", training steps of small networks are measured whole, and may run, where numba is installed, as one call
-    of machine code on one thread. "native" takes the machine code for every training step that it has, in
-    float32 and float64, without measuring; all else is as with "auto".
+    of machine code, on one thread or on all. "native" takes the machine code, on one thread, for every training step
+    that it has, in float32 and float64, without measuring; all else is as with "auto".
 
     Takes effect for following calls of modules and functions, and for training steps planned afterwards. Modules and
     functions leave to aten what is small, not contiguous, traced or watched (``fastmlp.ops.torch_products``).
@@ -122,7 +125,7 @@ def choose(
     whatever_size: bool = False,
     whatever_dtype: bool = False,
 ) -> Choice:
-    """The fastest by its best of a few interleaved rounds.
+    """The fastest, by the median of a few interleaved rounds.
 
     aten, unmeasured, for products that are not ``worth_measuring``, unless ``whatever_size``, and for dtypes that
     oneDNN does not have, unless ``whatever_dtype``.
@@ -150,15 +153,21 @@ def choose(
 
 
 def _fastest(candidates: dict[Choice, Callable[[], object]]) -> Choice:
-    """The one with the smallest time of all rounds."""
-    best: dict[Choice, float] = {}
+    """The one with the smallest median time.
+
+    Each turn is two calls, of which the second one counts: it finds weights in the caches of those cores that use them,
+    as in a loop of steps. The smallest time of all would mislead on a busy machine, where threads that wait for each
+    other lose most rounds.
+    """
+    times: dict[Choice, list[float]] = {name: [] for name in candidates}
     started = time.perf_counter()
-    for round_ in range(_WARM_UP + _MOST_ROUNDS):
-        if round_ >= _WARM_UP + _LEAST_ROUNDS and time.perf_counter() - started > _BUDGET_S:
+    for round_ in range(1 + _MOST_ROUNDS):
+        if round_ > _LEAST_ROUNDS and time.perf_counter() - started > _BUDGET_S:
             break
         for name, run in candidates.items():
+            run()
             begin = time.perf_counter()
             run()
-            if round_ >= _WARM_UP:
-                best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
-    return min(best, key=best.__getitem__)
+            if round_:
+                times[name].append(time.perf_counter() - begin)
+    return min(times, key=lambda name: statistics.median(times[name]))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -22,18 +22,42 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+#: In the order of ``native.layout``. Compilers write calls of the first two for a parallel region and its barriers.
+_OF_TEAMS = "GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads"
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """torch's library, which finds the functions of the libraries that it uses."""
+    found = list(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))
+    try:
+        return ctypes.CDLL(str(found[0]))
+    except (IndexError, OSError):
+        return None
+
+
 @functools.cache
 def _setters() -> tuple[Callable[[int], None], Callable[[int], int]] | None:
     """OpenMP's and MKL's functions as torch's library finds them; None where torch is built with something else."""
-    found = list(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))
+    library: Any = _library()
     try:
-        library = ctypes.CDLL(str(found[0]))
         openmp, mkl = library.omp_set_num_threads, library.MKL_Set_Num_Threads_Local
-    except (IndexError, OSError, AttributeError):
+    except AttributeError:
         return None
     openmp.argtypes, openmp.restype = [ctypes.c_int], None
     mkl.argtypes, mkl.restype = [ctypes.c_int], ctypes.c_int
     return openmp, mkl
+
+
+@functools.cache
+def team() -> tuple[int, ...]:
+    """Addresses of the functions of ``_OF_TEAMS`` in the OpenMP that torch uses; empty where it lacks one."""
+    library = _library()
+    try:
+        found = [getattr(library, name) for name in _OF_TEAMS]
+    except AttributeError:
+        return ()
+    return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found)
 
 
 def available() -> bool:

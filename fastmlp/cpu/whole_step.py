@@ -7,9 +7,11 @@ timed, and the fastest way is taken:
     each    every product by the library that is faster at it alone
     aten    every product by BLAS
     native  the whole step by machine code (``fastmlp.cpu.native``), where numba is installed, for few rows
+    native team    the same by several threads, for larger layers
 
-Plain SGD on two threads of an Intel Xeon (family 6, model 167) takes 169, 157 and 31 us in this order for 64 rows
-through 4-64-64-2; 346, 265 and 165 us for a single row through 784-512-512-10; 977, 886 and 1,345 us for 32 rows of it.
+Plain SGD on two threads of an Intel Xeon (family 6, model 167) takes 307, 312, 234 and 104 us in this order for a
+single row through 784-512-512-10, 982, 1,002, 1,515 and 838 us for 32 rows of it, and 203, 201 and 46 us for 64 rows
+through 4-64-64-2, which is no work for a team.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import choose, native
+from . import choose, native, threads
 from .choose import Choice
 
 #: Multiplications of one pass through all layers from which on products are so long that each is best by itself.
@@ -31,6 +33,9 @@ _LONG = 1 << 25
 #: Batch sizes up to which the machine code is one of the ways.
 _NATIVE_ROWS = 128
 
+#: A team is tried from so many rows of the largest weight per thread on, and from so many multiplications of a pass.
+_ROWS_OF_A_THREAD, _WORTH_A_TEAM = 64, 1 << 16
+
 Step = Callable[..., None]
 
 
@@ -38,8 +43,8 @@ class NativePlan(NamedTuple):
     """A step by machine code."""
 
     needs: Sequence[str]  #: units of machine code
-    #: The units, and what plans the step that does what the machine code does not have -> the step.
-    step: Callable[[native.Units, Callable[[], Step]], Step]
+    #: The units, what plans the step that does what the machine code does not have, and the most threads -> the step.
+    step: Callable[[native.Units, Callable[[], Step], int], Step]
 
 
 #: A number of rows -> what plans their step on a network of scratch data, and the arguments of that step.
@@ -95,11 +100,20 @@ def plan_step(
         if weights[0].device.type == "cpu":
             way = _step_way(kind, m, weights, dtype, scratch)
         return _in_way(way, plan)
+    most = 1
     if choose.get_cpu_gemm() != "native":
         way = _step_way(f"{kind} or native", m, weights, dtype, scratch, units)
-        if way != "native":
+        if way not in ("native", "native team"):
             return _in_way(way, plan)
-    return by_native.step(units, partial(plan_step, kind, m, weights, dtype, plan, scratch))
+        most = _team(weights, m) if way == "native team" else 1
+    return by_native.step(units, partial(plan_step, kind, m, weights, dtype, plan, scratch), most)
+
+
+def _team(weights: Sequence[Tensor], m: int) -> int:
+    """The most threads of a step of ``m`` rows by machine code."""
+    if not threads.team() or m * sum(weight.numel() for weight in weights) < _WORTH_A_TEAM:
+        return 1
+    return max(1, min(torch.get_num_threads(), max(weight.shape[0] for weight in weights) // _ROWS_OF_A_THREAD))
 
 
 def _step_way(
@@ -120,12 +134,15 @@ def _step_way(
         plan, by_native, batch = scratch(rows)
         steps: dict[Choice, Callable[[], object]] = {way: partial(_in_way(way, plan), *batch) for way in ways}
         if units is not None and by_native is not None:
-            steps["native"] = partial(by_native.step(units, plan), *batch)
+            most = _team(weights, rows)
+            steps["native"] = partial(by_native.step(units, plan, 1), *batch)
+            if most > 1:
+                steps["native team"] = partial(by_native.step(units, plan, most), *batch)
         return steps
 
     k, n = weights[0].shape[1], weights[-1].shape[0]
     way = choose.choose(kind, m, k, n, dtype, trials, whatever_size=True, whatever_dtype=units is not None)
-    return way if way in ("aten", "native") else "each"
+    return way if way in ("aten", "native", "native team") else "each"
 
 
 def _in_way(way: Choice, plan: Callable[[], Step]) -> Step:

@@ -93,9 +93,12 @@ class NativeStep:
     Args:
         units: the machine code for the network's dtype.
         plan: plans the step on torch's operators.
+        threads: the most threads of a step.
     """
 
-    def __init__(self, net: Network, m: int, units: cpu.NativeUnits, plan: Callable[[], Callable[..., None]]) -> None:
+    def __init__(
+        self, net: Network, m: int, units: cpu.NativeUnits, plan: Callable[[], Callable[..., None]], threads: int = 1
+    ) -> None:
         self._net, self._plan = net, plan
         self._operators: Callable[..., None] | None = None
         optimizer = net.optimizer
@@ -116,6 +119,7 @@ class NativeStep:
             clips=clips,
             averages=net.averages,
             per_class=self._losses.per_class,
+            threads=threads,
         )
         self._taken = Taken(self._native, self._usual)
         self._hyper, self._changes = self._native.hyper, -1

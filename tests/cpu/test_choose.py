@@ -141,6 +141,25 @@ def test_measured_once_for_batch_sizes_that_are_near(monkeypatch):
     assert {key[1] for key in choose.choices()} == {32, 64}
 
 
+def test_the_median_decides(monkeypatch):
+    """Each second call in a row counts. The way with the smallest time of all may be slow in most rounds."""
+    now, calls = 0.0, dict.fromkeys(("aten", "each"), 0)
+
+    def takes(name: str, seconds: Callable[[int], float]) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now
+            calls[name] += 1
+            now += seconds(calls[name])
+
+        return run
+
+    monkeypatch.setattr(choose.time, "perf_counter", lambda: now)
+    often_slow = takes("aten", lambda call: 1e-6 if call % 6 == 0 else 1e-2)
+    first_call_slow = takes("each", lambda call: 1e-3 if call % 2 == 0 else 1e-1)
+    assert TIMED({"aten": often_slow, "each": first_call_slow}) == "each"
+    assert calls == {"aten": 12, "each": 12}
+
+
 def test_the_faster_one_is_chosen(monkeypatch):
     have_fastest(monkeypatch, TIMED)
 

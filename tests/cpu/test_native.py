@@ -144,13 +144,14 @@ def test_layers_of_every_size(dtype):
             for k in (1, 4, 8, 19):
                 x, w, b = (torch.randn(*s, generator=generator, dtype=dtype) for s in ((m, k), (n, k), (n,)))
                 x_t, z_t, z = (torch.empty(size, dtype=dtype) for size in ((m + 16) * k, (m + 16) * n, m * n))
+                net = (ctypes.c_int64 * native.layout.HEADER)()
+                net[native.layout.PRODUCTS] = units["products.product"]
+                net[native.layout.TRANSPOSED], net[native.layout.PRODUCT] = x_t.data_ptr(), z_t.data_ptr()
+                of_net = ctypes.addressof(net)
                 for bias in (b, None):
                     z.fill_(float("nan"))
                     place = 0 if bias is None else bias.data_ptr()
-                    forward(
-                        units["products.product"], x.data_ptr(), w.data_ptr(), b.data_ptr(), place, z.data_ptr(), m, n,
-                        k, x_t.data_ptr(), z_t.data_ptr(),
-                    )  # fmt: skip
+                    forward(of_net, x.data_ptr(), w.data_ptr(), b.data_ptr(), place, z.data_ptr(), m, n, k, 0, 1)
                     added = torch.zeros(n, dtype=torch.float64) if bias is None else bias.double()
                     exact = x.double() @ w.double().t() + added
                     terms = x.double().abs() @ w.double().abs().t() + added.abs()

@@ -96,7 +96,9 @@ def test_another_build_of_torch(monkeypatch, tmp_path, missing):
         (tmp_path / "lib").mkdir()
         (tmp_path / "lib" / "libtorch_cpu.so").touch()
         monkeypatch.setattr(cpu_threads.ctypes, "CDLL", lambda path: object())
+    monkeypatch.setattr(cpu_threads, "_library", cpu_threads._library.__wrapped__)
     assert cpu_threads._setters.__wrapped__() is None
+    assert cpu_threads.team.__wrapped__() == ()
 
 
 class TestAtOnce:

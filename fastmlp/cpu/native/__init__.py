@@ -7,12 +7,14 @@ forward, loss, backward and update of all layers, for one step or for many of th
     network        describes a network to the step, and calls it
     layout         what the two arrays of the description contain
     whole          the unit of the step, which calls those of
-    products, activations, derivatives, dropout, losses, row_weights, rules
+    products, activations, derivatives, dropout, losses, row_weights, backward, rules
+    team           how several threads share a step
     tiles, transposed, pointers, erfcx    what the units consist of
 
-The files of the last three lines need numba, and only ``machine_code`` imports them. The code runs in the calling
-thread alone, and computes a sum always in the same order. So results are the same on every run, whatever the number of
-threads is. Another processor may have other instructions and so other roundings.
+The files of the last four lines need numba, and only ``machine_code`` imports them. A step runs in the calling thread,
+or in a team of threads. It computes a sum always in the same order, which depends on the number of threads for dX
+alone. So results are the same on every run with as many threads. Another processor may have other instructions and so
+other roundings.
 """
 
 from . import layout

@@ -39,19 +39,19 @@ GROUPS = 4
 X = 5  #: [M, K]: gathered, converted inputs
 TRANSPOSED = 6  #: X^T [K, padded M], or W^T [K, N] where W is smaller than X and Z
 PRODUCT = 7  #: [largest N, padded M]
-DA = 8  #: [M, largest N]
+DA = 8  #: [threads, M, largest N]
 DA_NEXT = 9
-DW = 10  #: the gradient of a block of rows of a weight
+DW = 10  #: [threads, ...], the gradient of a block of rows of a weight
 DB = 11  #: [largest N]
 COUNTS = 12  #: whether the number of updates counts
-CLIPS = 13  #: address of ``whole.clipped``, where gradients are clipped; else 0
-AVERAGES = 14  #: address of ``whole.averaged``, where there is a moving average; else 0
+CLIPS = 13  #: address of ``backward.clipped``, where gradients are clipped; else 0
+AVERAGES = 14  #: address of ``backward.averaged``, where there is a moving average; else 0
 PLAIN = 15  #: whether the update is W -= lr dW and nothing else
 CLASSES = 16  #: whether the targets are class numbers
 FORWARD = 17  #: addresses of the units of ``products``
 PRODUCTS = 18
 GATHER = 19  #: of ``whole``
-BACKWARD = 20
+BACKWARD = 20  #: of ``backward``
 IGNORED = 21  #: the label that need not be a class; 0, which is one, where there is none
 PER_CLASS = 22  #: address of the factors of the classes
 PER_CLASS_STEP = 23  #: their stride; 0: all are the number at the address
@@ -61,7 +61,19 @@ ADVANCES = 26  #: whether the run adds its steps to the state
 STREAM = 27
 STORES = 28  #: whether all gradients are stored before anything is updated
 UPDATES = 29  #: whether anything is updated
-HEADER = 30
+RUN = 30  #: of ``whole``
+THREADS = 31  #: the most threads of a step
+DA_ROOM = 32  #: elements of one thread
+DW_ROOM = 33
+TEAM = 34  #: addresses of OpenMP's functions where ``THREADS`` > 1, from ``START`` to ``MOST``
+HEADER = 39
+
+# From ``TEAM`` on.
+START = 0  #: GOMP_parallel, which begins a team
+BARRIER = 1  #: GOMP_barrier
+THREAD = 2  #: omp_get_thread_num
+SIZE = 3  #: omp_get_num_threads
+MOST = 4  #: omp_get_max_threads
 
 # A layer's record.
 N = 0

@@ -41,16 +41,19 @@ _ARGUMENTS = {
     "dropout.dropped": "V V V i i i i d i i i i",
     "rules": "V V V V V i d d d d D",
     "products.product": "V i i V i i V i i i v i",
-    "products.forward": "i V V V i V i i i V V",
+    "products.forward": "I V V V i V i i i i i",
+    "backward.backward": "I D V i d i i",
+    "backward.clipped": "I D V d i i",
+    "backward.averaged": "I D V d i i",
     "whole.gathered": "V V B i i i I i i i",
-    "whole.backward": "I D V i d",
-    "whole.clipped": "I D V d",
-    "whole.averaged": "I D V d",
     "whole.run": "I V",
+    "whole.spread": "I V",
     "whole.members": "I i i i i i i i i i i",
 }
 #: The units of every step.
-_ALWAYS = "whole.run", "whole.backward", "whole.gathered", "products.forward", "products.product"
+_ALWAYS = (
+    "whole.run", "whole.spread", "whole.gathered", "backward.backward", "products.forward", "products.product",
+)  # fmt: skip
 #: Why there is no machine code, by dtype, where it could not be made.
 _broken: dict[torch.dtype, str] = {}
 #: Members of an ensemble may ask for a unit at once, each in its thread.
@@ -91,6 +94,7 @@ class Units:
     Attributes:
         run: ``whole.run``, a function of addresses, each a ``c_int64``: where its result and an error would go, and its
             two arguments.
+        spread: ``whole.spread``, likewise.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -98,7 +102,7 @@ class Units:
         self._addresses: dict[str, int] = {}
         self.load(_ALWAYS)
         # Without ``argtypes``, arguments that are ``c_int64`` already are not converted at each call.
-        self.run = ctypes.CFUNCTYPE(ctypes.c_int32)(self["whole.run"])
+        self.run, self.spread = (ctypes.CFUNCTYPE(ctypes.c_int32)(self[f"whole.{name}"]) for name in ("run", "spread"))
 
     def load(self, names: Iterable[str]) -> None:
         """Have the units of these names, which are FILE.FUNCTION."""

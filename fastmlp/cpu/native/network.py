@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...base.dropout import threshold
+from ..threads import team
 from . import layout, machine_code
 from .machine_code import Units
 
@@ -69,7 +70,7 @@ def unit_names(activations: Iterable[str], loss: str, rule: str, *, clips: bool,
     ``loss`` is the name of a unit.
     """
     names = [loss, f"rules.{rule}"]
-    names += ["whole.clipped"] * clips + ["whole.averaged"] * averages
+    names += ["backward.clipped"] * clips + ["backward.averaged"] * averages
     names += [name for activation in dict.fromkeys(activations) for name in _functions(activation)]
     return names if all(map(machine_code.written, names)) else None
 
@@ -88,6 +89,7 @@ class NativeNetwork:
         averages: whether there is a moving average.
         per_class: factors of the classes; None: 1.
         beside: a network of the same sizes whose buffers this one uses too, because they never run at once.
+        threads: the most threads of a step; several only where ``threads.team`` finds OpenMP.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class NativeNetwork:
         averages: bool,
         per_class: Tensor | None = None,
         beside: NativeNetwork | None = None,
+        threads: int = 1,
     ) -> None:
         weights = [layer.weight.data for layer in layers]
         like = weights[0]
@@ -115,13 +118,15 @@ class NativeNetwork:
         padded = m + _PADDING
         blocks = [max(8, _BLOCK_BYTES // (k * like.element_size()) // 8 * 8) for _, k in sizes]
         largest = max(min(n, block) * k for (n, k), block in zip(sizes, blocks, strict=True))
-        self._run, self._m, self._layers, self._count, self._like = units.run, m, layers, count, like
+        self._run = units.run if threads == 1 else units.spread
+        self._m, self._layers, self._count, self._like = m, layers, count, like
         self._dtype, self._features, self._classes = like.dtype, sizes[0][1], False
         self.one, self._per_class = like.new_ones(1), per_class
         of_da = m * max(most_n, most_k)
         of_transposed = (most_k + most_n) * padded  # X^T, or W^T where W is smaller than X and Z
         #: In the order of ``layout.X`` to ``layout.DB``, then A and Z of each layer.
-        scratch = [m * sizes[0][1], of_transposed, most_n * padded, of_da, of_da, largest, most_n]
+        scratch = [m * sizes[0][1], of_transposed, most_n * padded]
+        scratch += [threads * of_da, threads * of_da, threads * largest, most_n]
         for n, _ in sizes:
             scratch += [m * n, m * n]
         self._buffers: list[Tensor] = []
@@ -130,9 +135,13 @@ class NativeNetwork:
         head[: layout.GROUPS + 1] = [len(layers), 0, units[f"rules.{rule}"], lowest, groups]
         head[layout.FORWARD], head[layout.PRODUCTS] = units["products.forward"], units["products.product"]
         head[layout.X : layout.DB + 1] = map(_address, self._buffers[:_OF_LAYERS])
-        head[layout.GATHER], head[layout.BACKWARD] = units["whole.gathered"], units["whole.backward"]
-        head[layout.CLIPS] = units["whole.clipped"] if clips else 0
-        head[layout.AVERAGES] = units["whole.averaged"] if averages else 0
+        head[layout.GATHER], head[layout.BACKWARD] = units["whole.gathered"], units["backward.backward"]
+        head[layout.RUN], head[layout.THREADS] = units["whole.run"], threads
+        head[layout.DA_ROOM], head[layout.DW_ROOM] = of_da, largest
+        if threads > 1:
+            head[layout.TEAM : layout.HEADER] = team()
+        head[layout.CLIPS] = units["backward.clipped"] if clips else 0
+        head[layout.AVERAGES] = units["backward.averaged"] if averages else 0
         head[layout.COUNTS], head[layout.STORES], head[layout.UPDATES] = int(counts), int(clips), 1
         head[layout.PER_CLASS] = _address(self.one if per_class is None else per_class)
         head[layout.PER_CLASS_STEP] = int(per_class is not None)

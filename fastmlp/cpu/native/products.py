@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .pointers import call, lanes, moved, number, part
+from .layout import PRODUCT, PRODUCTS, TRANSPOSED
+from .pointers import call, lanes, moved, number, part, pointer
+from .team import ROWS, share, wait
 from .tiles import dots_1, dots_4, tile_1, tile_1x1, tile_1x2, tile_4x2, tile_6x2, tile_8, tile_8x1, tile_12x1
 from .transposed import transposed
 
@@ -93,39 +95,47 @@ def product(
 
 
 def forward(
-    product: int, x: Any, w: Any, bias: Any, has_bias: int, z: Any, m: int, n: int, k: int, x_t: Any, z_t: Any
+    net: Any, x: Any, w: Any, bias: Any, has_bias: int, z: Any, m: int, n: int, k: int, thread: int, threads: int
 ) -> None:
-    """Z [m, n] = X W^T + b for X [m, k] and W [n, k].
-
-    ``product`` is an address. ``x_t`` has room for X^T, padded to whole vectors, and for a W^T that is no larger than X
-    and Z; ``z_t`` for Z^T.
-    """
-    width = lanes(x)
+    """Z [m, n] = X W^T + b for X [m, k] and W [n, k]: the columns of Z that belong to the thread."""
+    product, width = net[PRODUCTS], lanes(x)
+    x_t, z_t = pointer(net[TRANSPOSED], x), pointer(net[PRODUCT], x)
+    of_thread = share(n, ROWS, threads)
+    first = min(n, thread * of_thread)
+    last = min(n, first + of_thread)
     if m < width:
-        i = 0
-        while i + 4 <= n:
+        i = first
+        while i + 4 <= last:
             for row in range(m):
                 dots_4(moved(x, row * k), moved(w, i * k), k, k, moved(z, row * n + i))
             i += 4
-        while i < n:
+        while i < last:
             for row in range(m):
                 dots_1(moved(x, row * k), moved(w, i * k), k, k, moved(z, row * n + i))
             i += 1
     elif n % width == 0 and n * k <= m * (n + k):
-        transposed(w, k, n, k, x_t, n)
-        call(product, (x, k, 1, x_t, n, k, z, n, m, n, number(1.0, x), 0))
+        of_w, of_z = moved(x_t, first), moved(z, first)
+        transposed(moved(w, first * k), k, last - first, k, of_w, n)
+        call(product, (x, k, 1, of_w, n, k, of_z, n, m, last - first, number(1.0, x), 0))
     else:
         padded = (m + width - 1) // width * width
-        transposed(x, k, m, k, x_t, padded)
+        columns = share(k, ROWS, threads)
+        begin = min(k, thread * columns)
+        end = min(k, begin + columns)
+        transposed(moved(x, begin), k, m, end - begin, moved(x_t, begin * padded), padded)
         zero = number(0.0, x)
         for row in range(m, padded):
             column = moved(x_t, row)
-            for i in range(k):
+            for i in range(begin, end):
                 column[i * padded] = zero
-        call(product, (w, k, 1, x_t, padded, k, z_t, padded, n, padded, number(1.0, x), 0))
-        transposed(z_t, padded, n, m, z, n)
+        wait(net, threads)
+        of_z = moved(z_t, first * padded)
+        call(
+            product, (moved(w, first * k), k, 1, x_t, padded, k, of_z, padded, last - first, padded, number(1.0, x), 0)
+        )
+        transposed(of_z, padded, last - first, m, moved(z, first), n)
     if has_bias:
         for row in range(m):
             of_row = moved(z, row * n)
-            for i in range(n):
+            for i in range(first, last):
                 of_row[i] += bias[i]

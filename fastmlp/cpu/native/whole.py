@@ -1,40 +1,26 @@
-"""The whole training step, and many of them, as one function: gather, forward, loss, backward, update.
+"""The whole training step, and many of them, as one function: gather, forward, loss, backward and update.
 
-``layout`` says what ``net`` and ``hyper`` contain. The backward pass takes a block of rows of a weight at a time: first
-its part of dX, then its gradient and its update, so that the block is read from memory once.
+``layout`` says what ``net`` and ``hyper`` contain, ``team`` how threads share a step.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from .layout import (
     ACTIVATE,
     ADVANCES,
-    AVERAGE,
-    AVERAGES,
     BACKWARD,
     BATCH,
     BIAS,
-    BLOCK,
     CLASSES,
-    CLIPS,
     COUNT,
     COUNTS,
     DA,
-    DA_NEXT,
-    DB,
-    DERIVE,
     DROP,
-    DW,
-    EMA,
-    EMA_WARMS,
     FACTORS,
     FORWARD,
     GATHER,
-    GRADIENT,
-    GROUP,
     GROUPS,
     HEADER,
     HOW,
@@ -44,34 +30,29 @@ from .layout import (
     LAYERS,
     LOSS,
     LOSSES,
-    LOWEST,
-    MAX_NORM,
     MEMBER,
+    MOST,
     NET,
-    NUMBERS,
     OF_GROUPS,
     ORDER,
     OUT,
     PARAMETER,
     PIXELS,
-    PLAIN,
-    PRODUCT,
-    PRODUCTS,
     RATES,
     READY,
     RECORD,
     ROWS,
-    RULE,
-    SIGN,
+    RUN,
+    SIZE,
+    START,
     STATE,
-    STATES,
     STATUS,
-    STORES,
     STREAM,
     TARGETS,
+    TEAM,
+    THREAD,
+    THREADS,
     THRESHOLD,
-    TRAINED,
-    TRANSPOSED,
     UPDATES,
     WEIGHT,
     WEIGHT_ROW,
@@ -92,6 +73,7 @@ from .pointers import (
     float32_at,
     float64_at,
     float_control,
+    inlined,
     int64_at,
     moved,
     number,
@@ -100,7 +82,8 @@ from .pointers import (
     set_float_control,
     uint8_at,
 )
-from .tiles import dots_1
+from .team import ROWS as UNIT
+from .team import ask, share, start, wait
 
 
 def gathered(
@@ -129,126 +112,51 @@ def gathered(
                     to[j] = of_x[j * column]
 
 
-@part
-def drop(net: Any, hyper: Any, layer: Any, i: int, a: Any, m: int, first: int, step: int) -> Any:
-    """A of layer i after dropout; ``first`` is the place of its first row among the rows of all members."""
-    out, factors, state = pointer(layer[OUT], a), pointer(layer[FACTORS], a), int64_at(net[STATE])
+@inlined
+def activated(layer: Any, z: Any, a: Any, m: int, thread: int, threads: int) -> None:
+    """A = f(Z), the thread's columns."""
+    n = layer[N]
+    of_thread = share(n, UNIT, threads)
+    first = min(n, thread * of_thread)
+    count = min(of_thread, n - first)
+    runs, length = (1, m * n) if count == n else (m, count)
+    if count:
+        for row in range(runs):
+            begin = row * n + first
+            of_z, of_a = moved(z, begin), moved(a, begin)
+            if layer[Z] != layer[A]:
+                for j in range(length):
+                    of_a[j] = of_z[j]
+            call(layer[ACTIVATE], (of_a, length))
+
+
+@inlined
+def drop(net: Any, hyper: Any, layer: Any, i: int, a: Any, first: int, m: int, before: int, step: int) -> None:
+    """Drop elements of m rows of A of layer i, from the first one on; so many rows of all members are before A."""
+    start_a = first * layer[N]
+    a, out, factors = moved(a, start_a), pointer(layer[OUT], a), pointer(layer[FACTORS], a)
+    state = int64_at(net[STATE])
     p, seed, step = hyper[OF_GROUPS + 2 * net[GROUPS] + i], state[0], state[1] + step
-    call(net[DROP], (a, out, factors, m, layer[N], i, layer[THRESHOLD], p, first, seed, step, net[STREAM]))
-    return out
-
-
-@part
-def update(net: Any, hyper: Any, of: Any, g: Any, first: int, count: int, scale: float, t: float) -> None:
-    """Update ``count`` elements of the parameter with the record ``of``, from ``first`` on, by their gradient g."""
-    w = moved(pointer(of[PARAMETER], g), first)
-    group = OF_GROUPS + 2 * of[GROUP]
-    states = moved(of, STATES)
-    one = moved(pointer(states[0], g), first)
-    two = moved(pointer(states[1], g), first)
-    three = moved(pointer(states[2], g), first)
-    numbers = moved(hyper, NUMBERS)
-    call(net[RULE], (w, g, one, two, three, count, scale * hyper[SIGN], hyper[group], hyper[group + 1], t, numbers))
-
-
-def clipped(net: Any, hyper: Any, zero: Any, t: float) -> None:
-    """The update of all parameters by gradients whose common norm is at most ``MAX_NORM``."""
-    squares, partial = 0.0, pointer(net[DB], zero)
-    for i in range(2 * net[LAYERS]):
-        layer = moved(net, HEADER + i // 2 * RECORD)
-        of = moved(layer, BIAS if i % 2 else WEIGHT)
-        if of[TRAINED]:
-            g = pointer(of[GRADIENT], zero)
-            dots_1(g, g, 0, layer[N] * (1 if i % 2 else layer[K]), partial)
-            squares += partial[0]
-    scale = hyper[MAX_NORM] / (math.sqrt(squares) + 1e-6)
-    scale = 1.0 if scale > 1.0 else scale
-    for i in range(2 * net[LAYERS]):
-        layer = moved(net, HEADER + i // 2 * RECORD)
-        of = moved(layer, BIAS if i % 2 else WEIGHT)
-        if of[TRAINED]:
-            update(net, hyper, of, pointer(of[GRADIENT], zero), 0, layer[N] * (1 if i % 2 else layer[K]), scale, t)
-
-
-def averaged(net: Any, hyper: Any, zero: Any, t: float) -> None:
-    """Move the averages towards the parameters."""
-    weight = hyper[EMA]
-    if hyper[EMA_WARMS] != 0.0 and 9.0 / (10.0 + t) > weight:
-        weight = 9.0 / (10.0 + t)
-    share, rest, more = number(weight, zero), number(1.0 - weight, zero), weight >= 0.5
-    for i in range(2 * net[LAYERS]):
-        layer = moved(net, HEADER + i // 2 * RECORD)
-        of = moved(layer, BIAS if i % 2 else WEIGHT)
-        if of[TRAINED]:
-            average, w = pointer(of[AVERAGE], zero), pointer(of[PARAMETER], zero)
-            for j in range(layer[N] * (1 if i % 2 else layer[K])):
-                difference = w[j] - average[j]
-                average[j] = w[j] - rest * difference if more else average[j] + share * difference
-
-
-def backward(net: Any, hyper: Any, x: Any, m: int, t: float) -> None:
-    """From dA of the last layer down to the lowest trained one, with the updates."""
-    da, below = pointer(net[DA], x), pointer(net[DA_NEXT], x)
-    dw, db = pointer(net[DW], x), pointer(net[DB], x)
-    multiply, stores, plain, lowest = net[PRODUCTS], net[STORES], net[PLAIN], net[LOWEST]
-    one = number(1.0, x)
-    i = net[LAYERS] - 1
-    while i >= lowest:
-        layer = moved(net, HEADER + i * RECORD)
-        n, k = layer[N], layer[K]
-        inputs = x
-        if i > 0:
-            inputs = pointer(net[HEADER + (i - 1) * RECORD + OUT], x)
-        if layer[THRESHOLD]:
-            factors = pointer(layer[FACTORS], x)
-            for j in range(m * n):
-                da[j] *= factors[j]
-        if layer[DERIVE]:
-            call(layer[DERIVE], (pointer(layer[Z], x), da, m * n))
-        bias, weight = moved(layer, BIAS), moved(layer, WEIGHT)
-        if bias[TRAINED]:
-            if stores:
-                db = pointer(bias[GRADIENT], x)
-            for j in range(n):
-                db[j] = da[j]
-            for row in range(1, m):
-                of_row = moved(da, row * n)
-                for j in range(n):
-                    db[j] += of_row[j]
-            if not stores:
-                update(net, hyper, bias, db, 0, n, 1.0, t)
-        w = pointer(weight[PARAMETER], x)
-        rate = number(-hyper[OF_GROUPS + 2 * weight[GROUP]], x)
-        first = 0
-        while first < n:
-            rows = min(layer[BLOCK], n - first)
-            of_w = moved(w, first * k)
-            if i > lowest:
-                call(multiply, (moved(da, first), n, 1, of_w, k, rows, below, k, m, k, one, first))
-            if weight[TRAINED]:
-                if stores:
-                    into = moved(pointer(weight[GRADIENT], x), first * k)
-                    call(multiply, (moved(da, first), 1, n, inputs, k, m, into, k, rows, k, one, 0))
-                elif plain:
-                    call(multiply, (moved(da, first), 1, n, inputs, k, m, of_w, k, rows, k, rate, 1))
-                else:
-                    call(multiply, (moved(da, first), 1, n, inputs, k, m, dw, k, rows, k, one, 0))
-                    update(net, hyper, weight, dw, first * k, rows * k, 1.0, t)
-            first += rows
-        da, below = below, da
-        i -= 1
-    if net[CLIPS] and net[UPDATES]:
-        call(net[CLIPS], (net, hyper, x, t))
-    if net[AVERAGES] and net[UPDATES]:
-        call(net[AVERAGES], (net, hyper, x, t))
+    places = a, moved(out, start_a), moved(factors, start_a)
+    call(net[DROP], (*places, m, layer[N], i, layer[THRESHOLD], p, before + first, seed, step, net[STREAM]))
 
 
 def run(call_: Any, like: Any) -> None:
     """Steps over ``ROWS`` rows, ``BATCH`` at a time; ``like`` is any pointer to values."""
+    net, thread, threads = int64_at(call_[NET]), 0, 1
+    if net[THREADS] > 1:
+        thread, threads = ask(net[TEAM + THREAD]), ask(net[TEAM + SIZE])
     before = float_control()
     set_float_control(before | FLUSHES)
-    steps(call_, like)
+    steps(call_, like, thread, threads)
     set_float_control(before)
+
+
+def spread(call_: Any, like: Any) -> None:
+    """``run`` in each thread of a team, which share the work."""
+    net = int64_at(call_[NET])
+    threads = min(net[THREADS], ask(net[TEAM + MOST]))
+    start(net[TEAM + START], threads, net[RUN], call_)
 
 
 @part
@@ -264,9 +172,9 @@ def has_no_class(call_: Any) -> int:
     return 0
 
 
-@part
-def steps(call_: Any, like: Any) -> None:
-    """``run`` with the settings of floating-point arithmetic as they are."""
+@inlined
+def steps(call_: Any, like: Any, thread: int, threads: int) -> None:
+    """The thread's part of ``run``, with the settings of floating-point arithmetic as they are."""
     net, hyper, count = int64_at(call_[NET]), float64_at(call_[HYPER]), float32_at(call_[COUNT])
     x, pixels, rates = pointer(call_[INPUTS], like), uint8_at(call_[INPUTS]), float64_at(call_[RATES])
     classes, values, losses = int64_at(call_[TARGETS]), pointer(call_[TARGETS], like), pointer(call_[LOSSES], like)
@@ -274,42 +182,55 @@ def steps(call_: Any, like: Any) -> None:
     weights, weight_row = pointer(call_[WEIGHTS], like), call_[WEIGHT_ROW]
     how, x_row, x_column, y_row, y_column = call_[HOW], call_[X_ROW], call_[X_COLUMN], call_[Y_ROW], call_[Y_COLUMN]
     n, layers, groups, member = call_[ROWS], net[LAYERS], net[GROUPS], call_[MEMBER]
-    k, c = net[HEADER + K], net[HEADER + (layers - 1) * RECORD + N]
-    x_t, z_t, da = pointer(net[TRANSPOSED], like), pointer(net[PRODUCT], like), pointer(net[DA], like)
-    call_[STATUS] = has_no_class(call_)
-    if call_[STATUS]:
+    k, c, da = net[HEADER + K], net[HEADER + (layers - 1) * RECORD + N], pointer(net[DA], like)
+    failed, leads = has_no_class(call_), thread == 0
+    if leads:
+        call_[STATUS] = failed
+    if failed:
         return
     done, step = 0, 0
     while done < n:
         m = min(call_[BATCH], n - done)
-        if rated:
+        if rated and leads:
             for group in range(groups):
                 hyper[OF_GROUPS + 2 * group] = rates[step * groups + group]
+        of_thread = share(m, 1, threads)
+        first = min(m, thread * of_thread)
+        rows = min(of_thread, m - first)
         inputs = x
         if how != READY or ordered:
             inputs = pointer(net[X], like)
-            call(net[GATHER], (inputs, x, pixels, how, x_row, x_column, order, ordered, m, k))
+            start_x = 0 if ordered else first * x_row
+            of_x, of_pixels, into = moved(x, start_x), moved(pixels, start_x), moved(inputs, first * k)
+            call(
+                net[GATHER],
+                (into, of_x, of_pixels, how, x_row, x_column, moved(order, first), ordered, rows, k),
+            )
+            wait(net, threads)
         a = inputs
         for i in range(layers):
             layer = moved(net, HEADER + i * RECORD)
             z, w, bias = pointer(layer[Z], like), pointer(layer[WEIGHT + PARAMETER], like), layer[BIAS + PARAMETER]
-            rows, columns = layer[N], layer[K]
-            call(net[FORWARD], (net[PRODUCTS], a, w, pointer(bias, like), bias, z, m, rows, columns, x_t, z_t))
+            shape = m, layer[N], layer[K], thread, threads
+            call(net[FORWARD], (net, a, w, pointer(bias, like), bias, z, *shape))
             a = pointer(layer[A], like)
             if layer[ACTIVATE]:
-                if layer[Z] != layer[A]:
-                    for j in range(m * rows):
-                        a[j] = z[j]
-                call(layer[ACTIVATE], (a, m * rows))
+                activated(layer, z, a, m, thread, threads)
+            wait(net, threads)
             if layer[THRESHOLD]:
-                a = drop(net, hyper, layer, i, a, m, member * m, step)
-        targets = (a, classes, values, y_row, y_column, order, ordered, m, c, da, weights, weight_row, net, hyper)
-        losses[step] = call(net[LOSS], targets)
+                drop(net, hyper, layer, i, a, first, rows, member * m, step)
+                a = pointer(layer[OUT], like)
+                wait(net, threads)
+        if leads:
+            targets = (a, classes, values, y_row, y_column, order, ordered, m, c, da, weights, weight_row, net, hyper)
+            losses[step] = call(net[LOSS], targets)
+            if net[COUNTS] and net[UPDATES]:
+                count[0] += 1
+        wait(net, threads)
         t = 0.0
         if net[COUNTS] and net[UPDATES]:
-            count[0] += 1
             t = float(count[0])
-        call(net[BACKWARD], (net, hyper, inputs, m, t))
+        call(net[BACKWARD], (net, hyper, inputs, m, t, thread, threads))
         if ordered:
             order = moved(order, m)
         else:
@@ -318,7 +239,7 @@ def steps(call_: Any, like: Any) -> None:
             weights = moved(weights, m * weight_row)
         done += m
         step += 1
-    if net[ADVANCES]:
+    if net[ADVANCES] and leads:
         int64_at(net[STATE])[1] += step
 
 
