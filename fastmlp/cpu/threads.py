@@ -24,6 +24,8 @@ R = TypeVar("R")
 
 #: In the order of ``native.layout``. Compilers write calls of the first two for a parallel region and its barriers.
 _OF_TEAMS = "GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads"
+#: No team has more threads.
+_limit = ctypes.c_int64(1 << 30)
 
 
 @functools.cache
@@ -51,13 +53,17 @@ def _setters() -> tuple[Callable[[int], None], Callable[[int], int]] | None:
 
 @functools.cache
 def team() -> tuple[int, ...]:
-    """Addresses of the functions of ``_OF_TEAMS`` in the OpenMP that torch uses; empty where it lacks one."""
+    """What machine code needs of the OpenMP that torch uses: the addresses of ``_OF_TEAMS`` and of ``_limit``.
+
+    Empty where there is another OpenMP, or none.
+    """
     library = _library()
     try:
         found = [getattr(library, name) for name in _OF_TEAMS]
     except AttributeError:
         return ()
-    return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found)
+    functions = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found]
+    return *functions, ctypes.addressof(_limit)
 
 
 def available() -> bool:
@@ -136,8 +142,9 @@ def _work(queue: SimpleQueue[tuple[Callable[[], object], SimpleQueue[BaseExcepti
 
 
 def _forget_workers() -> None:
-    """A forked process has none of its parent's threads."""
+    """A forked process has none of its parent's threads, and OpenMP would wait for them for ever."""
     global _busy
+    _limit.value = 1
     _busy = Lock()
     _workers.clear()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from threading import Thread
 
@@ -138,6 +140,21 @@ def test_another_thread_of_python():
     here = trained()
     other.join()
     assert torch.equal(result[0], here)
+
+
+@pytest.mark.usefixtures("team")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process():
+    """It has none of the threads, and its steps go on with one."""
+    step = step_of()
+    batch = for_step(*batches(*problem(SIZES, 6), 6, 1)[0], torch.float64)
+    step(*batch)
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # without a team that ends, nothing else would
+        os._exit(0 if step(*batch).isfinite() else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.usefixtures("team")

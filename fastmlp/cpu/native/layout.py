@@ -65,8 +65,8 @@ RUN = 30  #: of ``whole``
 THREADS = 31  #: the most threads of a step
 DA_ROOM = 32  #: elements of one thread
 DW_ROOM = 33
-TEAM = 34  #: addresses of OpenMP's functions where ``THREADS`` > 1, from ``START`` to ``MOST``
-HEADER = 39
+TEAM = 34  #: addresses of OpenMP's functions where ``THREADS`` > 1, from ``START`` to ``LIMIT``
+HEADER = 40
 
 # From ``TEAM`` on.
 START = 0  #: GOMP_parallel, which begins a team
@@ -74,6 +74,7 @@ BARRIER = 1  #: GOMP_barrier
 THREAD = 2  #: omp_get_thread_num
 SIZE = 3  #: omp_get_num_threads
 MOST = 4  #: omp_get_max_threads
+LIMIT = 5  #: of a number of threads that no team exceeds
 
 # A layer's record.
 N = 0

@@ -28,6 +28,7 @@ from .layout import (
     IGNORED,
     INPUTS,
     LAYERS,
+    LIMIT,
     LOSS,
     LOSSES,
     MEMBER,
@@ -155,7 +156,7 @@ def run(call_: Any, like: Any) -> None:
 def spread(call_: Any, like: Any) -> None:
     """``run`` in each thread of a team, which share the work."""
     net = int64_at(call_[NET])
-    threads = min(net[THREADS], ask(net[TEAM + MOST]))
+    threads = min(net[THREADS], ask(net[TEAM + MOST]), int64_at(net[TEAM + LIMIT])[0])
     start(net[TEAM + START], threads, net[RUN], call_)
 
 
