@@ -37,7 +37,7 @@ class Device:
     def has_wide_fma(self) -> bool:
         """Whether float32 multiply-adds outside of the tensor cores are faster than three tf32 ones inside.
 
-        They are on GeForce-class multiprocessors (Ampere's sm_86 and sm_87, Ada, consumer Blackwell). These do 128
+        They are on GeForce-class multiprocessors (Ampere's sm_86 to sm_88, Ada, consumer Blackwell). These do 128
         float32 multiply-adds per cycle outside of the tensor cores, and 128 (GeForce) or 256 (workstation boards) tf32
         ones inside.
         """
