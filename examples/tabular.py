@@ -2,48 +2,35 @@
 
     python examples/tabular.py
 
-A network that always answers "no" is right on 96 % of these rows, and useless. Six settings deal with that:
+A network that always answers "no" is right on 96 % of these rows, and useless. The example does six things
+about it:
 
 - ``class_weight`` lets a rare row count as much in the loss as its class lacks in number.
-- Accuracy is no measure here. The table shows the recall of both classes, and their mean.
+- The printed table has the recall of both classes and their mean, because accuracy is no measure here.
 - ``fit`` stops after ``patience`` epochs without progress on validation data, and keeps the best epoch. It judges by
   the plain loss, without weights. The validation data therefore have the rare rows repeated until both classes are
   equally many, so that the plain loss counts as the weighted loss does.
 - ``label_smoothing`` keeps the network from being too sure of labels, of which some are wrong.
 - ``param_groups`` with a pattern takes the biases out of the weight decay.
-- ``sample_weight`` is a weight for each row: here old rows count less. ``fit`` has no argument for it, so a
-  ``StepEngine`` passes it to ``TrainStep.epoch``.
+- ``sample_weight`` is a weight for each training row: here old rows count less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastmlp
-from fastmlp.train.engines import StepEngine
 
 ROWS, FEATURES, EPOCHS, BATCH, LR = 8000, 12, 60, 200, 0.003
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "optimizer": "adamw",
     "lr": LR,
     "weight_decay": 0.01,
     "param_groups": [{"params": "*.bias", "weight_decay": 0.0}],
 }
-
-
-class WeightedRows(StepEngine):
-    """A ``StepEngine`` with a weight [N] for each training row."""
-
-    weights: Tensor
-
-    def epoch(
-        self, images: Tensor, labels: Tensor, batch_size: int, order: Tensor, lr_factors: Sequence[float]
-    ) -> Tensor:
-        """As ``StepEngine.epoch``."""
-        return self.step.epoch(images, labels, batch_size, order, lr_factors, sample_weight=self.weights)
 
 
 def table(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,14 +68,13 @@ def main() -> dict[str, float]:
     for name in ("plain", "weighted"):
         torch.manual_seed(1)
         model = fastmlp.MLP([FEATURES, 32, 32, 2], "silu")
-        if name == "plain":
-            engine, judge = StepEngine(model, **SETTINGS), held
-        else:
-            engine = WeightedRows(model, class_weight=weights, label_smoothing=0.05, **SETTINGS)
-            engine.weights, judge = 1 - 0.5 * age[train], balanced
+        options: dict[str, Any] = {}
+        if name == "weighted":
+            options = {"class_weight": weights, "label_smoothing": 0.05, "sample_weight": 1 - 0.5 * age[train]}
+        judge = balanced if name == "weighted" else held
         history = fastmlp.fit(
-            model, (x[train], y[train]), validation=(x[judge], y[judge]),
-            engine=engine, lr=LR, epochs=EPOCHS, batch_size=BATCH, schedule="constant", patience=6,
+            model, (x[train], y[train]), validation=(x[judge], y[judge]), epochs=EPOCHS, batch_size=BATCH,
+            schedule="constant", patience=6, **SETTINGS, **options,
         )  # fmt: skip
         no, found[name] = recalls(model, x[test], y[test])
         print(

@@ -65,8 +65,8 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype)
 
 
-#: What runs calls that nobody watches and that passed all checks, the activations, and the tensors' signature. A call
-#: of ``linear_act`` on a CPU is a "layer", which takes inputs of other shapes than a network of one layer.
+#: Calls that nobody watches and that passed all checks: what runs them, the activations, and the tensors' signature. A
+#: call of ``linear_act`` on a CPU is a "layer", which takes inputs of other shapes than a network of one layer.
 _checked: set[tuple[object, ...]] = set()
 #: Multiplications of a forward pass up to which torch's own operations on the tape are faster on a CPU than a node of
 #: ours, which is Python. Larger products take longer than the Python, and fused they are up to 5 % faster.
@@ -74,13 +74,13 @@ _FEW = 1 << 27
 
 
 def _alone(x: Tensor, *others: Tensor | None) -> Literal["triton", "torch"] | None:
-    """``alone``, where no library was asked for that torch's own operations do not call."""
+    """``alone``, but None on a CPU where oneDNN was asked for, which torch's own operations do not call."""
     run = alone(x, *others)
     return None if run == "torch" and get_cpu_gemm() == "onednn" else run
 
 
 def _torchs_own(backend: str, x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether plain torch computes the layers on the tape, for a call of which ``alone`` is "torch"."""
+    """Whether torch's own operations compute the layers, on the tape; ``backend`` is what ``alone`` returned."""
     return (
         backend == "torch"
         and weights[0].dtype in WIDE

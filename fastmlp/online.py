@@ -194,7 +194,7 @@ def online_epoch(
     block: int = BLOCK,
     losses: Tensor | None = None,
 ) -> Tensor:
-    """One pass of stochastic gradient descent with softmax cross-entropy, one sample a step.
+    """One pass of stochastic gradient descent with softmax cross-entropy, one sample per step.
 
     Step j updates every W_l -= lr_j dL/dW_l and b_l -= lr_j dL/db_l for the loss L of one sample at the parameters
     that the steps before have left, as "Introduction to Neural Networks" and "Explanatory Notes for 6.390" do. The

@@ -119,7 +119,7 @@ def activation_bwd(
 ) -> Tensor:
     """Launch dZ = dA * f'; returns dZ, contiguous. ``active``: a bool per member; dZ of others is not written.
 
-    ``dropout`` is that of A: dA is then the gradient of what dropout made of A, and ``saved`` is that too, or Z.
+    ``dropout`` is that of A. dA is then the gradient of A after dropout, and ``saved`` is A after dropout, or Z.
     """
     if dz is None:
         dz = torch.empty(da.shape, dtype=da.dtype, device=da.device)

@@ -1,4 +1,4 @@
-"""db = sum over the batch of dZ: partial sums by whoever makes dZ, and the sum of the rows of a matrix.
+"""db = sum over the batch of dZ: partial sums by the kernel that makes dZ, and the sum of the rows of a matrix.
 
 A kernel that stores a block of dZ has the block in registers. ``store_block_sums`` adds the rows of the block, rounded
 as they are stored, and writes one row of float32 sums. The weight gradient then adds these few rows in place of all of

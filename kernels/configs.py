@@ -238,8 +238,8 @@ _NARROW_TILES = {
     "hip": (_TILES["hip"][0], _TILES["hip"][1][2:]),
 }
 
-#: The rule of ``_best_split``: an update of at most so many rows is one launch; splits have at least so many rows; the
-#: programs of all splits fill at most so many waves; multiply-adds that take as long as a byte, by itemsize.
+#: The rule of ``_best_split``: the most rows for which an update is never split, the least rows of a split, the most
+#: waves that the programs of all splits fill, and the multiply-adds that take as long as a byte, by itemsize.
 _DIRECT_UPDATE, _MIN_DEPTH_PER_SPLIT, _MAX_WAVES = 1024, 256, 4
 _MULTIPLICATIONS_PER_BYTE = {2: 32, 4: 8}
 Shapes = tuple[tuple[int, int], ...]
@@ -366,7 +366,7 @@ def loads_wide(*operands: Tensor) -> bool:
 
     One dimension must be contiguous. Its length and the other dimension's stride must be multiples of 16 elements, and
     the data must begin at a multiple of 16 bytes. (Triton knows of an integer argument only whether 16 divides it.)
-    From one member to the next must be a multiple of 16 elements too.
+    The stride from one member to the next must be a multiple of 16 elements too.
     """
     for t in operands:
         first, second = t.stride()[-2:]
@@ -466,7 +466,7 @@ def _chosen(
 def _members_cost(
     tile: Tile, rows: int, cols: int, depth: int, dtype: torch.dtype, device: Device, members: int
 ) -> float:  # fmt: skip
-    """For how long the busiest multiprocessor is busy, in bytes as ``_best_split`` counts them.
+    """How long the busiest multiprocessor is busy, in bytes as ``_best_split`` counts them.
 
     Outputs of members are often smaller than a large tile, whose programs compute the padding too. Many members keep
     all multiprocessors busy with tiles of any size. The rule for one output, by balance, therefore does not fit them.
@@ -501,8 +501,8 @@ def _best_split(
     """(cost, splits) of the number of splits that keeps the busiest multiprocessor for the shortest time.
 
     The cost counts bytes, and multiply-adds as bytes. Every program loads the operands of its share of the reduction,
-    multiplies, and reads and writes its output. A split reduction also writes partial sums and reads them in a launch
-    more, which is counted as twice the bytes. Programs of one multiprocessor share it; beyond those that are resident
+    multiplies, and reads and writes its output. A split reduction also writes partial sums, and reads them in another
+    launch, which is counted as twice the bytes. Programs of one multiprocessor share it; beyond those that are resident
     the next wave begins. A second or later wave of a split reduction is at least two thirds full.
     """
     programs = members * (beside + sum(cdiv(n, tile.rows) * cdiv(k, tile.cols) for n, k in shapes))

@@ -37,8 +37,9 @@ class Device:
     def has_wide_fma(self) -> bool:
         """Whether float32 multiply-adds outside of the tensor cores are faster than three tf32 ones inside.
 
-        So it is on GeForce-class multiprocessors (Ampere's sm_86 and sm_87, Ada, consumer Blackwell), which have 128 of
-        the former per cycle, and of the latter 128 (GeForce) or 256 (workstation boards).
+        They are on GeForce-class multiprocessors (Ampere's sm_86 to sm_88, Ada, consumer Blackwell). These do 128
+        float32 multiply-adds per cycle outside of the tensor cores, and 128 (GeForce) or 256 (workstation boards) tf32
+        ones inside.
         """
         return self.backend == "cuda" and int(self.arch) in (86, 87, 88, 89, 120, 121)
 
@@ -53,7 +54,7 @@ def interpreting() -> bool:
 
 
 def current_device() -> Device:
-    """The device that the next launch goes to; looked up once a driver and device."""
+    """The device that the next launch goes to; looked up once per driver and device."""
     if interpreting():
         return INTERPRETER
     active = driver.active
@@ -85,8 +86,8 @@ def input_precision(device: Device, dtype: torch.dtype, fma: bool = False) -> st
 
     float32 is "tf32x3" on tensor cores (three products of the split operands: as accurate as float32 FMA with half the
     instructions), or "tf32", one product, where torch allows that. tcgen05 needs an accumulator per product, which is
-    "tf32x3 apart" (see ``tiling.dot``). All else is "ieee", and so is float32 in tiles
-    with ``fma`` unless tf32 is allowed.
+    "tf32x3 apart" (see ``tiling.dot``). All else is "ieee", and so is float32 in tiles with ``fma`` unless tf32 is
+    allowed.
     """
     if dtype != torch.float32 or not device.has_tf32:
         return "ieee"

@@ -13,12 +13,12 @@ groups for every N. Rows are those of A [M, N], and those of a member's A in [E 
 is at least p 2^16. Any pass can make the number of any element, because it depends on key and counter alone.
 
 Seed and step lie in the device's memory (``Dropout.state``), so that a captured graph drops other elements at each
-replay. ``wgrad_update``, which is launched once for each forward pass of a step, and after all who read the number,
-adds 1 to the step.
+replay. ``wgrad_update`` adds 1 to the step. It is launched once for each forward pass of a step, after all kernels that
+read the number.
 
-A dropped element is multiplied by 0 and not replaced by 0, so that NaN and infinity become NaN, as in torch. The
-backward pass has A' where f' is computed from A. A kept element is A' (1 - p) without dropout, up to rounding, and
-of a dropped one f' does not matter, because dA' F is 0.
+A dropped element is multiplied by 0 and not replaced by 0, so that NaN and infinity become NaN, as in torch. Where f'
+is computed from A, the backward pass has A' instead. A of a kept element is A' (1 - p), up to rounding. f' of a dropped
+element does not matter, because dA' F is 0.
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 

@@ -393,14 +393,14 @@ def head(
         class_weight, ignore_index, smoothing: as ``cross_entropy``.
         sample_weight: float [M], any stride: factors of the rows' losses and gradients; any number with ``rows``.
         divisor: float32 0-d, an output: the weight of the batch (``row_weights``), by which dZ is divided.
-        rows: int64 [M], contiguous; row m has then the label target[rows[m]] and the weight sample_weight[rows[m]].
+        rows: int64 [M], contiguous; row m then has the label target[rows[m]] and the weight sample_weight[rows[m]].
         loss, dz, dz_prev: outputs to reuse, contiguous; the loss in any float dtype (default float32), dz and
             dz_prev in weight's dtype. Columns of dz beyond C are not written.
         logits: output [M, C], contiguous, any float dtype; not written unless given.
         correct: output [M], contiguous, any dtype: 1 where the label is the first largest logit, else 0.
         sums, prev_sums: take the sums of the rows of dz and of dz_prev.
         active: a bool per member; nothing is written for members that are not active.
-        dropout: of the layer below, for dZ_{L-1}; h, and ``saved`` that is A_{L-1}, is what dropout made of A_{L-1}.
+        dropout: of the layer below, for dZ_{L-1}. h, and a ``saved`` A_{L-1}, are A_{L-1} after dropout.
     """
     M = target.shape[-2 if target.is_floating_point() else -1] if rows is None else rows.shape[-1]
     C, K = weight.shape[-2:]

@@ -1,9 +1,9 @@
-"""Remembered launches: what a launcher and Triton found out once for a shape, they do not find out again.
+"""Remembered launches: what a launcher and Triton found out for a shape is kept, and is not looked for again.
 
 Two launches of equal shapes differ in their addresses only. A launcher would still look its tile up, and Triton's
-binder would look at every argument and search the compiled kernel. That is 15 to 35 microseconds of Python for a launch
-which a GPU may finish in 5. ``remembered`` makes a launching function of a plan, which says what to launch for some
-tensors, and asks the plan only for what was never launched before:
+binder would look at every argument and search the compiled kernel. That takes 15 to 35 microseconds of Python for a
+launch which a GPU may finish in 5. A plan is a function that says what to launch for some tensors. ``remembered`` makes
+a launching function of a plan, and asks the plan only for what was never launched before:
 
     @remembered
     def _launch(da, saved, dz, activation):
@@ -11,9 +11,9 @@ tensors, and asks the plan only for what was never launched before:
 
     _launch((da, saved, dz), (activation,))
 
-A plan may depend on these alone, and so they are the key: the dtype, shape, strides and alignment to 16 bytes of every
-tensor, the settings, the current device of the active driver, whether torch allows tf32, and whether launches are
-dependent ones (``dependent``). Triton's own choice of a compiled kernel depends on no more: on the types of the
+A plan may depend only on what the key has: the dtype, shape, strides and alignment to 16 bytes of every tensor, the
+settings, the current device of the active driver, whether torch allows tf32, and whether launches are dependent ones
+(``dependent``). Triton's own choice of a compiled kernel depends on no more: on the types of the
 arguments, the alignment of pointers, on which integers are 1 or multiples of 16, on None, on a launch's options, and on
 three knobs, which are in the key too. For AMD Triton also asks whether a storage is larger than 2 GiB. Numbers are
 floats that may change from call to call, as tensors do: one kernel serves all floats.
@@ -146,7 +146,7 @@ class _Step(NamedTuple):
     grid: tuple[int, int, int]
     function: Any
     packed_metadata: Any
-    #: Makes the arguments of the tensors, numbers and new tensors, and the constants behind them.
+    #: Makes the arguments from the tensors, numbers and new tensors, with the constants after them.
     arrange: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     constants: tuple[Any, ...]
 
@@ -287,7 +287,7 @@ def _remember(
 
 
 def _asked(inspection: Any) -> Any:
-    """The answer by which Triton tells the kernels of a hook into the compiler apart; before 3.8 it does not ask."""
+    """The answer of a hook into the compiler, by which Triton tells kernels apart; before 3.8 Triton does not ask."""
     try:
         return inspection()
     except TypeError:
@@ -321,7 +321,7 @@ def _launched(
     steps: list[_Step | None] = []
     for kernel, grid, arguments, options in calls:
         compiled = kernel[grid](*(_filled(arguments, tensor_of) if news else arguments), **options)
-        # Neither the interpreter's, nor one that is still being compiled, nor what a test puts in place of ``run``.
+        # Not of the interpreter, not still being compiled, and not what a test puts in place of ``run``.
         if type(compiled) is CompiledKernel:
             named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
             steps.append(_step(kernel, compiled, grid, values, tuple([named[name] for name in kernel.arg_names])))

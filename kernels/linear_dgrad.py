@@ -8,7 +8,7 @@ Shapes: dZ [M, N], W [N, K], dX and ``saved`` [M, K]; any strides for dZ and W, 
 Dtypes: float32, float16 or bfloat16, all alike, accumulated in float32.
 Members: W [E, N, K], and dZ, dX and ``saved`` with an axis E in front.
 Optional: ``sums`` takes the sums of the rows of dX, a row per block of rows (see ``column_sums``); ``dropout`` of the
-layer below multiplies dX by F, and ``saved`` is what that layer put out (see ``dropout``).
+layer below multiplies dX by F, and ``saved`` is that layer's output after dropout (see ``dropout``).
 Bytes: reads dZ once per column of tiles, W once per row of tiles and saved once; writes dX. The least possible:
 (M N + N K + 2 M K) items.
 Source: dL/dA_{l-1} = dL/dZ_l W_l and dL/dZ = f'(Z) * dL/dA (lecture notes 7.5; the notebook's g1, g2).

@@ -1,4 +1,4 @@
-"""Functions that Triton has not, or has with too large an error, as device functions."""
+"""Device functions that Triton does not have, or has with too large an error."""
 
 import triton
 import triton.language as tl

@@ -52,7 +52,7 @@ def count_of(weight: Any) -> int | None:
 
 
 def stride_of(tensor: Any, dims: int) -> int:
-    """Elements from one member to the next of a tensor with ``dims`` axes per member; 0 for None and what all share."""
+    """Elements from one member to the next of a tensor with ``dims`` axes per member; 0 for None and shared tensors."""
     if tensor is None or tensor.dim() == dims or tensor.shape[0] == 1:
         return 0
     stride: int = tensor.stride(0)

@@ -8,8 +8,8 @@
 The weight gradients are the kernel of ``wgrad_update``, which stores them in place of an update. A tile's batch is not
 split, so that no workspace is needed, and the sums over the batch are in the order of its rows.
 
-Dropout: of each layer (layer, p, stream), or None, and one state for all. A_l is dropped as it is stored, and dZ_l
-where f'_l is applied. The weight gradients read A_l as it went on.
+Dropout: (layer, p, stream), or None, for each layer, and one state for all. A_l is dropped as it is stored, and dZ_l
+where f'_l is applied. The weight gradients read A_l after dropout.
 
 Members: weights are [E, N, K]. X may be the same for all members; dX then still is [E, M, K], of each member.
 
@@ -44,7 +44,7 @@ GROUPED_ROWS = 512
 
 
 def _forward_plan(*given: Any, active: None = None, dropout: tuple[Any, ...] | None = None) -> Launches | None:
-    """Of X and of W and b of every layer; the activations, where Z is wanted, and the rule of the tiles."""
+    """The plan. ``given``: X, W and b of every layer, the activations, where Z is wanted, and the rule of the tiles."""
     x, *params, activations, saves_z, rule = given
     drops = _of_layers(dropout, len(activations))
     if not x.numel() or not all(weight.numel() for weight in params[0::2]):
@@ -92,7 +92,7 @@ def network_fwd(
 
 
 def _backward_plan(*given: Any, active: None = None, dropout: tuple[Any, ...] | None = None) -> Launches | None:
-    """Of the arguments of ``network_bwd``, and the rule of the tiles."""
+    """The plan. ``given``: the arguments of ``network_bwd``, and the rule of the tiles."""
     dz, *tensors, activations, kinds, wanted, rule = given
     count = len(activations)
     drops = _of_layers(dropout, count)
@@ -160,7 +160,7 @@ def network_bwd(
         tensors: A_0 to A_L, W_1 to W_L, Z_1 to Z_L; each None where it is not needed.
         kinds: of every layer what f'_l is computed from, "a", "z" or None.
         wanted: whether the gradients of X, W_1, b_1, W_2, ... are, in this order.
-        drops: as in the forward pass; that of the last layer is the caller's to apply.
+        drops: as in the forward pass; the caller applies that of the last layer.
     """
     if drops is None:
         given = (dz, *tensors)

@@ -18,7 +18,7 @@ A rule's name may be followed by options, each after a space:
     amsgrad    adam, adamw: x = max(x, v), which takes the place of v in the update of w
     centered   rmsprop: n += (1 - a)(g - n), and v - n^2 in the place of v in the update of w
     momentum   rmsprop: m = mu m + g / (sqrt(v) + eps), w -= lr m
-    ema        behind all else e += weight (w - e), a mean of the parameters over the steps; e is the last state
+    ema        after all else e += weight (w - e), a mean of the parameters over the steps; e is the last state
 
 These are the rules of torch.optim, term by term; torch has no lion, whose source is arXiv 2302.06675. Every setting
 comes as one row of ``HYPER_COLUMNS`` float32 per step, in the device's memory. A changed setting therefore needs no new

@@ -3,8 +3,8 @@
     g = scale * sum over the slices, in their order;  parameter <- optimizer(parameter, g)
 
 ``wgrad_update`` leaves slices behind where a long batch is split over programs. With one slice the launch updates from
-gradients that were clipped, unscaled or accumulated, and with the optimizer "none" it makes plain gradients, their
-squares and the flag of an overflow.
+gradients that were clipped, unscaled or accumulated. With the optimizer "none" it makes plain gradients, their squares
+and the flag of an overflow.
 
 One program takes SEGMENT elements of the flat buffers, which belong to one parameter each.
 Bytes: reads the slices; reads and writes the parameters and their states once.

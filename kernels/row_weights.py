@@ -153,7 +153,7 @@ def total_weight(
     Args:
         divisor: float32, 0-d or [E].
         target: labels of ``classes`` classes; None: w_m is 1.
-        rows: int64 [m], contiguous; row m has then the label target[rows[m]] and the weight sample_weight[rows[m]].
+        rows: int64 [m], contiguous; row m then has the label target[rows[m]] and the weight sample_weight[rows[m]].
     """
     _launch(
         (divisor, target, rows, class_weight, sample_weight), (ignore_index, m, classes), (float(scale),)

@@ -72,7 +72,7 @@ def logits_shape(logits: Tensor) -> LogitsShape:
 
 
 def row_strides(values: Tensor) -> tuple[int, int]:
-    """(batch, position) strides of a tensor with one value a row: [M], or [N, S] for 3-D logits."""
+    """(batch, position) strides of a tensor with one value per row: [M], or [N, S] for 3-D logits."""
     if values.dim() == 2 and values.shape[1] != 1:
         return values.stride(0), values.stride(1)
     return 0, values.stride(0)
@@ -99,10 +99,10 @@ def alignment(shape: LogitsShape, *strides: tuple[int, int, int]) -> int:
 def fwd_tile(shape: LogitsShape, itemsize: int, reduce: bool, has_q: bool, device: Device) -> SoftmaxTile:
     """Rows and classes of one program.
 
-    Along classes, rows are packed to 512 elements a warp (16 a thread) with as many warps as still leave every
-    multiprocessor a program; from 128 classes on, where a row is as wide as a warp's load, programs have one warp,
-    so that reductions over a row need no shared memory until it has more than 1,024. Where the rows fit one program
-    that also reduces them, a launch is saved. Across classes (Z column-major, or [N, C, S]) a lane has whole rows.
+    Along classes, rows are packed to 512 elements per warp (16 per thread), with as many warps as still leave every
+    multiprocessor a program. From 128 classes on, where a row is as wide as a warp's load, programs have one warp, so
+    that reductions over a row of up to 1,024 classes need no shared memory. Where the rows fit one program that also
+    reduces them, a launch is saved. Across classes (Z column-major, or [N, C, S]) a lane has whole rows.
     """
     P, C = shape.positions, shape.classes
     cols = max(2, _power(C))
@@ -133,7 +133,7 @@ def fwd_tile(shape: LogitsShape, itemsize: int, reduce: bool, has_q: bool, devic
 
 
 def bwd_tile(shape: LogitsShape, device: Device) -> SoftmaxTile:
-    """An elementwise tile of 2,048 logits, 16 a thread, along the contiguous dimension."""
+    """An elementwise tile of 2,048 logits, 16 per thread, along the contiguous dimension."""
     if not shape.along_classes:
         return SoftmaxTile(min(128, max(2, _power(shape.positions))), 16, 0, 4)
     cols = min(max(2, _power(shape.classes)), 1024)

@@ -333,7 +333,7 @@ def _plan(
     layout: Layout, m: int, dtype: torch.dtype, *, wide: bool, summed: bool, pixels: bool = False,
     tf32: bool | None = None,
 ) -> tuple[Tile, int, int]:  # fmt: skip
-    """(tile, splits, samples a split) for all layers together."""
+    """(tile, splits, samples per split) for all layers together."""
     members = layout.members or 1
     tile, shapes, beside = update_tile(
         layout.of_layers, m, dtype, gemm_tile, wide=wide, summed=summed, members=members, pixels=pixels, tf32=tf32
@@ -387,7 +387,7 @@ def gradient_call(
     updates: Tensor | None = None,
     dropout_state: Tensor | None = None,
 ) -> Call:
-    """The launch of ``wgrad_update`` for a tile and ``split``: (splits, samples a split, elements of partial sums).
+    """The launch of ``wgrad_update`` for a tile and ``split``: (splits, samples per split, elements of partial sums).
 
     Without ``partial`` and with the optimizer "none" the gradients take the place of the layers' parameters. ``count``
     is the number of members, None for a single model.
@@ -465,11 +465,10 @@ def wgrad_update(
     ``rows`` (int64, any stride) gathers rows of xs[0] only, which may be uint8. ``unscale`` is a 0-d float32 factor of
     all gradients.
     ``optimizer`` is a rule of ``kernels/optimizer.py``, and ``hyper_row`` has its settings for this step, float32, or
-    the settings of all param groups, contiguous [G, columns]. With
-    ``optimizer == "none"`` the gradients go to ``grads`` (flat, ``layout.total`` float32), added to what is
-    there if ``accumulate``; without ``grads`` they stay partial sums, not multiplied by ``unscale``. ``partial`` is
-    float32 workspace to reuse, [splits, layout.total]. ``squares``, which needs ``grads``, and ``overflow`` are outputs
-    as ``reduce_update`` has them.
+    the settings of all param groups, contiguous [G, columns]. With ``optimizer == "none"`` the gradients go to
+    ``grads`` (flat, ``layout.total`` float32), added to what is there if ``accumulate``; without ``grads`` they stay
+    partial sums, not multiplied by ``unscale``. ``partial`` is float32 workspace to reuse, [splits, layout.total].
+    ``squares``, which needs ``grads``, and ``overflow`` are outputs as ``reduce_update`` has them.
     With members every tensor has an axis of members in front, behind that of the splits in ``partial``; xs[0] and
     ``rows`` may do without. ``hyper_row`` [8] is that of all members. ``active`` is a bool per member, and ``updates``
     int32 numbers that grow by 1 for each active member.

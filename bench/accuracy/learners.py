@@ -34,7 +34,7 @@ class Settings:
     epochs: int = 10
 
     def most_epochs(self, asked: int | None) -> int:
-        """The epochs to train if ``asked`` for so many; a schedule that falls to 0 cannot be prolonged."""
+        """The epochs to train: ``asked``, or those of the settings. A schedule that falls to 0 cannot be prolonged."""
         if asked is None or self.schedule == "constant":
             return asked or self.epochs
         return min(asked, self.epochs)

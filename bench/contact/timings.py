@@ -119,7 +119,7 @@ def _gaps(report: Report) -> None:
 
 
 def _both_ways(report: Report, what: str) -> Iterator[str]:
-    """Plain launches, then dependent ones on a device that is able to make them, each with its name."""
+    """Plain launches, then, where the device is able to make them, dependent ones; yields the name of each way."""
     yield "plain"
     try:
         dependent_launch(True)

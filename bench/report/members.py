@@ -48,7 +48,7 @@ def _table(title: str, cases: list[dict[str, Any]]) -> list[str]:
 
 
 def largest_table(document: Document) -> list[str]:
-    """A row per network, batch size and optimizer, of the largest number of members, and a column per contender."""
+    """The largest number of members: a row per network, batch size and optimizer, and a column per contender."""
     rows: list[tuple[str, dict[str, Any]]] = []
     labels: dict[str, str] = {}
     for title, cases in curves(document).items():

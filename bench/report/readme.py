@@ -68,7 +68,7 @@ def _cell(case: dict[str, Any], rival: str) -> str:
 
 
 def _newest(documents: list[Document], kind: str, preset: str, slug: str | None = None) -> Document | None:
-    """The newest run of a preset, of one machine if its slug is given."""
+    """The newest run of a preset; of one machine, if ``slug`` names its folder."""
     chosen = [d for d in documents if d["kind"] == kind and d["preset"] == preset]
     chosen = [d for d in chosen if slug in (None, d["machine"]["slug"])]
     return max(chosen, key=lambda d: str(d["started"]), default=None)

@@ -71,7 +71,7 @@ class _JaxMembersRun:
 
 
 class JaxMembers:
-    """The fast answer so far."""
+    """How people who use JAX train many networks."""
 
     name = "jax"
     label = "JAX vmap, jit"

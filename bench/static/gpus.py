@@ -44,7 +44,7 @@ MODES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """One product.
+    """One model of GPU.
 
     Attributes:
         target: the target that kernels are compiled for.

@@ -38,12 +38,12 @@ class Work:
 
     @property
     def bytes(self) -> int:
-        """Read and written."""
+        """Bytes read and written."""
         return self.read + self.written
 
     @property
     def flops(self) -> int:
-        """Of both kinds."""
+        """FLOPs of both kinds."""
         return self.matrix_flops + self.vector_flops
 
     @property

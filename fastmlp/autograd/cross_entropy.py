@@ -22,7 +22,7 @@ from ..ops import torch_losses, triton_ops
 from ..ops.torch_losses import Settings
 from .transforms import differentiable, launches_alone, transformed
 
-#: What is said of a label that is no class.
+#: The message of an error for a label that is no class.
 _NO_CLASS = (
     "target {bad}{at} is out of bounds: expected labels from 0 to {last} for {classes} classes, or "
     "ignore_index={ignore_index}; relabel it, or give the last layer more outputs"
@@ -34,7 +34,7 @@ _checked: dict[tuple[object, ...], Settings] = {}
 
 
 def _batched(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Z as [M, C] or [N, C, S], with the target in step, from [C], [N, C] or [N, C, d1, ...]."""
+    """Z as [M, C] or [N, C, S], with a target of the shape that goes with it, from [C], [N, C] or [N, C, d1, ...]."""
     if z.dim() == 2:
         return z, target
     if z.dim() == 1:

@@ -36,7 +36,7 @@ from ..ops.dropout import before_dropout, dropped, kept_layers
 from .transforms import differentiable, launches_alone
 
 _AS_IT_IS = nullcontext()
-#: The types of gradients that nothing flowed into.
+#: The types of gradients where nothing flowed back: each is None.
 _NOTHING = frozenset((type(None),))
 
 
@@ -90,7 +90,7 @@ def _backward_operations(backend: Runs, *grads: Tensor | None) -> BackwardOperat
 
 
 def _one_output(backend: Runs) -> bool:
-    """Whether the node is traced, which is on the operators only."""
+    """Whether the node is traced, which only happens on the backend "operators"."""
     return backend == "operators" and is_compiling()
 
 
@@ -170,7 +170,7 @@ class _Books(NamedTuple):
 
 
 def _books(activations: tuple[str, ...], wanted: tuple[bool, ...]) -> _Books:
-    """``wanted``: whether the gradients of X, W_1, b_1, W_2, ... are.
+    """``wanted`` says of X, W_1, b_1, W_2, ... whether the gradient is wanted.
 
     The backward pass reads A_l or Z_l of each layer for its f', A_{l-1} for each dW_l that is wanted, and W_l for each
     dgrad.
@@ -206,14 +206,14 @@ _remembered_books = lru_cache(1024)(_books)
 class MLPFunction(Function):
     """The whole network A_l = f_l(A_{l-1} W_l^T + b_l) as one node: ``apply(x, call, W_1, b_1, ...)``.
 
-    The call is the activations, the backend, the signature of X and the parameters if it is known, and None. With
-    dropout the last of these is a ``Dropout`` without state, or None, of each layer, and the state follows the
-    parameters as one more argument.
-    Returns A_L, and of A_1, Z_1, A_2, Z_2, ..., Z_L those that the backward pass reads; they are there for it only.
+    ``call`` has the activations, the backend, the signature of X and the parameters (None where it is not known), and
+    None. With dropout the last of these is a tuple with a ``Dropout`` without state, or None, for each layer, and the
+    state follows the parameters as one more argument.
+    Returns A_L, and of A_1, Z_1, A_2, Z_2, ..., Z_L those that the backward pass reads, which nobody else needs.
 
     Epilogue fusion crosses layers: each dgrad also multiplies by the derivative of the layer below. The first
-    layer's dX is computed only if x requires grad. Layers below the lowest one that needs a gradient are the
-    caller's to run before (``fastmlp.functional.mlp`` does), off the tape.
+    layer's dX is computed only if x requires grad. The caller has to run the layers below the lowest one that needs a
+    gradient beforehand, off the tape, as ``fastmlp.functional.mlp`` does.
     """
 
     @staticmethod
@@ -312,7 +312,7 @@ def _backward_of_dropout(
 
 
 def _saved(tensors: Sequence[Tensor | None], kinds: Sequence[Literal["a", "z"] | None], layer: int) -> Tensor | None:
-    """Of what an MLPFunction keeps, what f' of the layer is computed from; layers count from 1."""
+    """The tensor that f' of a layer is computed from, among those that an MLPFunction keeps; layers count from 1."""
     kind = kinds[layer - 1]
     return None if kind is None else tensors[layer] if kind == "a" else tensors[2 * len(kinds) + layer]
 
@@ -322,7 +322,7 @@ def _layer_by_layer(
     tensors: Sequence[Tensor | None], activations: tuple[str, ...], kinds: Sequence[Literal["a", "z"] | None],
     wanted: tuple[bool, ...], drops: Drops = _NO_DROPOUT,
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of X, W_1, b_1, W_2, ... from dZ_L without the gradient that flows into a returned Z_L."""
+    """The gradients of X, W_1, b_1, W_2, ... ``dz`` is dZ_L, to which what flows into a returned Z_L is still added."""
     count = len(activations)
     out: list[Tensor | None] = [None] * len(wanted)
     for layer in range(count, 0, -1):

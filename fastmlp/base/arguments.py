@@ -253,7 +253,7 @@ def _names(layer: int | None) -> tuple[str, str]:
 
 
 def check_layer(weight: Tensor, bias: Tensor | None, layer: int | None = None) -> None:
-    """Check W [N, K] and b [N], those of the layer of that number among several, against each other.
+    """Check W [N, K] and b [N] against each other; ``layer`` is the layer's number where there are several.
 
     Raises:
         TypeError: not tensors.
@@ -386,7 +386,7 @@ def check_members(
         if bias is not None:
             fits &= bias.dtype == first.dtype and bias.device == first.device and bias.size(1) == weight.size(1)
         below = weight
-    if not fits:  # what does not fit of the last member's parameters, does not fit of any
+    if not fits:  # all members have these shapes and dtypes, so a check of the last one finds what does not fit
         check_network([w[-1] for w in weights], [None if b is None else b[-1] for b in biases], activations)
 
 
@@ -403,16 +403,17 @@ def check_members_input(x: Tensor, weight: Tensor) -> None:
 
 
 def check_rows(order: Tensor, rows: int) -> None:
-    """IndexError unless all of a non-empty ``order`` are rows of data that has so many; waits for a GPU."""
+    """IndexError unless every entry of ``order``, which is not empty, is in [0, rows); waits for a GPU."""
     least, most = int(order.min()), int(order.max())
     if least < 0 or most >= rows:
         raise IndexError(f"order has rows from {least} to {most}, but the data has rows 0 to {rows - 1}")
 
 
 def readable_rows(order: Tensor, rows: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    """``order`` with the nearest of ``rows`` rows (at least one) for those out of range, and which steps had such.
+    """``order`` with the nearest row in place of each entry out of range, and which steps had such entries.
 
-    Nothing waits for a GPU. The second tensor is bool [ceil(n / batch_size)].
+    ``rows``, the number of rows, is at least 1. Nothing waits for a GPU. The second tensor is bool
+    [ceil(n / batch_size)].
     """
     readable = order.clamp(0, rows - 1)
     outside = torch.nn.functional.pad(readable != order, (0, -order.shape[0] % batch_size))

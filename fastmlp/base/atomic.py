@@ -25,7 +25,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-#: Seconds that a writer waits for its turn, and that a writer of what can be made again waits.
+#: Seconds that a writer waits for its turn; the second number is for files that can be made again.
 LOCK_TIMEOUT, CACHE_TIMEOUT = 60.0, 10.0
 #: Where folders cannot be locked, a temporary file of this age (seconds) counts as left over.
 ABANDONED_AFTER = 24 * 3600
@@ -93,7 +93,7 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | bytearray | memo
 
 
 def update_file(path: Path, most: int, change: Callable[[bytes], bytes]) -> None:
-    """Replace the content of ``path``, a file of the cache, by ``change`` of it, while no other process does the same.
+    """Replace the content of ``path``, a file of the cache, by what ``change`` makes of it. Processes take turns.
 
     ``change`` gets no bytes where there is no file, or a file of more than ``most`` bytes.
 

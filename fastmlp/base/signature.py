@@ -25,8 +25,8 @@ Signature = int
 
 _numbers: dict[tuple[Any, ...], Signature] = {}
 _next = count()
-#: By the shared object, the number of tensors and the shape of the first one: the signature, where None is, and what
-#: compares the other tensors with those of the call that had it, which were aligned.
+#: By the shared object, the number of tensors, and the shape of the first one: the signature, which tensors are None,
+#: and a function that compares the others with those of the call that got the signature, which were aligned.
 _seen: dict[tuple[Any, ...], tuple[Signature, list[bool], Callable[..., bool]]] = {}
 
 
@@ -77,10 +77,11 @@ def _aligned(tensors: Sequence[Tensor]) -> bool:
 
 
 def comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Whether other tensors, as many and each given once, have the properties of these.
+    """A function that says whether other tensors, as many, have the properties of these.
 
-    These are type, dtype, shape, strides, device, `requires_grad` and the keys of torch's dispatcher, by which views
-    that negate differ from others. False for some that have them, such as inside autocast, and for what is no tensor.
+    The properties are type, dtype, shape, strides, device, `requires_grad` and the keys of torch's dispatcher, by which
+    views that negate differ from others. The answer is False for what is no tensor and where a tensor is given twice.
+    It may be False for tensors that have the properties, such as inside autocast.
     """
     sizes: Any = [list(t.shape) for t in tensors]
     strides: Any = [list(t.stride()) for t in tensors]

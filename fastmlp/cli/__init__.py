@@ -4,7 +4,7 @@ A command is a module of this package that `COMMANDS` names and that has a ``cli
 import torch inside their functions only, so that ``--help`` does not wait for torch.
 
 Exit codes: 0 done; 1 the input was right and the work failed (a check failed, training diverged, the disk is full);
-2 the input was wrong; 130 Ctrl-C; 143 SIGTERM. Of the errors, each has one line on stderr.
+2 the input was wrong; 130 Ctrl-C; 143 SIGTERM. Every error is one line on stderr.
 """
 
 from __future__ import annotations

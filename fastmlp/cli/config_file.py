@@ -4,7 +4,7 @@
     optimizer = "adamw"
     weight-decay = 0.1
 
-What the command line gives counts, before what the file gives.
+An option that the command line gives takes the place of the file's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How rows of data become a model's inputs and what its outputs mean, for a new model and for that of a checkpoint."""
+"""How rows of data become a model's inputs, and what its outputs mean, for new models and those of checkpoints."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def defaults(rule: type[Optimizer]) -> dict[str, Any]:
 
 
 def settings() -> dict[str, dict[str, Any]]:
-    """By setting: by rule that has it, the default."""
+    """The settings of all rules by name, each with its default by the rules that have it."""
     found: dict[str, dict[str, Any]] = {}
     for name, rule in OPTIMIZERS.items():
         for setting, value in defaults(rule).items():
@@ -131,7 +131,7 @@ def shown(value: Any) -> str:
 
 
 def optimizer_options(but: Iterable[str] = ()) -> Callable[[Command], Command]:
-    """One option for each setting of the rules ``but`` some. The default of each is None, for what its rule says."""
+    """One option per setting of the rules, ``but`` some. The default of each is None, which means the rule's own."""
 
     def add(command: Command) -> Command:
         for name, rules in reversed(settings().items()):
@@ -185,7 +185,7 @@ def loss_settings() -> dict[str, tuple[str, Any]]:
 
 
 def loss_options(command: Command) -> Command:
-    """One option for each of `loss_settings`. The default of each is None, for what TrainStep has."""
+    """One option for each of `loss_settings`. The default of each is None, which means that of TrainStep."""
     types = {"int": click.INT, "float": common.Number(-math.inf), "Tensor": common.Numbers()}
     for name, (kind, default) in reversed(loss_settings().items()):
         flag = option_of(name)
@@ -224,7 +224,7 @@ def kernel_options(command: Command) -> Command:
 
 
 def step_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of TrainStep that the options of `STEP` say, without those that say nothing."""
+    """The arguments of TrainStep that the options of `STEP` ask for, without those at their defaults."""
     import torch
 
     options = {**STEP, **options}

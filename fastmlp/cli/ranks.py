@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 Value = TypeVar("Value")
-#: A process of a sweep may wait for the groups of another one for so long.
+#: How long a process of a sweep may wait for the groups of another process.
 TIMEOUT = timedelta(days=30)
 
 
@@ -67,7 +67,7 @@ class Ranks:
         return distributed.group.WORLD
 
     def device_of(self, device: torch.device) -> torch.device:
-        """The device of this process: of the GPUs, if none is named, the next one for each process of a machine."""
+        """The device of this process. If no GPU is named, each process of a machine takes the next GPU."""
         import torch
 
         if device.type == "cuda" and device.index is None and self.count > 1:

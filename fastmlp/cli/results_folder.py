@@ -1,4 +1,4 @@
-"""A folder that gets the results of one command: it is one process's alone meanwhile, and replaced only on demand."""
+"""A folder for the results of a command: one process at a time writes to it, and only --overwrite replaces results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ResultsFolder:
         name: of a new folder.
         claim: the file that says which process is writing.
         what: what is going on where another process is writing, such as "training".
-        option: with which another folder may be given.
+        option: the option by which the user can name another folder.
     """
 
     def __init__(self, out: str | None, name: str, *, claim: str, what: str, option: str = "--out") -> None:
@@ -64,7 +64,7 @@ class ResultsFolder:
                 self.folder.rmdir()  # which an empty folder only can be
 
     def published(self, name: str) -> str:
-        """The path of a result, as files have it that leave this machine."""
+        """The path of a result for files that leave this machine."""
         return str(Path(self.folder.name, name) if self.folder.is_absolute() else self.folder / name)
 
 

@@ -1,7 +1,7 @@
 """The run folder of ``fastmlp train``: every file is written whole, by one process at a time.
 
 After an epoch, the state to resume from is written first (`LAST`, one file), then the checkpoint, then the line of
-`HISTORY`. Whichever of them a process that dies has written, the next process goes on from the state.
+`HISTORY`. Whichever of these files a process has written before it dies, the next process goes on from the state.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ class Run(ResultsFolder):
     def keep(self, state: RunState, model: Any, config: dict[str, Any]) -> None:
         """Write the state, and after an epoch also the checkpoint, if the epoch is the best so far, and the log.
 
-        The first state removes the results at the end of the run before. After this process's first epoch, the
-        checkpoint and the whole log are written in any case: the process before may have died before it wrote them.
+        The first state removes the files that the run before wrote at its end. After this process's first epoch, the
+        checkpoint and the whole log are written in any case, because the process before may have died before it wrote
+        them.
         """
         from fastmlp.train.state import save_state
 

@@ -81,7 +81,7 @@ Ctrl-C ends it at once. A run that was killed loses its unfinished epoch.
   FOLDER: train-images-idx3-ubyte and so on, plain or .gz; or one subfolder of images per class,
     perhaps in train/ and test/ (images of one size up to 64 x 64 stay, others become 28 x 28)
   FILE.npz: x [N, ...], uint8 pixels or floating point (which is standardized), and y;
-    perhaps x_test, y_test, and classes, the names of the classes"""
+    perhaps x_test, y_test, classes (the names of the classes) and sample_weight (of the rows of x)"""
 
 
 def _option(name: str, type: Any, default: object, help: str) -> Callable[[Command], Command]:

@@ -51,7 +51,8 @@ class Ready:
         form: what the model takes and gives.
         train, held_out, test: the data.
         arguments: of `fit`, in JSON's types.
-        objects: arguments of `fit` that are no JSON; those that are also in ``arguments`` count here.
+        objects: arguments of `fit` that JSON cannot hold. They take the place of those of the same name in
+            ``arguments``.
         config: what a reader of the results wants to know: the arguments of the model, of `fit` and of the step.
         about: what the results say of device, data and versions.
         entries: of the checkpoint's configuration.

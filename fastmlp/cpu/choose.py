@@ -76,7 +76,7 @@ def get_cpu_gemm() -> str:
 
 @contextlib.contextmanager
 def only_aten() -> Iterator[None]:
-    """Everything that is chosen meanwhile is aten."""
+    """Inside the block every choice is "aten"."""
     global _mode
     mode, _mode = _mode, "aten"
     try:
@@ -105,7 +105,7 @@ def adopt_choices(named: Mapping[str, str]) -> None:
 
 
 def worth_measuring(multiplications: int) -> bool:
-    """Whether a product of so many need not be aten's."""
+    """Whether a product of so many multiplications is large enough to measure; aten makes smaller ones."""
     return multiplications >= _WORTH_MEASURING
 
 
@@ -125,10 +125,10 @@ def choose(
     whatever_size: bool = False,
     whatever_dtype: bool = False,
 ) -> Choice:
-    """The fastest, by the median of a few interleaved rounds.
+    """The fastest way by the median of a few rounds, in which all ways take turns.
 
-    aten, unmeasured, for products that are not ``worth_measuring``, unless ``whatever_size``, and for dtypes that
-    oneDNN does not have, unless ``whatever_dtype``.
+    Products that are not ``worth_measuring`` get "aten" unmeasured, unless ``whatever_size`` is set. So do dtypes that
+    oneDNN does not have, unless ``whatever_dtype`` is set.
     """
     if not (whatever_dtype or dtype in _ONEDNN_DTYPES) or _mode == "aten" or not onednn.available():
         return "aten"

@@ -10,7 +10,7 @@
     native alone    the same by the calling thread alone: to wake another takes as long as the steps of a few members
 
 A second thread has to be woken and waited for at every product. A thread that keeps its members finds their weights and
-activations in its own cache, and never waits for another thread within a step, but for Python between two operations.
+activations in its own cache. Within a step it waits for other threads only between two operations, where Python runs.
 Small networks lose more by further calls than they win by the cache. So steps of a part of the ensemble are timed once
 per shape (``fastmlp.cpu.choose``).
 """
@@ -58,7 +58,7 @@ def member_way(
     if choose.worth_measuring(multiplications):
         ways = (*ways, "each")
     if by_native:
-        # With one thread all machine code is "alone".
+        # With one thread "native" is the same as "native alone".
         kind, ways = f"{kind} or native", (*ways, *(NATIVE_WAYS if torch.get_num_threads() > 1 else NATIVE_WAYS[:1]))
     if device.type != "cpu" or len(ways) == 1:
         return "batched"

@@ -44,8 +44,9 @@ def layer_products(
         out, dx: [m, N] and [m, K] for the results; without ``dx`` there is no dgrad.
         update: whether ``weight`` is updated in place.
         dw: [N, K] in ``product_dtype``, for wgrad's result; without ``dw`` there is no wgrad.
-        wide: [N, K] in a wider dtype, where ``weight`` is a rounded copy: its master, which is then updated in place of
-            it, or, without ``update``, the tensor for wgrad's result where the product is faster in the wider dtype.
+        wide: [N, K] in a wider dtype, where ``weight`` is a rounded copy. With ``update`` it is the master, which is
+            updated in place of the copy. Without, it is the tensor for wgrad's result if the product is faster in the
+            wider dtype.
     """
     widened = wide is not None and wide_wgrad(m, wide, weight.dtype, update=update)
     if widened and not update:

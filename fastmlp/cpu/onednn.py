@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-#: Rows whose dZ is transposed at a time (it stays in the caches), and from how many on by two threads, in halves.
+#: Rows of dZ that are transposed at a time, so that they stay in the caches, and the least number of rows that two
+#: threads transpose, half of them each.
 _TRANSPOSED_ROWS, _LEAST_ROWS = 4096, 1024
 #: Elements of a dZ from which on the vector code of a shuffle makes up for the cost of calling it.
 _LEAST_SHUFFLED = 1 << 14

@@ -1,4 +1,4 @@
-"""A function run by the calling thread alone: torch's operations and BLAS use no second thread. Or one per thread.
+"""Runs a function in the calling thread alone, so that torch and BLAS use no second thread; or several at once.
 
 ``torch.set_num_threads`` would change the whole process, threads that start meanwhile included. OpenMP and MKL have a
 number of threads for the calling thread only (``omp_set_num_threads``, ``mkl_set_num_threads_local``). To set both and
@@ -94,7 +94,8 @@ _busy = Lock()
 def at_once(tasks: Sequence[Callable[[], object]]) -> None:
     """Run every task in a thread of its own, each without further threads, and return when all have ended.
 
-    The calling thread takes the first task. The tasks take turns where another thread of this process is in here.
+    The calling thread takes the first task. While another thread of this process runs tasks here, the calling thread
+    runs all of its own tasks, one after the other.
 
     Raises:
         The error of the first task that failed.

@@ -43,11 +43,12 @@ class NativePlan(NamedTuple):
     """A step by machine code."""
 
     needs: Sequence[str]  #: units of machine code
-    #: The units, what plans the step that does what the machine code does not have, and the most threads -> the step.
+    #: (The units, a function that plans the step for what the machine code does not have, most threads) -> the step.
     step: Callable[[native.Units, Callable[[], Step], int], Step]
 
 
-#: A number of rows -> what plans their step on a network of scratch data, and the arguments of that step.
+#: A number of rows -> a function that plans their step on a network of scratch data, the plan by machine code or None,
+#: and the arguments of that step.
 Scratch = Callable[[int], tuple[Callable[[], Step], NativePlan | None, tuple[Tensor, ...]]]
 
 

@@ -21,7 +21,7 @@ class Described:
 
     @property
     def published(self) -> str:
-        """``source`` for files that leave this machine: of a path only the last name. Every result shows it."""
+        """``source`` for files that leave this machine, with only the last name of a path. Every result shows it."""
         origin = Path(self.origin).name if os.path.isabs(self.origin) else self.origin
         return f"{self.name} {len(self)} {self.split} ({origin})"
 

@@ -35,7 +35,8 @@ def load_data(
             "torchvision:NAME@FOLDER" where FOLDER is torchvision's root;
             a folder: with the four idx files of FashionMNIST, MNIST and the like, or with one subfolder of images for
             each class, perhaps in ``train/`` and ``test/``;
-            an .npz file: x (uint8 pixels, or floating point) and y, perhaps also x_test, y_test and classes.
+            an .npz file: x (uint8 pixels, or floating point) and y, perhaps also x_test, y_test, classes and
+            sample_weight.
         device: where the tensors go; default: the CPU.
         values: y has values for a regression, not classes; only an .npz file can have values.
 

@@ -33,7 +33,7 @@ def make_subset(source: Path) -> dict[str, bytes]:
 
     Raises:
         FileNotFoundError: ``source`` lacks one of the full files.
-        fastmlp.DataIntegrityError: one of them is not the published file.
+        fastmlp.data.DataIntegrityError: one of them is not the published file.
     """
     paths = find_files(source, FULL)
     if paths is None:

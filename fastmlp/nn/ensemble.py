@@ -159,7 +159,7 @@ def _checked_members(members: object) -> int:
 
 
 def _about(model: MLP) -> tuple[dict[str, object], dict[str, object]]:
-    """What stacked models must have in common: what is a ValueError else, and what is a RuntimeError."""
+    """What stacked models have in common, by name: what raises ValueError where it differs, and what RuntimeError."""
     parameters = dict(model.named_parameters())
     first = next(iter(parameters.values()))
     return {

@@ -297,7 +297,7 @@ def _checked_sizes(sizes: object) -> tuple[int, ...]:
 
 
 def _per_layer(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
-    """One activation per layer; a single name, or one name per hidden layer, leaves the last layer without."""
+    """One activation per layer. A single name, or one name per hidden layer, leaves the last layer without one."""
     if isinstance(activation, str):
         check_activation(activation)
         return (*[activation] * (layers - 1), "identity")

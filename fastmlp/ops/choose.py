@@ -50,7 +50,7 @@ class BackwardOperations(Protocol):
 
 
 class Operations(BackwardOperations, Protocol):
-    """Those, the forward pass with b [N], and the losses.
+    """The operations of a backward pass, those of the forward pass with b [N], and the losses.
 
     Cross-entropy takes Z [M, C] or [N, C, S]. The other losses are named as in ``fastmlp.base.losses``. ``want`` says
     which of two gradients are wanted; the other is None.

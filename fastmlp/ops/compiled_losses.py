@@ -1,6 +1,7 @@
 """The kernel launches of the losses as torch operators ``fastmlp::*``; ``fastmlp.ops.compiled`` says why.
 
-The operators take any batch size, also 0, so that no question about the batch limits a program of dynamic shapes.
+The operators take any batch size, also 0. So a program of dynamic shapes asks nothing about the batch size, and has no
+limit on it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Dropout of plain torch: masks, and products with them. The kernels have both inside.
 
-``kept`` gives a ``Dropout`` its mask. Where a compiler or a dispatch mode watches, the mask is the operator
-``fastmlp::dropout_keep``, because its many operations on integers are nobody's to compile.
+``kept`` gives a ``Dropout`` its mask. Where a compiler or a dispatch mode watches, the operator
+``fastmlp::dropout_keep`` makes the mask, so that no compiler has to take its many operations on integers apart.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _(state: Tensor, layer: int, rows: int, columns: int, p: float, stream: int 
 
 
 def kept(d: Dropout, shape: Sequence[int]) -> Dropout:
-    """With the mask of an output [*, N], unless it has one."""
+    """``d`` with the mask of an output [*, N], unless ``d`` has one."""
     if d.keep is not None:
         return d
     (found,) = kept_layers([d], d.state, [shape])
@@ -62,7 +62,7 @@ def kept(d: Dropout, shape: Sequence[int]) -> Dropout:
 def kept_layers(
     layers: Sequence[Dropout | None], state: Tensor, shapes: Sequence[Sequence[int]]
 ) -> tuple[Dropout | None, ...]:
-    """Of each layer, with this state and the mask of an output of the shape [*, N]."""
+    """The dropout of each layer, with this state and with the mask of an output of the given shape [*, N]."""
     values: list[int] | None = None
     if state.device.type == "cpu" and not (watched(state) or functorch_active()):
         values = state.tolist()

@@ -32,7 +32,7 @@ _MANY_ROWS = 256
 
 
 class Settings(NamedTuple):
-    """What is no tensor in a cross-entropy."""
+    """The arguments of a cross-entropy that are not tensors."""
 
     reduction: str
     ignore_index: int
@@ -83,8 +83,8 @@ def vector_width(dtype: torch.dtype) -> int:
 def _rows_are_short(z: Tensor) -> bool:
     """Whether rows of Z [M, C] are shorter than a vector register, and enough of them to be worth a transposed copy.
 
-    torch's softmax takes such a row element by element: with AVX-512 one of 10 classes, ten times as slowly as the
-    columns of Z^T; with AVX2 none but those of fewer than 8 classes.
+    torch's softmax takes such a row element by element. With AVX-512 a float32 row of 10 classes is short, and takes
+    ten times as long as a column of Z^T. With AVX2 only rows of fewer than 8 classes are short.
     """
     return z.size(0) >= _MANY_ROWS and z.shape[1] < vector_width(torch.promote_types(z.dtype, torch.float32))
 

@@ -47,7 +47,7 @@ def activation_bwd(
 ) -> Tensor:
     """DZ = dA * f'; ``saved`` is what f' needs (``fastmlp.activations``). ``inplace`` may overwrite dA.
 
-    After ``dropout`` dA is of the dropped output, and so is a ``saved`` A.
+    With ``dropout``, dA is the gradient of the layer's output after dropout, and a ``saved`` A is that output.
     """
     if dropout is not None:
         da = overwritten(da, dropout) if inplace else dropped(da, dropout)

@@ -64,7 +64,7 @@ def linear_dgrad(
 ) -> Tensor:
     """DX = (dZ W) * f' with f the activation of the layer below and ``saved`` what its derivative needs.
 
-    ``dropout`` is that of the layer below; its output is ``saved`` as it went on, after dropout.
+    ``dropout`` is that of the layer below. A ``saved`` A is that layer's output after dropout.
     """
     with device_of(dz):
         return _kernels().linear_dgrad(dz, weight, _dense(saved), activation, dropout=dropout and dropout[:4])
@@ -108,7 +108,7 @@ def network_bwd(
     """The wanted gradients of X, W_1, b_1, W_2, ... and more; None where the layers have to be computed one by one.
 
     ``tensors`` are A_0 to A_L, W_1 to W_L and Z_1 to Z_L, and ``kinds`` says what every f' is computed from. ``drops``
-    is as in the forward pass; the last layer's dropout is the caller's to apply.
+    is as in the forward pass; the caller applies the last layer's dropout.
     """
     with device_of(dz):
         return _kernels().network_bwd(dz, tensors, activations, kinds, wanted, **_drawn(drops))

@@ -20,7 +20,7 @@ from .base import NOTEBOOK, Recorder, Settings, axes, curve, percent
 
 SIZES, LR = (784, 512, 512, 10), 0.02
 TOLERANCE, SEEDS, STEPS = 0.02, 3, 100
-#: By recipe: hidden activation, biases or none, the notebook's accuracy, and the least accuracy of the quick form.
+#: By recipe: hidden activation, whether there are biases, the notebook's accuracy, and the least of the quick form.
 NETWORKS = {"basic": ("identity", False, 0.73, 0.55), "better": ("sigmoid", True, 0.83, 0.35)}
 
 

@@ -22,7 +22,7 @@ from ..nn.mlp import MLP, _has_hooks, _only_computes
 from .cpu_dropout import StepDropout
 
 _FORWARD, _ENSEMBLE_FORWARD = MLP.forward, MLPEnsemble.forward
-#: Handles of hooks that this file made, which are no reason to look for new hooks.
+#: How many handles of hooks this file has made. They are no reason to look for new hooks.
 _probes = 0
 
 
@@ -89,7 +89,8 @@ class Binding:
     def holds(self) -> bool:
         """Whether nothing has changed that a step depends on. False may also be a change that does not matter.
 
-        Each step asks, so one loop compares objects and addresses, and torch's guards all else, in no call of Python.
+        Each step asks. So one loop compares objects and addresses, and torch's guards compare everything else without
+        a call of Python.
         """
         # torch numbers the handles of all hooks, so that one number tells whether there can be new ones.
         if RemovableHandle.next_id - _probes != self._handles and self._has_hooks():
@@ -137,7 +138,7 @@ class Binding:
         return StepDropout(state, rates) if any(rates) else None
 
     def _has_hooks(self) -> bool:
-        """Whether a call of the model, or a gradient of a parameter, would run a hook; no is remembered."""
+        """Whether a call of the model, or a gradient of a parameter, would run a hook; the answer no is remembered."""
         parameters = [p for layer in self.layers for p in layer._parameters.values() if p is not None]
         found = (
             bool(_has_any_global_hook())
@@ -196,14 +197,14 @@ def _where(parameter: Tensor) -> tuple[int, torch.Size, torch.dtype]:
 
 
 def _facts(layer: Any) -> tuple[Any, ...]:
-    """A layer, and what a step depends on of it and of the places of its parameters."""
+    """A layer, its parameters, where they are, and whatever else of the layer a step depends on."""
     weight, bias, slot = layer.weight, layer.bias, layer._slot
     places = weight, weight.data_ptr(), bias, None if bias is None else bias.data_ptr()
     return layer, layer.__dict__, type(layer), slot, slot.activation, layer._parameters, *places
 
 
 def _nothing(*gradients: Any) -> None:
-    """A hook."""
+    """A hook that does nothing."""
 
 
 def _own_forward(model: MLP | MLPEnsemble) -> object:

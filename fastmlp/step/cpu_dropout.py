@@ -97,5 +97,5 @@ def numbers(d: StepDropout) -> tuple[int, int]:
 
 
 def advance(d: StepDropout, passes: int = 1) -> None:
-    """Go on to the next pass, or over so many."""
+    """Go on to the next pass, or past so many of them."""
     d.state.select(0, 1).add_(passes)

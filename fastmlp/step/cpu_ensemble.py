@@ -272,7 +272,7 @@ class TorchEnsemble:
         check_labels_of_members(y, self._classes, self.options)
 
     def _in_one_call(self, way: str, pieces: Sequence[Sequence[Piece | NativePiece]]) -> bool:
-        """Whether one piece of machine code has all members, which looks at all class numbers first."""
+        """Whether one piece of machine code has all members; it looks at all class numbers before anything changes."""
         single = len(pieces) == 1 and way != "alone" and len(pieces[0]) == 1
         return single and isinstance(pieces[0][0], NativePiece) and self.options.is_plain
 
@@ -417,7 +417,7 @@ class TorchEnsemble:
     # State
 
     def updated(self) -> None:
-        """The versions of the parameters are those of this engine's last update."""
+        """Take the versions of the parameters for those of this engine's last update."""
         for copies in self._copies:
             copies.published()
 

@@ -28,7 +28,7 @@ from .loss_options import PLAIN, LossOptions
 
 #: (A_L [M, C], target, 0-d loss to write) -> dA_L
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-#: Operators that torch has no function for; where it has one, as for log-softmax, calling it costs half as much.
+#: An operator that torch has no function for. A call of a function, such as log-softmax, costs half as much.
 _nll_loss = torch.ops.aten.nll_loss_forward.output
 _softmax = torch.ops.aten._softmax.out
 
@@ -112,7 +112,7 @@ def cross_entropy(terms: Tensor, options: LossOptions) -> LossFunction:
             _nll_loss(log_p, y, None, 1, NO_CLASS, output=out, total_weight=total_weight)
             torch.exp(log_p, out=da).scatter_add_(1, y.view(m, 1), minus_one)
         except (IndexError, RuntimeError):
-            # Probabilities, and labels that torch ignores unasked, come here at no cost to all other steps.
+            # Probabilities, and labels that torch ignores unasked, end here. So no other step has to look for them.
             if not y.is_floating_point():
                 check_classes(y, c, ignore_index=IGNORED if options.ignores_unasked else None)
             general = general or weighted_cross_entropy(m, c, dtype, device, options)

@@ -104,7 +104,7 @@ class Batched:
 
 
 class Each(Batched):
-    """The same, member by member: products that are so long that the libraries' choice counts, not the calls."""
+    """The same, member by member, for products so long that the choice of the library counts more than the calls."""
 
     def __init__(
         self,

@@ -66,14 +66,14 @@ def write_settings(
 
 
 class Taken:
-    """What the machine code drops now, nothing at first, and how it computes the loss."""
+    """What the machine code drops at present (nothing at first), and the unit by which it computes the loss."""
 
     def __init__(self, native: cpu.NativeNetwork | cpu.NativeMembers, loss: cpu.LossUnit) -> None:
         self.dropout: StepDropout | None = None
         self.loss, self._native, self._place = loss, native, 0
 
     def take(self, dropout: StepDropout | None, loss: cpu.LossUnit | None) -> bool:
-        """Drop that, and compute that loss, from now on; False where the machine code does not have them."""
+        """Take up this dropout and this unit of the loss; False where the machine code does not have them."""
         place = 0 if dropout is None else dropout.state.data_ptr()
         if dropout is not self.dropout or place != self._place:
             take = self._native.take_dropout
@@ -175,7 +175,7 @@ class NativeStep:
     def _made_otherwise(
         self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None, weight: Tensor | None, update: bool
     ) -> bool:
-        """``made`` of gradients without an update, and of labels that torch ignores unasked."""
+        """``made`` for gradients without an update, and for labels that torch ignores unasked."""
         if not update:
             grads = self._net.optimizer.grads
             for i, grad in enumerate(grads):
@@ -239,7 +239,7 @@ class NativeStep:
         return False
 
     def _ignoring(self, y: Tensor) -> cpu.LossUnit | None:
-        """The unit that ignores labels as torch does unasked, if there are such labels and it is not in use."""
+        """The unit that ignores labels as torch does unasked, if there are such labels and it is not in use yet."""
         unit = self._losses.ignoring
         ignores = unit is not None and unit is not self._taken.loss and not y.is_floating_point()
         return unit if ignores and bool((y == IGNORED).any()) else None

@@ -14,8 +14,8 @@ class LossUnits:
     """The units of one loss and its options.
 
     Attributes:
-        usual: the unit of targets of the dtype ``target`` without sample weights.
-        ignoring: the unit of labels some of which are ignored unasked; None: no other than the usual one has them.
+        usual: the unit for targets of the dtype ``target`` without sample weights.
+        ignoring: the unit for labels of which some are ignored unasked; None where no label is ignored unasked.
         per_class: factors of the classes; None: 1.
     """
 

@@ -149,7 +149,7 @@ class OneMember:
         self._mlp.rates_changed()
 
     def updated(self) -> None:
-        """The versions of the parameters are those of this engine's last update."""
+        """Take the versions of the parameters for those of this engine's last update."""
         self._mlp.updated()
 
     def parameter_state(self) -> dict[str, list[Tensor]]:

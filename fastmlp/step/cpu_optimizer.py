@@ -120,7 +120,7 @@ class TorchOptimizer:
             self.loss_scale.adjust()
 
     def updated(self) -> None:
-        """What an update is followed by, where the products themselves update the parameters."""
+        """Do what follows an update that the products themselves have made: count it, and move the averages."""
         if self._averages:
             if self.rule.counted:
                 self._step.add_(self._one)

@@ -119,7 +119,7 @@ class TorchStep:
         """The rules have other learning rates, and every step reads them."""
 
     def updated(self) -> None:
-        """The versions of the parameters are those of this engine's last update."""
+        """Take the versions of the parameters for those of this engine's last update."""
         for copies in self.network.copies:
             copies.published()
 
@@ -132,7 +132,7 @@ class TorchStep:
         return state
 
     def counters(self) -> dict[str, float]:
-        """AdamW's number of updates; float16's loss scale and the good steps since it last moved."""
+        """The number of updates, if the rule counts; float16's loss scale and the good steps since it last moved."""
         return self.optimizer.counters()
 
     def set_counters(self, counters: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What an error says of an argument that a ``TrainStep`` does not have, whether torch.optim has it or nobody."""
+"""What an error says of an argument that a ``TrainStep`` does not have, whether torch.optim has it or not."""
 
 from __future__ import annotations
 

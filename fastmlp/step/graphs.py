@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Graphs that are kept, and the calls that lie at least between two captures for which another graph is dropped. Sizes
-#: that keep changing are launched plainly: a capture takes as long as dozens of plain steps.
+#: The most graphs that are kept, and the least number of calls between two captures that each drop an older graph.
+#: Sizes that keep changing are launched plainly, because a capture takes as long as dozens of plain steps.
 _KEPT, _CALLS_PER_EVICTION = 16, 64
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..base.arguments import check_classes, check_cross_entropy, check_delta, check_same_device, check_tensor
 from ..base.losses import IGNORED, LOSSES, STEP_LOSSES
 
-#: The values with which an option says nothing. -100 is what torch's losses of classes ignore unasked.
+#: The values that mean that an option is not set. -100 is what torch's losses of classes ignore unasked.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "class_weight": (None,),
     "ignore_index": (None, IGNORED),

@@ -24,7 +24,7 @@ Tensors = list[Tensor]
 
 #: Numbers of a step that ``kernels/optimizer.py`` reads, its ``HYPER_COLUMNS``; the last is ``max_grad_norm``.
 _COLUMNS = 8
-#: Of the warm-up: 1 - (1 + t) / (10 + t) is this over 10 + t.
+#: The weight in the warm-up, 1 - (1 + t) / (10 + t), is this number divided by 10 + t.
 _EMA_NUMERATOR = 9.0
 
 
@@ -162,7 +162,7 @@ class Optimizer:
 
     @property
     def decays(self) -> tuple[float, ...]:
-        """The numbers whose powers of the count complete a row that was made without it, on the device."""
+        """The numbers whose powers by the number of updates complete, on the device, a row made without that number."""
         return ()
 
     def update(

@@ -65,7 +65,7 @@ class PerMember(tuple[float, ...]):
 
 
 def across(value: Any, like: Tensor) -> Any:
-    """A setting as what computes with ``like``, whose last dimension is the members: the number, or a tensor [E]."""
+    """A setting in a form that computes with ``like``, whose last dimension is the members: a number or a tensor."""
     if not isinstance(value, PerMember):
         return value
     numbers = torch.tensor(value, dtype=like.dtype, device="cpu")

@@ -39,10 +39,11 @@ class StepOptimizer(torch.optim.Optimizer):
         self._members = members
         self._names, self._counts = names, [len(group["params"]) for group in self.param_groups]
         self._foreign = _FOREIGN.difference(names)
-        #: What an update of torch's optimizers would call, and the number of the last handle when nothing was in it.
+        #: The number that torch gives to the next handle of a hook, as it was when there were no hooks in ``_hooks``.
         self._handles = -1
-        #: The groups as they were when they last had the values of the rules, with these values, which are numbers.
+        #: A copy of the groups from the last time that their values were those of the rules.
         self._taken: list[dict[str, Any]] = []
+        #: The hooks that an update of torch's optimizers would call.
         self._hooks = (
             self._optimizer_step_pre_hooks,
             self._optimizer_step_post_hooks,

@@ -152,7 +152,7 @@ class StatefulStep:
         return {f"{name}.{kind}": shape for name, shape in frozen for kind in kinds}
 
     def _counter(self, name: str, value: Tensor) -> Any:
-        """What ``counters`` of the engine returned, of a state."""
+        """A counter of a state, as ``set_counters`` of the engine takes it."""
         check_tensor(value, name)
         if value.numel() != 1 or not value.isfinite().all():
             raise ValueError(f"expected {name} to be one finite number, got {value}")
@@ -229,7 +229,7 @@ class StatefulStep:
         return TorchStep(**how)
 
     def _take_up_dropout(self, binding: Binding) -> None:
-        """What the model drops now: nothing in evaluation mode. Each process of a group has masks of its own."""
+        """Have the engine drop what the model drops now. Each process of a group has masks of its own."""
         dropout, engine = binding.dropout, self._engine
         if dropout is not None and self._parallel is not None:
             dropout = dropout._replace(stream=self._parallel.rank)

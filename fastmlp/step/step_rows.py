@@ -17,7 +17,7 @@ from .groups import Groups
 from .optimizers import Optimizer
 from .per_member import PerMember
 
-#: Most rows of values that are computed ahead, of one step and of all members together.
+#: The most steps whose rows are computed ahead, and the most rows of all members together.
 _AHEAD, _AHEAD_ROWS = 256, 1 << 16
 
 
@@ -55,7 +55,7 @@ class StepRows:
         self.forget()
 
     def forget(self) -> None:
-        """Compute no row ahead from the settings until now."""
+        """Drop the rows that were computed ahead."""
         #: The learning rate of rows that are computed ahead, the number of the first one's step, and the rows.
         self._ahead: tuple[float, int, list[Tensor]] = (-1.0, 0, [])
         self._version = -1 if self._active is None else self._active._version
@@ -82,7 +82,7 @@ class StepRows:
         return values.to(self._device)
 
     def next(self) -> Tensor:
-        """The next step's row; rows that differ are computed ahead, more of them while the learning rate stays."""
+        """The next step's row. Rows that change by step are computed ahead, ever more while the learning rate stays."""
         lr, first, rows = self._ahead
         if self.updates is not None and self._version != self._active._version:  # type: ignore[union-attr]
             self.forget()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from .data_parallel import DataParallel
 
-#: Attributes that stay, and settings that are no attributes.
+#: Attributes that cannot be assigned after the step was made.
 _FIXED = frozenset({"model", "loss", "dtype", "device", "backend", "optimizer"})
 _SETTINGS = frozenset(field.name for rule in OPTIMIZERS.values() for field in fields(rule)) - {"lr"}
 #: Losses that are allocated together: few enough to be in the first cache when they are used.

@@ -5,7 +5,7 @@
     L - 2  linear_dgrad   dZ_{l-1} = (dZ_l W_l) f'_{l-1}
     1      wgrad_update   every layer's dW, db and optimizer update, and the mean loss
 
-The kernels that make dZ also write the sums of its rows, block by block, from which the last launch makes db.
+The kernels that make dZ also write the sums of its rows, block by block. The last launch makes db from these sums.
 
 Nothing is launched for zeroing gradients, casting, gathering, scaling or averaging. A long batch costs one launch
 more (the reduction of split sums), float16's loss scale two and clipping three, whatever the batch: they need all

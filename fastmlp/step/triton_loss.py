@@ -38,12 +38,12 @@ class StepLoss:
 
     def __init__(self, name: str, options: LossOptions, factor: Tensor | None, device: torch.device) -> None:
         self.name, self.options, self._factor = name, options, factor
-        # Ignored labels, whose rows a plain step does not count.
+        # Whether to look for labels that are ignored unasked, because a plain step would count their rows.
         self._looks = name == "cross_entropy" and host_sees_labels(device)
         self._rows_are_alike = not (options.weighs_labels or self._looks)
 
     def weights(self, y: Tensor, sample: Tensor | None, divisor: Tensor) -> RowWeights:
-        """What the rows of a batch count, with the place for its weight."""
+        """How much the rows of a batch count, and where the weight of the batch goes."""
         if sample is not None:
             return RowWeights(sample, self.options.ignored, divisor)
         if self._rows_are_alike or y.is_floating_point():

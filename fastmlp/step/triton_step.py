@@ -231,7 +231,7 @@ class TritonStep(StepLaunches):
         return self._converted.copy_(images)
 
     def updated(self) -> None:
-        """The versions of the parameters are those of this engine's last update."""
+        """Take the versions of the parameters for those of this engine's last update."""
         for copies in self._copied:
             copies.published()
 

@@ -25,7 +25,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 
 def check_setting(setting: str, value: Any, members: int | None = None) -> Any:
-    """The value as Python numbers, if it can be what the setting's name says, whichever rule has the setting.
+    """The value as a Python number or numbers, if the setting may have it, whichever rule has the setting.
 
     A 0-d tensor on the CPU counts as its number. A setting of an ensemble that is one number per member comes back as
     a ``PerMember``, or as one number where all are equal.

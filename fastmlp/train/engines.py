@@ -115,7 +115,7 @@ class StepEngine:
 
 
 def check_shares(batch_size: int, rows: int, count: int) -> None:
-    """ValueError unless each of ``count`` processes has rows of each batch, and as many of each whole batch."""
+    """ValueError unless ``count`` processes can divide each whole batch evenly, and each has a row of the last one."""
     if batch_size % count:
         raise ValueError(
             f"batches of {batch_size} rows cannot be divided among {count} processes; choose a batch_size that is a "

@@ -1,4 +1,4 @@
-"""What a trained model gets wrong: the confusion matrix, and the rows of which it is most wrongly sure."""
+"""What a trained model gets wrong: the confusion matrix, and the mistakes of which it is most sure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Judged:
     Attributes:
         split: which data: "test" or "validation".
         confusion: int64 [C, C]: rows of class i that the model takes for class j.
-        inputs: [k, features] of the worst mistakes, the worst first, in the order of the probability of the own class.
+        inputs: [k, features] of the worst mistakes, the worst first: those that give their own class the least
+            probability.
         labels, predicted: int64 [k], their own classes and those that the model takes them for.
         probability: float32 [k], what the model gives to the latter.
     """

@@ -134,8 +134,8 @@ def fit(
         settings: further settings of the optimizer, by `TrainStep`'s names: betas, eps, max_grad_norm, ... With engine
             "step" also its further options, such as class_weight, label_smoothing, param_groups and dtype. Evaluations,
             and so ``patience``, take the plain loss without these options; but the rows of ``ignore_index`` do not
-            count there either. With ``process_group``, all processes call
-            `fit` with the same arguments, and divide each batch.
+            count there either. With ``process_group``, all processes call `fit` with the same arguments, and divide
+            each batch.
 
     Returns:
         The results of all epochs; ``history.best`` is the best epoch's.

@@ -97,8 +97,8 @@ def checked(
 ) -> tuple[Tensor, Tensor]:
     """(x, y) of data that fit the model and the loss: class numbers as int64, values as [N, outputs].
 
-    A class number may also be ``ignore_index``, but not all of them.
-    What is checked here, once, is checked by no step, since a check of labels on a GPU makes the host wait.
+    A class number may also be ``ignore_index``, but not all of them may. The check is made once, here: steps do not
+    repeat it, since a check of labels on a GPU makes the host wait.
     """
     if isinstance(model, MLPEnsemble):
         raise TypeError(
@@ -191,7 +191,7 @@ def evaluate(
     The metric is the accuracy, 0 to 1, or for the losses of values mse, l1 and huber R2. It is None where the targets
     have no variance (R2), or are not all 0 or 1 (accuracy of "bce").
 
-    With ``parameters``, by name as in a state_dict, these are used in place of the model's own, in the dtypes of those.
+    ``parameters``, by name as in a state_dict, are used in place of the model's own, and in the dtypes of the latter.
     ``parameters=step.ema_state_dict()`` evaluates the moving average that a `TrainStep` keeps.
 
     Rows with the label ``ignore_index``, of a loss of classes, count neither for the loss nor for the accuracy.

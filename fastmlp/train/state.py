@@ -106,7 +106,7 @@ def _different(name: str, value: object, before: object) -> str:
 
 
 def fingerprint(x: Tensor, y: Tensor) -> str:
-    """A text that other data, or the same rows in another order, hardly ever have: of 4,096 rows, and of all y."""
+    """A text, from 4,096 rows and all y, that other data or the same rows in another order hardly ever have."""
     rows = torch.arange(0, len(x), -(-len(x) // _ROWS), device=x.device)
     crc = 0
     for tensor in (x[rows], y):

@@ -34,8 +34,8 @@ _NAMES = {
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
     """Write the tensors, which may be on any device, and the texts of ``about``; the file is replaced as a whole.
 
-    The bytes are on the disk when the call returns. The new name follows with the system's next write of names, so a
-    power cut may leave the file before, and the death of the process leaves the new one.
+    The bytes are on the disk when the call returns, and the new name is when the system next writes names. So after a
+    power cut the old file may be there; after the death of the process it is the new one.
 
     Raises:
         TypeError: a tensor of a dtype that no state of a run has.

@@ -20,7 +20,7 @@ class Touched:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors."""
         return sum(self.tensors.values())
 
 

@@ -29,7 +29,7 @@ __all__ = ["counted"]
 
 @dataclass(frozen=True)
 class _Step:
-    """One loop: what it is, its passes as the source has them, and bytes that one such pass loads (0: not unrolled)."""
+    """One loop: what it is, how often the source passes it, and bytes that one such pass loads (0: not unrolled)."""
 
     name: str
     passes: float
@@ -72,7 +72,7 @@ def counted(launch: Launch, chip: Chip, hits: float, hbm_bytes: float) -> Kernel
             unrolled = max(1, round(chip.lanes * launch.num_warps * loop.loaded / step.loads))
         once = walk(loop.body, launch.num_warps, chip, again=True)
         if any(i.name == "LDGSTS" for i in loop.body):
-            once = max(once, latency / stages)  # what a step waits for was asked for so many steps before
+            once = max(once, latency / stages)  # what a step waits for was loaded ``stages`` steps before
         needs = demand(loop.body, launch.num_warps, chip)
         if any(i.name.startswith("UTMALDG") for i in loop.body):  # whole blocks, whose sizes are not in the code
             once = max(once, latency / stages)
@@ -85,7 +85,7 @@ def counted(launch: Launch, chip: Chip, hits: float, hbm_bytes: float) -> Kernel
         first, last = group.first, group.first + len(group.steps)
         begin = section("begin", parts[first] if first == 0 else _halves(parts[first])[1])
         if any(i.name == "LDGSTS" for loop in found[first:last] for i in loop.body):
-            # The blocks that the code before a pipelined loop asks for are blocks that the loop does not ask for.
+            # The blocks that the code before a pipelined loop loads are counted as the loop's.
             begin = replace(begin, demand=replace(begin.demand, loaded=0.0))
         # The first block of operands comes from the cache or from memory.
         sections = [begin, Section("first load", latency)]

@@ -50,7 +50,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Path:
-    """Programs of a launch that do the same."""
+    """Those programs of a launch that do the same work."""
 
     programs: int
     sections: tuple[Section, ...]

@@ -41,7 +41,7 @@ class StepEstimate:
 
     @property
     def microseconds(self) -> float:
-        """Of the whole step inside a graph."""
+        """Microseconds of the whole step inside a graph."""
         return sum(e.microseconds for _, e in self.kernels)
 
 

@@ -115,7 +115,7 @@ def unit_of(name: str) -> str | None:
 
 
 def walk(code: Sequence[Instruction], num_warps: int, chip: Chip, *, again: bool = False) -> float:
-    """Cycles of a warp from the first instruction to the last result; with ``again`` those of one more pass."""
+    """Cycles of a warp from the first instruction to the last result; with ``again``, cycles of one more pass."""
     walker = _Walker(chip, num_warps)
     first = walker.run(code)
     if not again:

@@ -1,10 +1,10 @@
 """Units of machine code: compiled once per machine, kept in files of the user's cache, called by their addresses.
 
-numba compiles them. Its wheels bring the compiler, where torch.compile and AOTInductor need one of the system's, and
-what it compiles can be any loop. To compile takes a few tenths of a second per unit. So the object files are kept, and
-later processes load them with llvmlite alone, without importing numba. The name of a file tells apart what the machine
-code depends on: the sources, the versions and the processor. A file that is not whole is compiled anew. Where the
-folder cannot be read or written, every process compiles for itself.
+numba compiles them. It can compile any loop, and its wheels bring the compiler, while torch.compile and AOTInductor
+need a compiler of the system. To compile a unit takes a few tenths of a second. So the object files are kept, and later
+processes load them with llvmlite alone, without importing numba. The name of a file has a hash of what the machine code
+depends on: the sources, the versions and the processor. A file that is not whole is compiled anew. Where the folder
+cannot be read or written, every process compiles for itself.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Units:
         self.run, self.spread = (ctypes.CFUNCTYPE(ctypes.c_int32)(self[f"whole.{name}"]) for name in ("run", "spread"))
 
     def load(self, names: Iterable[str]) -> None:
-        """Have the units of these names, which are FILE.FUNCTION."""
+        """Load the units of these names, which are FILE.FUNCTION, or compile them."""
         for name in names:
             if name not in self._addresses:
                 with _loading:
@@ -121,7 +121,7 @@ class Units:
 
 
 def units(dtype: torch.dtype, names: Iterable[str]) -> Units | None:
-    """The units that every step needs and those of ``names``; None where they cannot be had.
+    """The units that every step needs and those of ``names``; None where they cannot be compiled.
 
     The first call of a process loads them, and the first one on a machine compiles them. A warning says why that
     failed, once.

@@ -171,7 +171,7 @@ class NativeNetwork:
         self._set_loss(units, loss)
 
     def take_loss(self, loss: LossUnit) -> bool:
-        """Compute losses so from now on; False where the unit was not written or, with a warning, cannot be had."""
+        """Use this unit of a loss from now on; False where nobody wrote it or, with a warning, it does not compile."""
         units = machine_code.units(self._dtype, [loss.name]) if machine_code.written(loss.name) else None
         if units is not None:
             self._set_loss(units, loss)
@@ -183,7 +183,7 @@ class NativeNetwork:
         self._classes, self._is_plain = loss.classes, False
 
     def gradients_go(self, to: Sequence[Tensor]) -> None:
-        """Have the gradients of the trained parameters stored there, contiguous tensors in their order."""
+        """Have the gradients of the trained parameters stored in these contiguous tensors, in the parameters' order."""
         places, self._gradients = iter(to), list(to)
         for i, layer in enumerate(self._layers):
             for of, parameter in ((layout.WEIGHT, layer.weight), (layout.BIAS, layer.bias)):
@@ -196,7 +196,7 @@ class NativeNetwork:
         self.net[layout.STORES], self.net[layout.UPDATES] = int(not updates or self.net[layout.CLIPS] != 0), updates
 
     def take_dropout(self, state: Tensor | None, rates: Sequence[float], stream: int, *, advances: bool = True) -> bool:
-        """Drop elements from now on; False where the unit cannot be had, or the state is not contiguous.
+        """Drop elements from now on; False where the unit does not compile, or the state is not contiguous.
 
         Args:
             state: int64 [2], (seed, step), read at every step; None: drop nothing.
@@ -307,7 +307,7 @@ class NativeMembers:
         self._calls = (ctypes.c_int64 * len(networks))(*[network.address for network in networks])
         self._nothing = ctypes.c_int64()
         nothing, calls = ctypes.addressof(self._nothing), ctypes.addressof(self._calls)
-        #: Those of ``whole.members``, in its order; a step writes the rest.
+        #: The arguments of ``whole.members``, in its order; each step writes those that are 0 here.
         self._arguments = [ctypes.c_int64(n) for n in (nothing, nothing, calls, len(networks), *[0] * 8)]
         self._arguments.append(ctypes.c_int64(units["whole.run"]))
         self._like: tuple[object, ...] = ()
@@ -322,7 +322,7 @@ class NativeMembers:
         return all(network.take_loss(loss) for network in self._networks)
 
     def step(self, x: Tensor, y: Tensor, losses: Tensor, weight: Tensor | None, *, own_x: bool, own_y: bool) -> bool:
-        """One step on X [m, K], Y and sample weights [m], or where members have their own, [E, ...]; losses are [E].
+        """One step on X [m, K], Y and sample weights [m], each [E, ...] where members have their own; losses are [E].
 
         False where a class number of any member is out of range, and nothing has changed then.
         """

@@ -9,7 +9,7 @@ allocates, raises or touches a Python object, so that its machine code needs not
 
 Results below the smallest normal number are 0 on x86 processors (``FLUSHES``), where each operation on such a number
 takes some 150 cycles. Momenta of units that are never active shrink to such numbers after some hundred steps, and would
-stay there: the step of a network whose weights are a third so takes ten times as long.
+stay there. Where this happens to a third of a network's weights, a step takes ten times as long.
 
 Sums are never reordered, so results do not depend on what LLVM finds profitable. Only a multiplication and an addition
 may become one fused operation ("contract").
@@ -94,7 +94,7 @@ def number(typingctx: Any, value: Any, like: Any) -> Any:
 
 @intrinsic
 def lanes(typingctx: Any, like: Any) -> Any:
-    """How many of what ``like`` points to are a vector."""
+    """How many elements of the dtype that ``like`` points to fill a vector."""
     count = VECTOR_BYTES // (like.dtype.bitwidth // 8)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -168,7 +168,7 @@ def set_float_control(typingctx: Any, settings: Any) -> Any:
 
 @intrinsic
 def call(typingctx: Any, address: Any, arguments: Any) -> Any:
-    """Call the unit of machine code at the address; its result, if it has one."""
+    """Call the unit of machine code at the address, and return its result, if it has one."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values = cgutils.unpack_tuple(builder, args[1], len(signature.args[1]))

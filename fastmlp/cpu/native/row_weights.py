@@ -28,7 +28,7 @@ def sum_of(weights: Any, weight_row: int, order: Any, ordered: int, m: int) -> f
 
 
 def _keeping_small_numbers(loss: Callable[..., float]) -> Callable[..., float]:
-    """The unit that computes ``loss`` without treating small numbers as 0: the mean is one of weights of any size."""
+    """The unit that computes ``loss`` without treating small numbers as 0, because weights may be that small."""
     compute = part(loss)
 
     def unit(

@@ -2,7 +2,7 @@
 
 Each function takes the parameter w, its gradient g and its states, all of ``count`` elements, a factor of the gradient
 (clipping, and the sign of ``maximize``), the learning rate, the weight decay, the number of the update, and the rule's
-numbers, which ``Optimizer.numbers`` lists in this order.
+numbers ``p``, which ``Optimizer.numbers`` lists. The docstring of each function names these numbers in their order.
 """
 
 from __future__ import annotations

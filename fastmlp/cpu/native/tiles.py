@@ -147,7 +147,7 @@ def dots(rows: int, chains: int) -> Any:
             sums = [of.zeros(chains) for _ in range(rows)]
 
             def add(of: Builder, many: int, first: Any, places: list[list[Any]]) -> Any:
-                """Add what is left from ``first`` on in parts of so many vectors; the first element after them."""
+                """Add what is left from ``first`` on, in parts of so many vectors; returns the first element after."""
                 part = ir.Constant(_INT64, many * of.width)
                 parts = builder.sdiv(builder.sub(count, first), part)
                 with cgutils.for_range(builder, parts) as loop:

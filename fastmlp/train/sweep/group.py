@@ -36,7 +36,7 @@ class Result:
 
     Attributes:
         validation_loss: mean over the member's validation rows.
-        validation_metric: accuracy from 0 to 1, or R2; None where the rows have none, as `fastmlp.evaluate`.
+        validation_metric: accuracy from 0 to 1, or R2; None where the rows have none, as `fastmlp.train.evaluate`.
         train_loss: mean over the epoch's rows, each at the parameters of its step.
         best_epoch: of these results, from 1.
         epochs: finished epochs.
@@ -96,7 +96,7 @@ class Held:
 
     @classmethod
     def made(cls, x: Tensor, y: Tensor, rows: Tensor, of: Tensor, loss: str, ignored: int | None = None) -> Held:
-        """With count and reference."""
+        """With ``count`` and ``reference`` computed."""
         count = torch.full((len(rows),), rows.shape[1] * y[0].numel(), dtype=torch.float64, device=x.device)
         if ignored is not None:
             count = (y[rows.to(y.device)] != ignored).sum(1).double()
@@ -173,7 +173,7 @@ def train_group(
     active = torch.ones(len(members), dtype=torch.bool, device="cpu")
 
     def stop(bad: Tensor, epoch: int) -> None:
-        """Of the active members, those that are ``bad`` have diverged."""
+        """Note that the active members among ``bad`` have diverged, and stop them."""
         numbers = (bad & active).nonzero().flatten().tolist()
         for number in numbers:
             results[number] = replace(results[number], diverged=epoch)
@@ -282,14 +282,15 @@ def _keep(best: Mapping[str, Tensor], judged: Mapping[str, Tensor], improved: Te
 def evaluate_members(
     ensemble: MLPEnsemble, held: Held, loss: str, members: Tensor, parameters: Mapping[str, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean losses and metrics of members on their own rows, as `fastmlp.evaluate` of each member.
+    """Mean losses and metrics of members on their own rows, as `fastmlp.train.evaluate` of each member.
 
     Args:
         members: bool [E] on the CPU, the members to evaluate.
         parameters: in place of the ensemble's own, by their names; default: these.
 
     Returns:
-        Two times float64 [E] on the CPU; NaN for the other members, and where there is no metric.
+        The losses and the metrics, each float64 [E] on the CPU; NaN for the other members, and where there is no
+        metric.
     """
     numbers = members.nonzero().flatten()
     some, e = numbers.to(held.x.device), len(numbers)

@@ -68,7 +68,7 @@ class Member:
 
 
 def members_of(axes: Mapping[str, Sequence[Any]], lr_of: Callable[[tuple[int, ...], str], float]) -> list[Member]:
-    """The product of the axes, in their order. Where ``axes["lr"]`` is empty, ``lr_of`` of sizes and activation is."""
+    """The product of the axes, in their order. An empty ``axes["lr"]`` means the rate ``lr_of(sizes, activation)``."""
     found: list[Member] = []
     for sizes, activation in itertools.product(axes["sizes"], axes["activation"]):
         rates = axes["lr"] or (lr_of(sizes, activation),)
@@ -153,7 +153,7 @@ def grouped(
     Args:
         room: bytes that a group may take.
         most: members of a group.
-        parts: of how many processes each one should get a group.
+        parts: the number of processes, each of which should get a group.
     """
     kinds: dict[tuple[Any, ...], list[Member]] = {}
     trained = {fold: data.trained(fold) for fold in dict.fromkeys(member.fold for member in members)}
