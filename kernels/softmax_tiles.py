@@ -128,7 +128,7 @@ def fwd_tile(shape: LogitsShape, itemsize: int, reduce: bool, has_q: bool, devic
     for warps in (4, 2):
         rows = 512 * warps // cols
         if shape.batch * cdiv(P, rows) >= device.multiprocessors:
-            return SoftmaxTile(rows, cols, 0, warps, 96 if cols > 64 else None)
+            return SoftmaxTile(rows, cols, 0, warps, 128 if cols > 64 else None)
     return SoftmaxTile(max(1, 512 // cols), cols, 0, 1, 255)  # at most two programs for each multiprocessor
 
 
