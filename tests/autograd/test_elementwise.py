@@ -406,3 +406,17 @@ def test_on_the_kernels(lane, reduction):
         want = both_gradients(TestSoftmaxSquaredError.plain, z, y, reduction)
         for ours, plain in zip(got, want, strict=True):
             torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0,)])
+def test_empty_on_the_kernels(lane, reduction, shape):
+    functions = {name: loss for name, (loss, _) in LOSSES.items()} | {"multiclass_nll": multiclass_nll}
+    for name, function in {**functions, "softmax_squared_error": softmax_squared_error}.items():
+        a, y = torch.ones(shape), torch.ones(shape)
+        with use_backend("torch"):
+            want = both_gradients(function, a, y, reduction)
+        with use_backend("triton"):
+            got = both_gradients(function, a.to(lane), y.to(lane), reduction)
+        for ours, plain in zip(got, want, strict=True):
+            torch.testing.assert_close(ours.cpu(), plain, equal_nan=True, msg=name)
