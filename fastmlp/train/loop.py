@@ -284,7 +284,8 @@ def fit(
             mean, count = runner.epoch(x, y, batch_size, rows, factors(epoch, first, last), **more).item(), len(rows)
             losses = getattr(runner, "step_losses", None)
             if counted is not None and losses is not None and math.isnan(mean):
-                mean, count = (value.item() for value in mean_of_counted(losses, counted[first:last]))
+                own, some = mean_of_counted(losses, counted[first:last])
+                mean, count = own.item(), int(some)
             if count and not math.isfinite(mean):
                 raise stop(f"the loss became {mean}", epoch, *_first_bad_step(runner, first, last, counted))
             loss_sum += mean * count if count else 0.0

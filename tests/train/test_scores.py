@@ -318,7 +318,7 @@ def test_ignored_rows_choose_no_epoch_and_count_for_nothing():
 
 @pytest.mark.parametrize("stretch", [1, 100])
 def test_a_batch_of_ignored_rows_is_no_divergence(stretch, monkeypatch):
-    """Its loss is the mean of nothing, as torch's, and it changes nothing; the loss of an epoch is that of the others."""
+    """Its loss is the mean of nothing, as torch's, and it changes nothing; other batches make the loss of an epoch."""
     monkeypatch.setattr("fastmlp.train.loop.CHECK_EVERY", stretch)
     x, y = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, -100, 1, 2, -100, 0, 1])
     model, twin = model_of(3), model_of(3)
