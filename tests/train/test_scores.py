@@ -316,6 +316,28 @@ def test_ignored_rows_choose_no_epoch_and_count_for_nothing():
         evaluate(model, (x[::2], y[::2]), ignore_index=-100)
 
 
+@pytest.mark.parametrize("engine", ["step", "autograd"])
+def test_data_on_a_tape_are_not_trained(engine):
+    """Neither the data nor what computed them get a gradient, and no step walks back through their graph."""
+    x, y = smooth()
+    start = x.clone().requires_grad_()
+    model, twin = model_of(), model_of()
+    settings: dict[str, Any] = {
+        "loss": "mse",
+        "validation": 0.2,
+        "batch_size": 8,
+        "epochs": 2,
+        "lr": 0.1,
+        "engine": engine,
+    }
+    fit(model, (start * 1, y.requires_grad_()), **settings)
+    fit(twin, (x, y.detach()), **settings)
+    assert start.grad is None
+    assert y.grad is None
+    for ours, plain in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, plain)
+
+
 @pytest.mark.parametrize("stretch", [1, 100])
 def test_a_batch_of_ignored_rows_is_no_divergence(stretch, monkeypatch):
     """Its loss is the mean of nothing, as torch's, and it changes nothing; other batches make the loss of an epoch."""
