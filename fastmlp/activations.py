@@ -65,7 +65,8 @@ class Activation:
             if self.derivative == 1:
                 return da
             return da.zero_() if inplace else torch.zeros_like(da, memory_format=torch.contiguous_format)
-        if inplace:
+        # torch.autograd.graph.allow_mutation_on_saved_tensors knows no output but ``out``.
+        if inplace and not torch._C._len_torch_dispatch_stack():
             return self.derivative.grad_input(da, saved, *self.derivative_settings, grad_input=da)
         return self.derivative.default(da, saved, *self.derivative_settings)
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import reference
 from .activations import ACTIVATIONS
-from .base.arguments import check_activation, check_classes, check_input, check_network, check_tensor
+from .base.arguments import check_activation, check_classes, check_input, check_network, check_rows, check_tensor
 
 __all__ = ["BLOCK", "SMALL", "online_epoch"]
 
@@ -315,7 +315,9 @@ def _checked(
         check_tensor(order, "order")
         if order.dim() != 1 or order.dtype != torch.int64:
             raise RuntimeError(f"expected order as int64 [steps], got {order.dtype} {list(order.shape)}")
-        labels = labels[order]  # raises IndexError for a row that is not there
+        if order.numel():
+            check_rows(order, len(labels))
+        labels = labels[order]
     targets: list[int] = labels.tolist()
     if targets:
         check_classes(labels, weights[-1].shape[0], "expected labels from 0 to {last}, got {low} to {high}")

@@ -271,6 +271,8 @@ def softmax_squared_error(
     if logits.numel():
         weights = {"sample_weight": sample_weight, "divisor": divisor}
         _launch(logits, target, taken=rows, g=factor, loss=loss, dz=dz, scale=scale, active=active, **weights)
+    else:
+        loss.zero_()  # of rows without classes
     return loss, dz
 
 
@@ -280,6 +282,8 @@ def softmax_squared_error_fwd(logits: Tensor, target: Tensor, *, scale: float | 
     rows = torch.empty(M, dtype=logits.dtype if scale is None else torch.float32, device=logits.device)
     if logits.numel():
         _launch(logits, target, loss=rows)
+    else:
+        rows.zero_()  # rows without classes
     if scale is None:
         return rows
     out = torch.empty((), dtype=logits.dtype, device=logits.device)

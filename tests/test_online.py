@@ -178,6 +178,7 @@ ERRORS = [
     ({"images": torch.zeros(COUNT, 13)}, RuntimeError, "same dtype"),
     ({"images": [[1.0]]}, TypeError, "images"),
     ({"order": torch.tensor([75])}, IndexError, "75"),
+    ({"order": torch.tensor([0, -1])}, IndexError, "from -1 to 0"),
     ({"order": torch.tensor([0.5])}, RuntimeError, "int64"),
     ({"weights": [torch.zeros(9, 13).bfloat16(), torch.zeros(5, 9)]}, RuntimeError, "float32 or float64"),
     ({"weights": [torch.zeros(9, 13).double(), torch.zeros(5, 8).double()]}, RuntimeError, r"out_features, 9\]"),

@@ -14,7 +14,7 @@ from torch.nn import _reduction
 from torch.nn import functional as F
 
 from .. import ops, reference
-from ..backend import Runs, alone, get_backend, has_values, on_tape, runs, watched
+from ..backend import Runs, alone, get_backend, has_values, on_tape, runs
 from ..base.arguments import check_classes, check_cross_entropy, check_tensor
 from ..base.compat import is_autocast_enabled
 from ..base.signature import MOST, Signature, signature
@@ -226,8 +226,8 @@ def _on_tape(
 def _torchs(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
     """torch's own cross-entropy. torch checks its arguments itself; our errors say more about them."""
     ignore_index, reduction, label_smoothing = options
-    if target.dtype == torch.uint8 and (input.dim() > 2 or watched(input, target)):
-        target = target.long()  # torch has such labels for two dimensions only, and not in its decompositions
+    if target.dtype == torch.uint8:
+        target = target.long()  # torch has such labels for two dimensions only, and not in transforms and compilers
     try:
         return F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing

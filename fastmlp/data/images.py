@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from ..base.atomic import open_file
@@ -91,9 +91,12 @@ def load_pixels(path: str | os.PathLike[str], shape: tuple[int, ...]) -> np.ndar
 
 
 def size_and_mode(path: Path) -> tuple[tuple[int, int], str]:
-    """((width, height), pillow's mode) of an image, from the head of its file. Errors as ``load_image``."""
+    """((width, height), pillow's mode) of an image, upright as `load_pixels` reads it. Errors as ``load_image``."""
     with _opened(path) as image:
-        return image.size, image.mode
+        size, mode = image.size, image.mode
+        # pillow turns a TIFF itself when it opens the file.
+        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (size[1], size[0]) if turned else size, mode
 
 
 def _read(path: Path, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:

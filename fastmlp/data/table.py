@@ -72,9 +72,13 @@ class Standardization:
     @classmethod
     def of(cls, x: Tensor) -> Standardization:
         """Mean and standard deviation (of the population) of the rows of x [N, features], finite numbers, N >= 1."""
-        mean = x.mean(0, dtype=torch.float64)
-        squares = sum(((block.double() - mean) ** 2).sum(0) for block in x.split(_BLOCK))
-        std = (squares / len(x)).sqrt()
+        # A power of 2 for each feature: float64 has no squares of 1e200 and 1e-200, and this division does not round.
+        power = torch.frexp(x.abs().amax(0).double()).exponent - 1
+        unit = torch.ldexp(torch.ones_like(power, dtype=torch.float64), power)
+        blocks = x.split(_BLOCK)
+        mean = sum((block.double() / unit).sum(0) for block in blocks) / len(x)
+        squares = sum(((block.double() / unit - mean) ** 2).sum(0) for block in blocks)
+        mean, std = mean * unit, (squares / len(x)).sqrt() * unit
         # The mean of equal numbers is rounded, so their deviation is not exactly 0.
         constant = std <= 1e-12 * mean.abs()
         return cls(mean.cpu(), torch.where(constant, 1.0, std).cpu())

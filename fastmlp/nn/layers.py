@@ -181,20 +181,24 @@ class LayerList(nn.ModuleList):
         self.extend(modules)
 
     def slots(self) -> list[Slot]:
-        """One for each module, in order.
+        """One for each module, in order, with its activation.
 
         Raises:
             RuntimeError: somebody changed the number of modules past the methods of the list.
         """
+        return [
+            module._slot if isinstance(module, _Activated) else slot
+            for module, slot in zip(self._modules.values(), self._places(), strict=True)
+        ]
+
+    def _places(self) -> list[Slot]:
+        """The slots of the places, which a ``Linear`` leaves empty; errors as ``slots``."""
         if len(self._slots) != len(self._modules):
             raise RuntimeError(
                 f"layers has {len(self._modules)} modules and {len(self._slots)} activations; expected modules to be "
                 "added and deleted with the methods of nn.ModuleList, so that each keeps its activation"
             )
-        return [
-            module._slot if isinstance(module, _Activated) else slot
-            for module, slot in zip(self._modules.values(), self._slots, strict=True)
-        ]
+        return self._slots
 
     def replaced(self, modules: Iterable[nn.Module]) -> LayerList:
         """A list of other modules with the activations of this one.
@@ -204,8 +208,8 @@ class LayerList(nn.ModuleList):
         """
         other = LayerList(modules)
         if len(other) == len(self):
-            other._slots = self.slots()
-            other._slots = other.slots()
+            kept = zip(other, other._slots, self._places(), strict=True)
+            other._slots = [own if isinstance(module, _Activated) else place for module, own, place in kept]
         elif not all(isinstance(module, _Activated) for module in other):
             raise RuntimeError(
                 f"expected {len(self)} modules in place of the {len(self)} layers, got {len(other)}, so their "
@@ -243,7 +247,7 @@ class LayerList(nn.ModuleList):
     def __getitem__(self, index: int | slice) -> Any:
         found = super().__getitem__(index)
         if isinstance(found, LayerList):
-            found._slots = self.slots()[index]  # type: ignore[assignment]
+            found._slots = self._places()[index]  # type: ignore[assignment]
         return found
 
 

@@ -153,7 +153,8 @@ def cross_entropy_bwd(dloss: Tensor, rows: Rows, s: Settings, want: Sequence[boo
 
 def _rows(t: Tensor) -> Tensor:
     """[M, C] for the kernels."""
-    return t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t.reshape(1, -1)
+    # reshape(-1, C) cannot infer the number of rows when C is 0.
+    return t.flatten(0, -2) if t.dim() > 1 else t.reshape(1, -1)
 
 
 def loss_fwd(a: Tensor, y: Tensor, loss: str, reduction: str, delta: float = 1.0) -> Tensor:

@@ -7,6 +7,8 @@ reduces.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,11 @@ LOG_MIN, VARIANCE_MIN = -100.0, 1e-12
 
 def _unknown(loss: str) -> ValueError:
     return ValueError(f"unknown loss {loss!r}; expected one of {', '.join(ELEMENTWISE_LOSSES)}")
+
+
+def _where_counted(a: Tensor, y: Tensor) -> Tensor:
+    """A of ``nllm``, but 1 where the term of y = 0 would not be 0. Other terms of y = 0 keep their derivatives in y."""
+    return torch.where((y == 0) & ~((a > 0) & (a < math.inf)), 1.0, a)
 
 
 def elementwise_loss(a: Tensor, y: Tensor, loss: str, delta: float = 1.0) -> Tensor:
@@ -40,7 +47,7 @@ def elementwise_loss(a: Tensor, y: Tensor, loss: str, delta: float = 1.0) -> Ten
             logsigmoid = torch.nn.functional.logsigmoid
             return -y * logsigmoid(a) - (1 - y) * logsigmoid(-a)
         case "nllm":
-            return -y * torch.log(torch.where((y == 0) & ~(a > 0), 1.0, a))  # a term of y = 0 is 0 for any a
+            return -y * torch.log(_where_counted(a, y))
     raise _unknown(loss)
 
 
@@ -58,7 +65,7 @@ def elementwise_loss_grad(a: Tensor, y: Tensor, loss: str, delta: float = 1.0) -
         case "bce_with_logits":
             return torch.sigmoid(a) - y
         case "nllm":
-            return torch.where(y == 0, 0.0, -y / a)
+            return -y / _where_counted(a, y)
     raise _unknown(loss)
 
 

@@ -26,6 +26,7 @@ from ..cpu import adopt_choices, named_choices
 from ..nn import MLP
 from ..step.groups import by_names
 from .engines import ENGINES, Engine, check_shares, checked_rule, engine_for, step_options, usual_rule
+from .ignored import mean_of_counted, rows_that_count
 from .results import EXPLODED, DivergenceError, EpochResult, History, Progress
 from .schedules import Schedule, lr_factor
 from .scores import LabeledImages, Samples, checked, evaluate, loss_of_a_guess, metric_of, tensors
@@ -275,14 +276,19 @@ def fit(
         model.train()
         done, loss_sum, spent = (0, 0.0, 0.0) if state is None else (state.step, state.loss_sum, state.seconds)
         state, stopped = None, False
+        counted = None if ignored is None else rows_that_count(y[order] != ignored, batch_size)
         start = time.perf_counter() - spent
         for first in range(done, steps, CHECK_EVERY):
             last = min(first + CHECK_EVERY, steps)
             rows = order[first * batch_size : last * batch_size]
-            mean = runner.epoch(x, y, batch_size, rows, factors(epoch, first, last), **more).item()
-            if not math.isfinite(mean):
-                raise stop(f"the loss became {mean}", epoch, *_first_bad_step(runner, first, last))
-            loss_sum += mean * len(rows)
+            mean, count = runner.epoch(x, y, batch_size, rows, factors(epoch, first, last), **more).item(), len(rows)
+            losses = getattr(runner, "step_losses", None)
+            if counted is not None and losses is not None and math.isnan(mean):
+                own, some = mean_of_counted(losses, counted[first:last])
+                mean, count = own.item(), int(some)
+            if count and not math.isfinite(mean):
+                raise stop(f"the loss became {mean}", epoch, *_first_bad_step(runner, first, last, counted))
+            loss_sum += mean * count if count else 0.0
             if on_progress is not None and on_progress(Progress(epoch, epochs, last, steps, mean)) is True:
                 if last < steps:
                     keep(_snapshot(model), order_state, last, loss_sum, time.perf_counter() - start)
@@ -299,7 +305,8 @@ def fit(
             raise stop(f"the loss on the {split} data became {judged}", epoch, first, last)
         if min(mean, mean if judged is None else judged) > highest_loss:
             raise stop(f"the loss became {mean:.3g}, {EXPLODED} times that of a guess or more", epoch, first, last)
-        result = EpochResult(epoch, loss_sum / n, None, None, seconds, n / seconds)
+        rows_counted = n if counted is None else int(counted.sum())
+        result = EpochResult(epoch, loss_sum / rows_counted, None, None, seconds, n / seconds)
         history.epochs.append(dataclasses.replace(result, **scores))
         good = _snapshot(model)
         if history.best is history.last:
@@ -332,10 +339,13 @@ def _scores(
     return {f"{split}_loss": value, f"{split}_{metric_of(loss)}": metric}
 
 
-def _first_bad_step(engine: Engine, first: int, last: int) -> tuple[int, int]:
+def _first_bad_step(engine: Engine, first: int, last: int, counted: Tensor | None) -> tuple[int, int]:
     """(step, step + 1) of the first loss in the stretch that is not finite; the stretch if no loss was kept."""
-    losses = getattr(engine, "step_losses", None)
-    bad = [] if losses is None else losses.isfinite().logical_not().nonzero().flatten().tolist()
+    losses, bad = getattr(engine, "step_losses", None), []
+    if losses is not None:
+        wrong = losses.isfinite().logical_not().cpu()
+        wrong = wrong if counted is None else wrong & (counted[first:last] > 0)
+        bad = wrong.nonzero().flatten().tolist()
     return (first + bad[0], first + bad[0] + 1) if bad else (first, last)
 
 

@@ -105,7 +105,7 @@ def checked(
             f"expected one model, got an MLPEnsemble of {model.members}; look at each of ensemble.unstack(), or train "
             "all with fastmlp.TrainStep(ensemble)"
         )
-    x, y = tensors(data)
+    x, y = (tensor.detach() for tensor in tensors(data))  # the data may be on a tape, which is not trained
     if x.dim() < 2:
         raise ValueError(f"expected inputs [N, features] or [N, ...], got {list(x.shape)}")
     if y.dim() == 0 or len(y) == 0 or len(x) != len(y):

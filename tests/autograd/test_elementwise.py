@@ -99,6 +99,24 @@ def test_a_term_of_a_class_that_is_not_the_target_is_zero():
     torch.testing.assert_close(a.grad, torch.tensor([[0.0, -1.0], [0.0, -4 / 3]]))
 
 
+def test_a_term_of_no_target_is_zero_for_any_probability():
+    a = torch.tensor([0.0, -1.0, torch.inf, torch.nan, 0.5], requires_grad=True)
+    loss = multiclass_nll(a, torch.zeros(5))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert a.grad is not None
+    assert a.grad.eq(0.0).all()
+
+
+def test_second_derivatives_of_terms_of_one_hot_targets():
+    a = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    (da,) = torch.autograd.grad(multiclass_nll(a, y), a, create_graph=True)
+    (mixed,) = torch.autograd.grad(da.sum(), y)
+    torch.testing.assert_close(mixed, -1 / a.detach())
+    assert gradgradcheck(multiclass_nll, (a, y))
+
+
 class TestSoftmax:
     def test_values_and_derivatives(self):
         z = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
@@ -388,3 +406,17 @@ def test_on_the_kernels(lane, reduction):
         want = both_gradients(TestSoftmaxSquaredError.plain, z, y, reduction)
         for ours, plain in zip(got, want, strict=True):
             torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0,)])
+def test_empty_on_the_kernels(lane, reduction, shape):
+    functions = {name: loss for name, (loss, _) in LOSSES.items()} | {"multiclass_nll": multiclass_nll}
+    for name, function in {**functions, "softmax_squared_error": softmax_squared_error}.items():
+        a, y = torch.ones(shape), torch.ones(shape)
+        with use_backend("torch"):
+            want = both_gradients(function, a, y, reduction)
+        with use_backend("triton"):
+            got = both_gradients(function, a.to(lane), y.to(lane), reduction)
+        for ours, plain in zip(got, want, strict=True):
+            torch.testing.assert_close(ours.cpu(), plain, equal_nan=True, msg=name)

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import allow_mutation_on_saved_tensors, save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
@@ -284,6 +284,19 @@ class TestTapeSemantics:
         for name in NAMES:
             close(hooked[name].grad, plain[name].grad)
         close(dw, torch.autograd.grad(linear_act(plain["x"], plain["w0"], None, activation).sum(), plain["w0"])[0])
+
+    @pytest.mark.parametrize("activation", ["sigmoid", "gelu", "step", "leaky_relu"])
+    def test_saved_tensors_may_change_where_torch_keeps_copies(self, activation):
+        plain, changed = tensors(), tensors()
+        run(mlp, plain, [activation] * 3).square().sum().backward()
+        with allow_mutation_on_saved_tensors():
+            out = run(mlp, changed, [activation] * 3).square().sum()
+            with torch.no_grad():
+                for name in NAMES:
+                    changed[name].mul_(2)
+            out.backward()
+        for name in NAMES:
+            close(changed[name].grad, plain[name].grad)
 
     def test_activation_checkpointing(self):
         plain, recomputed = tensors(), tensors()

@@ -114,6 +114,16 @@ def cases() -> Iterable[tuple[str, Case]]:
                 lambda z, t, f=f, k=options: f(z, t, **k) for f in (functional.cross_entropy, F.cross_entropy)
             )
             yield f"cross_entropy probabilities {shape} {n}", Case(ours, torchs, (z, probabilities(*z.shape)))
+    for shape, (z, y) in shapes.items():
+        labels = y.clamp_min(0)
+        yield (
+            f"cross_entropy uint8 {shape}",
+            Case(
+                lambda z, y=labels: functional.cross_entropy(z, y.byte(), reduction="none"),
+                lambda z, y=labels: F.cross_entropy(z, y, reduction="none"),
+                (z,),
+            ),
+        )
 
 
 CASES = dict(cases())

@@ -129,6 +129,16 @@ class TestImages:
         assert train.shape == (6, 8, 3)
         assert train.images[0].tolist() == np.asarray(image).flatten().tolist()
 
+    def test_images_that_exif_turns_are_not_cut(self, tmp_path: Path) -> None:
+        exif, upright = Image.Exif(), np.arange(6 * 4, dtype=np.uint8).reshape(6, 4)
+        exif[0x0112] = 6
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            Image.fromarray(np.rot90(upright)).save(tmp_path / name / "x.png", exif=exif)
+        train, _ = load_data(tmp_path)
+        assert train.shape == (6, 4)
+        assert train.images[0].tolist() == upright.flatten().tolist()
+
     def test_large_images_are_made_small(self, tmp_path: Path) -> None:
         for name, level in (("a", 10), ("b", 200)):
             (tmp_path / name).mkdir()

@@ -193,6 +193,14 @@ def test_standardization_in_blocks(monkeypatch):
     assert torch.equal(scale(x, torch.float32), z)
 
 
+@pytest.mark.parametrize("unit", [1e-200, 1.0, 1e200])
+def test_standardization_of_numbers_that_have_no_squares(unit):
+    x = torch.tensor([[1.0, 5.0], [3.0, 5.0]], dtype=torch.float64) * unit
+    scale = Standardization.of(x)
+    torch.testing.assert_close(scale.mean / unit, torch.tensor([2.0, 5.0], dtype=torch.float64))
+    torch.testing.assert_close(scale(x, torch.float32), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e30, 12345.678])
 def test_a_constant_feature_becomes_0(value):
     z = Standardization.of(torch.full((101, 2), value))(torch.full((3, 2), value), torch.float32)

@@ -342,6 +342,17 @@ class TestList:
         with pytest.raises(TypeError, match="cannot assign"):
             model.layers = [nn.Linear(4, 8)]
 
+    @pytest.mark.parametrize("assign", [lambda m: m.layers, lambda m: nn.ModuleList(m.layers), lambda m: m.layers[:]])
+    def test_a_linear_is_wrapped_after_the_list_was_assigned(self, assign):
+        """A Linear applies its activation itself, so its place has none."""
+        model, _, x = pair()
+        linear = fastmlp.Linear(4, 8, activation="gelu", dtype=x.dtype)
+        model.layers[0] = linear
+        expected = model(x)
+        model.layers = assign(model)
+        model.layers[0] = nn.Sequential(linear)
+        torch.testing.assert_close(model(x), expected)
+
     @pytest.mark.parametrize("change", [lambda m: m.pop("1"), lambda m: m.update({"3": nn.Linear(3, 3)})])
     def test_changes_past_the_list_are_refused(self, change):
         model, _, x = pair()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -313,6 +314,48 @@ def test_ignored_rows_choose_no_epoch_and_count_for_nothing():
         assert evaluate(model, (x, y), ignore_index=ignored) == pytest.approx(evaluate(model, counted), rel=1e-6)
     with pytest.raises(ValueError, match="every label is -100, which is ignored, so no row counts"):
         evaluate(model, (x[::2], y[::2]), ignore_index=-100)
+
+
+@pytest.mark.parametrize("engine", ["step", "autograd"])
+def test_data_on_a_tape_are_not_trained(engine):
+    """Neither the data nor what computed them get a gradient, and no step walks back through their graph."""
+    x, y = smooth()
+    start = x.clone().requires_grad_()
+    model, twin = model_of(), model_of()
+    settings: dict[str, Any] = {
+        "loss": "mse",
+        "validation": 0.2,
+        "batch_size": 8,
+        "epochs": 2,
+        "lr": 0.1,
+        "engine": engine,
+    }
+    fit(model, (start * 1, y.requires_grad_()), **settings)
+    fit(twin, (x, y.detach()), **settings)
+    assert start.grad is None
+    assert y.grad is None
+    for ours, plain in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("stretch", [1, 100])
+def test_a_batch_of_ignored_rows_is_no_divergence(stretch, monkeypatch):
+    """Its loss is the mean of nothing, as torch's, and it changes nothing; other batches make the loss of an epoch."""
+    monkeypatch.setattr("fastmlp.train.loop.CHECK_EVERY", stretch)
+    x, y = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, -100, 1, 2, -100, 0, 1])
+    model, twin = model_of(3), model_of(3)
+    twin.load_state_dict(model.state_dict())
+    settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.0, "batch_size": 1, "epochs": 1, "schedule": "constant"}
+    history = fit(model, (x, y), ignore_index=-100, **settings)
+    step, losses = fastmlp.TrainStep(twin, lr=0.1), []
+    for row in torch.randperm(7, generator=torch.Generator().manual_seed(0)).tolist():
+        if y[row] >= 0:
+            losses.append(step(x[row : row + 1], y[row : row + 1]).item())
+    assert history.last.train_loss == pytest.approx(sum(losses) / 5)
+    for ours, alone in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, alone)
+    with pytest.raises(fastmlp.train.DivergenceError, match="the loss became nan"):
+        fit(model, (x.index_fill(0, torch.tensor([2]), torch.nan), y), ignore_index=-100, **settings)
 
 
 def test_float64_is_evaluated_in_float64():

@@ -126,6 +126,13 @@ def test_options_of_a_step(name):
     assert_as_alone(members(lr=[0.01, 0.1], momentum=momenta, seed=[0, 3]), data, run, every=3)
 
 
+def test_batches_of_ignored_rows(monkeypatch):
+    monkeypatch.setattr("fastmlp.train.sweep.group.CHECK_EVERY", 2)
+    monkeypatch.setattr("fastmlp.train.loop.CHECK_EVERY", 2)
+    run = training(batch_size=2, options={"ignore_index": 1})
+    assert_as_alone(members(lr=[0.001, 0.003], momentum=[0.0], seed=[0, 3]), Data(*rows(), share=0.3), run, every=3)
+
+
 def test_dropout():
     """A group has one probability; its first member has the masks that it has alone, and the others have masks too."""
     data, run = Data(*rows(), share=0.2), training(epochs=2)

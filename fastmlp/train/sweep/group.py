@@ -20,6 +20,7 @@ from ... import functional
 from ...nn import MLP, MLPEnsemble
 from ...step import TrainStep
 from ...step.per_member import SETTINGS as PER_MEMBER
+from ..ignored import mean_of_counted, rows_that_count
 from ..initial import initialize_
 from ..loop import CHECK_EVERY
 from ..results import EXPLODED, Progress
@@ -185,6 +186,9 @@ def train_group(
         permutations = [torch.randperm(n, generator=generator, device="cpu") for generator in generators]
         orders = rows.rows.gather(1, torch.stack(permutations))
         sums = torch.zeros(len(members), dtype=torch.float64, device="cpu")
+        counted: Tensor | None = None
+        if ignored is not None:
+            counted = rows_that_count(rows.y[orders.to(device)] != ignored, batch_size)[:, rows.of]
         start = time.perf_counter()
         for first in range(0, steps, CHECK_EVERY):
             last = min(first + CHECK_EVERY, steps)
@@ -193,10 +197,14 @@ def train_group(
             factors = [factor((epoch - 1) * steps + number) for number in range(first, last)]
             order = order.contiguous().to(device)
             means = step.epoch(rows.x, rows.y, batch_size, order, factors, rows.weight).double().cpu()
-            stop(~means.isfinite(), epoch)
+            count = torch.full_like(means, order.shape[-1])
+            if counted is not None:
+                own, count = mean_of_counted(step.losses, counted[first:last])
+                means = torch.where(means.isnan(), own, means)
+            stop(~means.isfinite() & (count > 0), epoch)
             if not active.any():
                 return results, best
-            sums += means * order.shape[-1]
+            sums += torch.where(count > 0, means * count, 0.0)
             if on_progress is not None:
                 on_progress(Progress(epoch, training.epochs, last, steps, _median(means[active])))
         stop(~_finite(ensemble), epoch)
@@ -209,6 +217,7 @@ def train_group(
         stop(~losses.isfinite() | (torch.minimum(means, losses) > highest), epoch)
         if not active.any():
             return results, best
+        trained = sums / (n if counted is None else counted.sum(0))
         improved = active & (losses < least)
         least = torch.where(improved, losses, least)
         _keep(best, judged, improved)
@@ -217,14 +226,13 @@ def train_group(
         for number in improved.nonzero().flatten().tolist():
             metric = metrics[number].item()
             results[number] = Result(
-                losses[number].item(), None if metric != metric else metric, sums[number].item() / n, epoch, epoch
+                losses[number].item(), None if metric != metric else metric, trained[number].item(), epoch, epoch
             )
         if on_epoch is not None:
-            count = int(active.sum())
             left = losses[active]
-            speed = n * count / seconds
-            median = _median(sums[active] / n)
-            on_epoch(EpochOfGroup(epoch, median, _median(left), left.min().item(), count, seconds, speed))
+            speed = n * len(left) / seconds
+            median = _median(trained[active])
+            on_epoch(EpochOfGroup(epoch, median, _median(left), left.min().item(), len(left), seconds, speed))
     return results, best
 
 
