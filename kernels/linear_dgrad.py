@@ -121,9 +121,10 @@ def _store_dx(
 ):  # fmt: skip
     """The epilogue: multiply a block of dZ W by f' and store it, and the sums of its rows at row_ptr, if not None.
 
-    Blocks above ``EPILOGUE_SIZE`` are halved, with dropout once more, because random numbers take registers.
+    Blocks above ``EPILOGUE_SIZE`` are halved. Where f' is computed from something, or elements are dropped, they are
+    halved once more, because that takes registers beside the block.
     """
-    if acc.numel > EPILOGUE_SIZE or (dropout is not None and acc.numel > EPILOGUE_SIZE // 2):
+    if acc.numel > EPILOGUE_SIZE or ((HAS_SAVED or dropout is not None) and acc.numel > EPILOGUE_SIZE // 2):
         left, right = halves(acc)
         _store_dx(left, saved_ptr, dx_ptr, row_ptr, dropout, key, offs_m, first_k, M, K, ACTIVATION, HAS_SAVED)
         first_k += left.shape[1]

@@ -70,17 +70,35 @@ EXCEPTIONS: tuple[LimitException, ...] = (
         "on two warps Triton updates in the layout of the product, where a thread has two neighbouring parameters, "
         "which are 4 bytes of 16-bit parameters",
     ),
-    _narrow(
-        "sm_*/wgrad_update/*32/*-2w?s/momentum-dropout",
-        "sm_90/wgrad_update/float32/16x32x32-2w4s/momentum-dropout",
-        "PTX loads two values of a bias's momentum at once, and ptxas makes two loads of them; a program has 32 values "
-        "of a bias",
+    *(
+        _narrow(
+            cases,
+            witness,
+            "PTX loads two values of a bias's momentum at once, and ptxas makes two loads of them; a program has 32 "
+            "values of a bias",
+        )
+        for cases, witness in (
+            (
+                "sm_*/wgrad_update/*32/*-2w?s/momentum-dropout",
+                "sm_90/wgrad_update/float32/16x32x32-2w4s/momentum-dropout",
+            ),
+            (
+                "sm_90/wgrad_update/*16/16x32x64-2w4s/momentum-dropout",
+                "sm_90/wgrad_update/bfloat16/16x32x64-2w4s/momentum-dropout",
+            ),
+        )
     ),
-    _narrow(
-        "sm_75/wgrad_update/float32/16x32x16-2w2s/adamw-params",
-        "sm_75/wgrad_update/float32/16x32x16-2w2s/adamw-params",
-        "a thread has two values of a bias, and PTX loads those of the second state one by one; a program has 128 "
-        "values of a bias",
+    *(
+        _narrow(
+            cases,
+            cases.replace("*16", "bfloat16"),
+            "a thread has two values of a bias, and PTX loads those of the second state one by one; a program has 128 "
+            "values of a bias",
+        )
+        for cases in (
+            "sm_75/wgrad_update/float32/16x32x16-2w2s/adamw-params",
+            "sm_90/wgrad_update/*16/16x32x64-2w4s/adamw-params",
+        )
     ),
     _narrow(
         "*pixels*",
