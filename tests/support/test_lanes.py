@@ -217,6 +217,7 @@ def test_what_depends_on_the_processor_is_run_as_on_lesser_ones():
     others |= {
         "tests/step/test_native_options.py",
         "tests/step/test_native_step.py",
+        "tests/step/test_native_team.py",
         "tests/support/test_lanes.py",
         "tests/test_package.py",
     }
