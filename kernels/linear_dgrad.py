@@ -121,10 +121,11 @@ def _store_dx(
 ):  # fmt: skip
     """The epilogue: multiply a block of dZ W by f' and store it, and the sums of its rows at row_ptr, if not None.
 
-    Blocks above ``EPILOGUE_SIZE`` are halved. Where f' is computed from something, or elements are dropped, they are
-    halved once more, because that takes registers beside the block.
+    Blocks above ``EPILOGUE_SIZE`` are halved. They are halved once more with dropout, because random numbers take
+    registers, and where f' is computed from float32 values, which take twice as many as those of 16 bits.
     """
-    if acc.numel > EPILOGUE_SIZE or ((HAS_SAVED or dropout is not None) and acc.numel > EPILOGUE_SIZE // 2):
+    wide: tl.constexpr = HAS_SAVED and dx_ptr.dtype.element_ty == tl.float32
+    if acc.numel > EPILOGUE_SIZE or ((wide or dropout is not None) and acc.numel > EPILOGUE_SIZE // 2):
         left, right = halves(acc)
         _store_dx(left, saved_ptr, dx_ptr, row_ptr, dropout, key, offs_m, first_k, M, K, ACTIVATION, HAS_SAVED)
         first_k += left.shape[1]
