@@ -327,16 +327,10 @@ _FMA_DGRAD_TILES: tuple[Tile, ...] = (
 
 # What replaces tiles where torch allows tf32: one product takes fewer registers than the three of the split, so that a
 # larger block fits a program, or one program more fits a multiprocessor. Where one more fits only if registers are
-# spilled, a limit keeps ptxas from it. Keys: family, or "geforce" where the shared memory has room for one program of
-# the largest block; and whether the tile is a weight gradient's.
+# spilled, a limit keeps ptxas from it. Keys: family, and whether the tile is a weight gradient's.
 _TF32_INSTEAD: dict[tuple[str, bool], dict[Tile, tuple[Tile, ...]]] = {
     ("mma", False): {Tile(64, 128, 32, 8, 3): (Tile(64, 128, 16, 4, 4),)},
     ("mma", True): {Tile(128, 128, 16, 8, 4): (Tile(64, 128, 16, 4, 4, resident=3),)},
-    ("geforce", False): {
-        Tile(128, 128, 16, 8, 4): (Tile(128, 128, 16, 8, 4, 255),),
-        Tile(64, 128, 32, 8, 3): (Tile(64, 128, 16, 4, 4),),
-    },
-    ("geforce", True): {Tile(128, 128, 16, 8, 4): (Tile(64, 128, 16, 4, 4, resident=3),)},
     ("wgmma", False): {Tile(128, 128, 32, 8, 3): (Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 8, 3))},
     ("wgmma", True): {Tile(128, 128, 32, 8, 3): (Tile(128, 128, 32, 4, 3, resident=2),)},
     ("tcgen05", False): {Tile(64, 128, 32, 8, 3): (Tile(64, 128, 32, 8, 3, 128),)},
@@ -345,6 +339,8 @@ _TF32_INSTEAD: dict[tuple[str, bool], dict[Tile, tuple[Tile, ...]]] = {
         Tile(64, 128, 16, 8, 4): (Tile(64, 128, 16, 8, 4, 255),),
     },
 }
+# On GeForce-class multiprocessors too, whose shared memory has room for one program of this block.
+_TF32_ON_GEFORCE = {Tile(128, 128, 16, 8, 4): (Tile(128, 128, 16, 8, 4, 255),)}
 
 
 def register_limit(most: int | None, device: Device) -> dict[str, int]:
@@ -400,8 +396,9 @@ def _candidates(
         float32, half = _TILES[family]
     tiles = float32 if dtype == torch.float32 else half
     if tf32 and dtype == torch.float32:
-        of = "geforce" if device.has_wide_fma else family
-        instead = _TF32_INSTEAD.get((of, kind in ("wgrad", "update")), {})
+        instead = _TF32_INSTEAD.get((family, kind in ("wgrad", "update")), {})
+        if device.has_wide_fma:
+            instead = _TF32_ON_GEFORCE | instead
         tiles = tuple([new for tile in tiles for new in instead.get(tile, (tile,))])
     if kind in ("fwd", "dgrad") and wide and _slices(device):
         # The smallest tile stays, for reductions that are shorter than a step of the sliced ones.
