@@ -3,7 +3,7 @@
 Two libraries round differently, so the choice between them changes results. A choice that is kept is made once per
 machine: later runs with the same seed give the same bits, and only the first run spends time on measuring.
 
-    {"AMD EPYC 9654, AVX512, torch 2.14.1, fastmlp 0.1.0, ways 2": {
+    {"AMD EPYC 9654, AVX512, torch 2.14.1, fastmlp 0.1.0, ways 3": {
         "linear sigmoid 64x784x512 float32, 2 threads": "onednn", ...}, ...}
 
 Without the file everything is measured anew. Where the file cannot be read or written, every process measures for

@@ -52,7 +52,7 @@ from .layout import (
     Z,
 )
 from .pointers import call, inlined, moved, number, part, pointer
-from .team import ROWS, share, wait
+from .team import TILE_ROWS, span, wait
 from .tiles import dots_1
 
 
@@ -85,11 +85,8 @@ def clipped(net: Any, hyper: Any, zero: Any, t: float, thread: int, threads: int
         layer = moved(net, HEADER + i // 2 * RECORD)
         of = moved(layer, BIAS if i % 2 else WEIGHT)
         if of[TRAINED]:
-            count = layer[N] * (1 if i % 2 else layer[K])
-            of_thread = share(count, ROWS, threads)
-            first = min(count, thread * of_thread)
-            g = moved(pointer(of[GRADIENT], zero), first)
-            update(net, hyper, of, g, first, min(of_thread, count - first), scale, t)
+            first, count = span(layer[N] * (1 if i % 2 else layer[K]), TILE_ROWS, thread, threads)
+            update(net, hyper, of, moved(pointer(of[GRADIENT], zero), first), first, count, scale, t)
 
 
 def averaged(net: Any, hyper: Any, zero: Any, t: float, thread: int, threads: int) -> None:
@@ -97,18 +94,16 @@ def averaged(net: Any, hyper: Any, zero: Any, t: float, thread: int, threads: in
     weight = hyper[EMA]
     if hyper[EMA_WARMS] != 0.0 and 9.0 / (10.0 + t) > weight:
         weight = 9.0 / (10.0 + t)
-    share_, rest, more = number(weight, zero), number(1.0 - weight, zero), weight >= 0.5
+    share, rest, more = number(weight, zero), number(1.0 - weight, zero), weight >= 0.5
     for i in range(2 * net[LAYERS]):
         layer = moved(net, HEADER + i // 2 * RECORD)
         of = moved(layer, BIAS if i % 2 else WEIGHT)
         if of[TRAINED]:
             average, w = pointer(of[AVERAGE], zero), pointer(of[PARAMETER], zero)
-            count = layer[N] * (1 if i % 2 else layer[K])
-            of_thread = share(count, ROWS, threads)
-            first = min(count, thread * of_thread)
-            for j in range(first, min(count, first + of_thread)):
+            first, count = span(layer[N] * (1 if i % 2 else layer[K]), TILE_ROWS, thread, threads)
+            for j in range(first, first + count):
                 difference = w[j] - average[j]
-                average[j] = w[j] - rest * difference if more else average[j] + share_ * difference
+                average[j] = w[j] - rest * difference if more else average[j] + share * difference
 
 
 @inlined
@@ -144,9 +139,7 @@ def backward(net: Any, hyper: Any, x: Any, m: int, t: float, thread: int, thread
         inputs = x
         if i > 0:
             inputs = pointer(net[HEADER + (i - 1) * RECORD + OUT], x)
-        of_thread = share(n, ROWS, threads)
-        first = min(n, thread * of_thread)
-        count = min(of_thread, n - first)
+        first, count = span(n, TILE_ROWS, thread, threads)
         if count:
             through_activation(layer, da, m, first, count, parts, room)
         bias, weight = moved(layer, BIAS), moved(layer, WEIGHT)
@@ -181,12 +174,12 @@ def backward(net: Any, hyper: Any, x: Any, m: int, t: float, thread: int, thread
             done += rows
         wait(net, threads)
         da, below = below, da
-        parts = (n + of_thread - 1) // of_thread
+        _, each = span(n, TILE_ROWS, 0, threads)
+        parts = (n + each - 1) // each
         i -= 1
-    if net[UPDATES] and (net[CLIPS] or net[AVERAGES]):
-        if net[CLIPS]:
-            call(net[CLIPS], (net, hyper, x, t, thread, threads))
-            wait(net, threads)
-        if net[AVERAGES]:
-            call(net[AVERAGES], (net, hyper, x, t, thread, threads))
-            wait(net, threads)
+    if net[CLIPS] and net[UPDATES]:
+        call(net[CLIPS], (net, hyper, x, t, thread, threads))
+        wait(net, threads)
+    if net[AVERAGES] and net[UPDATES]:
+        call(net[AVERAGES], (net, hyper, x, t, thread, threads))
+        wait(net, threads)

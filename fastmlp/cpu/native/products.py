@@ -13,7 +13,7 @@ from typing import Any
 
 from .layout import PRODUCT, PRODUCTS, TRANSPOSED
 from .pointers import call, lanes, moved, number, part, pointer
-from .team import ROWS, share, wait
+from .team import TILE_ROWS, span, wait
 from .tiles import dots_1, dots_4, tile_1, tile_1x1, tile_1x2, tile_4x2, tile_6x2, tile_8, tile_8x1, tile_12x1
 from .transposed import transposed
 
@@ -100,9 +100,8 @@ def forward(
     """Z [m, n] = X W^T + b for X [m, k] and W [n, k]: the columns of Z that belong to the thread."""
     product, width = net[PRODUCTS], lanes(x)
     x_t, z_t = pointer(net[TRANSPOSED], x), pointer(net[PRODUCT], x)
-    of_thread = share(n, ROWS, threads)
-    first = min(n, thread * of_thread)
-    last = min(n, first + of_thread)
+    first, count = span(n, TILE_ROWS, thread, threads)
+    last = first + count
     if m < width:
         i = first
         while i + 4 <= last:
@@ -115,25 +114,21 @@ def forward(
             i += 1
     elif n % width == 0 and n * k <= m * (n + k):
         of_w, of_z = moved(x_t, first), moved(z, first)
-        transposed(moved(w, first * k), k, last - first, k, of_w, n)
-        call(product, (x, k, 1, of_w, n, k, of_z, n, m, last - first, number(1.0, x), 0))
+        transposed(moved(w, first * k), k, count, k, of_w, n)
+        call(product, (x, k, 1, of_w, n, k, of_z, n, m, count, number(1.0, x), 0))
     else:
         padded = (m + width - 1) // width * width
-        columns = share(k, ROWS, threads)
-        begin = min(k, thread * columns)
-        end = min(k, begin + columns)
-        transposed(moved(x, begin), k, m, end - begin, moved(x_t, begin * padded), padded)
+        begin, columns = span(k, TILE_ROWS, thread, threads)
+        transposed(moved(x, begin), k, m, columns, moved(x_t, begin * padded), padded)
         zero = number(0.0, x)
         for row in range(m, padded):
             column = moved(x_t, row)
-            for i in range(begin, end):
+            for i in range(begin, begin + columns):
                 column[i * padded] = zero
         wait(net, threads)
         of_z = moved(z_t, first * padded)
-        call(
-            product, (moved(w, first * k), k, 1, x_t, padded, k, of_z, padded, last - first, padded, number(1.0, x), 0)
-        )
-        transposed(of_z, padded, last - first, m, moved(z, first), n)
+        call(product, (moved(w, first * k), k, 1, x_t, padded, k, of_z, padded, count, padded, number(1.0, x), 0))
+        transposed(of_z, padded, count, m, moved(z, first), n)
     if has_bias:
         for row in range(m):
             of_row = moved(z, row * n)

@@ -17,7 +17,7 @@ from .layout import BARRIER, TEAM
 from .pointers import part
 
 #: Rows of a weight that are not divided among threads: tiles are whole, so that threads round as one thread does.
-ROWS = 16
+TILE_ROWS = 16
 
 _BYTES, _INT32, _INT64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
 
@@ -79,6 +79,8 @@ def wait(net: Any, threads: int) -> None:
 
 
 @part
-def share(n: int, unit: int, threads: int) -> int:
-    """How many of n elements each thread takes, from the first one on: whole units, the last one what is left."""
-    return (n + unit * threads - 1) // (unit * threads) * unit
+def span(n: int, unit: int, thread: int, threads: int) -> tuple[int, int]:
+    """(first, count) of the thread's part of n elements: as many whole units for each thread as are needed."""
+    each = (n + unit * threads - 1) // (unit * threads) * unit
+    first = min(n, thread * each)
+    return first, min(each, n - first)

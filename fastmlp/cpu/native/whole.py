@@ -83,8 +83,7 @@ from .pointers import (
     set_float_control,
     uint8_at,
 )
-from .team import ROWS as UNIT
-from .team import ask, share, start, wait
+from .team import TILE_ROWS, ask, span, start, wait
 
 
 def gathered(
@@ -117,9 +116,7 @@ def gathered(
 def activated(layer: Any, z: Any, a: Any, m: int, thread: int, threads: int) -> None:
     """A = f(Z), the thread's columns."""
     n = layer[N]
-    of_thread = share(n, UNIT, threads)
-    first = min(n, thread * of_thread)
-    count = min(of_thread, n - first)
+    first, count = span(n, TILE_ROWS, thread, threads)
     runs, length = (1, m * n) if count == n else (m, count)
     if count:
         for row in range(runs):
@@ -195,9 +192,7 @@ def steps(call_: Any, like: Any, thread: int, threads: int) -> None:
         if rated and leads:
             for group in range(groups):
                 hyper[OF_GROUPS + 2 * group] = rates[step * groups + group]
-        of_thread = share(m, 1, threads)
-        first = min(m, thread * of_thread)
-        rows = min(of_thread, m - first)
+        first, rows = span(m, 1, thread, threads)
         inputs = x
         if how != READY or ordered:
             inputs = pointer(net[X], like)
