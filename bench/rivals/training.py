@@ -71,6 +71,7 @@ class TrainingRun(OpRun):
     def __init__(self, problem: TrainingProblem) -> None:
         super().__init__(problem, ())
         self.problem = problem
+        self._is_step = problem.kind in ("step", "members")
         x, y = self.sets[0][:2]
         #: A batch as a step gets it, for contenders that need their inputs before the first step.
         self.example = x[: problem.leading], y[: problem.leading]
@@ -83,15 +84,21 @@ class TrainingRun(OpRun):
         """A step on some rows of X and Y."""
         return self.step(x.index_select(0, rows), y.index_select(0, rows))
 
+    def __call__(self) -> object:
+        if not self._is_step:
+            return super().__call__()
+        # Between two steps there is as little of this suite as in a loop over batches, and as around JAX's step.
+        x, y = self.sets[self.count % len(self.sets)]
+        self.count += 1
+        return self.step(x, y)
+
     def compute(self, *inputs: Tensor) -> object:
-        """The calls' steps."""
+        """The steps of a call of an online problem or an epoch."""
         x, y, *order = inputs
         last: object = None
         if order:
             for rows in order[0].split(self.problem.batch):
                 last = self.gathered_step(x, y, rows)
-        elif x.shape[0] == self.problem.leading:
-            last = self.step(x, y)
         else:
             for i in range(x.shape[0]):
                 last = self.step(x[i : i + 1], y[i : i + 1])

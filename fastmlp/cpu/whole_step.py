@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ _NATIVE_ROWS = 128
 #: A team is tried from so many rows of the largest weight per thread on, and from so many multiplications of a pass.
 _ROWS_OF_A_THREAD, _WORTH_A_TEAM = 64, 1 << 16
 
-Step = Callable[..., None]
+Step = Callable[..., Any]
 
 
 class NativePlan(NamedTuple):

@@ -33,6 +33,7 @@ class Binding:
         layers: the model's layers.
         trained: names of the parameters that require a gradient, weight before bias of each layer.
         parameters: the parameters of these names.
+        all: every parameter of the layers.
         ends: features of the model's input and output.
         kind: what an engine is built for: the names of the trained parameters, and the activations.
         dropout: what a step drops; None in evaluation mode and without dropout.
@@ -44,7 +45,7 @@ class Binding:
 
     def __init__(self, model: MLP | MLPEnsemble) -> None:
         self._model, self._attributes, self._forward = model, model.__dict__, _own_forward(model)
-        self._modules, self._container = model._modules, model.layers
+        self._modules, self._list, self._container = model._modules, model.layers, model.layers.__dict__
         self.layers = model._linears()
         self._handles = -1
         if any(parameter.is_inference() for parameter in model.parameters()):
@@ -76,13 +77,13 @@ class Binding:
             raise ValueError("no parameter of the model requires a gradient; there is nothing to train")
         self.trained = [name for name, _ in trained]
         self.parameters = [parameter for _, parameter in trained]
-        self._all = [parameter for _, parameter in named]
+        self.all = [parameter for _, parameter in named]
         self._places = [
             (layer._parameters, name, layer._parameters[name]) for layer in self.layers for name in ("weight", "bias")
         ]
-        self._where = {id(parameter): _where(parameter) for parameter in self._all}
+        self._where = {id(parameter): _where(parameter) for parameter in self.all}
         #: Whether the parameters have the dtypes, shapes and strides, and require the gradients, that they had.
-        self._are_alike = comparison(self._all)
+        self._are_alike = comparison(self.all)
         self._layers = [_facts(layer) for layer in self.layers]
         self.kind = self.trained, activations
 
@@ -92,6 +93,10 @@ class Binding:
         Each step asks. So one loop compares objects and addresses, and torch's guards compare everything else without
         a call of Python.
         """
+        return self.is_in_place() and self._are_alike(*self.all)
+
+    def is_in_place(self) -> bool:
+        """``holds``, except for the properties of the parameters."""
         # torch numbers the handles of all hooks, so that one number tells whether there can be new ones.
         if RemovableHandle.next_id - _probes != self._handles and self._has_hooks():
             return False
@@ -99,9 +104,9 @@ class Binding:
         if (
             attributes.get("_dropout") is not self._rates
             or "forward" in attributes
-            or self._model.__class__.forward is not self._forward
-            or self._modules.get("layers") is not self._container
-            or [*self._container._modules.values()] != self.layers
+            or type(self._model).forward is not self._forward
+            or self._modules.get("layers") is not self._list
+            or [*self._container["_modules"].values()] != self.layers
         ):
             return False
         if self._has_dropout and (
@@ -115,7 +120,7 @@ class Binding:
                     or table["bias"] is not bias
                     or own["_slot"] is not slot
                     or slot.activation != activation
-                    or layer.__class__ is not kind
+                    or type(layer) is not kind
                     or "forward" in own
                     or weight.data_ptr() != place
                     or (bias is not None and bias.data_ptr() != place_bias)
@@ -123,7 +128,7 @@ class Binding:
                     return False
         except KeyError:  # a parameter that was taken away
             return False
-        return self._are_alike(*self._all)
+        return True
 
     def _dropped(self, model: MLP | MLPEnsemble) -> StepDropout | None:
         if not (self._has_dropout and model.training):

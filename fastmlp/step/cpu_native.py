@@ -24,6 +24,10 @@ from .cpu_plan import Layer, Network
 from .loss_options import LossOptions
 from .optimizers import Optimizer
 
+#: Repeats a step: with X and Y that have the properties of the last ones, where nothing else has changed, it makes the
+#: step and writes its loss into the third tensor. False where a class number is out of range, and nothing was done.
+Again = Callable[[Tensor, Tensor, Tensor], bool]
+
 if TYPE_CHECKING:
     from ..cpu import NativeParameter
 
@@ -165,12 +169,13 @@ class NativeStep:
         weight: Tensor | None = None,
         *,
         update: bool = True,
-    ) -> None:
+    ) -> Again | None:
         """``TorchStep.step``, and ``update`` as the step on operators takes it."""
         if update and self.made(x, y, out, rows, weight):
-            return
+            return self._native.again if self._native.is_plain and self._net.dropout is None else None
         if not self._made_otherwise(x, y, out, rows, weight, update):
             self.by_operators(x, y, out, rows, weight, update=update)
+        return None
 
     def _made_otherwise(
         self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None, weight: Tensor | None, update: bool

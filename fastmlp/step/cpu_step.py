@@ -20,7 +20,7 @@ from .. import cpu
 from ..nn import Linear
 from ..online import online_epoch
 from .cpu_dropout import StepDropout, advance, numbers
-from .cpu_native import NativeStep, has_native, native_plan
+from .cpu_native import Again, NativeStep, has_native, native_plan
 from .cpu_plan import Layer, Network, Plan
 from .groups import Groups
 from .loss_options import PLAIN, LossOptions
@@ -51,13 +51,16 @@ class TorchStep:
         self.optimizer = self.network.optimizer
         self._plans: dict[int, Callable[..., None]] = {}
 
-    def step(self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None, weight: Tensor | None = None) -> None:
+    def step(
+        self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None, weight: Tensor | None = None
+    ) -> Again | None:
         """One step on x [M, K] (float or uint8) and targets; writes the mean loss into ``out`` (0-d).
 
-        ``rows`` int64 [M] takes those rows of x, y and the sample weights.
+        ``rows`` int64 [M] takes those rows of x, y and the sample weights. Returns what can repeat the step, if there
+        is a shorter way.
         """
         m = x.shape[0] if rows is None else rows.shape[0]
-        (self._plans.get(m) or self._planned(m))(x, y, out, rows, weight)
+        return (self._plans.get(m) or self._planned(m))(x, y, out, rows, weight)
 
     @property
     def dropout(self) -> StepDropout | None:

@@ -16,9 +16,6 @@ from .train_step import TrainStep
 from .validation import MemberBatches, member_learning_rates
 from .values import check_setting
 
-#: Losses that are allocated together.
-_BLOCK = 64
-
 
 class EnsembleStep(TrainStep):
     """``TrainStep`` of an ``MLPEnsemble`` of E members; ``TrainStep(ensemble, ...)`` makes one.
@@ -126,13 +123,6 @@ class EnsembleStep(TrainStep):
             raise ValueError(f"expected {name} of shape [{self._members}], got {list(value.shape)}")
         numbers: list[float] = value.tolist()
         return numbers
-
-    def _next_loss(self) -> Tensor:
-        """Losses [E] that nobody else has, without an allocation at each step."""
-        if not self._next_losses:
-            block = torch.empty((_BLOCK, self._members), dtype=self.losses.dtype, device=self.device)
-            self._next_losses = [losses.data for losses in block.unbind()]
-        return self._next_losses.pop()
 
 
 TrainStep._of_ensemble = EnsembleStep

@@ -55,6 +55,13 @@ class StepOptimizer(torch.optim.Optimizer):
         """One rule per group, with the group's values."""
         return [self._with(rule, self._values_of(group)) for group in self.param_groups]
 
+    def is_unchanged(self) -> bool:
+        """Whether the groups are as ``changed`` found them when it last returned None, and there are no new hooks."""
+        try:
+            return RemovableHandle.next_id == self._handles and self.param_groups == self._taken
+        except Exception:  # a value that cannot be compared, such as a tensor of several elements
+            return False
+
     def changed(self, rules: list[Optimizer]) -> list[Optimizer] | None:
         """The rules with the groups' values, if they are others than those of ``rules``.
 
@@ -62,12 +69,9 @@ class StepOptimizer(torch.optim.Optimizer):
             TypeError, ValueError: a value that its name does not allow, or that must be the same in all groups.
             RuntimeError: there is a hook, which a step would not call, or another group.
         """
+        if self.is_unchanged():
+            return None
         groups = self.param_groups
-        try:
-            if RemovableHandle.next_id == self._handles and groups == self._taken:
-                return None
-        except Exception:  # a value that cannot be compared, such as a tensor of several elements
-            pass
         if RemovableHandle.next_id != self._handles or len(groups) != len(rules):
             if any(self._hooks) or len(groups) != len(rules):
                 raise RuntimeError(

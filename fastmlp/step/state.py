@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..base.arguments import check_tensor
 from ..base.losses import STEP_LOSSES
 from .binding import Binding
+from .cpu_native import Again
 from .cpu_step import TorchStep
 from .groups import Groups
 from .loss_options import LossOptions
@@ -28,6 +29,8 @@ class StatefulStep:
 
     Attributes:
         _engine: runs the steps that `_binding` and `_rules`, one rule per param group, describe.
+        _again: repeats the last step, if no method but a step was called since. None: there is no shorter way.
+        _is_repeated: whether a batch and all parameters have the properties that they had in that step.
         _parked: optimizer state of parameters that are frozen now, by name.
         _ema_waits: whether the average has still to begin with the parameters.
         _has_gradients, _lost_gradients: whether gradients wait for ``update``, and whether a change has lost them.
@@ -40,6 +43,8 @@ class StatefulStep:
     backend: str
     optimizer: StepOptimizer
     _engine: Any
+    _again: Again | None
+    _is_repeated: Callable[..., bool]
     _binding: Binding
     _rules: list[Optimizer]
     _group_of: dict[str, int]
@@ -165,6 +170,8 @@ class StatefulStep:
 
     def _follow(self) -> None:
         """Take up what changed of the model and the settings since the last call, or raise an error."""
+        if self._again is not None:
+            self._again = None
         rules, binding = self.optimizer.changed(self._rules), self._binding
         if not binding.holds():
             binding = binding.rebound()

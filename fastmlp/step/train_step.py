@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from ..backend import resolve
 from ..base.losses import STEP_LOSSES
+from ..base.signature import comparison
 from ..nn import MLP, MLPEnsemble
 from .binding import Binding
 from .foreign import refusal
 from .groups import OWN, grouped
+from .in_memory import fake_mode
 from .loss_options import loss_options
 from .optimizers import OPTIMIZERS, optimizer_of
 from .settings import StepOptimizer
@@ -216,6 +217,7 @@ class TrainStep(StatefulStep):
         #: Whether the average has still to begin with the parameters.
         self._ema_waits = rule.ema_decay is not None
         self._engine = self._new_engine(self._binding, self._rules)
+        self._again = None
         self._take_up_dropout(self._binding)
 
     @property
@@ -289,6 +291,19 @@ class TrainStep(StatefulStep):
             the kernels (backend "torch") it is a device-side assertion of torch's. The loss of an empty batch is NaN,
             and such a step changes nothing.
         """
+        again, binding = self._again, self._binding
+        if (
+            again is not None
+            and sample_weight is None
+            and self._is_repeated(x, y, *binding.all)
+            and fake_mode() is None
+            and self.optimizer.is_unchanged()
+            and binding.is_in_place()
+        ):
+            loss = self._next_loss()
+            if again(x, y, loss):
+                torch._C._increment_version(binding.parameters)
+                return loss
         self._follow()
         x, y = self._batches.checked(x, y, in_range=self._checks_classes)
         if sample_weight is not None:
@@ -311,7 +326,9 @@ class TrainStep(StatefulStep):
         if self._ema_waits:
             self._begin_ema()
         if weight is None:
-            self._engine.step(x, y, loss)
+            again = self._engine.step(x, y, loss)
+            if again is not None and self._batches.repeats:
+                self._again, self._is_repeated = again, comparison([x, y, *self._binding.all])
         else:
             self._engine.step(x, y, loss, weight=weight)
         self._updated()
@@ -427,16 +444,17 @@ class TrainStep(StatefulStep):
         self._updated()
 
     def _next_loss(self) -> Tensor:
-        """A 0-d tensor that nobody else has, without an allocation at each step."""
+        """A tensor for a loss that nobody else has, without an allocation at each step."""
         if not self._next_losses:
-            block = torch.empty(_BLOCK, dtype=self.losses.dtype, device=self.device)
-            # ``.data``: each loss has a version counter of its own, as other tensors have.
-            self._next_losses = [loss.data for loss in block.unbind()]
+            block = torch.empty((_BLOCK, *self.losses.shape[1:]), dtype=self.losses.dtype, device=self.device)
+            # Not views, so that each loss has a version counter of its own, as other tensors have.
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                self._next_losses = list(block.unbind())
         return self._next_losses.pop()
 
     def _updated(self) -> None:
         """Tell autograd that the parameters changed, and torch's schedulers that an update came before theirs."""
-        increment_version(self._binding.parameters)
+        torch._C._increment_version(self._binding.parameters)
         if self._ema_waits:
             self._ema_waits = False
         self._engine.updated()

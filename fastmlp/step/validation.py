@@ -110,6 +110,8 @@ class Batches:
         #: Whether a batch is like the last one that was accepted as it was. Then it is accepted too, up to its class
         #: numbers, which are looked at if `_looks`.
         self._is_accepted: Callable[[Tensor, Tensor], bool] = _no
+        #: Whether the last batch was such a batch.
+        self.repeats = False
         self._looks = False
         self._inputs = {dtype, own, torch.uint8}
         if dtype.itemsize == 2:
@@ -120,7 +122,8 @@ class Batches:
 
         With ``in_range``, class numbers on a CPU are compared with the number of classes.
         """
-        if not self._is_accepted(x, y) or fake_mode() is not None:
+        self.repeats = self._is_accepted(x, y) and fake_mode() is None
+        if not self.repeats:
             taken = self._taken(x, y)
             as_it_was = taken[0] is x and taken[1] is y
             self._is_accepted = comparison(taken) if as_it_was and x.__class__ is y.__class__ is Tensor else _no

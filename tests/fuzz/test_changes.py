@@ -8,7 +8,7 @@ The backend is the kernels where they run (a GPU, Triton's interpreter) and plai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -265,12 +265,14 @@ def refusal(w: World) -> str | None:
     return message
 
 
-@fuzz(10, CASES)
-def test_no_change_is_missed(case):
-    dtype, changes = case
+def check(dtype: str, changes: Sequence[tuple[Callable[[World, int], Undo], int]], *, repeated: bool = False) -> None:
+    """Make the changes, each before a step, or before a step that would repeat the one before it."""
     w = World(dtype)
     assert refusal(w) is None
     for change, i in changes:
+        if repeated:
+            assert refusal(w) is refusal(w) is None
+            assert w.step._again is not None
         undo = change(w, i)
         message = refusal(w)
         if message is None:
@@ -282,3 +284,15 @@ def test_no_change_is_missed(case):
         if change is prune_layer:  # its undoing moves the parameter
             w.new_step()
         assert refusal(w) is None
+
+
+@fuzz(10, CASES)
+def test_no_change_is_missed(case):
+    check(*case)
+
+
+@pytest.mark.skipif(KERNELS, reason="machine code runs where no kernel does")
+@pytest.mark.usefixtures("native_code")
+@fuzz(10, CASES)
+def test_no_change_is_missed_by_a_repeated_step(case):
+    check("full", case[1], repeated=True)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmlp
 from fastmlp.step.optimizers import OPTIMIZERS
 
 #: Functions of Python that a warm step may call, whatever the number of layers.
-MOST_CALLS = 20
+MOST_CALLS = 5
 
 
 def python_calls(function: Callable[[], object]) -> list[str]:
@@ -48,8 +49,124 @@ def test_calls_of_a_warm_step(optimizer):
         step._next_loss()  # so that none of these steps allocates losses
         names = min((python_calls(lambda: step(x, y)) for _ in range(2)), key=len)  # noqa: B023
         assert len(names) <= MOST_CALLS, names
-        assert not python_calls(step._binding.holds)
-        assert not python_calls(lambda: step.optimizer.changed(step._rules))[1:]  # noqa: B023
+
+
+def gradients(step, x, y):
+    step.gradients(x, y)
+
+
+def ignored_labels(step, x, y):
+    step.gradients(x, y.masked_fill(y == 0, -100))
+
+
+def epoch(step, x, y):
+    step.epoch(x, y, 2, lr_factors=[0.5, 2.0, 0.0])
+
+
+def other_rows(step, x, y):
+    step(x[:3], y[:3])
+
+
+def pixels(step, x, y):
+    step(x.mul(100).to(torch.uint8), y)
+
+
+def columns(step, x, y):
+    step(x.t().contiguous().t(), y)
+
+
+def weighted(step, x, y):
+    step(x, y, torch.linspace(0.1, 1, 5))
+
+
+def ignored(step, x, y):
+    step(x, y.masked_fill(y == 0, -100))
+
+
+def no_class(step, x, y):
+    with pytest.raises(IndexError, match="out of range"):
+        step(x, y + 1)
+
+
+def faked(step, x, y):
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="FakeTensorMode"):
+        step(x, y)
+
+
+def scheduled(step, x, y):
+    step.lr = 0.3
+
+
+def rebuilt(step, x, y):
+    step.optimizer.param_groups[0]["momentum"] = 0.9
+
+
+def dropped(step, x, y):
+    step.model.dropout = 0.5
+
+
+def dropped_once(step, x, y):
+    step.model.dropout = 0.5
+    step(x, y)
+    step.model.eval()
+
+
+def frozen(step, x, y):
+    step.model.layers[0].weight.requires_grad_(False)
+
+
+def other_activation(step, x, y):
+    step.model.layers[0].activation = "relu"
+
+
+def loaded(step, x, y):
+    step.load_state_dict(step.state_dict())
+
+
+BETWEEN = [
+    gradients, ignored_labels, epoch, other_rows, pixels, columns, weighted, ignored, no_class, faked, scheduled,
+    rebuilt, dropped, dropped_once, frozen, other_activation, loaded,
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("native_code")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("between", BETWEEN, ids=lambda f: f.__name__)
+def test_a_step_that_repeats_the_last_one(between, optimizer):
+    """It is the step that looks at everything, to the last bit, whatever happens between two of them."""
+    if between is rebuilt and optimizer == "adamw":
+        pytest.skip("adamw has no momentum")
+    (step, x, y), (twin, *_) = (warm(optimizer=optimizer) for _ in range(2))
+    for i in range(8):
+        twin.state_dict()  # after another method a step looks at everything
+        if i in (3, 5):
+            torch.manual_seed(i)
+            between(step, x, y)
+            torch.manual_seed(i)
+            between(twin, x, y)
+            twin.state_dict()
+        if i == 2 or (i == 7 and between not in (dropped, dropped_once)):
+            assert step._again is not None
+        assert twin._again is None
+        versions = [p._version for p in step.model.parameters()]
+        assert torch.equal(step(x, y), twin(x, y))
+        rises = [q._version - p for p, q in zip(versions, step.model.parameters(), strict=True)]
+        assert rises == [int(p.requires_grad) for p in step.model.parameters()]
+    for p, q in zip(step.model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.usefixtures("native_code")
+def test_losses_have_memory_and_versions_of_their_own():
+    step, x, y = warm()
+    losses = [step(x, y) for _ in range(70)]
+    values = torch.stack(losses).tolist()
+    assert len({loss.data_ptr() for loss in losses}) == len(losses)
+    assert not any(loss._is_view() or loss._version or loss.requires_grad for loss in losses)
+    losses[40].add_(1.0)
+    assert [loss._version for loss in losses] == [int(i == 40) for i in range(70)]
+    assert torch.stack(losses).tolist() == [value + (i == 40) for i, value in enumerate(values)]
+    assert values == sorted(values, reverse=True)
 
 
 def test_the_first_setting_is_the_learning_rate():

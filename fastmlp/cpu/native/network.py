@@ -167,7 +167,8 @@ class NativeNetwork:
         self._nothing = ctypes.c_int64()
         nothing, call = (ctypes.c_int64(ctypes.addressof(place)) for place in (self._nothing, self._call))
         self._arguments = nothing, nothing, call, nothing
-        self._is_plain = False
+        #: Whether the last call was a step without sample weights that read X and Y where they are.
+        self.is_plain = False
         self._set_loss(units, loss)
 
     def take_loss(self, loss: LossUnit) -> bool:
@@ -180,7 +181,7 @@ class NativeNetwork:
     def _set_loss(self, units: Units, loss: LossUnit) -> None:
         self.net[layout.LOSS], self.net[layout.CLASSES] = units[loss.name], int(loss.classes)
         self.net[layout.IGNORED] = loss.ignored
-        self._classes, self._is_plain = loss.classes, False
+        self._classes, self.is_plain = loss.classes, False
 
     def gradients_go(self, to: Sequence[Tensor]) -> None:
         """Have the gradients of the trained parameters stored in these contiguous tensors, in the parameters' order."""
@@ -249,12 +250,18 @@ class NativeNetwork:
 
         X and Y may have a dimension of one member in front. False where a class number is out of range.
         """
-        call, plain = self._call, self._is_plain and weight is None
+        plain = self.is_plain and weight is None
         if not (plain and x.dtype is self._dtype and x.is_contiguous() and y.is_contiguous()):
+            call = self._call
             self._say_how(x, y, weight)
             call[_ORDER] = call[_RATES] = 0
             call[_ROWS] = call[_BATCH] = self._m
-            self._is_plain = weight is None and call[layout.HOW] == layout.READY and y.is_contiguous()
+            self.is_plain = weight is None and call[layout.HOW] == layout.READY and y.is_contiguous()
+        return self.again(x, y, losses)
+
+    def again(self, x: Tensor, y: Tensor, losses: Tensor) -> bool:
+        """``step``, where X and Y have the properties of the last ones and nothing else has changed since."""
+        call = self._call
         call[_INPUTS], call[_TARGETS], call[_LOSSES] = x.data_ptr(), y.data_ptr(), losses.data_ptr()
         self._run(*self._arguments)
         return not call[_STATUS]
@@ -274,7 +281,7 @@ class NativeNetwork:
         ``rates`` are float64 [steps, groups], or None for the rates that are in ``hyper``.
         """
         assert batch <= self._m
-        call, self._is_plain = self._call, False
+        call, self.is_plain = self._call, False
         self._say_how(x, y, weight)
         call[_INPUTS], call[_TARGETS], call[_LOSSES] = x.data_ptr(), y.data_ptr(), losses.data_ptr()
         call[_ORDER], call[_RATES] = order.data_ptr(), _address(rates)
