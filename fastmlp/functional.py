@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -86,6 +87,13 @@ def _torchs_own(backend: str, x: Tensor, weights: Sequence[Tensor]) -> bool:
         and weights[0].dtype in WIDE
         and x.shape[:-1].numel() * sum([weight.numel() for weight in weights]) <= _FEW
     )
+
+
+def _is_checked(run: str, activations: Sequence[str], known: Signature) -> bool:
+    try:
+        return (run, *activations, known) in _checked
+    except TypeError:  # an activation that has no hash, which is refused later
+        return False
 
 
 def _remember(run: str, activations: Sequence[str], known: Signature) -> None:
@@ -195,20 +203,20 @@ def mlp(
         ValueError: no layers, or not as many weights as biases and activations; a probability below 0, or 1 and above.
         RuntimeError: dropout inside a transform of torch.func, or when a backward pass computes the forward pass again.
     """
-    for activation in activations:
-        check_activation(activation)
     known = run = None
     if members is None and dropout is None and weights and len(weights) == len(biases):
-        tensors: tuple[Any, ...] = (x, *[p for pair in zip(weights, biases, strict=True) for p in pair])
+        tensors: tuple[Any, ...] = (x, *chain.from_iterable(zip(weights, biases, strict=True)))
         run = _alone(*tensors)
         if run is not None:
             known = signature(tensors, weights[0])
-            if (run, *activations, known) in _checked:
+            if _is_checked(run, activations, known):
                 if x.dim() > 2:
                     x, known = x.flatten(1), None
                 if run == "torch":
                     return reference.mlp(x, weights, biases, activations)
                 return _on_tape(x, tensors[1:], tuple(activations), "triton", known)
+    for activation in activations:
+        check_activation(activation)
     check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
     if dtype is not None:

@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import functional
 from ..base.arguments import check_tensor
 from .layers import EnsembleLinear, LayerList
-from .mlp import MLP, Network, _checked_sizes, _only_computes, _parameter, _per_layer
+from .mlp import MLP, Network, _checked_sizes, _only_computes, _per_layer, _read
 
 __all__ = ["MLPEnsemble"]
 
@@ -73,16 +73,14 @@ class MLPEnsemble(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, sizes[0]] or [E, B, sizes[0]] to [E, B, sizes[-1]]."""
-        layers = self._linears()
-        if _has_any_global_hook() or not all(map(_only_computes, layers)):
+        parts = None if _has_any_global_hook() else _read(self._linears())
+        if parts is None:
             check_tensor(x, "the input")
             return self._in_turn(x)
-        weights = [_parameter(layer, "weight") for layer in layers]
-        biases = [_parameter(layer, "bias") for layer in layers]
-        activations = [layer._slot.activation for layer in layers]
+        weights, biases, activations = parts
         if self._dropout and self.training:
-            return functional.mlp(x, weights, biases, activations, self.members, self._dropout, self.dropout_state)  # type: ignore[arg-type]
-        return functional.mlp(x, weights, biases, activations, self.members)  # type: ignore[arg-type]
+            return functional.mlp(x, weights, biases, activations, self.members, self._dropout, self.dropout_state)
+        return functional.mlp(x, weights, biases, activations, self.members)
 
     def extra_repr(self) -> str:
         """The sizes and the number of members; the layers print themselves."""

@@ -162,15 +162,13 @@ class MLP(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, sizes[0]] (or [B, ...]) to [B, sizes[-1]]."""
-        layers = self._linears()
-        if _has_any_global_hook() or not all(map(_only_computes, layers)):
+        parts = None if _has_any_global_hook() else _read(self._linears())
+        if parts is None:
             return self._one_by_one(x)
-        weights = [_parameter(layer, "weight") for layer in layers]
-        biases = [_parameter(layer, "bias") for layer in layers]
-        activations = [layer._slot.activation for layer in layers]
+        weights, biases, activations = parts
         if self._dropout and self.training:
-            return functional.mlp(x, weights, biases, activations, None, self._dropout, self.dropout_state)  # type: ignore[arg-type]
-        return functional.mlp(x, weights, biases, activations)  # type: ignore[arg-type]
+            return functional.mlp(x, weights, biases, activations, None, self._dropout, self.dropout_state)
+        return functional.mlp(x, weights, biases, activations)
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         check_batch(x, self.sizes[0])
@@ -313,23 +311,34 @@ def _per_layer(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
     )
 
 
+def _read(layers: Iterable[Any]) -> tuple[list[Any], list[Any], list[str]] | None:
+    """The layers' weights, biases and activations.
+
+    None if a call of a layer is more than the forward of Linear or Affine: there is a hook or a patched forward. Every
+    call of a model asks, so this is one loop, which looks up attributes without ``nn.Module.__getattr__``.
+    """
+    weights, biases, activations = [], [], []
+    for layer in layers:
+        own = layer.__dict__
+        if (
+            type(layer).forward not in _FORWARDS
+            or "forward" in own
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
+            return None
+        parameters = own["_parameters"]
+        weights.append(parameters["weight"] if "weight" in parameters else layer.weight)  # noqa: SIM401
+        biases.append(parameters["bias"] if "bias" in parameters else layer.bias)  # noqa: SIM401
+        activations.append(own["_slot"].activation)
+    return weights, biases, activations
+
+
 def _only_computes(layer: nn.Module) -> bool:
-    """True if a call of ``layer`` is the forward of Linear or Affine and no more: no hook, no patched forward."""
-    forward, own = type(layer).forward, layer.__dict__
-    ours = forward is Affine.forward or forward is Linear.forward or forward is EnsembleLinear.forward
-    return ours and not (
-        "forward" in own
-        or own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    )
-
-
-def _parameter(layer: nn.Module, name: str) -> Tensor | None:
-    """``layer.weight`` or ``layer.bias``, without the slow look-up of a module's attributes."""
-    parameters = layer._parameters
-    return parameters[name] if name in parameters else getattr(layer, name)
+    """Whether a call of ``layer`` is the forward of Linear or Affine and no more."""
+    return _read((layer,)) is not None
 
 
 def _floating_dtype(module: nn.Module) -> torch.dtype:
@@ -340,6 +349,10 @@ def _floating_dtype(module: nn.Module) -> torch.dtype:
 
 def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+#: What the layers of an MLP compute.
+_FORWARDS = frozenset((Affine.forward, Linear.forward, EnsembleLinear.forward))
 
 
 def _is_linear(module: nn.Module) -> bool:

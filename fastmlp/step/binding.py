@@ -44,7 +44,7 @@ class Binding:
     """
 
     def __init__(self, model: MLP | MLPEnsemble) -> None:
-        self._model, self._attributes, self._forward = model, model.__dict__, _own_forward(model)
+        self._model, self._attributes, self._class = model, model.__dict__, type(model)
         self._modules, self._list, self._container = model._modules, model.layers, model.layers.__dict__
         self.layers = model._linears()
         self._handles = -1
@@ -85,6 +85,8 @@ class Binding:
         #: Whether the parameters have the dtypes, shapes and strides, and require the gradients, that they had.
         self._are_alike = comparison(self.all)
         self._layers = [_facts(layer) for layer in self.layers]
+        classes: set[Any] = {self._class, *map(type, self.layers)}
+        self._forwards = [(kind, kind.forward) for kind in classes]
         self.kind = self.trained, activations
 
     def holds(self) -> bool:
@@ -104,7 +106,7 @@ class Binding:
         if (
             attributes.get("_dropout") is not self._rates
             or "forward" in attributes
-            or type(self._model).forward is not self._forward
+            or type(self._model) is not self._class
             or self._modules.get("layers") is not self._list
             or [*self._container["_modules"].values()] != self.layers
         ):
@@ -113,6 +115,9 @@ class Binding:
             self._model.training is not self._training or self._model._buffers.get("dropout_state") is not self._state
         ):
             return False
+        for module_class, forward in self._forwards:
+            if module_class.forward is not forward:
+                return False
         try:
             for layer, own, kind, slot, activation, table, weight, place, bias, place_bias in self._layers:
                 if (

@@ -421,6 +421,20 @@ class TestLayersThatAreMore:
         a = a if replacement == "subclass" else nn.functional.gelu(a)  # a fastmlp.Linear has its own
         torch.testing.assert_close(out, model.layers[2](a))
 
+    def test_replaced_forward_of_the_class(self, monkeypatch):
+        """Somebody may patch the class of the layers; the calls of models and steps follow."""
+        model, x = self.model()
+        step = fastmlp.TrainStep(model)
+        forward = type(model.layers[0]).forward
+        monkeypatch.setattr(type(model.layers[0]), "forward", lambda self, input: 2 * forward(self, input))
+        a = x.flatten(1)
+        for layer, f in zip(model.layers, (torch.tanh, nn.functional.gelu, lambda z: z), strict=True):
+            a = f(2 * nn.functional.linear(a, layer.weight, layer.bias))
+        torch.testing.assert_close(model(x), a)
+        for refuses in (fastmlp.TrainStep, lambda model: step(x, torch.zeros(len(x), dtype=torch.int64))):
+            with pytest.raises(ValueError, match="forward of its own"):
+                refuses(model)
+
     def test_tied_layers(self):
         """If one layer is used twice, its gradients add up."""
         torch.manual_seed(0)
