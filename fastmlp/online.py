@@ -34,6 +34,7 @@ from torch import Tensor
 from . import reference
 from .activations import ACTIVATIONS
 from .base.arguments import check_activation, check_classes, check_input, check_network, check_rows, check_tensor
+from .base.memory import sharing
 
 __all__ = ["BLOCK", "SMALL", "online_epoch"]
 
@@ -216,7 +217,8 @@ def online_epoch(
         The mean over the steps of L before each update, 0-d in the weights' dtype; NaN if there are no steps.
 
     Raises:
-        ValueError: unknown activations, sequences of different lengths, a block below 1, more or fewer lr than steps.
+        ValueError: unknown activations, sequences of different lengths, a block below 1, more or fewer lr than steps,
+            parameters that share memory.
         TypeError: arguments that are not tensors.
         IndexError: a label outside [0, n_L), an entry of order outside [0, count).
         RuntimeError: shapes, dtypes or devices that do not fit.
@@ -302,6 +304,13 @@ def _checked(
                 f"{weight.device}; use minibatches there"
             )
     check_network(weights, biases, activations)
+    named = [(f"weights[{i}]", w) for i, w in enumerate(weights)]
+    both = sharing(named + [(f"biases[{i}]", b) for i, b in enumerate(biases) if b is not None])
+    if both is not None:
+        raise ValueError(
+            f"{both[0]} and {both[1]} are one tensor or lie in the same memory, where each would overwrite what the "
+            "other has learned; train shared parameters with autograd"
+        )
     check_tensor(images, "images")
     check_tensor(labels, "labels")
     if images.dim() != 2 or labels.shape != images.shape[:1]:

@@ -157,6 +157,24 @@ def test_no_steps():
     assert torch.equal(parameters(actual), parameters(net))
 
 
+def test_a_layer_that_is_used_twice():
+    x, y = data(9, 9)
+    weights, biases, activations = network((9, 9, 9), ["relu", "identity"])
+    with pytest.raises(ValueError, match=r"weights\[0\] and weights\[1\] are one tensor"):
+        online_epoch([weights[0]] * 2, biases, activations, x, y, 0.1)
+
+
+def test_weights_between_each_other():
+    """Strided views of one tensor lie apart."""
+    x, y = data(9, 9)
+    both = torch.randn(9, 18, dtype=torch.float64)
+    weights, activations = [both[:, ::2], both[:, 1::2]], ["relu", "identity"]
+    expected = [weight.clone() for weight in weights]
+    online_epoch(expected, [None, None], activations, x, y, 0.1)
+    online_epoch(weights, [None, None], activations, x, y, 0.1)
+    assert all(map(torch.equal, weights, expected))
+
+
 def test_two_runs_are_equal():
     x, y = data(13, 5)
     net = network((13, 9, 5), ["sigmoid", "identity"])
@@ -166,6 +184,7 @@ def test_two_runs_are_equal():
     assert torch.equal(parameters(runs[0]), parameters(runs[1]))
 
 
+FLAT = torch.zeros(145, dtype=torch.float64)
 ERRORS = [
     ({"block": 0}, ValueError, "block"),
     ({"activations": ["relu"]}, ValueError, "as many weights"),
@@ -182,6 +201,11 @@ ERRORS = [
     ({"order": torch.tensor([0.5])}, RuntimeError, "int64"),
     ({"weights": [torch.zeros(9, 13).bfloat16(), torch.zeros(5, 9)]}, RuntimeError, "float32 or float64"),
     ({"weights": [torch.zeros(9, 13).double(), torch.zeros(5, 8).double()]}, RuntimeError, r"out_features, 9\]"),
+    (
+        {"weights": [FLAT[:117].view(9, 13), FLAT[100:145].view(5, 9)]},
+        ValueError,
+        r"weights\[0\] and weights\[1\] are one",
+    ),
 ]
 
 

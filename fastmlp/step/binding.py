@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..base.arguments import check_members, check_network, check_same_device
+from ..base.memory import sharing
 from ..base.signature import comparison
 from ..nn import MLPEnsemble
 from ..nn.mlp import MLP, _has_hooks, _only_computes
@@ -251,16 +252,14 @@ def _check_model(model: MLP | MLPEnsemble, has_hooks: bool) -> None:
 
 def _check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
     """ValueError or RuntimeError for parameters that cannot be updated in place, each on its own."""
-    seen: dict[int, str] = {}
+    both = sharing(named)
+    if both is not None:
+        raise ValueError(
+            f"{both[0]} and {both[1]} are one parameter or lie in the same memory, which a TrainStep would update "
+            "twice; train shared parameters with autograd"
+        )
     first = named[0][1]
     for name, parameter in named:
-        place = parameter.data_ptr() or id(parameter)  # empty parameters, and those on "meta", have no address
-        if place in seen:
-            raise ValueError(
-                f"{name} and {seen[place]} are one parameter or lie in the same memory, which a TrainStep would update "
-                "twice; train shared parameters with autograd"
-            )
-        seen[place] = name
         if parameter.is_neg():
             raise RuntimeError(
                 f"the memory of {name} holds the negatives of its values, which a TrainStep would read as they are; "

@@ -143,8 +143,23 @@ class TestModels:
     def test_shared_parameters(self):
         model = network((4, 4, 4))
         model.layers[1].weight = model.layers[0].weight
-        with pytest.raises(ValueError, match=r"layers\.1\.weight and layers\.0\.weight are one parameter"):
+        with pytest.raises(ValueError, match=r"layers\.0\.weight and layers\.1\.weight are one parameter"):
             fastmlp.TrainStep(model, lr=0.1)
+
+    def test_parameters_inside_of_others(self):
+        model = network((4, 4, 4))
+        model.layers[1].bias.data = model.layers[0].weight.data.view(-1)[5:9]
+        with pytest.raises(ValueError, match=r"layers\.0\.weight and layers\.1\.bias .* lie in the same memory"):
+            fastmlp.TrainStep(model, lr=0.1)
+
+    def test_parameters_side_by_side(self):
+        model = network((4, 4, 4))
+        flat = torch.randn(40, dtype=torch.float64)
+        for p, part in zip(model.parameters(), flat.split([16, 4, 16, 4]), strict=True):
+            p.data = part.view(p.shape)
+        before = flat.clone()
+        fastmlp.TrainStep(model, lr=0.1)(torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2]))
+        assert (flat != before).any()
 
     def test_strided_parameters(self):
         model = network(SIZES)
