@@ -46,7 +46,7 @@ class Binding:
 
     def __init__(self, model: MLP | MLPEnsemble) -> None:
         self._model, self._attributes, self._class = model, model.__dict__, type(model)
-        self._modules, self._list, self._container = model._modules, model.layers, model.layers.__dict__
+        self._list, self._container = model.layers, model.layers.__dict__
         self.layers = model._linears()
         self._handles = -1
         if any(parameter.is_inference() for parameter in model.parameters()):
@@ -79,9 +79,7 @@ class Binding:
         self.trained = [name for name, _ in trained]
         self.parameters = [parameter for _, parameter in trained]
         self.all = [parameter for _, parameter in named]
-        self._places = [
-            (layer._parameters, name, layer._parameters[name]) for layer in self.layers for name in ("weight", "bias")
-        ]
+        self._places = [(layer, name, layer._parameters[name]) for layer in self.layers for name in ("weight", "bias")]
         self._where = {id(parameter): _where(parameter) for parameter in self.all}
         #: Whether the parameters have the dtypes, shapes and strides, and require the gradients, that they had.
         self._are_alike = comparison(self.all)
@@ -108,7 +106,7 @@ class Binding:
             attributes.get("_dropout") is not self._rates
             or "forward" in attributes
             or type(self._model) is not self._class
-            or self._modules.get("layers") is not self._list
+            or attributes["_modules"].get("layers") is not self._list
             or [*self._container["_modules"].values()] != self.layers
         ):
             return False
@@ -122,7 +120,8 @@ class Binding:
         try:
             for layer, own, kind, slot, activation, table, weight, place, bias, place_bias in self._layers:
                 if (
-                    table["weight"] is not weight
+                    own["_parameters"] is not table
+                    or table["weight"] is not weight
                     or table["bias"] is not bias
                     or own["_slot"] is not slot
                     or slot.activation != activation
@@ -166,9 +165,9 @@ class Binding:
             RuntimeError: the parameters are not those of the model any more, or not where they were.
             ValueError, RuntimeError: as a new binding.
         """
-        for table, name, parameter in self._places:
+        for layer, name, parameter in self._places:
             moved = parameter is not None and _where(parameter) != self._where[id(parameter)]
-            if table.get(name) is not parameter or moved:
+            if layer._parameters.get(name) is not parameter or moved:
                 raise RuntimeError(
                     f"a {name} of the model was replaced or moved after the TrainStep was made (by model.to(...), by "
                     "a parametrization, or by assigning a parameter or its .data), so a step would train what the "

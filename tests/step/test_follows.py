@@ -295,6 +295,24 @@ class TestModules:
             change(model)
             refuses(step, *batch, match="make a new TrainStep")
 
+    def test_tables_in_place_of_torchs(self, batch):
+        """Some libraries put tables of their own into modules, and their parameters into these later."""
+
+        class Table(dict):
+            pass
+
+        model, step = made()
+        step(*batch)
+        for module in model.modules():
+            module._parameters, module._modules = Table(module._parameters), Table(module._modules)
+        loss = loss_of(model, *batch)
+        assert step(*batch).item() == pytest.approx(loss, rel=1e-5)
+        model.layers[0]._parameters["weight"] = nn.Parameter(torch.zeros(8, 4))
+        refuses(step, *batch, match="make a new TrainStep")
+        model, step = made()
+        model._modules = Table(layers=fastmlp.MLP([4, 8, 3], "tanh").layers)
+        refuses(step, *batch, match="make a new TrainStep")
+
     def test_a_parameter_with_another_view_of_its_memory(self, batch):
         model = fastmlp.MLP([4, 4, 3], "tanh")
         step = fastmlp.TrainStep(model, lr=0.1)
