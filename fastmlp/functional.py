@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import ops, reference
+from .activations import ACTIVATIONS
 from .autograd.elementwise import bce_loss, bce_with_logits, huber_loss, l1_loss, mse_loss, multiclass_nll
 from .autograd.linear import LinearAct, MLPFunction
 from .autograd.softmax import softmax, softmax_squared_error
 from .autograd.transforms import transformed
-from .backend import Runs, alone, functorch_active, on_tape, runs
+from .backend import Runs, alone, functorch_active, get_backend, on_tape, runs
 from .base.arguments import (
     check_activation,
     check_batch,
@@ -28,7 +30,7 @@ from .base.arguments import (
 )
 from .base.compat import is_autocast_enabled
 from .base.dropout import Dropout, checked_rates
-from .base.signature import MOST, Signature, signature
+from .base.signature import MOST, Signature, comparison, signature
 from .cpu import get_cpu_gemm
 from .losses import cross_entropy
 from .ops import triton_ops
@@ -66,9 +68,23 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype)
 
 
-#: Calls that nobody watches and that passed all checks: what runs them, the activations, and the tensors' signature. A
-#: call of ``linear_act`` on a CPU is a "layer", which takes inputs of other shapes than a network of one layer.
+#: Calls of the kernels that nobody watches and that passed all checks: the activations, and the tensors' signature.
 _checked: set[tuple[object, ...]] = set()
+
+
+class _Repeated(NamedTuple):
+    """A call on a CPU that passed all checks, and that torch's own operations compute."""
+
+    alike: Callable[..., bool]  #: compares tensors with those of the call: X, the weights, the biases that are not None
+    absent: list[bool]  #: which biases are None; empty: none is
+    functions: list[Callable[[Tensor], Tensor] | None]  #: of the layers' Z; None: the identity
+
+
+#: What ``reference.activate`` computes.
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor] | None] = {name: f.new for name, f in ACTIVATIONS.items()}
+_FUNCTIONS |= {"identity": None, "step": partial(reference.activate, activation="step")}
+#: By the first weight, the shape of X, whether X is flattened, and the activations.
+_repeated: dict[tuple[object, ...], _Repeated] = {}
 #: Multiplications of a forward pass up to which torch's own operations on the tape are faster on a CPU than a node of
 #: ours, which is Python. Larger products take longer than the Python, and fused they are up to 5 % faster.
 _FEW = 1 << 27
@@ -89,17 +105,51 @@ def _torchs_own(backend: str, x: Tensor, weights: Sequence[Tensor]) -> bool:
     )
 
 
-def _is_checked(run: str, activations: Sequence[str], known: Signature) -> bool:
+def _repeat(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str], flattens: bool
+) -> Tensor | None:
+    """A network of tensors like those of a call before, by torch's own operations; None if there was no such call.
+
+    Nothing else is looked at. The comparison tells where somebody watches or transforms the operations, and those that
+    it does not see, such as a tracer, find the operations that they know.
+    """
+    if is_compiling() or get_backend() != "auto" or get_cpu_gemm() == "onednn":
+        return None
     try:
-        return (run, *activations, known) in _checked
+        found = _repeated.get((id(weights[0]), x.shape, flattens, *activations))
     except TypeError:  # an activation that has no hash, which is refused later
-        return False
+        return None
+    if found is None:
+        return None
+    given = biases
+    if found.absent:
+        if [b is None for b in biases] != found.absent:
+            return None
+        given = [b for b in biases if b is not None]
+    if not found.alike(x, *weights, *given):
+        return None
+    if flattens and x.dim() > 2:
+        x = x.flatten(1)
+    if x.dtype is torch.uint8:
+        x = reference.pixels(x, weights[0].dtype)
+    for weight, bias, f in zip(weights, biases, found.functions, strict=True):
+        z = torch.nn.functional.linear(x, weight, bias)
+        x = z if f is None else f(z)
+    return x
 
 
-def _remember(run: str, activations: Sequence[str], known: Signature) -> None:
-    if len(_checked) >= MOST:
-        _checked.clear()
-    _checked.add((run, *activations, known))
+def _remember(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str], flattens: bool
+) -> None:
+    """Let ``_repeat`` repeat a call that ``reference.mlp`` or ``reference.linear_act`` computes, x as it was given."""
+    absent, given = [b is None for b in biases], [b for b in biases if b is not None]
+    if any(t.layout != torch.strided for t in (x, *weights, *given)):
+        return
+    if len(_repeated) >= MOST:
+        _repeated.clear()
+    _repeated[(id(weights[0]), x.shape, flattens, *activations)] = _Repeated(
+        comparison([x, *weights, *given]), absent if any(absent) else [], [_FUNCTIONS[name] for name in activations]
+    )
 
 
 def _needs_grad(tensor: Tensor | None) -> bool:
@@ -140,14 +190,14 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         RuntimeError: shapes, dtypes or devices that do not fit, as torch.nn.functional.linear. Forward-mode derivatives
             on backend "triton" or under torch.inference_mode.
     """
+    if x.__class__ is Tensor and x.is_cpu:
+        a = _repeat(x, (weight,), (bias,), (activation,), False)
+        if a is not None:
+            return a
     check_activation(activation)
     if activation == "softmax":
         return softmax(linear_act(x, weight, bias))
     on_cpu = _alone(x, weight, bias) == "torch"
-    if on_cpu:
-        known = signature((x, weight, bias), weight)
-        if ("layer", activation, known) in _checked:
-            return reference.linear_act(x, weight, bias, activation)
     check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -156,7 +206,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     check_input(x, weight)
     backend = runs(weight.dtype, x, weight, bias)
     if on_cpu and _torchs_own(backend, x, (weight,)):
-        _remember("layer", (activation,), known)
+        _remember(x, (weight,), (bias,), (activation,), False)
         return reference.linear_act(x, weight, bias, activation)
     if backend == "formula" or transformed(x, weight, bias):
         return reference.linear_act(x, weight, bias, activation)
@@ -204,16 +254,19 @@ def mlp(
         RuntimeError: dropout inside a transform of torch.func, or when a backward pass computes the forward pass again.
     """
     known = run = None
+    given = x
     if members is None and dropout is None and weights and len(weights) == len(biases):
+        if x.__class__ is Tensor and x.is_cpu:
+            a = _repeat(x, weights, biases, activations, True)
+            if a is not None:
+                return a
         tensors: tuple[Any, ...] = (x, *chain.from_iterable(zip(weights, biases, strict=True)))
         run = _alone(*tensors)
-        if run is not None:
+        if run == "triton":
             known = signature(tensors, weights[0])
-            if _is_checked(run, activations, known):
+            if (*activations, known) in _checked:
                 if x.dim() > 2:
                     x, known = x.flatten(1), None
-                if run == "torch":
-                    return reference.mlp(x, weights, biases, activations)
                 return _on_tape(x, tensors[1:], tuple(activations), "triton", known)
     for activation in activations:
         check_activation(activation)
@@ -252,10 +305,12 @@ def mlp(
         backend = "members" if backend == "torch" else backend
         if x.requires_grad and x.dim() == 2:
             x = x.expand(members, -1, -1)  # whose derivative is the sum over the members
-    elif known is not None and backend == run == "triton":
-        _remember(run, activations, known)
-    elif known is not None and run == "torch" and _torchs_own(backend, x, weights):
-        _remember(run, activations, known)
+    elif known is not None and backend == "triton":
+        if len(_checked) >= MOST:
+            _checked.clear()
+        _checked.add((*activations, known))
+    elif run == "torch" and _torchs_own(backend, x, weights):
+        _remember(given, weights, biases, activations, True)
         return reference.mlp(x, weights, biases, activations)
     params = [p for pair in zip(weights, biases, strict=True) for p in pair]
     return _on_tape(x, params, tuple(activations), backend, drops=drops)

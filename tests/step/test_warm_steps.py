@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmlp
 from fastmlp.step.optimizers import OPTIMIZERS
+from tests.support.calls import python_calls
 
 #: Functions of Python that a warm step may call, whatever the number of layers.
 MOST_CALLS = 5
-
-
-def python_calls(function: Callable[[], object]) -> list[str]:
-    """The Python functions that the function calls, by name."""
-    names: list[str] = []
-
-    def profile(frame, event, argument):
-        if event == "call":
-            names.append(frame.f_code.co_name)
-
-    sys.setprofile(profile)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return names[1:]
 
 
 def warm(sizes=(4, 8, 3), **settings):
