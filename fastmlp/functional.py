@@ -117,7 +117,7 @@ def _repeat(
         return None
     try:
         found = _repeated.get((id(weights[0]), x.shape, flattens, *activations))
-    except TypeError:  # an activation that has no hash, which is refused later
+    except (TypeError, RuntimeError):  # an activation without a hash, a nested tensor without a shape: refused later
         return None
     if found is None:
         return None

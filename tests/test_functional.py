@@ -521,6 +521,19 @@ def test_sparse_inputs(layout):
             torch.testing.assert_close(*grads)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_inputs():
+    w, b = torch.randn(3, 5), torch.randn(3)
+    parts = [torch.randn(2, 5), torch.randn(4, 5)]
+    for _ in range(2):
+        for call in (lambda x: linear_act(x, w, b), lambda x: mlp(x, [w], [b], ["tanh"])):
+            with pytest.raises(RuntimeError, match=r"nested tensor; .*to_padded_tensor"):
+                call(torch.nested.nested_tensor(parts))
+        jagged = linear_act(torch.nested.nested_tensor(parts, layout=torch.jagged), w, b, "tanh")
+        for got, part in zip(jagged.unbind(), parts, strict=True):
+            torch.testing.assert_close(got, plain(part, w, b, "tanh"))
+
+
 @pytest.mark.parametrize("case", MLP_ERRORS)
 def test_mlp_errors(case):
     call, kind, message = MLP_ERRORS[case]

@@ -35,7 +35,10 @@ def signature(tensors: Sequence[Tensor | None], shared: object = None) -> Signat
     if shared is None:
         number = _number(tensors)
         return next(_next) if number is None else number
-    place = id(shared), len(tensors), tensors[0].shape  # type: ignore[union-attr]
+    try:
+        place = id(shared), len(tensors), tensors[0].shape  # type: ignore[union-attr]
+    except RuntimeError:  # a nested tensor has no shape
+        return next(_next)
     absent, present = [t is None for t in tensors], [t for t in tensors if t is not None]
     seen = _seen.get(place)
     if seen is not None and seen[1] == absent and seen[2](*present) and _aligned(present):
