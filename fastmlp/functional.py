@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import ops, reference
@@ -113,7 +114,7 @@ def _repeat(
     Nothing else is looked at. The comparison tells where somebody watches or transforms the operations, and those that
     it does not see, such as a tracer, find the operations that they know.
     """
-    if is_compiling() or get_backend() != "auto" or get_cpu_gemm() == "onednn":
+    if is_compiling() or get_backend() != "auto" or get_cpu_gemm() == "onednn" or forward_ad._current_level >= 0:
         return None
     try:
         found = _repeated.get((id(weights[0]), x.shape, flattens, *activations))

@@ -12,6 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 
 import fastmlp
@@ -150,6 +151,32 @@ def test_transforms_of_a_call_that_was_repeated():
     _, expected = jvp(lambda x: reference.mlp(x, w, b, ["tanh", "gelu"]), (x,), (tangent,))
     torch.testing.assert_close(got, expected)
     assert torch.autograd.gradgradcheck(call, (x.clone().requires_grad_(),))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_parameters():
+    """torch's guards would end the process."""
+    x, weights, biases = network()
+    nested = torch.nested.nested_tensor([torch.randn(3)])
+    for _ in range(2):
+        mlp(x, weights, biases, ["tanh", "relu"])
+        for params in ((weights, [biases[0], nested]), ([weights[0], nested], biases), ([nested, weights[1]], biases)):
+            with pytest.raises(RuntimeError):
+                mlp(x, *params, ["tanh", "relu"])
+
+
+def test_tangents_in_inference_mode_after_calls_in_it():
+    x, weights, biases = network()
+    layer = fastmlp.Linear(4, 3)
+    calls = layer, lambda x: mlp(x, weights, biases, ["tanh", "relu"])
+    for call in calls:
+        with torch.inference_mode():
+            call(x)
+            call(x)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            with torch.inference_mode(), pytest.raises(RuntimeError, match="drops forward-mode derivatives"):
+                call(dual)
 
 
 def test_other_parameters_of_a_model():

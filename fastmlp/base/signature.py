@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MOST", "Signature", "comparison", "signature"]
+__all__ = ["MOST", "Signature", "comparison", "guards", "signature"]
 
 #: Entries of a table of signatures, or of calls or launches that are known by one. One more, and the table is emptied.
 MOST = 4096
 
 Signature = int
 
+_is_nested: Callable[[Any], bool] = Tensor.is_nested.__get__  # type: ignore[attr-defined]
 _numbers: dict[tuple[Any, ...], Signature] = {}
 _next = count()
 #: By the shared object, the number of tensors, and the shape of the first one: the signature, which tensors are None,
@@ -84,9 +85,24 @@ def comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
     The properties are type, dtype, shape, strides, device, `requires_grad` and the keys of torch's dispatcher, by which
     views that negate differ from others. The answer is False for what is no tensor and where a tensor is given twice.
-    It may be False for tensors that have the properties, such as inside autocast.
+    It may be False for tensors that have the properties, such as inside autocast. A tensor of torch.inference_mode and
+    another one inside of the mode are alike.
     """
+    guard = guards(tensors)
+
+    def alike(*others: Any) -> bool:
+        try:
+            return not any(map(_is_nested, others)) and guard(*others)
+        except TypeError:  # no tensor
+            return False
+
+    return alike
+
+
+def guards(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """``comparison`` by torch alone, without a call of Python. A nested tensor without strides ends the process."""
     sizes: Any = [list(t.shape) for t in tensors]
     strides: Any = [list(t.stride()) for t in tensors]
-    guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-    return guards.check
+    of_dynamo = torch._C._dynamo.guards.TensorGuards
+    check: Callable[..., bool] = of_dynamo(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return check

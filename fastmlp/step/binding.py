@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..base.arguments import check_members, check_network, check_same_device
 from ..base.memory import sharing
-from ..base.signature import comparison
+from ..base.signature import guards
 from ..nn import MLPEnsemble
 from ..nn.mlp import MLP, _has_hooks, _only_computes
 from .cpu_dropout import StepDropout
@@ -82,7 +82,7 @@ class Binding:
         self._places = [(layer, name, layer._parameters[name]) for layer in self.layers for name in ("weight", "bias")]
         self._where = {id(parameter): _where(parameter) for parameter in self.all}
         #: Whether the parameters have the dtypes, shapes and strides, and require the gradients, that they had.
-        self._are_alike = comparison(self.all)
+        self._are_alike = guards(self.all)
         self._layers = [_facts(layer) for layer in self.layers]
         classes: set[Any] = {self._class, *map(type, self.layers)}
         self._forwards = [(kind, kind.forward) for kind in classes]

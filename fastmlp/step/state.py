@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..backend import functorch_active
 from ..base.arguments import check_tensor
 from ..base.losses import STEP_LOSSES
 from .binding import Binding
@@ -170,6 +171,11 @@ class StatefulStep:
 
     def _follow(self) -> None:
         """Take up what changed of the model and the settings since the last call, or raise an error."""
+        if functorch_active():
+            raise RuntimeError(
+                "a TrainStep works in place, which a transform of torch.func (vmap, grad, jvp, functionalize, ...) "
+                "cannot follow; call it outside of the transform"
+            )
         if self._again is not None:
             self._again = None
         rules, binding = self.optimizer.changed(self._rules), self._binding
@@ -186,7 +192,8 @@ class StatefulStep:
         if binding.kind != self._binding.kind or (
             rules is not None and list(map(structure, rules)) != list(map(structure, self._rules))
         ):
-            self._rebuild(binding, self._rules if rules is None else rules)
+            with torch.inference_mode(False), torch.no_grad():  # later steps write to what is made here
+                self._rebuild(binding, self._rules if rules is None else rules)
         elif rules is not None:
             for rule, new in zip(self._rules, rules, strict=True):
                 vars(rule).update(vars(new))

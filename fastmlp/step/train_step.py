@@ -6,14 +6,17 @@ import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_inference_mode_enabled
+from torch._C import _increment_version
+from torch.autograd.graph import increment_version
 
 from ..backend import resolve
 from ..base.losses import STEP_LOSSES
-from ..base.signature import comparison
+from ..base.signature import guards
 from ..nn import MLP, MLPEnsemble
 from .binding import Binding
 from .foreign import refusal
@@ -178,6 +181,7 @@ class TrainStep(StatefulStep):
         self.backend = resolve(first, dtype)
         groups, self._group_of = grouped(param_groups, dict(model.named_parameters()), members)
         self.optimizer = StepOptimizer(self, groups, rule, members)
+        _leave_to_python()
         #: One rule per param group.
         self._rules = self.optimizer.rules_of_groups(rule)
         self.losses = torch.zeros(0, dtype=torch.promote_types(dtype, torch.float32), device=self.device)
@@ -292,17 +296,23 @@ class TrainStep(StatefulStep):
             and such a step changes nothing.
         """
         again, binding = self._again, self._binding
-        if (
-            again is not None
-            and sample_weight is None
-            and self._is_repeated(x, y, *binding.all)
-            and fake_mode() is None
-            and self.optimizer.is_unchanged()
-            and binding.is_in_place()
-        ):
+        try:
+            repeats = (
+                again is not None
+                and sample_weight is None
+                and binding.is_in_place()
+                and not (x.is_nested or y.is_nested)
+                and self._is_repeated(x, y, *binding.all)
+                and fake_mode() is None
+                and not is_inference_mode_enabled()
+                and self.optimizer.is_unchanged()
+            )
+        except AttributeError:  # no tensor
+            repeats = False
+        if repeats:
             loss = self._next_loss()
-            if again(x, y, loss):
-                torch._C._increment_version(binding.parameters)
+            if again(x, y, loss):  # type: ignore[misc]
+                _increment_version(binding.parameters)
                 return loss
         self._follow()
         x, y = self._batches.checked(x, y, in_range=self._checks_classes)
@@ -328,7 +338,7 @@ class TrainStep(StatefulStep):
         if weight is None:
             again = self._engine.step(x, y, loss)
             if again is not None and self._batches.repeats:
-                self._again, self._is_repeated = again, comparison([x, y, *self._binding.all])
+                self._again, self._is_repeated = again, guards([x, y, *self._binding.all])
         else:
             self._engine.step(x, y, loss, weight=weight)
         self._updated()
@@ -454,11 +464,21 @@ class TrainStep(StatefulStep):
 
     def _updated(self) -> None:
         """Tell autograd that the parameters changed, and torch's schedulers that an update came before theirs."""
-        torch._C._increment_version(self._binding.parameters)
+        increment_version(self._binding.parameters)
         if self._ema_waits:
             self._ema_waits = False
         self._engine.updated()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+@cache
+def _leave_to_python() -> None:
+    """Have torch.compile call steps and not trace them: a graph would lose that the versions of parameters rise."""
+    from torch._dynamo.decorators import skip  # loaded by now, by torch.optim.Optimizer
+
+    for each in (StatefulStep, TrainStep, TrainStep._of_ensemble, StepOptimizer, Binding, Batches, MemberBatches):
+        for function in filter(inspect.isfunction, vars(each).values()):
+            skip(function)
 
 
 def arguments() -> dict[str, inspect.Parameter]:

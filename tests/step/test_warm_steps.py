@@ -189,6 +189,77 @@ def test_inference_mode_after_a_step_outside():
         step(x, y)
 
 
+@pytest.mark.parametrize("code", ["operators", "machine code"])
+def test_inference_mode_after_steps_with_its_tensors(code, request):
+    """Outside of the mode its tensors are alike to others inside of it, as torch's guards see them."""
+    if code == "machine code":
+        request.getfixturevalue("native_code")
+    step, x, y = warm()
+    with torch.inference_mode():
+        inputs = x.clone(), y.clone()
+    for _ in range(3):
+        step(*inputs)
+    before = [p.detach().clone() for p in step.model.parameters()]
+    with torch.inference_mode():
+        for call in (step, step.gradients, lambda x, y: step.epoch(x, y, 5)):
+            with pytest.raises(RuntimeError, match="inference_mode"):
+                call(x, y)
+    assert all(map(torch.equal, step.model.parameters(), before))
+
+
+def test_a_refused_step_in_inference_mode_after_a_change():
+    """The engine is built anew, and later steps write to what belongs to it."""
+    (step, x, y), (twin, *_) = (warm(momentum=0.9, ema_decay=0.9) for _ in range(2))
+    for each in (step, twin):
+        each.model.layers[0].weight.requires_grad_(False)
+        each.optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        step(x, y)
+    for _ in range(3):
+        assert torch.equal(step(x, y), twin(x, y))
+    step.load_state_dict(step.state_dict())
+    for p, q in zip(step.model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("code", ["operators", "machine code"])
+def test_nested_tensors(code, request):
+    """torch's guards would end the process."""
+    if code == "machine code":
+        request.getfixturevalue("native_code")
+    torch.manual_seed(0)
+    step, x, y = fastmlp.TrainStep(fastmlp.MLP((4, 3)), loss="mse"), torch.randn(6, 4), torch.randn(6, 3)
+    for _ in range(4):
+        for batch in ((torch.nested.nested_tensor([x[:3], x[3:]]), y), (x, torch.nested.nested_tensor([y[:3], y[3:]]))):
+            with pytest.raises(RuntimeError):
+                step(*batch)
+        step(x, y)
+        step(x, y)
+        step(x, y)
+
+
+@pytest.mark.parametrize("transform", ["functionalize", "grad", "vmap"])
+def test_transforms(transform):
+    step, x, y = warm()
+    with pytest.raises(RuntimeError, match="call it outside of the transform"):
+        getattr(torch.func, transform)(lambda x: step(x, y))(x[None] if transform == "vmap" else x)
+    step(x, y)
+
+
+@pytest.mark.usefixtures("native_code")
+@pytest.mark.filterwarnings("ignore")
+def test_versions_rise_in_compiled_functions():
+    (step, x, y), (twin, *_) = warm(), warm()
+    compiled = torch.compile(lambda x, y: step(x * 1, y) * 1, backend="aot_eager")
+    for i in range(6):
+        if i in (2, 3):
+            step.state_dict()  # the next step looks at everything
+        versions = [p._version for p in step.model.parameters()]
+        assert torch.equal(compiled(x, y), twin(x, y))
+        assert [p._version for p in step.model.parameters()] == [v + 1 for v in versions]
+
+
 def test_a_batch_on_the_tape_stays_without_a_gradient():
     step, x, y = warm()
     loss = step(x.requires_grad_(), y)
