@@ -296,6 +296,8 @@ class TrainStep(StatefulStep):
             and such a step changes nothing.
         """
         again, binding = self._again, self._binding
+        # A batch like the last one, and nothing has changed. torch's guards, which compare the batch, cannot take
+        # nested tensors and do not see these two modes.
         try:
             repeats = (
                 again is not None
