@@ -256,11 +256,14 @@ def mlp(
     """
     known = run = None
     given = x
-    if members is None and dropout is None and weights and len(weights) == len(biases):
-        if x.__class__ is Tensor and x.is_cpu:
-            a = _repeat(x, weights, biases, activations, True)
-            if a is not None:
-                return a
+    is_plain = members is None and dropout is None and weights and len(weights) == len(biases)
+    if is_plain and x.__class__ is Tensor and x.is_cpu:
+        a = _repeat(x, weights, biases, activations, True)
+        if a is not None:
+            return a
+    for activation in activations:
+        check_activation(activation)
+    if is_plain:
         tensors: tuple[Any, ...] = (x, *chain.from_iterable(zip(weights, biases, strict=True)))
         run = _alone(*tensors)
         if run == "triton":
@@ -269,8 +272,6 @@ def mlp(
                 if x.dim() > 2:
                     x, known = x.flatten(1), None
                 return _on_tape(x, tensors[1:], tuple(activations), "triton", known)
-    for activation in activations:
-        check_activation(activation)
     check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
     if dtype is not None:

@@ -121,6 +121,13 @@ def test_errors_after_a_call_that_was_right(wrong):
     assert (second.type, str(second.value)) == (first.type, str(first.value))
 
 
+def test_an_activation_without_a_hash_where_kernels_run(monkeypatch):
+    x, weights, biases = network()
+    monkeypatch.setattr(functional, "_alone", lambda *tensors: "triton")
+    with pytest.raises(ValueError, match="unknown activation"):
+        mlp(x, weights, biases, ["tanh", ["relu"]])
+
+
 def test_backends_and_modes_between_calls():
     x, weights, biases = network()
     call = x, weights, biases, ["tanh", "relu"]
