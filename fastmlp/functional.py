@@ -77,11 +77,11 @@ class _Repeated(NamedTuple):
     """A call on a CPU that passed all checks, and that torch's own operations compute."""
 
     alike: Callable[..., bool]  #: compares tensors with those of the call: X, the weights, the biases that are not None
-    absent: list[bool]  #: which biases are None; empty: none is
+    absent: list[bool]  #: which biases are None; empty if every layer has one
     functions: list[Callable[[Tensor], Tensor] | None]  #: of the layers' Z; None: the identity
 
 
-#: What ``reference.activate`` computes.
+#: What ``reference.activate`` computes, bit by bit; the step function there is another one for NaN.
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor] | None] = {name: f.new for name, f in ACTIVATIONS.items()}
 _FUNCTIONS |= {"identity": None, "step": partial(reference.activate, activation="step")}
 #: By the first weight, the shape of X, whether X is flattened, and the activations.
@@ -111,8 +111,9 @@ def _repeat(
 ) -> Tensor | None:
     """A network of tensors like those of a call before, by torch's own operations; None if there was no such call.
 
-    Nothing else is looked at. The comparison tells where somebody watches or transforms the operations, and those that
-    it does not see, such as a tracer, find the operations that they know.
+    Its tensors are not checked again. The comparison also fails inside autocast, dispatch modes and transforms. A
+    tracer, which it does not notice, sees torch's own operations. They are those of ``reference.mlp``, to the bit,
+    written here once more because its functions of Python would cost a tenth of a small call.
     """
     if is_compiling() or get_backend() != "auto" or get_cpu_gemm() == "onednn" or forward_ad._current_level >= 0:
         return None
@@ -198,7 +199,6 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     check_activation(activation)
     if activation == "softmax":
         return softmax(linear_act(x, weight, bias))
-    on_cpu = _alone(x, weight, bias) == "torch"
     check_tensor(x, "the input")
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -206,7 +206,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     check_layer(weight, bias)
     check_input(x, weight)
     backend = runs(weight.dtype, x, weight, bias)
-    if on_cpu and _torchs_own(backend, x, (weight,)):
+    if _torchs_own(backend, x, (weight,)) and _alone(x, weight, bias) == "torch":
         _remember(x, (weight,), (bias,), (activation,), False)
         return reference.linear_act(x, weight, bias, activation)
     if backend == "formula" or transformed(x, weight, bias):

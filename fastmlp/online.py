@@ -218,7 +218,7 @@ def online_epoch(
 
     Raises:
         ValueError: unknown activations, sequences of different lengths, a block below 1, more or fewer lr than steps,
-            parameters that share memory.
+            parameters of which one begins within another.
         TypeError: arguments that are not tensors.
         IndexError: a label outside [0, n_L), an entry of order outside [0, count).
         RuntimeError: shapes, dtypes or devices that do not fit.

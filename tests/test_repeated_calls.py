@@ -1,7 +1,7 @@
 """A call of a small network on a CPU that is like one before: few functions of Python, and the same as the first call.
 
-``fastmlp.functional`` then looks at nothing but torch's comparison of the tensors. So each test makes at least two
-calls, and changes something between them.
+``fastmlp.functional`` then checks the tensors by one comparison of torch's. So each test makes at least two calls, and
+most change something between them.
 """
 
 from __future__ import annotations

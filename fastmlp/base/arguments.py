@@ -28,10 +28,15 @@ def check_activation(activation: object, known: Collection[str] = LAYER_ACTIVATI
 
 
 def check_tensor(value: object, name: str) -> None:
-    """TypeError unless ``value`` is a tensor."""
+    """TypeError unless ``value`` is a tensor; RuntimeError for a nested one that has no shape."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"expected {name} to be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor"
+        )
+    if value.__class__ is Tensor and value.is_nested:  # of layout torch.strided, and so without a shape
+        raise RuntimeError(
+            f"expected {name} to have a shape, got a nested tensor; use to_padded_tensor(0.0), or make one call for "
+            "each tensor of unbind()"
         )
 
 
@@ -295,7 +300,6 @@ def check_input(x: Tensor, weight: Tensor, weight_name: str = "weight") -> None:
     Raises:
         RuntimeError: wrong rank, feature count, dtype or device, as torch.nn.functional.linear.
     """
-    _check_has_shape(x)
     if x.dim() == 0:
         raise RuntimeError(
             "expected an input with at least 1 dimension, [*, in_features], got a 0-d tensor; reshape it"
@@ -320,19 +324,9 @@ def check_input(x: Tensor, weight: Tensor, weight_name: str = "weight") -> None:
         check_same_device((("the input", x), (weight_name, weight)))
 
 
-def _check_has_shape(x: Tensor) -> None:
-    """RuntimeError for a nested tensor of layout torch.strided, which has no shape."""
-    if x.__class__ is Tensor and x.is_nested:
-        raise RuntimeError(
-            "expected a tensor with a shape, got a nested tensor; use x.to_padded_tensor(0.0), or make one call for "
-            "each tensor of x.unbind()"
-        )
-
-
 def check_batch(x: Tensor, features: int) -> None:
     """Check that X is a tensor [batch, K] or [batch, ...]: TypeError or RuntimeError."""
     check_tensor(x, "the input")
-    _check_has_shape(x)
     if x.dim() < 2:
         raise RuntimeError(
             f"expected an input of shape [batch, {features}] or [batch, ...], got {list(x.shape)}; "

@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 def sharing(named: Sequence[tuple[str, Tensor]]) -> tuple[str, str] | None:
-    """The names of two tensors that are one, or of which one begins within the other; None if all lie apart.
+    """The names of two tensors that are one, or of which one begins within another, contiguous one; else None.
 
-    Of a tensor that is not contiguous only its first element counts, because others may lie in its gaps.
+    Tensors that are not contiguous may share elements without being found, because they may also lie in each other's
+    gaps.
     """
     seen: dict[int, str] = {}
     spans: list[tuple[int, int, str]] = []

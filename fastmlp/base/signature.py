@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["MOST", "Signature", "comparison", "guards", "signature"]
 
-#: Entries of a table of signatures, or of calls or launches that are known by one. One more, and the table is emptied.
+#: Entries of a table of signatures, or of known calls or launches. One more, and the table is emptied.
 MOST = 4096
 
 Signature = int

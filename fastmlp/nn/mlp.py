@@ -311,13 +311,13 @@ def _per_layer(activation: str | Sequence[str], layers: int) -> tuple[str, ...]:
     )
 
 
-def _read(layers: Iterable[Any]) -> tuple[list[Any], list[Any], list[str]] | None:
-    """The layers' weights, biases and activations.
+def _read(layers: Sequence[Any], *, only_ask: bool = False) -> tuple[list[Any], list[Any], list[str]] | None:
+    """The layers' weights, biases and activations; with ``only_ask`` empty lists.
 
-    None if a call of a layer is more than the forward of Linear or Affine: there is a hook or a patched forward. Every
-    call of a model asks, so this is one loop, which looks up attributes without ``nn.Module.__getattr__``.
+    None if a call of a layer is more than the forward of a layer of ours: there is a hook or a patched forward. All
+    layers are asked first, because a parametrization computes its weight when it is read. Every call of a model asks,
+    so this is one function, which looks up attributes without ``nn.Module.__getattr__``.
     """
-    weights, biases, activations = [], [], []
     for layer in layers:
         own = layer.__dict__
         if (
@@ -329,6 +329,9 @@ def _read(layers: Iterable[Any]) -> tuple[list[Any], list[Any], list[str]] | Non
             or own["_backward_pre_hooks"]
         ):
             return None
+    weights, biases, activations = [], [], []
+    for layer in () if only_ask else layers:
+        own = layer.__dict__
         parameters = own["_parameters"]
         weights.append(parameters["weight"] if "weight" in parameters else layer.weight)  # noqa: SIM401
         biases.append(parameters["bias"] if "bias" in parameters else layer.bias)  # noqa: SIM401
@@ -337,8 +340,8 @@ def _read(layers: Iterable[Any]) -> tuple[list[Any], list[Any], list[str]] | Non
 
 
 def _only_computes(layer: nn.Module) -> bool:
-    """Whether a call of ``layer`` is the forward of Linear or Affine and no more."""
-    return _read((layer,)) is not None
+    """Whether a call of ``layer`` is the forward of a layer of ours and no more."""
+    return _read((layer,), only_ask=True) is not None
 
 
 def _floating_dtype(module: nn.Module) -> torch.dtype:
@@ -351,7 +354,7 @@ def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-#: What the layers of an MLP compute.
+#: What layers of ours compute, as it was at import, so that a class that somebody patches is not taken for ours.
 _FORWARDS = frozenset((Affine.forward, Linear.forward, EnsembleLinear.forward))
 
 

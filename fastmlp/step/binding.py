@@ -91,8 +91,7 @@ class Binding:
     def holds(self) -> bool:
         """Whether nothing has changed that a step depends on. False may also be a change that does not matter.
 
-        Each step asks. So one loop compares objects and addresses, and torch's guards compare everything else without
-        a call of Python.
+        Each step asks. So plain loops compare objects and addresses, and torch's guards compare everything else.
         """
         return self.is_in_place() and self._are_alike(*self.all)
 

@@ -49,7 +49,7 @@ class TorchStep:
     ) -> None:
         self.network = Network(layers, rule, loss, dtype, groups, options, parallel)
         self.optimizer = self.network.optimizer
-        self._plans: dict[int, Callable[..., None]] = {}
+        self._plans: dict[int, Callable[..., Again | None]] = {}
 
     def step(
         self, x: Tensor, y: Tensor, out: Tensor, rows: Tensor | None = None, weight: Tensor | None = None
@@ -71,7 +71,7 @@ class TorchStep:
     def dropout(self, dropout: StepDropout | None) -> None:
         self.network.dropout = dropout
 
-    def _planned(self, m: int) -> Callable[..., None]:
+    def _planned(self, m: int) -> Callable[..., Again | None]:
         """``_step`` with the plan of ``m`` rows."""
         planned = self._plans.get(m)
         if planned is None:
@@ -84,7 +84,9 @@ class TorchStep:
             self._plans[m] = planned
         return planned
 
-    def _scratch(self, m: int) -> tuple[Callable[[], Callable[..., None]], cpu.NativePlan | None, tuple[Tensor, ...]]:
+    def _scratch(
+        self, m: int
+    ) -> tuple[Callable[[], Callable[..., Again | None]], cpu.NativePlan | None, tuple[Tensor, ...]]:
         """What plans steps on a network to measure with, and a batch for them."""
         net = self.network.scratch()
         return partial(_plan, net, m), native_plan(net, m), net.batch(m)
@@ -205,7 +207,7 @@ class TorchStep:
         )
 
 
-def _plan(net: Network, m: int) -> Callable[..., None]:
+def _plan(net: Network, m: int) -> Callable[..., Again | None]:
     return partial(_step, net, Plan(net, m))
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, is_inference_mode_enabled
 from torch._C import _increment_version
-from torch.autograd.graph import increment_version
 
 from ..backend import resolve
 from ..base.losses import STEP_LOSSES
@@ -297,7 +296,7 @@ class TrainStep(StatefulStep):
         """
         again, binding = self._again, self._binding
         # A batch like the last one, and nothing has changed. torch's guards, which compare the batch, cannot take
-        # nested tensors and do not see these two modes.
+        # nested tensors, and see neither FakeTensorMode nor inference mode.
         try:
             repeats = (
                 again is not None
@@ -466,7 +465,7 @@ class TrainStep(StatefulStep):
 
     def _updated(self) -> None:
         """Tell autograd that the parameters changed, and torch's schedulers that an update came before theirs."""
-        increment_version(self._binding.parameters)
+        _increment_version(self._binding.parameters)
         if self._ema_waits:
             self._ema_waits = False
         self._engine.updated()
@@ -475,7 +474,10 @@ class TrainStep(StatefulStep):
 
 @cache
 def _leave_to_python() -> None:
-    """Have torch.compile call steps and not trace them: a graph would lose that the versions of parameters rise."""
+    """Have torch.compile trace no method of a step: a graph would lose that the versions of parameters rise.
+
+    Functions that the methods call may still be traced, each by itself.
+    """
     from torch._dynamo.decorators import skip  # loaded by now, by torch.optim.Optimizer
 
     for each in (StatefulStep, TrainStep, TrainStep._of_ensemble, StepOptimizer, Binding, Batches, MemberBatches):

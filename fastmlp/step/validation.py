@@ -122,8 +122,8 @@ class Batches:
 
         With ``in_range``, class numbers on a CPU are compared with the number of classes.
         """
-        outside = fake_mode() is None and not torch.is_inference_mode_enabled()
-        self.repeats = outside and self._is_accepted(x, y)
+        may_train = fake_mode() is None and not torch.is_inference_mode_enabled()
+        self.repeats = may_train and self._is_accepted(x, y)
         if not self.repeats:
             taken = self._taken(x, y)
             as_it_was = taken[0] is x and taken[1] is y

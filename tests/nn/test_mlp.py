@@ -421,6 +421,28 @@ class TestLayersThatAreMore:
         a = a if replacement == "subclass" else nn.functional.gelu(a)  # a fastmlp.Linear has its own
         torch.testing.assert_close(out, model.layers[2](a))
 
+    def test_a_parametrization_is_computed_once(self):
+        """To ask whether a layer only computes computes nothing: power iterations change their state."""
+
+        class Counted(nn.Module):
+            calls = 0
+
+            def forward(self, weight: Tensor) -> Tensor:
+                Counted.calls += 1
+                return weight
+
+        model, x = self.model()
+        torch.nn.utils.parametrize.register_parametrization(model.layers[0], "weight", Counted())
+        for hook in (False, True):
+            if hook:
+                model.layers[1].register_forward_hook(lambda *a: None)
+            Counted.calls = 0
+            model(x)
+            assert Counted.calls == 1
+        with pytest.raises(ValueError, match="parametrization"):
+            fastmlp.TrainStep(model)
+        assert Counted.calls == 1
+
     def test_replaced_forward_of_the_class(self, monkeypatch):
         """Somebody may patch the class of the layers; the calls of models and steps follow."""
         model, x = self.model()

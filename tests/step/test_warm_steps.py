@@ -232,7 +232,7 @@ def test_nested_tensors(code, request):
     step, x, y = fastmlp.TrainStep(fastmlp.MLP((4, 3)), loss="mse"), torch.randn(6, 4), torch.randn(6, 3)
     for _ in range(4):
         for batch in ((torch.nested.nested_tensor([x[:3], x[3:]]), y), (x, torch.nested.nested_tensor([y[:3], y[3:]]))):
-            with pytest.raises(RuntimeError):
+            with pytest.raises(RuntimeError, match="nested tensor; use to_padded_tensor"):
                 step(*batch)
         step(x, y)
         step(x, y)
